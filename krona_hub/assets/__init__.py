@@ -1,0 +1,1 @@
+"""Data shipped in the package: found with importlib.resources, never by path."""

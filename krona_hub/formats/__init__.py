@@ -1,0 +1,1 @@
+"""One file per format, each a spoke around Adapter; FORMATS lists them."""

@@ -1,0 +1,1 @@
+"""Pure mathematics of Kronecker sums: knows no files, no layer names, no alpha."""

@@ -1,0 +1,1 @@
+"""The native file format across its versions."""
