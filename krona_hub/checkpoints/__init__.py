@@ -1,1 +1,1 @@
-"""Big files without big memory: headers parsed by hand, tensors read as they are needed, writes that are whole or absent."""
+"""Big files without big memory: headers parsed by hand, tensors read as needed, writes that are whole or absent."""
