@@ -21,7 +21,7 @@ from torch import Tensor
 from krona_hub.errors import NotFoundError, ShapeError, UnknownBaseError
 from krona_hub.kron.terms import KronTerms
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 Axis = Literal["out", "in"]
 
 
