@@ -191,6 +191,12 @@ class ResourceError(KronaError):
     code, exit_code = "KH200", 8
 
 
+class AuthError(KronaError):
+    """The Hub wants a token, or the token has no access."""
+
+    code, exit_code = "KH220", 4
+
+
 class OfflineError(KronaError):
     """The network is needed and cannot be reached."""
 
