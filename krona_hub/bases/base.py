@@ -67,6 +67,7 @@ class Base:
     components: Mapping[str, Mapping[str, Module]]
     hub_id: str | None = None  # such as "stabilityai/stable-diffusion-xl-base-1.0"
     uncovered: tuple[str, ...] = ()  # parts of the pipeline that take adapters but are not listed, in words
+    candidates: tuple[str, ...] = ()  # catalogue names that it equals, where they are several (sd21 and its base)
 
     def module(self, layer: str) -> Module | None:
         """The module of a canonical layer name, None where the base has none."""
@@ -100,4 +101,4 @@ class Base:
     @property
     def model(self) -> BaseFacts:
         """The facts an adapter keeps: `BaseModel(*base.model)`."""
-        return BaseFacts(self.family, self.hub_id, None, self.fingerprint)
+        return BaseFacts(self.family, self.hub_id, None, self.fingerprint, self.candidates)
