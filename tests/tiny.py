@@ -1,4 +1,4 @@
-"""Tiny models and pipelines with random weights, built offline: the shapes of the real ones at a hundredth of the size."""
+"""Tiny models and pipelines with random weights, built offline: real architectures at a hundredth of the size."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def _unet(**more):
 
 def _seeded(build):
     torch.manual_seed(7)
-    model = build().eval().requires_grad_(False)
-    return model
+    return build().eval().requires_grad_(False)
 
 
 @lru_cache
@@ -133,6 +132,52 @@ def _cached_vae():
 
 def _vae():
     return copy.deepcopy(_cached_vae())
+
+
+def components(pipe) -> dict[str, torch.nn.Module]:
+    """The models of a pipeline that adapters are for."""
+    names = ("unet", "transformer", "text_encoder", "text_encoder_2")
+    return {name: model for name in names if (model := getattr(pipe, name, None)) is not None}
+
+
+def module_of(pipe, layer: str) -> torch.nn.Module:
+    """The module behind a canonical layer name."""
+    component, _, path = layer.partition(".")
+    model = components(pipe)[component]
+    if hasattr(model, "text_model"):
+        model = model.text_model
+    return model.get_submodule(path)
+
+
+def layers(pipe, *endings: str) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> weight shape of every linear and convolution whose name has one of the endings."""
+    return {
+        f"{component}.{path.removeprefix('text_model.')}": tuple(module.weight.shape)
+        for component, model in components(pipe).items()
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and path.endswith(endings or "")
+    }
+
+
+def save(pipe, folder) -> str:
+    """The components as a diffusers folder, to be given as a base."""
+    for name, model in components(pipe).items():
+        model.save_pretrained(folder / name)
+    return str(folder)
+
+
+@torch.no_grad()
+def added(pipe, adapter):
+    """The pipeline with every ΔW of the adapter added to its weights: what a loaded adapter must equal."""
+    for layer, delta in adapter.layers.items():
+        weight = module_of(pipe, layer).weight
+        weight += delta.dense(weight).to(weight.dtype)
+    return pipe
+
+
+def outputs(pipe) -> dict[str, torch.Tensor]:
+    """Component -> what it makes of a fixed input."""
+    return {name: output(model) for name, model in components(pipe).items()}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ only where their right factors are multiples of one another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -22,11 +22,11 @@ Part = tuple[Placement, LayerDelta]
 
 
 def fused(module: str, parts: Sequence[Part], placements: Sequence[Placement]) -> LayerDelta:
-    """The delta of a file's module that consists of `placements`, of which `parts` are adapted.
+    """The delta of a file's module that consists of `placements`, of which `parts` are adapted; blocks in row order.
 
     Raises InexpressibleError for Kronecker terms that are no single term together.
     """
-    turned = [(p, _turned(module, p, delta)) for p, delta in parts]
+    turned = sorted(((p, _turned(module, p, delta)) for p, delta in parts), key=lambda part: part[0].rows or (0, 0))
     if len(placements) == 1 and placements[0].rows is None:
         return turned[0][1]
     height = max(p.rows[1] for p in placements if p.rows)
@@ -98,8 +98,7 @@ def _magnitudes(module: str, parts: Sequence[Part], wanted: int) -> Tensor | Non
             f"{module} holds {wanted} projections in one weight, of which only some are a DoRA per output row.",
             fix="Write separate projections with --split-qkv where the tool takes them.",
         )
-    order = sorted(range(len(parts)), key=lambda i: parts[i][0].rows or (0, 0))
-    return torch.cat([found[i] for i in order])
+    return torch.cat(found)
 
 
 def _turned(module: str, place: Placement, delta: LayerDelta) -> LayerDelta:
@@ -142,12 +141,3 @@ def _transposed(module: str, s: KronTerms) -> KronTerms:
 
 def _flipped(factor: Tensor | LowRank) -> Tensor | LowRank:
     return LowRank(factor.down.mT, factor.up.mT) if isinstance(factor, LowRank) else factor.mT
-
-
-def by_module(homes: Mapping[str, tuple[str, Placement]], layers: Mapping[str, LayerDelta]) -> dict[str, list[Part]]:
-    """Module name -> the adapted layers in it; `homes` says for every layer where it goes."""
-    modules: dict[str, list[Part]] = {}
-    for layer, delta in layers.items():
-        module, place = homes[layer]
-        modules.setdefault(module, []).append((place, delta))
-    return modules
