@@ -214,11 +214,7 @@ def _verdict(tool: Tool, description: Any) -> Verdict:
     if reason:
         return Verdict(False, reason)
     for module in description.modules:
-        why = next((w for rule in tool.rules if (w := rule(_form_of(module)))), None)
+        why = next((w for rule in tool.rules if (w := rule(module.form))), None)
         if why:
             return Verdict(False, f"{module.name}: {why}")
     return Verdict(True)
-
-
-def _form_of(module: object) -> LayerForm:
-    raise NotImplementedError
