@@ -9,12 +9,13 @@ LoRA rank r             r · (out + in)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-from krona_hub.bases import catalogue, locate, targets
+from krona_hub.bases import catalogue, locate
 from krona_hub.bases.base import Base, Module
 from krona_hub.bases.families import FAMILIES
+from krona_hub.bases.targets import choose, sets_of
 from krona_hub.errors import ShapeError, UsageError
 from krona_hub.kron.shapes import lycoris_factors, parse_shape, smallest_split, split
 
@@ -52,12 +53,19 @@ class Part:
     """A component of the base that is adapted."""
 
     component: str
-    targets: str
     modules: int
     weights: int  # numbers in the weights of those modules
     total_parameters: int | None = None  # of the whole component, where the catalogue knows it
     config_status: str | None = None  # how far the catalogue's configuration is checked
     total_status: str | None = None
+
+    @property
+    def checked(self) -> str:
+        """How far the catalogue's entry is checked, in words; empty for a base read from a folder."""
+        if not (self.config_status and self.total_status):
+            return ""
+        config, total = catalogue.CONFIG_STATUS[self.config_status], catalogue.TOTAL_STATUS[self.total_status]
+        return f"configuration {self.config_status} ({config}), total {self.total_status} ({total})"
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,10 @@ class Accounting:
     """What `krona params` prints."""
 
     base: str
+    targets: str  # a named set or a regular expression
     parts: tuple[Part, ...]
     rows: tuple[Row, ...]
+    target_sets: tuple[str, ...]  # names that `targets` could have been
     uncovered: tuple[str, ...] = ()  # parts of the pipeline that the base does not list
 
     @property
@@ -98,7 +108,8 @@ def account(
     chosen = {c: _layers(base, c, targets, kernels) for c in components_of(base, component)}
     layers = {name: module for modules in chosen.values() for name, module in modules.items()}
     rows = tuple(_row(method, layers) for method in methods(shapes, factors, ranks, terms))
-    return Accounting(base.name, tuple(_part(base, c, targets, m) for c, m in chosen.items()), rows, base.uncovered)
+    parts = tuple(_part(base, component, modules) for component, modules in chosen.items())
+    return Accounting(base.name, targets, parts, rows, _set_names(base, chosen), base.uncovered)
 
 
 def methods(shapes: Iterable[str], factors: Iterable[int], ranks: Iterable[int], terms: int = 1) -> list[Method]:
@@ -123,31 +134,44 @@ def components_of(base: Base, wanted: str | Sequence[str] | None) -> tuple[str, 
 
 
 def _layers(base: Base, component: str, wanted: str, kernels: bool) -> dict[str, Module]:
-    picked = targets.choose(base, component, wanted)
+    picked = choose(base, component, wanted)
     return {name: module for name, module in picked.items() if kernels or not module.has_kernel}
 
 
-def _part(base: Base, component: str, wanted: str, layers: Mapping[str, Module]) -> Part:
-    weights = sum(prod(module.shape) for module in layers.values())
-    part = Part(component, wanted, len(layers), weights)
+def _set_names(base: Base, components: Iterable[str]) -> tuple[str, ...]:
+    """The named sets that every one of the components has."""
+    names = [[s.name for s in sets_of(base.components[c])] for c in components]
+    return tuple(name for name in names[0] if all(name in others for others in names))
+
+
+def _part(base: Base, component: str, layers: Mapping[str, Module]) -> Part:
+    part = Part(component, len(layers), sum(prod(module.shape) for module in layers.values()))
     if base.family != base.name:  # read from a folder: the catalogue says nothing about it
         return part
     entry = catalogue.component(FAMILIES[base.name].components[component])
-    return Part(
-        component, wanted, len(layers), weights, entry.total_parameters, entry.config_status, entry.total_status
+    return replace(
+        part,
+        total_parameters=entry.total_parameters,
+        config_status=entry.config_status,
+        total_status=entry.total_status,
     )
 
 
 def _row(method: Method, layers: Mapping[str, Module]) -> Row:
-    counted, undivided = {}, []
-    for name, module in layers.items():
-        try:
-            counted[name] = method.cost(module)
-        except ShapeError:
-            undivided.append(name)
-    total = sum(counted.values())
-    per_rank = sum(lora_parameters(layers[name], 1) for name in counted)
-    return Row(method.label, total, len(counted), total / per_rank if per_rank else 0.0, tuple(undivided))
+    costs = {module: _cost(method, module) for module in set(layers.values())}  # few sizes, many layers
+    counted = [module for module in layers.values() if costs[module] is not None]
+    undivided = tuple(name for name, module in layers.items() if costs[module] is None)
+    total = sum(costs[module] or 0 for module in counted)
+    per_rank = sum(lora_parameters(module, 1) for module in counted)
+    return Row(method.label, total, len(counted), total / per_rank if per_rank else 0.0, undivided)
+
+
+def _cost(method: Method, module: Module) -> int | None:
+    """None where the form does not fit."""
+    try:
+        return method.cost(module)
+    except ShapeError:
+        return None
 
 
 # --- the forms -------------------------------------------------------------------------------------------------------
