@@ -108,7 +108,7 @@ def test_each_attack_is_a_coded_error_with_the_file_and_a_fix(tmp_path, name):
 
 
 def test_validate_finds_all_problems_in_one_go_and_names_the_layers(tmp_path):
-    tensors = SOUND | {
+    broken = {
         "unet.y.kron_a.0": [1, 1, 1],
         "unet.z.kron_a.0": [1, 2],
         "unet.z.kron_b.0": [1, 2, 2],
@@ -145,9 +145,7 @@ def test_a_base_with_other_layers_than_the_recorded_one_is_worth_a_warning(tmp_p
     assert [(f.code, f.severity) for f in validate(other, base)] == [("KH160", "warning")]
 
 
-PARTS = (
-    "kron_a.0 kron_b.0 kron_a.1 kron_b.1 kron_a_up.0 kron_a_down.0 kron_b_up.0 kron_b_down.0 magnitude alpha kron_a ?"
-)
+PARTS = "kron_a.0 kron_b.0 kron_a.1 kron_b.1 kron_a_up.0 kron_a_down.0 kron_b_up.0 kron_b_down.0 magnitude alpha ?"
 parts = st.sampled_from(PARTS.split())
 names = st.builds("{}.{}".format, st.sampled_from(["unet.x", "text_encoder.text_model.y", "unet", "", "extras"]), parts)
 shapes = st.lists(st.integers(0, 3), max_size=4)
