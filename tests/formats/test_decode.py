@@ -82,7 +82,8 @@ def test_every_lokr_of_a_convolution_is_its_kronecker_product(tmp_path, first, s
     """Ranks differ (3 and 2), alpha is neither; w2_b and w2 come with and without their kernel."""
     parts = {
         "lokr_w1": rand(2, 3), "lokr_w1_a": rand(2, 3), "lokr_w1_b": rand(3, 3),
-        "lokr_w2": rand(4, 2, 3, 3), "lokr_w2_a": rand(4, 2), "lokr_w2_b": rand(2, 2, 3, 3), "lokr_t2": rand(2, 5, 3, 3),
+        "lokr_w2": rand(4, 2, 3, 3), "lokr_w2_a": rand(4, 2), "lokr_w2_b": rand(2, 2, 3, 3),
+        "lokr_t2": rand(2, 5, 3, 3),
     }  # fmt: skip
     if second == "tucker":
         parts |= {"lokr_w2_a": rand(2, 4), "lokr_w2_b": rand(5, 2)}
