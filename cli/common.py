@@ -15,7 +15,6 @@ A command file exposes `command`, declared so:
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,7 +71,8 @@ _quiet_option = click.option(
 )
 
 
-def _asked_for(option: str) -> bool:
+def asked_for(option: str) -> bool:
+    """Whether the running command got --json or --quiet."""
     context = click.get_current_context(silent=True)
     return bool(context and context.meta.get(f"krona.{option}"))
 
@@ -127,7 +127,7 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Do everything but
 
 def emit(document: Any, show: Callable[[], None]) -> None:
     """Print the result: `document` as JSON where --json was given, else whatever `show` prints."""
-    if _asked_for("json"):
+    if asked_for("json"):
         print(json.dumps(plain(document), ensure_ascii=False, indent=2, allow_nan=False))
     else:
         show()
@@ -135,7 +135,7 @@ def emit(document: Any, show: Callable[[], None]) -> None:
 
 def say(text: str) -> None:
     """Chatter for a person, on stderr; silent under --quiet and --json."""
-    if not (_asked_for("quiet") or _asked_for("json")):
+    if not (asked_for("quiet") or asked_for("json")):
         print(text, file=sys.stderr)
 
 
@@ -205,7 +205,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
             step(i, len(layers))
     """
     started, shown = time.monotonic(), False
-    wanted = sys.stderr.isatty() and not (_asked_for("quiet") or _asked_for("json"))
+    wanted = sys.stderr.isatty() and not (asked_for("quiet") or asked_for("json"))
 
     def step(done: int, total: int) -> None:
         nonlocal shown
@@ -228,8 +228,3 @@ def _bar(label: str, done: int, total: int, seconds: float) -> str:
     filled = 24 * done // max(total, 1)
     left = round(seconds * (total - done) / done)
     return f"{label} {'━' * filled}{'─' * (24 - filled)} {done:,}/{total:,}  {left // 60}:{left % 60:02} left"
-
-
-def colour_wanted() -> bool:
-    """Whether stdout is a terminal and NO_COLOR is not set."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
