@@ -10,7 +10,7 @@ TORCH = torch $$(command -v nvidia-smi >/dev/null || { $(ANSWERS) && echo --extr
 .PHONY: demo test quick check docs bench clean
 
 demo: $(VENV)/.runtime ; $(VENV)/bin/krona demo
-test: $(VENV)/.ready ; $(MAKE) check && $(PY) -m pytest -n 2 --dist worksteal
+test: check ; $(PY) -m pytest -n 2 --dist worksteal
 quick: $(VENV)/.ready ; $(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 check: $(VENV)/.ready ; $(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 docs: $(VENV)/.ready ; $(PY) scripts/make_docs.py
