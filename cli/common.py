@@ -17,8 +17,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -41,8 +42,10 @@ class KronaCommand(rich_click.RichCommand):
     examples: tuple[str, ...] = ()
 
 
-def krona_command(name: str, *, examples: Sequence[str]) -> Callable[[Function], KronaCommand]:
-    """Declare a command with --json, --quiet and examples.
+def krona_command(
+    name: str, *, examples: Sequence[str], panels: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Callable[[Function], KronaCommand]:
+    """Declare a command with --json, --quiet and examples; `panels` groups the options of its --help by title.
 
     An example is a command line that runs in a folder with `lora.safetensors` (SD 1.5, kohya), `lokr.safetensors`
     (SD 1.5, LyCORIS LoKr) and `krona.safetensors` (SD 1.5, native).
@@ -50,7 +53,10 @@ def krona_command(name: str, *, examples: Sequence[str]) -> Callable[[Function],
 
     def declare(function: Function) -> KronaCommand:
         epilog = "\n\n".join(["Examples:" if len(examples) > 1 else "Example:", *examples])
-        declared = click.command(name, cls=KronaCommand, epilog=epilog)(_json_option(_quiet_option(function)))
+        function = _json_option(_quiet_option(function))
+        for title in reversed(panels):
+            function = rich_click.option_panel(title, options=list(panels[title]))(function)
+        declared = rich_click.command(name, cls=KronaCommand, epilog=epilog)(function)
         declared.params = declared.params[2:] + declared.params[:2]  # what is common comes last
         declared.examples = tuple(examples)
         return declared

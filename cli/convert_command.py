@@ -30,13 +30,21 @@ if TYPE_CHECKING:
     from krona_hub.conversion import ConversionReport
 
 FEW = 12  # layers that are listed without --layers
+PANELS = {  # how --help groups the options; what is in none of them comes last
+    "Reading": ("--from", "--base", "--component", "--allow-missing"),
+    "Where to": ("--to", "--for", "--output", "--dtype", "--split-qkv", "--overwrite", "--dry-run"),
+    "How (at most one way)": (
+        "--max-error", "--budget", "--shape", "--terms", "--shape-fallback", "--exact", "--rank", "--allow-loss",
+    ),
+}  # fmt: skip
 
 
 @krona_command(
     "convert",
+    panels=PANELS,
     examples=(
         "krona convert lora.safetensors",
-        "krona convert lora.safetensors --for comfyui --max-error 0.1 -o small.safetensors",
+        "krona convert lora.safetensors --for comfyui --max-error 0.1",
         "krona convert lokr.safetensors --to lora --rank 16",
         "krona convert lora.safetensors --shape 64x4 --terms 8 --dry-run --allow-loss",
     ),
@@ -57,16 +65,20 @@ FEW = 12  # layers that are listed without --layers
     help="The tool that shall load it: picks format, names and shapes. A LoRA stays a LoRA unless a way is given.",
 )
 @output_option
-@click.option("--shape", metavar="A1xA2", help="Way: this size of A in every layer, by nearest Kronecker product.")
-@click.option("--terms", type=click.IntRange(min=1), default=1, help="Terms per layer, with --shape.")
-@click.option("--shape-fallback", type=click.Choice(["nearest"]), help="Where --shape does not divide a layer.")
-@click.option("--max-error", type=float, metavar="E", help="Way: the smallest form per layer within this error [0.05].")
-@click.option("--budget", metavar="N|P%", help="Way: the least error for N parameters, or P % of them.")
-@click.option("--exact", is_flag=True, help="Way: equal up to rounding.")
-@click.option("--rank", type=click.IntRange(min=1), metavar="R", help="Way: the best LoRA of rank R, with --to lora.")
+@click.option("--shape", metavar="A1xA2", help="This size of A in every layer, by nearest Kronecker product.")
+@click.option("--terms", type=int, default=1, metavar="K", help="With --shape: terms per layer [1].")
+@click.option(
+    "--shape-fallback",
+    type=click.Choice(["nearest"]),
+    help="With --shape: where it does not divide a layer, take the nearest that does.",
+)
+@click.option("--max-error", type=float, metavar="E", help="The smallest form of each layer within this error [0.05].")
+@click.option("--budget", metavar="N|P%", help="The least error for N parameters, or P % of them.")
+@click.option("--exact", is_flag=True, help="Equal up to rounding.")
+@click.option("--rank", type=int, metavar="R", help="The best LoRA of rank R, with --to lora.")
 @base_option
 @component_option
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Store every tensor as this type.")
+@click.option("--dtype", metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16.")
 @click.option("--split-qkv", is_flag=True, help="Write fused q, k, v projections as three modules.")
 @click.option("--allow-loss", is_flag=True, help="Write the result even if its total error exceeds 0.5.")
 @click.option("--allow-missing", is_flag=True, help="Convert what is understood, though some modules are not.")

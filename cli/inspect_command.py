@@ -13,11 +13,7 @@ from krona_hub.cli.common import (
     emit,
     file_argument,
     krona_command,
-    show_facts,
-    show_table,
-    show_text,
 )
-from krona_hub.report import human_bytes, module_groups
 
 if TYPE_CHECKING:
     from krona_hub.formats.describe import Description
@@ -53,9 +49,7 @@ def command(file: str, base: str | None, component: str | None, layers: bool, ha
     emit(as_document(file, about, verdicts, sha256), lambda: _show(file, about, verdicts, sha256, every=layers))
 
 
-def as_document(
-    file: str, about: Description, verdicts: Mapping[str, Verdict], sha256: str | None
-) -> dict[str, Any]:
+def as_document(file: str, about: Description, verdicts: Mapping[str, Verdict], sha256: str | None) -> dict[str, Any]:
     """Everything that is known about the file."""
     return {
         "file": file,

@@ -17,6 +17,7 @@ from krona_hub.cli.failures import report_failure
 
 COMPLETE_VARIABLE = "_KRONA_COMPLETE"
 rich_click.rich_click.TEXT_PARAGRAPH_LINEBREAKS = "\n\n"
+rich_click.rich_click.PADDING_HELPTEXT_FIRST_LINE = (0, 0, 1, 0)
 rich_click.rich_click.MAX_WIDTH = 110
 rich_click.rich_click.STYLE_EPILOG_TEXT = ""
 

@@ -44,7 +44,17 @@ def test_public_functions_stay_callable_after_every_submodule_is_imported():
 
 def test_no_module_has_the_name_of_a_public_function():
     tops = {m.split(".")[1] for m in submodules() if "." in m}
-    later = {"plan_merge", "merge", "apply_to_state_dict", "extract", "combine", "verify", "attach", "detach", "load_into"}
+    later = {
+        "plan_merge",
+        "merge",
+        "apply_to_state_dict",
+        "extract",
+        "combine",
+        "verify",
+        "attach",
+        "detach",
+        "load_into",
+    }
     assert not tops & (set(krona_hub.PUBLIC) | later | {"train", "push", "pull"})
 
 
