@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from krona_hub.conversion import LayerReport
+    from krona_hub.formats.describe import ModuleInfo
+    from krona_hub.formats.forms import SumForm
 
 EXACT_BELOW = 1e-6  # relative error that float32 rounding alone explains
 
@@ -121,7 +124,8 @@ def format_facts() -> tuple[FormatFacts, ...]:
 
 
 def _first_sentence(text: str | None) -> str:
-    return (text or "").strip().split("\n\n")[0].replace("\n", " ").rstrip(".")
+    sentence = (text or "").strip().split("\n\n")[0].replace("\n", " ")
+    return re.sub(r" \(FORMATS.*?\)", "", sentence).rstrip(".")
 
 
 class Cell(NamedTuple):
@@ -147,3 +151,49 @@ def _cell(format_name: str, tool: str) -> Cell:
     if format_name in KRONECKER and any(rule is not no_dora for rule in TOOLS[tool].rules):
         return Cell("some", f"{TOOLS[tool].title} loads some shapes only; krona inspect says which")
     return Cell("yes", "")
+
+
+class ModuleGroup(NamedTuple):
+    """Modules of a file that look alike."""
+
+    modules: int
+    kind: str
+    form: str  # "r8", "8x8 ⊗ 40x40 r4"
+    scale: str
+    parameters: int
+    dora_axis: str | None
+
+
+def module_groups(modules: Sequence[ModuleInfo], most: int = 12) -> tuple[ModuleGroup, ...]:
+    """The modules by kind, form and scale, most modules first; what exceeds `most` groups is one group."""
+    groups: dict[tuple[str, str, str, str | None], list[ModuleInfo]] = {}
+    for m in modules:
+        groups.setdefault((m.kind, form_in_words(m), scale_in_words(m), m.dora_axis), []).append(m)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    told = [ModuleGroup(len(ms), *key[:3], sum(m.parameters for m in ms), key[3]) for key, ms in ordered]
+    if len(told) > most:
+        rest = told[most - 1 :]
+        whole = sum(g.modules for g in rest), sum(g.parameters for g in rest)
+        told[most - 1 :] = [ModuleGroup(whole[0], "various", f"{len(rest)} other forms", "", whole[1], None)]
+    return tuple(told)
+
+
+def form_in_words(module: ModuleInfo) -> str:
+    """The form of a module as the tables show it: rank of a LoRA, split, terms and ranks of a Kronecker sum."""
+    return " + ".join(_sum_in_words(s) for s in module.sums) or "magnitude only"
+
+
+def _sum_in_words(s: SumForm) -> str:
+    if (s.shape.a1, s.shape.a2) == (1, 1) and s.right_rank is not None:
+        return f"{s.shape.b1}x{s.shape.b2} r{s.right_rank}"
+    terms = f"{s.terms} terms of " if s.terms > 1 else ""
+    ranks = [f"{side} r{rank}" for side, rank in (("A", s.left_rank), ("B", s.right_rank)) if rank is not None]
+    rows = ["rows shuffled"] if s.rows == "shuffled" else []
+    return ", ".join([f"{terms}{s.shape}", *ranks, *rows])
+
+
+def scale_in_words(module: ModuleInfo) -> str:
+    """`alpha 4 / rank 8 = 0.5`, or the scale alone where no alpha is involved."""
+    if module.alpha is None or module.rank is None:
+        return f"{module.scale:g}"
+    return f"alpha {module.alpha:g} / rank {module.rank} = {module.scale:g}"
