@@ -113,9 +113,9 @@ def _show_groups(about: Description) -> None:
 
 def _show_modules(about: Description) -> None:
     show_table(
-        ("module", "kind", "form", "scale", ">parameters", "layer"),
+        ("layer", "kind", "form", "scale", ">parameters"),
         (
-            (m.name, _kind(m), form_in_words(m), scale_in_words(m), m.parameters, ", ".join(m.layers))
+            (" + ".join(m.layers) or m.name, _kind(m), form_in_words(m), scale_in_words(m), m.parameters)
             for m in about.modules
         ),
     )
