@@ -89,16 +89,18 @@ def run() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run one command line; its exit status. Every failure is reported, none escapes."""
     try:
-        run_line(arguments)
+        status = run_line(arguments)
         sys.stdout.flush()
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
     except BaseException as problem:
         return report_failure(problem, as_json="--json" in arguments)
+    return status
+
+
+def run_line(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit status. Failures are raised."""
+    try:
+        with cli.make_context("krona", list(arguments)) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
     return 0
-
-
-def run_line(arguments: Sequence[str]) -> None:
-    """Run one command line; failures are raised."""
-    with cli.make_context("krona", list(arguments)) as context:
-        cli.invoke(context)

@@ -14,6 +14,7 @@ import inspect
 import io
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def output_of(command: str, folder: Path) -> str:
     """What a command line prints to stdout in that folder."""
     printed = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-        main(command.removeprefix("krona ").split())
+        main(shlex.split(command)[1:])
     return printed.getvalue()
 
 

@@ -1,6 +1,7 @@
 """Every example of every --help runs, and every --json prints one document of the promised shape."""
 
 import json
+import shlex
 import shutil
 
 import jsonschema
@@ -62,8 +63,8 @@ SHAPES = {
     "inspect krona.safetensors --sha256": INSPECTION,
     "convert lokr.safetensors --to lora --rank 4": CONVERSION,
     "convert lora.safetensors --exact --dry-run": CONVERSION,
-    "validate krona.safetensors": {"type": "object", "required": ["findings"]},
-    "migrate krona.safetensors --to 1.0 -o same.safetensors": {"type": "object"},
+    "validate krona.safetensors": obj(path=TEXT, valid=FLAG, findings=many({"type": "object"})),
+    "migrate krona.safetensors --to 1.0 -o same.safetensors": obj(**{"path": TEXT, "from": TEXT, "to": TEXT}),
     "params --base sdxl --shape 64x8 --rank 4": {"type": "object"},
     "formats": obj(
         formats=many(obj(name=TEXT, reads=FLAG, writes=FLAG, summary=TEXT), 10),
@@ -86,7 +87,7 @@ def here(adapters, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("command", "line"), examples(), ids=lambda value: value)
 def test_the_examples_of_the_help_run(command, line, here, capsys):
     assert line.startswith(f"krona {command}")
-    status = main(line.removeprefix("krona ").split())
+    status = main(shlex.split(line)[1:])
     shown = capsys.readouterr()
     assert status == 0, shown.err
     assert shown.out.strip()

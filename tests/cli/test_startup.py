@@ -26,7 +26,6 @@ LIGHT = [
     "inspect lokr.safetensors --base sd15 --layers",
     "validate lokr.safetensors",
     "params --base sdxl --shape 64x8 --rank 4",
-    "params lora.safetensors",
 ]
 
 
