@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from krona_hub.errors import UsageError
 from krona_hub.formats.forms import (
     LayerForm,
     Rule,
-    Split,
     SumForm,
+    channel_split,
     common_peft_factor,
     is_factored,
     lycoris_resumes,
     no_dora,
     refusal,
 )
+from krona_hub.formats.reservations import reservation
 from krona_hub.kron.shapes import KronShape
+
+if TYPE_CHECKING:
+    from krona_hub.formats.describe import Description
 
 
 class Target(NamedTuple):
@@ -36,23 +40,28 @@ def only_lycoris_splits(form: LayerForm) -> str | None:
     """LyCORIS builds its modules from its own factorization, whatever the file holds (FORMATS.md §15.6)."""
     if form.lora_rank is not None or not form.sums or not form.sums[0].plain:
         return None
-    shape, rank = form.sums[0].shape, form.sums[0].right_rank
+    shape = form.sums[0].shape
     if form.is_conv and form.weight_shape[1] % shape.a2:
         return f"A has {shape.a2} columns, which do not divide the {form.weight_shape[1]} input channels"
-    split = Split((shape.a1, shape.b1), (shape.a2, shape.b2 // form.kernel))
-    factored = is_factored(rank, (split.out[1], split.in_[1]))
-    if lycoris_resumes(split, form.kernel if factored else 1):
+    split = channel_split(form)
+    if lycoris_resumes(split) or keeps_product_for_lycoris(form):
         return None
     return f"LyCORIS derives other sizes than {shape} from this weight"
+
+
+def keeps_product_for_lycoris(form: LayerForm) -> bool:
+    """Whether LyCORIS finds its split again with w2 as a product; of some convolutions it does with a dense w2 only."""
+    split = channel_split(form)
+    factored = form.sums and is_factored(form.sums[0].right_rank, (split.out[1], split.in_[1]))
+    return bool(factored) and lycoris_resumes(split, form.kernel)
 
 
 def only_peft_splits(form: LayerForm) -> str | None:
     """One layer alone: is there a decompose_factor for it? Several layers must agree, which the writer checks."""
     if form.lora_rank is not None or not form.sums or (form.is_conv and form.weight_shape[1] % form.sums[0].shape.a2):
         return None
-    shape = form.sums[0].shape
-    split = Split((shape.a1, shape.b1), (shape.a2, shape.b2 // form.kernel))
-    return None if common_peft_factor([split]) is not None else f"no decompose_factor of PEFT gives {shape}"
+    fits = common_peft_factor([channel_split(form)]) is not None
+    return None if fits else f"no decompose_factor of PEFT gives {form.sums[0].shape}"
 
 
 def only_linear(form: LayerForm) -> str | None:
@@ -170,16 +179,15 @@ class Verdict:
 _NO_FOLDER = "PEFT loads folders with an adapter_config.json"
 _NATIVE = "only krona_hub reads its native format"
 _LORA_ONLY = "it loads LoRA only"
-_PIPELINE = "its pipelines reject LoKr"
 _NO_KRONA = "current diffusers takes the keys for a LoRA and fails"
-_OLD = "it does not know this old layout"
+_OLD = "sd-scripts knows plain LoRA keys only, without Tucker, DoRA or .diff"
 # format -> tool -> why the tool does not load it. Tools that are not listed do.
 REJECTS: Mapping[str, Mapping[str, str]] = {
     "krona": dict.fromkeys(TOOLS, _NATIVE),
     "kohya-lora": {"peft": _NO_FOLDER},
     "lycoris-locon": {"peft": _NO_FOLDER, "diffusers": "its converters reject lycoris_* names", "kohya": _OLD},
     "lycoris-lokr": {
-        "peft": _NO_FOLDER, "diffusers": _PIPELINE, "kohya": _LORA_ONLY, "nunchaku": _LORA_ONLY,
+        "peft": _NO_FOLDER, "kohya": _LORA_ONLY, "nunchaku": _LORA_ONLY,
     },
     "peft-lora": {
         **dict.fromkeys([t for t in TOOLS if t != "peft"], "it does not read PEFT folders"),
@@ -199,21 +207,14 @@ REJECTS: Mapping[str, Mapping[str, str]] = {
 }  # fmt: skip
 
 
-def loads_in(description: Any) -> Mapping[str, Verdict]:
+def loads_in(description: Description) -> Mapping[str, Verdict]:
     """For every tool, whether it loads the described file with the meaning that the file has."""
     return {name: _verdict(tool, description) for name, tool in TOOLS.items()}
 
 
-def _verdict(tool: Tool, description: Any) -> Verdict:
-    reason = REJECTS.get(description.format, {}).get(tool.name)
-    if reason:
-        return Verdict(False, reason)
-    for module in description.modules:
-        why = next((w for rule in tool.rules if (w := rule(_form_of(module)))), None)
-        if why:
-            return Verdict(False, f"{module.name}: {why}")
-    return Verdict(True)
-
-
-def _form_of(module: object) -> LayerForm:
-    raise NotImplementedError
+def _verdict(tool: Tool, description: Description) -> Verdict:
+    why = REJECTS.get(description.format, {}).get(tool.name) or reservation(tool.name, description)
+    if why is None and tool.name == "lycoris":  # its own files may still have splits that it does not derive
+        refused = ((m.name, only_lycoris_splits(m.form)) for m in description.modules if m.kind == "lokr")
+        why = next((f"{name}: {clause}" for name, clause in refused if clause), None)
+    return Verdict(why is None, why or "")
