@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from krona_hub.bases import catalogue
 from krona_hub.bases.base import Base, Module
@@ -226,9 +227,18 @@ def test_a_positional_file_of_another_base_is_refused():
         read(shared("real", "lora_disney.safetensors"), base="sdxl")
 
 
+def test_a_positional_file_with_a_missing_half_is_told_which(tmp_path):
+    tensors = load_file(shared("golden", "cloneofsimo_r2_fp16.safetensors"))
+    del tensors["unet:3:up"]
+    path, base = save(tmp_path, tensors), shared("golden", "base")
+    with pytest.raises(IncompleteError, match="unet:3: 'up' missing"):
+        read(path, base=base)
+    assert len(read(path, base=base, allow_missing=True)) == 36 + 4 - 1
+
+
 def test_the_extended_order_counts_the_resnet_blocks_in():
     modules = catalogue.get("sd15").components["unet"]
-    order = cloneofsimo.unet_order(modules, extended=True)
+    order = cloneofsimo.unet_order(modules, cloneofsimo.CLASSES | {"ResnetBlock2D"})
     resnets = [path for path in order if ".resnets." in path]
     assert len(order) - len(resnets) == 144
     assert set(resnets) == {p for p in modules if ".resnets." in p}
