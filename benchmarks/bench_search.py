@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from time import process_time
 
 from common import peak_memory, report, sdxl_lora, timed
 
@@ -21,6 +22,7 @@ def main() -> None:
     before = peak_memory()
     found: list[Choice] = []
     pairs = [(layer.up, layer.down) for layer in layers]
+    cpu = process_time()
     seconds = timed(lambda: found.extend(smallest_within(pairs, MAX_ERROR, progress=show)))
     print(file=sys.stderr)
     planted = [(layer, choice.form) for layer, choice in zip(layers, found, strict=True) if layer.planted]
@@ -29,6 +31,7 @@ def main() -> None:
         "layers": len(layers),
         "max_error": MAX_ERROR,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(process_time() - cpu, 1),
         "peak_gb": round(peak_memory(), 2),
         "peak_gb_before": round(before, 2),
         "chosen": dict(kept),

@@ -28,7 +28,7 @@ from krona_hub.kron.shapes import KronShape
 SLACK = 1e-9  # of the energy: what float64 spectra may be wrong by
 SLACK_OF_MOMENT = 1e-4  # relative: moments are summed in float32
 MOST_RANK = 24  # above it the r²×r² tables of moments cost more than they save
-SHARES = (0.0, 0.5, 1.0)  # tᵢ = sᵢ to this power: no one of them is always the tightest
+SHARES = (0.5,)  # tᵢ = sᵢ to this power: no one of them is always the tightest
 
 
 class Bounds:
@@ -75,9 +75,7 @@ class Bounds:
         if self.rank > MOST_RANK:
             return torch.ones(len(layers), terms, dtype=torch.float64)
         fourth = (self._moment("left", shape.a1)[layers] * self._moment("right", shape.a2)[layers]).sum(1)
-        spread = (fourth.double() * (1 + SLACK_OF_MOMENT) - 1 / count).clamp(min=0)
-        k = torch.arange(1, terms + 1).clamp(max=count).double()
-        return k / count + (k * (count - k) / count * spread[:, None]).sqrt() + SLACK
+        return largest_sums(fourth.double() * (1 + SLACK_OF_MOMENT), count, terms) + SLACK
 
     def _kept_by_products(self, shape: KronShape, k: Tensor, layers: Tensor) -> Tensor:
         """Σ xₖ·yₖ, the least over both factorisations and all SHARES."""
@@ -117,6 +115,8 @@ class Bounds:
     def _moment(self, side: str, size: int) -> Tensor:
         key = side, size
         if key not in self._moments:
+            if side == "left":  # shapes come in the order of a1: the tables of the last are not needed again
+                self._moments = {k: table for k, table in self._moments.items() if k[0] == "right"}
             vectors = self._left * self.s[..., None] if side == "left" else self._right
             self._moments[key] = fourth_moment(vectors.float(), size)
         return self._moments[key]
@@ -126,6 +126,14 @@ def tail(values: Tensor) -> Tensor:
     """(n, j) descending -> (n, j+1): what is left of the sum after the first 0 … j."""
     rest = values.flip(-1).cumsum(-1).flip(-1)
     return torch.cat([rest, rest.new_zeros(len(rest), 1)], dim=1)
+
+
+def largest_sums(squares: Tensor, count: int, most: int) -> Tensor:
+    """The most that the largest 1 … most of `count` values of sum 1 add up to, given the sum of squares: (…, most)."""
+    k = torch.arange(1, most + 1).clamp(max=count).double()
+    spread = (squares - 1 / count).clamp(min=0)[..., None]
+    sums: Tensor = k / count + (k * (count - k) / count * spread).sqrt()
+    return sums
 
 
 def repeated(values: Tensor, index: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from krona_hub.kron.bounds import Bounds
+from krona_hub.kron.bounds import Bounds, largest_sums
 from krona_hub.kron.forms import (
     AT_ONCE,
     CANCELLED,
@@ -31,7 +31,6 @@ from krona_hub.kron.forms import (
     is_lora,
     most_right_rank,
     parameters_of,
-    shares_by_rank,
     spectrum,
 )
 from krona_hub.kron.rearranged import LoraSvd, Rearranged
@@ -42,7 +41,7 @@ Allowed = Callable[[KronShape, int, int | None], bool]
 
 BOUNDED, PROBED, CLOSED = range(3)
 DENSE_PROBE = 192  # side of R up to which the probe is exact
-FIRST = 2  # right factors whose ranks the probe looks at
+FIRST = 4  # right factors whose ranks the probe looks at
 OVERSAMPLING = 8  # columns of a sketch beyond the terms asked for
 PROMISING = 0.35  # of the value to beat: a shape with a bound below it is followed before others are bounded further
 HINTS = 3  # shapes of a layer that are followed so
@@ -345,10 +344,19 @@ def probe(op: Rearranged, shape: KronShape, terms: int) -> tuple[Tensor, Tensor]
         kept = values.flip(-1).clamp(min=0).cumsum(1)
         first, energy = vectors[..., -FIRST:].flip(-1).mT, values[:, -FIRST:].flip(-1).clamp(min=0)
         right = first if small is not op else _unit(op.T.matmul(first))
-        lost = (energy[..., None] * (1 - shares_by_rank(op, right, shape))).clamp(min=0).cumsum(1)
+        lost = (energy[..., None] * (1 - most_by_rank(op, right, shape))).clamp(min=0).cumsum(1)
         return _padded(kept, terms) + 1e-9, lost - 1e-9
     kept = sketch(small, terms)
     return _padded(kept, terms) + 1e-9, kept.new_zeros(n, 1, 0)
+
+
+def most_by_rank(op: Rearranged, right: Tensor, shape: KronShape) -> Tensor:
+    """The most that 1 … ρ ranks of each unit-norm B keep, by the fourth moment of its spectrum: (n, k, ρ)."""
+    n, k, _ = right.shape
+    stack = right.reshape(n, k, *op.columns)
+    gram = stack @ stack.mT if stack.shape[2] <= stack.shape[3] else stack.mT @ stack
+    most = min(most_right_rank(shape), *op.columns)
+    return largest_sums(gram.square().sum((2, 3)), min(op.columns), most)
 
 
 def sketch(op: Rearranged, terms: int) -> Tensor:
