@@ -1,0 +1,235 @@
+"""What all commands share: how they are declared, their common options, and how they print.
+
+A command file exposes `command`, declared so:
+
+    @krona_command("params", examples=("krona params --base sdxl --shape 64x8",))
+    @base_option
+    def command(base: str | None) -> None:
+        \"""Count an adapter's parameters before training it.\"""
+        count = accounting.count(...)               # one call of the library
+        emit(count, lambda: show_table(("layer", ">parameters"), count.rows))
+
+`--json` and `--quiet` come with it. Data goes to stdout through `emit`, everything else to stderr through `say`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import rich_click
+
+from krona_hub.report import plain
+
+PIPED_WIDTH = 10_000  # columns: a pipe has no edge, so that names are never cut there
+PATIENCE = 2.0  # seconds before a progress bar appears
+
+Function = Callable[..., Any]
+
+
+# --- declaring a command ---------------------------------------------------------------------------------------------
+
+
+class KronaCommand(rich_click.RichCommand):
+    """A command that carries its examples; a test runs them in a folder with the demo's adapters."""
+
+    examples: tuple[str, ...] = ()
+
+
+def krona_command(name: str, *, examples: Sequence[str]) -> Callable[[Function], KronaCommand]:
+    """Declare a command with --json, --quiet and examples.
+
+    An example is a command line that runs in a folder with `lora.safetensors` (SD 1.5, kohya), `lokr.safetensors`
+    (SD 1.5, LyCORIS LoKr) and `krona.safetensors` (SD 1.5, native).
+    """
+
+    def declare(function: Function) -> KronaCommand:
+        epilog = "\n\n".join(["Examples:" if len(examples) > 1 else "Example:", *examples])
+        declared = click.command(name, cls=KronaCommand, epilog=epilog)(_json_option(_quiet_option(function)))
+        declared.params = declared.params[2:] + declared.params[:2]  # what is common comes last
+        declared.examples = tuple(examples)
+        return declared
+
+    return declare
+
+
+def _remember(context: click.Context, option: click.Parameter, value: bool) -> None:
+    """Keep --json and --quiet where `emit` and `say` find them, so that no command passes them around."""
+    context.meta[f"krona.{option.name}"] = value
+
+
+_json_option = click.option(
+    "--json", is_flag=True, expose_value=False, callback=_remember, help="Print one JSON document instead of text."
+)
+_quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, expose_value=False, callback=_remember, help="Say nothing but the result."
+)
+
+
+def _asked_for(option: str) -> bool:
+    context = click.get_current_context(silent=True)
+    return bool(context and context.meta.get(f"krona.{option}"))
+
+
+# --- common arguments and options ------------------------------------------------------------------------------------
+
+
+def complete_bases(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
+    """Catalogue names for the shell; torch-free."""
+    from krona_hub.bases.catalogue import names
+
+    return [name for name in names() if name.startswith(start)]
+
+
+def complete_formats(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
+    """Format names for the shell; torch-free."""
+    from krona_hub.formats.registry import FORMATS
+
+    return [spoke.NAME for spoke in FORMATS if spoke.NAME.startswith(start)]
+
+
+def complete_tools(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
+    """Names of target tools for the shell; torch-free."""
+    from krona_hub.formats.tools import TOOLS
+
+    return [name for name in TOOLS if name.startswith(start)]
+
+
+file_argument = click.argument("file", type=click.Path())
+base_option = click.option(
+    "--base",
+    metavar="BASE",
+    shell_complete=complete_bases,
+    help="The base model: a catalogue name such as sdxl, a diffusers folder or a checkpoint file.",
+)
+component_option = click.option(
+    "--component",
+    metavar="NAME",
+    type=click.Choice(("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")),
+    help="The part of the base that the file belongs to, where the file does not say.",
+)
+from_option = click.option(
+    "--from", "from_format", metavar="FORMAT", shell_complete=complete_formats, help="Read the file as this format."
+)
+output_option = click.option("-o", "--output", "out", type=click.Path(), metavar="OUT", help="Where to write.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Do everything but write.")
+
+
+# --- printing --------------------------------------------------------------------------------------------------------
+
+
+def emit(document: Any, show: Callable[[], None]) -> None:
+    """Print the result: `document` as JSON where --json was given, else whatever `show` prints."""
+    if _asked_for("json"):
+        print(json.dumps(plain(document), ensure_ascii=False, indent=2, allow_nan=False))
+    else:
+        show()
+
+
+def say(text: str) -> None:
+    """Chatter for a person, on stderr; silent under --quiet and --json."""
+    if not (_asked_for("quiet") or _asked_for("json")):
+        print(text, file=sys.stderr)
+
+
+def show_text(text: str = "", style: str = "") -> None:
+    """One line of the result, on stdout; `style` is a style of rich, for a terminal."""
+    from rich.text import Text
+
+    _print(Text(text, style))
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> None:
+    """A table on stdout. A column named `>parameters` is right-aligned; integers get separators, None is a dash.
+
+    In a pipe nothing is cut or wrapped; in a terminal a cell that does not fit is folded onto a second line.
+    """
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title or None, title_justify="left")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_cell, row))
+    _print(table)
+
+
+def show_facts(facts: Iterable[tuple[str, Any]]) -> None:
+    """Lines of `label  value` on stdout; a fact whose value is None or empty is left out."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in facts:
+        if value not in (None, "", ()):
+            table.add_row(label, _cell(value))
+    _print(table)
+
+
+def _cell(value: Any) -> Any:
+    """A value as a cell; text keeps its brackets, since none of ours is markup."""
+    from rich.text import Text
+
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, Text) else Text("–" if value is None else str(value))
+
+
+def _print(renderable: Any) -> None:
+    """Render to stdout without trailing blanks, coloured only where a terminal shows it."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    with console.capture() as captured:
+        console.print(renderable, soft_wrap=not hasattr(renderable, "columns"))
+    print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left on stderr, for work that reports `(done, total)`; it appears after two seconds.
+
+    with progress("layers") as step:
+        for i, layer in enumerate(layers):
+            step(i, len(layers))
+    """
+    started, shown = time.monotonic(), False
+    wanted = sys.stderr.isatty() and not (_asked_for("quiet") or _asked_for("json"))
+
+    def step(done: int, total: int) -> None:
+        nonlocal shown
+        seconds = time.monotonic() - started
+        if wanted and done and seconds > PATIENCE:
+            shown = True
+            sys.stderr.write(f"\r\x1b[K{_bar(label, done, total, seconds)}")
+            sys.stderr.flush()
+
+    try:
+        yield step
+    finally:
+        if shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def _bar(label: str, done: int, total: int, seconds: float) -> str:
+    """`layers ━━━━━━──────  120/560  0:14 left`."""
+    filled = 24 * done // max(total, 1)
+    left = round(seconds * (total - done) / done)
+    return f"{label} {'━' * filled}{'─' * (24 - filled)} {done:,}/{total:,}  {left // 60}:{left % 60:02} left"
+
+
+def colour_wanted() -> bool:
+    """Whether stdout is a terminal and NO_COLOR is not set."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -1,0 +1,98 @@
+"""The `krona` command: a group that imports a command only when it runs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import click
+import rich_click
+from click.shell_completion import shell_complete
+
+from krona_hub import __version__
+from krona_hub.cli.failures import report_failure
+
+COMPLETE_VARIABLE = "_KRONA_COMPLETE"
+rich_click.rich_click.TEXT_PARAGRAPH_LINEBREAKS = "\n\n"
+rich_click.rich_click.MAX_WIDTH = 110
+rich_click.rich_click.STYLE_EPILOG_TEXT = ""
+
+
+class Entry(NamedTuple):
+    """A command as `krona --help` lists it, known without importing its file."""
+
+    module: str  # exposes `command`
+    summary: str
+
+
+COMMANDS = {
+    "inspect": Entry("krona_hub.cli.inspect_command", "Say what an adapter file is, and which tools load it."),
+    "validate": Entry("krona_hub.cli.validate_command", "Check a file's structure, schema, shapes and numbers."),
+    "convert": Entry("krona_hub.cli.convert_command", "Write an adapter in another format, form or size."),
+    "migrate": Entry("krona_hub.cli.migrate_command", "Rewrite a krona file in another version of its schema."),
+    "params": Entry("krona_hub.cli.params_command", "Count an adapter's parameters before training it."),
+    "formats": Entry("krona_hub.cli.formats_command", "List the formats, and which tools load them."),
+    "demo": Entry("krona_hub.cli.demo_command", "Run the main job on an adapter that comes with krona, offline."),
+    "completion": Entry("krona_hub.cli.completion_command", "Print the script that completes commands in your shell."),
+}
+
+
+class LazyGroup(rich_click.RichGroup):
+    """Lists its commands from COMMANDS and imports one only to run it or to show its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the table
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, listed, rest = super().resolve_command(ctx, args)
+        return name, load(name) if listed else None, rest
+
+
+def load(name: str) -> click.Command:
+    """The command itself, imported."""
+    command: click.Command = import_module(COMMANDS[name].module).command
+    return command
+
+
+@click.group(
+    "krona",
+    cls=LazyGroup,
+    commands={
+        name: rich_click.RichCommand(name, short_help=entry.summary, help=entry.summary)
+        for name, entry in COMMANDS.items()
+    },
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+)
+@click.version_option(__version__, prog_name="krona")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Read, understand and convert Kronecker (LoKr, KronA, DiffuseKronA) and LoRA adapters of diffusion models.
+
+    krona COMMAND --help shows what a command does, with an example.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def run() -> None:
+    """The entry point: run the command line of this process and exit with its status."""
+    if instruction := os.environ.get(COMPLETE_VARIABLE):
+        sys.exit(shell_complete(cli, {}, "krona", COMPLETE_VARIABLE, instruction))
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit status. Every failure is reported, none escapes."""
+    try:
+        with cli.make_context("krona", list(arguments)) as context:
+            cli.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except BaseException as problem:
+        return report_failure(problem, as_json="--json" in arguments)
+    return 0

@@ -1,0 +1,223 @@
+"""What a layer's delta looks like as numbers only, and which formats can hold such a form. Torch-free.
+
+The form of a layer is its sizes: splits, terms, ranks, row order, DoRA axis. Every rule of the kind "this format
+cannot hold that" is a question about the form, and stands in this file; the values never matter to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, NamedTuple
+
+from krona_hub.kron.shapes import KronShape, lycoris_factors, peft_factors
+
+KRONECKER = ("lycoris-lokr", "peft-lokr", "diffusers-lokr", "diffusekrona")  # formats of one Kronecker term
+LOW_RANK = ("kohya-lora", "diffusers-lora", "peft-lora", "lycoris-locon")  # formats of one up·down
+PROJECTIONS = (".to_q", ".to_k", ".to_v", ".to_out.0")  # what DiffuseKronA adapts
+
+
+class SumForm(NamedTuple):
+    """The sizes of one Kronecker sum Σₖ Aₖ ⊗ Bₖ."""
+
+    shape: KronShape
+    terms: int = 1
+    left_rank: int | None = None  # of A = up·down; None: A is dense
+    right_rank: int | None = None  # of B = up·down; None: B is dense
+    rows: Literal["kron", "shuffled"] = "kron"
+
+    @property
+    def lora_rank(self) -> int | None:
+        """Rank of the up·down that the sum is as it stands, None where it is none.
+
+        >>> SumForm(KronShape(1, 1, 8, 6), right_rank=2).lora_rank, SumForm(KronShape(8, 1, 1, 6), terms=3).lora_rank
+        (2, 3)
+        >>> SumForm(KronShape(2, 2, 4, 3)).lora_rank is None
+        True
+        """
+        a, b = self.shape[:2], self.shape[2:]
+        if a == (1, 1) and self.right_rank is not None:
+            return self.terms * self.right_rank
+        if b == (1, 1) and self.left_rank is not None:
+            return self.terms * self.left_rank
+        vectors = (a[1], b[0]) == (1, 1) or (a[0], b[1]) == (1, 1)
+        return self.terms if vectors and self.left_rank is None and self.right_rank is None else None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rows lie as those of A ⊗ B: shuffling moves none where A or B has one row."""
+        return self.rows == "kron" or 1 in (self.shape.a1, self.shape.b1)
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """The sizes of a layer's delta."""
+
+    weight_shape: tuple[int, ...]  # (out, in) or (out, in / groups, k, …)
+    sums: tuple[SumForm, ...]
+    dora: Literal["out", "in"] | None = None
+    layer: str = ""  # canonical name, where a rule asks for it
+
+    @property
+    def is_conv(self) -> bool:
+        return len(self.weight_shape) > 2
+
+    @property
+    def lora_rank(self) -> int | None:
+        """Rank of the delta as one up·down, concatenating its sums; None where one of them is no LoRA."""
+        ranks = [s.lora_rank for s in self.sums if s.plain]
+        known = [r for r in ranks if r is not None]
+        return sum(known) if len(known) == len(self.sums) else None
+
+    @property
+    def kernel(self) -> int:
+        """k·k…, 1 for a linear layer."""
+        return prod(self.weight_shape[2:])
+
+
+def is_factored(rank: int | None, sides: tuple[int, int]) -> bool:
+    """Whether LyCORIS and PEFT keep a factor of these sides as a product: r < max/2 (FORMATS.md §3).
+
+    A product of higher rank is stored dense, which is at most twice as large.
+    """
+    return rank is not None and rank < max(sides) / 2
+
+
+def no_lora(form: LayerForm) -> str | None:
+    """Why a LoRA file cannot hold this form as it stands; None where it can."""
+    if form.lora_rank is not None:
+        return None
+    worst = next(s for s in form.sums if s.lora_rank is None or not s.plain)
+    return f"it is a Kronecker sum ({worst.shape}, {_count(worst.terms, 'term')}) and no product up·down"
+
+
+def no_single_term(form: LayerForm) -> str | None:
+    """Why a file of one A ⊗ B per module cannot hold this form; None where it can (or may, if factors agree)."""
+    if form.lora_rank is not None:
+        return None
+    if not all(s.plain for s in form.sums):
+        return "its rows are shuffled as in DiffuseKronA, which is no plain A ⊗ B"
+    terms = sum(s.terms for s in form.sums)
+    return f"it is a sum of {terms} Kronecker terms, and one module holds one" if terms > 1 else None
+
+
+def no_locon(form: LayerForm) -> str | None:
+    """LyCORIS LoCon holds a LoRA, or a whole matrix as `.diff`."""
+    dense = all(s.shape[:2] == (1, 1) and s.plain for s in form.sums)
+    return None if dense else no_lora(form)
+
+
+def no_dora(form: LayerForm) -> str | None:
+    axis = {"out": "output row", "in": "input column"}
+    return f"it is a DoRA (one magnitude per {axis[form.dora]})" if form.dora else None
+
+
+def no_input_dora(form: LayerForm) -> str | None:
+    return no_dora(form) if form.dora == "in" else None
+
+
+def no_row_kernel(form: LayerForm) -> str | None:
+    """PEFT splits the channels of a convolution, never its kernel."""
+    for s in form.sums:
+        if form.is_conv and form.lora_rank is None and form.weight_shape[1] % s.shape.a2:
+            return f"A has {s.shape.a2} columns, which do not divide the {form.weight_shape[1]} input channels"
+    return None
+
+
+def no_conv1d(form: LayerForm) -> str | None:
+    """PEFT computes another matrix for a Conv1d with a full w2 (FORMATS.md §4)."""
+    full = any(s.right_rank is None for s in form.sums)
+    return "PEFT computes something else for a Conv1d with a dense B" if len(form.weight_shape) == 3 and full else None
+
+
+def no_diffusekrona(form: LayerForm) -> str | None:
+    """One dense pair per attention projection, rows in DiffuseKronA's order."""
+    if form.dora or form.is_conv or (form.layer and not form.layer.endswith(PROJECTIONS)):
+        return "DiffuseKronA adapts linear attention projections only, without DoRA"
+    if len(form.sums) != 1 or form.sums[0].terms != 1:
+        return "DiffuseKronA holds one term per layer"
+    s = form.sums[0]
+    if s.rows == "shuffled" or 1 in (s.shape.a1, s.shape.b1):
+        return None
+    return "DiffuseKronA interleaves the rows of A ⊗ B, and this delta does not"
+
+
+Rule = Callable[[LayerForm], str | None]
+RULES: Mapping[str, tuple[Rule, ...]] = {  # format -> what it cannot hold
+    "krona": (),
+    "kohya-lora": (no_dora, no_lora),
+    "lycoris-locon": (no_locon,),
+    "diffusers-lora": (no_input_dora, no_lora),
+    "peft-lora": (no_input_dora, no_lora),
+    "lycoris-lokr": (no_single_term,),
+    "peft-lokr": (no_dora, no_single_term, no_row_kernel, no_conv1d),
+    "diffusers-lokr": (no_dora, no_single_term, no_row_kernel, no_conv1d),
+    "diffusekrona": (no_diffusekrona,),
+}
+
+
+def refusal(form: LayerForm, format_name: str) -> str | None:
+    """Why files of this format cannot hold this form exactly, as a clause; None where they can.
+
+    >>> refusal(LayerForm((8, 6), (SumForm(KronShape(2, 2, 4, 3)),)), "kohya-lora")
+    'it is a Kronecker sum (2x2 ⊗ 4x3, 1 term) and no product up·down'
+    >>> refusal(LayerForm((8, 6), (SumForm(KronShape(2, 2, 4, 3)),)), "lycoris-lokr") is None
+    True
+    """
+    return next((why for rule in RULES[format_name] if (why := rule(form))), None)
+
+
+class Split(NamedTuple):
+    """The channels of a weight and how a Kronecker term splits them, kernel left out."""
+
+    out: tuple[int, int]  # (a1, b1)
+    in_: tuple[int, int]  # (a2, b2 / kernel)
+
+
+def channel_split(form: LayerForm) -> Split:
+    """The split of the single term that a form is, or becomes as [[1]] ⊗ up·down."""
+    out, channels = form.weight_shape[:2]
+    if form.lora_rank is not None or not form.sums:
+        return Split((1, out), (1, channels))
+    shape = form.sums[0].shape
+    return Split((shape.a1, shape.b1), (shape.a2, shape.b2 // form.kernel))
+
+
+def common_peft_factor(splits: Iterable[Split]) -> int | None:
+    """The `decompose_factor` under which PEFT derives exactly these splits; None where no single one does.
+
+    >>> common_peft_factor([Split((4, 80), (4, 192))]), common_peft_factor([Split((64, 5), (4, 192))]) is None
+    (4, True)
+    """
+    wanted = {pair for split in splits for pair in split}
+    largest = max((a for a, _ in wanted), default=1)
+    candidates: tuple[int, ...] = (-1, *range(1, largest + 1))
+    for factor in candidates:
+        if all(peft_factors(a * b, factor) == (a, b) for a, b in wanted):
+            return factor
+    return None
+
+
+def lycoris_resumes(split: Split, kernel: int = 1) -> bool:
+    """Whether LyCORIS derives this split again when it builds a module from a file.
+
+    It guesses its `factor` from the tensors. `kernel` is k·k… where w2 is stored as a product, whose second half
+    (r, d·k·k) makes LyCORIS see d·k·k input channels while it guesses; else 1.
+
+    >>> lycoris_resumes(Split((4, 80), (4, 192))), lycoris_resumes(Split((64, 5), (4, 192)))
+    (True, False)
+    """
+    (a1, b1), (a2, channels) = split
+    b2 = channels * kernel
+    out, in_ = a1 * b1, a2 * b2
+    if (a1, a2) == (lycoris_factors(out)[0], lycoris_factors(in_)[0]):
+        guess = -1
+    else:
+        left, right = max(a1, a2), max(b1, b2)
+        guess = next((f for f in (left, right) if f in (a1, b1) and f in (a2, b2)), min(left, right))
+    return lycoris_factors(out, guess) == (a1, b1) and lycoris_factors(a2 * channels, guess) == (a2, channels)
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
