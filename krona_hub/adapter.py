@@ -20,6 +20,9 @@ from torch import Tensor
 
 from krona_hub.errors import NotFoundError, ShapeError, UnknownBaseError
 from krona_hub.kron.terms import KronTerms
+from krona_hub.origin import BaseModel, Provenance
+
+__all__ = ["COMPONENTS", "Adapter", "Axis", "BaseModel", "LayerDelta", "Provenance", "canonical_name", "dora_weight"]
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 Axis = Literal["out", "in"]
@@ -108,36 +111,8 @@ def dora_weight(directed: Tensor, magnitude: Tensor, axis: Axis) -> Tensor:
     return scaled
 
 
-@dataclass(frozen=True)
-class BaseModel:
-    """Which base an adapter belongs to, as a plain value; every field may be unknown."""
-
-    family: str | None = None  # catalogue name, such as "sdxl"
-    hub_id: str | None = None  # such as "stabilityai/stable-diffusion-xl-base-1.0"
-    revision: str | None = None
-    fingerprint: str | None = None  # sha256 of the base's sorted canonical `name shape` lines
-    candidates: tuple[str, ...] = ()  # catalogue names that fit equally well
-
-
 def _frozen(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return MappingProxyType(dict(values))
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where an adapter comes from, and what was measured on the way."""
-
-    created_by: str | None = None
-    source_format: str | None = None  # a name of FORMATS
-    source_sha256: str | None = None
-    method: str | None = None
-    relative_error: float | None = None  # overall, Frobenius
-    layer_errors: Mapping[str, float] = field(default_factory=dict)  # layer name -> relative error
-    training: Mapping[str, Any] = field(default_factory=dict)
-    licence: str | None = None
-    trigger_words: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of the file it was read from
-    unknown: Mapping[str, Any] = field(default_factory=dict)  # header fields of newer minor versions, kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +121,7 @@ class Adapter:
 
     layers: Mapping[str, LayerDelta]
     base: BaseModel | None = None
-    provenance: Provenance = Provenance()
+    provenance: Provenance = field(default_factory=Provenance)
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # what is no delta: embeddings, norms, biases
 
     def __post_init__(self) -> None:

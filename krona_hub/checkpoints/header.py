@@ -1,36 +1,30 @@
 """The header of a safetensors file, parsed by hand and strictly. Torch-free.
 
 Specification: https://github.com/huggingface/safetensors#format — eight bytes of little-endian header size, a
-JSON object, then the data, which the tensors must cover without holes or overlaps.
+JSON object, then the data, which the tensors must cover without holes or overlaps. Only the header is read.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16")
+from krona_hub.checkpoints import strict_json
+from krona_hub.checkpoints.entries import DTYPE_BITS, FLOATS, TensorInfo, layout_findings, parse_entry
+from krona_hub.checkpoints.faults import fault
+from krona_hub.checkpoints.findings import Finding, quoted, raise_first
+from krona_hub.checkpoints.sniff import FIRST_BYTES, sniff
+from krona_hub.errors import FormatError, KronaError, StructureError, TruncatedError
+
+__all__ = ["DTYPE_BITS", "FLOATS", "MAX_HEADER", "Header", "TensorInfo", "examine", "read_header"]
+
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
-
-
-class TensorInfo(NamedTuple):
-    dtype: str  # as in the header: F32, BF16, …
-    shape: tuple[int, ...]
-    start: int  # bytes from the start of the data section
-    end: int
-
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
+_AGAIN = "Download or copy it again."
+_BROKEN = "The file is broken or forged: download it again, or save it again with its own tool."
 
 
 @dataclass(frozen=True)
@@ -45,11 +39,95 @@ class Header:
 
 
 def read_header(path: Path | str) -> Header:
-    """Parse the header of `path`. Raises a FormatError that says what the file really is."""
+    """The header of the safetensors file at `path`, every rule of the format checked.
+
+    Reads 8 + n bytes, whatever the size of the file. Raises a FormatError that says what the file really is
+    (a pickle, a web page, a git-lfs pointer, truncated, …), NotFoundError, or ResourceError without permission.
+    """
+    header, findings = examine(path)
+    raise_first(findings, str(path))
+    return header
+
+
+def examine(path: Path | str) -> tuple[Header, tuple[Finding, ...]]:
+    """The sound part of the header, and all that is wrong with the rest.
+
+    Raises, as read_header, only where nothing can be made of the file as a whole.
+    """
     path = Path(path)
-    raw = path.read_bytes()[: 8 + MAX_HEADER]
-    size = int.from_bytes(raw[:8], "little")
-    fields = json.loads(raw[8 : 8 + size])
-    metadata = fields.pop("__metadata__", {})
-    tensors = {k: TensorInfo(v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for k, v in fields.items()}
-    return Header(path, tensors, metadata, 8 + size, path.stat().st_size)
+    try:
+        raw, size = _read(path)
+        fields = _parse(raw)
+    except (OSError, ValueError) as error:
+        raise _told(error, path) from None
+    metadata, findings = _metadata(fields.pop("__metadata__", {}))
+    tensors: dict[str, TensorInfo] = {}
+    for name, value in fields.items():
+        try:
+            tensors[name] = parse_entry(value)
+        except KronaError as error:
+            findings.append(Finding.of(error, where=quoted(name)))
+    if len(tensors) == len(fields):  # holes beside a broken entry are its own
+        findings.extend(layout_findings(tensors, size - 8 - len(raw)))
+    return Header(path, tensors, metadata, 8 + len(raw), size), tuple(findings)
+
+
+def _told(error: OSError | ValueError, path: Path) -> KronaError:
+    return error.within(str(path)) if isinstance(error, KronaError) else fault(error, path)
+
+
+def _read(path: Path) -> tuple[bytes, int]:
+    """The bytes of the header, and the size of the file. Raises a FormatError that says what the file is."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):  # never open a pipe or a device: it may block for ever
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise FormatError(f"this is {kind}.", fix="Give the .safetensors file itself.")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        first = file.read(FIRST_BYTES)
+        length = int.from_bytes(first[:8], "little")
+        _check_start(first, length, size)
+        file.seek(8)
+        return file.read(length), size
+
+
+def _check_start(first: bytes, length: int, size: int) -> None:
+    """Raise unless the first bytes can open a safetensors file: header size, then `{`."""
+    if not first:
+        raise TruncatedError("the file is empty.", fix=_AGAIN)
+    opens = first[8:9] == b"{"
+    if opens and 8 + length <= size and length <= MAX_HEADER:
+        return
+    known = None if opens and length <= MAX_HEADER else sniff(first)
+    if known:
+        raise known
+    if len(first) < 10:
+        raise TruncatedError(f"the file has only {size} bytes.", fix=_AGAIN)
+    if opens and length > MAX_HEADER:
+        raise StructureError(
+            f"it claims a header of {length:,} bytes; {MAX_HEADER:,} is the limit of the format.", fix=_BROKEN
+        )
+    if opens:
+        raise TruncatedError(
+            f"the file ends inside its header: {8 + length:,} bytes are needed, {size:,} are there.", fix=_AGAIN
+        )
+    raise FormatError("this is no safetensors file.", fix="Give the .safetensors file of the adapter.")
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        return strict_json.parse(raw)
+    except StructureError as error:
+        raise StructureError(f"the header is broken: {error.cause}", fix=_BROKEN) from None
+
+
+def _metadata(value: Any) -> tuple[dict[str, str], list[Finding]]:
+    """The entries that are text, and a finding for each that is not."""
+    if not isinstance(value, dict):
+        return {}, [Finding.of(StructureError("it is not an object.", fix=_BROKEN), where="__metadata__")]
+    odd = [key for key, text in value.items() if not isinstance(text, str)]
+    findings = [
+        Finding.of(StructureError(f"the value of {quoted(key)} is not text.", fix=_BROKEN), where="__metadata__")
+        for key in odd
+    ]
+    return {key: text for key, text in value.items() if isinstance(text, str)}, findings

@@ -1,0 +1,149 @@
+"""Files and folders that appear whole, by rename, or not at all. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from krona_hub.checkpoints.faults import fault
+from krona_hub.errors import ConflictError, KronaError, NotFoundError
+
+_OVERWRITE = "Add --overwrite, or choose another output with -o."
+
+
+def check_output(path: Path, *, overwrite: bool = False) -> None:
+    """Raise what writing a file to `path` would raise, before any work is done for it."""
+    _check_parent(path)
+    if path.is_dir():
+        raise ConflictError(f"{str(path)!r} is a folder.", fix="Name a file in it.")
+    if os.path.lexists(path) and not path.is_file() and not path.is_symlink():
+        raise ConflictError(f"{str(path)!r} is no regular file.", fix="Choose another output with -o.")
+    if os.path.lexists(path) and not overwrite:
+        raise ConflictError(f"{str(path)!r} exists already.", fix=_OVERWRITE)
+
+
+@contextmanager
+def atomic_file(path: Path | str, *, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes `path` when the block ends well and vanishes when it does not.
+
+    A link at `path` is replaced, not followed. Raises ConflictError where something is in the way,
+    NotFoundError without the parent folder, ResourceError for a full disk or a place that is not writable.
+    """
+    path = Path(path)
+    try:
+        check_output(path, overwrite=overwrite)
+        with _temporary(path) as temporary, _create(temporary) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            check_output(path, overwrite=overwrite)
+            temporary.replace(path)
+        _sync_folder(path.parent)
+    except KronaError:  # NotFoundError is an OSError too
+        raise
+    except OSError as error:
+        raise fault(error, path) from error
+
+
+def atomic_text(path: Path | str, text: str, *, overwrite: bool = False) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    with atomic_file(path, overwrite=overwrite) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def atomic_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` when the block ends well and vanishes when it does not.
+
+    An empty folder at `path` is no conflict. With `overwrite`, files of a folder that is there are replaced one
+    by one, each by rename, and files that were not written stay: nobody's home folder is ever swept away.
+    """
+    path = Path(path)
+    try:
+        _check_folder(path, overwrite=overwrite)
+        with _temporary(path) as temporary:
+            temporary.mkdir()
+            yield temporary
+            for file in _files(temporary):
+                _sync_file(file)
+            _check_folder(path, overwrite=overwrite)
+            _move(temporary, path)
+        _sync_folder(path.parent)
+    except KronaError:  # NotFoundError is an OSError too
+        raise
+    except OSError as error:
+        raise fault(error, path) from error
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.parent
+    if "\0" in str(path):
+        raise NotFoundError("a path cannot hold a NUL character.", fix="Check the spelling of the path.")
+    if not parent.exists():
+        raise NotFoundError(f"the folder {str(parent)!r} does not exist.", fix=f"Create it: mkdir -p {str(parent)!r}")
+    if not parent.is_dir():
+        raise ConflictError(f"{str(parent)!r} is a file, not a folder.", fix="Choose another output with -o.")
+
+
+def _check_folder(path: Path, *, overwrite: bool) -> None:
+    _check_parent(path)
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise ConflictError(f"{str(path)!r} is a file; a folder is to be written.", fix="Choose another name with -o.")
+    if any(path.iterdir()) and not overwrite:
+        raise ConflictError(f"{str(path)!r} exists already and is not empty.", fix=_OVERWRITE)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path`, so on the same disk; whatever bears it is gone when the block ends, Ctrl-C included."""
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
+    try:
+        yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def _create(path: Path) -> BinaryIO:
+    """A new file with the rights that a plain open() would give it, which mkstemp's are not."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """One rename where nothing or an empty folder is there, else a rename per file."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    for file in _files(temporary):
+        target = path / file.relative_to(temporary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the rename itself durable, where the system can."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
