@@ -1,51 +1,31 @@
-"""What form a delta has: is it a LoRA, how is it called, which LoRA equals it."""
+"""What form a delta has: is it a LoRA, how is it called, how large is it, which LoRA equals it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from krona_hub.adapter import LayerDelta
+from krona_hub.formats.normal import Lora, form_of, lora_of
 from krona_hub.kron.lowrank import nearest_lora
-from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor, factor_tensors
+from krona_hub.kron.terms import KronTerms, LowRank, as_lora, factor_tensors
 
 
-class Lora(NamedTuple):
-    up: Tensor  # (out, r)
-    down: Tensor  # (r, in)
-
-
-def is_lora_sum(terms: KronTerms) -> bool:
-    """[[c]] ⊗ (up·down): a LoRA, whatever the number in A."""
-    return terms.shape[:2] == (1, 1) and isinstance(terms.right, LowRank) and terms.rows == "kron"
+def lora_rank(delta: LayerDelta) -> int | None:
+    """The rank of the LoRA that a delta is as it stands; None for a Kronecker adapter."""
+    return form_of(delta).lora_rank
 
 
 def is_lora(delta: LayerDelta) -> bool:
-    return all(is_lora_sum(s) for s in delta.sums)
-
-
-def own_lora(delta: LayerDelta) -> Lora:
-    """The LoRA that a LoRA-shaped delta is, its terms and sums side by side; exact, nothing recomputed."""
-    pairs = [_term_lora(s, k) for s in delta.sums for k in range(s.terms)]
-    dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
-    ups, downs = zip(*((up.to(dtype), down.to(dtype)) for up, down in pairs), strict=True)
-    return Lora(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
-
-
-def _term_lora(terms: KronTerms, k: int) -> Lora:
-    scalar, right = dense_factor(terms.left)[k, 0, 0], terms.right
-    if not isinstance(right, LowRank):
-        raise TypeError("only a LoRA-shaped sum has a LoRA of its own")
-    return Lora(right.up[k] * scalar, right.down[k])
+    return lora_rank(delta) is not None
 
 
 def exact_lora_of(delta: LayerDelta) -> Lora:
-    """A LoRA equal to Σ A ⊗ B: its own where it has one, else by SVD of the factors, at the least rank."""
-    if is_lora(delta):
-        return own_lora(delta)
+    """A LoRA equal to Σ A ⊗ B: its own where it is one, else by SVD of the factors, at the least rank."""
+    own = lora_of(delta)
+    if own is not None:
+        return own
     fit = nearest_lora(delta.sums, max_error=0.0)
     return Lora(fit.up, fit.down)
 
@@ -54,28 +34,23 @@ def with_lora(delta: LayerDelta, lora: Lora) -> LayerDelta:
     return replace(delta, sums=(as_lora(*lora),))
 
 
-def form_of(delta: LayerDelta) -> str:
+def words_of(delta: LayerDelta) -> str:
     """The form in words.
 
-    >>> form_of(LayerDelta((as_lora(torch.ones(4, 2), torch.ones(2, 6)),), (4, 6)))
+    >>> import torch
+    >>> words_of(LayerDelta((as_lora(torch.ones(4, 2), torch.ones(2, 6)),), (4, 6)))
     'LoRA r2'
     """
-    if not delta.sums:
-        return "zero"
-    if is_lora(delta):
-        words = f"LoRA r{sum(s.terms * s.right.rank for s in delta.sums if isinstance(s.right, LowRank))}"
-    else:
-        words = " + ".join(_sum_form(s) for s in delta.sums)
-    return words if delta.magnitude is None else f"{words}, DoRA"
+    rank = lora_rank(delta)
+    words = " + ".join(_sum_words(s) for s in delta.sums) if rank is None else f"LoRA r{rank}"
+    return (words if delta.sums else "zero") + (", DoRA" if delta.magnitude is not None else "")
 
 
-def _sum_form(terms: KronTerms) -> str:
-    shape = terms.shape
-    words = "dense" if shape[:2] == (1, 1) and not isinstance(terms.right, LowRank) else str(shape)
-    if isinstance(terms.left, LowRank):
-        words += f", A r{terms.left.rank}"
-    if isinstance(terms.right, LowRank):
-        words += f", B r{terms.right.rank}"
+def _sum_words(terms: KronTerms) -> str:
+    whole = terms.shape[:2] == (1, 1) and not isinstance(terms.right, LowRank)
+    words = "dense" if whole else str(terms.shape)
+    for name, factor in (("A", terms.left), ("B", terms.right)):
+        words += f", {name} r{factor.rank}" if isinstance(factor, LowRank) else ""
     if terms.rows == "shuffled":
         words += ", shuffled rows"
     return f"{terms.terms} × {words}" if terms.terms > 1 else words
@@ -89,15 +64,5 @@ def size_of(delta: LayerDelta) -> tuple[int, int]:
 
 
 def _counted(terms: KronTerms) -> tuple[Tensor, ...]:
-    return factor_tensors(terms.right) if is_lora_sum(terms) else terms.tensors
-
-
-def cast(delta: LayerDelta, dtype: torch.dtype) -> LayerDelta:
-    """The same delta with every stored tensor rounded once to `dtype`."""
-
-    def factor(value: Tensor | LowRank) -> Tensor | LowRank:
-        return LowRank(value.up.to(dtype), value.down.to(dtype)) if isinstance(value, LowRank) else value.to(dtype)
-
-    sums = tuple(replace(s, left=factor(s.left), right=factor(s.right)) for s in delta.sums)
-    magnitude = None if delta.magnitude is None else delta.magnitude.to(dtype)
-    return replace(delta, sums=sums, magnitude=magnitude)
+    constant = terms.shape[:2] == (1, 1) and isinstance(terms.right, LowRank)
+    return factor_tensors(terms.right) if constant else terms.tensors

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
-
-import torch
+from math import inf, sqrt
 
 from krona_hub.adapter import LayerDelta
-from krona_hub.conversion.forms import Lora, exact_lora_of, is_lora, size_of, with_lora
+from krona_hub.conversion.forms import exact_lora_of, is_lora, lora_rank, size_of, with_lora
+from krona_hub.conversion.target import Loads, Target
 from krona_hub.conversion.ways import Budget, Exact, FixedShape, Keep, MaxError, Rank, Way
-from krona_hub.errors import KronaError, ShapeError, UsageError
+from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
+from krona_hub.formats.normal import Lora
 from krona_hub.kron.lowrank import nearest_kron_of_lora, nearest_lora
 from krona_hub.kron.search import Choice, realise, smallest_within, within_budget
 from krona_hub.kron.shapes import KronShape, nearest_split, split
-from krona_hub.kron.terms import KronTerms, LowRank, nearest_kron
+from krona_hub.kron.sums import norm
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, nearest_kron
 
 Layers = Mapping[str, LayerDelta]
-# May the target hold this many terms of this shape, B of this rank (None: dense), on this weight?
-Loads = Callable[[tuple[int, ...], KronShape, int, int | None], bool]
-Progress = Callable[[int, int], None] | None
+Progress = Callable[[int, int], None] | None  # layers done, layers in all
 
 
 @dataclass(frozen=True)
@@ -32,21 +31,21 @@ class Outcome:
     best_other: str | None = None
 
 
-def apply_way(layers: Layers, way: Way, loads: Loads, to_lora: bool, progress: Progress = None) -> dict[str, Outcome]:
-    """Every layer in the form that `way` asks for; `to_lora` restricts the forms to LoRAs."""
+def apply_way(layers: Layers, way: Way, target: Target, progress: Progress = None) -> dict[str, Outcome]:
+    """Every layer in the form that `way` asks for, among the forms that the target holds."""
     match way:
         case Keep():
             return {name: Outcome(delta) for name, delta in layers.items()}
         case Exact():
-            return {name: Outcome(_as_lora(delta) if to_lora else delta) for name, delta in layers.items()}
+            return {name: Outcome(_as_lora(delta) if target.to_lora else delta) for name, delta in layers.items()}
         case Rank(rank):
             return {name: Outcome(_nearest_lora(delta, rank=rank)) for name, delta in layers.items()}
-        case MaxError(error) if to_lora:
+        case MaxError(error) if target.to_lora:
             return {name: Outcome(_nearest_lora(delta, max_error=error)) for name, delta in layers.items()}
         case FixedShape():
             return _fixed_shapes(layers, way, progress)
         case MaxError() | Budget():
-            return _searched(layers, way, _only_loras if to_lora else loads, progress)
+            return _searched(layers, way, (only_loras,) if target.to_lora else target.loads, progress)
 
 
 def _as_lora(delta: LayerDelta) -> LayerDelta:
@@ -58,17 +57,14 @@ def _nearest_lora(delta: LayerDelta, *, rank: int | None = None, max_error: floa
     if rank is not None:
         rank = min(rank, *delta.matrix_shape)
     fit = nearest_lora(delta.sums, rank=rank, max_error=max_error)
-    if is_lora(delta) and fit.up.shape[1] >= sum(_rank(s) for s in delta.sums):
+    if fit.up.shape[1] >= (lora_rank(delta) or inf):
         return delta
     return with_lora(delta, Lora(fit.up.float(), fit.down.float()))
 
 
-def _rank(terms: KronTerms) -> int:
-    return terms.terms * terms.right.rank if isinstance(terms.right, LowRank) else min(terms.shape.full)
-
-
-def _only_loras(weight_shape: tuple[int, ...], shape: KronShape, terms: int, right_rank: int | None) -> bool:
-    return shape[:2] == (1, 1) and right_rank is not None
+def only_loras(weight_shape: tuple[int, ...], shape: KronShape, terms: int, right_rank: int | None) -> bool:
+    """The predicate of a LoRA target: [[1]] ⊗ (up·down) and nothing else."""
+    return shape[:2] == (1, 1) and terms == 1 and right_rank is not None
 
 
 # --- one shape for every layer ---------------------------------------------------------------------------------
@@ -108,7 +104,7 @@ def _nearest(delta: LayerDelta, shape: KronShape, terms: int) -> KronTerms:
 def _single(terms: KronTerms) -> KronTerms:
     """New factors are stored in float32."""
 
-    def narrow(factor: torch.Tensor | LowRank) -> torch.Tensor | LowRank:
+    def narrow(factor: Factor) -> Factor:
         return LowRank(factor.up.float(), factor.down.float()) if isinstance(factor, LowRank) else factor.float()
 
     return replace(terms, left=narrow(terms.left), right=narrow(terms.right))
@@ -117,18 +113,48 @@ def _single(terms: KronTerms) -> KronTerms:
 # --- the smallest form, or the best for a size -------------------------------------------------------------------
 
 
-def _searched(layers: Layers, way: MaxError | Budget, loads: Loads, progress: Progress) -> dict[str, Outcome]:
+def _searched(
+    layers: Layers, way: MaxError | Budget, variants: Sequence[Loads], progress: Progress
+) -> dict[str, Outcome]:
     loras = {name: exact_lora_of(delta) for name, delta in layers.items()}
-    allowed = _allowed_by_size(layers, loads)
-    if isinstance(way, MaxError):
-        choices = smallest_within(list(loras.values()), way.value, allowed=allowed, progress=progress)
-    else:
-        total = sum(size_of(delta)[0] for delta in layers.values())
-        choices = within_budget(list(loras.values()), way.of(total), allowed=allowed, progress=progress)
+    total = sum(size_of(delta)[0] for delta in layers.values())
+    found = [_search(layers, list(loras.values()), way, total, loads, progress) for loads in variants]
+    norms = [norm(delta.sums) for delta in layers.values()]
+    choices = _best([choices for choices in found if choices is not None], way, norms)
     return {
         name: _outcome(delta, loras[name], choice)
         for (name, delta), choice in zip(layers.items(), choices, strict=True)
     }
+
+
+def _search(
+    layers: Layers, loras: list[Lora], way: MaxError | Budget, total: int, loads: Loads, progress: Progress
+) -> list[Choice] | None:
+    """One choice per layer; None where a layer has no form that the target loads."""
+    allowed = _allowed_by_size(layers, loads)
+    try:
+        if isinstance(way, MaxError):
+            return smallest_within(loras, way.value, allowed=allowed, progress=progress)
+        return within_budget(loras, way.of(total), allowed=allowed, progress=progress)
+    except InexpressibleError:
+        return None
+
+
+def _best(found: list[list[Choice]], way: MaxError | Budget, norms: Sequence[float]) -> list[Choice]:
+    """The variant of the fewest parameters, or of the least error, by what was asked."""
+    if not found:
+        raise InexpressibleError(
+            "no form that the target loads comes within what was asked.",
+            fix="Allow more error or a larger budget, or choose a target that holds any shape, such as --to krona.",
+        )
+    if isinstance(way, MaxError):
+        return min(found, key=lambda choices: sum(c.form.parameters for c in choices))
+    return min(found, key=lambda choices: _lost(choices, norms))
+
+
+def _lost(choices: Sequence[Choice], norms: Sequence[float]) -> float:
+    """Squared error over all layers: Σ (eₗ·‖ΔWₗ‖)²."""
+    return sum((c.form.relative_error * n) ** 2 for c, n in zip(choices, norms, strict=True))
 
 
 def _allowed_by_size(layers: Layers, loads: Loads) -> Callable[[KronShape, int, int | None], bool]:
@@ -162,3 +188,12 @@ def check_kind(way: Way, to_lora: bool, names: Sequence[str]) -> None:
         raise UsageError("a LoRA has no Kronecker shape.", fix="Use --rank or --max-error, or choose a Kronecker format.")
     if not to_lora and isinstance(way, Rank):
         raise UsageError("--rank belongs to LoRA targets.", fix="Add --to lora, or use --shape, --max-error or --budget.")
+
+
+def lora_error_within(layers: Layers, parameters: int) -> float:
+    """Total relative error of the best LoRAs of all layers within that many parameters: the measure to beat."""
+    loras = [exact_lora_of(delta) for delta in layers.values()]
+    norms = [norm(delta.sums) for delta in layers.values()]
+    choices = within_budget(loras, parameters, allowed=lambda *form: only_loras((), *form))
+    whole = sum(n**2 for n in norms)
+    return sqrt(_lost(choices, norms) / whole) if whole else 0.0
