@@ -24,7 +24,7 @@ from krona_hub.origin import BaseModel, Provenance
 
 __all__ = ["COMPONENTS", "Adapter", "Axis", "BaseModel", "LayerDelta", "Provenance", "canonical_name", "dora_weight"]
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 Axis = Literal["out", "in"]
 
 

@@ -1,0 +1,84 @@
+"""The names of the original latent-diffusion code (ldm, sgm) for a diffusers U-Net, by FORMATS §12.2's rule.
+
+Nothing is listed: block numbers follow from L, the layers per block, which is read off the module names, so that
+a U-Net of any configuration has its table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from krona_hub.bases.base import Module, Placement
+
+TOP = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+MIDDLE = re.compile(r"(mid_block\.(?:resnets|attentions)\.\d+)\.(.+)")
+
+
+def is_unet(modules: Mapping[str, Module]) -> bool:
+    return "conv_in" in modules and "mid_block.resnets.0.conv1" in modules
+
+
+def is_sdxl_like(modules: Mapping[str, Module]) -> bool:
+    """U-Nets with added conditions (SDXL and its refiner): those whose trainers write ldm names."""
+    return "add_embedding.linear_1" in modules
+
+
+def names(modules: Mapping[str, Module]) -> dict[str, tuple[Placement, ...]]:
+    """ldm name -> placement (layer: path within the component) of every module of a U-Net; {} for anything else."""
+    if not is_unet(modules):
+        return {}
+    layers = sum(f"down_blocks.0.resnets.{i}.conv1" in modules for i in range(16))  # L
+    named = ((path, _ldm(path, layers, modules)) for path in modules)
+    return {ldm: (Placement(path),) for path, ldm in named if ldm}
+
+
+def _ldm(path: str, layers: int, modules: Mapping[str, Module]) -> str | None:
+    if path in TOP:
+        return TOP[path]
+    if middle := MIDDLE.fullmatch(path):
+        return f"{TOP[middle[1]]}.{_inner(middle[2])}" if middle[1] in TOP else None
+    if block := BLOCK.fullmatch(path):
+        side, number, kind, index, rest = block.groups()
+        return PLACES[side, kind](int(number), int(index), rest, layers, modules)
+    return None
+
+
+def _inner(rest: str) -> str:
+    return RESNET.get(rest, rest)
+
+
+Place = Callable[[int, int, str, int, Mapping[str, Module]], str]
+
+
+def _up_sampler(b: int, _: int, rest: str, n: int, modules: Mapping[str, Module]) -> str:
+    """Last of its block, behind the attention where the block has one."""
+    behind = 2 if f"up_blocks.{b}.attentions.{n}.proj_in" in modules else 1
+    return f"output_blocks.{b * (n + 1) + n}.{behind}.{rest}"
+
+
+PLACES: Mapping[tuple[str, str], Place] = {  # b: block, i: layer in the block, n: layers per block
+    ("down_blocks", "resnets"): lambda b, i, rest, n, _: f"input_blocks.{b * (n + 1) + i + 1}.0.{_inner(rest)}",
+    ("down_blocks", "attentions"): lambda b, i, rest, n, _: f"input_blocks.{b * (n + 1) + i + 1}.1.{rest}",
+    ("down_blocks", "downsamplers"): lambda b, i, rest, n, _: f"input_blocks.{(b + 1) * (n + 1)}.0.op",
+    ("up_blocks", "resnets"): lambda b, i, rest, n, _: f"output_blocks.{b * (n + 1) + i}.0.{_inner(rest)}",
+    ("up_blocks", "attentions"): lambda b, i, rest, n, _: f"output_blocks.{b * (n + 1) + i}.1.{rest}",
+    ("up_blocks", "upsamplers"): _up_sampler,
+}

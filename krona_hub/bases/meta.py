@@ -1,0 +1,53 @@
+"""Module names and shapes of a model class, built without weights on torch's meta device. Imports torch late.
+
+The only place that needs diffusers and transformers; everything else reads names and shapes from files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from krona_hub.bases.base import Module
+from krona_hub.errors import UnknownBaseError
+
+
+def modules_of(library: str, class_name: str, config: Mapping[str, Any]) -> dict[str, Module]:
+    """Path -> Module of every Linear and Conv of `class_name` in `library` (`diffusers` or `transformers`).
+
+    Paths have no `text_model.`. Raises UnknownBaseError where the class is not installed or refuses the config.
+    """
+    import torch
+
+    weighted = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    model = build(library, class_name, config)
+    return {
+        name.removeprefix("text_model."): Module(
+            tuple(m.weight.shape), m.bias is not None, getattr(m, "groups", 1)
+        )
+        for name, m in model.named_modules()
+        if isinstance(m, weighted)
+    }  # fmt: skip
+
+
+def build(library: str, class_name: str, config: Mapping[str, Any]) -> Any:
+    """The model itself on the meta device: parameters with shapes and no storage."""
+    import importlib
+
+    import torch
+
+    try:
+        cls = getattr(importlib.import_module(library), class_name)
+        with torch.device("meta"):
+            return _instance(library, cls, config)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UnknownBaseError(
+            f"{class_name} cannot be built from its config: {error}.",
+            fix="Give a folder or file with safetensors weights, or install the version of diffusers it needs.",
+        ) from error
+
+
+def _instance(library: str, cls: Any, config: Mapping[str, Any]) -> Any:
+    if library == "diffusers":
+        return cls.from_config(dict(config))
+    return cls(cls.config_class(**{k: v for k, v in config.items() if k != "model_type"}))

@@ -1,0 +1,95 @@
+"""A compact, lossless way to write thousands of module names: `blocks.{0-18}.attn.to_q` -> `3072x3072b`.
+
+A pattern stands for the product of the numbers in its braces. A shape is the sizes of the weight joined by `x`,
+then `b` where the module has a bias, and `gN` where a convolution has N groups.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby, product
+
+from krona_hub.bases.base import Module
+
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole segment of digits
+SHAPE = re.compile(r"(\d+(?:x\d+)*)(b?)(?:g(\d+))?")
+
+Box = tuple[frozenset[int], ...]  # a product of sets of numbers, one per index of a name
+
+
+def encode_module(module: Module) -> str:
+    """
+    >>> encode_module(Module((320, 4, 3, 3))), encode_module(Module((640, 1, 3, 3), False, 640))
+    ('320x4x3x3b', '640x1x3x3g640')
+    """
+    groups = f"g{module.groups}" if module.groups > 1 else ""
+    return "x".join(map(str, module.shape)) + "b" * module.bias + groups
+
+
+def parse_module(text: str) -> Module:
+    """The inverse of `encode_module`."""
+    match = SHAPE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no shape of a module")  # the shipped data are broken, not the user's file
+    sizes, bias, groups = match.groups()
+    return Module(tuple(map(int, sizes.split("x"))), bool(bias), int(groups or 1))
+
+
+def encode(modules: Mapping[str, Module]) -> dict[str, str]:
+    """
+    >>> two_by_two = {f"a.{i}.b.{j}": Module((2, 2)) for i in (0, 1) for j in (0, 2, 3)}
+    >>> encode(two_by_two)
+    {'a.{0-1}.b.{0,2-3}': '2x2b'}
+    """
+    indices: dict[tuple[str, str], list[Box]] = defaultdict(list)
+    for name, module in modules.items():
+        key = NUMBER.sub("{}", name), encode_module(module)
+        indices[key].append(tuple(frozenset([int(n)]) for n in NUMBER.findall(name)))
+    return {template.format(*map(_braces, box)): s for (template, s), boxes in indices.items() for box in _join(boxes)}
+
+
+def expand(patterns: Mapping[str, str]) -> dict[str, Module]:
+    """
+    >>> list(expand({"a.{0-1}.b.{0,2}": "2x2b"}))
+    ['a.0.b.0', 'a.0.b.2', 'a.1.b.0', 'a.1.b.2']
+    """
+    modules = {}
+    for pattern, text in patterns.items():
+        module = parse_module(text)
+        for name in _names(pattern):
+            modules[name] = module
+    return modules
+
+
+def _names(pattern: str) -> Iterator[str]:
+    pieces = re.split(r"\{([^}]*)\}", pattern)  # text, braces, text, …
+    options = [list(_numbers(p)) if i % 2 else [p] for i, p in enumerate(pieces)]
+    return map("".join, product(*options))
+
+
+def _numbers(text: str) -> Iterator[str]:
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        yield from map(str, range(int(first), int(last or first) + 1))
+
+
+def _braces(numbers: Iterable[int]) -> str:
+    """Sorted numbers as ranges: {0, 1, 2, 5} -> `{0-2,5}`, one number as itself."""
+    runs = [list(run) for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])]
+    spans = [(run[0][1], run[-1][1]) for run in runs]
+    if len(spans) == 1 and spans[0][0] == spans[0][1]:
+        return str(spans[0][0])
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) + "}"
+
+
+def _join(boxes: list[Box]) -> list[Box]:
+    """Fewer boxes that hold the same points: those that differ along one axis only become one."""
+    for axis in reversed(range(len(boxes[0]))):
+        merged: dict[Box, frozenset[int]] = {}
+        for box in boxes:
+            rest = box[:axis] + box[axis + 1 :]
+            merged[rest] = merged.get(rest, frozenset()) | box[axis]
+        boxes = [(*rest[:axis], numbers, *rest[axis:]) for rest, numbers in merged.items()]
+    return boxes

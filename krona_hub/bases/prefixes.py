@@ -1,0 +1,86 @@
+"""What stands in front of a module's name in a file, and which component that means.
+
+A role is resolved against a base: the trainers' `te2` is CLIP-G in SDXL and T5 in FLUX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from krona_hub.bases.base import COMPONENTS, DENOISERS, Base, Module
+
+ROLES: Mapping[str, tuple[tuple[str, str], ...]] = {  # role -> (component, kind of model or ""), the first there is
+    "denoiser": tuple((name, "") for name in DENOISERS),
+    "unet": (("unet", ""),),
+    "transformer": (("transformer", ""),),
+    "text_encoder": (("text_encoder", ""),),
+    "text_encoder_2": (("text_encoder_2", ""),),
+    "text_encoder_3": (("text_encoder_3", ""),),
+    "text_encoder_4": (("text_encoder_4", ""),),
+    "te1": (("text_encoder", ""), ("text_encoder_2", "clip")),  # the SDXL refiner has CLIP-G only
+    "te2": (("text_encoder_2", ""),),
+    "te3": (("text_encoder_3", ""), ("text_encoder_2", "t5"), ("text_encoder", "t5")),  # FLUX trainers call T5 te3
+    "te4": (("text_encoder_4", ""),),
+    "clip_l": (("text_encoder", "clip"),),
+    "clip_g": (("text_encoder_2", "clip"),),
+    "t5": (("text_encoder_3", "t5"), ("text_encoder_2", "t5"), ("text_encoder", "t5")),
+}
+ANY = "any"  # no component is said
+
+
+class Prefix(NamedTuple):
+    text: str
+    role: str  # a key of ROLES, or ANY
+
+
+UNDERSCORED = (  # longest first where one begins another
+    Prefix("lora_unet_", "denoiser"),
+    Prefix("lora_transformer_", "transformer"),
+    Prefix("lora_te1_", "te1"),
+    Prefix("lora_te2_", "te2"),
+    Prefix("lora_te3_", "te3"),
+    Prefix("lora_te4_", "te4"),
+    Prefix("lora_te_", "te1"),
+    Prefix("lycoris_transformer_", "transformer"),
+    Prefix("lycoris_unet_", "unet"),
+    Prefix("lycoris_text_encoder_2_", "text_encoder_2"),
+    Prefix("lycoris_text_encoder_", "text_encoder"),
+    Prefix("lycoris_", ANY),
+    Prefix("", ANY),
+)
+DOTTED = (
+    *(Prefix(text.format(c), c) for c in COMPONENTS
+      for text in ("base_model.model.{}.", "{}.base_model.model.", "{}.")),
+    Prefix("base_model.model.", ANY),
+    Prefix("diffusion_model.", "denoiser"),
+    Prefix("model.diffusion_model.", "denoiser"),
+    Prefix("text_encoders.clip_l.transformer.", "clip_l"),
+    Prefix("text_encoders.clip_h.transformer.", "clip_l"),
+    Prefix("text_encoders.clip_g.transformer.", "clip_g"),
+    Prefix("text_encoders.t5xxl.transformer.", "t5"),
+    Prefix("text_encoders.clip_l.", "clip_l"),
+    Prefix("text_encoders.clip_g.", "clip_g"),
+    Prefix("text_encoders.t5xxl.", "t5"),
+    Prefix("cond_stage_model.transformer.", "te1"),
+    Prefix("cond_stage_model.model.", "te1"),
+    Prefix("conditioner.embedders.0.transformer.", "text_encoder"),
+    Prefix("conditioner.embedders.0.model.", "te2"),
+    Prefix("conditioner.embedders.1.model.", "te2"),
+    Prefix("", ANY),
+)  # fmt: skip
+
+
+def components(role: str, base: Base) -> tuple[str, ...]:
+    """The components of `base` that a role can mean: all for ANY, else the first of its list that is there."""
+    if role == ANY:
+        return tuple(base.components)
+    found = (c for c, kind in ROLES[role] if c in base.components and kind in ("", kind_of(base.components[c])))
+    return tuple(found)[:1]
+
+
+def kind_of(modules: Mapping[str, Module]) -> str:
+    """`clip`, `t5`, or nothing for a model that is neither."""
+    if "encoder.layers.0.self_attn.q_proj" in modules:
+        return "clip"
+    return "t5" if "encoder.block.0.layer.0.SelfAttention.q" in modules else ""

@@ -1,0 +1,67 @@
+"""Tables of names: how another program calls the modules that diffusers knows under their own paths.
+
+A table is text, one module a line: the other name, then the diffusers path, both with `{}` for the number of the
+block. `(a|b|c)` lists the layers that are stacked in the other module, in the order of its rows; `swap` says that a
+module of two chunks (scale, shift) stores them the other way round; `transpose` that the weight is (in, out).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import NamedTuple
+
+from krona_hub.bases.base import Module, Placement
+
+
+class Rule(NamedTuple):
+    other: str
+    parts: tuple[str, ...]  # diffusers paths, in the order of the rows
+    swap: bool = False
+    transpose: bool = False
+
+
+def parse(table: str) -> tuple[Rule, ...]:
+    """
+    >>> parse("blocks.{}.qkv  layers.{}.(to_q|to_k)")
+    (Rule(other='blocks.{}.qkv', parts=('layers.{}.to_q', 'layers.{}.to_k'), swap=False, transpose=False),)
+    """
+    rules = []
+    for line in table.strip().splitlines():
+        other, path, *flags = line.split()
+        rules.append(Rule(other, _alternatives(path), "swap" in flags, "transpose" in flags))
+    return tuple(rules)
+
+
+def _alternatives(path: str) -> tuple[str, ...]:
+    stacked = re.fullmatch(r"(.*)\((.*)\)", path)
+    return tuple(stacked[1] + part for part in stacked[2].split("|")) if stacked else (path,)
+
+
+def apply(rules: tuple[Rule, ...], modules: Mapping[str, Module]) -> dict[str, tuple[Placement, ...]]:
+    """Other name -> placements (layer: path within the component), for each rule and block that `modules` has."""
+    blocks = 1 + max((int(n) for path in modules for n in re.findall(r"\d+", path)), default=0)
+    return {
+        rule.other.format(i): _place(rule, [part.format(i) for part in rule.parts], modules)
+        for rule in rules
+        for i in (range(blocks) if "{}" in rule.other else (0,))
+        if all(part.format(i) in modules for part in rule.parts)
+    }
+
+
+def _place(rule: Rule, paths: list[str], modules: Mapping[str, Module]) -> tuple[Placement, ...]:
+    swap = rule.swap and _two_chunks(modules[paths[0]])
+    if len(paths) == 1:
+        return (Placement(paths[0], None, swap, rule.transpose),)
+    return tuple(Placement(path, rows) for path, rows in zip(paths, _rows(paths, modules), strict=True))
+
+
+def _rows(paths: list[str], modules: Mapping[str, Module]) -> Iterator[tuple[int, int]]:
+    heights = [modules[path].shape[0] for path in paths]
+    return zip(accumulate(heights, initial=0), accumulate(heights), strict=False)
+
+
+def _two_chunks(module: Module) -> bool:
+    """A modulation of scale and shift only: (2·in, in). Those of six or nine chunks are never swapped."""
+    return module.shape[0] == 2 * module.shape[1]
