@@ -19,8 +19,8 @@ from krona_hub.errors import InexpressibleError, LossyError, UsageError
 from krona_hub.formats.encode import cast
 from krona_hub.formats.files import read
 from krona_hub.formats.writing import write
-from krona_hub.kron.lowrank import nearest_lora
-from krona_hub.kron.sums import measured_error, norm
+from krona_hub.kron.tolora import nearest_lora
+from krona_hub.kron.sums import norm, relative_difference
 from krona_hub.sources import resolve
 
 Progress = Callable[[int, int], None]  # layers done, layers in all
@@ -154,7 +154,7 @@ def _layer_report(name: str, before: LayerDelta, meant: LayerDelta, outcome: Out
         parameters_after=p1,
         bytes_before=b0,
         bytes_after=b1,
-        relative_error=0.0 if unchanged else measured_error(outcome.delta.sums, meant.sums),
+        relative_error=0.0 if unchanged else relative_difference(outcome.delta.sums, meant.sums),
         norm=norm(meant.sums),
         note=outcome.note,
         best_other=outcome.best_other,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from krona_hub.adapter import LayerDelta
 from krona_hub.formats.normal import Lora, form_of, lora_of
-from krona_hub.kron.lowrank import nearest_lora
+from krona_hub.kron.tolora import nearest_lora
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora, factor_tensors
 
 

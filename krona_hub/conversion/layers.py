@@ -12,11 +12,11 @@ from krona_hub.conversion.target import Loads, Target
 from krona_hub.conversion.ways import Budget, Exact, FixedShape, Keep, MaxError, Rank, Way
 from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
 from krona_hub.formats.normal import Lora
-from krona_hub.kron.lowrank import nearest_kron_of_lora, nearest_lora
 from krona_hub.kron.search import Choice, realise, smallest_within, within_budget
 from krona_hub.kron.shapes import KronShape, nearest_split, split
-from krona_hub.kron.sums import norm
-from krona_hub.kron.terms import Factor, KronTerms, LowRank, nearest_kron
+from krona_hub.kron.sums import norm, recompress
+from krona_hub.kron.terms import Factor, KronTerms, LowRank
+from krona_hub.kron.tolora import nearest_lora
 
 Layers = Mapping[str, LayerDelta]
 Progress = Callable[[int, int], None] | None  # layers done, layers in all
@@ -77,7 +77,7 @@ def _fixed_shapes(layers: Layers, way: FixedShape, progress: Progress) -> dict[s
         shape = shapes[name]
         terms = min(way.terms, shape.max_terms)
         note = "" if shape[:2] == (way.a1, way.a2) else f"{way.a1}x{way.a2} does not divide it: {shape.a1}x{shape.a2}"
-        outcomes[name] = Outcome(replace(delta, sums=(_nearest(delta, shape, terms),)), note)
+        outcomes[name] = Outcome(replace(delta, sums=(_single(recompress(delta.sums, shape, terms).terms),)), note)
         if progress:
             progress(done, len(layers))
     return outcomes
@@ -91,14 +91,6 @@ def _shape_for(name: str, size: tuple[int, int], way: FixedShape) -> KronShape:
             return nearest_split(size, way.a1, way.a2)
         e.fix += " Give --shape-fallback nearest to take it."
         raise e.within(name) from None
-
-
-def _nearest(delta: LayerDelta, shape: KronShape, terms: int) -> KronTerms:
-    """Through the factors where the delta is low-rank, else from the matrix itself in float64."""
-    lora = exact_lora_of(delta)
-    if 4 * lora.up.shape[1] <= min(delta.matrix_shape):
-        return _single(nearest_kron_of_lora(lora.up, lora.down, shape, terms).terms)
-    return _single(nearest_kron(delta.low_rank_delta().reshape(delta.matrix_shape).double(), shape, terms).terms)
 
 
 def _single(terms: KronTerms) -> KronTerms:
