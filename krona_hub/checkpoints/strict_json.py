@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import isinf
 from typing import Any, NoReturn
 
 from krona_hub.checkpoints.findings import quoted
@@ -22,7 +23,7 @@ def parse(text: str | bytes) -> dict[str, Any]:
     """
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
-        value = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         _check_depth(value)
         if "\\u" in decoded:  # the only way for half a surrogate pair to get in
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -67,3 +68,11 @@ def _check_depth(value: Any) -> None:
 def _children(item: Any) -> list[Any]:
     values = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
     return [v for v in values if isinstance(v, dict | list)]
+
+
+def _finite(text: str) -> float:
+    """1e999 is a number of JSON that no float can hold."""
+    number = float(text)
+    if isinf(number):
+        raise StructureError("it holds a number that is too large.")
+    return number

@@ -34,11 +34,10 @@ def why_not(delta: LayerDelta, format_name: str, tool: str | None = None, *, lay
     >>> why_not(LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 4, 3)),), (8, 6)), "kohya-lora")
     'it is a Kronecker sum (2x2 ⊗ 4x3, 1 term) and no product up·down'
     """
-    form = form_of(delta, layer)
-    why = why_not_form(form, format_name)
-    if why and format_name in KRONECKER and not form.dora and term_of(delta) is not None:
-        why = why_not_form(form_of(_as_one(delta), layer), format_name)  # several terms that collect into one
-    return why or (why_not_form(form_of(_as_one(delta), layer), tool) if tool else None)
+    asked = [name for name in (tool, format_name) if name is not None]
+    collected = None if format_name in ("krona", "diffusekrona") else _as_one(delta)
+    form = form_of(delta if collected is None else collected, layer)
+    return next((why for name in asked if (why := why_not_form(form, name))), None)
 
 
 def _as_one(delta: LayerDelta) -> LayerDelta:

@@ -93,16 +93,16 @@ def _collected(terms: Sequence[KronTerms]) -> KronTerms | None:
     """Σ Aₖ ⊗ Bₖ as A ⊗ Σ cₖBₖ where Aₖ = cₖA, or the other way round; None where neither holds."""
     if len({t.shape for t in terms}) > 1:
         return None
-    scales = _multiples([t.left for t in terms])
+    scales = multiples([t.left for t in terms])
     if scales is not None:
         return KronTerms(terms[0].left, _combined([t.right for t in terms], scales))
-    scales = _multiples([t.right for t in terms])
+    scales = multiples([t.right for t in terms])
     if scales is not None:
         return KronTerms(_combined([t.left for t in terms], scales), terms[0].right)
     return None
 
 
-def _multiples(factors: Sequence[Factor]) -> list[float] | None:
+def multiples(factors: Sequence[Factor]) -> list[float] | None:
     """The numbers cₖ with factor k = cₖ · factor 0, None where there are none."""
     first, *rest = (dense_factor(f)[0].double() for f in factors)
     norm = torch.linalg.vector_norm(first)

@@ -68,7 +68,8 @@ class Tool(NamedTuple):
     lokr: Target | None
     rules: tuple[Rule, ...] = ()  # what it cannot load though the format could hold it
     split_qkv: bool = False  # wants q, k and v as modules of their own
-    note: str = ""  # said beside every file written for it
+    note: str = ""  # said beside files written for it …
+    note_on: tuple[str, ...] = ()  # … of these formats
 
 
 TOOLS: Mapping[str, Tool] = {
@@ -82,6 +83,7 @@ TOOLS: Mapping[str, Tool] = {
             (only_peft_splits,),
             note="A LoKr loads with model.load_lora_adapter(file, prefix=None); the pipelines of SD, SDXL and FLUX.1 "
             "take LoRA only.",
+            note_on=("diffusers-lokr",),
         ),
         Tool("peft", "PEFT", Target("peft-lora", "peft"), Target("peft-lokr", "peft"), (only_peft_splits,)),
         Tool("kohya", "kohya sd-scripts", Target("kohya-lora", "kohya-ldm"), None),

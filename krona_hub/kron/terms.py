@@ -49,7 +49,8 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """The products, (terms, p, q), in the wider dtype of the two and in float32 at least."""
-        return _wide(self.up) @ _wide(self.down)
+        up, down = _wide_alike(self.up, self.down)
+        return up @ down
 
 
 Factor = Tensor | LowRank  # (terms, p, q), stored or as a product
@@ -104,7 +105,7 @@ class KronTerms:
 
     def dense(self) -> Tensor:
         """The (out, in) matrix itself, in float32 at least. For small matrices and tests: it is out·in numbers."""
-        a, b = _wide(dense_factor(self.left)), _wide(dense_factor(self.right))
+        a, b = _wide_alike(dense_factor(self.left), dense_factor(self.right))
         blocks = torch.einsum("kac,kbd->abcd", a, b)  # (a1, b1, a2, b2)
         if self.rows == "shuffled":
             blocks = blocks.transpose(0, 1)
@@ -113,9 +114,10 @@ class KronTerms:
     def apply(self, x: Tensor) -> Tensor:
         """W x along the last axis, without forming W: (..., in) -> (..., out).
 
-        Row-major vec turns (A ⊗ B) vec(X) into vec(A X Bᵀ), with X of size (a2, b2).
+        Row-major vec turns (A ⊗ B) vec(X) into vec(A X Bᵀ), with X of size (a2, b2). The result is in the widest
+        type of A, B and x.
         """
-        a, b = dense_factor(self.left), dense_factor(self.right)
+        a, b, x = _alike(dense_factor(self.left), dense_factor(self.right), x)
         x = x.reshape(*x.shape[:-1], 1, self.shape.a2, self.shape.b2)
         y = (a @ (x @ b.mT)).sum(-3)  # (..., a1, b1)
         return (y.mT if self.rows == "shuffled" else y).flatten(-2)
@@ -203,3 +205,15 @@ def check_terms(shape: KronShape, terms: int) -> None:
 def _wide(tensor: Tensor) -> Tensor:
     """float32 at least: neither SVD nor exact products in half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _wide_alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the widest of their types, float32 at least: products want equal types, and files mix them."""
+    return _alike(*map(_wide, tensors))
+
+
+def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(t.to(dtype) for t in tensors)

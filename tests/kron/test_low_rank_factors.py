@@ -1,5 +1,6 @@
 """Low-rank factors and shuffled rows against the dense definitions they stand for."""
 
+import pytest
 import torch
 
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
@@ -31,3 +32,14 @@ def test_shuffled_rows_follow_the_published_layer():
 def test_scaling_multiplies_the_delta_and_widens_half_precision():
     w = as_lora(torch.randn(4, 2).half(), torch.randn(2, 4).half())
     torch.testing.assert_close(w.scaled(-0.5).dense(), -0.5 * w.dense())
+
+
+@pytest.mark.parametrize("rows", ["kron", "shuffled"])
+def test_factors_of_different_types_multiply_in_the_widest(rows):
+    """A scale folded into A makes it float32 beside a bfloat16 B; files mix types within a product too."""
+    up, down = torch.randn(2, 3, 2).double(), torch.randn(2, 2, 4).half()
+    terms = KronTerms(torch.randn(2, 2, 5).bfloat16(), LowRank(up, down), rows)
+    exact = KronTerms(terms.left.double(), LowRank(up, down.double()), rows)
+    assert torch.equal(terms.dense(), exact.dense())
+    x = torch.randn(7, 20).bfloat16()
+    torch.testing.assert_close(terms.apply(x), x.double() @ exact.dense().mT)

@@ -1,0 +1,117 @@
+"""The fields of `krona.header`, version 1.0, as a table: what each may hold. Torch-free.
+
+`schemas/krona-adapter-1.0.json` says the same for other languages; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from math import isfinite
+from typing import Any, NamedTuple
+
+from krona_hub.checkpoints.findings import Finding, quoted
+from krona_hub.errors import SchemaError
+
+
+class Kind(NamedTuple):
+    """What the value of a field must be."""
+
+    words: str  # "text", for "must be text"
+    accepts: Callable[[Any], bool]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_error(value: Any) -> bool:
+    """A relative error: a number, neither negative nor infinite."""
+    return type(value) in (int, float) and value >= 0 and isfinite(value)
+
+
+def _list_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(accepts, value))
+
+
+def _is_weight_shape(value: Any) -> bool:
+    sizes = _list_of(lambda n: type(n) is int and 1 <= n < 2**31)
+    return sizes(value) and 2 <= len(value) <= 5
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_text_object(value: Any) -> bool:
+    return _is_object(value) and all(map(_is_text, value.values()))
+
+
+OPS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}  # -> sizes in the weight_shape
+ROWS = ("kron", "shuffled")
+AXES = ("out", "in")
+TEXT = Kind("text", _is_text)
+TEXTS = Kind("a list of texts", _list_of(_is_text))
+OBJECT = Kind("an object", _is_object)
+SHA256 = Kind("64 hexadecimal digits", lambda v: _is_text(v) and len(v) == 64 and not set(v) - set("0123456789abcdef"))
+RELATIVE_ERROR = Kind("a number that is not negative", _is_error)
+
+BASE = {"family": TEXT, "hub_id": TEXT, "revision": TEXT, "fingerprint": SHA256, "candidates": TEXTS}
+PROVENANCE = {
+    "created_by": TEXT,
+    "source_format": TEXT,
+    "source_sha256": SHA256,
+    "method": TEXT,
+    "relative_error": RELATIVE_ERROR,
+    "layer_errors": Kind("a list of numbers or null", _list_of(lambda v: v is None or _is_error(v))),
+    "metadata": Kind("an object of texts", _is_text_object),
+}
+LAYER = {
+    "op": Kind(f"one of {', '.join(OPS)}", lambda v: _is_text(v) and v in OPS),
+    "weight_shape": Kind("a list of 2 to 5 sizes", _is_weight_shape),
+    "rows": Kind(f"a list of {' and '.join(ROWS)}", _list_of(lambda v: _is_text(v) and v in ROWS)),
+    "magnitude_axis": Kind("out or in", lambda v: _is_text(v) and v in AXES),
+}
+TOP = {
+    "base": OBJECT,
+    "layers": OBJECT,
+    "provenance": OBJECT,
+    "training": OBJECT,
+    "licence": TEXT,
+    "trigger_words": TEXTS,
+}
+_FIX = "docs/schema-1.0.md lists every field; leave out what is unknown instead of writing null."
+
+
+class Split(NamedTuple):
+    """An object of the header taken apart."""
+
+    known: dict[str, Any]  # fields of 1.0 whose values are what they must be
+    unknown: dict[str, Any]  # fields of newer minor versions, to be kept
+    findings: list[Finding]
+
+
+def split(value: Any, table: Mapping[str, Kind], where: str) -> Split:
+    """Take an object apart by a table; what breaks the table is a finding at `where`.
+
+    >>> split({"family": "sdxl", "hub_id": 3, "new": 1}, BASE, "base")[:2]
+    ({'family': 'sdxl'}, {'new': 1})
+    """
+    if not isinstance(value, dict):
+        return Split({}, {}, [_wrong(where, OBJECT)])
+    known = {k: v for k, v in value.items() if k in table and table[k].accepts(v)}
+    unknown = {k: v for k, v in value.items() if k not in table}
+    findings = [_wrong(f"{where}.{key}", table[key]) for key in value if key in table and key not in known]
+    return Split(known, unknown, findings)
+
+
+def _wrong(where: str, kind: Kind) -> Finding:
+    return Finding.of(SchemaError(f"it must be {kind.words}.", fix=_FIX), where=f"krona.header {where.lstrip('.')}")
+
+
+def op_findings(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
+    """An `op` is a reading aid: it must say what the weight_shape says (two sizes where it is left out)."""
+    for name, layer in layers.items():
+        if "op" in layer and len(layer.get("weight_shape", (0, 0))) != OPS[layer["op"]]:
+            yield Finding.of(
+                SchemaError(f"its op {layer['op']} does not fit its weight_shape.", fix=_FIX), where=quoted(name)
+            )

@@ -1,0 +1,177 @@
+"""`krona.header`, version 1.0: the JSON text of a native file ↔ plain values. Torch-free.
+
+Fields that this version does not know are kept where they were found and written back: a file of a newer
+minor version passes through unharmed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from typing import Any, Literal
+
+from krona_hub.checkpoints import strict_json
+from krona_hub.checkpoints.findings import Finding, quoted
+from krona_hub.errors import SchemaError, StructureError, UsageError
+from krona_hub.origin import BaseModel, Provenance
+from krona_hub.schema import fields as table
+
+Rows = Literal["kron", "shuffled"]
+Axis = Literal["out", "in"]
+SCHEMA_KEY, HEADER_KEY = "krona.schema", "krona.header"  # in the metadata of the file
+ERROR_DIGITS = 6  # of a relative error in the header: a record, not a weight
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What the tensors of a layer cannot tell."""
+
+    weight_shape: tuple[int, ...] | None = None  # None: (out, in) of its first sum
+    rows: tuple[Rows, ...] = ()  # one per sum; (): all "kron"
+    magnitude_axis: Axis = "out"
+
+
+@dataclass(frozen=True)
+class NativeHeader:
+    """The header as values; `provenance.unknown` holds what is left of it when the known fields are taken out."""
+
+    base: BaseModel | None = None
+    provenance: Provenance = field(default_factory=Provenance)
+    layers: Mapping[str, LayerFacts] = field(default_factory=dict)
+    layer_errors: tuple[float | None, ...] = ()  # in the order of the sorted layer names; (): unknown
+
+
+def parse(text: str) -> tuple[NativeHeader, tuple[Finding, ...]]:
+    """The header that `text` is, as far as it is sound, and what is wrong with the rest.
+
+    >>> parse('{"base": {"family": "sdxl"}, "rating": 5}')[0].provenance.unknown
+    {'rating': 5}
+    """
+    try:
+        whole = strict_json.parse(text)
+    except StructureError as error:
+        return NativeHeader(), (Finding.of(_broken(error), where="krona.header"),)
+    top = table.split(whole, table.TOP, "")
+    base = table.split(top.known.get("base", {}), table.BASE, "base")
+    origin = table.split(top.known.get("provenance", {}), table.PROVENANCE, "provenance")
+    layers = {k: table.split(v, table.LAYER, f"layers {quoted(k)}") for k, v in top.known.get("layers", {}).items()}
+    known_layers = {name: layer.known for name, layer in layers.items()}
+    inner = {"base": base.unknown, "provenance": origin.unknown}
+    inner["layers"] = {name: layer.unknown for name, layer in layers.items() if layer.unknown}
+    leftover = top.unknown | {k: v for k, v in inner.items() if v}
+    header = NativeHeader(
+        BaseModel(**_tuples(base.known)) if "base" in top.known else None,
+        _provenance(origin.known, top.known, leftover),
+        {name: LayerFacts(**_tuples(_without(layer, "op"))) for name, layer in known_layers.items()},
+        tuple(origin.known.get("layer_errors", ())),
+    )
+    parts = (top, base, origin, *layers.values())
+    return header, tuple(f for part in parts for f in part.findings) + tuple(table.op_findings(known_layers))
+
+
+def render(header: NativeHeader) -> str:
+    """The JSON text of a header: sorted keys, defaults left out, unknown fields back in their places.
+
+    Raises UsageError where the training record or an unknown field holds what JSON cannot.
+    """
+    p = header.provenance
+    origin = {
+        "created_by": p.created_by,
+        "source_format": p.source_format,
+        "source_sha256": p.source_sha256,
+        "method": p.method,
+        "relative_error": _rounded(p.relative_error),
+        "layer_errors": list(header.layer_errors),
+        "metadata": dict(p.metadata),
+    }
+    known = {
+        "layers": _said({name: _plain(facts) for name, facts in header.layers.items()}),
+        "provenance": _said(origin),
+        "training": dict(p.training),
+        "licence": p.licence,
+        "trigger_words": list(p.trigger_words),
+    }
+    base = {} if header.base is None else {"base": _plain(header.base)}  # {"base": {}}: there is one, unknown
+    return _dumped(_merged(_of_present_layers(p.unknown, header.layers), base | _said(known)))
+
+
+def ordered_errors(names: Iterable[str], errors: Mapping[str, float]) -> tuple[float | None, ...]:
+    """Relative errors as the header keeps them: one per layer in the order of the names, () where none is known.
+
+    >>> ordered_errors(["a", "b"], {"b": 0.25}), ordered_errors(["a"], {})
+    ((None, 0.25), ())
+    """
+    row = tuple(_rounded(errors.get(name)) for name in sorted(names))
+    return row if any(error is not None for error in row) else ()
+
+
+def named_errors(names: Iterable[str], row: tuple[float | None, ...]) -> dict[str, float]:
+    """The reverse of ordered_errors. Raises SchemaError where the row has not one entry per layer."""
+    known = sorted(names)
+    if row and len(row) != len(known):
+        raise SchemaError(
+            f"layer_errors has {len(row)} entries for {len(known)} layers.", fix="Write one per layer, or leave it out."
+        )
+    return {name: error for name, error in zip(known, row, strict=False) if error is not None}
+
+
+def _broken(error: StructureError) -> SchemaError:
+    return SchemaError(error.cause, fix="The file was edited by something that does not know JSON: take the original.")
+
+
+def _provenance(origin: Mapping[str, Any], top: Mapping[str, Any], unknown: Mapping[str, Any]) -> Provenance:
+    own = {key: top[key] for key in ("training", "licence", "trigger_words") if key in top}
+    return Provenance(**_tuples(_without(origin, "layer_errors")), **_tuples(own), unknown=unknown)
+
+
+def _rounded(error: float | None) -> float | None:
+    """Six digits; an error that is no number is not known."""
+    return None if error is None or not isfinite(error) else float(f"{error:.{ERROR_DIGITS}g}")
+
+
+def _plain(value: BaseModel | LayerFacts) -> dict[str, Any]:
+    """The fields of a flat dataclass that differ from their defaults."""
+    return {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k != key}
+
+
+def _said(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what says nothing: None, and empty objects and lists."""
+    return {k: v for k, v in values.items() if v is not None and v not in ({}, [])}
+
+
+def _of_present_layers(unknown: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The unknown fields, without those of layers that are gone, and without the version they came in."""
+    kept = {k: v for k, v in unknown.items() if k != SCHEMA_KEY}
+    if "layers" in kept:
+        kept["layers"] = {k: v for k, v in kept["layers"].items() if k in layers}
+    return kept
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees as one; what we know wins over what we kept."""
+    both = {k: _merged(under[k], over[k]) for k in under if _is_tree(under, k) and _is_tree(over, k)}
+    return {**under, **over, **both}
+
+
+def _is_tree(tree: Mapping[str, Any], key: str) -> bool:
+    return isinstance(tree.get(key), Mapping)
+
+
+def _dumped(tree: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(tree, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"the header holds something that JSON cannot: {error}.",
+            fix="Keep texts, finite numbers, lists and objects in the training record.",
+        ) from None

@@ -1,0 +1,56 @@
+"""The `modelspec.*` keys that let other tools show what a native file is. Torch-free.
+
+ModelSpec 1.0.0: https://github.com/Stability-AI/ModelSpec. No date and no hash: equal input gives equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from krona_hub.origin import BaseModel, Provenance
+
+PREFIX = "modelspec."
+ARCHITECTURES = {  # catalogue name -> architecture id; families that are not listed go by their own name
+    "sd15": "stable-diffusion-v1",
+    "sd21-base": "stable-diffusion-v2-512",
+    "sd21": "stable-diffusion-v2-768-v",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+    "sd3-medium": "stable-diffusion-3-medium",
+    "sd35-medium": "stable-diffusion-3.5-medium",
+    "sd35-large": "stable-diffusion-3.5-large",
+    "flux1-dev": "flux-1-dev",
+    "flux1-schnell": "flux-1-schnell",
+}
+ADAPTER = "krona"  # the keys differ from those of a LoRA, and so must the architecture
+_ABOUT_BYTES = (f"{PREFIX}hash_", f"{PREFIX}date")  # true of the file they were read from only
+
+
+def keys(base: BaseModel | None, provenance: Provenance) -> dict[str, str]:
+    """The keys for a file: those of its source that are still true, and the four that the standard demands.
+
+    >>> keys(BaseModel(family="sdxl"), Provenance())["modelspec.architecture"]
+    'stable-diffusion-xl-v1-base/krona'
+    """
+    family = base.family if base else None
+    kept = {k: v for k, v in provenance.metadata.items() if k.startswith(PREFIX) and not k.startswith(_ABOUT_BYTES)}
+    known = {
+        "sai_model_spec": "1.0.0",
+        "architecture": _architecture(family, kept),
+        "implementation": "krona-hub",
+        "title": kept.get(f"{PREFIX}title") or f"Krona adapter for {family or 'an unknown base'}",
+        "license": provenance.licence or "",
+        "trigger_phrase": ", ".join(provenance.trigger_words),
+    }
+    return kept | {PREFIX + key: value for key, value in known.items() if value}
+
+
+def added(metadata: Mapping[str, str], base: BaseModel | None, provenance: Provenance) -> dict[str, str]:
+    """The keys of a file's metadata that somebody added or edited after it was written."""
+    ours = {"format": "pt"} | keys(base, provenance)
+    return {k: v for k, v in metadata.items() if not k.startswith("krona.") and ours.get(k) != v}
+
+
+def _architecture(family: str | None, kept: Mapping[str, str]) -> str:
+    source = kept.get(f"{PREFIX}architecture", "unknown").partition("/")[0]
+    return f"{ARCHITECTURES.get(family, family) if family else source}/{ADAPTER}"

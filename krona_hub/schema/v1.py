@@ -1,0 +1,129 @@
+"""Schema 1.x: an Adapter ↔ the tensors and the metadata of a native file.
+
+What is stored is ΔW at strength 1, as its factors and in their own types: there is no alpha to get wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.checkpoints.findings import quoted, raise_first
+from krona_hub.checkpoints.header import FLOATS, Header
+from krona_hub.checkpoints.writer import DTYPE_NAMES
+from krona_hub.errors import DtypeError, KronaError, NonFiniteError, ShapeError, UsageError
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, Rows
+from krona_hub.schema import layout, modelspec
+from krona_hub.schema.header import HEADER_KEY, SCHEMA_KEY, LayerFacts, NativeHeader, ordered_errors, render
+from krona_hub.schema.migrate import CURRENT
+
+_NO_ALPHA = "A native file stores ΔW at strength 1, in finite numbers."
+
+
+def to_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of the native file that means this adapter, exactly.
+
+    Types are kept; sums of nothing (no terms, or rank 0) are left out. Raises DtypeError or NonFiniteError for
+    numbers that the format does not hold, ShapeError for weights that are no layers, UsageError for bad names.
+    """
+    layers = {name: _kept_sums(delta) for name, delta in adapter.layers.items()}
+    magnitudes = {f"{n}.{layout.MAGNITUDE}": d.magnitude for n, d in adapter.layers.items() if d.magnitude is not None}
+    extras = {f"{layout.EXTRAS}{name}": tensor for name, tensor in adapter.extras.items()}
+    tensors = dict(_named(layers)) | magnitudes | extras
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor)
+    p = adapter.provenance
+    header = NativeHeader(
+        adapter.base,
+        p,
+        {name: _facts(name, delta, layers[name]) for name, delta in adapter.layers.items()},
+        ordered_errors(layers, p.layer_errors),
+    )
+    version = str(p.unknown.get(SCHEMA_KEY, CURRENT))
+    own = {"format": "pt", SCHEMA_KEY: version, HEADER_KEY: render(header)}
+    return tensors, modelspec.keys(adapter.base, p) | own
+
+
+def from_tensors(header: Header, tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter that a native file means; `tensors` are those of the file, by their names.
+
+    Raises SchemaError, ShapeError, DtypeError, NonFiniteError or IncompleteError for a file that breaks its
+    schema, NewerSchemaError for one of a newer major version, UnrecognisedError for one of another format.
+    """
+    try:
+        known, findings = layout.examine(header)
+    except KronaError as error:
+        raise error.within(str(header.path)) from None
+    raise_first(findings, str(header.path))
+    for name, tensor in tensors.items():
+        _check_finite(name, tensor, str(header.path))
+    return Adapter(
+        {name: _delta(layer, tensors) for name, layer in known.layers.items()},
+        known.header.base,
+        known.provenance(header.metadata),
+        {name: tensors[tensor] for name, tensor in known.extras.items()},
+    )
+
+
+def _kept_sums(delta: LayerDelta) -> tuple[KronTerms, ...]:
+    return tuple(s for s in delta.sums if all(t.numel() for t in s.tensors))
+
+
+def _named(layers: Mapping[str, tuple[KronTerms, ...]]) -> Iterator[tuple[str, Tensor]]:
+    for name, sums in layers.items():
+        for i, s in enumerate(sums):
+            for letter, factor in (("a", s.left), ("b", s.right)):
+                for part, tensor in _factor_parts(factor):
+                    yield f"{name}.kron_{letter}{part}.{i}", tensor
+
+
+def _factor_parts(factor: Factor) -> tuple[tuple[str, Tensor], ...]:
+    return (("_up", factor.up), ("_down", factor.down)) if isinstance(factor, LowRank) else (("", factor),)
+
+
+def _facts(name: str, delta: LayerDelta, sums: tuple[KronTerms, ...]) -> LayerFacts:
+    """What the tensors will not tell."""
+    if name.startswith(layout.EXTRAS) or not all(name.partition(".")[::2]):
+        raise UsageError(f"{quoted(name)} is no name of a layer.", fix="Call layers <component>.<module path>.")
+    if not 2 <= len(delta.weight_shape) <= 5 or 0 in delta.weight_shape:
+        raise ShapeError(
+            f"{quoted(name)}: a weight of {list(delta.weight_shape)} is no linear or convolution layer.",
+            fix="Keep what is no such layer in extras.",
+        )
+    told = bool(sums) and len(delta.weight_shape) == 2
+    rows: tuple[Rows, ...] = tuple(s.rows for s in sums)
+    return LayerFacts(
+        weight_shape=None if told else delta.weight_shape,
+        rows=rows if "shuffled" in rows else (),
+        magnitude_axis="out" if delta.magnitude is None else delta.magnitude_axis,
+    )
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if DTYPE_NAMES.get(dtype) not in FLOATS:
+        raise DtypeError(f"{quoted(name)} is {dtype}.", fix=f"A native file holds {', '.join(FLOATS)} only.")
+    _check_finite(name, tensor)
+
+
+def _check_finite(name: str, tensor: Tensor, path: str = "") -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        error = NonFiniteError(f"{quoted(name)} holds NaN or infinity.", fix=_NO_ALPHA)
+        raise error.within(path) if path else error
+
+
+def _delta(layer: layout.Layer, tensors: Mapping[str, Tensor]) -> LayerDelta:
+    return LayerDelta(
+        tuple(KronTerms(_loaded(s.left, tensors), _loaded(s.right, tensors), s.rows) for s in layer.sums),
+        layer.weight_shape,
+        None if layer.magnitude is None else tensors[layer.magnitude],
+        layer.magnitude_axis,
+    )
+
+
+def _loaded(factor: layout.Factor, tensors: Mapping[str, Tensor]) -> Factor:
+    stored = [tensors[name] for name in factor.names]
+    return stored[0] if len(stored) == 1 else LowRank(stored[0], stored[1])

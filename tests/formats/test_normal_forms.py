@@ -1,0 +1,123 @@
+"""What a writer stores is the delta it was given, in another form or not at all."""
+
+import pytest
+import torch
+
+from krona_hub.adapter import LayerDelta
+from krona_hub.bases.base import Placement
+from krona_hub.errors import InexpressibleError, NonFiniteError
+from krona_hub.formats.encode import cast, normalised, tensors_of, why_not
+from krona_hub.formats.normal import lora_of, term_of
+from krona_hub.formats.placing import fused
+from krona_hub.kron.terms import KronTerms, LowRank, as_lora
+
+OUT, IN = 12, 30
+
+
+def rand(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def delta(*sums, shape=(OUT, IN)):
+    return LayerDelta(sums, shape)
+
+
+LORAS = {
+    "one by one on the left": KronTerms(rand(2, 1, 1), LowRank(rand(2, OUT, 3), rand(2, 3, IN))),
+    "one by one on the right": KronTerms(LowRank(rand(1, OUT, 2), rand(1, 2, IN)), rand(1, 1, 1)),
+    "columns times rows": KronTerms(rand(4, OUT, 1), rand(4, 1, IN)),
+    "rows times columns": KronTerms(rand(4, 1, IN), rand(4, OUT, 1)),
+    "shuffled where it moves nothing": KronTerms(rand(2, OUT, 1), rand(2, 1, IN), "shuffled"),
+}
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_every_way_to_write_a_lora_is_found_and_means_the_same(name):
+    lora = lora_of(delta(LORAS[name]))
+    assert torch.allclose(lora.up @ lora.down, LORAS[name].dense(), atol=1e-5)
+
+
+def test_loras_of_one_layer_concatenate():
+    whole = delta(*LORAS.values())
+    lora = lora_of(whole)
+    assert lora.down.shape[0] == 6 + 2 + 4 + 4 + 2
+    assert torch.allclose(lora.up @ lora.down, whole.dense(), atol=1e-5)
+
+
+def test_a_half_precision_lora_keeps_its_type_and_a_folded_scale_makes_up_wide():
+    up, down = rand(OUT, 2, dtype=torch.float16), rand(2, IN, dtype=torch.float16)
+    plain = lora_of(delta(as_lora(up, down)))
+    assert plain.up.dtype == plain.down.dtype == torch.float16
+    scaled = lora_of(delta(as_lora(up, down).scaled(0.5)))
+    assert (scaled.up.dtype, scaled.down.dtype) == (torch.float32, torch.float16)
+
+
+def test_terms_with_multiples_of_one_factor_collect_into_one():
+    a, b = rand(1, 4, 5), rand(1, 3, 6)
+    same_left = delta(KronTerms(a, b), KronTerms(a * -2, LowRank(rand(1, 3, 1), rand(1, 1, 6))))
+    same_right = delta(KronTerms(torch.cat([a, rand(1, 4, 5) ** 2]), torch.cat([b, b * 3])))
+    for each in (same_left, same_right):
+        term = term_of(each)
+        assert term.terms == 1
+        assert torch.allclose(term.dense(), each.dense(), atol=1e-5)
+
+
+def test_other_sums_are_refused_with_the_count_of_their_terms():
+    two = delta(KronTerms(rand(2, 4, 5), rand(2, 3, 6)))
+    assert term_of(two) is None
+    assert "sum of 2 Kronecker terms" in why_not(two, "lycoris-lokr")
+    with pytest.raises(InexpressibleError, match=r"unet\.x.*--to lora"):
+        normalised(two, "kohya-lora", layer="unet.x")
+
+
+def test_what_a_lora_tool_refuses_names_the_tool():
+    with pytest.raises(InexpressibleError, match="Nunchaku loads LoRA only"):
+        normalised(delta(KronTerms(rand(1, 4, 5), rand(1, 3, 6))), "diffusers-lora", "nunchaku", layer="x")
+
+
+def test_a_cast_that_overflows_is_refused():
+    with pytest.raises(NonFiniteError, match="float16"):
+        cast(delta(as_lora(rand(OUT, 2) * 1e6, rand(2, IN))), torch.float16)
+
+
+def test_a_product_of_high_rank_is_stored_dense_and_small_ones_stay():
+    shape = (4, 3, 6, 10)
+    for rank, stays in ((4, True), (5, False)):
+        left, right = rand(1, shape[0], shape[1]), LowRank(rand(1, 6, rank), rand(1, rank, 10))
+        stored = normalised(delta(KronTerms(left, right), shape=(24, 30)), "lycoris-lokr")
+        assert ("lokr_w2_a" in tensors_of(stored, "lycoris-lokr")) == stays
+        assert torch.allclose(stored.dense(), KronTerms(left, right).dense(), atol=1e-5)
+
+
+def test_fused_loras_are_block_sparse_in_row_order_and_share_equal_downs():
+    down = rand(2, IN)
+    parts = [(Placement("k", (4, 8)), delta(as_lora(rand(4, 2), down), shape=(4, IN))),
+             (Placement("q", (0, 4)), delta(as_lora(rand(4, 3), rand(3, IN)), shape=(4, IN)))]  # fmt: skip
+    places = (Placement("q", (0, 4)), Placement("k", (4, 8)), Placement("v", (8, 12)))
+    whole = fused("qkv", parts, places)
+    lora = lora_of(whole)
+    assert whole.weight_shape == (12, IN) and lora.down.shape[0] == 5
+    assert not lora.up[4:, :3].any() and not lora.up[8:].any()
+    assert torch.allclose(whole.dense()[4:8], parts[0][1].dense(), atol=1e-6)
+    same = fused("qkv", [(places[i], delta(as_lora(rand(4, 2) + i, down), shape=(4, IN))) for i in range(3)], places)
+    assert lora_of(same).down.shape[0] == 2
+
+
+def test_kronecker_terms_fuse_where_their_right_factors_agree():
+    b = rand(1, 2, 6)
+    places = (Placement("q", (0, 4)), Placement("k", (4, 8)), Placement("v", (8, 12)))
+    parts = [(p, delta(KronTerms(rand(1, 2, 5) + i, b * (i + 1)), shape=(4, IN))) for i, p in enumerate(places)]
+    whole = fused("qkv", parts, places)
+    assert whole.sums[0].terms == 1
+    assert torch.allclose(whole.dense(), torch.cat([d.dense() for _, d in parts]), atol=1e-5)
+    other = [(p, delta(KronTerms(rand(1, 2, 5), rand(1, 2, 6) + i), shape=(4, IN))) for i, p in enumerate(places)]
+    with pytest.raises(InexpressibleError, match="--split-qkv"):
+        fused("qkv", other, places)
+
+
+def test_swapped_halves_and_transposes_are_what_they_say():
+    s = KronTerms(rand(1, 4, 5), rand(1, 3, 6))
+    swapped = fused("m", [(Placement("x", swap_halves=True), delta(s))], (Placement("x", swap_halves=True),))
+    assert torch.allclose(swapped.dense(), s.dense().roll(OUT // 2, 0))
+    turned = fused("m", [(Placement("x", transpose=True), delta(s))], (Placement("x", transpose=True),))
+    assert torch.allclose(turned.dense(), s.dense().T)
