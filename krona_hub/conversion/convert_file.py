@@ -19,8 +19,8 @@ from krona_hub.errors import InexpressibleError, LossyError, UsageError
 from krona_hub.formats.encode import cast
 from krona_hub.formats.files import read
 from krona_hub.formats.writing import write
-from krona_hub.kron.tolora import nearest_lora
 from krona_hub.kron.sums import norm, relative_difference
+from krona_hub.kron.tolora import nearest_lora
 from krona_hub.sources import resolve
 
 Progress = Callable[[int, int], None]  # layers done, layers in all
@@ -193,7 +193,9 @@ def _offer(target: Target, delta: LayerDelta) -> str:
     fit = nearest_lora(delta.sums, max_error=0.0)
     rank = fit.up.shape[1]
     if target.to_lora:
-        return f"Add --exact for a LoRA equal to it (rank {rank} here), or --max-error 0.05 or --rank R for a smaller one."
+        return (
+            f"Add --exact for a LoRA equal to it (rank {rank} here), or --max-error 0.05 or --rank R for a smaller one."
+        )
     return (
         f"Give --max-error 0.05 or --shape a1xa2 to fit one term, --to lora --exact for an equal LoRA (rank {rank} "
         "here), or --to krona, which holds any sum."

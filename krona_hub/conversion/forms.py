@@ -8,8 +8,8 @@ from torch import Tensor
 
 from krona_hub.adapter import LayerDelta
 from krona_hub.formats.normal import Lora, form_of, lora_of
-from krona_hub.kron.tolora import nearest_lora
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora, factor_tensors
+from krona_hub.kron.tolora import nearest_lora
 
 
 def lora_rank(delta: LayerDelta) -> int | None:

@@ -177,9 +177,13 @@ def check_kind(way: Way, to_lora: bool, names: Sequence[str]) -> None:
     if not names:
         raise KronaError("the adapter has no layer.", fix="There is nothing to convert.")
     if to_lora and isinstance(way, FixedShape):
-        raise UsageError("a LoRA has no Kronecker shape.", fix="Use --rank or --max-error, or choose a Kronecker format.")
+        raise UsageError(
+            "a LoRA has no Kronecker shape.", fix="Use --rank or --max-error, or choose a Kronecker format."
+        )
     if not to_lora and isinstance(way, Rank):
-        raise UsageError("--rank belongs to LoRA targets.", fix="Add --to lora, or use --shape, --max-error or --budget.")
+        raise UsageError(
+            "--rank belongs to LoRA targets.", fix="Add --to lora, or use --shape, --max-error or --budget."
+        )
 
 
 def lora_error_within(layers: Layers, parameters: int) -> float:

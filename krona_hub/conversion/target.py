@@ -89,7 +89,9 @@ def format_named(name: str) -> str:
     """The name of a format that can be written, aliases resolved. Raises UsageError with the nearest name."""
     spoke = by_name(ALIASES.get(name, name))
     if not hasattr(spoke, "write"):
-        raise UsageError(f"{spoke.NAME} can be read but not written.", fix="Choose another --to; `krona formats` lists them.")
+        raise UsageError(
+            f"{spoke.NAME} can be read but not written.", fix="Choose another --to; `krona formats` lists them."
+        )
     return str(spoke.NAME)
 
 

@@ -81,7 +81,9 @@ def choose_way(
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} exclude each other.", fix="Give one of them.")
     if shape is None and (terms != 1 or shape_fallback is not None):
-        raise UsageError("--terms and --shape-fallback belong to --shape.", fix="Add --shape, for example --shape 64x4.")
+        raise UsageError(
+            "--terms and --shape-fallback belong to --shape.", fix="Add --shape, for example --shape 64x4."
+        )
     if shape is not None:
         return _fixed(shape, terms, shape_fallback)
     if max_error is not None:
@@ -109,7 +111,9 @@ def parse_budget(text: str | int) -> Budget:
             return Budget(parameters=int(words))
     except ValueError:
         pass
-    raise UsageError(f"{text!r} is no budget.", fix="Write a share such as 50% or a number of parameters such as 2000000.")
+    raise UsageError(
+        f"{text!r} is no budget.", fix="Write a share such as 50% or a number of parameters such as 2000000."
+    )
 
 
 def _fixed(shape: str | tuple[int, int], terms: int, fallback: str | None) -> FixedShape:
@@ -127,5 +131,7 @@ def _positive(flag: str, value: int) -> int:
 
 def _fraction(flag: str, value: float) -> float:
     if not 0 <= value < 1:
-        raise UsageError(f"{flag} is {value}.", fix="It is a relative error: give a number from 0 up to 1, such as 0.05.")
+        raise UsageError(
+            f"{flag} is {value}.", fix="It is a relative error: give a number from 0 up to 1, such as 0.05."
+        )
     return value

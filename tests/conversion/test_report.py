@@ -25,7 +25,14 @@ def test_an_adapter_of_zeros_has_no_error():
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(0.0, "Exact"), (0.005, "Nearly the same"), (0.05, "Close"), (0.2, "Noticeably"), (0.5, "Very"), (0.98, "Destroyed")],
+    [
+        (0.0, "Exact"),
+        (0.005, "Nearly the same"),
+        (0.05, "Close"),
+        (0.2, "Noticeably"),
+        (0.5, "Very"),
+        (0.98, "Destroyed"),
+    ],
 )
 def test_the_verdict_follows_the_error(error, words):
     assert report(layer(error=error)).verdict.startswith(words)
