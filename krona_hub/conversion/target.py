@@ -96,7 +96,7 @@ def format_named(name: str) -> str:
 
 
 def default_way(adapter: Adapter, target: Target) -> Way:
-    """Without a way: for a tool and within a kind nothing changes; into the other kind, the smallest form within 5 %."""
+    """Without a way nothing changes within a kind or for a tool; into the other kind, the smallest within 5 %."""
     kinds = {is_lora(delta) for delta in adapter.layers.values()}
     return Keep() if target.tool is not None or kinds == {target.to_lora} else MaxError()
 

@@ -1,4 +1,4 @@
-"""Every real file to every target: a checked file whose table is true, or a coded refusal. The table below says which."""
+"""Every real file to every target: a checked file whose table is true, or a coded refusal; REFUSED says which."""
 
 import pytest
 import torch
