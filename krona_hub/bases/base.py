@@ -9,6 +9,8 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
+from krona_hub.origin import BaseModel
+
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 DENOISERS = COMPONENTS[:2]
 
@@ -45,16 +47,6 @@ class Placement(NamedTuple):
         return self.rows is None and not self.swap_halves and not self.transpose
 
 
-class BaseFacts(NamedTuple):
-    """What an adapter remembers of its base; the fields of `adapter.BaseModel`, without torch."""
-
-    family: str | None = None
-    hub_id: str | None = None
-    revision: str | None = None
-    fingerprint: str | None = None
-    candidates: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True, eq=False)
 class Base:
     """A base model: component -> module path -> Module.
@@ -67,6 +59,7 @@ class Base:
     components: Mapping[str, Mapping[str, Module]]
     hub_id: str | None = None  # such as "stabilityai/stable-diffusion-xl-base-1.0"
     uncovered: tuple[str, ...] = ()  # parts of the pipeline that take adapters but are not listed, in words
+    candidates: tuple[str, ...] = ()  # catalogue names that it equals, where they are several (sd21 and its base)
 
     def module(self, layer: str) -> Module | None:
         """The module of a canonical layer name, None where the base has none."""
@@ -98,6 +91,6 @@ class Base:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property
-    def model(self) -> BaseFacts:
-        """The facts an adapter keeps: `BaseModel(*base.model)`."""
-        return BaseFacts(self.family, self.hub_id, None, self.fingerprint)
+    def model(self) -> BaseModel:
+        """What an adapter remembers of its base."""
+        return BaseModel(self.family, self.hub_id, None, self.fingerprint, self.candidates)

@@ -8,7 +8,7 @@ which never collide.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -19,7 +19,7 @@ from krona_hub.bases.originals import original_of
 from krona_hub.bases.rules import apply
 from krona_hub.errors import AmbiguousError, InexpressibleError, NotFoundError
 
-DIALECTS = spelling.DIALECTS
+DIALECTS = tuple(spelling.DIALECTS)
 
 Placements = tuple[Placement, ...]
 PROCESSOR_ERA = (  # how old diffusers wrote attention modules -> the module itself, tried in order
@@ -28,6 +28,49 @@ PROCESSOR_ERA = (  # how old diffusers wrote attention modules -> the module its
     (re.compile(r"^(.*_)processor_((?:add_[qkv]_proj|to_add_out))(?:_lora)?$"), r"\1\2"),
     (re.compile(r"^(.*self_attn_)to_([qkv]|out)(?:_lora)?$"), r"\1\2_proj"),
 )
+
+
+@dataclass(frozen=True, eq=False)
+class ComponentNames:
+    """The names of one component, indexed when they are first asked for."""
+
+    component: str
+    modules: Mapping[str, Module]
+
+    @cached_property
+    def originals(self) -> Mapping[str, Placements]:
+        """The authors' own dotted name -> placements; {} where those are the diffusers names."""
+        return {name: tuple(map(self._canonical, places)) for name, places in self._own_names.items()}
+
+    @cached_property
+    def _own_names(self) -> Mapping[str, Placements]:
+        original = original_of(self.modules)
+        return apply(original.rules, self.modules) if original else ldm.names(self.modules)
+
+    def _canonical(self, place: Placement) -> Placement:
+        return place._replace(layer=f"{self.component}.{place.layer}")
+
+    @cached_property
+    def index(self) -> Mapping[str, str | Placements]:
+        """Underscored name -> a path of this component, or the placements of an original name."""
+        index: dict[str, str | Placements] = {underscored(name): places for name, places in self._own_names.items()}
+        index.update((underscored(path), path) for path in self.modules)
+        return index
+
+    @cached_property
+    def homes(self) -> Mapping[str, str]:
+        """Canonical layer -> the authors' own dotted name of the module that holds it."""
+        return {place.layer: name for name, places in self.originals.items() for place in places}
+
+    def find(self, path: str) -> Placements | None:
+        """Placements of a name without its prefix."""
+        key = underscored(path)
+        if self.component.startswith("text_encoder"):
+            key = key.removeprefix("text_model_")
+        found = self.index.get(key) or next((self.index[new] for new in _modern(key) if new in self.index), None)
+        if isinstance(found, str):
+            return (Placement(f"{self.component}.{found}"),)
+        return found and tuple(map(self._canonical, found))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,61 +91,39 @@ class NameTable:
         >>> names.find("lora_unet_input_blocks_4_1_proj_in")[0].layer
         'unet.down_blocks.1.attentions.0.proj_in'
         """
-        found = {owner: places for owner, places in self._candidates(name) if component in (None, owner)}
+        found = {owner: places for owner, places in self.candidates(name) if component in (None, owner)}
         if len(found) > 1:
             raise AmbiguousError(f"{name} is a module of {' and of '.join(found)}.", fix="Choose one with --component.")
         return next(iter(found.values()), None)
 
-    def components_of(self, name: str) -> tuple[str, ...]:
-        """The components that have a module of this name; more than one where the name does not say."""
-        return tuple(owner for owner, _ in self._candidates(name))
-
-    def _candidates(self, name: str) -> Iterator[tuple[str, Placements]]:
-        """Component -> placements, by the longest prefix under which the name is known at all."""
-        for prefix in prefixes.DOTTED if "." in name else prefixes.UNDERSCORED:
-            if name.startswith(prefix.text):
-                path = name[len(prefix.text) :]
-                owners = prefixes.components(prefix.role, self.base)
-                found = [(owner, p) for owner in owners if (p := self._in_component(owner, path)) is not None]
-                if found:
-                    yield from found
-                    return
-
-    def _in_component(self, component: str, path: str) -> Placements | None:
-        index, key = self._index[component], underscored(path)
-        if component.startswith("text_encoder"):
-            key = key.removeprefix("text_model_")
-        if key in index:
-            return index[key]
-        return next((index[old] for old in _modern(key) if old in index), None)
+    def candidates(self, name: str) -> list[tuple[str, Placements]]:
+        """(component, placements), by the longest prefix under which the name is known at all."""
+        for role, path in prefixes.readings(name):
+            owners = prefixes.components(role, self.base)
+            found = [(owner, p) for owner in owners if (p := self.parts[owner].find(path)) is not None]
+            if found:
+                return found
+        return []
 
     @cached_property
-    def _index(self) -> Mapping[str, Mapping[str, Placements]]:
-        """component -> underscored name -> placements."""
-        return {c: self._component_index(c, modules) for c, modules in self.base.components.items()}
-
-    def _component_index(self, component: str, modules: Mapping[str, Module]) -> dict[str, Placements]:
-        index: dict[str, Placements] = {underscored(path): (Placement(f"{component}.{path}"),) for path in modules}
-        for name, places in self.originals[component].items():
-            index.setdefault(underscored(name), places)
-        return index
-
-    @cached_property
-    def originals(self) -> Mapping[str, Mapping[str, Placements]]:
-        """component -> the authors' own dotted name -> placements; {} where those are the diffusers names."""
-        return {c: _original_names(c, modules) for c, modules in self.base.components.items()}
+    def parts(self) -> Mapping[str, ComponentNames]:
+        return {c: ComponentNames(c, modules) for c, modules in self.base.components.items()}
 
     def spell(self, layer: str, dialect: str) -> str:
         """The name of a canonical layer in a dialect: that of the fused module where the dialect fuses.
 
         Raises NotFoundError for a layer that the base does not have, InexpressibleError where the dialect
         has no name for it, UsageError for an unknown dialect.
+
+        >>> from krona_hub.bases import catalogue
+        >>> names = table(catalogue.get("flux1-dev"))
+        >>> names.spell("transformer.transformer_blocks.0.attn.to_q", "kohya-ldm")
+        'lora_unet_double_blocks_0_img_attn_qkv'
         """
         if self.base.module(layer) is None:
             near = self.nearest(layer)
-            raise NotFoundError(
-                f"{self.base.name} has no layer {layer!r}.", fix=f"Did you mean {near!r}?" if near else ""
-            )
+            fix = f"Did you mean {near!r}?" if near else "Choose the base that the adapter was made for."
+            raise NotFoundError(f"{self.base.name} has no layer {layer!r}.", fix=fix)
         name = spelling.spell(self, layer, dialect)
         if name is None:
             raise InexpressibleError(
@@ -113,22 +134,17 @@ class NameTable:
     def fused(self, dialect: str) -> Mapping[str, Placements]:
         """Names of a dialect that are no plain layer: several layers stacked, halves swapped, or a transpose."""
         return {
-            spelling.prefixed(self, c, name, dialect): places
-            for c, names in self.originals.items()
-            if spelling.uses_originals(self, c, dialect)
-            for name, places in names.items()
+            spelling.prefixed(self.base, part.component, name, dialect): places
+            for part in self.parts.values()
+            if spelling.uses_originals(self.base, part.component, dialect)
+            for name, places in part.originals.items()
             if not (len(places) == 1 and places[0].plain)
         }
-
-    @cached_property
-    def home(self) -> Mapping[str, str]:
-        """Canonical layer -> the authors' own dotted name of the module that holds it."""
-        return {place.layer: name for names in self.originals.values() for name, ps in names.items() for place in ps}
 
     def nearest(self, name: str) -> str | None:
         """The canonical layer whose name looks most like an unknown one, for "did you mean"."""
         flat = {underscored(layer): layer for layer, _ in self.base.layers()}
-        near = get_close_matches(underscored(_bare(name)), flat, n=1, cutoff=0.5)
+        near = get_close_matches(underscored(prefixes.readings(name)[0][1]), flat, n=1, cutoff=0.5)
         return flat[near[0]] if near else None
 
 
@@ -143,19 +159,7 @@ def underscored(path: str) -> str:
 
 
 def _modern(key: str) -> Iterable[str]:
+    """The names of today for a name of the processor era."""
+    if not ("processor" in key or "self_attn_to_" in key or key.endswith("to_out")):
+        return ()
     return (pattern.sub(new, key) for pattern, new in PROCESSOR_ERA if pattern.match(key))
-
-
-def _original_names(component: str, modules: Mapping[str, Module]) -> dict[str, Placements]:
-    original = original_of(modules)
-    names = apply(original.rules, modules) if original else ldm.names(modules)
-    return {
-        name: tuple(place._replace(layer=f"{component}.{place.layer}") for place in places)
-        for name, places in names.items()
-    }
-
-
-def _bare(name: str) -> str:
-    """The name without the longest prefix it has."""
-    known = prefixes.DOTTED if "." in name else prefixes.UNDERSCORED
-    return name[max(len(p.text) for p in known if name.startswith(p.text)) :]

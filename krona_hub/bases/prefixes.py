@@ -27,11 +27,13 @@ ROLES: Mapping[str, tuple[tuple[str, str], ...]] = {  # role -> (component, kind
     "t5": (("text_encoder_3", "t5"), ("text_encoder_2", "t5"), ("text_encoder", "t5")),
 }
 ANY = "any"  # no component is said
+OPENCLIP = "openclip."  # its `text_projection` is a transposed namesake of CLIP's
 
 
 class Prefix(NamedTuple):
     text: str
     role: str  # a key of ROLES, or ANY
+    instead: str = ""  # what the table of originals has in its place
 
 
 UNDERSCORED = (  # longest first where one begins another
@@ -47,7 +49,6 @@ UNDERSCORED = (  # longest first where one begins another
     Prefix("lycoris_text_encoder_2_", "text_encoder_2"),
     Prefix("lycoris_text_encoder_", "text_encoder"),
     Prefix("lycoris_", ANY),
-    Prefix("", ANY),
 )
 DOTTED = (
     *(Prefix(text.format(c), c) for c in COMPONENTS
@@ -63,12 +64,23 @@ DOTTED = (
     Prefix("text_encoders.clip_g.", "clip_g"),
     Prefix("text_encoders.t5xxl.", "t5"),
     Prefix("cond_stage_model.transformer.", "te1"),
-    Prefix("cond_stage_model.model.", "te1"),
+    Prefix("cond_stage_model.model.", "te1", OPENCLIP),
     Prefix("conditioner.embedders.0.transformer.", "text_encoder"),
-    Prefix("conditioner.embedders.0.model.", "te2"),
-    Prefix("conditioner.embedders.1.model.", "te2"),
-    Prefix("", ANY),
+    Prefix("conditioner.embedders.0.model.", "te2", OPENCLIP),
+    Prefix("conditioner.embedders.1.model.", "te2", OPENCLIP),
 )  # fmt: skip
+
+
+def readings(name: str) -> list[tuple[str, str]]:
+    """(role, rest of the name) for every prefix that the name has, longest first; as it is where it has none.
+
+    >>> readings("lycoris_transformer_blocks_0_ff")
+    [('transformer', 'blocks_0_ff'), ('any', 'transformer_blocks_0_ff')]
+    >>> readings("encoder.layers.0.mlp.fc1")
+    [('any', 'encoder.layers.0.mlp.fc1')]
+    """
+    known = DOTTED if "." in name else UNDERSCORED
+    return [(p.role, p.instead + name[len(p.text) :]) for p in known if name.startswith(p.text)] or [(ANY, name)]
 
 
 def components(role: str, base: Base) -> tuple[str, ...]:

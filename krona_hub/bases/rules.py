@@ -8,11 +8,13 @@ module of two chunks (scale, shift) stores them the other way round; `transpose`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple
 
 from krona_hub.bases.base import Module, Placement
+
+FIRST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Rule(NamedTuple):
@@ -41,13 +43,23 @@ def _alternatives(path: str) -> tuple[str, ...]:
 
 def apply(rules: tuple[Rule, ...], modules: Mapping[str, Module]) -> dict[str, tuple[Placement, ...]]:
     """Other name -> placements (layer: path within the component), for each rule and block that `modules` has."""
-    blocks = 1 + max((int(n) for path in modules for n in re.findall(r"\d+", path)), default=0)
+    blocks = _blocks(modules)
     return {
         rule.other.format(i): _place(rule, [part.format(i) for part in rule.parts], modules)
         for rule in rules
-        for i in (range(blocks) if "{}" in rule.other else (0,))
+        for i in blocks.get(rule.parts[0].partition("{}")[0], ())
         if all(part.format(i) in modules for part in rule.parts)
     }
+
+
+def _blocks(modules: Mapping[str, Module]) -> Mapping[str, Iterable[int]]:
+    """What stands before the first number of a path -> the numbers there; a path without one -> 0."""
+    blocks: dict[str, dict[int, None]] = {}  # a dict keeps the order
+    for path in modules:
+        blocks[path] = {0: None}
+        if number := FIRST_NUMBER.search(path):
+            blocks.setdefault(path[: number.start()], {})[int(number[0])] = None
+    return blocks
 
 
 def _place(rule: Rule, paths: list[str], modules: Mapping[str, Module]) -> tuple[Placement, ...]:

@@ -58,27 +58,27 @@ def spell(table: NameTable, layer: str, dialect: str) -> str | None:
     component, _, path = layer.partition(".")
     if dialect == "processor":
         return _processor(component, text_model(table.base, component, path, dialect))
-    if uses_originals(table, component, dialect):
-        path = table.home.get(layer, path)
-    return prefixed(table, component, path, dialect)
+    if uses_originals(table.base, component, dialect):
+        path = table.parts[component].homes.get(layer, path)
+    return prefixed(table.base, component, path, dialect)
 
 
-def prefixed(table: NameTable, component: str, path: str, dialect: str) -> str:
+def prefixed(base: Base, component: str, path: str, dialect: str) -> str:
     """A path of a component as the dialect writes it: prefix, `text_model.` of CLIP, underscores."""
-    rule = _rule(table.base, component, dialect)
-    path = text_model(table.base, component, path, dialect)
+    rule = _rule(base, component, dialect)
+    path = text_model(base, component, path, dialect)
     prefix = rule.denoiser if component in DENOISERS else rule.text
     flat = rule.underscored or prefix.startswith("lora_")
     path = path.replace(".", "_") if flat else path
-    return prefix.format(component, n=trainers_number(table.base, component)) + path
+    return prefix.format(component, n=trainers_number(base, component)) + path
 
 
-def uses_originals(table: NameTable, component: str, dialect: str) -> bool:
+def uses_originals(base: Base, component: str, dialect: str) -> bool:
     """Whether the dialect writes the authors' own names for this component."""
-    if component not in DENOISERS or not _rule(table.base, component, dialect).originals:
+    if component not in DENOISERS or not _rule(base, component, dialect).originals:
         return False
     # sd-scripts writes ldm names for SDXL, but diffusers names for SD 1 and 2
-    modules = table.base.components[component]
+    modules = base.components[component]
     return dialect != "kohya-ldm" or not ldm.is_unet(modules) or ldm.is_sdxl_like(modules)
 
 

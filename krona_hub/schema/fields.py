@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from math import isfinite
 from typing import Any, NamedTuple
 
 from krona_hub.checkpoints.findings import Finding, quoted
@@ -25,8 +24,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_error(value: Any) -> bool:
-    """A relative error: a number, neither negative nor infinite."""
-    return type(value) in (int, float) and value >= 0 and isfinite(value)
+    """A relative error: a number, neither negative nor beyond all reason, as an integer of JSON can be."""
+    return type(value) in (int, float) and 0 <= value <= MAX_ERROR
 
 
 def _list_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -46,6 +45,7 @@ def _is_text_object(value: Any) -> bool:
     return _is_object(value) and all(map(_is_text, value.values()))
 
 
+MAX_ERROR = 1e300
 OPS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}  # -> sizes in the weight_shape
 ROWS = ("kron", "shuffled")
 AXES = ("out", "in")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from math import isfinite
 from typing import Any, Literal
 
 from krona_hub.checkpoints import strict_json
@@ -128,7 +127,7 @@ def _provenance(origin: Mapping[str, Any], top: Mapping[str, Any], unknown: Mapp
 
 def _rounded(error: float | None) -> float | None:
     """Six digits; an error that is no number is not known."""
-    return None if error is None or not isfinite(error) else float(f"{error:.{ERROR_DIGITS}g}")
+    return None if error is None or not 0 <= error <= table.MAX_ERROR else float(f"{error:.{ERROR_DIGITS}g}")
 
 
 def _plain(value: BaseModel | LayerFacts) -> dict[str, Any]:

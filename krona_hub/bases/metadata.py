@@ -1,0 +1,102 @@
+"""What the metadata of adapter files say about the base, in the words of the programs that write them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+
+from krona_hub.bases import catalogue
+
+FLUX1 = ("flux1-dev", "flux1-schnell")
+VERSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (  # beginning of ss_base_model_version (sd-scripts, musubi-tuner)
+    ("sd_v1", ("sd15",)),
+    ("sd_1.5", ("sd15",)),
+    ("sd_v2_768", ("sd21",)),
+    ("sd_v2", ("sd21-base",)),
+    ("sd_2.1", ("sd21", "sd21-base")),
+    ("sdxl_refiner", ("sdxl-refiner",)),
+    ("sdxl", ("sdxl",)),
+    ("sd3.5-large", ("sd35-large",)),
+    ("sd3.5_l", ("sd35-large",)),
+    ("sd3.5", ("sd35-medium",)),
+    ("sd3", ("sd3-medium",)),
+    ("chroma", ("chroma",)),
+    ("flux2_klein_4b", ("flux2-klein-4b",)),
+    ("flux2_klein_9b", ("flux2-klein-9b",)),
+    ("flux2", ("flux2-dev",)),
+    ("flux", FLUX1),
+    ("lumina2", ("lumina2",)),
+    ("lumina", ("lumina2",)),
+    ("zimage", ("z-image",)),
+    ("z_image", ("z-image",)),
+    ("qwen_image", ("qwen-image",)),
+    ("hunyuan_video", ("hunyuan-video",)),
+    ("wan", ("wan21-t2v-1.3b", "wan21-t2v-14b")),
+)
+ARCHITECTURES: tuple[tuple[str, tuple[str, ...]], ...] = (  # beginning of modelspec.architecture
+    ("stable-diffusion-v1", ("sd15",)),
+    ("stable-diffusion-v2-768", ("sd21",)),
+    ("stable-diffusion-v2", ("sd21-base",)),
+    ("stable-diffusion-xl-v1-refiner", ("sdxl-refiner",)),
+    ("stable-diffusion-xl", ("sdxl",)),
+    ("stable-diffusion-3.5-large", ("sd35-large",)),
+    ("stable-diffusion-3.5-medium", ("sd35-medium",)),
+    ("stable-diffusion-3", ("sd3-medium",)),
+    ("flux-1-dev", ("flux1-dev",)),
+    ("flux-1-schnell", ("flux1-schnell",)),
+    ("flux-2-dev", ("flux2-dev",)),
+    ("flux-2-klein-4b", ("flux2-klein-4b",)),
+    ("flux-2-klein-9b", ("flux2-klein-9b",)),
+    ("flux-2", ("flux2-dev",)),
+    ("flux", FLUX1),
+    ("chroma", ("chroma",)),
+    ("lumina-2", ("lumina2",)),
+    ("z-image", ("z-image",)),
+    ("qwen-image", ("qwen-image",)),
+    ("auraflow", ("auraflow",)),
+    ("hunyuan-video", ("hunyuan-video",)),
+    ("wan2.1", ("wan21-t2v-1.3b", "wan21-t2v-14b")),
+)
+HUB_KEYS = ("base_model_name_or_path", "ss_base_model", "ss_sd_model_name", "modelspec.base_model", "base_model")
+
+
+def bases_named(metadata: Mapping[str, str]) -> frozenset[str]:
+    """Catalogue names that the metadata speak of; empty where they say nothing that is known.
+
+    The most exact entry counts: a Hub id first, then the architecture, then the trainer's version.
+
+    >>> sorted(bases_named({"ss_base_model_version": "sdxl_base_v1-0"}))
+    ['sdxl']
+    """
+    return next((frozenset(names) for names in _named(metadata) if names), frozenset())
+
+
+def _named(metadata: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
+    for key in HUB_KEYS:
+        name = catalogue.find(_model_name(metadata.get(key, "")))
+        yield (name,) if name else ()
+    for text in _peft_bases(metadata):
+        name = catalogue.find(_model_name(text))
+        yield (name,) if name else ()
+    yield _beginning(ARCHITECTURES, metadata.get("modelspec.architecture", ""))
+    yield _beginning(VERSIONS, metadata.get("ss_base_model_version", ""))
+
+
+def _model_name(text: str) -> str:
+    return str(text).removesuffix(".safetensors")
+
+
+def _beginning(entries: tuple[tuple[str, tuple[str, ...]], ...], text: str) -> tuple[str, ...]:
+    return next((names for start, names in entries if text.lower().startswith(start)), ())
+
+
+def _peft_bases(metadata: Mapping[str, str]) -> list[str]:
+    """`base_model_name_or_path` of the configurations that diffusers packs into one JSON text."""
+    try:
+        fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        return []
+    if not isinstance(fields, dict):
+        return []
+    return [v for k, v in fields.items() if isinstance(v, str) and re.search(r"(^|\.)base_model_name_or_path$", k)]

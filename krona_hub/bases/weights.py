@@ -1,0 +1,119 @@
+"""Where the weights of a model lie: tensors of safetensors files, read from their headers. Torch-free but `read`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from krona_hub.bases.base import Module, Placement
+from krona_hub.checkpoints.header import read_header
+from krona_hub.errors import FormatError, IncompleteError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TABLES = (  # two-dimensional weights that are looked up, not multiplied
+    "token_embedding", "position_embedding", "embed_tokens", "embed_positions", "shared", "relative_attention_bias",
+    "word_embeddings", "position_embeddings", "token_type_embeddings", "class_embedding", "positional_embedding",
+)  # fmt: skip
+SUFFIXES = (".weight", "_weight", "")  # `attn.in_proj_weight` and the bare `text_projection` of OpenCLIP
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    path: Path
+    tensor: str
+    shape: tuple[int, ...]
+
+
+class WeightPlace(NamedTuple):
+    """Where the base weight of a layer is: rows of a tensor in a file."""
+
+    path: Path
+    tensor: str
+    placement: Placement
+
+
+def stored_in(files: Iterable[Path]) -> dict[str, Stored]:
+    """Tensor name -> place, of several files that make one model. Headers only."""
+    return {name: Stored(path, name, info.shape) for path in files for name, info in read_header(path).tensors.items()}
+
+
+def files_of(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a component folder: the shards of its index, else one whole file.
+
+    Of several variants (`fp16`, `non_ema`) the plain one is taken. () where there are no weights.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"), key=lambda p: (len(p.name), p.name))
+    if indices:
+        return _shards(indices[0])
+    wholes = sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name))
+    return tuple(wholes[:1])
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FormatError(f"{index}: no index of safetensors shards.", fix="Download the folder again.") from error
+    shards = tuple(index.parent / Path(name).name for name in names)
+    missing = [p.name for p in shards if not p.exists()]
+    if missing:
+        raise IncompleteError(
+            f"{index.parent} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}.",
+            fix="Download the missing files.",
+        )
+    return shards
+
+
+def modules_in(stored: Mapping[str, Stored]) -> dict[str, Module]:
+    """Path -> Module of every Linear and convolution among the tensors, `text_model.` left out.
+
+    A depthwise convolution (one input channel) has as many groups as outputs; other groups a file does not tell.
+    """
+    modules = {}
+    for name, place in stored.items():
+        path, suffix = _module_path(name)
+        if suffix == ".weight" and len(place.shape) > 1 and not _is_table(path, place.shape):
+            depthwise = len(place.shape) > 2 and place.shape[1] == 1
+            groups = place.shape[0] if depthwise else 1
+            modules[path.removeprefix("text_model.")] = Module(place.shape, f"{path}.bias" in stored, groups)
+    return modules
+
+
+def _is_table(path: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and path.rpartition(".")[2] in TABLES
+
+
+def _module_path(tensor: str) -> tuple[str, str]:
+    """
+    >>> _module_path("a.b.weight"), _module_path("attn.in_proj_weight"), _module_path("text_projection")
+    (('a.b', '.weight'), ('attn.in_proj', '_weight'), ('text_projection', ''))
+    """
+    suffix = next(s for s in SUFFIXES if tensor.endswith(s))
+    return tensor[: len(tensor) - len(suffix)], suffix
+
+
+def weights_by_module(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Module name as the file has it -> its weight. Biases, norms and tables stay out."""
+    named = ((_module_path(name)[0], place) for name, place in stored.items() if not name.endswith("bias"))
+    return {path: place for path, place in named if len(place.shape) > 1 and not _is_table(path, place.shape)}
+
+
+def read(place: WeightPlace) -> Tensor:
+    """The base weight of a layer in its own dtype: only its rows are read, halves and axes put right."""
+    import torch
+    from safetensors import safe_open
+
+    _, rows, swap_halves, transpose = place.placement
+    with safe_open(place.path, framework="pt") as file:
+        whole = file.get_slice(place.tensor)
+        weight: Tensor = whole[rows[0] : rows[1]] if rows else whole[:]
+    if transpose:
+        weight = weight.mT
+    if swap_halves:
+        weight = torch.cat(weight.chunk(2)[::-1])
+    return weight.contiguous()
