@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.bases.locate import read as read_weight
+from krona_hub.bases.locate import weight_files
 from krona_hub.conversion.target import Target
 from krona_hub.conversion.ways import Keep, Way
 from krona_hub.errors import UnknownBaseError
@@ -31,10 +33,14 @@ def bake_dora(adapter: Adapter, target: Target, way: Way, base: str | Path | Non
             f"{len(names)} layers are DoRA (the first is {names[0]}): without the base weights they have no delta.",
             fix="Give the base model's weights with --base (a diffusers folder or a checkpoint file).",
         )
-    from krona_hub.bases.weights import base_weights
-
-    weights = base_weights(base, names)
-    return {name: _baked(adapter.layers[name], weights[name]) for name in names}
+    places = weight_files(base)
+    missing = [name for name in names if name not in places]
+    if missing:
+        raise UnknownBaseError(
+            f"{base} holds no weights of {missing[0]} (and {len(missing) - 1} other DoRA layers).",
+            fix="Give a diffusers folder with its weights, or the checkpoint file, with --base.",
+        )
+    return {name: _baked(adapter.layers[name], read_weight(places[name])) for name in names}
 
 
 def _baked(delta: LayerDelta, weight: Tensor) -> LayerDelta:

@@ -12,6 +12,7 @@ from krona_hub.conversion.target import Loads, Target
 from krona_hub.conversion.ways import Budget, Exact, FixedShape, Keep, MaxError, Rank, Way
 from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
 from krona_hub.formats.normal import Lora
+from krona_hub.kron.lowrank import nearest_kron_of_loras
 from krona_hub.kron.search import Choice, realise, smallest_within, within_budget
 from krona_hub.kron.shapes import KronShape, nearest_split, split
 from krona_hub.kron.sums import norm, recompress
@@ -72,15 +73,36 @@ def only_loras(weight_shape: tuple[int, ...], shape: KronShape, terms: int, righ
 
 def _fixed_shapes(layers: Layers, way: FixedShape, progress: Progress) -> dict[str, Outcome]:
     shapes = {name: _shape_for(name, delta.matrix_shape, way) for name, delta in layers.items()}
-    outcomes = {}
-    for done, (name, delta) in enumerate(layers.items(), 1):
-        shape = shapes[name]
-        terms = min(way.terms, shape.max_terms)
-        note = "" if shape[:2] == (way.a1, way.a2) else f"{way.a1}x{way.a2} does not divide it: {shape.a1}x{shape.a2}"
-        outcomes[name] = Outcome(replace(delta, sums=(_single(recompress(delta.sums, shape, terms).terms),)), note)
+    outcomes: dict[str, Outcome] = {}
+    for names in _alike(layers, shapes):
+        terms = _nearest([layers[name] for name in names], shapes[names[0]], way.terms)
+        for name, fitted in zip(names, terms, strict=True):
+            shape = shapes[name]
+            same = shape[:2] == (way.a1, way.a2)
+            note = "" if same else f"{way.a1}x{way.a2} does not divide it: {shape.a1}x{shape.a2}"
+            outcomes[name] = Outcome(replace(layers[name], sums=(_single(fitted),)), note)
         if progress:
-            progress(done, len(layers))
+            progress(len(outcomes), len(layers))
     return outcomes
+
+
+def _alike(layers: Layers, shapes: Mapping[str, KronShape]) -> list[list[str]]:
+    """Names in groups of one shape and one LoRA rank, which are computed together."""
+    groups: dict[tuple[KronShape, int | None], list[str]] = {}
+    for name, delta in layers.items():
+        groups.setdefault((shapes[name], lora_rank(delta)), []).append(name)
+    return list(groups.values())
+
+
+def _nearest(deltas: Sequence[LayerDelta], shape: KronShape, terms: int) -> list[KronTerms]:
+    """The nearest sums of that shape; together and through the factors where the deltas are thin LoRAs."""
+    terms = min(terms, shape.max_terms)
+    rank = lora_rank(deltas[0])
+    if rank is None or 4 * rank > min(shape.full):
+        return [recompress(delta.sums, shape, terms).terms for delta in deltas]
+    loras = [exact_lora_of(delta) for delta in deltas]
+    fits = nearest_kron_of_loras([x.up for x in loras], [x.down for x in loras], shape, terms)
+    return [fit.terms for fit in fits]
 
 
 def _shape_for(name: str, size: tuple[int, int], way: FixedShape) -> KronShape:
