@@ -187,7 +187,7 @@ def _outcome(delta: LayerDelta, lora: Lora, choice: Choice) -> Outcome:
     other = choice.best_other
     best_other = None if other is None else f"{other}, error {other.relative_error:.3f}"
     kept = size_of(delta)[0] <= choice.form.parameters
-    if kept or (choice.form.is_lora and (choice.form.right_rank or inf) >= lora.up.shape[1]):
+    if kept or (choice.form.is_lora and (choice.form.right_rank or choice.form.terms) >= lora.up.shape[1]):
         return Outcome(delta, "the LoRA itself" if is_lora(delta) else "unchanged", best_other)
     terms = _single(realise(lora.up, lora.down, choice.form))
     note = "the LoRA itself, truncated" if choice.form.is_lora else ""
