@@ -33,3 +33,4 @@ class Provenance:
     trigger_words: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the file it was read from
     unknown: Mapping[str, Any] = field(default_factory=dict)  # header fields of newer minor versions, kept
+    notes: tuple[str, ...] = ()  # what the reader of the file wants known; never stored

@@ -15,7 +15,7 @@ from krona_hub.adapter import LayerDelta
 from krona_hub.errors import InexpressibleError, NonFiniteError
 from krona_hub.formats.forms import KRONECKER, is_factored
 from krona_hub.formats.normal import Lora, form_of, lora_of, term_of
-from krona_hub.formats.tools import TOOLS, why_not_form
+from krona_hub.formats.tools import TOOLS, keeps_product_for_lycoris, why_not_form
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor
 
 LORA_KEYS: Mapping[str, tuple[str, str]] = {  # format -> keys of up and of down
@@ -58,7 +58,7 @@ def normalised(delta: LayerDelta, format_name: str, tool: str | None = None, *, 
         return delta
     if format_name in KRONECKER:
         one = delta if format_name == "diffusekrona" else _as_one(delta)
-        return replace(one, sums=tuple(_stored(s, one) for s in one.sums))
+        return replace(one, sums=tuple(_stored(s, one, tool) for s in one.sums))
     lora = lora_of(delta)
     return _as_one(delta) if lora is None else replace(delta, sums=(as_lora(*lora),))
 
@@ -69,12 +69,14 @@ def _offer(delta: LayerDelta) -> str:
     return "Write it as a LoRA with --to lora (exact at full rank), or keep every term with --to krona."
 
 
-def _stored(term: KronTerms, delta: LayerDelta) -> KronTerms:
+def _stored(term: KronTerms, delta: LayerDelta, tool: str | None) -> KronTerms:
     """The term with each factor as it goes to the file: a product of small rank, or dense."""
     shape = term.shape
     kernel = form_of(delta).kernel if delta.weight_shape[1] % shape.a2 == 0 else 1
     left, right = term.left, term.right
-    if isinstance(right, LowRank) and not is_factored(right.rank, (shape.b1, shape.b2 // kernel)):
+    dense_for_lycoris = tool == "lycoris" and not keeps_product_for_lycoris(form_of(delta))
+    kept = isinstance(right, LowRank) and is_factored(right.rank, (shape.b1, shape.b2 // kernel))
+    if isinstance(right, LowRank) and (dense_for_lycoris or not kept):
         right = right.dense()
     if isinstance(left, LowRank) and not (
         isinstance(right, LowRank) and right.rank == left.rank and is_factored(left.rank, (shape.a1, shape.a2))

@@ -126,9 +126,17 @@ def no_row_kernel(form: LayerForm) -> str | None:
 
 
 def no_conv1d(form: LayerForm) -> str | None:
-    """PEFT computes another matrix for a Conv1d with a full w2 (FORMATS.md §4)."""
-    full = any(s.right_rank is None for s in form.sums)
-    return "PEFT computes something else for a Conv1d with a dense B" if len(form.weight_shape) == 3 and full else None
+    """PEFT computes another matrix for a Conv1d with a whole w2 (FORMATS.md §4)."""
+    if len(form.weight_shape) != 3:
+        return None
+    rank = form.sums[0].right_rank if form.lora_rank is None else form.lora_rank
+    split = channel_split(form)
+    kept = is_factored(rank, (split.out[1], split.in_[1]))
+    return None if kept else "it is a Conv1d with a whole B, for which PEFT computes something else"
+
+
+def no_conv3d(form: LayerForm) -> str | None:
+    return "it is a Conv3d, which PEFT's LoKr does not know" if len(form.weight_shape) == 5 else None
 
 
 def no_diffusekrona(form: LayerForm) -> str | None:
@@ -151,8 +159,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {  # format -> what it cannot hold
     "diffusers-lora": (no_input_dora, no_lora),
     "peft-lora": (no_input_dora, no_lora),
     "lycoris-lokr": (no_single_term,),
-    "peft-lokr": (no_dora, no_single_term, no_row_kernel, no_conv1d),
-    "diffusers-lokr": (no_dora, no_single_term, no_row_kernel, no_conv1d),
+    "peft-lokr": (no_dora, no_single_term, no_row_kernel, no_conv1d, no_conv3d),
+    "diffusers-lokr": (no_dora, no_single_term, no_row_kernel, no_conv1d, no_conv3d),
     "diffusekrona": (no_diffusekrona,),
 }
 

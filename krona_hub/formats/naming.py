@@ -62,12 +62,14 @@ def _alone(module: str, layer: str) -> Home:
 
 
 def _plain_name(layer: str, dialect: str) -> str:
-    """The canonical path in the dress of a dialect that needs no table."""
+    """The canonical path in the dress of a dialect that needs no table; no dialect is the native format."""
     component, _, path = layer.partition(".")
     if dialect == "diffusers":
         return f"{component}.{wrapped(component, path)}"
     if dialect == "peft":
         return path
+    if not dialect:
+        return layer
     if dialect == "lycoris":
         return f"lycoris_{path.replace('.', '_')}"
     raise UnknownBaseError(

@@ -53,6 +53,10 @@ class Package:
     files: Mapping[str, Tensors]
     texts: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_file(self) -> bool:
+        return "" in self.files
+
 
 def pack(format_name: str, modules: Sequence[Module], context: Context) -> Package:
     """The files of `format_name` that hold these modules."""

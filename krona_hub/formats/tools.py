@@ -14,8 +14,8 @@ from krona_hub.errors import UsageError
 from krona_hub.formats.forms import (
     LayerForm,
     Rule,
-    Split,
     SumForm,
+    channel_split,
     common_peft_factor,
     is_factored,
     lycoris_resumes,
@@ -36,23 +36,28 @@ def only_lycoris_splits(form: LayerForm) -> str | None:
     """LyCORIS builds its modules from its own factorization, whatever the file holds (FORMATS.md §15.6)."""
     if form.lora_rank is not None or not form.sums or not form.sums[0].plain:
         return None
-    shape, rank = form.sums[0].shape, form.sums[0].right_rank
+    shape = form.sums[0].shape
     if form.is_conv and form.weight_shape[1] % shape.a2:
         return f"A has {shape.a2} columns, which do not divide the {form.weight_shape[1]} input channels"
-    split = Split((shape.a1, shape.b1), (shape.a2, shape.b2 // form.kernel))
-    factored = is_factored(rank, (split.out[1], split.in_[1]))
-    if lycoris_resumes(split, form.kernel if factored else 1):
+    split = channel_split(form)
+    if lycoris_resumes(split) or keeps_product_for_lycoris(form):
         return None
     return f"LyCORIS derives other sizes than {shape} from this weight"
+
+
+def keeps_product_for_lycoris(form: LayerForm) -> bool:
+    """Whether LyCORIS finds its split again with w2 as a product; of some convolutions it does with a dense w2 only."""
+    split = channel_split(form)
+    factored = form.sums and is_factored(form.sums[0].right_rank, (split.out[1], split.in_[1]))
+    return bool(factored) and lycoris_resumes(split, form.kernel)
 
 
 def only_peft_splits(form: LayerForm) -> str | None:
     """One layer alone: is there a decompose_factor for it? Several layers must agree, which the writer checks."""
     if form.lora_rank is not None or not form.sums or (form.is_conv and form.weight_shape[1] % form.sums[0].shape.a2):
         return None
-    shape = form.sums[0].shape
-    split = Split((shape.a1, shape.b1), (shape.a2, shape.b2 // form.kernel))
-    return None if common_peft_factor([split]) is not None else f"no decompose_factor of PEFT gives {shape}"
+    fits = common_peft_factor([channel_split(form)]) is not None
+    return None if fits else f"no decompose_factor of PEFT gives {form.sums[0].shape}"
 
 
 def only_linear(form: LayerForm) -> str | None:
@@ -209,11 +214,7 @@ def _verdict(tool: Tool, description: Any) -> Verdict:
     if reason:
         return Verdict(False, reason)
     for module in description.modules:
-        why = next((w for rule in tool.rules if (w := rule(_form_of(module)))), None)
+        why = next((w for rule in tool.rules if (w := rule(module.form))), None)
         if why:
             return Verdict(False, f"{module.name}: {why}")
     return Verdict(True)
-
-
-def _form_of(module: object) -> LayerForm:
-    raise NotImplementedError

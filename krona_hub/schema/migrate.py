@@ -117,15 +117,22 @@ def route(start: Version, end: Version, steps: Steps = STEPS) -> list[Step]:
     return found
 
 
-def migrate_file(path: Path | str, to: str, out: Path | str, *, overwrite: bool = False) -> Migration:
-    """Write the native file `path` in schema version `to` as `out`; its tensors are copied byte by byte."""
+def migrate_file(
+    path: Path | str, to: str, out: Path | str | None = None, *, overwrite: bool = False, steps: Steps = STEPS
+) -> Migration:
+    """Write the native file `path` in schema version `to`; its tensors are copied byte by byte.
+
+    Without `out` the new file lies beside the old one and is called `<stem>.schema-<to>.safetensors`. Raises what
+    `read_header`, `migrate` and `atomic_file` raise.
+    """
     header = read_header(path)
     try:
-        metadata = migrate(header.metadata, to)
+        metadata = migrate(header.metadata, to, steps)
     except (SchemaError, UnrecognisedError) as error:
         raise error.within(str(path)) from None
-    write_stored(out, copied(header), metadata, overwrite=overwrite)
-    return Migration(Path(out), version_of(header.metadata), version_of(metadata))
+    target = header.path.with_name(f"{header.path.stem}.schema-{to}.safetensors") if out is None else Path(out)
+    write_stored(target, copied(header), metadata, overwrite=overwrite)
+    return Migration(target, version_of(header.metadata), version_of(metadata))
 
 
 def _tree(metadata: Mapping[str, str]) -> Tree:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from krona_hub.bases.base import Base
 from krona_hub.checkpoints import finite
-from krona_hub.checkpoints.findings import Finding, quoted
+from krona_hub.checkpoints.findings import Finding, Severity, quoted
 from krona_hub.checkpoints.header import FLOATS, Header, examine
 from krona_hub.errors import BaseMismatchError, DtypeError, KronaError, NonFiniteError, UnrecognisedError
 from krona_hub.schema import layout
@@ -77,17 +77,27 @@ def native_findings(header: Header, base: Base | None = None) -> Iterator[Findin
 
 
 def base_findings(known: Layout, base: Base) -> Iterator[Finding]:
-    """Layers that `base` does not have, or has with another shape."""
+    """Layers that `base` does not have, or has with another shape; a base with other hashes is worth a warning."""
+    yield from _fingerprint_finding(known, base)
     for name, layer in known.layers.items():
         module = base.module(name)
         if module is None:
-            yield Finding.of(_unknown_layer(name, base), where=quoted(name))
+            uncovered = name.partition(".")[0] not in base.components and base.uncovered
+            severity: Severity = "warning" if uncovered else "error"
+            yield Finding.of(_unknown_layer(name, base), where=quoted(name), severity=severity)
         elif not _same_weight(layer, module.shape):
             error = BaseMismatchError(
                 f"its weight is {list(layer.weight_shape)}, in {base.name} it is {list(module.shape)}.",
                 fix=_OTHER_BASE,
             )
             yield Finding.of(error, where=quoted(name))
+
+
+def _fingerprint_finding(known: Layout, base: Base) -> Iterator[Finding]:
+    noted = known.header.base.fingerprint if known.header.base else None
+    if noted and noted != base.fingerprint:
+        error = BaseMismatchError(f"the file was made for a base with other layers than {base.name}.", fix=_OTHER_BASE)
+        yield Finding.of(error, where="krona.header base.fingerprint", severity="warning")
 
 
 def _same_weight(layer: Layer, shape: tuple[int, ...]) -> bool:

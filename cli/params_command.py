@@ -1,0 +1,117 @@
+"""`krona params`: how many numbers an adapter would have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from krona_hub.cli.common import base_option, emit, krona_command, show_facts, show_table, show_text
+
+if TYPE_CHECKING:
+    from krona_hub.accounting import Accounting, Row
+
+NAMED = 3  # layers named before "and N more"
+
+
+@krona_command(
+    "params",
+    examples=(
+        "krona params --base sdxl",
+        "krona params --base sd15 --component all --shape 64x4,32x8 --rank 4",
+        "krona params --base flux1-dev --targets attn+ff --factor 8,16",
+        "krona params --base sdxl --targets 'mid_block.*attn2' --json",
+    ),
+)
+@base_option
+@click.option(
+    "--component",
+    "components",
+    multiple=True,
+    metavar="NAME",
+    help="unet, transformer, text_encoder, …; text means every text encoder, all everything. Repeatable. "
+    "Default: the unet or transformer.",
+)
+@click.option(
+    "--targets",
+    default="attn",
+    show_default=True,
+    metavar="SET|REGEX",
+    help="attn, attn+ff, all, or a set of a trainer (named below the table); else a regular expression.",
+)
+@click.option("--shape", "shapes", default="64x4,64x8,64x16", show_default=True, metavar="A1xA2,…", help="Sizes of A.")
+@click.option(
+    "--factor", "factors", default="8,16", show_default=True, metavar="N,…", help="LoKr factors; -1: near √n."
+)
+@click.option("--rank", "ranks", default="4,16", show_default=True, metavar="N,…", help="Ranks of LoRA and LoKr.")
+@click.option("--terms", default=1, show_default=True, metavar="K", help="Kronecker terms per layer.")
+def command(
+    base: str | None, components: tuple[str, ...], targets: str, shapes: str, factors: str, ranks: str, terms: int
+) -> None:
+    """Count an adapter's parameters before training it.
+
+    No weights are needed and nothing is downloaded. KronA and DiffuseKronA of shape a1xa2 cost a1·a2 + out·in/(a1·a2)
+    per layer and term; "by width" is the cheapest split of each layer. The last column says which LoRA of the same
+    layers costs the same.
+    """
+    from krona_hub.accounting import account
+    from krona_hub.bases.locate import load_base
+
+    model = load_base(base or _missing_base())
+    found = account(
+        model,
+        targets=targets,
+        component=components or None,
+        shapes=_words(shapes),
+        factors=_numbers("--factor", factors),
+        ranks=_numbers("--rank", ranks),
+        terms=terms,
+    )
+    emit(found, lambda: _show(found))
+
+
+def _missing_base() -> str:
+    from krona_hub.bases.catalogue import names
+    from krona_hub.errors import UsageError
+
+    raise UsageError("no base model is named.", fix=f"Add --base, one of {', '.join(names())}, or a folder.")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    from krona_hub.errors import UsageError
+
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is no list of numbers.", fix=f"Write {option} 4,16.") from None
+
+
+def _show(found: Accounting) -> None:
+    show_facts(_facts(found))
+    show_text()
+    show_table(("method", ">parameters", ">layers", ">MB in fp16", ">as a LoRA of rank"), map(_cells, found.rows))
+    for row in found.rows:
+        if row.undivided:
+            show_text(f"{row.method} does not divide {_some(row.undivided)}; not counted.", "yellow")
+    show_text(f"Sets for --targets: {', '.join(found.target_sets)}; or a regular expression.", "dim")
+
+
+def _facts(found: Accounting) -> list[tuple[str, object]]:
+    facts: list[tuple[str, object]] = [("base", found.base), ("targets", found.targets)]
+    for part in found.parts:
+        whole = f" of {part.total_parameters:,} parameters" if part.total_parameters else ""
+        facts += [(part.component, f"{part.modules:,} layers, {part.weights:,} weights{whole}"), ("", part.checked)]
+    return [*facts, ("not covered", ", ".join(found.uncovered))]
+
+
+def _cells(row: Row) -> tuple[str, int, int, str, str]:
+    return row.method, row.parameters, row.modules, f"{row.bytes_fp16 / 1e6:.1f}", f"{row.lora_rank:.2f}"
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

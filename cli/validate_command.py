@@ -1,0 +1,54 @@
+"""`krona validate`: is this file sound, and does it fit its base?"""
+
+from __future__ import annotations
+
+import click
+
+from krona_hub.checkpoints.findings import Finding
+from krona_hub.cli.common import base_option, emit, file_argument, krona_command, show_text
+from krona_hub.verification import ValidationReport, validate
+
+COLOURS = {"error": "bold red", "warning": "yellow"}
+
+
+@krona_command("validate", examples=("krona validate krona.safetensors", "krona validate lokr.safetensors --base sd15"))
+@file_argument
+@base_option
+@click.pass_context
+def command(context: click.Context, file: str, base: str | None) -> None:
+    """Check a file's structure, schema, shapes and numbers, and with --base its layers.
+
+    Every problem is one line with its fix. The exit status is 0 for a sound file, 2 for a broken one and 5 for one
+    that does not fit its base; warnings do not count.
+    """
+    report = validate(file, base)
+    emit(_document(report), lambda: _show(report))
+    context.exit(report.exit_code)
+
+
+def _document(report: ValidationReport) -> dict[str, object]:
+    return {"path": report.path, "valid": report.valid, "findings": report.findings}
+
+
+def _show(report: ValidationReport) -> None:
+    for finding in report.findings:
+        _show_finding(finding)
+    show_text(f"{report.path}: {_verdict(report)}", "" if report.valid else "bold red")
+
+
+def _show_finding(finding: Finding) -> None:
+    where = f"{finding.where}: " if finding.where else ""
+    show_text(f"{finding.severity} {finding.code}: {where}{finding.cause}", COLOURS[finding.severity])
+    if finding.fix:
+        show_text(f"  fix: {finding.fix}")
+
+
+def _verdict(report: ValidationReport) -> str:
+    """`sound`, `sound, 1 warning`, `2 errors, 1 warning`."""
+    errors, warnings = len(report.errors), len(report.findings) - len(report.errors)
+    counts = [_count(n, word) for n, word in ((errors, "error"), (warnings, "warning")) if n]
+    return ", ".join(counts if errors else ["sound", *counts])
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"

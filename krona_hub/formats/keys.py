@@ -1,0 +1,200 @@
+"""The grammars of adapter keys, as tables: any key of any file → the module it belongs to, and which part it is.
+
+Torch-free. Files mix grammars (FORMATS §5.1), so every key is read by itself and the parts are grouped afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from krona_hub.errors import ConflictError, IncompleteError
+
+
+class Part(NamedTuple):
+    """What a key stands for within its module."""
+
+    kind: str  # lora, lokr, cdka, dense; "" for what any kind has; bias, norm; foreign
+    name: str  # canonical name of the part
+    grammar: str  # who writes keys like this
+
+
+TAILS: Mapping[str, Part] = {  # end of a key, behind the module's name -> part
+    "lokr_w1": Part("lokr", "w1", "lokr"),
+    "lokr_w1_a": Part("lokr", "w1_a", "lokr"),
+    "lokr_w1_b": Part("lokr", "w1_b", "lokr"),
+    "lokr_w2": Part("lokr", "w2", "lokr"),
+    "lokr_w2_a": Part("lokr", "w2_a", "lokr"),
+    "lokr_w2_b": Part("lokr", "w2_b", "lokr"),
+    "lokr_t2": Part("lokr", "t2", "lokr"),
+    "lora_down.weight": Part("lora", "down", "kohya"),
+    "lora_up.weight": Part("lora", "up", "kohya"),
+    "lora_mid.weight": Part("lora", "mid", "kohya"),
+    "lora_A.weight": Part("lora", "down", "peft"),
+    "lora_B.weight": Part("lora", "up", "peft"),
+    "lora.down.weight": Part("lora", "down", "diffusers"),
+    "lora.up.weight": Part("lora", "up", "diffusers"),
+    "lora_linear_layer.down.weight": Part("lora", "down", "diffusers"),
+    "lora_linear_layer.up.weight": Part("lora", "up", "diffusers"),
+    "lora_layer.down.weight": Part("lora", "down", "processor"),
+    "lora_layer.up.weight": Part("lora", "up", "processor"),
+    "_lora.down.weight": Part("lora", "down", "processor"),
+    "_lora.up.weight": Part("lora", "up", "processor"),
+    "cdka_a": Part("cdka", "cdka_a", "cdka"),
+    "cdka_b": Part("cdka", "cdka_b", "cdka"),
+    "diff": Part("dense", "diff", "dense"),
+    "alpha": Part("", "alpha", ""),
+    "lora.alpha": Part("", "alpha", ""),
+    "_lora.alpha": Part("", "alpha", ""),
+    "dora_scale": Part("", "dora_scale", ""),
+    "lora_magnitude_vector": Part("", "magnitude", ""),
+    "lora_magnitude_vector.weight": Part("", "magnitude", ""),
+    "diff_b": Part("bias", "diff_b", ""),
+    "lora_up.bias": Part("bias", "bias", ""),
+    "lora_B.bias": Part("bias", "bias", ""),
+    "w_norm": Part("norm", "w_norm", ""),
+    "b_norm": Part("norm", "b_norm", ""),
+}
+FOREIGN: Mapping[str, str] = {  # end of a key -> the algorithm that writes it, none of them a Kronecker product
+    **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), "LoHa"),
+    **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), "GLoRA"),
+    **dict.fromkeys(("oft_blocks", "oft_diag", "oft_r", "oft_s", "oft_R.weight", "rescale"), "OFT or BOFT"),
+    **dict.fromkeys(("boft_R", "boft_s"), "BOFT"),
+    **dict.fromkeys(("ia3_l", "on_input"), "IA3"),
+    **dict.fromkeys(("lora_E", "ranknum"), "AdaLoRA"),
+    **dict.fromkeys(("lora_embedding_A", "lora_embedding_B"), "LoRA of an embedding"),
+    **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), "VeRA"),
+    "lokr_t1": "LoKr with lokr_t1, which no trainer writes",
+    "c3a_kernel": "C3A",
+    "hra_u": "HRA",
+    "fourierft_spectrum": "FourierFT",
+    "miss_block": "MiSS",
+    "bone_block": "Bone",
+    "vblora_vector_bank": "VB-LoRA",
+}
+POSITIONAL = re.compile(r"(unet|text_encoder):(\d+):(up|down)")  # cloneofsimo: a module is its position
+ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$")
+EMBEDDINGS = ("bundle_emb.", "emb_params")  # textual inversion carried along (OneTrainer)
+OPTIONAL = ("mid", "alpha", "dora_scale", "magnitude")
+
+
+@dataclass(frozen=True)
+class ModuleGroup:
+    """The tensors of one module of a file."""
+
+    name: str  # as the file spells it, without the part
+    kind: str  # lora, lokr, cdka or dense
+    parts: Mapping[str, str]  # part -> key of the tensor
+    grammars: frozenset[str]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Every tensor of a file, sorted by what it is."""
+
+    modules: tuple[ModuleGroup, ...]
+    extras: tuple[str, ...] = ()  # embeddings, norms, biases: kept, but no delta of a weight
+    foreign: Mapping[str, str] | None = None  # module -> an algorithm that is no Kronecker product
+    unknown: tuple[str, ...] = ()  # belong to nothing
+    orphans: tuple[str, ...] = ()  # modules with an alpha or a magnitude, and no delta
+
+    @property
+    def grammars(self) -> frozenset[str]:
+        return frozenset(g for module in self.modules for g in module.grammars)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(module.kind for module in self.modules)
+
+
+def split_key(key: str) -> tuple[str, Part] | None:
+    """The module and the part that a key names; None where no grammar knows it.
+
+    >>> split_key("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight")
+    ('lora_unet_mid_block_attentions_0_proj_in', Part(kind='lora', name='down', grammar='kohya'))
+    >>> split_key("unet.mid_block.attn1.processor.to_out_lora.up.weight")[0]
+    'unet.mid_block.attn1.processor.to_out'
+    >>> split_key("base_model.model.to_q.lora_A.default.weight")[0]
+    'base_model.model.to_q'
+    >>> split_key("unet:3:up")
+    ('unet:3', Part(kind='lora', name='up', grammar='cloneofsimo'))
+    """
+    if place := POSITIONAL.fullmatch(key):
+        return f"{place[1]}:{place[2]}", Part("lora", place[3], "cloneofsimo")
+    key = ADAPTER_NAME.sub(r".\1\2", key)
+    for tail in _tails(key):
+        if tail in TAILS:
+            return _module(key, tail), TAILS[tail]
+        if tail in FOREIGN:
+            return _module(key, tail), Part("foreign", FOREIGN[tail], "")
+    return None
+
+
+def _tails(key: str) -> Iterable[str]:
+    """The last three, two and one segments of a key; a segment that ends in `_lora` counts from there."""
+    segments = key.split(".")
+    for count in (3, 2, 1):
+        if len(segments) > count:
+            yield ".".join(segments[-count:])
+        if len(segments) >= count and segments[-count].endswith("_lora"):
+            yield ".".join(["_lora", *segments[len(segments) - count + 1 :]])
+
+
+def _module(key: str, tail: str) -> str:
+    return key[: -len(tail)].removesuffix(".")
+
+
+def sort_keys(names: Iterable[str], metadata: Mapping[str, str] | None = None) -> Keys:
+    """Group the tensors of a file by module.
+
+    Raises ConflictError where two keys are the same part of a module, IncompleteError where one module holds two
+    kinds of delta.
+    """
+    modules: dict[str, dict[str, tuple[str, Part]]] = {}
+    foreign: dict[str, str] = {}
+    extras, unknown = [], []
+    for key in sorted(names):
+        found = split_key(key)
+        if _is_embedding(key, metadata or {}) or (found and found[1].kind in ("bias", "norm")):
+            extras.append(key)
+        elif found is None:
+            unknown.append(key)
+        elif found[1].kind == "foreign":
+            foreign[found[0]] = found[1].name
+        else:
+            _add(modules.setdefault(found[0], {}), key, found)
+    groups = {name: _group(name, parts) for name, parts in modules.items() if name not in foreign}
+    orphans = tuple(name for name, group in groups.items() if group is None)
+    return Keys(tuple(g for g in groups.values() if g), tuple(extras), foreign, tuple(unknown), orphans)
+
+
+def _is_embedding(key: str, metadata: Mapping[str, str]) -> bool:
+    return key.startswith(EMBEDDINGS) or metadata.get(key) == "<embed>" or (key[:1] == "<" and key[-1:] == ">")
+
+
+def _add(parts: dict[str, tuple[str, Part]], key: str, found: tuple[str, Part]) -> None:
+    module, part = found
+    if part.name in parts:
+        raise ConflictError(
+            f"{module}: {parts[part.name][0]} and {key} are both its {part.name!r}.",
+            fix="The file holds two adapters; split them with the tool that saved it.",
+        )
+    parts[part.name] = (key, part)
+
+
+def _group(name: str, parts: Mapping[str, tuple[str, Part]]) -> ModuleGroup | None:
+    kinds = sorted({part.kind for _, part in parts.values()} - {""})
+    if len(kinds) > 1:
+        raise IncompleteError(
+            f"{name} mixes the tensors of {' and '.join(kinds)}.", fix="Save the adapter again with its own tool."
+        )
+    if not kinds:
+        return None
+    grammars = frozenset(part.grammar for _, part in parts.values()) - {""}
+    return ModuleGroup(name, kinds[0], {part: key for part, (key, _) in parts.items()}, grammars)

@@ -1,0 +1,15 @@
+"""LoKr of LyCORIS, also as OneTrainer, ai-toolkit, SimpleTuner and musubi-tuner write it (FORMATS §3)."""
+
+from __future__ import annotations
+
+from krona_hub.formats.source import AdapterFile
+from krona_hub.formats.spoke import Rules, verbs
+
+NAME = "lycoris-lokr"
+RULES = Rules(scale="alpha / rank of the tensors; 1 where both factors are full, whatever alpha says")
+read, describe, write = verbs(NAME)
+
+
+def recognises(file: AdapterFile) -> bool:
+    """Any LoKr that the formats before this one leave, and the CDKA sums of a LyCORIS fork."""
+    return bool({"lokr", "cdka"} & file.keys.kinds)

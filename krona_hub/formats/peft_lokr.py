@@ -1,0 +1,20 @@
+"""PEFT's LoKr: a folder with adapter_config.json (FORMATS §4)."""
+
+from __future__ import annotations
+
+from krona_hub.formats.peft import config_notes, configuration, has_type
+from krona_hub.formats.source import AdapterFile
+from krona_hub.formats.spoke import Rules, verbs
+
+NAME = "peft-lokr"
+RULES = Rules(
+    scale="alpha / r of adapter_config.json, also where both factors are full",
+    kinds={"lokr": "peft-lokr"},
+    configs=configuration,
+    notes=config_notes,
+)
+read, describe, write = verbs(NAME)
+
+
+def recognises(file: AdapterFile) -> bool:
+    return has_type(file, "LOKR")

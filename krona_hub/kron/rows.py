@@ -1,0 +1,95 @@
+"""Rows of a Kronecker sum, exactly: parts of a fused projection, swapped halves, the transpose (FORMATS §13)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from krona_hub.errors import UnsupportedError
+from krona_hub.kron.terms import Factor, KronTerms, LowRank
+
+Range = tuple[int, int]  # first row, and the row behind the last
+
+
+def take_rows(terms: KronTerms, ranges: Sequence[Range]) -> KronTerms:
+    """The rows of `ranges`, in that order, as a sum of Kronecker products again.
+
+    With B of b1 rows, a range that starts and ends at multiples of b1 takes rows of A. Otherwise B is cut into blocks
+    of g = gcd(b1, every start and end) rows, A ⊗ B = Σₘ (A ⊗ eₘ) ⊗ Bₘ, which has b1 / g times as many terms. Where A
+    has one row (a LoRA), the rows are rows of B. Raises UnsupportedError for DiffuseKronA's interleaved rows.
+
+    >>> terms = KronTerms(torch.rand(1, 2, 2), torch.rand(1, 6, 3))
+    >>> part = take_rows(terms, [(4, 8)])
+    >>> str(part.shape), part.terms, torch.allclose(part.dense(), terms.dense()[4:8])
+    ('2x2 ⊗ 2x3', 3, True)
+    """
+    if terms.rows != "kron" and 1 not in terms.shape[::2]:
+        raise UnsupportedError("interleaved rows cannot be taken apart.", fix="Convert it to LoRA first (--to lora).")
+    if terms.shape.a1 == 1:
+        return replace(terms, rows="kron", right=_rows(terms.right, ranges))
+    unit = gcd(terms.shape.b1, *(edge for r in ranges for edge in r))
+    cut = _cut(terms, unit)
+    return replace(cut, rows="kron", left=_rows(cut.left, [(a // unit, b // unit) for a, b in ranges]))
+
+
+def transposed(terms: KronTerms) -> KronTerms:
+    """ΔWᵀ = Σₖ Aₖᵀ ⊗ Bₖᵀ. Raises UnsupportedError for interleaved rows.
+
+    >>> terms = KronTerms(torch.rand(2, 2, 5), torch.rand(2, 6, 3))
+    >>> torch.equal(transposed(terms).dense(), terms.dense().mT)
+    True
+    """
+    if terms.rows != "kron" and 1 not in terms.shape[::2]:
+        raise UnsupportedError("interleaved rows have no transpose of this form.", fix="Convert it to LoRA first.")
+    return KronTerms(_transposed(terms.left), _transposed(terms.right))
+
+
+def _cut(terms: KronTerms, unit: int) -> KronTerms:
+    """The same sum with B of `unit` rows: (A ⊗ eₘ) ⊗ Bₘ for each block m of B, terms · b1/unit in all."""
+    blocks = terms.shape.b1 // unit
+    if blocks == 1:
+        return terms
+    return KronTerms(_spread(terms.left, blocks), _blocks(terms.right, blocks))
+
+
+def _spread(factor: Factor, blocks: int) -> Factor:
+    """(terms, p, q) → (terms·blocks, p·blocks, q): term k·blocks + m is factor[k] ⊗ eₘ."""
+    if isinstance(factor, LowRank):
+        return LowRank(_spread_tensor(factor.up, blocks), factor.down.repeat_interleave(blocks, 0))
+    return _spread_tensor(factor, blocks)
+
+
+def _spread_tensor(tensor: Tensor, blocks: int) -> Tensor:
+    unit = torch.eye(blocks, dtype=tensor.dtype, device=tensor.device)  # row m is eₘ
+    return torch.einsum("kpq,ml->kmplq", tensor, unit).flatten(2, 3).flatten(0, 1)
+
+
+def _blocks(factor: Factor, blocks: int) -> Factor:
+    """(terms, p, q) → (terms·blocks, p/blocks, q): the row blocks of each term one after the other."""
+    if isinstance(factor, LowRank):
+        return LowRank(_blocks_tensor(factor.up, blocks), factor.down.repeat_interleave(blocks, 0))
+    return _blocks_tensor(factor, blocks)
+
+
+def _blocks_tensor(tensor: Tensor, blocks: int) -> Tensor:
+    return tensor.reshape(len(tensor) * blocks, -1, tensor.shape[2])
+
+
+def _rows(factor: Factor, ranges: Sequence[Range]) -> Factor:
+    if isinstance(factor, LowRank):
+        return LowRank(_rows_tensor(factor.up, ranges), factor.down)
+    return _rows_tensor(factor, ranges)
+
+
+def _rows_tensor(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:
+    return torch.cat([tensor[:, start:stop] for start, stop in ranges], 1)
+
+
+def _transposed(factor: Factor) -> Factor:
+    if isinstance(factor, LowRank):
+        return LowRank(factor.down.mT, factor.up.mT)
+    return factor.mT

@@ -1,0 +1,133 @@
+"""docs/schema-1.0.md is enough to read a native file: its reader runs on every golden file, its example is a file."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from krona_hub.adapter import Adapter, BaseModel
+from krona_hub.checkpoints.header import read_header
+from krona_hub.checkpoints.reader import load
+from krona_hub.checkpoints.writer import write_tensors
+from krona_hub.schema.fields import BASE, LAYER, PROVENANCE, TOP
+from krona_hub.schema.v1 import from_tensors, to_tensors
+from krona_hub.schema.validate import validate
+from tests.attacks.forge import put
+from tests.golden.make import LAYERS, RECORD
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = (ROOT / "docs/schema-1.0.md").read_text()
+GOLDEN = ROOT / "tests/golden/1.0"
+FROZEN = {  # golden files are never edited; a new version is a new folder
+    "conv.delta.safetensors": "b7ceb1e4192ae9c7914743e3cde63ef21811b9842957459a6718c252c851e1be",
+    "conv.safetensors": "aab2394fce5600d993600888200c42285d7123190dc75429bc7afda4e84fe121",
+    "dora.delta.safetensors": "ff8a16a42f7560af729d181b68f3861525784a54fe0d6011878d4bed7d32f3cf",
+    "dora.safetensors": "b4084990cb61b7b2d4926fccf9f9429a78089f2e9e88f33b781ee8b1effa1ce7",
+    "linear.delta.safetensors": "05590bc3d2178a3a5a5c4f115d065334d5017e0fe23befa58a205544733b1bf7",
+    "linear.safetensors": "c462fb03c9f6d385a59c14df4805b635bc9f9678aa2135795a38993133d66632",
+    "record.delta.safetensors": "8cd16c09afa8e3000612934a2439c286f2d8ec82c392165d3a2defd9d8cddbd3",
+    "record.safetensors": "e19f764edec930886995c22a022e6111d5ce20ba4efde19a08ac4e6c55d9fb2e",
+    "shuffled.delta.safetensors": "f64d847c5519067cc01d2213b3fe539b7dc57bafc275f59a484dcaef4736836d",
+    "shuffled.safetensors": "e7c0739159f9e8fff967bcec7baca9dbe490d84cb8f406122a6da4721c034e51",
+    "sums.delta.safetensors": "a5bee8a20f9e765b98cfe6e7657968bed9d87ab00d8e45ca09ceae97ce2460e3",
+    "sums.safetensors": "45c91334c041a166b6cc33fbe3f3aea5c757b2780e99736cc8482d044cba3596",
+    "terms.delta.safetensors": "cb92ae17904b0660571f64805798b7b18377a429ce56041bb96c509584653286",
+    "terms.safetensors": "bced6d679c51b5c0d223d16fa315d1c0f1c7f32950696946bbeed8685c0c2609",
+}
+NAMES = sorted(LAYERS)
+
+
+def block(language: str) -> str:
+    """The one code block of that language on the page."""
+    (text,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    return text
+
+
+def reader_of_the_page():
+    room = {}
+    exec(block("python"), room)
+    return room["read"]
+
+
+def golden(name):
+    header = read_header(GOLDEN / f"{name}.safetensors")
+    meaning = load(read_header(GOLDEN / f"{name}.delta.safetensors"))
+    deltas = {k: t for k, t in meaning.items() if not k.startswith("base.")}
+    bases = {k.removeprefix("base."): t for k, t in meaning.items() if k.startswith("base.")}
+    return header, deltas, bases
+
+
+def test_golden_files_are_never_edited():
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in GOLDEN.iterdir()} == FROZEN
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reader_of_the_page_reads_every_golden_file(name):
+    header, deltas, bases = golden(name)
+    found = reader_of_the_page()(header.path, {k: t.numpy() for k, t in bases.items()})
+    assert found.keys() == deltas.keys()
+    for layer, delta in deltas.items():
+        np.testing.assert_allclose(found[layer], delta.numpy(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_reader_reads_every_golden_file(name):
+    header, deltas, bases = golden(name)
+    adapter = from_tensors(header, load(header))
+    assert adapter.layers.keys() == deltas.keys() and validate(header.path) == ()
+    for layer, delta in deltas.items():
+        found = adapter[layer].dense(bases.get(layer))
+        assert found.shape == delta.shape
+        torch.testing.assert_close(found.double(), delta, rtol=0, atol=1e-6 * float(delta.abs().max()))
+
+
+def test_the_golden_record_is_read_whole():
+    header, _, _ = golden("record")
+    adapter = from_tensors(header, load(header))
+    assert adapter.provenance == RECORD and adapter.base == BaseModel("sd15", "org/model", "main", "ab" * 32)
+    assert {name: (t.dtype, len(t)) for name, t in adapter.extras.items()} == {
+        "<s1>": (torch.float32, 8), "norm.bias": (torch.float16, 3),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_golden_file_is_written_again_with_the_same_bytes(name, tmp_path):
+    header, _, _ = golden(name)
+    write_tensors(tmp_path / "again", *to_tensors(from_tensors(header, load(header))))
+    assert (tmp_path / "again").read_bytes() == header.path.read_bytes()
+
+
+def test_the_reader_of_the_page_is_short():
+    assert len(block("python").splitlines()) < 60
+
+
+def test_the_file_of_the_page_is_read_by_both_readers_as_the_page_says(tmp_path):
+    raw = bytes.fromhex("".join(line[10:57] for line in block("hexdump").splitlines()))
+    shown = "".join(line[60:].removesuffix("|") for line in block("hexdump").splitlines())
+    assert shown == "".join(chr(b) if 32 <= b < 127 else "." for b in raw)
+    assert f"The header has {int.from_bytes(raw[:8], 'little')} bytes" in PAGE
+    path, said = put(tmp_path, raw), json.loads(block("json"))
+    assert {name: delta.tolist() for name, delta in reader_of_the_page()(path).items()} == said
+    header = read_header(path)
+    adapter = from_tensors(header, load(header))
+    assert {name: delta.dense().tolist() for name, delta in adapter.layers.items()} == said
+    assert validate(path) == ()
+
+
+def test_the_page_lists_every_field():
+    for prefix, table in {"": TOP, "base.": BASE, "layers.*.": LAYER}.items():
+        for name in table.keys() - {"provenance"}:
+            assert f"`{prefix}{name}`" in PAGE, name
+    for name in PROVENANCE:
+        assert f"`provenance.{name}`" in PAGE or f"`.{name}`" in PAGE, name
+
+
+def test_a_layer_of_nothing_is_zero_to_both_readers(tmp_path):
+    from krona_hub.adapter import LayerDelta
+
+    write_tensors(tmp_path / "x", *to_tensors(Adapter({"unet.x": LayerDelta((), (2, 3, 1, 1))})))
+    assert reader_of_the_page()(tmp_path / "x")["unet.x"].tolist() == np.zeros((2, 3, 1, 1)).tolist()
