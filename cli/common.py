@@ -15,11 +15,11 @@ A command file exposes `command`, declared so:
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -42,8 +42,10 @@ class KronaCommand(rich_click.RichCommand):
     examples: tuple[str, ...] = ()
 
 
-def krona_command(name: str, *, examples: Sequence[str]) -> Callable[[Function], KronaCommand]:
-    """Declare a command with --json, --quiet and examples.
+def krona_command(
+    name: str, *, examples: Sequence[str], panels: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Callable[[Function], KronaCommand]:
+    """Declare a command with --json, --quiet and examples; `panels` groups the options of its --help by title.
 
     An example is a command line that runs in a folder with `lora.safetensors` (SD 1.5, kohya), `lokr.safetensors`
     (SD 1.5, LyCORIS LoKr) and `krona.safetensors` (SD 1.5, native).
@@ -51,7 +53,10 @@ def krona_command(name: str, *, examples: Sequence[str]) -> Callable[[Function],
 
     def declare(function: Function) -> KronaCommand:
         epilog = "\n\n".join(["Examples:" if len(examples) > 1 else "Example:", *examples])
-        declared = click.command(name, cls=KronaCommand, epilog=epilog)(_json_option(_quiet_option(function)))
+        function = _json_option(_quiet_option(function))
+        for title in reversed(panels):
+            function = rich_click.option_panel(title, options=list(panels[title]))(function)
+        declared = rich_click.command(name, cls=KronaCommand, epilog=epilog)(function)
         declared.params = declared.params[2:] + declared.params[:2]  # what is common comes last
         declared.examples = tuple(examples)
         return declared
@@ -72,7 +77,8 @@ _quiet_option = click.option(
 )
 
 
-def _asked_for(option: str) -> bool:
+def asked_for(option: str) -> bool:
+    """Whether the running command got --json or --quiet."""
     context = click.get_current_context(silent=True)
     return bool(context and context.meta.get(f"krona.{option}"))
 
@@ -127,7 +133,7 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Do everything but
 
 def emit(document: Any, show: Callable[[], None]) -> None:
     """Print the result: `document` as JSON where --json was given, else whatever `show` prints."""
-    if _asked_for("json"):
+    if asked_for("json"):
         print(json.dumps(plain(document), ensure_ascii=False, indent=2, allow_nan=False))
     else:
         show()
@@ -135,7 +141,7 @@ def emit(document: Any, show: Callable[[], None]) -> None:
 
 def say(text: str) -> None:
     """Chatter for a person, on stderr; silent under --quiet and --json."""
-    if not (_asked_for("quiet") or _asked_for("json")):
+    if not (asked_for("quiet") or asked_for("json")):
         print(text, file=sys.stderr)
 
 
@@ -205,7 +211,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
             step(i, len(layers))
     """
     started, shown = time.monotonic(), False
-    wanted = sys.stderr.isatty() and not (_asked_for("quiet") or _asked_for("json"))
+    wanted = sys.stderr.isatty() and not (asked_for("quiet") or asked_for("json"))
 
     def step(done: int, total: int) -> None:
         nonlocal shown
@@ -228,8 +234,3 @@ def _bar(label: str, done: int, total: int, seconds: float) -> str:
     filled = 24 * done // max(total, 1)
     left = round(seconds * (total - done) / done)
     return f"{label} {'━' * filled}{'─' * (24 - filled)} {done:,}/{total:,}  {left // 60}:{left % 60:02} left"
-
-
-def colour_wanted() -> bool:
-    """Whether stdout is a terminal and NO_COLOR is not set."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -17,6 +17,7 @@ from krona_hub.cli.failures import report_failure
 
 COMPLETE_VARIABLE = "_KRONA_COMPLETE"
 rich_click.rich_click.TEXT_PARAGRAPH_LINEBREAKS = "\n\n"
+rich_click.rich_click.PADDING_HELPTEXT_FIRST_LINE = (0, 0, 1, 0)
 rich_click.rich_click.MAX_WIDTH = 110
 rich_click.rich_click.STYLE_EPILOG_TEXT = ""
 
@@ -88,11 +89,18 @@ def run() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run one command line; its exit status. Every failure is reported, none escapes."""
     try:
-        with cli.make_context("krona", list(arguments)) as context:
-            cli.invoke(context)
+        status = run_line(arguments)
         sys.stdout.flush()
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
     except BaseException as problem:
         return report_failure(problem, as_json="--json" in arguments)
+    return status
+
+
+def run_line(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit status. Failures are raised."""
+    try:
+        with cli.make_context("krona", list(arguments)) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
     return 0

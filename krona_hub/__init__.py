@@ -1,3 +1,44 @@
-"""Krona Hub: read, convert, validate and account for Kronecker adapters of diffusion models."""
+"""Krona Hub: read, convert, validate and account for Kronecker adapters of diffusion models.
+
+The public names below are imported when they are first used, so that `import krona_hub` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from krona_hub.adapter import Adapter as Adapter
+    from krona_hub.adapter import LayerDelta as LayerDelta
+    from krona_hub.errors import KronaError as KronaError
+    from krona_hub.formats.files import read as read
+    from krona_hub.formats.writing import write as write
+    from krona_hub.kron.shapes import KronShape as KronShape
+    from krona_hub.kron.terms import KronTerms as KronTerms
+    from krona_hub.kron.terms import nearest_kron as nearest_kron
+    from krona_hub.origin import BaseModel as BaseModel
 
 __version__ = "0.1.0"
+
+PUBLIC = {  # name -> the module that defines it
+    "read": "krona_hub.formats.files",
+    "write": "krona_hub.formats.writing",
+    "nearest_kron": "krona_hub.kron.terms",
+    "Adapter": "krona_hub.adapter",
+    "LayerDelta": "krona_hub.adapter",
+    "BaseModel": "krona_hub.origin",
+    "KronShape": "krona_hub.kron.shapes",
+    "KronTerms": "krona_hub.kron.terms",
+    "KronaError": "krona_hub.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'krona_hub' has no attribute {name!r}")
+    value = getattr(import_module(PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*PUBLIC, "__version__"])

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from krona_hub.formats.describe import ModuleInfo
+    from krona_hub.formats.forms import SumForm
+
+EXACT_BELOW = 1e-6  # relative error that float32 rounding alone explains
 
 
 def plain(value: Any) -> Any:
@@ -60,3 +67,132 @@ def relative(error: float) -> str:
     ('0', '3.2e-07', '0.049')
     """
     return "0" if error == 0 else f"{error:.2g}"
+
+
+class FormGroup(NamedTuple):
+    """Layers that went from one form to another."""
+
+    layers: int
+    before: str
+    after: str
+    parameters_before: int
+    parameters_after: int
+    worst_error: float
+
+
+def form_groups(layers: Sequence[Any], most: int = 8) -> tuple[FormGroup, ...]:
+    """The layers of a conversion by what they became, most layers first; what exceeds `most` groups is one group."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for layer in layers:
+        groups.setdefault((layer.before, layer.after), []).append(layer)
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    if len(ordered) > most:
+        rest = ordered[most - 1 :]
+        ordered = [*ordered[: most - 1], (("various", f"{len(rest)} other forms"), [x for _, xs in rest for x in xs])]
+    return tuple(_group(before, after, members) for (before, after), members in ordered)
+
+
+def _group(before: str, after: str, members: Sequence[Any]) -> FormGroup:
+    parameters = sum(x.parameters_before for x in members), sum(x.parameters_after for x in members)
+    return FormGroup(len(members), before, after, *parameters, max(x.relative_error for x in members))
+
+
+def worst_layers(layers: Sequence[Any], most: int = 5) -> tuple[Any, ...]:
+    """The layers with the largest relative error, worst first; none where nothing was lost."""
+    lossy = [x for x in layers if x.relative_error > EXACT_BELOW]
+    return tuple(sorted(lossy, key=lambda x: (-x.relative_error, x.layer))[:most])
+
+
+class FormatFacts(NamedTuple):
+    """A format as `krona formats` lists it."""
+
+    name: str
+    reads: bool
+    writes: bool
+    summary: str
+
+
+def format_facts() -> tuple[FormatFacts, ...]:
+    """Every format of FORMATS, in its order."""
+    from krona_hub.formats.registry import FORMATS
+
+    return tuple(
+        FormatFacts(spoke.NAME, hasattr(spoke, "read"), hasattr(spoke, "write"), _first_sentence(spoke.__doc__))
+        for spoke in FORMATS
+    )
+
+
+def _first_sentence(text: str | None) -> str:
+    sentence = (text or "").strip().split("\n\n")[0].replace("\n", " ")
+    return re.sub(r" \(FORMATS.*?\)", "", sentence).rstrip(".")
+
+
+class Cell(NamedTuple):
+    """Whether a tool loads a format."""
+
+    mark: str  # "yes", "some" (shapes; `krona inspect` says which) or "–"
+    why: str
+
+
+def loads_matrix() -> dict[str, dict[str, Cell]]:
+    """Format -> tool -> whether the tool loads such files."""
+    from krona_hub.formats.tools import REJECTS, TOOLS
+
+    return {name: {tool: _cell(name, tool) for tool in TOOLS} for name in REJECTS}
+
+
+def _cell(format_name: str, tool: str) -> Cell:
+    from krona_hub.formats.forms import KRONECKER, no_dora
+    from krona_hub.formats.tools import REJECTS, TOOLS
+
+    if reason := REJECTS[format_name].get(tool):
+        return Cell("–", reason)
+    if format_name in KRONECKER and any(rule is not no_dora for rule in TOOLS[tool].rules):
+        return Cell("some", f"{TOOLS[tool].title} loads some shapes only; krona inspect says which")
+    return Cell("yes", "")
+
+
+class ModuleGroup(NamedTuple):
+    """Modules of a file that look alike."""
+
+    modules: int
+    kind: str
+    form: str  # "r8", "8x8 ⊗ 40x40 r4"
+    scale: str
+    parameters: int
+    dora_axis: str | None
+
+
+def module_groups(modules: Sequence[ModuleInfo], most: int = 12) -> tuple[ModuleGroup, ...]:
+    """The modules by kind, form and scale, most modules first; what exceeds `most` groups is one group."""
+    groups: dict[tuple[str, str, str, str | None], list[ModuleInfo]] = {}
+    for m in modules:
+        groups.setdefault((m.kind, form_in_words(m), scale_in_words(m), m.dora_axis), []).append(m)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    told = [ModuleGroup(len(ms), *key[:3], sum(m.parameters for m in ms), key[3]) for key, ms in ordered]
+    if len(told) > most:
+        rest = told[most - 1 :]
+        whole = sum(g.modules for g in rest), sum(g.parameters for g in rest)
+        told[most - 1 :] = [ModuleGroup(whole[0], "various", f"{len(rest)} other forms", "", whole[1], None)]
+    return tuple(told)
+
+
+def form_in_words(module: ModuleInfo) -> str:
+    """The form of a module as the tables show it: rank of a LoRA, split, terms and ranks of a Kronecker sum."""
+    return " + ".join(_sum_in_words(s) for s in module.sums) or "magnitude only"
+
+
+def _sum_in_words(s: SumForm) -> str:
+    if (s.shape.a1, s.shape.a2) == (1, 1) and s.right_rank is not None:
+        return f"{s.shape.b1}x{s.shape.b2} r{s.right_rank}"
+    terms = f"{s.terms} terms of " if s.terms > 1 else ""
+    ranks = [f"{side} r{rank}" for side, rank in (("A", s.left_rank), ("B", s.right_rank)) if rank is not None]
+    rows = ["rows shuffled"] if s.rows == "shuffled" else []
+    return ", ".join([f"{terms}{s.shape}", *ranks, *rows])
+
+
+def scale_in_words(module: ModuleInfo) -> str:
+    """`alpha 4 / rank 8 = 0.5`, or the scale alone where no alpha is involved."""
+    if module.alpha is None or module.rank is None:
+        return f"{module.scale:g}"
+    return f"alpha {module.alpha:g} / rank {module.rank} = {module.scale:g}"

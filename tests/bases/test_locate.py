@@ -69,6 +69,7 @@ def test_an_inpainting_unet_keeps_its_own_conv_in(tmp_path):
     assert base.components["unet"]["conv_in"].shape == (320, 9, 3, 3)
 
 
+@pytest.mark.slow
 def test_headers_and_configs_describe_the_same_base(tmp_path):
     folder = shared("golden", "base")
     from_weights = locate.load_base(folder)

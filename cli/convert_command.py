@@ -1,0 +1,161 @@
+"""`krona convert`: an adapter in another format, form or size, with its measured error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from krona_hub.cli.common import (
+    base_option,
+    complete_formats,
+    complete_tools,
+    component_option,
+    dry_run_option,
+    emit,
+    file_argument,
+    from_option,
+    krona_command,
+    output_option,
+    overwrite_option,
+    progress,
+    say,
+    show_facts,
+    show_table,
+    show_text,
+)
+from krona_hub.report import form_groups, human_bytes, percent, relative, worst_layers
+
+if TYPE_CHECKING:
+    from krona_hub.conversion import ConversionReport
+
+FEW = 12  # layers that are listed without --layers
+PANELS = {  # how --help groups the options; what is in none of them comes last
+    "Reading": ("--from", "--base", "--component", "--allow-missing"),
+    "Where to": ("--to", "--for", "--output", "--dtype", "--split-qkv", "--overwrite", "--dry-run"),
+    "How (at most one way)": (
+        "--max-error", "--budget", "--shape", "--terms", "--shape-fallback", "--exact", "--rank", "--allow-loss",
+    ),
+}  # fmt: skip
+
+
+@krona_command(
+    "convert",
+    panels=PANELS,
+    examples=(
+        "krona convert lora.safetensors",
+        "krona convert lora.safetensors --for comfyui --max-error 0.1",
+        "krona convert lokr.safetensors --to lora --rank 16",
+        "krona convert lora.safetensors --shape 64x4 --terms 8 --dry-run --allow-loss",
+    ),
+)
+@file_argument
+@from_option
+@click.option(
+    "--to",
+    metavar="FORMAT",
+    shell_complete=complete_formats,
+    help="The format to write, or `lora` or `lokr`. `krona formats` lists them. Default: krona.",
+)
+@click.option(
+    "--for",
+    "tool",
+    metavar="TOOL",
+    shell_complete=complete_tools,
+    help="The tool that shall load it: picks format, names and shapes. A LoRA stays a LoRA unless a way is given.",
+)
+@output_option
+@click.option("--shape", metavar="A1xA2", help="This size of A in every layer, by nearest Kronecker product.")
+@click.option("--terms", type=int, default=1, metavar="K", help="With --shape: terms per layer [1].")
+@click.option(
+    "--shape-fallback",
+    type=click.Choice(["nearest"]),
+    help="With --shape: where it does not divide a layer, take the nearest that does.",
+)
+@click.option("--max-error", type=float, metavar="E", help="The smallest form of each layer within this error [0.05].")
+@click.option("--budget", metavar="N|P%", help="The least error for N parameters, or P % of them.")
+@click.option("--exact", is_flag=True, help="Equal up to rounding.")
+@click.option("--rank", type=int, metavar="R", help="The best LoRA of rank R, with --to lora.")
+@base_option
+@component_option
+@click.option("--dtype", metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16.")
+@click.option("--split-qkv", is_flag=True, help="Write fused q, k, v projections as three modules.")
+@click.option("--allow-loss", is_flag=True, help="Write the result even if its total error exceeds 0.5.")
+@click.option("--allow-missing", is_flag=True, help="Convert what is understood, though some modules are not.")
+@overwrite_option
+@dry_run_option
+@click.option("--layers", is_flag=True, help="List every layer.")
+def command(file: str, layers: bool, **options: Any) -> None:
+    """Write an adapter in another format, form or size.
+
+    Without options a LoRA becomes the smallest Kronecker adapter within 5 % relative error per layer, in krona's
+    own format. Give at most one way: --shape, --max-error, --budget, --exact or --rank. The report says, per layer
+    and in total, what it cost; a result whose total error exceeds 0.5 is refused unless --allow-loss.
+    """
+    from krona_hub.conversion import convert
+
+    with progress("layers") as step:
+        report = convert(file, progress=step, **options)
+    emit(as_document(report), lambda: show(report, every_layer=layers))
+    _say_where(report)
+
+
+def as_document(report: ConversionReport) -> dict[str, Any]:
+    """The report with its totals, which are computed from its layers."""
+    totals = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")
+    measures = ("relative_error", "energy_kept", "verdict")
+    computed = {name: getattr(report, name) for name in (*totals, *measures)}
+    return {**{name: getattr(report, name) for name in report.__dataclass_fields__}, **computed}
+
+
+def show(report: ConversionReport, *, every_layer: bool) -> None:
+    """The table of layers, or of the forms they took and the worst of them; then the totals and the verdict."""
+    if every_layer or len(report.layers) <= FEW:
+        _show_layers(report.layers)
+    else:
+        _show_groups(report)
+    show_text()
+    show_facts(
+        (
+            ("total", f"{len(report.layers)} layers, {report.source_format} → {report.target_format}"),
+            ("parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"),
+            ("bytes", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),
+            ("error", f"{relative(report.relative_error)} relative, {percent(report.energy_kept)} of the energy kept"),
+            ("verdict", report.verdict),
+            *(("also", text) for text in report.alternatives),
+            *(("note", text) for text in report.notes),
+            ("file", str(report.out) if report.written else None),
+            ("check", report.checked.removeprefix("checked: ")),
+        )
+    )
+
+
+def _show_layers(layers: Any) -> None:
+    show_table(
+        ("layer", "before", "after", ">parameters", ">error", "note"),
+        ((x.layer, x.before, x.after, x.parameters_after, relative(x.relative_error), _note(x)) for x in layers),
+    )
+
+
+def _note(layer: Any) -> str:
+    best = f"best other: {layer.best_other}" if layer.best_other else ""
+    return "; ".join(filter(None, (layer.note, best)))
+
+
+def _show_groups(report: ConversionReport) -> None:
+    show_table(
+        (">layers", "before", "after", ">parameters", "", ">worst error"),
+        (
+            (g.layers, g.before, g.after, g.parameters_before, f"→ {g.parameters_after:,}", relative(g.worst_error))
+            for g in form_groups(report.layers)
+        ),
+    )
+    if worst := worst_layers(report.layers):
+        show_text()
+        show_text("the layers with the largest error (--layers lists all)", "dim")
+        _show_layers(worst)
+
+
+def _say_where(report: ConversionReport) -> None:
+    if not report.written:
+        say("dry run: nothing was written.")

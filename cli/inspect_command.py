@@ -1,0 +1,125 @@
+"""`krona inspect`: what an adapter file is, from its header alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from krona_hub.cli.common import (
+    base_option,
+    component_option,
+    emit,
+    file_argument,
+    from_option,
+    krona_command,
+    show_facts,
+    show_table,
+    show_text,
+)
+from krona_hub.report import form_in_words, human_bytes, module_groups, scale_in_words
+
+if TYPE_CHECKING:
+    from krona_hub.formats.describe import Description
+    from krona_hub.formats.tools import Verdict
+
+
+@krona_command(
+    "inspect",
+    examples=(
+        "krona inspect lora.safetensors",
+        "krona inspect lokr.safetensors --layers",
+        "krona inspect krona.safetensors --json",
+    ),
+)
+@file_argument
+@from_option
+@base_option
+@component_option
+@click.option("--layers", is_flag=True, help="List every module.")
+@click.option("--sha256", "hashed", is_flag=True, help="Hash the whole file as well.")
+def command(
+    file: str, from_format: str | None, base: str | None, component: str | None, layers: bool, hashed: bool
+) -> None:
+    """Say what an adapter file is: format, base model, modules, ranks, scale, size, and which tools load it.
+
+    Only the header of the file is read.
+    """
+    from krona_hub.checkpoints.digest import file_sha256
+    from krona_hub.formats.describe import describe
+    from krona_hub.formats.tools import loads_in
+    from krona_hub.sources import resolve
+
+    path = resolve(file)
+    about = describe(path, format=from_format, base=base, component=component)
+    verdicts = loads_in(about)
+    sha256 = file_sha256(about.header.path) if hashed else None
+    emit(as_document(file, about, verdicts, sha256), lambda: _show(file, about, verdicts, sha256, every=layers))
+
+
+def as_document(file: str, about: Description, verdicts: Mapping[str, Verdict], sha256: str | None) -> dict[str, Any]:
+    """Everything that is known about the file."""
+    known = {name: getattr(about, name) for name in about.__dataclass_fields__ if name not in ("path", "header")}
+    return {"file": file, "sha256": sha256, **known, "metadata": about.header.metadata, "loads_in": verdicts}
+
+
+def _show(file: str, about: Description, verdicts: Mapping[str, Verdict], sha256: str | None, *, every: bool) -> None:
+    show_facts(_facts(file, about, sha256))
+    show_text()
+    _show_modules(about) if every else _show_groups(about)
+    show_text()
+    show_facts(_loads(verdicts))
+
+
+def _facts(file: str, about: Description, sha256: str | None) -> Iterator[tuple[str, Any]]:
+    yield "file", f"{file}, {human_bytes(about.bytes)}"
+    yield "sha256", sha256
+    yield "format", about.format + (f", schema {about.schema}" if about.schema else "")
+    yield "base", about.base or _one_of(about.candidates)
+    yield "modules", about.matched
+    yield "scale", about.scale_rule
+    yield "parameters", about.parameters
+    yield "stored as", ", ".join(about.dtypes)
+    yield "trigger words", ", ".join(about.trigger_words)
+    yield "licence", about.licence
+    yield "training", ", ".join(f"{key} {value}" for key, value in about.training.items())
+    yield "extras", ", ".join(about.extras)
+    for warning in about.warnings:
+        yield "warning", warning
+
+
+def _loads(verdicts: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
+    """One line of the tools that load the file, then one per reason why others do not."""
+    yield "loads in", ", ".join(tool for tool, v in verdicts.items() if v.ok) or "no tool but krona"
+    reasons: dict[str, list[str]] = {}
+    for tool, verdict in verdicts.items():
+        if not verdict.ok:
+            reasons.setdefault(verdict.why, []).append(tool)
+    for why, tools in reasons.items():
+        yield "not in", f"{', '.join(tools)}: {why}"
+
+
+def _one_of(candidates: Sequence[str]) -> str:
+    return f"{' or '.join(candidates)}: --base settles it" if candidates else "unknown"
+
+
+def _show_groups(about: Description) -> None:
+    show_table(
+        (">modules", "kind", "form", "scale", ">parameters"),
+        ((g.modules, _kind(g), g.form, g.scale, g.parameters) for g in module_groups(about.modules)),
+    )
+
+
+def _show_modules(about: Description) -> None:
+    show_table(
+        ("layer", "kind", "form", "scale", ">parameters"),
+        (
+            (" + ".join(m.layers) or m.name, _kind(m), form_in_words(m), scale_in_words(m), m.parameters)
+            for m in about.modules
+        ),
+    )
+
+
+def _kind(module: Any) -> str:
+    return f"{module.kind} + DoRA ({module.dora_axis}put axis)" if module.dora_axis else module.kind

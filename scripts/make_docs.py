@@ -1,0 +1,132 @@
+"""Write what the documents take from the program: `docs/commands.md`, `docs/errors.md`, the blocks of README.md.
+
+    python scripts/make_docs.py
+
+In README.md a block is a fence under a comment. `<!-- run: krona inspect lora.safetensors -->` is filled with what
+that command prints in a folder with the demo's adapters, `<!-- table: loads-in -->` with a table. A test makes all
+pages again and compares them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from krona_hub import errors
+from krona_hub.assets import __file__ as assets
+from krona_hub.cli import failures
+from krona_hub.cli.main import COMMANDS, load, main
+from krona_hub.report import loads_matrix
+
+ROOT = Path(__file__).parent.parent
+WIDTH = 100  # columns of the help texts
+BLOCK = re.compile(r"(<!-- (run|table): (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+STATUSES = {
+    0: "done", 1: "a bug of ours", 2: "wrong usage or invalid file", 3: "refused because too lossy",
+    4: "not logged in, or no access", 5: "does not fit the base, or conflict", 6: "integrity", 7: "not found",
+    8: "disk, memory or a limit", 9: "rate limited", 10: "offline", 130: "stopped",
+}  # fmt: skip
+
+
+def output_of(command: str, folder: Path) -> str:
+    """What a command line prints to stdout in that folder."""
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        main(shlex.split(command)[1:])
+    return printed.getvalue()
+
+
+def example_folder(folder: Path) -> Path:
+    """The adapters that the examples name: lora, lokr and krona.safetensors."""
+    for name in ("lora", "lokr"):
+        shutil.copyfile(Path(assets).parent / f"demo_{name}.safetensors", folder / f"{name}.safetensors")
+    output_of("krona convert lora.safetensors -o krona.safetensors", folder)
+    return folder
+
+
+def commands_page() -> str:
+    """Every command's --help, in the order of `krona --help`."""
+    os.environ["COLUMNS"] = str(WIDTH)
+    helps = {"krona": output_of("krona --help", ROOT)}
+    helps |= {f"krona {name}": output_of(f"krona {name} --help", ROOT) for name in COMMANDS}
+    pages = [f"## {title}\n\n```text\n{trimmed(text)}\n```\n" for title, text in helps.items()]
+    statuses = "\n".join(f"| {status} | {meaning} |" for status, meaning in STATUSES.items())
+    return (
+        "# Commands\n\nGenerated from `--help` by `scripts/make_docs.py`.\n\n"
+        + "\n".join(pages)
+        + f"\n## Exit statuses\n\n| status | meaning |\n|---|---|\n{statuses}\n"
+    )
+
+
+def trimmed(text: str) -> str:
+    lines = [line.rstrip() for line in text.strip("\n").split("\n")]
+    return "\n".join(lines).strip("\n")
+
+
+def errors_page() -> str:
+    """Every code with its meaning and exit status, by code."""
+    classes = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, errors.KronaError)]
+    rows = [(e.code, e.__name__, e.exit_code, inspect.getdoc(e).split("\n")[0]) for e in classes]
+    rows.append((failures.BUG, "", 1, "A bug in krona: please report it, with the output under `KRONA_TRACEBACK=1`."))
+    rows.append((failures.STOPPED, "", 130, "Stopped with Ctrl-C."))
+    table = "\n".join(f"| {code} | `{name}` | {status} | {meaning} |" for code, name, status, meaning in sorted(rows))
+    return (
+        "# Errors\n\nGenerated from `krona_hub/errors.py` by `scripts/make_docs.py`.\n\n"
+        "An error is one line of cause and one line of fix, on stderr; with `--json` it is "
+        '`{"error": {"code", "cause", "fix"}}` on stdout. A code never changes its meaning. In Python every error '
+        "is a `krona_hub.KronaError` with `.code`, `.cause`, `.fix` and `.exit_code`.\n\n"
+        f"| code | class | exit status | meaning |\n|---|---|---|---|\n{table.replace('| `` |', '|  |')}\n"
+    )
+
+
+def loads_in_table() -> str:
+    """The matrix of formats and the tools that load them."""
+    matrix = loads_matrix()
+    tools = list(next(iter(matrix.values())))
+    rows = [f"| `{name}` | {' | '.join(row[tool].mark for tool in tools)} |" for name, row in matrix.items()]
+    return "\n".join([f"| format | {' | '.join(tools)} |", "|---|" + "---|" * len(tools), *rows]) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {"loads-in": loads_in_table}
+
+
+def with_blocks_filled(page: str) -> str:
+    """The page with every block made anew."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = example_folder(Path(name))
+
+        def fill(block: re.Match[str]) -> str:
+            opening, kind, what, _, end = block.groups()
+            if kind == "table":
+                return f"{opening}{TABLES[what]()}{end}"
+            return f"{opening}```console\n$ {what}\n{trimmed(output_of(what, folder))}\n```\n{end}"
+
+        return BLOCK.sub(fill, page)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "docs/commands.md": commands_page,
+    "docs/errors.md": errors_page,
+    "README.md": lambda: with_blocks_filled((ROOT / "README.md").read_text()),
+}
+
+
+def examples() -> list[tuple[str, str]]:
+    """(command, example) of every example that a --help shows."""
+    loaded: dict[str, click.Command] = {name: load(name) for name in COMMANDS}
+    return [(name, line) for name, command in loaded.items() for line in getattr(command, "examples", ())]
+
+
+if __name__ == "__main__":
+    for path, make in PAGES.items():
+        (ROOT / path).write_text(make())

@@ -1,0 +1,105 @@
+"""The catalogue says what diffusers and transformers build, in a form that loses nothing and stays small."""
+
+import time
+from importlib.resources import files
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from krona_hub.bases import catalogue
+from krona_hub.bases.base import COMPONENTS, Module
+from krona_hub.bases.families import ALIASES, FAMILIES
+from krona_hub.bases.patterns import encode, expand
+from krona_hub.errors import UnknownBaseError
+from tests.shared import shared
+
+CATALOGUE = catalogue.component_names()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_component_is_what_the_library_builds_from_its_configuration(name):
+    from krona_hub.bases.meta import build, modules_of
+
+    entry = catalogue.component(name)
+    assert dict(entry.modules) == modules_of(entry.library, entry.class_name, entry.config)
+    model = build(entry.library, entry.class_name, entry.config)
+    assert sum(p.numel() for p in model.parameters()) == entry.total_parameters
+
+
+def test_the_catalogue_covers_every_published_configuration():
+    import json
+
+    configurations = {}
+    for path in shared("bases").glob("*.json"):
+        data = json.loads(path.read_text())
+        configurations[data["base"]] = (data["config"], data["total_parameters"], data["class"])
+    ours = {n: (dict(c.config), c.total_parameters, c.class_name) for n in CATALOGUE for c in [catalogue.component(n)]}
+    assert ours == configurations
+    assert len(ours) == 36
+
+
+def test_every_component_belongs_to_a_base_and_every_base_is_whole():
+    used = {file for family in FAMILIES.values() for file in family.components.values()}
+    assert used == set(CATALOGUE)
+    for name in catalogue.names():
+        base = catalogue.get(name)
+        assert set(base.components) <= set(COMPONENTS)
+        assert base.denoiser
+        assert base.family == base.name == name
+
+
+def test_aliases_and_hub_ids_lead_to_bases():
+    assert set(ALIASES.values()) <= set(FAMILIES)
+    assert not set(ALIASES) & set(FAMILIES)
+    for name, family in FAMILIES.items():
+        assert all(catalogue.find(hub_id) == catalogue.find(hub_id.upper()) == name for hub_id in family.hub_ids)
+
+
+def test_statuses_are_known_words():
+    for name in CATALOGUE:
+        entry = catalogue.component(name)
+        assert entry.config_status in catalogue.CONFIG_STATUS
+        assert entry.total_status in catalogue.TOTAL_STATUS
+        assert entry.source
+
+
+def test_the_catalogue_is_small_and_fast():
+    folder = files("krona_hub.bases").joinpath("catalogue")
+    assert sum(len(f.read_bytes()) for f in folder.iterdir()) < 110_000
+    catalogue.component.cache_clear()
+    start = time.process_time()
+    modules = sum(len(catalogue.component(name).modules) for name in CATALOGUE)
+    assert modules == 12_122
+    assert time.process_time() - start < 0.25  # seconds; about 0.03 on an idle machine
+
+
+def test_a_name_that_is_none_gets_the_nearest():
+    with pytest.raises(UnknownBaseError, match="Did you mean 'flux1-dev'"):
+        catalogue.get("flux1-dve")
+
+
+def test_a_base_is_known_by_its_shapes():
+    """Fingerprints tell all bases apart but those that no file can."""
+    by_print: dict[str, list[str]] = {}
+    for name in catalogue.names():
+        by_print.setdefault(catalogue.get(name).fingerprint, []).append(name)
+    assert [names for names in by_print.values() if len(names) > 1] == [["sd21-base", "sd21"]]
+
+
+def test_what_an_adapter_remembers_of_its_base():
+    facts = catalogue.get("sdxl").model
+    assert (facts.family, facts.hub_id) == ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0")
+    assert facts.fingerprint == catalogue.get("sdxl").fingerprint
+
+
+words = st.sampled_from(["a", "to_q", "blocks", "net", "2-1", "x1"])
+numbers = st.integers(0, 12).map(str)
+paths = st.lists(st.one_of(words, numbers), min_size=1, max_size=5).map(".".join)
+shapes = st.sampled_from([Module((2, 3)), Module((2, 3), False), Module((4, 1, 3, 3), True, 4), Module((4, 2, 1))])
+
+
+@given(st.dictionaries(paths, shapes, max_size=40))
+def test_patterns_lose_nothing(modules):
+    assert expand(encode(modules)) == modules

@@ -1,0 +1,132 @@
+"""Which base an adapter fits: the right one first, ties where nothing can tell, and quickly."""
+
+import re
+import time
+
+import pytest
+
+from krona_hub.bases import catalogue, detect, names
+from krona_hub.bases.metadata import bases_named
+
+KQVO = r"\.attn\.to_(q|k|v|out\.0)$"
+
+
+def modules_of(base: str, pattern: str, dialect: str, component: str | None = None, shapes: bool = True) -> dict:
+    """The modules of an adapter of `base` on the layers that `pattern` finds."""
+    source, found = catalogue.get(base), {}
+    table = names.table(source)
+    for layer, module in source.layers(component or source.denoiser):
+        if re.search(pattern, layer):
+            spelled = table.spell(layer, dialect)
+            height = sum(source.module(p.layer).shape[0] for p in table.find(spelled, layer.partition(".")[0]))
+            found[spelled] = (height, *module.shape[1:]) if shapes else None
+    return found
+
+
+def best(modules, metadata=None) -> list[str]:
+    found = detect.candidates(modules, metadata)
+    return [c.base for c in found if c.score == found[0].score]
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya", "kohya-ldm", "comfyui", "original", "peft"])
+@pytest.mark.parametrize("base", catalogue.names())
+def test_a_whole_denoiser_is_recognised_in_every_dialect(base, dialect):
+    ties = {
+        "sd21": ["sd21-base", "sd21"],
+        "sd21-base": ["sd21-base", "sd21"],
+        "flux1-schnell": ["flux1-dev", "flux1-schnell"],
+    }
+    found = detect.candidates(modules_of(base, "", dialect))
+    assert best(modules_of(base, "", dialect)) == ties.get(base, [base])
+    assert found[0].score == 1
+    assert found[0].component == catalogue.get(base).denoiser
+
+
+@pytest.mark.parametrize(
+    ("base", "pattern", "ties"),
+    [
+        ("flux1-dev", KQVO, ["flux1-dev", "flux1-schnell", "chroma"]),  # HunyuanVideo has the names, too many of them
+        ("sd15", "attn1", ["sd15", "sd21-base", "sd21"]),
+        ("sd15", "attn", ["sd15"]),
+        ("sd3-medium", KQVO, ["sd3-medium", "sd35-medium"]),
+        ("sdxl", "attn2.to_k", ["sdxl"]),
+    ],
+)
+def test_what_no_name_can_tell_apart_ties(base, pattern, ties):
+    assert best(modules_of(base, pattern, "diffusers")) == ties
+
+
+def test_metadata_decide_between_ties_and_are_not_believed_against_names():
+    flux = modules_of("flux1-dev", KQVO, "kohya")
+    assert detect.settled(detect.candidates(flux)) is None
+    assert detect.settled(detect.candidates(flux, {"modelspec.architecture": "flux-1-dev/lora"})).base == "flux1-dev"
+    assert (
+        detect.settled(detect.candidates(flux, {"base_model_name_or_path": "lodestones/Chroma1-HD"})).base == "chroma"
+    )
+    assert detect.settled(detect.candidates(flux, {"ss_base_model_version": "flux1"})) is None  # dev or schnell
+    sdxl = modules_of("sdxl", "attn", "kohya")
+    assert detect.settled(detect.candidates(sdxl, {"ss_base_model_version": "sd_v1"})).base == "sdxl"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"ss_base_model_version": "sd_v2_768_v"}, {"sd21"}),
+        ({"ss_base_model_version": "sd_v2"}, {"sd21-base"}),
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, {"sdxl"}),
+        ({"ss_sd_model_name": "stabilityai/stable-diffusion-2-1"}, {"sd21"}),
+        ({"lora_adapter_metadata": '{"unet.base_model_name_or_path": "stabilityai/stable-diffusion-2-1"}'}, {"sd21"}),
+        ({"lora_adapter_metadata": "not json"}, set()),
+        ({"lora_adapter_metadata": "[1]"}, set()),
+        ({"ss_base_model_version": "something new"}, set()),
+        ({}, set()),
+    ],
+)
+def test_the_words_of_trainers(metadata, expected):
+    assert bases_named(metadata) == expected
+
+
+def test_a_text_encoder_without_a_prefix_is_offered_with_its_component():
+    """SDXL's two encoders share their names; the shapes tell them apart."""
+    found = detect.candidates(modules_of("sdxl", "encoder", "peft", "text_encoder_2"))
+    ours = {c.component for c in found if c.base == "sdxl" and c.score == 1}
+    assert ours == {"text_encoder_2"}
+    blind = detect.candidates(modules_of("sdxl", r"layers\.[0-9]\.", "peft", "text_encoder", shapes=False))
+    assert {c.component for c in blind if c.base == "sdxl"} == {"text_encoder", "text_encoder_2"}
+
+
+def test_two_components_in_one_file_are_one_candidate():
+    both = modules_of("sdxl", "attn", "kohya", "unet") | modules_of("sdxl", "mlp", "kohya", "text_encoder")
+    found = detect.candidates(both)
+    assert (found[0].base, found[0].component, found[0].score) == ("sdxl", None, 1)
+
+
+def test_shapes_decide_where_names_do_not_and_kernels_may_be_flat():
+    modules = modules_of("sd15", r"resnets.*conv1$", "kohya")
+    flat = {name: (shape[0], shape[1] * 9) for name, shape in modules.items()}
+    assert best(modules) == best(flat)
+    wrong = dict.fromkeys(modules, (7, 7))
+    assert detect.candidates(wrong) == ()
+
+
+def test_one_base_can_be_asked_alone():
+    base = catalogue.get("sdxl")
+    (only,) = detect.fit(base, modules_of("sdxl", "attn", "kohya"))
+    assert only.score == 1
+    assert detect.fit(base, {"lora_unet_nothing": None}) == ()
+
+
+def test_nothing_fits_nothing():
+    assert detect.candidates({}) == ()
+    assert detect.candidates({"model.layers.0.mystery": (3, 4)}) == ()
+    assert detect.settled(()) is None
+
+
+@pytest.mark.parametrize(("base", "dialect"), [("sdxl", "kohya-ldm"), ("flux1-dev", "peft"), ("hidream-i1", "kohya")])
+def test_detection_takes_a_fraction_of_a_second(base, dialect):
+    modules = modules_of(base, "", dialect)
+    for cache in (catalogue.get, catalogue.component, names.table, detect._members):
+        cache.cache_clear()
+    start = time.process_time()
+    detect.candidates(modules)
+    assert time.process_time() - start < 0.6  # seconds, everything from cold; about 0.1 on an idle machine

@@ -1,0 +1,218 @@
+"""The tables of original names against diffusers' own converters, run on every weight of every base they know.
+
+A stand-in weight has the true height and one column; its numbers tell the layer and the row, so that a wrong name, a
+wrong row range or a half that was not swapped shows.
+"""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from krona_hub.bases import catalogue, ldm
+from krona_hub.bases.base import Module, Placement
+from krona_hub.bases.names import ComponentNames, table
+from krona_hub.bases.originals import ORIGINALS, original_of
+
+CONVERTERS = {  # base -> function of diffusers.loaders.single_file_utils
+    "flux1-dev": "convert_flux_transformer_checkpoint_to_diffusers",
+    "flux1-schnell": "convert_flux_transformer_checkpoint_to_diffusers",
+    "chroma": "convert_chroma_transformer_checkpoint_to_diffusers",
+    "flux2-dev": "convert_flux2_transformer_checkpoint_to_diffusers",
+    "flux2-klein-4b": "convert_flux2_transformer_checkpoint_to_diffusers",
+    "sd3-medium": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "sd35-medium": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "sd35-large": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "auraflow": "convert_auraflow_transformer_checkpoint_to_diffusers",
+    "hunyuan-video": "convert_hunyuan_video_transformer_to_diffusers",
+    "lumina2": "convert_lumina2_to_diffusers",
+    "z-image": "convert_z_image_transformer_checkpoint_to_diffusers",
+    "krea2": "convert_krea2_transformer_checkpoint_to_diffusers",
+    "wan21-t2v-1.3b": "convert_wan_transformer_to_diffusers",
+    "wan21-t2v-14b": "convert_wan_transformer_to_diffusers",
+    "sana-1600m": "convert_sana_transformer_to_diffusers",
+    "hidream-i1": "convert_hidream_transformer_to_diffusers",
+}
+UNETS = ("sd15", "sd21", "sdxl", "sdxl-refiner")
+
+
+def stand_ins(modules: Mapping[str, Module]) -> dict[str, Tensor]:
+    """path -> (out, 1): the number of the layer times 100,000 plus the row."""
+    return {
+        path: torch.arange(module.shape[0], dtype=torch.int64)[:, None] + 100_000 * number
+        for number, (path, module) in enumerate(modules.items(), start=1)
+    }
+
+
+def stacked(places: tuple[Placement, ...], weights: Mapping[str, Tensor]) -> Tensor:
+    """The weight that the original code stores, by what the placements say."""
+    parts = []
+    for place in places:
+        weight = weights[place.layer.partition(".")[2]]
+        parts.append(torch.cat(weight.chunk(2)[::-1]) if place.swap_halves else weight)
+    whole = torch.cat(parts)
+    for place, part in zip(places, parts, strict=True):
+        start, end = place.rows or (0, len(whole))
+        assert torch.equal(whole[start:end], part)
+    return whole
+
+
+class Checkpoint(dict):
+    """Weights only: a bias, a norm or a table that a converter takes out is made up."""
+
+    def pop(self, key, *default):
+        if key in self or default:
+            return super().pop(key, *default)
+        height = len(self.heights.get(key.removesuffix(".bias"), ".." * 6))
+        return torch.zeros(height, dtype=torch.int64)
+
+
+def original_checkpoint(base: str, component: str, prefix: str = "") -> Checkpoint:
+    modules = catalogue.get(base).components[component]
+    weights = stand_ins(modules)
+    names = dict(table(catalogue.get(base)).parts[component].originals)
+    covered = {place.layer for places in names.values() for place in places}
+    names |= {path: (Placement(f"{component}.{path}"),) for path in modules if f"{component}.{path}" not in covered}
+    tensors = {name: stacked(places, weights) for name, places in names.items()}
+    checkpoint = Checkpoint({f"{prefix}{name}.weight": tensor for name, tensor in tensors.items()})
+    checkpoint.heights = tensors
+    return checkpoint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", CONVERTERS)
+def test_diffusers_converts_the_original_names_of_a_transformer_to_ours(base):
+    from diffusers.loaders import single_file_utils
+
+    convert = getattr(single_file_utils, CONVERTERS[base])
+    converted = convert(original_checkpoint(base, "transformer"))
+    for path, weight in stand_ins(catalogue.get(base).components["transformer"]).items():
+        assert torch.equal(converted[f"{path}.weight"], weight), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", UNETS)
+def test_diffusers_converts_the_ldm_names_of_a_unet_to_ours(base):
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    checkpoint = original_checkpoint(base, "unet", "model.diffusion_model.")
+    checkpoint |= {k.replace(".weight", ".bias"): v for k, v in checkpoint.items()}
+    norms = (
+        "out.0",
+        *(f"{block}.0.{part}" for block in blocks(checkpoint) for part in ("in_layers.0", "out_layers.0")),
+    )
+    checkpoint |= {f"model.diffusion_model.{n}.{p}": torch.zeros(1) for n in norms for p in ("weight", "bias")}
+    converted = convert_ldm_unet_checkpoint(checkpoint, dict(catalogue.component(f"{base}.unet").config))
+    for path, weight in stand_ins(catalogue.get(base).components["unet"]).items():
+        assert torch.equal(converted[f"{path}.weight"], weight), path
+
+
+def blocks(checkpoint: Mapping[str, Tensor]) -> set[str]:
+    paths = (key.removeprefix("model.diffusion_model.").split(".") for key in checkpoint)
+    return {".".join(path[:2]) for path in paths if path[0] in ("input_blocks", "output_blocks")}
+
+
+@pytest.mark.slow
+def test_diffusers_converts_openclip_names_to_ours():
+    from types import SimpleNamespace
+
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+
+    modules = catalogue.get("sdxl").components["text_encoder_2"]
+    weights = {path: torch.randn(m.shape[0], 3) for path, m in modules.items()}
+    weights["text_projection"] = torch.randn(1280, 1280)
+    names = table(catalogue.get("sdxl")).parts["text_encoder_2"].originals
+    checkpoint = {}
+    for name, places in names.items():
+        key = f"conditioner.embedders.1.model.{name.removeprefix('openclip.')}"
+        weight = torch.cat([weights[p.layer.partition(".")[2]] for p in places])
+        weight = weight.T if places[0].transpose else weight
+        suffix = {"in_proj": "_weight", "text_projection": ""}.get(name.split(".")[-1], ".weight")
+        checkpoint[key + suffix] = weight
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=1280))
+    converted = convert_open_clip_checkpoint(model, checkpoint, prefix="conditioner.embedders.1.model.")
+    for path, weight in weights.items():
+        key = path if path == "text_projection" else f"text_model.{path}"
+        assert torch.equal(converted[f"{key}.weight"], weight), path
+
+
+@pytest.mark.slow
+def test_diffusers_reads_what_we_spell_for_sd_scripts_and_sdxl():
+    """Its LoRA converter, which renames ldm blocks, on every layer of SDXL's attention in `kohya-ldm`."""
+    from types import SimpleNamespace
+
+    from diffusers.loaders import lora_conversion_utils as conversion
+
+    base = catalogue.get("sdxl")
+    layers = [name for name, _ in base.layers("unet") if ".attentions." in name]
+    spelled = {table(base).spell(layer, "kohya-ldm"): torch.full((1,), float(i)) for i, layer in enumerate(layers)}
+    file = {f"{name}.lora_{half}.weight": value for name, value in spelled.items() for half in ("down", "up")}
+    file = conversion._maybe_map_sgm_blocks_to_diffusers(file, SimpleNamespace(layers_per_block=2))
+    converted, _ = conversion._convert_non_diffusers_lora_to_diffusers(file)
+    assert len(converted) == 2 * len(layers) == 2 * 722
+    for key, value in converted.items():
+        module = key.rpartition("lora")[0].rstrip("._")  # `….to_q_lora.up.weight` or `….lora.up.weight`
+        assert table(base).find(module)[0].layer == layers[int(value)]
+
+
+@pytest.mark.slow
+def test_diffusers_reads_what_we_spell_for_sd_scripts_and_flux():
+    """Its kohya converter takes our fused FLUX names, and puts q, k and v where our row ranges say."""
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    base = catalogue.get("flux1-dev")
+    weights = stand_ins(base.components["transformer"])
+    fused = table(base).fused("kohya-ldm")
+    file = {}
+    for name, places in fused.items():
+        if name.endswith(("_qkv", "_linear1")):
+            file[f"{name}.lora_up.weight"] = stacked(places, weights).double()
+            file[f"{name}.lora_down.weight"] = torch.ones(1, 2).double()
+            file[f"{name}.alpha"] = torch.tensor(1.0)
+    converted = _convert_kohya_flux_lora_to_diffusers(file)
+    ups = {k.removesuffix(".lora_B.weight"): v for k, v in converted.items() if k.endswith(".lora_B.weight")}
+    assert len(ups) == 19 * 6 + 38 * 4
+    for layer, up in ups.items():
+        assert torch.equal(up, weights[layer.removeprefix("transformer.")].double()), layer
+
+
+@pytest.mark.parametrize("name", catalogue.component_names())
+def test_an_original_table_covers_its_component_once_and_whole(name):
+    """No module is left without a place, none has two, and the rows of a fused module meet without a gap."""
+    modules = catalogue.component(name).modules
+    names = ComponentNames("x", modules).originals
+    layers = [place.layer for places in names.values() for place in places]
+    assert len(layers) == len(set(layers))
+    original = original_of(modules)
+    complete = ldm.is_unet(modules) or (original is not None and original.name not in ("z-image", "wan"))
+    if names and complete:
+        assert set(layers) == {f"x.{path}" for path in modules}
+    for places in names.values():
+        ends = [0, *(place.rows[1] for place in places if place.rows)]
+        assert [place.rows[0] for place in places if place.rows] == ends[:-1]
+
+
+def test_every_table_serves_a_base_of_the_catalogue():
+    served = {o.name for c in catalogue.component_names() if (o := original_of(catalogue.component(c).modules))}
+    assert served == {original.name for original in ORIGINALS}
+
+
+def test_the_published_counts_of_fused_names():
+    """FLUX.1: 304 fused modules cover 494 Linears; ldm tables are one to one."""
+    flux = table(catalogue.get("flux1-dev")).parts["transformer"].originals
+    in_blocks = {n: p for n, p in flux.items() if n.startswith(("double_blocks", "single_blocks"))}
+    assert (len(in_blocks), sum(map(len, in_blocks.values()))) == (304, 494)
+    for base, count in {"sd15": 282, "sd21": 282, "sdxl": 794, "sdxl-refiner": 554}.items():
+        assert len(ldm.names(catalogue.get(base).components["unet"])) == count
+
+
+def test_only_modulations_of_two_chunks_have_swapped_halves():
+    swapped = {
+        place.layer
+        for name in ("flux1-dev", "sd35-medium")
+        for places in table(catalogue.get(name)).parts["transformer"].originals.values()
+        for place in places
+        if place.swap_halves
+    }
+    assert swapped == {"transformer.norm_out.linear", "transformer.transformer_blocks.23.norm1_context.linear"}

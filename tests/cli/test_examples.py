@@ -1,0 +1,113 @@
+"""Every example of every --help runs, and every --json prints one document of the promised shape."""
+
+import json
+import shlex
+import shutil
+
+import jsonschema
+import pytest
+
+from krona_hub.cli.main import COMMANDS, load, main
+from scripts.make_docs import examples
+
+TEXT, NUMBER, FLAG = {"type": "string"}, {"type": "number"}, {"type": "boolean"}
+COUNT = {"type": "integer", "minimum": 0}
+MAYBE_TEXT = {"type": ["string", "null"]}
+
+
+def obj(**properties):
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def many(item, least=0):
+    return {"type": "array", "items": item, "minItems": least}
+
+
+def each(item):
+    return {"type": "object", "additionalProperties": item, "minProperties": 1}
+
+
+VERDICT = obj(ok=FLAG, why=TEXT)
+MODULE = obj(name=TEXT, parameters=COUNT, kind=TEXT)
+LAYER = obj(layer=TEXT, before=TEXT, after=TEXT, parameters_before=COUNT, parameters_after=COUNT, relative_error=NUMBER)
+CONVERSION = obj(
+    source_format=TEXT,
+    target_format=TEXT,
+    tool=MAYBE_TEXT,
+    out=TEXT,
+    layers=many(LAYER, 1),
+    parameters_before=COUNT,
+    parameters_after=COUNT,
+    bytes_before=COUNT,
+    bytes_after=COUNT,
+    relative_error=NUMBER,
+    energy_kept=NUMBER,
+    verdict=TEXT,
+    checked=TEXT,
+    notes=many(TEXT),
+    alternatives=many(TEXT),
+    written=FLAG,
+)
+INSPECTION = obj(
+    file=TEXT,
+    format=TEXT,
+    bytes=COUNT,
+    parameters=COUNT,
+    modules=many(MODULE, 1),
+    candidates=many(obj(base=TEXT, matched=COUNT, total=COUNT)),
+    loads_in=each(VERDICT),
+    sha256=MAYBE_TEXT,
+)
+SHAPES = {
+    "inspect lora.safetensors": INSPECTION,
+    "inspect krona.safetensors --sha256": INSPECTION,
+    "convert lokr.safetensors --to lora --rank 4": CONVERSION,
+    "convert lora.safetensors --exact --dry-run": CONVERSION,
+    "validate krona.safetensors": obj(path=TEXT, valid=FLAG, findings=many({"type": "object"})),
+    "migrate krona.safetensors --to 1.0 -o same.safetensors": obj(**{"path": TEXT, "from": TEXT, "to": TEXT}),
+    "params --base sdxl --shape 64x8 --rank 4": {"type": "object"},
+    "formats": obj(
+        formats=many(obj(name=TEXT, reads=FLAG, writes=FLAG, summary=TEXT), 10),
+        loads_in=each(each(obj(mark={"enum": ["yes", "some", "–"]}, why=TEXT))),
+    ),
+    "completion fish": obj(shell=TEXT, file=TEXT, script=TEXT),
+    "demo": obj(folder=TEXT, note=TEXT, steps=many(obj(command=TEXT, result={"type": "object"}), 5), files=many(obj())),
+}
+
+
+@pytest.fixture
+def here(adapters, tmp_path, monkeypatch):
+    """A folder of its own with the adapters of the examples, as the working directory."""
+    for file in adapters.glob("*.safetensors"):
+        shutil.copyfile(file, tmp_path / file.name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("command", "line"), examples(), ids=lambda value: value)
+def test_the_examples_of_the_help_run(command, line, here, capsys):
+    assert line.startswith(f"krona {command}")
+    status = main(shlex.split(line)[1:])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    assert shown.out.strip()
+
+
+@pytest.mark.parametrize("line", SHAPES)
+def test_json_is_one_document_of_the_promised_shape(line, here, capsys):
+    assert main([*line.split(), "--json"]) == 0
+    out, err = capsys.readouterr()
+    jsonschema.validate(json.loads(out), SHAPES[line])
+    assert not err
+
+
+def test_every_command_has_an_example_and_a_json_shape():
+    assert {line.split()[0] for line in SHAPES} == set(COMMANDS)
+    assert {command for command, _ in examples()} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_keeps_its_name_and_the_summary_of_the_table(name):
+    command = load(name)
+    assert command.name == name
+    assert command.help.split("\n")[0].rstrip(".") and {"json", "quiet"} <= {p.name for p in command.params}

@@ -1,0 +1,56 @@
+"""Start-up: what people type often answers without importing the heavy libraries."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "diffusers", "transformers", "peft", "lycoris", "safetensors.torch")
+GUARD = f"""
+import sys
+class Guard:
+    def find_spec(self, name, path=None, target=None):
+        if name in {HEAVY!r}:
+            raise RuntimeError("imports " + name)
+sys.meta_path.insert(0, Guard())
+from krona_hub.cli.main import run
+run()
+"""
+LIGHT = [
+    "--help",
+    "--version",
+    "completion bash",
+    "convert --help",
+    "formats",
+    "inspect lora.safetensors",
+    "inspect lokr.safetensors --base sd15 --layers",
+    "validate lokr.safetensors",
+    "params --base sdxl --shape 64x8 --rank 4",
+]
+
+
+def run_guarded(line: str, folder) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", GUARD, *line.split()], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("line", LIGHT)
+def test_a_light_command_imports_no_heavy_library(line, adapters):
+    done = run_guarded(line, adapters)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_guard_itself_works(adapters):
+    done = run_guarded("convert lora.safetensors --dry-run", adapters)
+    assert done.returncode == 1 and "imports torch" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("krona params --base sdx", "plain,sdxl"), ("krona convert x --to lyc", "plain,lycoris-lokr")],
+)
+def test_completion_of_names_is_light(words, expected, adapters):
+    variables = {"_KRONA_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run([sys.executable, "-c", GUARD], capture_output=True, text=True, env=variables)
+    assert expected in done.stdout.splitlines(), done.stderr

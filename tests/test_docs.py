@@ -1,0 +1,36 @@
+"""The documents say what the program does: each page is made again and compared."""
+
+import inspect
+import re
+
+import pytest
+
+from krona_hub import errors
+from scripts.make_docs import PAGES, ROOT
+
+
+@pytest.mark.parametrize("page", ["docs/commands.md", "docs/errors.md"])
+def test_a_generated_page_is_up_to_date(page, monkeypatch):
+    assert (ROOT / page).read_text() == PAGES[page](), "run: python scripts/make_docs.py"
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_the_commands_print():
+    assert (ROOT / "README.md").read_text() == PAGES["README.md"](), "run: python scripts/make_docs.py"
+
+
+@pytest.mark.slow
+def test_the_library_example_of_the_readme_runs(tmp_path, monkeypatch):
+    from scripts.make_docs import example_folder
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    monkeypatch.chdir(example_folder(tmp_path))
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_error_class_has_a_code_of_its_own():
+    classes = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, errors.KronaError)]
+    codes = [e.__dict__["code"] for e in classes]
+    assert len(set(codes)) == len(codes) and all(re.fullmatch(r"KH\d{3}", code) for code in codes)
