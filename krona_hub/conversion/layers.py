@@ -189,7 +189,7 @@ def _outcome(delta: LayerDelta, lora: Lora, choice: Choice) -> Outcome:
     kept = size_of(delta)[0] <= choice.form.parameters
     if kept or (choice.form.is_lora and (choice.form.right_rank or choice.form.terms) >= lora.up.shape[1]):
         return Outcome(delta, "the LoRA itself" if is_lora(delta) else "unchanged", best_other)
-    terms = _single(realise(lora.up, lora.down, choice.form))
+    terms = _single(realise(lora.up, lora.down, choice.form).terms)
     note = "the LoRA itself, truncated" if choice.form.is_lora else ""
     return Outcome(replace(delta, sums=(terms,)), note, best_other if choice.form.is_lora else None)
 
