@@ -144,9 +144,9 @@ def _note(layer: Any) -> str:
 
 def _show_groups(report: ConversionReport) -> None:
     show_table(
-        (">layers", "before", "after", ">parameters", "", ">worst error"),
+        (">layers", "before", "after", ">parameters", ">now", ">worst error"),
         (
-            (g.layers, g.before, g.after, g.parameters_before, f"→ {g.parameters_after:,}", relative(g.worst_error))
+            (g.layers, g.before, g.after, g.parameters_before, g.parameters_after, relative(g.worst_error))
             for g in form_groups(report.layers)
         ),
     )

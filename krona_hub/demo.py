@@ -68,5 +68,5 @@ def results(folder: Path) -> tuple[Path, ...]:
     """The adapters that lie in the demo's folder afterwards, the two given ones first."""
     if not folder.is_dir():
         raise NotFoundError(f"{folder}: no such folder.", fix="Run krona demo.")
-    found = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name not in ASSETS, path.name))
-    return tuple(found)
+    given = [folder / name for name in ASSETS]
+    return (*given, *sorted(set(folder.glob("*.safetensors")) - set(given)))

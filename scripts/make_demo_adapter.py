@@ -77,10 +77,12 @@ def lora(random: np.random.RandomState) -> dict[str, torch.Tensor]:
 
 
 def lokr(random: np.random.RandomState, factor: int = 8, rank: int = 4) -> dict[str, torch.Tensor]:
-    """LyCORIS LoKr with w1 8x8 whole and w2 a product of rank 4; alpha 2."""
+    """LyCORIS LoKr with w1 8x8 whole, of falling singular values, and w2 a product of rank 4; alpha 2."""
     tensors = {}
     for module, out, in_ in projections():
-        tensors[f"{module}.lokr_w1"] = half(normal(random, factor, factor) * np.float32(0.1))
+        left, right = normal(random, factor, factor), normal(random, factor, factor)
+        w1 = sum(np.float32(DECAY**i) * np.outer(left[i], right[i]) for i in range(factor))
+        tensors[f"{module}.lokr_w1"] = half(w1 * np.float32(0.1))
         tensors[f"{module}.lokr_w2_a"] = half(normal(random, out // factor, rank) * np.float32(0.1))
         tensors[f"{module}.lokr_w2_b"] = half(normal(random, rank, in_ // factor) * np.float32(0.1))
         tensors[f"{module}.alpha"] = torch.tensor(2.0)
