@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.common import report, sdxl_lora
 from safetensors.torch import save_file
 
+from benchmarks.common import report, sdxl_lora
 from krona_hub.bases import catalogue
 
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
@@ -65,7 +65,9 @@ def main() -> None:
         source = Path(folder, "sdxl.safetensors")
         layers = write_lora(source)
         size = source.stat().st_size
-        rename, rename_memory, _ = run("convert", str(source), "--for", "comfyui", "-o", str(Path(folder, "a.safetensors")))
+        rename, rename_memory, _ = run(
+            "convert", str(source), "--for", "comfyui", "-o", str(Path(folder, "a.safetensors"))
+        )
         search, memory, result = run(
             "convert", str(source), "--max-error", str(WITHIN), "-o", str(Path(folder, "b.safetensors"))
         )

@@ -132,7 +132,8 @@ def _searched(
 ) -> dict[str, Outcome]:
     loras = {name: exact_lora_of(delta) for name, delta in layers.items()}
     total = sum(size_of(delta)[0] for delta in layers.values())
-    found = [_search(layers, list(loras.values()), way, total, loads, progress) for loads in variants]
+    errors = (InexpressibleError, UsageError) if len(variants) > 1 else InexpressibleError
+    found = [_search(layers, list(loras.values()), way, total, loads, progress, errors) for loads in variants]
     norms = [norm(delta.sums) for delta in layers.values()]
     choices = _best([choices for choices in found if choices is not None], way, norms)
     return {
@@ -142,15 +143,21 @@ def _searched(
 
 
 def _search(
-    layers: Layers, loras: list[Lora], way: MaxError | Budget, total: int, loads: Loads, progress: Progress
+    layers: Layers,
+    loras: list[Lora],
+    way: MaxError | Budget,
+    total: int,
+    loads: Loads,
+    progress: Progress,
+    errors: type[KronaError] | tuple[type[KronaError], ...],
 ) -> list[Choice] | None:
-    """One choice per layer; None where a layer has no form that the target loads."""
+    """One choice per layer; None where one of `errors` says that a layer has no form that the target loads."""
     allowed = _allowed_by_size(layers, loads)
     try:
         if isinstance(way, MaxError):
             return smallest_within(loras, way.value, allowed=allowed, progress=progress)
         return within_budget(loras, way.of(total), allowed=allowed, progress=progress)
-    except InexpressibleError:
+    except errors:
         return None
 
 

@@ -112,6 +112,11 @@ def test_peft_shapes_follow_one_factor_in_every_layer():
 
 def test_what_no_form_of_the_target_can_reach_is_refused():
     with pytest.raises(InexpressibleError, match="no form that the target loads"):
+        apply_way({"unet.x": lora()}, MaxError(0.05), Target("diffusekrona"))
+
+
+def test_a_budget_below_the_smallest_forms_says_what_they_take():
+    with pytest.raises(UsageError, match=r"too small for 1 layers\. Their smallest forms take"):
         apply_way({"unet.x": lora()}, Budget(parameters=1), LOKR)
 
 
