@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import inf, sqrt
 
 from krona_hub.adapter import LayerDelta
@@ -184,8 +185,13 @@ def _allowed_by_size(layers: Layers, loads: Loads) -> Callable[[KronShape, int, 
     for delta in layers.values():
         shapes.setdefault(delta.matrix_shape, set()).add(delta.weight_shape)
 
-    def allowed(shape: KronShape, terms: int, right_rank: int | None) -> bool:
+    @cache
+    def loaded(shape: KronShape, terms: int, right_rank: int | None) -> bool:
         return all(loads(weight, shape, terms, right_rank) for weight in shapes.get(shape.full, ()))
+
+    def allowed(shape: KronShape, terms: int, right_rank: int | None) -> bool:
+        # what a target holds depends on "several terms" and "B as a product" alone: ask once for each
+        return loaded(shape, min(terms, 2), None if right_rank is None else 1)
 
     return allowed
 
