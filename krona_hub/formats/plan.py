@@ -14,8 +14,16 @@ from types import ModuleType
 from krona_hub.bases.base import COMPONENTS
 from krona_hub.checkpoints.header import FLOATS
 from krona_hub.checkpoints.reader import read_scalars
-from krona_hub.errors import BaseMismatchError, ConflictError, IncompleteError, KronaError, UnsupportedError
-from krona_hub.formats.keys import ModuleGroup
+from krona_hub.errors import (
+    AmbiguousError,
+    BaseMismatchError,
+    ConflictError,
+    IncompleteError,
+    KronaError,
+    UnknownBaseError,
+    UnsupportedError,
+)
+from krona_hub.formats.keys import ModuleGroup, split_key
 from krona_hub.formats.layout import Layout, layout_of
 from krona_hub.formats.resolve import Landing, Placements, land
 from krona_hub.formats.scales import Scale, ScaleConfig, config_scale, tensor_scale
@@ -33,7 +41,7 @@ class ModulePlan:
     group: ModuleGroup
     layout: Layout
     scale: Scale
-    places: Placements
+    places: Placements  # none where the base is unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,25 +66,34 @@ class Plan:
 
         In full: "88 of 88 modules matched sd15".
         """
-        base = self.landing.base
-        return f"{len(self.modules)} of {self.total} modules matched {base.name if base else 'by their own names'}"
+        landed = sum(bool(m.places) for m in self.modules)
+        where = self.landing.base.name if self.landing.base else "by their own names" if landed else "any known base"
+        return f"{landed} of {self.total} modules matched {where}"
 
 
-def make_plan(file: AdapterFile, spoke: ModuleType, component: str | None = None) -> Plan:
+def make_plan(file: AdapterFile, spoke: ModuleType, component: str | None = None, *, lost: bool = False) -> Plan:
     """The plan of `file` read by the rules of `spoke`; every problem of a module is in `aside`.
 
-    Raises what concerns the file as a whole: no base or several, a broken configuration.
+    Raises what concerns the file as a whole: a broken configuration, and no base or several, unless it may be `lost`:
+    then its modules have no places, and a note says why.
     """
     rules: Rules = spoke.RULES
     layouts, scales, aside = measure(file, rules)
-    landing = _land(file, layouts, rules, component) if layouts else Landing(file.base, (), {}, {})
+    landing, why = _landing(file, layouts, rules, component, lost)
     aside |= {**landing.problems, **_conflicts(landing)}
     modules = tuple(
-        ModulePlan(group, layouts[group.name], scales[group.name], landing.places[group.name])
+        ModulePlan(group, layouts[group.name], scales[group.name], landing.places.get(group.name, ()))
         for group in file.keys.modules
-        if group.name in landing.places and group.name not in aside
+        if group.name in layouts and group.name not in aside
     )
-    notes = (*rules.notes(file), *_scale_notes(modules), *_conv1d_note(modules), *_uncovered(landing))
+    notes = (
+        *why,
+        *rules.notes(file),
+        *_scale_notes(modules),
+        *_conv1d_note(modules),
+        *_uncovered(landing),
+        *_extras(file),
+    )
     return Plan(file, spoke.NAME, rules.scale, landing, modules, aside, notes)
 
 
@@ -135,6 +152,21 @@ def _scale(group: ModuleGroup, layout: Layout, alpha: float | None, configs: Map
     return config_scale(config, path, layout)
 
 
+def _landing(
+    file: AdapterFile, layouts: Mapping[str, Layout], rules: Rules, component: str | None, lost: bool
+) -> tuple[Landing, tuple[str, ...]]:
+    """Where the modules land, and a note where that is not known and need not be."""
+    nowhere = Landing(None, (), {}, {})
+    if not layouts:
+        return nowhere, ()
+    try:
+        return _land(file, layouts, rules, component), ()
+    except (UnknownBaseError, AmbiguousError, BaseMismatchError) as error:
+        if not lost:
+            raise
+        return nowhere, (str(error),)
+
+
 def _land(file: AdapterFile, layouts: Mapping[str, Layout], rules: Rules, component: str | None) -> Landing:
     if rules.land is not None:
         return rules.land(file, layouts)
@@ -191,6 +223,12 @@ def _conv1d_note(modules: Iterable[ModulePlan]) -> tuple[str, ...]:
     if not odd:
         return ()
     return (f"PEFT makes no proper Kronecker product for a Conv1d with a whole w2; its result is kept ({_few(odd)})",)
+
+
+def _extras(file: AdapterFile) -> tuple[str, ...]:
+    """Differences of biases and norms are no deltas of weights: they are kept, and nothing applies them."""
+    count = sum(split_key(key) is not None for key in file.keys.extras)
+    return (f"{count} differences of biases or norms are kept in extras, and are not applied",) if count else ()
 
 
 def _uncovered(landing: Landing) -> tuple[str, ...]:

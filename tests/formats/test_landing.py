@@ -98,6 +98,13 @@ def test_underscored_names_of_an_unknown_base_need_the_base(tmp_path):
         read(save(tmp_path, lora("lora_unet_something_new", 6, 4)))
 
 
+def test_a_file_of_an_unknown_base_is_described_without_layers(tmp_path):
+    about = describe(save(tmp_path, lora("lora_unet_something_new", 6, 4)))
+    assert (about.base, about.modules[0].layers, about.modules[0].weight_shape) == (None, (), (6, 4))
+    assert about.matched == "0 of 1 modules matched any known base"
+    assert any("--base" in warning for warning in about.warnings)
+
+
 def test_a_module_that_the_base_lacks_is_named_with_the_nearest_and_left_out_on_consent(tmp_path):
     path = save(tmp_path, lora(Q, 12, 10) | lora(Q.replace("to_q", "to_quark"), 12, 10))
     with pytest.raises(BaseMismatchError, match=r"to_quark.*nearest is .*to_q.*--allow-missing"):
