@@ -22,6 +22,7 @@ from krona_hub.kron.tolora import nearest_lora
 
 Layers = Mapping[str, LayerDelta]
 Progress = Callable[[int, int], None] | None  # layers done, layers in all
+OTHERS_WITHIN = 4.0  # times the size of the LoRA itself: a larger form beside it is not worth naming
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _search(
     allowed = _allowed_by_size(layers, loads)
     try:
         if isinstance(way, MaxError):
-            return smallest_within(loras, way.value, allowed=allowed, progress=progress)
+            return smallest_within(loras, way.value, allowed=allowed, others_within=OTHERS_WITHIN, progress=progress)
         return within_budget(loras, way.of(total), allowed=allowed, progress=progress)
     except errors:
         return None
