@@ -56,8 +56,8 @@ def smallest_within(
 
     `allowed(shape, terms, right_rank)` says which forms may be used. At equal size the LoRA itself is preferred,
     then fewer terms. Where the LoRA itself is near enough, other forms are looked for up to `others_within` times
-    its size: the search among few allowed forms is long where none is small. An error below 1e-12 counts as none. Raises UsageError for a negative error, InexpressibleError
-    where no allowed form is near enough.
+    its size: the search among few allowed forms is long where none is small. An error below 1e-12 counts as none.
+    Raises UsageError for a negative error, InexpressibleError where no allowed form is near enough.
 
     >>> up, down = torch.kron(torch.eye(4), torch.ones(6, 1)), torch.kron(torch.eye(4), torch.ones(1, 6))
     >>> form = smallest_within([(up, down)], 0.01)[0].form
