@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,8 +21,10 @@ NAMED = 3  # layers named before "and N more"
         "krona params --base sd15 --component all --shape 64x4,32x8 --rank 4",
         "krona params --base flux1-dev --targets attn+ff --factor 8,16",
         "krona params --base sdxl --targets 'mid_block.*attn2' --json",
+        "krona params lora.safetensors",
     ),
 )
+@click.argument("file", required=False, type=click.Path())
 @base_option
 @click.option(
     "--component",
@@ -34,10 +36,8 @@ NAMED = 3  # layers named before "and N more"
 )
 @click.option(
     "--targets",
-    default="attn",
-    show_default=True,
     metavar="SET|REGEX",
-    help="attn, attn+ff, all, or a set of a trainer (named below the table); else a regular expression.",
+    help="attn (the default), attn+ff, all, or a set of a trainer (named below the table); else a regular expression.",
 )
 @click.option("--shape", "shapes", default="64x4,64x8,64x16", show_default=True, metavar="A1xA2,…", help="Sizes of A.")
 @click.option(
@@ -46,35 +46,53 @@ NAMED = 3  # layers named before "and N more"
 @click.option("--rank", "ranks", default="4,16", show_default=True, metavar="N,…", help="Ranks of LoRA and LoKr.")
 @click.option("--terms", default=1, show_default=True, metavar="K", help="Kronecker terms per layer.")
 def command(
-    base: str | None, components: tuple[str, ...], targets: str, shapes: str, factors: str, ranks: str, terms: int
+    file: str | None,
+    base: str | None,
+    components: tuple[str, ...],
+    targets: str | None,
+    shapes: str,
+    factors: str,
+    ranks: str,
+    terms: int,
 ) -> None:
-    """Count an adapter's parameters before training it.
+    """Count an adapter's parameters before training it, or those of a FILE beside other forms of the same layers.
 
     No weights are needed and nothing is downloaded. KronA and DiffuseKronA of shape a1xa2 cost a1·a2 + out·in/(a1·a2)
     per layer and term; "by width" is the cheapest split of each layer. The last column says which LoRA of the same
     layers costs the same.
     """
-    from krona_hub.accounting import account
-    from krona_hub.bases.locate import load_base
+    from krona_hub import accounting
 
-    model = load_base(base or _missing_base())
-    found = account(
-        model,
-        targets=targets,
-        component=components or None,
-        shapes=_words(shapes),
-        factors=_numbers("--factor", factors),
-        ranks=_numbers("--rank", ranks),
-        terms=terms,
-    )
+    forms: dict[str, Any] = {
+        "shapes": _words(shapes),
+        "factors": _numbers("--factor", factors),
+        "ranks": _numbers("--rank", ranks),
+        "terms": terms,
+    }
+    if file is None:
+        wanted = {"targets": targets or "attn", "component": components or None}
+        found = accounting.account(base or _missing_base(), **wanted, **forms)
+    else:
+        _no_targets(targets)
+        found = accounting.account_file(file, base=base, component=next(iter(components), None), **forms)
     emit(found, lambda: _show(found))
+
+
+def _no_targets(targets: str | None) -> None:
+    from krona_hub.errors import UsageError
+
+    if targets is not None:
+        raise UsageError("a file has its own layers.", fix="Leave --targets out, or leave the file out.")
 
 
 def _missing_base() -> str:
     from krona_hub.bases.catalogue import names
     from krona_hub.errors import UsageError
 
-    raise UsageError("no base model is named.", fix=f"Add --base, one of {', '.join(names())}, or a folder.")
+    raise UsageError(
+        "neither a file nor a base model is named.",
+        fix=f"Name a file, or add --base, one of {', '.join(names())}, or a folder.",
+    )
 
 
 def _words(text: str) -> list[str]:
@@ -97,7 +115,8 @@ def _show(found: Accounting) -> None:
     for row in found.rows:
         if row.undivided:
             show_text(f"{row.method} does not divide {_some(row.undivided)}; not counted.", "yellow")
-    show_text(f"Sets for --targets: {', '.join(found.target_sets)}; or a regular expression.", "dim")
+    if found.target_sets:
+        show_text(f"Sets for --targets: {', '.join(found.target_sets)}; or a regular expression.", "dim")
 
 
 def _facts(found: Accounting) -> list[tuple[str, object]]:
@@ -109,7 +128,7 @@ def _facts(found: Accounting) -> list[tuple[str, object]]:
 
 
 def _cells(row: Row) -> tuple[str, int, int, str, str]:
-    return row.method, row.parameters, row.modules, f"{row.bytes_fp16 / 1e6:.1f}", f"{row.lora_rank:.2f}"
+    return row.method, row.parameters, row.modules, f"{row.bytes_fp16 / 1e6:.3g}", f"{row.lora_rank:.2f}"
 
 
 def _some(names: tuple[str, ...]) -> str:

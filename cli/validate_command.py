@@ -16,7 +16,7 @@ COLOURS = {"error": "bold red", "warning": "yellow"}
 @base_option
 @click.pass_context
 def command(context: click.Context, file: str, base: str | None) -> None:
-    """Check a file's structure, schema, shapes and numbers, and with --base its layers.
+    """Check an adapter's structure, schema, shapes and numbers, and with --base its layers.
 
     Every problem is one line with its fix. The exit status is 0 for a sound file, 2 for a broken one and 5 for one
     that does not fit its base; warnings do not count.
@@ -27,7 +27,7 @@ def command(context: click.Context, file: str, base: str | None) -> None:
 
 
 def _document(report: ValidationReport) -> dict[str, object]:
-    return {"path": report.path, "valid": report.valid, "findings": report.findings}
+    return {"path": report.path, "format": report.format, "valid": report.valid, "findings": report.findings}
 
 
 def _show(report: ValidationReport) -> None:

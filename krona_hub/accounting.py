@@ -1,4 +1,4 @@
-"""How many numbers an adapter has, before anybody trains it. No weights, no torch.
+"""How many numbers an adapter has, before anybody trains it, and how many a file has. No weights, no torch.
 
 KronA a1xa2, K terms    K · (a1·a2 + out·in / (a1·a2))     per layer; in = channels · k… for a convolution
 LoKr factor f, full     a·c + b·d·k…                       (a, b) and (c, d): the factors of out and of in
@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 
 from krona_hub.bases import catalogue, locate
 from krona_hub.bases.base import Base, Module
 from krona_hub.bases.families import FAMILIES
 from krona_hub.bases.targets import choose, sets_of
 from krona_hub.errors import ShapeError, UsageError
+from krona_hub.formats.describe import ModuleInfo, describe
 from krona_hub.kron.shapes import lycoris_factors, parse_shape, smallest_split, split
 
 BOTH = "all"  # as a component: every one of the base
@@ -112,6 +114,35 @@ def account(
     return Accounting(base.name, targets, parts, rows, _set_names(base, chosen), base.uncovered)
 
 
+def account_file(
+    source: str | Path,
+    *,
+    base: Base | str | None = None,
+    component: str | None = None,
+    shapes: Iterable[str] = ("64x4", "64x8", "64x16"),
+    factors: Iterable[int] = (8, 16),
+    ranks: Iterable[int] = (4, 16),
+    terms: int = 1,
+) -> Accounting:
+    """The size of an adapter file, in the first row, and what other forms on the same layers would have.
+
+    A module of the file counts as one layer, fused ones too; headers are read, nothing else.
+    """
+    about = describe(source, base=base, component=component)
+    layers = {m.name: Module(m.weight_shape) for m in about.modules}
+    own = Row(f"this file, {about.format}", about.parameters, len(layers), _as_lora(about.parameters, layers.values()))
+    rows = (own, *(_row(method, layers) for method in methods(shapes, factors, ranks, terms)))
+    return Accounting(about.base or "unknown", f"the layers of {about.path.name}", _file_parts(about.modules), rows, ())
+
+
+def _file_parts(modules: Iterable[ModuleInfo]) -> tuple[Part, ...]:
+    """What the file adapts, per component; `unknown` where no base explains it."""
+    owned: dict[str, list[ModuleInfo]] = {}
+    for module in modules:
+        owned.setdefault(module.layers[0].partition(".")[0] if module.layers else "unknown", []).append(module)
+    return tuple(Part(c, len(group), sum(prod(m.weight_shape) for m in group)) for c, group in owned.items())
+
+
 def methods(shapes: Iterable[str], factors: Iterable[int], ranks: Iterable[int], terms: int = 1) -> list[Method]:
     """Every form that was asked for: KronA by width, KronA of each shape, LoKr full and of each rank, LoRA."""
     ranks = list(ranks)
@@ -162,8 +193,13 @@ def _row(method: Method, layers: Mapping[str, Module]) -> Row:
     counted = [module for module in layers.values() if costs[module] is not None]
     undivided = tuple(name for name, module in layers.items() if costs[module] is None)
     total = sum(costs[module] or 0 for module in counted)
-    per_rank = sum(lora_parameters(module, 1) for module in counted)
-    return Row(method.label, total, len(counted), total / per_rank if per_rank else 0.0, undivided)
+    return Row(method.label, total, len(counted), _as_lora(total, counted), undivided)
+
+
+def _as_lora(parameters: int, modules: Iterable[Module]) -> float:
+    """The rank of the LoRA of the same size; 0 for no layers."""
+    per_rank = sum(lora_parameters(module, 1) for module in modules)
+    return parameters / per_rank if per_rank else 0.0
 
 
 def _cost(method: Method, module: Module) -> int | None:

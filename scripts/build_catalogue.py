@@ -3,7 +3,8 @@
     python scripts/build_catalogue.py [FOLDER OF CONFIGURATIONS]
 
 The folder holds one JSON per component (class, configuration, source); without an argument it is `bases` in the
-folder that KRONA_SHARED names. Each model is built on torch's meta device, so no weights are needed.
+folder that KRONA_SHARED names, or in `shared` beside the project. Each model is built on torch's meta device, so no
+weights are needed.
 """
 
 import json
@@ -15,7 +16,9 @@ from pathlib import Path
 from krona_hub.bases.meta import build, modules_of
 from krona_hub.bases.patterns import encode
 
-OUT = Path(__file__).parent.parent / "krona_hub/bases/catalogue"
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("KRONA_SHARED", ROOT.parent / "shared"))
+OUT = ROOT / "krona_hub/bases/catalogue"
 CONFIG_STATUS = {
     "stored config.json": "F",
     "stored copy of config.json": "F",
@@ -37,7 +40,7 @@ TOTAL_STATUS = {  # where the total is not W: the same number beside the named m
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(os.environ["KRONA_SHARED"], "bases")
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else SHARED / "bases"
     OUT.mkdir(exist_ok=True)
     for path in sorted(folder.glob("*.json")):
         entry = catalogue_entry(json.loads(path.read_text("utf-8")))

@@ -65,7 +65,10 @@ def get(name: str) -> Base:
     if family is None:
         near = get_close_matches(name.lower(), [*FAMILIES, *ALIASES], n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise UnknownBaseError(f"no base is called {name!r}.", fix=f"{hint}Known bases: {', '.join(FAMILIES)}.")
+        raise UnknownBaseError(
+            f"no base is called {name!r}.",
+            fix=f"{hint}Give a folder, a checkpoint file, or one of {', '.join(FAMILIES)}.",
+        )
     entry = FAMILIES[family]
     parts = {c: component(file).modules for c, file in entry.components.items()}
     return Base(family, family, parts, next(iter(entry.hub_ids), None), entry.uncovered)

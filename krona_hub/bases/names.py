@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
+from heapq import nlargest
 
 from krona_hub.bases import ldm, prefixes, spelling
 from krona_hub.bases.base import Base, Module, Placement
@@ -21,6 +22,7 @@ from krona_hub.errors import AmbiguousError, InexpressibleError, NotFoundError
 
 DIALECTS = tuple(spelling.DIALECTS)
 
+LIKELY = 24  # layers that are compared letter by letter for "did you mean"
 Placements = tuple[Placement, ...]
 PROCESSOR_ERA = (  # how old diffusers wrote attention modules -> the module itself, tried in order
     (re.compile(r"^(.*_)processor_(to_[qkv])(?:_lora)?$"), r"\1\2"),
@@ -142,10 +144,18 @@ class NameTable:
         }
 
     def nearest(self, name: str) -> str | None:
-        """The canonical layer whose name looks most like an unknown one, for "did you mean"."""
-        flat = {underscored(layer): layer for layer, _ in self.base.layers()}
-        near = get_close_matches(underscored(prefixes.readings(name)[0][1]), flat, n=1, cutoff=0.5)
+        """The canonical layer whose name looks most like an unknown one, for "did you mean"; None if none does."""
+        key = underscored(prefixes.readings(name)[0][1])
+        words = set(key.split("_"))
+        likely = nlargest(LIKELY, self._words, key=lambda layer: len(self._words[layer] & words))
+        flat = {underscored(layer): layer for layer in likely}
+        near = get_close_matches(key, flat, n=1, cutoff=0.5)
         return flat[near[0]] if near else None
+
+    @cached_property
+    def _words(self) -> Mapping[str, frozenset[str]]:
+        """Canonical layer -> the words of its name; comparing letters with a thousand names would take too long."""
+        return {layer: frozenset(underscored(layer).split("_")) for layer, _ in self.base.layers()}
 
 
 @lru_cache(maxsize=64)

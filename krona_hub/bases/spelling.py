@@ -95,10 +95,12 @@ def text_model(base: Base, component: str, path: str, dialect: str) -> str:
 
 
 def trainers_number(base: Base, component: str) -> str:
-    """The number behind `lora_te`: none for a lone encoder, 3 for T5 (also FLUX's, which is its second encoder)."""
+    """The number behind `lora_te`: none for a lone encoder (1 if it is T5, which is how ComfyUI counts it),
+    3 for T5 beside others (also FLUX's, which is its second encoder)."""
+    is_t5 = prefixes.kind_of(base.components[component]) == "t5"
     if component in DENOISERS or len(base.text_encoders) == 1:
-        return ""
-    if prefixes.kind_of(base.components[component]) == "t5":
+        return "1" if is_t5 else ""
+    if is_t5:
         return "3"
     return component.removeprefix("text_encoder").removeprefix("_") or "1"
 

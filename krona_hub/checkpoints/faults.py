@@ -33,6 +33,15 @@ def fault(error: OSError | ValueError, path: Path | str) -> KronaError:
     >>> fault(OSError(errno.ENOSPC, ""), "x.safetensors").code
     'KH200'
     """
-    number = error.errno if isinstance(error, OSError) else errno.ENOENT  # ValueError: a NUL in the path
-    kind, cause, fix = _FAULTS.get(number, (ResourceError, f"could not be accessed: {error}.", "Check the disk."))
+    kind, cause, fix = _FAULTS.get(
+        _number(error), (ResourceError, f"could not be accessed: {error}.", "Check the disk.")
+    )
     return kind(f"{str(path)!r} {cause}", fix=fix)
+
+
+def _number(error: OSError | ValueError) -> int | None:
+    """What the system calls it; libraries that are not written in C raise the right class without a number."""
+    if isinstance(error, ValueError):  # a NUL in the path
+        return errno.ENOENT
+    by_class = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, IsADirectoryError: errno.EISDIR}
+    return error.errno if error.errno is not None else by_class.get(type(error))

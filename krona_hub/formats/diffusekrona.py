@@ -26,7 +26,7 @@ def recognises(file: AdapterFile) -> bool:
     A LoRA's halves share their rank; where that is so for every pair, the bases of the catalogue decide which of the
     two products has the sizes of a real layer. Raises AmbiguousError where both readings, or neither, fit one.
     """
-    if "processor" not in file.keys.grammars:
+    if file.keys.grammars != {"processor"}:  # a file that mixes eras is diffusers'
         return False
     pairs = {m.name: pair for m in file.keys.modules if (pair := _pair(m, file)) is not None}
     if any(down[0] != up[1] for down, up in pairs.values()):

@@ -57,7 +57,8 @@ def _read_file(file: AdapterFile, spoke: ModuleType | None, component: str | Non
 def _read_native(file: AdapterFile) -> Adapter:
     from krona_hub.schema.v1 import from_tensors
 
-    return from_tensors(file.header, load(file.header))
+    adapter = from_tensors(file.header, load(file.header))
+    return replace(adapter, base=adapter.base or (file.base.model if file.base else None))
 
 
 def _carry_out(plan: Plan) -> Adapter:

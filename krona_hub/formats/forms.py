@@ -146,6 +146,8 @@ def no_diffusekrona(form: LayerForm) -> str | None:
     if len(form.sums) != 1 or form.sums[0].terms != 1:
         return "DiffuseKronA holds one term per layer"
     s = form.sums[0]
+    if s.left_rank is not None or s.right_rank is not None:
+        return "DiffuseKronA stores whole factors, and a factor of this delta is a product"
     if s.rows == "shuffled" or 1 in (s.shape.a1, s.shape.b1):
         return None
     return "DiffuseKronA interleaves the rows of A ⊗ B, and this delta does not"

@@ -6,7 +6,7 @@ Torch-free. Files mix grammars (FORMATS §5.1), so every key is read by itself a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -150,8 +150,8 @@ def _module(key: str, tail: str) -> str:
     return key[: -len(tail)].removesuffix(".")
 
 
-def sort_keys(names: Iterable[str], metadata: Mapping[str, str] | None = None) -> Keys:
-    """Group the tensors of a file by module.
+def sort_keys(names: Iterable[str], metadata: Mapping[str, str], vectors: Container[str] = ()) -> Keys:
+    """Group the tensors of a file by module; `vectors` are those of one dimension, whose `.diff` is of a norm.
 
     Raises ConflictError where two keys are the same part of a module, IncompleteError where one module holds two
     kinds of delta.
@@ -161,7 +161,7 @@ def sort_keys(names: Iterable[str], metadata: Mapping[str, str] | None = None) -
     extras, unknown = [], []
     for key in sorted(names):
         found = split_key(key)
-        if _is_embedding(key, metadata or {}) or (found and found[1].kind in ("bias", "norm")):
+        if _is_embedding(key, metadata) or (found and _is_extra(found[1], key in vectors)):
             extras.append(key)
         elif found is None:
             unknown.append(key)
@@ -176,6 +176,10 @@ def sort_keys(names: Iterable[str], metadata: Mapping[str, str] | None = None) -
 
 def _is_embedding(key: str, metadata: Mapping[str, str]) -> bool:
     return key.startswith(EMBEDDINGS) or metadata.get(key) == "<embed>" or (key[:1] == "<" and key[-1:] == ">")
+
+
+def _is_extra(part: Part, vector: bool) -> bool:
+    return part.kind in ("bias", "norm") or (part.kind == "dense" and vector)
 
 
 def _add(parts: dict[str, tuple[str, Part]], key: str, found: tuple[str, Part]) -> None:

@@ -19,6 +19,7 @@ from krona_hub.kron.shapes import KronShape
 
 Size = tuple[int, ...]
 Sizes = Mapping[str, Size]  # part -> shape of its tensor
+MAX_KERNEL = 1024  # of a Conv1d; the sum below has k² entries
 _AGAIN = "Save the adapter again with the tool that trained it."
 
 
@@ -175,6 +176,7 @@ def _peft_lokr(sizes: Sizes) -> Layout:
     if "w2" not in sizes or len(sizes["w2"]) != 3:
         return layout
     (a, c, _, _), (b, d, k) = layout.shape, sizes["w2"]
+    _check(k <= MAX_KERNEL, f"'w2' {list(sizes['w2'])} has a kernel of {k}.")
     return replace(layout, kind="peft-conv1d", shape=KronShape(b, d, a, c * k), terms=k, left_rank=None)
 
 

@@ -68,17 +68,7 @@ def make_plan(file: AdapterFile, spoke: ModuleType, component: str | None = None
     Raises what concerns the file as a whole: no base or several, a broken configuration.
     """
     rules: Rules = spoke.RULES
-    aside = _leftovers(file)
-    configs = rules.configs(file)
-    layouts, scales = {}, {}
-    alphas = _alphas(file)
-    for group in file.keys.modules:
-        try:
-            layout = layout_of(group, file.header.tensors, rules.kinds.get(group.kind))
-            scales[group.name] = _scale(group, layout, alphas.get(group.name), configs)
-            layouts[group.name] = layout
-        except KronaError as error:
-            aside[group.name] = error
+    layouts, scales, aside = measure(file, rules)
     landing = _land(file, layouts, rules, component) if layouts else Landing(file.base, (), {}, {})
     aside |= {**landing.problems, **_conflicts(landing)}
     modules = tuple(
@@ -88,6 +78,23 @@ def make_plan(file: AdapterFile, spoke: ModuleType, component: str | None = None
     )
     notes = (*rules.notes(file), *_scale_notes(modules), *_conv1d_note(modules), *_uncovered(landing))
     return Plan(file, spoke.NAME, rules.scale, landing, modules, aside, notes)
+
+
+def measure(file: AdapterFile, rules: Rules) -> tuple[dict[str, Layout], dict[str, Scale], dict[str, KronaError]]:
+    """The layout and the scale of each module, whatever base they are for, and the modules that have none, and why."""
+    aside = _leftovers(file)
+    configs = rules.configs(file)
+    layouts: dict[str, Layout] = {}
+    scales: dict[str, Scale] = {}
+    alphas = _alphas(file)
+    for group in file.keys.modules:
+        try:
+            layout = layout_of(group, file.header.tensors, rules.kinds.get(group.kind))
+            scales[group.name] = _scale(group, layout, alphas.get(group.name), configs)
+            layouts[group.name] = layout
+        except KronaError as error:
+            aside[group.name] = error
+    return layouts, scales, aside
 
 
 def _leftovers(file: AdapterFile) -> dict[str, KronaError]:

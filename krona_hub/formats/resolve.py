@@ -41,10 +41,10 @@ def land(shapes: Shapes, metadata: Mapping[str, str], base: Base | None, compone
     whole = [c for c in found if c.matched == len(shapes)]
     if whole:
         return _in_catalogue(shapes, whole, component)
+    if found and 2 * found[0].matched >= len(shapes):
+        return _in_catalogue(shapes, found, component)  # the base is known, and some modules are wrong
     if all(canonical_from_path(name, component) for name in shapes):
         return _by_path(shapes, component)
-    if found and found[0].matched:
-        return _in_catalogue(shapes, found, component)
     raise _unknown(shapes)
 
 

@@ -132,6 +132,11 @@ def tensor_scale(layout: Layout, alpha: float | None) -> Scale:
 
 def config_scale(config: ScaleConfig, path: str, layout: Layout) -> Scale:
     """The scale of a module by a configuration. Raises ShapeError where its rank is not that of the tensors."""
+    if config.kind != layout.kind.replace("peft-conv1d", "lokr"):
+        raise ScaleError(
+            f"the configuration is of a {config.kind}, and this module is a {layout.kind}.",
+            fix="The configuration belongs to another file; find the one this adapter was saved with.",
+        )
     alpha, rank = config.of(path)
     low = [r for r in (layout.left_rank, layout.right_rank) if r is not None]
     if low and layout.kind in ("lora", "lokr") and any(r != rank for r in low):

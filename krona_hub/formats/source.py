@@ -15,6 +15,7 @@ from typing import Any
 
 from krona_hub.bases.base import COMPONENTS, Base
 from krona_hub.bases.locate import load_base
+from krona_hub.checkpoints.faults import fault
 from krona_hub.checkpoints.header import Header, read_header
 from krona_hub.errors import AmbiguousError, FormatError, KronaError, NotFoundError, PickleError
 from krona_hub.formats.keys import Keys, sort_keys
@@ -37,7 +38,8 @@ class AdapterFile:
     @cached_property
     def keys(self) -> Keys:
         """The tensors sorted by module. Raises what `sort_keys` raises, naming the file."""
-        return sort_keys(self.header.tensors, self.header.metadata)
+        vectors = {name for name, info in self.header.tensors.items() if len(info.shape) == 1}
+        return sort_keys(self.header.tensors, self.header.metadata, vectors)
 
     @property
     def path(self) -> Path:
@@ -64,7 +66,13 @@ def open_files(source: str | Path, base: str | Path | Base | None = None) -> tup
     and what `read_header` raises.
     """
     known = base if base is None or isinstance(base, Base) else load_base(base)
-    return tuple(replace(file, base=known) for file in _files(Path(source)))
+    try:
+        files = _files(Path(source))
+    except OSError as error:
+        if isinstance(error, KronaError):
+            raise
+        raise fault(error, Path(source)) from None
+    return tuple(replace(file, base=known) for file in files)
 
 
 @contextmanager

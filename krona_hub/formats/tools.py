@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from krona_hub.errors import UsageError
 from krona_hub.formats.forms import (
@@ -22,7 +22,11 @@ from krona_hub.formats.forms import (
     no_dora,
     refusal,
 )
+from krona_hub.formats.reservations import reservation
 from krona_hub.kron.shapes import KronShape
+
+if TYPE_CHECKING:
+    from krona_hub.formats.describe import Description
 
 
 class Target(NamedTuple):
@@ -175,16 +179,15 @@ class Verdict:
 _NO_FOLDER = "PEFT loads folders with an adapter_config.json"
 _NATIVE = "only krona_hub reads its native format"
 _LORA_ONLY = "it loads LoRA only"
-_PIPELINE = "its pipelines reject LoKr"
 _NO_KRONA = "current diffusers takes the keys for a LoRA and fails"
-_OLD = "it does not know this old layout"
+_OLD = "sd-scripts knows plain LoRA keys only, without Tucker, DoRA or .diff"
 # format -> tool -> why the tool does not load it. Tools that are not listed do.
 REJECTS: Mapping[str, Mapping[str, str]] = {
     "krona": dict.fromkeys(TOOLS, _NATIVE),
     "kohya-lora": {"peft": _NO_FOLDER},
     "lycoris-locon": {"peft": _NO_FOLDER, "diffusers": "its converters reject lycoris_* names", "kohya": _OLD},
     "lycoris-lokr": {
-        "peft": _NO_FOLDER, "diffusers": _PIPELINE, "kohya": _LORA_ONLY, "nunchaku": _LORA_ONLY,
+        "peft": _NO_FOLDER, "kohya": _LORA_ONLY, "nunchaku": _LORA_ONLY,
     },
     "peft-lora": {
         **dict.fromkeys([t for t in TOOLS if t != "peft"], "it does not read PEFT folders"),
@@ -204,17 +207,14 @@ REJECTS: Mapping[str, Mapping[str, str]] = {
 }  # fmt: skip
 
 
-def loads_in(description: Any) -> Mapping[str, Verdict]:
+def loads_in(description: Description) -> Mapping[str, Verdict]:
     """For every tool, whether it loads the described file with the meaning that the file has."""
     return {name: _verdict(tool, description) for name, tool in TOOLS.items()}
 
 
-def _verdict(tool: Tool, description: Any) -> Verdict:
-    reason = REJECTS.get(description.format, {}).get(tool.name)
-    if reason:
-        return Verdict(False, reason)
-    for module in description.modules:
-        why = next((w for rule in tool.rules if (w := rule(module.form))), None)
-        if why:
-            return Verdict(False, f"{module.name}: {why}")
-    return Verdict(True)
+def _verdict(tool: Tool, description: Description) -> Verdict:
+    why = REJECTS.get(description.format, {}).get(tool.name) or reservation(tool.name, description)
+    if why is None and tool.name == "lycoris":  # its own files may still have splits that it does not derive
+        refused = ((m.name, only_lycoris_splits(m.form)) for m in description.modules if m.kind == "lokr")
+        why = next((f"{name}: {clause}" for name, clause in refused if clause), None)
+    return Verdict(why is None, why or "")

@@ -4,7 +4,7 @@ import time
 from importlib.resources import files
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krona_hub.bases import catalogue
@@ -100,6 +100,7 @@ paths = st.lists(st.one_of(words, numbers), min_size=1, max_size=5).map(".".join
 shapes = st.sampled_from([Module((2, 3)), Module((2, 3), False), Module((4, 1, 3, 3), True, 4), Module((4, 2, 1))])
 
 
+@settings(deadline=None)
 @given(st.dictionaries(paths, shapes, max_size=40))
 def test_patterns_lose_nothing(modules):
     assert expand(encode(modules)) == modules

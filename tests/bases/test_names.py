@@ -4,6 +4,8 @@ import json
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from krona_hub.bases import catalogue, locate
 from krona_hub.bases.base import Placement
@@ -131,6 +133,25 @@ def test_fused_modules_say_which_rows_are_whose():
 )
 def test_an_unknown_name_is_none(base, name):
     assert table(catalogue.get(base)).find(name) is None
+
+
+pieces = st.sampled_from(
+    ["lora_unet_", "lora_te1_", "lycoris_", "unet.", "base_model.model.", "text_model.", "processor.", "to_out",
+     "_lora", "input_blocks_1_1_", "encoder.layers.0.", "mlp.fc1", "self_attn_to_q", ".", "_", "0", "ünï", "conv_in"]
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.one_of(st.text(max_size=30), st.lists(pieces, max_size=6).map("".join)))
+def test_no_name_breaks_the_search(name):
+    for base in ("sdxl", "flux1-dev"):
+        names = table(catalogue.get(base))
+        try:
+            found = names.find(name)
+        except AmbiguousError:
+            assert len(names.candidates(name)) > 1
+        else:
+            assert found is None or all(names.base.module(place.layer) for place in found)
 
 
 def test_a_name_that_fits_two_components_is_asked_about():

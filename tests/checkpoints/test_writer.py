@@ -211,3 +211,16 @@ def test_a_folder_that_exists_is_refused_unless_empty_and_never_swept_away(tmp_p
     assert {p.name: p.read_text() for p in (tmp_path / "home").iterdir()} == {"a": "2", "letter": "mine"}
     with pytest.raises(ConflictError), atomic_folder(tmp_path / "home/letter", overwrite=True):
         pass
+
+
+def test_a_limit_of_the_system_on_the_size_of_files_is_told_and_leaves_nothing(tmp_path):
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "from krona_hub.checkpoints.writer import Stored, write_stored;"
+        "from krona_hub.errors import KronaError\n"
+        "try: write_stored(sys.argv[1], {'t': Stored('U8', (99999,), lambda: [bytes(99999)])})\n"
+        "except KronaError as error: print(error.code, error.exit_code)"
+    )
+    run = [sys.executable, "-c", code, tmp_path / "x"]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "KH200 8\n"
+    assert not list(tmp_path.iterdir())

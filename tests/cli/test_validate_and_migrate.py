@@ -14,7 +14,6 @@ from krona_hub.cli.main import main
 from krona_hub.kron.terms import KronTerms
 from krona_hub.schema.v1 import to_tensors
 from tests.attacks.forge import put
-from tests.shared import shared
 
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -80,16 +79,9 @@ def test_infinite_numbers_are_counted_by_tensor(tmp_path, capsys):
     assert "2 of its 3 numbers are NaN or infinite" in capsys.readouterr().out
 
 
-def test_every_reference_file_and_every_real_file_is_sound():
-    files = sorted(shared("golden").rglob("*.safetensors")) + sorted(shared("real").glob("*.safetensors"))
-    from krona_hub.schema.validate import validate
-
-    assert len(files) > 60
-    assert {str(f): validate(f) for f in files if validate(f)} == {}
-
-
 def test_a_file_of_100_mb_is_validated_without_torch(tmp_path):
-    write_tensors(tmp_path / "big.safetensors", {f"t{i}": torch.ones(1000, 1250).bfloat16() for i in range(40)})
+    delta = LayerDelta((KronTerms(torch.ones(1, 1, 1), torch.ones(1, 1000, 1250)),), (1000, 1250))
+    write_tensors(tmp_path / "big.safetensors", *to_tensors(Adapter({f"unet.x.{i}": delta for i in range(20)})))
     code = (
         "import sys; from krona_hub.cli.main import main; status = main(sys.argv[1:]);"
         "print(status, *({'torch', 'diffusers', 'transformers', 'peft'} & set(sys.modules)))"
