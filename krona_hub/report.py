@@ -52,11 +52,15 @@ def human_bytes(count: int) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of one as a percentage that keeps small values apart from nothing.
+    """A share of one as a percentage that keeps nearly nothing apart from nothing, and nearly all from all.
 
     >>> percent(0.5), percent(0.0123), percent(0.00004), percent(0.0)
     ('50 %', '1.2 %', '0.004 %', '0 %')
+    >>> percent(0.99884), percent(1.0)
+    ('99.9 %', '100 %')
     """
+    if share > 0.99:
+        return f"{100 - float(f'{100 * (1 - share):.1g}'):.9g} %"
     return f"{100 * share:.2g} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
