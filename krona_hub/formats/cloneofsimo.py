@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
 from krona_hub.bases import catalogue
@@ -25,7 +26,14 @@ BLOCK = (  # within a transformer block: ff is registered between the two attent
     "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj",
     "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
 )  # fmt: skip
-RESNET = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")  # the extended variant only
+RESNET = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
+ATTENTION_CLASSES = frozenset({"CrossAttention", "Attention"})
+CLASSES = ATTENTION_CLASSES | {"GEGLU"}  # that were trained, where the file does not say
+OWNERS: Mapping[str, frozenset[str]] = {  # beginning of a member -> classes that it is trained with
+    "attn": ATTENTION_CLASSES,
+    "ff": frozenset({"GEGLU"}),
+    "": frozenset({"ResnetBlock2D"}),  # the extended variant
+}
 CLIP = ("k_proj", "v_proj", "q_proj", "out_proj")
 ATTENTION_PATH = re.compile(rf"({'|'.join(SIDES)})\.(?:(\d+)\.)?(attentions)\.(\d+)\.transformer_blocks\.(\d+)\.(.+)")
 RESNET_PATH = re.compile(rf"({'|'.join(SIDES)})\.(?:(\d+)\.)?(resnets)\.(\d+)()\.(.+)")
@@ -38,27 +46,30 @@ def recognises(file: AdapterFile) -> bool:
     return "cloneofsimo" in file.keys.grammars
 
 
-def unet_order(modules: Mapping[str, Module], extended: bool = False) -> tuple[str, ...]:
-    """The module paths of a U-Net in the order in which this trainer numbered them.
+def unet_order(modules: Mapping[str, Module], classes: frozenset[str] = CLASSES) -> tuple[str, ...]:
+    """The module paths of a U-Net in the order in which this trainer numbered them, where it trained `classes`.
 
-    >>> from krona_hub.bases import catalogue
     >>> order = unet_order(catalogue.get("sd15").components["unet"])
     >>> len(order), order[4], order[-1]
     (144, 'down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj', \
 'mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0')
     """
-    ranked = [(rank, path) for path in modules if (rank := _unet_rank(path, extended)) is not None]
+    ranked = [(rank, path) for path in modules if (rank := _unet_rank(path, classes)) is not None]
     return tuple(path for _, path in sorted(ranked))
 
 
-def _unet_rank(path: str, extended: bool) -> Rank | None:
+def _unet_rank(path: str, classes: frozenset[str]) -> Rank | None:
     for pattern, members in ((ATTENTION_PATH, BLOCK), (RESNET_PATH, RESNET)):
         found = pattern.fullmatch(path)
-        if found and found[6] in members and (extended or members is BLOCK):
+        if found and found[6] in members and _owners(found[6]) & classes:
             side, block, part, index, inner, member = found.groups()
             numbers = int(block or 0), PARTS.index(part), int(index), int(inner or 0)
             return SIDES.index(side), *numbers, members.index(member)
     return None
+
+
+def _owners(member: str) -> frozenset[str]:
+    return next(classes for start, classes in OWNERS.items() if member.startswith(start))
 
 
 def clip_order(modules: Mapping[str, Module]) -> tuple[str, ...]:
@@ -72,35 +83,51 @@ def land(file: AdapterFile, layouts: Mapping[str, Layout]) -> Landing:
 
     Raises BaseMismatchError where a shape or the number of modules differs, UnknownBaseError where no base fits.
     """
-    extended = "ResnetBlock2D" in _classes(file)
+    numbered = Numbered(frozenset(m.name for m in file.keys.modules), layouts, _classes(file))
     if file.base is not None:
-        return _landing(file.base, layouts, extended, (file.base.family,) if file.base.family else ())
-    fits = [b for b in map(catalogue.get, catalogue.names()) if not _misfits(b, layouts, extended)]
+        _check(numbered, file.base)
+        fits = [file.base]
+    else:
+        fits = [base for base in map(catalogue.get, catalogue.names()) if not numbered.misfits(base)]
     if not fits:
         raise UnknownBaseError(
-            f"no known base has the order and the shapes of its {len(layouts)} modules.",
+            f"no known base has the order and the shapes of its {len(numbered.names)} modules.",
             fix="These files know modules by position only: give the base it was trained on with --base.",
         )
-    return _landing(fits[0], layouts, extended, tuple(b.name for b in fits))
+    places = {name: (Placement(layer),) for name, layer in numbered.layers(fits[0]).items() if name in layouts}
+    return Landing(fits[0], tuple(base.family for base in fits if base.family), places, {})
 
 
-def _landing(base: Base, layouts: Mapping[str, Layout], extended: bool, candidates: tuple[str, ...]) -> Landing:
-    wrong = _misfits(base, layouts, extended)
+@dataclass(frozen=True)
+class Numbered:
+    """The modules of a file, known by their positions."""
+
+    names: frozenset[str]  # such as "unet:3"
+    layouts: Mapping[str, Layout]  # of those that are sound
+    classes: frozenset[str]  # that were trained
+
+    def layers(self, base: Base) -> dict[str, str]:
+        """Position -> canonical layer, of the components that the file adapts."""
+        touched = {name.partition(":")[0] for name in self.names}
+        orders = {c: _order(base, c, self.classes) for c in ("text_encoder", "unet") if c in touched}
+        return {f"{c}:{i}": f"{c}.{path}" for c, order in orders.items() for i, path in enumerate(order)}
+
+    def misfits(self, base: Base) -> list[str]:
+        """Positions that only one of the two has, and those whose sizes differ."""
+        layers = self.layers(base)
+        differ = [
+            n for n, layer in layers.items() if n in self.layouts and _differs(base.module(layer), self.layouts[n])
+        ]
+        return sorted(self.names ^ layers.keys()) + differ
+
+
+def _check(numbered: Numbered, base: Base) -> None:
+    wrong = numbered.misfits(base)
     if wrong:
         raise BaseMismatchError(
-            f"{len(wrong)} of {len(layouts)} positions do not fit {base.name}; the first is {wrong[0]}.",
+            f"{len(wrong)} positions do not fit {base.name}; the first is {wrong[0]}.",
             fix="Give the base it was trained on with --base.",
         )
-    places = {name: (Placement(layer),) for name, layer in _layers(base, layouts, extended)}
-    return Landing(base, candidates, places, {})
-
-
-def _misfits(base: Base, layouts: Mapping[str, Layout], extended: bool) -> list[str]:
-    """Positions whose shape is not that of their layer, or that have none; for each component, the count must fit."""
-    found = dict(_layers(base, layouts, extended))
-    missing = [name for name in layouts if name not in found]
-    counts = [f"the number of {c} modules" for c in _components(layouts) if not _counted(base, layouts, c, extended)]
-    return missing + counts + [n for n, layer in found.items() if _differs(base.module(layer), layouts[n])]
 
 
 def _differs(module: Module | None, layout: Layout) -> bool:
@@ -108,37 +135,20 @@ def _differs(module: Module | None, layout: Layout) -> bool:
     return module is None or (shape[0], prod(shape[1:])) != module.matrix
 
 
-def _components(layouts: Mapping[str, Layout]) -> tuple[str, ...]:
-    return tuple(sorted({name.partition(":")[0] for name in layouts}))
-
-
-def _counted(base: Base, layouts: Mapping[str, Layout], component: str, extended: bool) -> bool:
-    positions = {int(name.partition(":")[2]) for name in layouts if name.startswith(f"{component}:")}
-    return positions == set(range(len(_order(base, component, extended))))
-
-
-def _layers(base: Base, layouts: Mapping[str, Layout], extended: bool) -> Iterator[tuple[str, str]]:
-    """Position -> canonical layer."""
-    for component in _components(layouts):
-        for i, path in enumerate(_order(base, component, extended)):
-            if f"{component}:{i}" in layouts:
-                yield f"{component}:{i}", f"{component}.{path}"
-
-
-def _order(base: Base, component: str, extended: bool) -> tuple[str, ...]:
+def _order(base: Base, component: str, classes: frozenset[str]) -> tuple[str, ...]:
     modules = base.components.get(component, {})
-    return unet_order(modules, extended) if component == "unet" else clip_order(modules)
+    return unet_order(modules, classes) if component == "unet" else clip_order(modules)
 
 
-def _classes(file: AdapterFile) -> tuple[str, ...]:
-    """The class names in the metadata, which say whether the ResNet blocks were trained too."""
+def _classes(file: AdapterFile) -> frozenset[str]:
+    """The class names in the metadata, which say what was trained."""
     try:
         names = json.loads(file.metadata.get("unet", "[]"))
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list):
         raise IncompleteError("its metadata entry 'unet' is no list of class names.", fix="Save the adapter again.")
-    return tuple(map(str, names))
+    return frozenset(map(str, names)) or CLASSES
 
 
 RULES = Rules(scale="1", land=land)

@@ -110,8 +110,8 @@ def describe(
 ) -> Description:
     """Describe the adapter in a file or folder, from headers alone.
 
-    Modules that `read` would refuse are in `unmatched`, with the reason. Raises a KronaError only for what concerns the
-    file as a whole: broken, no adapter in it, two readings that fit alike.
+    Modules that `read` would refuse are in `unmatched`, with the reason; without a known base, modules have no layers.
+    Raises a KronaError only for what concerns the whole file: broken, no adapter in it, two formats that fit alike.
     """
     files = open_files(source, base)
     parts = [_describe_file(f, format, f.component if len(files) > 1 else component) for f in files]
@@ -121,7 +121,7 @@ def describe(
 def _describe_file(file: AdapterFile, format: str | None, component: str | None) -> Description:
     with in_file(file.path):
         spoke = by_name(format) if format is not None else detect_format(file)
-        return _native(file) if spoke.NAME == "krona" else _of_plan(make_plan(file, spoke, component))
+        return _native(file) if spoke.NAME == "krona" else _of_plan(make_plan(file, spoke, component, lost=True))
 
 
 def _of_plan(plan: Plan) -> Description:
@@ -152,8 +152,8 @@ def _of_plan(plan: Plan) -> Description:
 def _module(module: ModulePlan, plan: Plan) -> ModuleInfo:
     sizes, base = module.layout, plan.landing.base
     infos = [plan.file.header.tensors[key] for part, key in module.group.parts.items() if part != "alpha"]
-    place = module.places[0]
-    known = base.module(place.layer) if base and place.plain else None
+    plain = next((place.layer for place in module.places if place.plain), None)
+    known = base.module(plain) if base and plain else None
     return ModuleInfo(
         name=module.group.name,
         layers=tuple(p.layer for p in module.places),

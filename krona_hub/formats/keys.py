@@ -74,7 +74,7 @@ FOREIGN: Mapping[str, str] = {  # end of a key -> the algorithm that writes it, 
     "bone_block": "Bone",
     "vblora_vector_bank": "VB-LoRA",
 }
-POSITIONAL = re.compile(r"(unet|text_encoder):(\d+):(up|down)")  # cloneofsimo: a module is its position
+POSITIONAL = re.compile(r"(unet|text_encoder):([0-9]{1,6}):(up|down)")  # cloneofsimo: a module is its position
 ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$")
 EMBEDDINGS = ("bundle_emb.", "emb_params")  # textual inversion carried along (OneTrainer)
 OPTIONAL = ("mid", "alpha", "dora_scale", "magnitude")

@@ -14,7 +14,15 @@ from types import ModuleType
 from krona_hub.bases.base import COMPONENTS
 from krona_hub.checkpoints.header import FLOATS
 from krona_hub.checkpoints.reader import read_scalars
-from krona_hub.errors import BaseMismatchError, ConflictError, IncompleteError, KronaError, UnsupportedError
+from krona_hub.errors import (
+    AmbiguousError,
+    BaseMismatchError,
+    ConflictError,
+    IncompleteError,
+    KronaError,
+    UnknownBaseError,
+    UnsupportedError,
+)
 from krona_hub.formats.keys import ModuleGroup
 from krona_hub.formats.layout import Layout, layout_of
 from krona_hub.formats.resolve import Landing, Placements, land
@@ -33,7 +41,7 @@ class ModulePlan:
     group: ModuleGroup
     layout: Layout
     scale: Scale
-    places: Placements
+    places: Placements  # none where the base is unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,25 +66,27 @@ class Plan:
 
         In full: "88 of 88 modules matched sd15".
         """
-        base = self.landing.base
-        return f"{len(self.modules)} of {self.total} modules matched {base.name if base else 'by their own names'}"
+        landed = sum(bool(m.places) for m in self.modules)
+        where = self.landing.base.name if self.landing.base else "by their own names" if landed else "any known base"
+        return f"{landed} of {self.total} modules matched {where}"
 
 
-def make_plan(file: AdapterFile, spoke: ModuleType, component: str | None = None) -> Plan:
+def make_plan(file: AdapterFile, spoke: ModuleType, component: str | None = None, *, lost: bool = False) -> Plan:
     """The plan of `file` read by the rules of `spoke`; every problem of a module is in `aside`.
 
-    Raises what concerns the file as a whole: no base or several, a broken configuration.
+    Raises what concerns the file as a whole: a broken configuration, and no base or several, unless it may be `lost`:
+    then its modules have no places, and a note says why.
     """
     rules: Rules = spoke.RULES
     layouts, scales, aside = measure(file, rules)
-    landing = _land(file, layouts, rules, component) if layouts else Landing(file.base, (), {}, {})
+    landing, why = _landing(file, layouts, rules, component, lost)
     aside |= {**landing.problems, **_conflicts(landing)}
     modules = tuple(
-        ModulePlan(group, layouts[group.name], scales[group.name], landing.places[group.name])
+        ModulePlan(group, layouts[group.name], scales[group.name], landing.places.get(group.name, ()))
         for group in file.keys.modules
-        if group.name in landing.places and group.name not in aside
+        if group.name in layouts and group.name not in aside
     )
-    notes = (*rules.notes(file), *_scale_notes(modules), *_conv1d_note(modules), *_uncovered(landing))
+    notes = (*why, *rules.notes(file), *_scale_notes(modules), *_conv1d_note(modules), *_uncovered(landing))
     return Plan(file, spoke.NAME, rules.scale, landing, modules, aside, notes)
 
 
@@ -133,6 +143,21 @@ def _scale(group: ModuleGroup, layout: Layout, alpha: float | None, configs: Map
     if alpha is not None or config is None or layout.kind in ("dense", "cdka"):
         return tensor_scale(layout, alpha)
     return config_scale(config, path, layout)
+
+
+def _landing(
+    file: AdapterFile, layouts: Mapping[str, Layout], rules: Rules, component: str | None, lost: bool
+) -> tuple[Landing, tuple[str, ...]]:
+    """Where the modules land, and a note where that is not known and need not be."""
+    nowhere = Landing(None, (), {}, {})
+    if not layouts:
+        return nowhere, ()
+    try:
+        return _land(file, layouts, rules, component), ()
+    except (UnknownBaseError, AmbiguousError, BaseMismatchError) as error:
+        if not lost:
+            raise
+        return nowhere, (str(error),)
 
 
 def _land(file: AdapterFile, layouts: Mapping[str, Layout], rules: Rules, component: str | None) -> Landing:

@@ -150,6 +150,5 @@ def _unknown(shapes: Shapes) -> KronaError:
     first = next(iter(shapes))
     return UnknownBaseError(
         f"no known base has its modules, such as {first}.",
-        fix="Name the base with --base: a diffusers folder, a checkpoint file, or a name such as "
-        f"{', '.join(catalogue.names())}.",
+        fix="Name the base with --base: a diffusers folder, a checkpoint file, or a name such as sd15 or flux1-dev.",
     )

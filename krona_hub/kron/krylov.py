@@ -19,10 +19,10 @@ from torch import Tensor
 from krona_hub.kron.rearranged import Rearranged
 
 SMALL = 96  # side of R up to which its SVD costs less than a Gram matrix
-FEW = 4  # terms up to which Krylov costs less than the eigenvectors of the Gram matrix
+FEW = 4, 20  # Krylov for 4 terms, and for more where R has 20 rows for each: above it the Gram matrix costs less
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}  # residual of a Ritz value, relative; its error is the square
 MOST_STEPS = 160  # of the Krylov space; what has not converged by then goes through the Gram matrix
-CHECK_EVERY = 8  # steps between two looks at convergence
+CHECK_EVERY = 8  # vectors between two looks at convergence, and two steps at least
 SEED = 0  # the start is random but always the same: equal input, equal output
 
 
@@ -44,7 +44,7 @@ def top_triples(op: Rearranged, k: int) -> Triples:
     if m <= SMALL:
         u, s, vh = torch.linalg.svd(op.dense(), full_matrices=False)
         return Triples(u[..., :k].mT, s[:, :k], vh[:, :k])
-    return _through(op, _krylov(op, k) if k <= FEW else _by_gram(op, k))
+    return _through(op, _krylov(op, k) if k <= max(FEW[0], m // FEW[1]) else _by_gram(op, k))
 
 
 def _through(op: Rearranged, basis: Tensor) -> Triples:
@@ -85,7 +85,7 @@ def _krylov_in(dtype: torch.dtype, op: Rearranged, waiting: Tensor, found: Tenso
     space, again = _Space.start(op.take(waiting).to(dtype), found.shape[1]), []
     while space.room:
         space.grow()
-        if space.steps % CHECK_EVERY and space.room:
+        if space.steps % max(2, CHECK_EVERY // space.k) and space.room:
             continue
         vectors, converged, buried = space.ritz()
         found[waiting[converged]] = vectors[converged].to(found.dtype)

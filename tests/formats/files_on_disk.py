@@ -17,6 +17,7 @@ TINY = Base(  # rectangular everywhere, so that no mistake of order goes unseen
     None,
     {
         "unet": {
+            "conv_in": Module((4, 3, 3, 3)),
             "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": Module((12, 10)),
             "mid_block.attentions.0.transformer_blocks.0.attn1.to_k": Module((12, 10)),
             "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0": Module((10, 12)),

@@ -185,7 +185,7 @@ def test_a_damaged_file_reads_or_raises_a_coded_error(sample, golden_base, tmp_p
     config = json.loads((source / "adapter_config.json").read_text()) if folder else {}
     target = tmp_path / "adapter_model.safetensors" if folder else tmp_path / "x.safetensors"
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(STEPS, min_size=1, max_size=3), CONFIGS, st.booleans(), st.booleans())
     def attack(steps, changes, known, allow_missing):
         base = golden_base if known else None

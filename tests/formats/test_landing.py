@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from krona_hub.bases import catalogue
 from krona_hub.bases.base import Base, Module
@@ -95,6 +96,13 @@ def test_dotted_names_of_an_unknown_base_speak_for_themselves(tmp_path):
 def test_underscored_names_of_an_unknown_base_need_the_base(tmp_path):
     with pytest.raises(UnknownBaseError, match="--base"):
         read(save(tmp_path, lora("lora_unet_something_new", 6, 4)))
+
+
+def test_a_file_of_an_unknown_base_is_described_without_layers(tmp_path):
+    about = describe(save(tmp_path, lora("lora_unet_something_new", 6, 4)))
+    assert (about.base, about.modules[0].layers, about.modules[0].weight_shape) == (None, (), (6, 4))
+    assert about.matched == "0 of 1 modules matched any known base"
+    assert any("--base" in warning for warning in about.warnings)
 
 
 def test_a_module_that_the_base_lacks_is_named_with_the_nearest_and_left_out_on_consent(tmp_path):
@@ -226,9 +234,18 @@ def test_a_positional_file_of_another_base_is_refused():
         read(shared("real", "lora_disney.safetensors"), base="sdxl")
 
 
+def test_a_positional_file_with_a_missing_half_is_told_which(tmp_path):
+    tensors = load_file(shared("golden", "cloneofsimo_r2_fp16.safetensors"))
+    del tensors["unet:3:up"]
+    path, base = save(tmp_path, tensors), shared("golden", "base")
+    with pytest.raises(IncompleteError, match="unet:3: 'up' missing"):
+        read(path, base=base)
+    assert len(read(path, base=base, allow_missing=True)) == 36 + 4 - 1
+
+
 def test_the_extended_order_counts_the_resnet_blocks_in():
     modules = catalogue.get("sd15").components["unet"]
-    order = cloneofsimo.unet_order(modules, extended=True)
+    order = cloneofsimo.unet_order(modules, cloneofsimo.CLASSES | {"ResnetBlock2D"})
     resnets = [path for path in order if ".resnets." in path]
     assert len(order) - len(resnets) == 144
     assert set(resnets) == {p for p in modules if ".resnets." in p}

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from krona_hub.errors import InexpressibleError
+from krona_hub.formats.files import read
 from krona_hub.formats.writing import write
 from tests import tiny
 from tests.formats import made
@@ -112,6 +113,16 @@ def test_sd_scripts_gets_fused_projections_under_its_own_names(tmp_path):
     fused = loaded(report.path, {"lora_unet_double_blocks_0_img_attn_qkv": "qkv"})["qkv"]
     parts = [adapter.layers[f"transformer.transformer_blocks.0.attn.to_{x}"].dense().double() for x in "qkv"]
     assert (fused - torch.cat(parts)).norm() < 1e-6 * fused.norm()
+
+
+def test_fused_projections_come_back_with_the_rank_of_each(tmp_path):
+    pipe = tiny.flux()
+    adapter = made.lora(tiny.layers(pipe, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), ranks=(3, 2))
+    base = tiny.save(pipe, tmp_path)
+    back = read(write(adapter, tmp_path / "x.safetensors", tool="kohya", base=base).path, base=base)
+    assert {k: d.sums[0].right.rank for k, d in back.layers.items()} == {
+        k: d.sums[0].right.rank for k, d in adapter.layers.items()
+    }
 
 
 def test_split_projections_are_written_on_request(tmp_path):

@@ -34,7 +34,7 @@ def outcome(adapter, path, format_name, base) -> str:
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["name"])
-def test_a_golden_adapter_is_written_exactly_or_refused(sample, tmp_path, record_property):
+def test_a_golden_adapter_is_written_exactly_or_refused(sample, tmp_path):
     folder, base = shared("golden"), str(shared("golden", "base"))
     several = {"cloneofsimo", "kohya_lora", "diffusers_lora", "lycoris_lokr_kohya"}
     component = None if sample["format"] in several else sample["component"]

@@ -1,0 +1,155 @@
+"""What a form of a layer can keep at most, known before it is computed.
+
+For a layer of energy ‖ΔW‖² = 1 and one shape, the search needs upper bounds on what K terms keep, Σₖ≤ₖ σₖ(R)², and on
+what right factors of total rank q keep. All come from spectra per divisor of out and of in, none from R:
+
+    mode spectra    ΔW as a tensor (a1, b1, a2, b2) has four modes. K terms of rank ρ reach rank K·ρ at most in the
+                    modes b1 and b2, K·min(a1, a2) in a1 and a2, and K·ρ·min(a1, a2) as a matrix: what is kept
+                    is at most that many leading values (Eckart & Young).
+    products        R = [tᵢUᵢ ⊗ I]ᵢ · [I ⊗ tᵢ'Vᵢ]ᵢ with tᵢ·tᵢ' = sᵢ, so Σσₖ² ≤ Σ xₖ·yₖ of the squared singular values of
+                    the two (Horn 1950), each a mode spectrum repeated.
+    fourth moment   Σσ⁴ = ‖R Rᵀ‖² = ⟨M(U), M(V)⟩ with one r²×r² table per divisor; K of M values of sum 1 then
+                    sum to K/M + √(K(M−K)/M · (Σσ⁴ − 1/M)) at most.
+
+The second tightens the bound σ₁(R) ≤ Σ sᵢ σ₁(Uᵢ) σ₁(Vᵢ) of the triangle inequality by an order of magnitude where
+the directions of a LoRA have nothing in common, which is when shapes must be ruled out.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from krona_hub.kron.rearranged import LoraSvd
+from krona_hub.kron.shapes import KronShape
+
+SLACK = 1e-9  # of the energy: what float64 spectra may be wrong by
+SLACK_OF_MOMENT = 1e-4  # relative: moments are summed in float32
+MOST_RANK = 24  # above it the r²×r² tables of moments cost more than they save
+SHARES = (0.0, 0.5, 1.0)  # tᵢ = sᵢ to this power: no one of them is always the tightest
+
+
+class Bounds:
+    """Upper bounds for n layers of one size; every spectrum is computed once, when a shape first asks for it."""
+
+    def __init__(self, lora: LoraSvd) -> None:
+        self.s = lora.s / lora.s.norm(dim=1, keepdim=True)  # (n, r), energy 1
+        self._left, self._right = lora.u.mT, lora.vh
+        self._spectra: dict[tuple[str, int, float], Tensor] = {}
+        self._tails: dict[tuple[str, int], Tensor] = {}
+        self._moments: dict[tuple[str, int], Tensor] = {}
+
+    @property
+    def rank(self) -> int:
+        return int(self.s.shape[1])
+
+    @cached_property
+    def lora_tail(self) -> Tensor:
+        """(n, r+1): the energy that a LoRA of rank 0 … r leaves."""
+        return tail(self.s.square())
+
+    def kept_by_terms(self, shape: KronShape, terms: int, layers: Tensor) -> Tensor:
+        """(len(layers), terms): the most that 1 … terms products of this shape can keep."""
+        k = torch.arange(terms)
+        kept = self._kept_by_products(shape, k, layers)
+        for mode, size in (("a1", shape.a1), ("a2", shape.a2)):
+            left = self._tail(mode, size)[layers]
+            reach = ((k + 1) * min(shape.a1, shape.a2)).clamp(max=left.shape[1] - 1)
+            kept = torch.minimum(kept, 1 - left[:, reach])
+        return kept + SLACK
+
+    def left_by_ranks(self, shape: KronShape, total: int, layers: Tensor) -> Tensor:
+        """(len(layers), total): the least that right factors of total rank 1 … total can leave."""
+        q = torch.arange(1, total + 1)
+        left = self.lora_tail[layers][:, (q * min(shape.a1, shape.a2)).clamp(max=self.rank)]
+        for mode, size in (("b1", shape.b1), ("b2", shape.b2)):
+            by_mode = self._tail(mode, size)[layers]
+            left = torch.maximum(left, by_mode[:, q.clamp(max=by_mode.shape[1] - 1)])
+        return left - SLACK
+
+    def kept_by_moment(self, shape: KronShape, terms: int, layers: Tensor) -> Tensor:
+        """(len(layers), terms): the most that 1 … terms products can keep, by the fourth moment."""
+        count = _most_terms(shape, self.rank)
+        if self.rank > MOST_RANK:
+            return torch.ones(len(layers), terms, dtype=torch.float64)
+        fourth = (self._moment("left", shape.a1)[layers] * self._moment("right", shape.a2)[layers]).sum(1)
+        spread = (fourth.double() * (1 + SLACK_OF_MOMENT) - 1 / count).clamp(min=0)
+        k = torch.arange(1, terms + 1).clamp(max=count).double()
+        return k / count + (k * (count - k) / count * spread[:, None]).sqrt() + SLACK
+
+    def _kept_by_products(self, shape: KronShape, k: Tensor, layers: Tensor) -> Tensor:
+        """Σ xₖ·yₖ, the least over both factorisations and all SHARES."""
+        sums = []
+        for share in SHARES:
+            x, y = self._spectrum("a1", shape.a1, share)[layers], self._spectrum("b2", shape.b2, 1 - share)[layers]
+            sums.append((repeated(x, k // shape.a2) * repeated(y, k // shape.b1)).cumsum(1))
+            x, y = self._spectrum("a2", shape.a2, share)[layers], self._spectrum("b1", shape.b1, 1 - share)[layers]
+            sums.append((repeated(x, k // shape.a1) * repeated(y, k // shape.b2)).cumsum(1))
+        return torch.stack(sums).min(0).values
+
+    def _tail(self, mode: str, size: int) -> Tensor:
+        """What the leading values of one mode of ΔW leave: (n, j+1)."""
+        key = mode, size
+        if key not in self._tails:
+            self._tails[key] = tail(self._spectrum(mode, size, 1.0))
+        return self._tails[key]
+
+    def _spectrum(self, mode: str, size: int, share: float) -> Tensor:
+        """Squared singular values of one mode of the left (a1, b1) or right (a2, b2) vectors times s^share."""
+        key = mode, size, share
+        if key not in self._spectra:
+            self._spectra[key] = self._compute_spectrum(*key)
+        return self._spectra[key]
+
+    def _compute_spectrum(self, mode: str, size: int, share: float) -> Tensor:
+        vectors = (self._left if mode[1] == "1" else self._right) * self.s[..., None] ** share
+        n, rank, length = vectors.shape
+        if mode[0] == "a":  # the slow index
+            matrix = vectors.reshape(n, rank, size, length // size).transpose(1, 2).reshape(n, size, -1)
+        else:  # the fast one
+            matrix = vectors.reshape(n, rank * (length // size), size).mT
+        gram = matrix @ matrix.mT if size <= matrix.shape[2] else matrix.mT @ matrix
+        values: Tensor = torch.linalg.eigvalsh(gram)
+        return values.flip(-1).clamp(min=0)
+
+    def _moment(self, side: str, size: int) -> Tensor:
+        key = side, size
+        if key not in self._moments:
+            vectors = self._left * self.s[..., None] if side == "left" else self._right
+            self._moments[key] = fourth_moment(vectors.float(), size)
+        return self._moments[key]
+
+
+def tail(values: Tensor) -> Tensor:
+    """(n, j) descending -> (n, j+1): what is left of the sum after the first 0 … j."""
+    rest = values.flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([rest, rest.new_zeros(len(rest), 1)], dim=1)
+
+
+def repeated(values: Tensor, index: Tensor) -> Tensor:
+    """values[:, index], and zero beyond their end."""
+    return torch.where(index < values.shape[1], values[:, index.clamp(max=values.shape[1] - 1)], 0.0)
+
+
+def fourth_moment(vectors: Tensor, size: int) -> Tensor:
+    """tr(Mⱼ Mᵢᵀ Mₖ Mₗᵀ) for all i, j, k, l, with Mᵢ = vectors[:, i] as (size, rest): (n, r, length) -> (n, r⁴)."""
+    n, rank, length = vectors.shape
+    rest = length // size
+    if size <= rest:  # from Mᵢ Mⱼᵀ, (size, size)
+        flat = vectors.reshape(n, rank * size, rest)
+        table = (flat @ flat.mT).reshape(n, rank, size, rank, size).permute(0, 2, 4, 1, 3)
+        table = table.reshape(n, size * size, rank * rank)
+        return (table.mT @ table).reshape(n, -1)
+    flat = vectors.reshape(n, rank, size, rest).transpose(1, 2).reshape(n, size, rank * rest)
+    table = (flat.mT @ flat).reshape(n, rank, rest, rank, rest).permute(0, 2, 4, 1, 3)  # from Mᵢᵀ Mₖ, (rest, rest)
+    table = table.reshape(n, rest * rest, rank * rank)
+    return (table.mT @ table).reshape(n, rank, rank, rank, rank).transpose(2, 3).reshape(n, -1)
+
+
+def _most_terms(shape: KronShape, rank: int) -> int:
+    """Singular values of R that can differ from zero."""
+    a1, b1 = min(shape.a1, rank * shape.b1), min(shape.b1, rank * shape.a1)
+    a2, b2 = min(shape.a2, rank * shape.b2), min(shape.b2, rank * shape.a2)
+    return min(a1 * a2, b1 * b2)
