@@ -23,7 +23,7 @@ from krona_hub.errors import (
     UnknownBaseError,
     UnsupportedError,
 )
-from krona_hub.formats.keys import ModuleGroup
+from krona_hub.formats.keys import ModuleGroup, split_key
 from krona_hub.formats.layout import Layout, layout_of
 from krona_hub.formats.resolve import Landing, Placements, land
 from krona_hub.formats.scales import Scale, ScaleConfig, config_scale, tensor_scale
@@ -86,7 +86,14 @@ def make_plan(file: AdapterFile, spoke: ModuleType, component: str | None = None
         for group in file.keys.modules
         if group.name in layouts and group.name not in aside
     )
-    notes = (*why, *rules.notes(file), *_scale_notes(modules), *_conv1d_note(modules), *_uncovered(landing))
+    notes = (
+        *why,
+        *rules.notes(file),
+        *_scale_notes(modules),
+        *_conv1d_note(modules),
+        *_uncovered(landing),
+        *_extras(file),
+    )
     return Plan(file, spoke.NAME, rules.scale, landing, modules, aside, notes)
 
 
@@ -216,6 +223,12 @@ def _conv1d_note(modules: Iterable[ModulePlan]) -> tuple[str, ...]:
     if not odd:
         return ()
     return (f"PEFT makes no proper Kronecker product for a Conv1d with a whole w2; its result is kept ({_few(odd)})",)
+
+
+def _extras(file: AdapterFile) -> tuple[str, ...]:
+    """Differences of biases and norms are no deltas of weights: they are kept, and nothing applies them."""
+    count = sum(split_key(key) is not None for key in file.keys.extras)
+    return (f"{count} differences of biases or norms are kept in extras, and are not applied",) if count else ()
 
 
 def _uncovered(landing: Landing) -> tuple[str, ...]:

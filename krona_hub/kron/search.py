@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,10 @@ TOGETHER = 24  # layers searched at once: more share products, fewer share memor
 ROUNDS = 3  # looks at the price of a parameter, each with all forms found so far
 LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01)  # errors that a frontier is shown at
 
+MOST_THREADS = 4  # as each holds some 200 MB
+
+T = TypeVar("T")
+R = TypeVar("R")
 Pair = tuple[Tensor, Tensor]  # up (out, r), down (r, in)
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
@@ -46,21 +52,24 @@ def smallest_within(
     then fewer terms. An error below 1e-12 counts as none. Raises UsageError for a negative error, InexpressibleError
     where no allowed form is near enough.
 
-    >>> up, down = torch.kron(torch.eye(4), torch.ones(3, 1)), torch.kron(torch.ones(4, 5), torch.ones(1, 7))
-    >>> str(smallest_within([(up, down)], 0.01)[0].form)
-    'LoRA of rank 1'
+    >>> up, down = torch.kron(torch.eye(4), torch.ones(6, 1)), torch.kron(torch.eye(4), torch.ones(1, 6))
+    >>> form = smallest_within([(up, down)], 0.01)[0].form
+    >>> str(form), form.parameters
+    ('1 × 4x4 ⊗ 6x6, B of rank 1', 28)
     """
     if not max_error >= 0:
         raise UsageError(f"an error of {max_error} cannot be kept.", fix="Choose an error of 0 or more.")
-    results: list[Choice | None] = [None] * len(loras)
-    done = 0
-    for members, lora, norms in _groups(loras):
-        for at, choice in zip(members, _smallest(lora, norms, max_error, allowed), strict=True):
-            results[at] = choice
-        done += len(members)
+
+    def work(members: list[int]) -> list[Choice]:
+        group = _group(loras, members)
+        return _smallest(group.lora, group.norms, max_error, allowed)
+
+    choices_of = dict[int, Choice]()
+    for members, found in _in_parallel(work, _batches(loras)):
+        choices_of |= zip(members, found, strict=True)
         if progress:
-            progress(done, len(loras))
-    return [c for c in results if c is not None]
+            progress(len(choices_of), len(loras))
+    return [choices_of[i] for i in range(len(loras))]
 
 
 def error_of(up: Tensor, down: Tensor, shape: KronShape | tuple[int, int], terms: int = 1) -> float:
@@ -88,18 +97,33 @@ class _Group(NamedTuple):
     norms: Tensor  # (n,)
 
 
-def _groups(loras: Sequence[Pair]) -> Iterator[_Group]:
-    """Layers of one size and rank, some at a time."""
+def _batches(loras: Sequence[Pair]) -> list[list[int]]:
+    """The places of layers of one size and rank, TOGETHER at a time."""
     by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, (up, down) in enumerate(loras):
         by_size[up.shape[0], down.shape[1], up.shape[1]].append(i)
-    for places in by_size.values():
-        for start in range(0, len(places), TOGETHER):
-            members = places[start : start + TOGETHER]
-            ups, downs = (torch.stack([loras[i][side].double() for i in members]) for side in (0, 1))
-            lora = LoraSvd.of(ups, downs)
-            norms = lora.s.norm(dim=1)
-            yield _Group(members, replace(lora, s=lora.s / norms.where(norms > 0, 1.0)[:, None]), norms)
+    return [m[start : start + TOGETHER] for m in by_size.values() for start in range(0, len(m), TOGETHER)]
+
+
+def _group(loras: Sequence[Pair], members: list[int]) -> _Group:
+    ups, downs = (torch.stack([loras[i][side].double() for i in members]) for side in (0, 1))
+    lora = LoraSvd.of(ups, downs)
+    norms = lora.s.norm(dim=1)
+    return _Group(members, replace(lora, s=lora.s / norms.where(norms > 0, 1.0)[:, None]), norms)
+
+
+def _in_parallel(work: Callable[[T], R], tasks: Sequence[T]) -> Iterator[tuple[T, R]]:
+    """Each task with its result, in order; a thread per core of torch, each of one core.
+
+    The search is thousands of small operations, which one core does faster than several that wait for each other.
+    """
+    pool = ThreadPoolExecutor(
+        min(torch.get_num_threads(), MOST_THREADS), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    try:
+        yield from zip(tasks, pool.map(work, tasks), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _smallest(lora: LoraSvd, norms: Tensor, max_error: float, allowed: Allowed | None) -> list[Choice]:
@@ -192,15 +216,15 @@ def within_budget(
     then to whatever still fits. Raises UsageError where the smallest forms of all layers exceed the budget.
     """
     _check_budget(parameters)
-    groups = list(_groups(loras))
+    groups = [_group(loras, members) for members in _batches(loras)]
     points = _first_points(loras, groups, allowed)
     _, price = _allocated(points, parameters)
     total = ROUNDS * len(loras)
     for turn in range(ROUNDS):
         done = turn * len(loras)
-        for members, lora, norms in groups:
-            _add_points(points, members, lora, norms, price, allowed)
-            done += len(members)
+        work = partial(_add_points, points, price, allowed)
+        for group, _ in _in_parallel(work, groups):
+            done += len(group.members)
             if progress:
                 progress(done, total)
         chosen, before = _allocated(points, parameters), price
@@ -243,10 +267,9 @@ def _allocated(points: list[list[Point]], parameters: int) -> tuple[list[Point],
     return allocate(points, parameters)
 
 
-def _add_points(
-    points: list[list[Point]], members: list[int], lora: LoraSvd, norms: Tensor, price: float, allowed: Allowed | None
-) -> None:
+def _add_points(points: list[list[Point]], price: float, allowed: Allowed | None, group: _Group) -> None:
     """Every form found on the way to the best one at this price of a parameter."""
+    members, lora, norms = group
     alive = (norms > 0).nonzero()[:, 0]
     if not len(alive) or not price:
         return

@@ -103,7 +103,9 @@ def test_what_is_no_delta_of_a_weight_is_kept_in_extras(tmp_path):
     adapter = read(path, base=TINY)
     assert list(adapter.layers) == [TO_Q]
     assert {name: t.tolist() for name, t in adapter.extras.items()} == {name: t.tolist() for name, t in extras.items()}
-    assert set(describe(path, base=TINY).extras) == set(extras)
+    about = describe(path, base=TINY)
+    assert set(about.extras) == set(extras)
+    assert "3 differences of biases or norms are kept in extras, and are not applied" in about.warnings
 
 
 def test_what_the_file_says_about_itself_is_kept(tmp_path):
