@@ -10,10 +10,9 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from krona_hub.conversion import LayerReport
     from krona_hub.formats.describe import ModuleInfo
     from krona_hub.formats.forms import SumForm
-
-EXACT_BELOW = 1e-6  # relative error that float32 rounding alone explains
 
 
 def plain(value: Any) -> Any:
@@ -84,9 +83,9 @@ class FormGroup(NamedTuple):
     worst_error: float
 
 
-def form_groups(layers: Sequence[Any], most: int = 8) -> tuple[FormGroup, ...]:
+def form_groups(layers: Sequence[LayerReport], most: int = 8) -> tuple[FormGroup, ...]:
     """The layers of a conversion by what they became, most layers first; what exceeds `most` groups is one group."""
-    groups: dict[tuple[str, str], list[Any]] = {}
+    groups: dict[tuple[str, str], list[LayerReport]] = {}
     for layer in layers:
         groups.setdefault((layer.before, layer.after), []).append(layer)
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -96,13 +95,15 @@ def form_groups(layers: Sequence[Any], most: int = 8) -> tuple[FormGroup, ...]:
     return tuple(_group(before, after, members) for (before, after), members in ordered)
 
 
-def _group(before: str, after: str, members: Sequence[Any]) -> FormGroup:
+def _group(before: str, after: str, members: Sequence[LayerReport]) -> FormGroup:
     parameters = sum(x.parameters_before for x in members), sum(x.parameters_after for x in members)
     return FormGroup(len(members), before, after, *parameters, max(x.relative_error for x in members))
 
 
-def worst_layers(layers: Sequence[Any], most: int = 5) -> tuple[Any, ...]:
+def worst_layers(layers: Sequence[LayerReport], most: int = 5) -> tuple[LayerReport, ...]:
     """The layers with the largest relative error, worst first; none where nothing was lost."""
+    from krona_hub.conversion.report import EXACT_BELOW
+
     lossy = [x for x in layers if x.relative_error > EXACT_BELOW]
     return tuple(sorted(lossy, key=lambda x: (-x.relative_error, x.layer))[:most])
 
