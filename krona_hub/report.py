@@ -81,6 +81,7 @@ class FormGroup(NamedTuple):
     parameters_before: int
     parameters_after: int
     worst_error: float
+    note: str  # that all of them have
 
 
 def form_groups(layers: Sequence[LayerReport], most: int = 8) -> tuple[FormGroup, ...]:
@@ -97,10 +98,12 @@ def form_groups(layers: Sequence[LayerReport], most: int = 8) -> tuple[FormGroup
 
 def _group(before: str, after: str, members: Sequence[LayerReport]) -> FormGroup:
     parameters = sum(x.parameters_before for x in members), sum(x.parameters_after for x in members)
-    return FormGroup(len(members), before, after, *parameters, max(x.relative_error for x in members))
+    notes = {x.note for x in members}
+    note = notes.pop() if len(notes) == 1 else ""
+    return FormGroup(len(members), before, after, *parameters, max(x.relative_error for x in members), note)
 
 
-def worst_layers(layers: Sequence[LayerReport], most: int = 5) -> tuple[LayerReport, ...]:
+def worst_layers(layers: Sequence[LayerReport], most: int = 3) -> tuple[LayerReport, ...]:
     """The layers with the largest relative error, worst first; none where nothing was lost."""
     from krona_hub.conversion.report import EXACT_BELOW
 
