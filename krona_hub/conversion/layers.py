@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import inf, sqrt
 
 from krona_hub.adapter import LayerDelta
@@ -21,6 +22,8 @@ from krona_hub.kron.tolora import nearest_lora
 
 Layers = Mapping[str, LayerDelta]
 Progress = Callable[[int, int], None] | None  # layers done, layers in all
+Holds = Callable[[LayerDelta], bool]
+OTHERS_WITHIN = 4.0  # times the size of the LoRA itself: a larger form beside it is not worth naming
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def apply_way(layers: Layers, way: Way, target: Target, progress: Progress = Non
         case FixedShape():
             return _fixed_shapes(layers, way, progress)
         case MaxError() | Budget():
-            return _searched(layers, way, (only_loras,) if target.to_lora else target.loads, progress)
+            return _searched(layers, way, target, progress)
 
 
 def _as_lora(delta: LayerDelta) -> LayerDelta:
@@ -127,9 +130,8 @@ def _single(terms: KronTerms) -> KronTerms:
 # --- the smallest form, or the best for a size -------------------------------------------------------------------
 
 
-def _searched(
-    layers: Layers, way: MaxError | Budget, variants: Sequence[Loads], progress: Progress
-) -> dict[str, Outcome]:
+def _searched(layers: Layers, way: MaxError | Budget, target: Target, progress: Progress) -> dict[str, Outcome]:
+    variants = (only_loras,) if target.to_lora else target.loads
     loras = {name: exact_lora_of(delta) for name, delta in layers.items()}
     total = sum(size_of(delta)[0] for delta in layers.values())
     errors = (InexpressibleError, UsageError) if len(variants) > 1 else InexpressibleError
@@ -137,7 +139,7 @@ def _searched(
     norms = [norm(delta.sums) for delta in layers.values()]
     choices = _best([choices for choices in found if choices is not None], way, norms)
     return {
-        name: _outcome(delta, loras[name], choice)
+        name: _outcome(delta, loras[name], choice, target.holds_any_shape)
         for (name, delta), choice in zip(layers.items(), choices, strict=True)
     }
 
@@ -155,7 +157,7 @@ def _search(
     allowed = _allowed_by_size(layers, loads)
     try:
         if isinstance(way, MaxError):
-            return smallest_within(loras, way.value, allowed=allowed, progress=progress)
+            return smallest_within(loras, way.value, allowed=allowed, others_within=OTHERS_WITHIN, progress=progress)
         return within_budget(loras, way.of(total), allowed=allowed, progress=progress)
     except errors:
         return None
@@ -184,21 +186,27 @@ def _allowed_by_size(layers: Layers, loads: Loads) -> Callable[[KronShape, int, 
     for delta in layers.values():
         shapes.setdefault(delta.matrix_shape, set()).add(delta.weight_shape)
 
-    def allowed(shape: KronShape, terms: int, right_rank: int | None) -> bool:
+    @cache
+    def loaded(shape: KronShape, terms: int, right_rank: int | None) -> bool:
         return all(loads(weight, shape, terms, right_rank) for weight in shapes.get(shape.full, ()))
+
+    def allowed(shape: KronShape, terms: int, right_rank: int | None) -> bool:
+        # what a target holds depends on "several terms" and "B as a product" alone: ask once for each
+        return loaded(shape, min(terms, 2), None if right_rank is None else 1)
 
     return allowed
 
 
-def _outcome(delta: LayerDelta, lora: Lora, choice: Choice) -> Outcome:
-    other = choice.best_other
+def _outcome(delta: LayerDelta, lora: Lora, choice: Choice, holds_any_shape: Holds) -> Outcome:
+    form, other = choice.form, choice.best_other
     best_other = None if other is None else f"{other}, error {other.relative_error:.3f}"
-    kept = size_of(delta)[0] <= choice.form.parameters
-    if kept or (choice.form.is_lora and (choice.form.right_rank or choice.form.terms) >= lora.up.shape[1]):
-        return Outcome(delta, "the LoRA itself" if is_lora(delta) else "unchanged", best_other)
-    terms = _single(realise(lora.up, lora.down, choice.form).terms)
-    note = "the LoRA itself, truncated" if choice.form.is_lora else ""
-    return Outcome(replace(delta, sums=(terms,)), note, best_other if choice.form.is_lora else None)
+    if is_lora(delta) and form.shape[:2] == (1, 1) and (form.right_rank or 0) >= lora.up.shape[1]:
+        return Outcome(delta, "the LoRA itself", best_other)
+    if not is_lora(delta) and size_of(delta)[0] <= form.parameters and holds_any_shape(delta):
+        return Outcome(delta, "unchanged: no smaller form comes near enough")
+    note = "the LoRA itself, truncated" if form.is_lora else ""
+    terms = _single(realise(lora.up, lora.down, form).terms)
+    return Outcome(replace(delta, sums=(terms,)), note, best_other if form.is_lora else None)
 
 
 def check_kind(way: Way, to_lora: bool, names: Sequence[str]) -> None:

@@ -41,9 +41,15 @@ class Target:
     def loads(self) -> tuple[Loads, ...]:
         """Predicates over the forms of one layer. Where there are several, all layers must follow the same one."""
         plain = partial(_loads, self.tool or self.format)
+        if self.format == "diffusekrona":  # interleaved rows: the nearest plain A ⊗ B is none of its forms
+            return ()
         if self.format not in ONE_FACTOR:
             return (plain,)
         return tuple(partial(_loads_with_factor, plain, factor) for factor in PEFT_FACTORS)
+
+    def holds_any_shape(self, delta: LayerDelta) -> bool:
+        """Whether a layer may keep the Kronecker shape it came with: not where all layers must follow one factor."""
+        return self.format not in ONE_FACTOR and why_not(delta, self.format, tool=self.tool) is None
 
     def refusals(self, layers: Mapping[str, LayerDelta]) -> dict[str, str]:
         """Layer -> why the target cannot hold its delta exactly."""
