@@ -48,7 +48,7 @@ def krona_command(
     """Declare a command with --json, --quiet and examples; `panels` groups the options of its --help by title.
 
     An example is a command line that runs in a folder with `lora.safetensors` (SD 1.5, kohya), `lokr.safetensors`
-    (SD 1.5, LyCORIS LoKr) and `krona.safetensors` (SD 1.5, native).
+    (SD 1.5, LyCORIS LoKr) and `krona.safetensors` (the same, native).
     """
 
     def declare(function: Function) -> KronaCommand:

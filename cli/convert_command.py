@@ -132,7 +132,7 @@ def show(report: ConversionReport, *, every_layer: bool) -> None:
 
 def _show_layers(layers: Any) -> None:
     show_table(
-        ("layer", "before", "after", ">parameters", ">error", "note"),
+        ("layer", "before", "now", ">parameters", ">error", "note"),
         ((x.layer, x.before, x.after, x.parameters_after, relative(x.relative_error), _note(x)) for x in layers),
     )
 
@@ -144,16 +144,16 @@ def _note(layer: Any) -> str:
 
 def _show_groups(report: ConversionReport) -> None:
     show_table(
-        (">layers", "before", "after", ">parameters", ">now", ">worst error"),
+        (">layers", "before", "now", ">parameters", ">now", ">worst error", "note"),
         (
-            (g.layers, g.before, g.after, g.parameters_before, g.parameters_after, relative(g.worst_error))
+            (g.layers, g.before, g.after, g.parameters_before, g.parameters_after, relative(g.worst_error), g.note)
             for g in form_groups(report.layers)
         ),
     )
     if worst := worst_layers(report.layers):
         show_text()
-        show_text("the layers with the largest error (--layers lists all)", "dim")
-        _show_layers(worst)
+        rows = ((x.layer, x.after, relative(x.relative_error), x.best_other or "") for x in worst)
+        show_table(("the largest errors (--layers lists all)", "now", ">error", "best other form"), rows)
 
 
 def _say_where(report: ConversionReport) -> None:

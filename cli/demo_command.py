@@ -65,13 +65,20 @@ def _facts(path: Path) -> dict[str, Any]:
     }
 
 
+def _tools(loading: list[str]) -> str:
+    """`9 of 10 tools`; the steps above name them."""
+    from krona_hub.formats.tools import TOOLS
+
+    return f"{len(loading)} of {len(TOOLS)} tools" if loading else "krona; convert it with --for TOOL"
+
+
 def _show(place: Path, files: list[dict[str, Any]]) -> None:
     show_text()
     show_text("What there is now", "bold")
     show_table(
-        ("file", "format", ">modules", ">parameters", ">size", "loads in"),
+        ("file", "format", ">parameters", ">size", "loads in"),
         (
-            (f["file"], f["format"], f["modules"], f["parameters"], human_bytes(f["bytes"]), ", ".join(f["loads_in"]))
+            (Path(f["file"]).name, f["format"], f["parameters"], human_bytes(f["bytes"]), _tools(f["loads_in"]))
             for f in files
         ),
     )

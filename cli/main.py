@@ -81,6 +81,8 @@ def cli(context: click.Context) -> None:
 
 def run() -> None:
     """The entry point: run the command line of this process and exit with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without ⊗ shows a question mark, and no error
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         sys.exit(shell_complete(cli, {}, "krona", COMPLETE_VARIABLE, instruction))
     sys.exit(main(sys.argv[1:]))

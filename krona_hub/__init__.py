@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from krona_hub.adapter import Adapter as Adapter
     from krona_hub.adapter import LayerDelta as LayerDelta
+    from krona_hub.conversion import convert as convert
     from krona_hub.errors import KronaError as KronaError
     from krona_hub.formats.files import read as read
     from krona_hub.formats.writing import write as write
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 PUBLIC = {  # name -> the module that defines it
     "read": "krona_hub.formats.files",
     "write": "krona_hub.formats.writing",
+    "convert": "krona_hub.conversion",
     "nearest_kron": "krona_hub.kron.terms",
     "Adapter": "krona_hub.adapter",
     "LayerDelta": "krona_hub.adapter",

@@ -10,10 +10,9 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from krona_hub.conversion import LayerReport
     from krona_hub.formats.describe import ModuleInfo
     from krona_hub.formats.forms import SumForm
-
-EXACT_BELOW = 1e-6  # relative error that float32 rounding alone explains
 
 
 def plain(value: Any) -> Any:
@@ -52,11 +51,15 @@ def human_bytes(count: int) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of one as a percentage that keeps small values apart from nothing.
+    """A share of one as a percentage that keeps nearly nothing apart from nothing, and nearly all from all.
 
     >>> percent(0.5), percent(0.0123), percent(0.00004), percent(0.0)
     ('50 %', '1.2 %', '0.004 %', '0 %')
+    >>> percent(0.99884), percent(1.0)
+    ('99.9 %', '100 %')
     """
+    if share > 0.99:
+        return f"{100 - float(f'{100 * (1 - share):.1g}'):.9g} %"
     return f"{100 * share:.2g} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
@@ -78,11 +81,12 @@ class FormGroup(NamedTuple):
     parameters_before: int
     parameters_after: int
     worst_error: float
+    note: str  # that all of them have
 
 
-def form_groups(layers: Sequence[Any], most: int = 8) -> tuple[FormGroup, ...]:
+def form_groups(layers: Sequence[LayerReport], most: int = 8) -> tuple[FormGroup, ...]:
     """The layers of a conversion by what they became, most layers first; what exceeds `most` groups is one group."""
-    groups: dict[tuple[str, str], list[Any]] = {}
+    groups: dict[tuple[str, str], list[LayerReport]] = {}
     for layer in layers:
         groups.setdefault((layer.before, layer.after), []).append(layer)
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -92,13 +96,17 @@ def form_groups(layers: Sequence[Any], most: int = 8) -> tuple[FormGroup, ...]:
     return tuple(_group(before, after, members) for (before, after), members in ordered)
 
 
-def _group(before: str, after: str, members: Sequence[Any]) -> FormGroup:
+def _group(before: str, after: str, members: Sequence[LayerReport]) -> FormGroup:
     parameters = sum(x.parameters_before for x in members), sum(x.parameters_after for x in members)
-    return FormGroup(len(members), before, after, *parameters, max(x.relative_error for x in members))
+    notes = {x.note for x in members}
+    note = notes.pop() if len(notes) == 1 else ""
+    return FormGroup(len(members), before, after, *parameters, max(x.relative_error for x in members), note)
 
 
-def worst_layers(layers: Sequence[Any], most: int = 5) -> tuple[Any, ...]:
+def worst_layers(layers: Sequence[LayerReport], most: int = 3) -> tuple[LayerReport, ...]:
     """The layers with the largest relative error, worst first; none where nothing was lost."""
+    from krona_hub.conversion.report import EXACT_BELOW
+
     lossy = [x for x in layers if x.relative_error > EXACT_BELOW]
     return tuple(sorted(lossy, key=lambda x: (-x.relative_error, x.layer))[:most])
 

@@ -50,7 +50,7 @@ def example_folder(folder: Path) -> Path:
     """The adapters that the examples name: lora, lokr and krona.safetensors."""
     for name in ("lora", "lokr"):
         shutil.copyfile(Path(assets).parent / f"demo_{name}.safetensors", folder / f"{name}.safetensors")
-    output_of("krona convert lora.safetensors -o krona.safetensors", folder)
+    output_of("krona convert lokr.safetensors -o krona.safetensors", folder)
     return folder
 
 

@@ -16,7 +16,15 @@ def test_a_generated_page_is_up_to_date(page, monkeypatch):
 
 @pytest.mark.slow
 def test_the_readme_shows_what_the_commands_print():
-    assert (ROOT / "README.md").read_text() == PAGES["README.md"](), "run: python scripts/make_docs.py"
+    made = PAGES["README.md"]()
+    assert without_rounding((ROOT / "README.md").read_text()) == without_rounding(made), (
+        "run: python scripts/make_docs.py"
+    )
+
+
+def without_rounding(page: str) -> str:
+    """The page without the differences that rounding alone makes, which are not the same on every machine."""
+    return re.sub(r"(worst relative difference )\d\S*e-\d+", r"\1…", page)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -40,13 +41,19 @@ class Choice(NamedTuple):
 
 
 def smallest_within(
-    loras: Sequence[Pair], max_error: float, *, allowed: Allowed | None = None, progress: Progress | None = None
+    loras: Sequence[Pair],
+    max_error: float,
+    *,
+    allowed: Allowed | None = None,
+    others_within: float = inf,
+    progress: Progress | None = None,
 ) -> list[Choice]:
     """Per layer, the form with the fewest parameters whose relative error is at most `max_error`.
 
     `allowed(shape, terms, right_rank)` says which forms may be used. At equal size the LoRA itself is preferred,
-    then fewer terms. An error below 1e-12 counts as none. Raises UsageError for a negative error, InexpressibleError
-    where no allowed form is near enough.
+    then fewer terms. Where the LoRA itself is near enough, other forms are looked for up to `others_within` times
+    its size: the search among few allowed forms is long where none is small. An error below 1e-12 counts as none.
+    Raises UsageError for a negative error, InexpressibleError where no allowed form is near enough.
 
     >>> up, down = torch.kron(torch.eye(4), torch.ones(6, 1)), torch.kron(torch.eye(4), torch.ones(1, 6))
     >>> form = smallest_within([(up, down)], 0.01)[0].form
@@ -58,7 +65,7 @@ def smallest_within(
 
     def work(members: list[int]) -> list[Choice]:
         group = _group(loras, members)
-        return _smallest(group.lora, group.norms, max_error, allowed)
+        return _smallest(group.lora, group.norms, max_error, allowed, others_within)
 
     choices_of = dict[int, Choice]()
     for members, found in in_parallel(work, _batches(loras)):
@@ -108,7 +115,9 @@ def _group(loras: Sequence[Pair], members: list[int]) -> _Group:
     return _Group(members, replace(lora, s=lora.s / norms.where(norms > 0, 1.0)[:, None]), norms)
 
 
-def _smallest(lora: LoraSvd, norms: Tensor, max_error: float, allowed: Allowed | None) -> list[Choice]:
+def _smallest(
+    lora: LoraSvd, norms: Tensor, max_error: float, allowed: Allowed | None, others_within: float
+) -> list[Choice]:
     own = [
         _smallest_lora(s, lora.size, max_error, allowed) if n > 0 else None for s, n in zip(lora.s, norms, strict=True)
     ]
@@ -116,7 +125,9 @@ def _smallest(lora: LoraSvd, norms: Tensor, max_error: float, allowed: Allowed |
     alive = (norms > 0).nonzero()[:, 0]
     if len(alive):
         goal = Goal(torch.ones(len(alive), dtype=torch.float64), max_error)
-        search = Search(lora.take(alive), goal, _roof(lora.take(alive), allowed), allowed).run()
+        known = [inf if (form := own[at]) is None else others_within * form.parameters for at in alive.tolist()]
+        roof = torch.minimum(_roof(lora.take(alive), allowed), torch.tensor(known, dtype=torch.float64))
+        search = Search(lora.take(alive), goal, roof, allowed).run()
         for at, found in zip(alive.tolist(), search.found, strict=True):
             other[at] = found.form if found else None
     for at in (norms == 0).nonzero()[:, 0].tolist():

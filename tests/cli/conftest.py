@@ -6,5 +6,4 @@ from scripts.make_docs import example_folder
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory):
     """A folder with lora, lokr and krona.safetensors, the files that the examples of the commands name."""
-    pytest.importorskip("krona_hub.conversion")
     return example_folder(tmp_path_factory.mktemp("adapters"))

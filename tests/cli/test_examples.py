@@ -54,7 +54,10 @@ INSPECTION = obj(
     bytes=COUNT,
     parameters=COUNT,
     modules=many(MODULE, 1),
-    candidates=many(obj(base=TEXT, matched=COUNT, total=COUNT)),
+    base=MAYBE_TEXT,
+    candidates=many(TEXT),
+    unmatched={"type": "object"},
+    warnings=many(TEXT),
     loads_in=each(VERDICT),
     sha256=MAYBE_TEXT,
 )

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -85,3 +86,10 @@ def test_completion_lists_commands(monkeypatch):
     words = {"_KRONA_COMPLETE": "bash_complete", "COMP_WORDS": "krona con", "COMP_CWORD": "1"}
     done = subprocess.run([sys.executable, "-m", "krona_hub.cli"], capture_output=True, text=True, env=words)
     assert done.stdout == "plain,convert\n"
+
+
+def test_a_terminal_of_another_encoding_is_no_error():
+    command = [sys.executable, "-m", "krona_hub.cli", "params", "--help"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=ascii_only)
+    assert done.returncode == 0 and b"?" in done.stdout

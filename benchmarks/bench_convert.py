@@ -1,0 +1,97 @@
+"""`krona convert --max-error 0.05` of a whole SDXL-shaped rank-16 LoRA file, in a process of its own.
+
+Half of the 560 layers hold planted Kronecker sums, so that returning the input does not win. Reports wall time, the
+largest memory of the process, and how large the result is; beside it the time of reading and rewriting the same file,
+so that there is a ratio of two things measured in one run.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+from safetensors.torch import save_file
+
+from benchmarks.common import report, sdxl_lora
+from krona_hub.bases import catalogue
+
+ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
+WITHIN = 0.05
+
+
+def attention_layers() -> dict[tuple[int, int], list[str]]:
+    """Size -> the attention projections of SDXL's UNet that have it."""
+    sizes: dict[tuple[int, int], list[str]] = {}
+    for path, module in catalogue.get("sdxl").components["unet"].items():
+        if path.endswith(ATTENTION):
+            sizes.setdefault(module.matrix, []).append(path)
+    return sizes
+
+
+def write_lora(path: Path) -> int:
+    """The generated LoRA under the names of SDXL, as diffusers writes them; the number of its layers."""
+    names, tensors = attention_layers(), {}
+    for layer in sdxl_lora():
+        name = names[layer.up.shape[0], layer.down.shape[1]].pop()
+        tensors[f"unet.{name}.lora_A.weight"] = layer.down.contiguous()
+        tensors[f"unet.{name}.lora_B.weight"] = layer.up.contiguous()
+    save_file(tensors, path, {"format": "pt"})
+    return len(tensors) // 2
+
+
+def run(*arguments: str) -> tuple[float, float, dict]:
+    """Seconds, peak GB and the JSON of one `krona` command."""
+    code = (
+        "import resource, sys; from krona_hub.cli.main import run\n"
+        "try: run()\n"
+        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    start = perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--json", "--quiet"], capture_output=True, text=True, check=False
+    )
+    seconds = perf_counter() - start
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    return seconds, int(done.stderr.split()[-1]) * 1024 / 1e9, json.loads(done.stdout)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "sdxl.safetensors")
+        layers = write_lora(source)
+        size = source.stat().st_size
+        rename, rename_memory, _ = run(
+            "convert", str(source), "--for", "comfyui", "-o", str(Path(folder, "a.safetensors"))
+        )
+        search, memory, result = run(
+            "convert", str(source), "--max-error", str(WITHIN), "-o", str(Path(folder, "b.safetensors"))
+        )
+        found = Path(folder, "b.safetensors").stat().st_size
+    report(
+        "convert",
+        {
+            "layers": layers,
+            "max_error": WITHIN,
+            "total_error": result["relative_error"],
+            "parameters_before": result["parameters_before"],
+            "parameters_after": result["parameters_after"],
+            "bytes_before": size,
+            "bytes_after": found,
+            "seconds": round(search, 1),
+            "peak_gb": round(memory, 2),
+            "seconds_of_renaming_alone": round(rename, 1),
+            "peak_gb_of_renaming_alone": round(rename_memory, 2),
+            "ratio_to_renaming": round(search / rename, 1),
+            "target_seconds": 120,
+            "target_peak_gb": 1.5,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

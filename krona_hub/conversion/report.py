@@ -1,0 +1,106 @@
+"""What a conversion did, measured: per layer and in total, with the verdict in words. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+
+REFUSED_ABOVE = 0.5  # total relative error
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer, before and after."""
+
+    layer: str
+    before: str  # the form in words: "LoRA r16", "64x4 ⊗ 5x80"
+    after: str
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    relative_error: float  # ‖ΔW′ − ΔW‖ / ‖ΔW‖, Frobenius, measured on what is written
+    norm: float  # ‖ΔW‖
+    note: str = ""
+    best_other: str | None = None  # where the LoRA itself wins: the smallest other form
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` did, or would do."""
+
+    source: str
+    source_format: str
+    target_format: str
+    tool: str | None
+    out: Path
+    layers: tuple[LayerReport, ...]
+    alternatives: tuple[str, ...] = ()  # measured: other ways to go
+    notes: tuple[str, ...] = ()
+    checked: str = ""  # the read-back check, in words
+    written: bool = False
+    files: tuple[Path, ...] = field(default=())
+
+    @property
+    def parameters_before(self) -> int:
+        return sum(x.parameters_before for x in self.layers)
+
+    @property
+    def parameters_after(self) -> int:
+        return sum(x.parameters_after for x in self.layers)
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(x.bytes_before for x in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(x.bytes_after for x in self.layers)
+
+    @property
+    def relative_error(self) -> float:
+        """Over all layers together: √Σ‖errorₗ‖² / √Σ‖ΔWₗ‖²."""
+        return total_error(self.layers)
+
+    @property
+    def energy_kept(self) -> float:
+        """1 − relative_error²: the share of ‖ΔW‖² that is still there, for an orthogonal projection."""
+        return max(0.0, 1 - self.relative_error**2)
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self)
+
+
+def total_error(layers: Sequence[LayerReport]) -> float:
+    """√Σ(eₗ·nₗ)² / √Σnₗ²; 0.0 where every delta is zero.
+
+    >>> total_error([])
+    0.0
+    """
+    whole = sum(x.norm**2 for x in layers)
+    lost = sum((x.relative_error * x.norm) ** 2 for x in layers)
+    return sqrt(lost / whole) if whole else 0.0
+
+
+EXACT_BELOW = 1e-6  # what float32 rounding alone explains
+VERDICTS = (  # relative error up to which the words hold
+    (EXACT_BELOW, "Exact: the same delta up to rounding."),
+    (0.01, "Nearly the same: the delta differs by about a percent or less."),
+    (0.05, "Close: small differences may be visible side by side."),
+    (0.2, "Noticeably different: expect a changed look."),
+    (REFUSED_ABOVE, "Very different: much of what was learned is gone."),
+    (float("inf"), "Destroyed: more than half of the delta's norm is error."),
+)
+
+
+def verdict(report: ConversionReport) -> str:
+    """The result in one or two sentences: how true it is, and what it costs."""
+    words = next(words for limit, words in VERDICTS if report.relative_error <= limit)
+    before, after = report.parameters_before, report.parameters_after
+    if not before or before == after:
+        return f"{words} Same number of parameters."
+    change = abs(after / before - 1)
+    return f"{words} {change:.1%} {'fewer' if after < before else 'more'} parameters."

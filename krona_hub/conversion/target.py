@@ -1,0 +1,118 @@
+"""Where a conversion goes: the format, its kind, and the forms it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.conversion.forms import is_lora
+from krona_hub.conversion.ways import DEFAULT_MAX_ERROR, Exact, Keep, MaxError, Way
+from krona_hub.errors import InexpressibleError, UsageError
+from krona_hub.formats.encode import why_not
+from krona_hub.formats.forms import LOW_RANK
+from krona_hub.formats.registry import by_name
+from krona_hub.formats.tools import loads_form, target_for, tool_named
+from krona_hub.kron.shapes import KronShape, peft_factors
+
+ALIASES = {"lora": "kohya-lora", "lokr": "lycoris-lokr", "native": "krona"}
+FOLDERS = ("peft-lora", "peft-lokr")  # formats that are a folder of files
+ONE_FACTOR = ("peft-lokr", "diffusers-lokr")  # one decompose_factor must give the shapes of every layer
+PEFT_FACTORS = (-1, 1, 2, 4, 8, 16, 32, 64)
+
+# May the target hold this many terms of this shape, B of this rank (None: dense), on this weight?
+Loads = Callable[[tuple[int, ...], KronShape, int, int | None], bool]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format, and for which tool."""
+
+    format: str
+    tool: str | None = None
+
+    @property
+    def to_lora(self) -> bool:
+        return self.format in LOW_RANK
+
+    @property
+    def loads(self) -> tuple[Loads, ...]:
+        """Predicates over the forms of one layer. Where there are several, all layers must follow the same one."""
+        plain = partial(_loads, self.tool or self.format)
+        if self.format == "diffusekrona":  # interleaved rows: the nearest plain A ⊗ B is none of its forms
+            return ()
+        if self.format not in ONE_FACTOR:
+            return (plain,)
+        return tuple(partial(_loads_with_factor, plain, factor) for factor in PEFT_FACTORS)
+
+    def holds_any_shape(self, delta: LayerDelta) -> bool:
+        """Whether a layer may keep the Kronecker shape it came with: not where all layers must follow one factor."""
+        return self.format not in ONE_FACTOR and why_not(delta, self.format, tool=self.tool) is None
+
+    def refusals(self, layers: Mapping[str, LayerDelta]) -> dict[str, str]:
+        """Layer -> why the target cannot hold its delta exactly."""
+        reasons = {name: why_not(delta, self.format, tool=self.tool, layer=name) for name, delta in layers.items()}
+        return {name: why for name, why in reasons.items() if why is not None}
+
+
+def _loads(target: str, weight: tuple[int, ...], shape: KronShape, terms: int, right_rank: int | None) -> bool:
+    return loads_form(target, weight, shape, terms, right_rank)
+
+
+def _loads_with_factor(
+    plain: Loads, factor: int, weight: tuple[int, ...], shape: KronShape, terms: int, right_rank: int | None
+) -> bool:
+    split = (shape.a1, shape.a2)
+    by_peft = (peft_factors(weight[0], factor)[0], peft_factors(weight[1], factor)[0])
+    return split == by_peft and plain(weight, shape, terms, right_rank)
+
+
+def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, way: Way | None) -> Target:
+    """The format asked for, or the one that the tool wants for this kind of adapter. Raises UsageError for both.
+
+    `--for` never changes the kind: a LoRA stays a LoRA unless a way to make it Kronecker is given.
+    """
+    if to is not None and tool is not None:
+        raise UsageError("--to and --for exclude each other.", fix="--for chooses the format itself.")
+    if tool is None:
+        return Target(format_named(to or "krona"))
+    known = tool_named(tool)
+    stays_lora = all(map(is_lora, adapter.layers.values())) and (way is None or isinstance(way, Exact))
+    wanted = target_for(known, stays_lora)
+    if wanted is None and way is not None and known.lora is not None:
+        wanted = known.lora  # a way was given, and the tool takes nothing but LoRA
+    if wanted is None:
+        raise InexpressibleError(
+            f"{known.title} loads LoRA only, and this is a Kronecker adapter.",
+            fix=f"Add --max-error {DEFAULT_MAX_ERROR} or --exact or --rank R to make a LoRA of it for {known.name}.",
+        )
+    return Target(wanted.format, known.name)
+
+
+def format_named(name: str) -> str:
+    """The name of a format that can be written, aliases resolved. Raises UsageError with the nearest name."""
+    spoke = by_name(ALIASES.get(name, name))
+    if not hasattr(spoke, "write"):
+        raise UsageError(
+            f"{spoke.NAME} can be read but not written.", fix="Choose another --to; `krona formats` lists them."
+        )
+    return str(spoke.NAME)
+
+
+def default_way(adapter: Adapter, target: Target) -> Way:
+    """Without a way nothing changes within a kind or for a tool; into the other kind, the smallest within 5 %."""
+    kinds = {is_lora(delta) for delta in adapter.layers.values()}
+    return Keep() if target.tool is not None or kinds == {target.to_lora} else MaxError()
+
+
+def default_out(source: Path, format_name: str) -> Path:
+    """`<stem>.<format>.safetensors` beside the source; a folder without the suffix for PEFT.
+
+    >>> str(default_out(Path("a/style.safetensors"), "kohya-lora"))
+    'a/style.kohya-lora.safetensors'
+    """
+    stem = source.name.removesuffix(".safetensors")
+    suffix = "" if format_name in FOLDERS else ".safetensors"
+    return source.with_name(f"{stem}.{format_name}{suffix}")

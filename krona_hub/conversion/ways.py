@@ -1,0 +1,137 @@
+"""The ways a conversion can go, as plain values: what was asked for, checked before any file is read. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from krona_hub.errors import UsageError
+from krona_hub.kron.shapes import parse_shape
+
+DEFAULT_MAX_ERROR = 0.05  # relative Frobenius error per layer
+
+
+@dataclass(frozen=True)
+class Keep:
+    """No new factors: the delta as it is, under other names."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Equal up to rounding, in the target's kind."""
+
+
+@dataclass(frozen=True)
+class FixedShape:
+    """One shape of A for every layer, by nearest-Kronecker."""
+
+    a1: int
+    a2: int
+    terms: int = 1
+    fallback: bool = False  # layers that it does not divide take the nearest shape that does
+
+
+@dataclass(frozen=True)
+class MaxError:
+    """Per layer, the smallest form whose relative error is at most `value`."""
+
+    value: float = DEFAULT_MAX_ERROR
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The least total error for a size: a number of parameters, or a share of the source's."""
+
+    parameters: int | None = None
+    share: float | None = None
+
+    def of(self, parameters: int) -> int:
+        """The budget in parameters, for a source that has `parameters`."""
+        return self.parameters if self.parameters is not None else round((self.share or 0) * parameters)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The best LoRA of that rank per layer."""
+
+    value: int
+
+
+Way = Keep | Exact | FixedShape | MaxError | Budget | Rank
+
+
+def choose_way(
+    *,
+    shape: str | tuple[int, int] | None = None,
+    terms: int = 1,
+    shape_fallback: str | None = None,
+    max_error: float | None = None,
+    budget: str | int | None = None,
+    exact: bool = False,
+    rank: int | None = None,
+) -> Way | None:
+    """The one way that the options name; None where they name none. Raises UsageError where they name two.
+
+    >>> choose_way(shape="64x4", terms=2)
+    FixedShape(a1=64, a2=4, terms=2, fallback=False)
+    >>> choose_way(budget="50%")
+    Budget(parameters=None, share=0.5)
+    """
+    given = {"--shape": shape, "--max-error": max_error, "--budget": budget, "--exact": exact or None, "--rank": rank}
+    named = [flag for flag, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join(named)} exclude each other.", fix="Give one of them.")
+    if shape is None and (terms != 1 or shape_fallback is not None):
+        raise UsageError(
+            "--terms and --shape-fallback belong to --shape.", fix="Add --shape, for example --shape 64x4."
+        )
+    if shape is not None:
+        return _fixed(shape, terms, shape_fallback)
+    if max_error is not None:
+        return MaxError(_fraction("--max-error", max_error))
+    if budget is not None:
+        return parse_budget(budget)
+    if rank is not None:
+        return Rank(_positive("--rank", rank))
+    return Exact() if exact else None
+
+
+def parse_budget(text: str | int) -> Budget:
+    """Read `50%` as a share and `2000000` or `2_000_000` as parameters.
+
+    >>> parse_budget("2_000_000").of(7), parse_budget("12.5%").of(8000)
+    (2000000, 1000)
+    """
+    words = str(text).strip().replace(",", "")
+    try:
+        if words.endswith("%"):
+            share = float(words[:-1]) / 100
+            if 0 < share < float("inf"):
+                return Budget(share=share)
+        elif int(words) > 0:
+            return Budget(parameters=int(words))
+    except ValueError:
+        pass
+    raise UsageError(
+        f"{text!r} is no budget.", fix="Write a share such as 50% or a number of parameters such as 2000000."
+    )
+
+
+def _fixed(shape: str | tuple[int, int], terms: int, fallback: str | None) -> FixedShape:
+    a1, a2 = parse_shape(shape) if isinstance(shape, str) else shape
+    if fallback not in (None, "nearest"):
+        raise UsageError(f"{fallback!r} is no fallback.", fix="The only one is --shape-fallback nearest.")
+    return FixedShape(a1, a2, _positive("--terms", terms), fallback == "nearest")
+
+
+def _positive(flag: str, value: int) -> int:
+    if value < 1:
+        raise UsageError(f"{flag} is {value}.", fix=f"Give {flag} a whole number from 1 up.")
+    return value
+
+
+def _fraction(flag: str, value: float) -> float:
+    if not 0 <= value < 1:
+        raise UsageError(
+            f"{flag} is {value}.", fix="It is a relative error: give a number from 0 up to 1, such as 0.05."
+        )
+    return value

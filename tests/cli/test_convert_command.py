@@ -1,0 +1,68 @@
+"""The report of a conversion on the screen: readable for 12 layers and for 800."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from krona_hub.cli.convert_command import as_document, show
+from krona_hub.conversion.report import ConversionReport, LayerReport
+from krona_hub.report import form_groups, worst_layers
+
+ONE = LayerReport("unet.a", "LoRA r8", "16x16 ⊗ 20x20", 5120, 656, 10240, 2624, 0.03, 1.0)
+
+
+def report_of(*layers: LayerReport) -> ConversionReport:
+    return ConversionReport("x.safetensors", "kohya-lora", "krona", None, Path("x.krona.safetensors"), layers)
+
+
+def many(count: int) -> tuple[LayerReport, ...]:
+    """Layers of five forms with errors that grow."""
+    return tuple(
+        replace(ONE, layer=f"unet.block.{i}", after=f"{2 ** (i % 5)}x4 ⊗ 5x5", relative_error=0.0001 * i)
+        for i in range(count)
+    )
+
+
+def test_few_layers_are_listed(capsys):
+    show(report_of(*many(12)), every_layer=False)
+    shown = capsys.readouterr().out
+    assert all(f"unet.block.{i} " in shown for i in range(12))
+
+
+def test_eight_hundred_layers_are_grouped_and_the_worst_are_named(capsys):
+    show(report_of(*many(800)), every_layer=False)
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 30
+    assert "unet.block.799" in shown and "unet.block.12 " not in shown
+
+
+def test_layers_lists_them_all_whole(capsys):
+    show(report_of(*many(800)), every_layer=True)
+    shown = capsys.readouterr().out
+    assert all(f"unet.block.{i} " in shown for i in range(800))
+
+
+def test_the_groups_hold_every_layer_once_and_every_parameter():
+    layers = tuple(replace(x, after=f"form {i}") for i, x in enumerate(many(100)))
+    groups = form_groups(layers)
+    assert len(groups) == 8 and sum(g.layers for g in groups) == 100
+    assert sum(g.parameters_after for g in groups) == sum(x.parameters_after for x in layers)
+    assert max(g.worst_error for g in groups) == max(x.relative_error for x in layers)
+
+
+def test_the_worst_layers_come_worst_first_and_exact_ones_not_at_all():
+    exact = replace(ONE, layer="unet.exact", relative_error=1e-8)
+    assert [x.layer for x in worst_layers((exact, *many(9)), 2)] == ["unet.block.8", "unet.block.7"]
+    assert worst_layers((exact,)) == ()
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_the_file_is_named_only_where_it_was_written(written, capsys):
+    show(replace(report_of(ONE), written=written, checked="checked: 1/1"), every_layer=False)
+    assert ("x.krona.safetensors" in capsys.readouterr().out) == written
+
+
+def test_the_document_holds_the_totals():
+    document = as_document(report_of(*many(3)))
+    assert document["parameters_after"] == 3 * 656 and document["verdict"] and len(document["layers"]) == 3

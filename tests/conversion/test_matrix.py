@@ -1,0 +1,69 @@
+"""Every real file to every target: a checked file whose table is true, or a coded refusal; REFUSED says which."""
+
+import pytest
+import torch
+
+from krona_hub.conversion import convert
+from krona_hub.errors import KronaError
+from krona_hub.formats.files import read
+from tests.shared import shared
+
+FILES = ("weapons_sd15_r4.safetensors", "lora_disney.safetensors")
+TO = (
+    "krona", "lycoris-lokr", "lycoris-locon", "peft-lokr", "peft-lora", "diffusers-lora", "diffusers-lokr",
+    "kohya-lora", "diffusekrona", "cloneofsimo",
+)  # fmt: skip
+FOR = ("comfyui", "diffusers", "peft", "kohya", "nunchaku", "forge", "a1111", "lycoris", "onetrainer", "musubi")
+REFUSED = {  # target -> code
+    "diffusekrona": "KH141",  # its rows are interleaved: no plain LoRA is one
+    "cloneofsimo": "KH101",  # read only
+}
+
+
+def dense_error(new, old):
+    """Oracle: over all layers, from the dense deltas in float64."""
+    lost = whole = 0.0
+    per_layer = {}
+    for name, delta in old.layers.items():
+        w, v = (d.dense().reshape(delta.matrix_shape).double() for d in (delta, new.layers[name]))
+        per_layer[name] = float((w - v).norm() / w.norm()) if w.norm() else 0.0
+        lost, whole = lost + float((w - v).norm()) ** 2, whole + float(w.norm()) ** 2
+    return per_layer, (lost / whole) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("option", [("to", t) for t in TO] + [("tool", t) for t in FOR], ids="-".join)
+def test_every_real_file_becomes_a_checked_file_or_a_coded_refusal(file, option, tmp_path):
+    torch.set_num_threads(1)
+    kind, name = option
+    source, out = shared("real", file), tmp_path / "out.safetensors"
+    if name in REFUSED:
+        with pytest.raises(KronaError) as refusal:
+            convert(source, out, **{kind: name}, base="sd15")
+        assert refusal.value.code == REFUSED[name]
+        assert refusal.value.fix
+        assert not out.exists()
+        return
+    report = convert(source, out, **{kind: name}, base="sd15")
+    assert report.written
+    assert f"{len(report.layers)}/{len(report.layers)} modules rebuilt" in report.checked
+    per_layer, total = dense_error(read(out, base="sd15"), read(source, base="sd15"))
+    assert report.relative_error == pytest.approx(total, rel=1e-3, abs=1e-6)
+    for row in report.layers:
+        assert row.relative_error == pytest.approx(per_layer[row.layer], rel=1e-3, abs=1e-6)
+        if name not in ("krona", "lycoris-lokr", "peft-lokr", "diffusers-lokr"):
+            assert row.relative_error == 0.0  # nothing but names changed
+
+
+@pytest.mark.slow
+def test_one_64x4_term_of_a_trained_lora_is_refused_with_the_alternatives_measured(tmp_path):
+    """On a trained LoRA one 64x4 term keeps a few percent of the energy; a tool that hides it destroys the file."""
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(KronaError, match="--allow-loss") as refusal:
+        convert(shared("real", FILES[0]), out, shape="64x4", base="sd15")
+    assert (refusal.value.code, refusal.value.exit_code) == ("KH140", 3)
+    assert not out.exists()
+    report = convert(shared("real", FILES[0]), out, shape="64x4", base="sd15", allow_loss=True)
+    assert 0.9 < report.relative_error < 1
+    assert report.verdict.startswith("Destroyed")

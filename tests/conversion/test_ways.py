@@ -1,0 +1,55 @@
+"""What was asked for, checked before any file is read."""
+
+import pytest
+
+from krona_hub.conversion.ways import Budget, Exact, FixedShape, MaxError, Rank, choose_way, parse_budget
+from krona_hub.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ({}, None),
+        ({"exact": True}, Exact()),
+        ({"shape": "64x4", "terms": 3}, FixedShape(64, 4, 3)),
+        ({"shape": (8, 2), "shape_fallback": "nearest"}, FixedShape(8, 2, 1, True)),
+        ({"max_error": 0.0}, MaxError(0.0)),
+        ({"budget": "50%"}, Budget(share=0.5)),
+        ({"budget": 2_000_000}, Budget(parameters=2_000_000)),
+        ({"rank": 8}, Rank(8)),
+    ],
+)
+def test_each_option_names_one_way(options, way):
+    assert choose_way(**options) == way
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"exact": True, "rank": 4}, "--exact and --rank exclude each other"),
+        ({"shape": "64x4", "budget": "50%"}, "--shape and --budget exclude"),
+        ({"terms": 2}, "--terms and --shape-fallback belong to --shape"),
+        ({"shape": "64"}, "'64' is no shape"),
+        ({"shape": "0x4"}, "'0x4' is no shape"),
+        ({"shape": "64x4", "terms": 0}, "--terms is 0"),
+        ({"shape": "64x4", "shape_fallback": "any"}, "'any' is no fallback"),
+        ({"max_error": 1.0}, "--max-error is 1.0"),
+        ({"max_error": float("nan")}, "--max-error is nan"),
+        ({"max_error": -0.1}, "--max-error is -0.1"),
+        ({"rank": 0}, "--rank is 0"),
+    ],
+)
+def test_contradictions_and_nonsense_are_refused_in_words(options, words):
+    with pytest.raises(UsageError, match=words):
+        choose_way(**options)
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "-5", "0%", "-1%", "nan%", "inf%", "1.5"])
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(UsageError, match="is no budget"):
+        parse_budget(text)
+
+
+def test_a_share_is_of_the_source():
+    assert parse_budget("25%").of(1000) == 250
+    assert parse_budget("2,000,000").of(1000) == 2_000_000
