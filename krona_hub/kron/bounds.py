@@ -28,7 +28,7 @@ from krona_hub.kron.shapes import KronShape
 SLACK = 1e-9  # of the energy: what float64 spectra may be wrong by
 SLACK_OF_MOMENT = 1e-4  # relative: moments are summed in float32
 MOST_RANK = 24  # above it the r²×r² tables of moments cost more than they save
-SHARES = (0.5,)  # tᵢ = sᵢ to this power: no one of them is always the tightest
+SHARE = 0.5  # tᵢ = sᵢ to this power; others are seldom tighter, and cost a spectrum of every mode
 
 
 class Bounds:
@@ -78,14 +78,11 @@ class Bounds:
         return largest_sums(fourth.double() * (1 + SLACK_OF_MOMENT), count, terms) + SLACK
 
     def _kept_by_products(self, shape: KronShape, k: Tensor, layers: Tensor) -> Tensor:
-        """Σ xₖ·yₖ, the least over both factorisations and all SHARES."""
-        sums = []
-        for share in SHARES:
-            x, y = self._spectrum("a1", shape.a1, share)[layers], self._spectrum("b2", shape.b2, 1 - share)[layers]
-            sums.append((repeated(x, k // shape.a2) * repeated(y, k // shape.b1)).cumsum(1))
-            x, y = self._spectrum("a2", shape.a2, share)[layers], self._spectrum("b1", shape.b1, 1 - share)[layers]
-            sums.append((repeated(x, k // shape.a1) * repeated(y, k // shape.b2)).cumsum(1))
-        return torch.stack(sums).min(0).values
+        """Σ xₖ·yₖ, the lesser of the two factorisations."""
+        x, y = self._spectrum("a1", shape.a1, SHARE)[layers], self._spectrum("b2", shape.b2, 1 - SHARE)[layers]
+        one = (repeated(x, k // shape.a2) * repeated(y, k // shape.b1)).cumsum(1)
+        x, y = self._spectrum("a2", shape.a2, SHARE)[layers], self._spectrum("b1", shape.b1, 1 - SHARE)[layers]
+        return torch.minimum(one, (repeated(x, k // shape.a1) * repeated(y, k // shape.b2)).cumsum(1))
 
     def _tail(self, mode: str, size: int) -> Tensor:
         """What the leading values of one mode of ΔW leave: (n, j+1)."""

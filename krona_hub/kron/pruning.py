@@ -270,10 +270,10 @@ class Search:
         """Keep what an exact computation says about more terms, and close the shape where that rules them out."""
         last = min(terms, result.kept.shape[1]) - 1
         lost = (result.kept[j, last] - result.kept_by_rank[j, last]).clamp(min=0) - 1e-9
-        kept, more = self.probes[layer, i].kept, torch.arange(1, len(self.probes[layer, i].kept) - last)
-        kept[last + 1 :] = torch.minimum(
-            kept[last + 1 :], result.kept[j, last] + more * result.triples.sigma[j, last] ** 2 + 1e-9
-        )
+        kept = self.probes[layer, i].kept.clone()
+        more = torch.arange(1, max(1, len(kept) - last))  # terms that follow, none of them larger than the last
+        at_most = result.kept[j, last] + more * result.triples.sigma[j, last] ** 2 + 1e-9
+        kept[last + 1 :] = torch.minimum(kept[last + 1 :], at_most)
         self.probes[layer, i] = Probe(kept, lost[None], terms)
         self.lower[layer, i] = self._least_of_probe(self.shapes[i], layer, i).min()
 
