@@ -15,6 +15,7 @@ from torch import Tensor
 
 from krona_hub.errors import ShapeError
 from krona_hub.kron.krylov import Triples, top_triples
+from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.rearranged import LoraSvd, Rearranged
 from krona_hub.kron.shapes import KronShape, split
 from krona_hub.kron.terms import KronFit, KronTerms, check_terms
@@ -51,12 +52,14 @@ def nearest_kron_of_loras(
     shape = split((ups[0].shape[0], downs[0].shape[1]), shape[0], shape[1])
     check_terms(shape, terms)
     step = max(1, CHUNK // (ups[0].shape[1] * sum(shape.full) + 32 * terms * shape.parameters))
-    fits: list[KronFit] = []
-    for start in range(0, len(ups), step):
-        some_ups, some_downs = (torch.stack(tuple(x[start : start + step])) for x in (ups, downs))
-        dtype = torch.promote_types(torch.promote_types(some_ups.dtype, some_downs.dtype), torch.float32)
-        fits += fits_of(LoraSvd.of(some_ups, some_downs), shape, terms, dtype)
-    return fits
+    starts = range(0, len(ups), min(step, -(-len(ups) // 4)))
+
+    def some(start: int) -> list[KronFit]:
+        of_ups, of_downs = (torch.stack(tuple(x[start : start + starts.step])) for x in (ups, downs))
+        dtype = torch.promote_types(torch.promote_types(of_ups.dtype, of_downs.dtype), torch.float32)
+        return fits_of(LoraSvd.of(of_ups, of_downs), shape, terms, dtype)
+
+    return [fit for _, fits in in_parallel(some, starts) for fit in fits]
 
 
 def fits_of(lora: LoraSvd, shape: KronShape, terms: int, dtype: torch.dtype) -> list[KronFit]:

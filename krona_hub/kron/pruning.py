@@ -110,7 +110,7 @@ class Search:
 
     def _first_bound(self, shape: KronShape, layers: Tensor) -> Tensor:
         terms = self._most_terms(shape, layers)
-        if not terms:
+        if not terms or bool(self._not_allowed(shape, terms).isinf().all()):
             return torch.full((len(layers),), torch.inf, dtype=torch.float64)
         kept = self.bounds.kept_by_terms(shape, terms, layers)
         return self._least(shape, layers, kept, None).min(1).values

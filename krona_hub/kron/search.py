@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from math import inf
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.kron.budget import Point, allocate
 from krona_hub.kron.forms import ROUNDING, Form, is_lora, most_right_rank, parameters_of, realise
+from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.pruning import Allowed, Goal, Search
 from krona_hub.kron.rearranged import LoraSvd
 from krona_hub.kron.shapes import KronShape, choices, divisors, split
@@ -31,10 +31,6 @@ TOGETHER = 24  # layers searched at once: more share products, fewer share memor
 ROUNDS = 3  # looks at the price of a parameter, each with all forms found so far
 LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01)  # errors that a frontier is shown at
 
-MOST_THREADS = 4  # as each holds some 200 MB
-
-T = TypeVar("T")
-R = TypeVar("R")
 Pair = tuple[Tensor, Tensor]  # up (out, r), down (r, in)
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
@@ -72,7 +68,7 @@ def smallest_within(
         return _smallest(group.lora, group.norms, max_error, allowed, others_within)
 
     choices_of = dict[int, Choice]()
-    for members, found in _in_parallel(work, _batches(loras)):
+    for members, found in in_parallel(work, _batches(loras)):
         choices_of |= zip(members, found, strict=True)
         if progress:
             progress(len(choices_of), len(loras))
@@ -117,20 +113,6 @@ def _group(loras: Sequence[Pair], members: list[int]) -> _Group:
     lora = LoraSvd.of(ups, downs)
     norms = lora.s.norm(dim=1)
     return _Group(members, replace(lora, s=lora.s / norms.where(norms > 0, 1.0)[:, None]), norms)
-
-
-def _in_parallel(work: Callable[[T], R], tasks: Sequence[T]) -> Iterator[tuple[T, R]]:
-    """Each task with its result, in order; a thread per core of torch, each of one core.
-
-    The search is thousands of small operations, which one core does faster than several that wait for each other.
-    """
-    pool = ThreadPoolExecutor(
-        min(torch.get_num_threads(), MOST_THREADS), initializer=torch.set_num_threads, initargs=(1,)
-    )
-    try:
-        yield from zip(tasks, pool.map(work, tasks), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _smallest(
@@ -234,7 +216,7 @@ def within_budget(
     for turn in range(ROUNDS):
         done = turn * len(loras)
         work = partial(_add_points, points, price, allowed)
-        for group, _ in _in_parallel(work, groups):
+        for group, _ in in_parallel(work, groups):
             done += len(group.members)
             if progress:
                 progress(done, total)
