@@ -102,5 +102,6 @@ def verdict(report: ConversionReport) -> str:
     before, after = report.parameters_before, report.parameters_after
     if not before or before == after:
         return f"{words} Same number of parameters."
-    change = abs(after / before - 1)
-    return f"{words} {change:.1%} {'fewer' if after < before else 'more'} parameters."
+    if after > 2 * before:
+        return f"{words} {after / before:.1f} times the parameters."
+    return f"{words} {abs(after / before - 1):.1%} {'fewer' if after < before else 'more'} parameters."

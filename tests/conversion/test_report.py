@@ -41,6 +41,7 @@ def test_the_verdict_follows_the_error(error, words):
 def test_the_verdict_says_what_it_costs():
     assert report(layer()).verdict.endswith("50.0% fewer parameters.")
     assert report(layer(after=125)).verdict.endswith("25.0% more parameters.")
+    assert report(layer(after=2800)).verdict.endswith("28.0 times the parameters.")
     assert report(layer(after=100)).verdict.endswith("Same number of parameters.")
 
 
