@@ -2,11 +2,6 @@
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-# The torch of PyPI for Linux brings 5 GB of CUDA: without a GPU, take the CPU build where its index answers.
-CPU = https://download.pytorch.org/whl/cpu
-ANSWERS = python3 -c "import urllib.request as u; u.urlopen('$(CPU)/torch/', timeout=5)" 2>/dev/null
-TORCH = torch $$(command -v nvidia-smi >/dev/null || { $(ANSWERS) && echo --extra-index-url $(CPU); })
-
 .PHONY: demo test quick check docs bench clean
 
 demo: $(VENV)/.runtime ; $(VENV)/bin/krona demo
@@ -17,7 +12,7 @@ docs: $(VENV)/.ready ; $(PY) scripts/make_docs.py
 bench: $(VENV)/.ready ; for b in benchmarks/bench_*.py; do $(PY) $$b || exit 1; done
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
-	python3 -m venv $(VENV) && $(VENV)/bin/pip install -q -c constraints.txt $(TORCH) && $(VENV)/bin/pip install -q -c constraints.txt -e . && touch $@
+	python3 -m venv $(VENV) && $(VENV)/bin/pip install -q -c constraints.txt torch && $(VENV)/bin/pip install -q -c constraints.txt -e . && touch $@
 $(VENV)/.ready: $(VENV)/.runtime
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[test]' && touch $@
 clean: ; rm -rf $(VENV) build dist *.egg-info

@@ -90,7 +90,9 @@ def convert(
     kept = {} if asked else {n: d for n, d in adapter.layers.items() if n not in baked and _kept(d, way, target)}
     changed = {name: delta for name, delta in meant.items() if name not in kept}
     outcomes = {name: Outcome(delta) for name, delta in kept.items()}
-    outcomes |= apply_way(changed, MaxError() if isinstance(way, Keep) else way, target, progress)
+    if changed:
+        outcomes |= apply_way(changed, MaxError() if isinstance(way, Keep) else way, target, progress)
+    target = target.for_result(o.delta for o in outcomes.values())
     outcomes = {name: replace(o, delta=cast(o.delta, stored)) for name, o in outcomes.items()}
 
     report = ConversionReport(

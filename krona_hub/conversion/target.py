@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,12 @@ class Target:
         if self.format not in ONE_FACTOR:
             return (plain,)
         return tuple(partial(_loads_with_factor, plain, factor) for factor in PEFT_FACTORS)
+
+    def for_result(self, deltas: Iterable[LayerDelta]) -> Target:
+        """The same, or what the tool takes a LoRA in where every layer turned out to be one."""
+        tool = None if self.tool is None else tool_named(self.tool)
+        wanted = None if tool is None else target_for(tool, all(map(is_lora, deltas)))
+        return self if wanted is None else Target(wanted.format, self.tool)
 
     def holds_any_shape(self, delta: LayerDelta) -> bool:
         """Whether a layer may keep the Kronecker shape it came with: not where all layers must follow one factor."""

@@ -178,8 +178,15 @@ def test_control_c_stops_without_a_half_written_file(adapters, tmp_path):
         "-o",
         "out.safetensors",
     ]
-    started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(0.7)
+    started = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )
+    time.sleep(1.5)  # past the start of Python, and well inside the import of torch
     started.send_signal(signal.SIGINT)
     _, err = started.communicate(timeout=30)
     assert started.returncode == 130 and "stopped" in err and "Traceback" not in err
