@@ -25,14 +25,14 @@ from torch import Tensor
 from krona_hub.kron.rearranged import LoraSvd
 from krona_hub.kron.shapes import KronShape
 
-SLACK = 1e-9  # of the energy: what float64 spectra may be wrong by
+SLACK = {torch.float32: 2e-5, torch.float64: 1e-9}  # of the energy: what a spectrum may be wrong by
 SLACK_OF_MOMENT = 1e-4  # relative: moments are summed in float32
 MOST_RANK = 24  # above it the r²×r² tables of moments cost more than they save
 SHARE = 0.5  # tᵢ = sᵢ to this power; others are seldom tighter, and cost a spectrum of every mode
 
 
 class Bounds:
-    """Upper bounds for n layers of one size; every spectrum is computed once, when a shape first asks for it."""
+    """Upper bounds for n layers of one size, in the dtype of their SVD. Spectra are computed when first asked for."""
 
     def __init__(self, lora: LoraSvd) -> None:
         self.s = lora.s / lora.s.norm(dim=1, keepdim=True)  # (n, r), energy 1
@@ -44,6 +44,10 @@ class Bounds:
     @property
     def rank(self) -> int:
         return int(self.s.shape[1])
+
+    @property
+    def slack(self) -> float:
+        return SLACK[self.s.dtype]
 
     @cached_property
     def lora_tail(self) -> Tensor:
@@ -58,7 +62,7 @@ class Bounds:
             left = self._tail(mode, size)[layers]
             reach = ((k + 1) * min(shape.a1, shape.a2)).clamp(max=left.shape[1] - 1)
             kept = torch.minimum(kept, 1 - left[:, reach])
-        return kept + SLACK
+        return kept.double() + self.slack
 
     def left_by_ranks(self, shape: KronShape, total: int, layers: Tensor) -> Tensor:
         """(len(layers), total): the least that right factors of total rank 1 … total can leave."""
@@ -67,7 +71,7 @@ class Bounds:
         for mode, size in (("b1", shape.b1), ("b2", shape.b2)):
             by_mode = self._tail(mode, size)[layers]
             left = torch.maximum(left, by_mode[:, q.clamp(max=by_mode.shape[1] - 1)])
-        return left - SLACK
+        return left.double() - self.slack
 
     def kept_by_moment(self, shape: KronShape, terms: int, layers: Tensor) -> Tensor:
         """(len(layers), terms): the most that 1 … terms products can keep, by the fourth moment."""
@@ -75,7 +79,7 @@ class Bounds:
         if self.rank > MOST_RANK:
             return torch.ones(len(layers), terms, dtype=torch.float64)
         fourth = (self._moment("left", shape.a1)[layers] * self._moment("right", shape.a2)[layers]).sum(1)
-        return largest_sums(fourth.double() * (1 + SLACK_OF_MOMENT), count, terms) + SLACK
+        return largest_sums(fourth.double() * (1 + SLACK_OF_MOMENT), count, terms) + self.slack
 
     def _kept_by_products(self, shape: KronShape, k: Tensor, layers: Tensor) -> Tensor:
         """Σ xₖ·yₖ, the lesser of the two factorisations."""

@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from krona_hub.kron.bounds import Bounds, largest_sums
+from krona_hub.kron.bounds import SLACK, Bounds, largest_sums
 from krona_hub.kron.forms import (
     AT_ONCE,
     CANCELLED,
@@ -42,8 +42,9 @@ Allowed = Callable[[KronShape, int, int | None], bool]
 BOUNDED, PROBED, CLOSED = range(3)
 DENSE_PROBE = 192  # side of R up to which the probe is exact
 FIRST = 4  # right factors whose ranks the probe looks at
+CERTAIN = 0.9  # of what the first B seem to lose: vectors of close values mix, and their losses with them
 OVERSAMPLING = 8  # columns of a sketch beyond the terms asked for
-PROMISING = 0.35  # of the value to beat: a shape with a bound below it is followed before others are bounded further
+PROMISING = 0.25  # of the value to beat: a shape with a bound below it is followed before others are bounded further
 HINTS = 3  # shapes of a layer that are followed so
 SEED = 1
 
@@ -60,6 +61,11 @@ class Goal:
         if self.max_error is None:
             return left.clamp(min=0)
         return torch.where(left <= max(self.max_error, ROUNDING) ** 2 * (1 + 1e-12), 0.0, torch.inf)
+
+    @property
+    def tolerates_float32(self) -> bool:
+        """Whether bounds of float32, with their slack, still tell shapes apart."""
+        return self.max_error is None or self.max_error >= 0.02
 
     def take(self, layers: Tensor) -> Goal:
         return Goal(self.price[layers], self.max_error)
@@ -83,7 +89,8 @@ class Search:
 
     def __init__(self, lora: LoraSvd, goal: Goal, roof: Tensor, allowed: Allowed | None = None) -> None:
         self.lora, self.goal, self.best_value, self.allowed = lora, goal, roof.clone(), allowed
-        self.bounds = Bounds(lora)
+        self.rough = lora.to(torch.float32 if goal.tolerates_float32 else torch.float64)
+        self.bounds = Bounds(self.rough)
         self.found: list[Found | None] = [None] * len(roof)
         self.points: list[list[Form]] = [[] for _ in roof]  # every form computed that none computed beats
         self.shapes = [s for s in choices(*lora.size) if not is_lora(s, None)]
@@ -230,7 +237,7 @@ class Search:
     def _probe(self, layers: Tensor, i: int) -> None:
         shape = self.shapes[i]
         terms = self._most_terms(shape, layers)
-        op = Rearranged.of(self.lora.take(layers), shape)
+        op = Rearranged.of(self.rough.take(layers), shape)
         for some in _slices(op, FIRST + OVERSAMPLING + (0 if min(op.shape) <= DENSE_PROBE else terms)):
             kept, lost = probe(op.take(some), shape, terms)
             self._raise(layers[some], i, self._least(shape, layers[some], kept, lost).min(1).values)
@@ -338,16 +345,16 @@ def probe(op: Rearranged, shape: KronShape, terms: int) -> tuple[Tensor, Tensor]
     leaves (Bourin & Lee 2012), and nothing is said about ranks.
     """
     small = op if op.shape[0] <= op.shape[1] else op.T
-    m, n = small.shape[0], len(op.u)
+    m, n, slack = small.shape[0], len(op.u), SLACK[op.u.dtype]
     if m <= DENSE_PROBE or 3 * (terms + OVERSAMPLING) > m:
         values, vectors = torch.linalg.eigh(small.gram())
         kept = values.flip(-1).clamp(min=0).cumsum(1)
         first, energy = vectors[..., -FIRST:].flip(-1).mT, values[:, -FIRST:].flip(-1).clamp(min=0)
         right = first if small is not op else _unit(op.T.matmul(first))
         lost = (energy[..., None] * (1 - most_by_rank(op, right, shape))).clamp(min=0).cumsum(1)
-        return _padded(kept, terms) + 1e-9, lost - 1e-9
+        return _padded(kept, terms).double() + slack, CERTAIN * lost.double() - slack
     kept = sketch(small, terms)
-    return _padded(kept, terms) + 1e-9, kept.new_zeros(n, 1, 0)
+    return _padded(kept, terms).double() + slack, kept.new_zeros(n, 1, 0)
 
 
 def most_by_rank(op: Rearranged, right: Tensor, shape: KronShape) -> Tensor:
@@ -371,7 +378,7 @@ def sketch(op: Rearranged, terms: int) -> Tensor:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows, dim=-1, eps=1e-300)
+    return torch.nn.functional.normalize(rows, dim=-1, eps=1e-30)
 
 
 def _padded(kept: Tensor, terms: int) -> Tensor:

@@ -24,7 +24,7 @@ BLOCK = 1 << 22  # numbers of R held at a time where its blocks are formed: 32 M
 
 @dataclass(frozen=True, eq=False)
 class LoraSvd:
-    """The SVD of n LoRAs of one size, in float64: what every form of a layer is computed from."""
+    """The SVD of n LoRAs of one size, of float64: what every form of a layer is computed from."""
 
     u: Tensor  # (n, out, r)
     s: Tensor  # (n, r), descending; a layer of lower rank has zeros at the end
@@ -40,6 +40,9 @@ class LoraSvd:
     @property
     def size(self) -> tuple[int, int]:
         return self.u.shape[1], self.vh.shape[2]
+
+    def to(self, dtype: torch.dtype) -> LoraSvd:
+        return LoraSvd(self.u.to(dtype), self.s.to(dtype), self.vh.to(dtype))
 
     def take(self, layers: Tensor) -> LoraSvd:
         return LoraSvd(self.u[layers], self.s[layers], self.vh[layers])
