@@ -19,6 +19,7 @@ from krona_hub.errors import InexpressibleError, LossyError, UsageError
 from krona_hub.formats.encode import cast
 from krona_hub.formats.files import read
 from krona_hub.formats.writing import write
+from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.sums import norm, relative_difference
 from krona_hub.kron.tolora import nearest_lora
 from krona_hub.sources import resolve
@@ -101,7 +102,7 @@ def convert(
         target_format=target.format,
         tool=tool,
         out=Path(out) if out is not None else default_out(path, target.format),
-        layers=tuple(_layer_report(name, adapter.layers[name], meant[name], outcomes[name]) for name in meant),
+        layers=_layer_reports(adapter.layers, meant, outcomes),
         notes=_dora_note(baked),
     )
     if report.relative_error > REFUSED_ABOVE and not allow_loss:
@@ -142,6 +143,15 @@ def _dora_note(baked: Mapping[str, LayerDelta]) -> tuple[str, ...]:
     if not baked:
         return ()
     return (f"{len(baked)} DoRA layers merged with the base weights into plain deltas: equal at strength 1 only",)
+
+
+def _layer_reports(
+    before: Mapping[str, LayerDelta], meant: Mapping[str, LayerDelta], outcomes: Mapping[str, Outcome]
+) -> tuple[LayerReport, ...]:
+    def measured(name: str) -> LayerReport:
+        return _layer_report(name, before[name], meant[name], outcomes[name])
+
+    return tuple(report for _, report in in_parallel(measured, list(meant)))
 
 
 def _layer_report(name: str, before: LayerDelta, meant: LayerDelta, outcome: Outcome) -> LayerReport:

@@ -8,6 +8,7 @@ from krona_hub.adapter import Adapter, LayerDelta
 from krona_hub.errors import IntegrityError, KronaError
 from krona_hub.formats.files import read
 from krona_hub.formats.writing_plan import Plan, gathered
+from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.sums import relative_difference
 
 WORST = 1e-5  # relative: float32 products round at 1e-7, and no mistake in a name, an order or a scale is below 1e-3
@@ -34,9 +35,11 @@ def checked(plan: Plan, staged: Path) -> float:
 def _differences(plan: Plan, back: Adapter) -> list[tuple[float, str]]:
     """(difference, name): against the adapter itself, or against the tensors as cast, for half precision is meant."""
     if plan.dtype is None:
-        return [(difference(back.layers[x], delta), x) for x, delta in plan.adapter.layers.items()]
-    found = gathered(back.layers, plan.homes)
-    return [(difference(found[m.name], m.delta), m.name) for m in plan.modules]
+        pairs = [(x, back.layers[x], delta) for x, delta in plan.adapter.layers.items()]
+    else:
+        found = gathered(back.layers, plan.homes)
+        pairs = [(m.name, found[m.name], m.delta) for m in plan.modules]
+    return [(worst, pair[0]) for pair, worst in in_parallel(lambda pair: difference(*pair[1:]), pairs)]
 
 
 def difference(found: LayerDelta, meant: LayerDelta) -> float:

@@ -31,7 +31,7 @@ class WriteReport:
     notes: tuple[str, ...] = ()  # what the target could not hold, and what a reader of the file must know
 
     def __str__(self) -> str:
-        worst = f"worst relative difference {self.worst_difference:.0e}"
+        worst = f"worst relative difference {self.worst_difference:.0e}" if self.worst_difference else "no difference"
         return f"checked: {self.layers}/{self.layers} modules rebuilt, {worst}"
 
 
