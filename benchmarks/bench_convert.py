@@ -46,8 +46,8 @@ def write_lora(path: Path) -> int:
 def run(*arguments: str) -> tuple[float, float, dict]:
     """Seconds, peak GB and the JSON of one `krona` command."""
     code = (
-        "import resource, sys; from krona_hub.cli.main import run\n"
-        "try: run()\n"
+        "import resource, sys; from krona_hub.cli import start\n"
+        "try: start()\n"
         "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
     start = perf_counter()

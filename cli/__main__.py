@@ -1,6 +1,6 @@
 """`python -m krona_hub.cli`, the same as `krona`."""
 
-from krona_hub.cli.main import run
+from krona_hub.cli import start
 
 if __name__ == "__main__":
-    run()
+    start()

@@ -79,13 +79,13 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-def run() -> None:
-    """The entry point: run the command line of this process and exit with its status."""
+def run() -> int:
+    """Run the command line of this process; its exit status."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without ⊗ shows a question mark, and no error
     if instruction := os.environ.get(COMPLETE_VARIABLE):
-        sys.exit(shell_complete(cli, {}, "krona", COMPLETE_VARIABLE, instruction))
-    sys.exit(main(sys.argv[1:]))
+        return shell_complete(cli, {}, "krona", COMPLETE_VARIABLE, instruction)
+    return main(sys.argv[1:])
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -5,11 +5,9 @@ import math
 import os
 import pickle
 import re
-import signal
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 
 import pytest
@@ -168,26 +166,35 @@ def test_a_result_that_lost_too_much_is_refused(adapters, tmp_path, capsys):
     assert told.startswith("error KH140") and "--allow-loss" in told and not out.exists()
 
 
-def test_control_c_stops_without_a_half_written_file(adapters, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "krona_hub.cli",
-        "convert",
-        str(adapters / "lora.safetensors"),
-        "-o",
-        "out.safetensors",
-    ]
-    started = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+AT_THE_SYNC = """
+import os, signal
+from pathlib import Path
+from krona_hub.checkpoints import atomic
+def interrupted(*_):
+    assert list(Path.cwd().iterdir()), "the temporary file is there"
+    os.kill(os.getpid(), signal.SIGINT)
+os.fsync = interrupted
+"""
+AT_THE_IMPORTS = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "rich_click":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+"""
+
+
+@pytest.mark.parametrize("moment", [AT_THE_SYNC, AT_THE_IMPORTS], ids=["while writing", "while importing"])
+def test_control_c_stops_without_a_half_written_file(moment, adapters, tmp_path):
+    script = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
+        f"{moment}\n"
+        f"sys.argv[1:] = ['convert', {str(adapters / 'lora.safetensors')!r}, '-o', 'out.safetensors']\n"
+        "from krona_hub.cli import start\n"
+        "start()"
     )
-    time.sleep(1.5)  # past the start of Python, and well inside the import of torch
-    started.send_signal(signal.SIGINT)
-    _, err = started.communicate(timeout=30)
-    assert started.returncode == 130 and "stopped" in err and "Traceback" not in err
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130 and "stopped" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -13,8 +13,8 @@ class Guard:
         if name in {HEAVY!r}:
             raise RuntimeError("imports " + name)
 sys.meta_path.insert(0, Guard())
-from krona_hub.cli.main import run
-run()
+from krona_hub.cli import start
+start()
 """
 LIGHT = [
     "--help",
