@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 
+from common import report, sdxl_lora
 from safetensors.torch import save_file
 
-from benchmarks.common import report, sdxl_lora
 from krona_hub.bases import catalogue
 
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")

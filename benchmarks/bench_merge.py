@@ -1,0 +1,250 @@
+"""`krona_hub.merge` on a whole SDXL U-Net (5.1 GB of fp16, random numbers) against a plain copy, peft and LyCORIS.
+
+Every figure is taken in a process of its own, imports excluded, with the files in the page cache; the copies and the
+merges of one round run one after the other, and the ratio of their medians is what is reported. The copy is the
+fastest there is (`copy_file_range`) and both are synced to disk. `--small` takes a U-Net of 1.7 GB with fewer blocks
+(24 % of its bytes are attention instead of 37 %), `--rounds N` more rounds, `--folder DIR` another disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import report
+
+from krona_hub import Adapter, BaseModel, LayerDelta, write
+from krona_hub.bases import catalogue
+from krona_hub.kron.terms import KronTerms, as_lora
+
+CATALOGUE = Path(catalogue.__file__).parent / "catalogue" / "sdxl.unet.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
+RELATIVE = 0.02  # ‖ΔW‖ / ‖W‖, about
+TARGETS = {
+    "attention, 1 thread / copy": 1.4,
+    "attention, 2 threads / copy": 1.25,
+    "all linear, 1 thread / copy": 1.8,
+    "peft / krona": 2.5,
+    "lycoris / krona": 2.5,
+    "peak anonymous memory (MB)": 400,
+}
+
+COPY = """
+import os, sys, time
+start = time.perf_counter()
+source, target = os.open(sys.argv[1], os.O_RDONLY), os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+left = os.fstat(source).st_size
+while left:
+    left -= os.copy_file_range(source, target, left)
+os.fsync(target)
+print('{"seconds": %r}' % (time.perf_counter() - start))
+"""
+MERGE = """
+import json, re, sys, threading, time
+import torch
+from krona_hub import merge
+import krona_hub.formats.files, krona_hub.merging.tiles
+base, adapter, out, threads, options = *sys.argv[1:4], int(sys.argv[4]), json.loads(sys.argv[5])
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
+peak, done = anonymous(), False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.01)
+threading.Thread(target=watch, daemon=True).start()
+start = time.perf_counter()
+report = merge(base, [(adapter, 1.0)], out, threads=threads, overwrite=True, **options)
+seconds, done = time.perf_counter() - start, True
+print(json.dumps({"seconds": seconds, "anonymous_mb": peak}))
+"""
+PEFT = """
+import json, sys, time
+import torch
+from diffusers import UNet2DConditionModel
+from peft import PeftModel
+start = time.perf_counter()
+model = UNet2DConditionModel.from_pretrained(sys.argv[1], torch_dtype=torch.float16)
+model = PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload()
+model.save_pretrained(sys.argv[3])
+print(json.dumps({"seconds": time.perf_counter() - start}))
+"""
+LYCORIS = """
+import json, sys, time
+import torch
+from diffusers import UNet2DConditionModel
+from lycoris import create_lycoris_from_weights
+start = time.perf_counter()
+model = UNet2DConditionModel.from_pretrained(sys.argv[1], torch_dtype=torch.float16)
+network, _ = create_lycoris_from_weights(1.0, sys.argv[2], model)
+network.merge_to()
+model.save_pretrained(sys.argv[3])
+print(json.dumps({"seconds": time.perf_counter() - start}))
+"""
+
+
+def configuration(small: bool) -> dict[str, Any]:
+    config = json.loads(CATALOGUE.read_text())["config"]
+    if small:
+        config["transformer_layers_per_block"] = [1, 1, 2]
+    return {"_class_name": "UNet2DConditionModel", **config}
+
+
+def write_base(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The component folder with random fp16 weights; the (out, in) of its linear layers."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        model = UNet2DConditionModel.from_config(dict(config))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    write_random(folder / WEIGHTS, shapes)
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    return {
+        n.removesuffix(".weight"): s for n, s in shapes.items() if n.removesuffix(".weight") in linear and n[-1] == "t"
+    }
+
+
+def write_random(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A safetensors file of fp16 noise, never held in memory."""
+    header, reached = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [reached, reached := reached + 2 * prod(shape)]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    noise = (0.02 * torch.randn(1 << 25, generator=torch.Generator().manual_seed(0))).half().numpy().tobytes()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        while reached:
+            reached -= file.write(noise[:reached])
+
+
+def adapters(linear: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Adapter]]:
+    generator = torch.Generator().manual_seed(1)
+    attention = [n for n in linear if n.endswith(ATTENTION)]
+
+    def kron(out: int, in_: int) -> KronTerms:
+        a, b = torch.randn(1, 64, 8, generator=generator), torch.randn(1, out // 64, in_ // 8, generator=generator)
+        return KronTerms(a, RELATIVE * 0.02 * b)
+
+    def lora(out: int, in_: int) -> KronTerms:
+        up, down = torch.randn(out, 16, generator=generator), torch.randn(16, in_, generator=generator)
+        return as_lora(RELATIVE * 0.02 / 4 * up, down)
+
+    for name, layers, make in (
+        ("attention", attention, kron),
+        ("attention_lora", attention, lora),
+        ("linear", [n for n, (out, in_) in linear.items() if out % 64 == in_ % 8 == 0], kron),
+    ):
+        deltas = {f"unet.{n}": LayerDelta((make(*linear[n]),), linear[n]) for n in layers}
+        yield name, Adapter(deltas, base=BaseModel(family="sdxl"))
+
+
+def run(script: str, *arguments: str | Path) -> dict[str, float]:
+    """The figures that a script prints, run in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def round_of_merges(base: Path, folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """A copy, then each merge, one after the other; every output is deleted before the next."""
+    out = folder / "out.safetensors"
+    yield "copy", run(COPY, base / WEIGHTS, out)
+    for adapter in ("attention", "attention_lora", "linear"):
+        for threads in (1, 2):
+            out.unlink()
+            file = folder / f"{adapter}.safetensors"
+            yield f"{adapter} {threads}", run(MERGE, base / WEIGHTS, file, out, str(threads), '{"hash": false}')
+    out.unlink()
+
+
+def round_of_peers(base: Path, folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """The same attention adapters through krona, folder to folder, and through peft and LyCORIS."""
+    import shutil
+
+    for name, script, adapter in (
+        ("krona lora", MERGE, folder / "attention_lora.safetensors"),
+        ("peft lora", PEFT, folder / "peft-lora"),
+        ("krona lokr", MERGE, folder / "attention.safetensors"),
+        ("peft lokr", PEFT, folder / "peft-lokr"),
+        ("lycoris lokr", LYCORIS, folder / "attention.lycoris.safetensors"),
+    ):
+        more = ["2", '{"hash": false}'] if script is MERGE else []
+        yield name, run(script, base, adapter, folder / "merged", *more)
+        shutil.rmtree(folder / "merged")
+
+
+def medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, float]:
+    return {name: statistics.median(r[name]["seconds"] for r in rounds) for name in rounds[0]}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--small", action="store_true")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--folder")
+    options.add_argument("--no-peers", action="store_true")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        measure(Path(name), given)
+
+
+def measure(folder: Path, given: argparse.Namespace) -> None:
+    base = folder / "unet"
+    linear = write_base(base, configuration(given.small))
+    for name, adapter in adapters(linear):
+        write(adapter, folder / f"{name}.safetensors")
+        if name == "attention":
+            write(adapter, folder / "peft-lokr", format="peft-lokr", base="sdxl")
+            write(adapter, folder / "attention.lycoris.safetensors", format="lycoris-lokr", base="sdxl")
+        if name == "attention_lora":
+            write(adapter, folder / "peft-lora", format="peft-lora", base="sdxl")
+    rounds = [dict(round_of_merges(base, folder)) for _ in range(given.rounds)]
+    seconds = medians(rounds)
+    peers = medians([dict(round_of_peers(base, folder)) for _ in range(1)]) if not given.no_peers else {}
+    peak = max(figures.get("anonymous_mb", 0) for r in rounds for figures in r.values())
+    ratios = {
+        "attention, 1 thread / copy": seconds["attention 1"] / seconds["copy"],
+        "attention, 2 threads / copy": seconds["attention 2"] / seconds["copy"],
+        "attention LoRA, 1 thread / copy": seconds["attention_lora 1"] / seconds["copy"],
+        "attention LoRA, 2 threads / copy": seconds["attention_lora 2"] / seconds["copy"],
+        "all linear, 1 thread / copy": seconds["linear 1"] / seconds["copy"],
+        "all linear, 2 threads / copy": seconds["linear 2"] / seconds["copy"],
+    }
+    if peers:
+        ratios["peft / krona, LoRA"] = peers["peft lora"] / peers["krona lora"]
+        ratios["peft / krona, LoKr"] = peers["peft lokr"] / peers["krona lokr"]
+        ratios["lycoris / krona, LoKr"] = peers["lycoris lokr"] / peers["krona lokr"]
+    report(
+        "merge_small" if given.small else "merge",
+        {
+            "bytes": (base / WEIGHTS).stat().st_size,
+            "rounds": given.rounds,
+            "seconds": {k: round(v, 3) for k, v in (seconds | peers).items()},
+            "ratios": {k: round(v, 3) for k, v in ratios.items()},
+            "peak anonymous memory (MB)": round(peak),
+            "targets": TARGETS,
+            "free disk (GB)": round(os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize / 1e9),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
