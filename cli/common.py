@@ -19,16 +19,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import inf
 from types import MappingProxyType
 from typing import Any
 
 import click
 import rich_click
 
-from krona_hub.report import plain
+from krona_hub.bases.base import COMPONENTS
+from krona_hub.report import human_bytes, plain
 
 PIPED_WIDTH = 10_000  # columns: a pipe has no edge, so that names are never cut there
 PATIENCE = 2.0  # seconds before a progress bar appears
+BETWEEN = 0.1  # seconds between two drawings of it
 
 Function = Callable[..., Any]
 
@@ -117,7 +120,7 @@ base_option = click.option(
 component_option = click.option(
     "--component",
     metavar="NAME",
-    type=click.Choice(("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")),
+    type=click.Choice(COMPONENTS),
     help="The part of the base that the file belongs to, where the file does not say.",
 )
 from_option = click.option(
@@ -203,34 +206,45 @@ def _print(renderable: Any) -> None:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+def progress(label: str, *, in_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
     """A bar with the time left on stderr, for work that reports `(done, total)`; it appears after two seconds.
 
     with progress("layers") as step:
         for i, layer in enumerate(layers):
             step(i, len(layers))
+
+    With `in_bytes` the counts are bytes, and the bar tells the rate as well. Any thread may report.
     """
-    started, shown = time.monotonic(), False
+    started, shown = time.monotonic(), -inf
     wanted = sys.stderr.isatty() and not (asked_for("quiet") or asked_for("json"))
 
     def step(done: int, total: int) -> None:
         nonlocal shown
-        seconds = time.monotonic() - started
-        if wanted and done and seconds > PATIENCE:
-            shown = True
-            sys.stderr.write(f"\r\x1b[K{_bar(label, done, total, seconds)}")
+        now = time.monotonic()
+        if wanted and done and now - started > PATIENCE and now - shown > BETWEEN:
+            shown = now
+            counts = _byte_counts(done, total, now - started) if in_bytes else f"{done:,}/{total:,}"
+            sys.stderr.write(f"\r\x1b[K{_bar(label, done, total, now - started, counts)}")
             sys.stderr.flush()
 
     try:
         yield step
     finally:
-        if shown:
+        if shown > 0:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
 
-def _bar(label: str, done: int, total: int, seconds: float) -> str:
+def _bar(label: str, done: int, total: int, seconds: float, counts: str) -> str:
     """`layers ━━━━━━──────  120/560  0:14 left`."""
-    filled = 24 * done // max(total, 1)
-    left = round(seconds * (total - done) / done)
-    return f"{label} {'━' * filled}{'─' * (24 - filled)} {done:,}/{total:,}  {left // 60}:{left % 60:02} left"
+    filled = min(24, 24 * done // max(total, 1))
+    left = round(seconds * max(total - done, 0) / done)
+    return f"{label} {'━' * filled}{'─' * (24 - filled)} {counts}  {left // 60}:{left % 60:02} left"
+
+
+def _byte_counts(done: int, total: int, seconds: float) -> str:
+    """
+    >>> _byte_counts(1_200_000_000, 5_100_000_000, 1.5)
+    '1.2 GB of 5.1 GB  800.0 MB/s'
+    """
+    return f"{human_bytes(done)} of {human_bytes(total)}  {human_bytes(round(done / seconds))}/s"

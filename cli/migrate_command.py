@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import click
 
-from krona_hub.cli.common import emit, file_argument, krona_command, output_option, overwrite_option, show_text
+from krona_hub.cli.common import (
+    dry_run_option,
+    emit,
+    file_argument,
+    krona_command,
+    output_option,
+    overwrite_option,
+    say,
+    show_text,
+)
 from krona_hub.schema.migrate import Migration, migrate_file
 
 
@@ -13,15 +22,18 @@ from krona_hub.schema.migrate import Migration, migrate_file
 @click.option("--to", metavar="X.Y", required=True, help="The schema version to write.")
 @output_option
 @overwrite_option
-def command(file: str, to: str, out: str | None, overwrite: bool) -> None:
+@dry_run_option
+def command(file: str, to: str, out: str | None, overwrite: bool, dry_run: bool) -> None:
     """Rewrite a native krona file in another version of its schema, older or newer.
 
     Only the header changes: tensors are copied byte by byte. Without -o the new file is called
     NAME.schema-X.Y.safetensors and lies beside the old one, which stays as it is.
     """
-    done = migrate_file(file, to, out, overwrite=overwrite)
-    emit(_document(done), lambda: show_text(f"{done.path}: schema {done.start} -> {done.to}"))
+    done = migrate_file(file, to, out, overwrite=overwrite, dry_run=dry_run)
+    emit(_document(done, dry_run), lambda: show_text(f"{done.path}: schema {done.start} -> {done.to}"))
+    if dry_run:
+        say("dry run: nothing was written.")
 
 
-def _document(done: Migration) -> dict[str, str]:
-    return {"path": str(done.path), "from": str(done.start), "to": str(done.to)}
+def _document(done: Migration, dry_run: bool) -> dict[str, object]:
+    return {"path": str(done.path), "from": str(done.start), "to": str(done.to), "written": not dry_run}

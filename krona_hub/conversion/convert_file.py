@@ -1,40 +1,45 @@
-"""`convert`: read, choose, transform, measure, refuse or write."""
+"""`convert`: what is asked for, checked before any file is read. Torch-free until then."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from krona_hub.adapter import Adapter, LayerDelta
-from krona_hub.conversion.dora import bake_dora
-from krona_hub.conversion.forms import is_lora, size_of, words_of
-from krona_hub.conversion.layers import Outcome, apply_way, check_kind, lora_error_within
-from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, LayerReport
-from krona_hub.conversion.target import Target, choose_target, default_out, default_way
-from krona_hub.conversion.ways import Keep, MaxError, Way, choose_way
-from krona_hub.errors import InexpressibleError, LossyError, UsageError
-from krona_hub.formats.encode import cast
-from krona_hub.formats.files import read
-from krona_hub.formats.writing import write
-from krona_hub.kron.parallel import in_parallel
-from krona_hub.kron.sums import norm, relative_difference
-from krona_hub.kron.tolora import nearest_lora
+from krona_hub.checkpoints.atomic import check_output
+from krona_hub.conversion.naming import FOLDERS, dtype_named, format_named
+from krona_hub.conversion.report import ConversionReport
+from krona_hub.conversion.ways import Way, choose_way
+from krona_hub.errors import UsageError
+from krona_hub.formats.tools import tool_named
 from krona_hub.sources import resolve
 
+if TYPE_CHECKING:
+    import torch
+
 Progress = Callable[[int, int], None]  # layers done, layers in all
-DTYPES = {
-    name: dtype
-    for dtype, names in {
-        torch.float32: ("fp32", "float32", "f32"),
-        torch.float16: ("fp16", "float16", "f16"),
-        torch.bfloat16: ("bf16", "bfloat16"),
-        torch.float64: ("fp64", "float64", "f64"),
-    }.items()
-    for name in names
-}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversion that was asked for, with options that make sense together."""
+
+    source: str  # as the caller named it
+    path: Path
+    out: Path | None
+    way: Way | None
+    to: str | None  # a name of FORMATS
+    tool: str | None
+    base: str | Path | None
+    from_format: str | None
+    component: str | None
+    dtype: str | None  # as torch calls it
+    allow_loss: bool
+    allow_missing: bool
+    overwrite: bool
+    split_qkv: bool
+    dry_run: bool
 
 
 def convert(
@@ -71,7 +76,7 @@ def convert(
     Raises LossyError where the total relative error exceeds 0.5 (unless `allow_loss`), InexpressibleError
     where the target cannot hold a delta, and what `read` and `write` raise; then nothing is written.
     """
-    asked = choose_way(
+    way = choose_way(
         shape=shape,
         terms=terms,
         shape_fallback=shape_fallback,
@@ -80,147 +85,32 @@ def convert(
         exact=exact,
         rank=rank,
     )
-    stored = parse_dtype(dtype)
-    path = resolve(source)
-    adapter = read(path, base=base, format=from_format, component=component, allow_missing=allow_missing)
-    target = choose_target(adapter, to=to, tool=tool, way=asked)
-    way = asked if asked is not None else default_way(adapter, target)
-    check_kind(way, target.to_lora, list(adapter.layers))
-    baked = bake_dora(adapter, target, way, base)
-    meant = dict(adapter.layers) | baked  # what the result is measured against
-    kept = {} if asked else {n: d for n, d in adapter.layers.items() if n not in baked and _kept(d, way, target)}
-    changed = {name: delta for name, delta in meant.items() if name not in kept}
-    outcomes = {name: Outcome(delta) for name, delta in kept.items()}
-    if changed:
-        outcomes |= apply_way(changed, MaxError() if isinstance(way, Keep) else way, target, progress)
-    target = target.for_result(o.delta for o in outcomes.values())
-    outcomes = {name: replace(o, delta=cast(o.delta, stored)) for name, o in outcomes.items()}
-
-    report = ConversionReport(
+    if to is not None and tool is not None:
+        raise UsageError("--to and --for exclude each other.", fix="--for chooses the format itself.")
+    request = Request(
         source=str(source),
-        source_format=adapter.provenance.source_format or "",
-        target_format=target.format,
-        tool=tool,
-        out=Path(out) if out is not None else default_out(path, target.format),
-        layers=_layer_reports(adapter.layers, meant, outcomes),
-        notes=_dora_note(baked),
-    )
-    if report.relative_error > REFUSED_ABOVE and not allow_loss:
-        raise _too_lossy(report, meant)
-    _check_expressible(target, outcomes)
-    if dry_run:
-        return report
-    written = write(
-        _converted(adapter, outcomes, report, way),
-        report.out,
-        format=target.format,
+        path=resolve(source),
+        out=None if out is None else Path(out),
+        way=way,
+        to=None if to is None else format_named(to),
+        tool=None if tool is None else tool_named(tool).name,
         base=base,
-        tool=tool,
-        dtype=stored,
+        from_format=from_format,
+        component=component,
+        dtype=None if dtype is None else dtype_named(str(dtype).removeprefix("torch.")),
+        allow_loss=allow_loss,
+        allow_missing=allow_missing,
         overwrite=overwrite,
         split_qkv=split_qkv,
+        dry_run=dry_run,
     )
-    return replace(
-        report, checked=str(written), written=True, files=written.files, notes=(*report.notes, *written.notes)
-    )
+    _check_place(request)
+    from krona_hub.conversion.carry_out import carry_out
+
+    return carry_out(request, progress)
 
 
-def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """`fp16` and its other names as a torch dtype. Raises UsageError for anything adapters are not stored in."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype.lower() not in DTYPES:
-        raise UsageError(f"{dtype!r} is no dtype of adapters.", fix="Choose fp32, fp16, bf16 or fp64.")
-    return DTYPES[dtype.lower()]
-
-
-def _kept(delta: LayerDelta, way: Way, target: Target) -> bool:
-    """Without a way, a layer that is already of the target's kind is not touched."""
-    return isinstance(way, Keep) or is_lora(delta) == target.to_lora
-
-
-def _dora_note(baked: Mapping[str, LayerDelta]) -> tuple[str, ...]:
-    if not baked:
-        return ()
-    return (f"{len(baked)} DoRA layers merged with the base weights into plain deltas: equal at strength 1 only",)
-
-
-def _layer_reports(
-    before: Mapping[str, LayerDelta], meant: Mapping[str, LayerDelta], outcomes: Mapping[str, Outcome]
-) -> tuple[LayerReport, ...]:
-    def measured(name: str) -> LayerReport:
-        return _layer_report(name, before[name], meant[name], outcomes[name])
-
-    return tuple(report for _, report in in_parallel(measured, list(meant)))
-
-
-def _layer_report(name: str, before: LayerDelta, meant: LayerDelta, outcome: Outcome) -> LayerReport:
-    """`before` is what the file holds, `meant` the delta it stands for: they differ where a DoRA was merged."""
-    (p0, b0), (p1, b1) = size_of(before), size_of(outcome.delta)
-    unchanged = outcome.delta.sums == meant.sums
-    return LayerReport(
-        layer=name,
-        before=words_of(before),
-        after=words_of(outcome.delta),
-        parameters_before=p0,
-        parameters_after=p1,
-        bytes_before=b0,
-        bytes_after=b1,
-        relative_error=0.0 if unchanged else relative_difference(outcome.delta.sums, meant.sums),
-        norm=norm(meant.sums),
-        note=outcome.note,
-        best_other=outcome.best_other,
-    )
-
-
-def _converted(adapter: Adapter, outcomes: Mapping[str, Outcome], report: ConversionReport, way: Way) -> Adapter:
-    """The adapter to write, with what was measured in its provenance."""
-    errors = {x.layer: x.relative_error for x in report.layers if x.relative_error > 0}
-    provenance = replace(
-        adapter.provenance,
-        method=None if isinstance(way, Keep) else str(way),
-        relative_error=report.relative_error if errors else None,
-        layer_errors=errors,
-    )
-    return replace(adapter, layers={name: o.delta for name, o in outcomes.items()}, provenance=provenance)
-
-
-def _check_expressible(target: Target, outcomes: Mapping[str, Outcome]) -> None:
-    """Raise InexpressibleError, with what can be had instead and its error, where the target cannot hold a layer."""
-    refusals = target.refusals({name: o.delta for name, o in outcomes.items()})
-    if not refusals:
-        return
-    name, why = next(iter(refusals.items()))
-    where = f"{target.format} for {target.tool}" if target.tool else target.format
-    raise InexpressibleError(
-        f"{len(refusals)} of {len(outcomes)} layers cannot be written as {where}; the first is {name}: {why}.",
-        fix=_offer(target, outcomes[name].delta),
-    )
-
-
-def _offer(target: Target, delta: LayerDelta) -> str:
-    """The nearest things that can be had, measured on the layer that was refused."""
-    if delta.magnitude is not None:
-        return "Give the base weights with --base, and the DoRA is merged into a plain delta; or use --to krona."
-    fit = nearest_lora(delta.sums, max_error=0.0)
-    rank = fit.up.shape[1]
-    if target.to_lora:
-        return (
-            f"Add --exact for a LoRA equal to it (rank {rank} here), or --max-error 0.05 or --rank R for a smaller one."
-        )
-    return (
-        f"Give --max-error 0.05 or --shape a1xa2 to fit one term, --to lora --exact for an equal LoRA (rank {rank} "
-        "here), or --to krona, which holds any sum."
-    )
-
-
-def _too_lossy(report: ConversionReport, layers: Mapping[str, LayerDelta]) -> LossyError:
-    """The refusal, with what else could be had, measured."""
-    size = report.parameters_after
-    return LossyError(
-        f"the result would be {report.relative_error:.1%} error, with {report.energy_kept:.1%} of the delta's energy "
-        "kept; nothing was written.",
-        fix=f"A LoRA of the same {size:,} parameters has {lora_error_within(layers, size):.1%} error (--to lora "
-        f"--budget {size}); --exact keeps everything in {report.parameters_before:,} parameters; --max-error 0.05 "
-        "finds the smallest form within 5 % per layer; --allow-loss writes this one anyway.",
-    )
+def _check_place(request: Request) -> None:
+    """Raise now what writing would raise in the end, where the output is known to be a file."""
+    if request.out is not None and request.tool is None and request.to not in FOLDERS and not request.dry_run:
+        check_output(request.out, overwrite=request.overwrite)

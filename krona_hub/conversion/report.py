@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
+from typing import Protocol
 
 REFUSED_ABOVE = 0.5  # total relative error
 
@@ -96,7 +97,18 @@ VERDICTS = (  # relative error up to which the words hold
 )
 
 
-def verdict(report: ConversionReport) -> str:
+class Measured(Protocol):
+    """A report with an error and two sizes."""
+
+    @property
+    def relative_error(self) -> float: ...
+    @property
+    def parameters_before(self) -> int: ...
+    @property
+    def parameters_after(self) -> int: ...
+
+
+def verdict(report: Measured) -> str:
     """The result in one or two sentences: how true it is, and what it costs."""
     words = next(words for limit, words in VERDICTS if report.relative_error <= limit)
     before, after = report.parameters_before, report.parameters_after

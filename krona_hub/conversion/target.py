@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from krona_hub.adapter import Adapter, LayerDelta
 from krona_hub.conversion.forms import is_lora
+from krona_hub.conversion.naming import format_named
 from krona_hub.conversion.ways import DEFAULT_MAX_ERROR, Exact, Keep, MaxError, Way
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.formats.encode import why_not
 from krona_hub.formats.forms import LOW_RANK
-from krona_hub.formats.registry import by_name
 from krona_hub.formats.tools import loads_form, target_for, tool_named
 from krona_hub.kron.shapes import KronShape, peft_factors
 
-ALIASES = {"lora": "kohya-lora", "lokr": "lycoris-lokr", "native": "krona"}
-FOLDERS = ("peft-lora", "peft-lokr")  # formats that are a folder of files
 ONE_FACTOR = ("peft-lokr", "diffusers-lokr")  # one decompose_factor must give the shapes of every layer
 PEFT_FACTORS = (-1, 1, 2, 4, 8, 16, 32, 64)
 
@@ -97,28 +94,7 @@ def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, way: Wa
     return Target(wanted.format, known.name)
 
 
-def format_named(name: str) -> str:
-    """The name of a format that can be written, aliases resolved. Raises UsageError with the nearest name."""
-    spoke = by_name(ALIASES.get(name, name))
-    if not hasattr(spoke, "write"):
-        raise UsageError(
-            f"{spoke.NAME} can be read but not written.", fix="Choose another --to; `krona formats` lists them."
-        )
-    return str(spoke.NAME)
-
-
 def default_way(adapter: Adapter, target: Target) -> Way:
     """Without a way nothing changes within a kind or for a tool; into the other kind, the smallest within 5 %."""
     kinds = {is_lora(delta) for delta in adapter.layers.values()}
     return Keep() if target.tool is not None or kinds == {target.to_lora} else MaxError()
-
-
-def default_out(source: Path, format_name: str) -> Path:
-    """`<stem>.<format>.safetensors` beside the source; a folder without the suffix for PEFT.
-
-    >>> str(default_out(Path("a/style.safetensors"), "kohya-lora"))
-    'a/style.kohya-lora.safetensors'
-    """
-    stem = source.name.removesuffix(".safetensors")
-    suffix = "" if format_name in FOLDERS else ".safetensors"
-    return source.with_name(f"{stem}.{format_name}{suffix}")

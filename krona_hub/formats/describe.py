@@ -36,7 +36,7 @@ class ModuleInfo:
     alpha: float | None
     scale: float
     dora_axis: Literal["out", "in"] | None
-    parameters: int  # of the file's own tensors, alpha not counted
+    parameters: int  # of the file's own tensors; alpha and the constant [[1]] of a LoRA are not counted
     bytes: int
     dtypes: tuple[str, ...]
 
@@ -202,7 +202,7 @@ def _native(file: AdapterFile) -> Description:
 
 
 def _native_module(name: str, layer: layout.Layer, header: Header) -> ModuleInfo:
-    names = [n for s in layer.sums for factor in (s.left, s.right) for n in factor.names]
+    names = [n for s in layer.sums for n in _learned(s)]
     infos = [header.tensors[n] for n in names + ([layer.magnitude] if layer.magnitude else [])]
     return ModuleInfo(
         name=name,
@@ -218,6 +218,12 @@ def _native_module(name: str, layer: layout.Layer, header: Header) -> ModuleInfo
         bytes=sum(info.nbytes for info in infos),
         dtypes=dtypes_of(infos),
     )
+
+
+def _learned(s: layout.Sum) -> tuple[str, ...]:
+    """The tensors of a sum that count; the constant A = [[1]] of a LoRA is as little a parameter as alpha is."""
+    is_lora = s.shape[:2] == (1, 1) and len(s.right.names) > 1
+    return s.right.names if is_lora else (*s.left.names, *s.right.names)
 
 
 def _native_sum(s: layout.Sum, header: Header) -> SumForm:

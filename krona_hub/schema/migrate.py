@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from krona_hub.checkpoints import strict_json
+from krona_hub.checkpoints.atomic import check_output
 from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.writer import copied, write_stored
@@ -118,12 +119,18 @@ def route(start: Version, end: Version, steps: Steps = STEPS) -> list[Step]:
 
 
 def migrate_file(
-    path: Path | str, to: str, out: Path | str | None = None, *, overwrite: bool = False, steps: Steps = STEPS
+    path: Path | str,
+    to: str,
+    out: Path | str | None = None,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    steps: Steps = STEPS,
 ) -> Migration:
     """Write the native file `path` in schema version `to`; its tensors are copied byte by byte.
 
-    Without `out` the new file lies beside the old one and is called `<stem>.schema-<to>.safetensors`. Raises what
-    `read_header`, `migrate` and `atomic_file` raise.
+    Without `out` the new file lies beside the old one and is called `<stem>.schema-<to>.safetensors`. With `dry_run`
+    everything is checked and nothing written. Raises what `read_header`, `migrate` and `atomic_file` raise.
     """
     header = read_header(path)
     try:
@@ -131,7 +138,10 @@ def migrate_file(
     except (SchemaError, UnrecognisedError) as error:
         raise error.within(str(path)) from None
     target = header.path.with_name(f"{header.path.stem}.schema-{to}.safetensors") if out is None else Path(out)
-    write_stored(target, copied(header), metadata, overwrite=overwrite)
+    if dry_run:
+        check_output(target, overwrite=overwrite)
+    else:
+        write_stored(target, copied(header), metadata, overwrite=overwrite)
     return Migration(target, version_of(header.metadata), version_of(metadata))
 
 

@@ -78,3 +78,11 @@ def test_only_the_header_of_a_huge_file_is_read(tmp_path, capsys):
         file.truncate(8 + len(header) + end)  # 2.6 GB of hole
     about = inspected(capsys, path, "--base", "sd15")
     assert about["parameters"] == 2 * 320 * rank and about["bytes"] > 2_500_000_000
+
+
+def test_a_lora_counts_the_same_in_inspect_and_in_the_report_of_its_conversion(lora, tmp_path, capsys):
+    native = tmp_path / "native.safetensors"
+    assert main(["convert", str(lora), "--exact", "-o", str(native), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    about = inspected(capsys, native)
+    assert about["parameters"] == report["parameters_after"], "the constant [[1]] of a LoRA is no parameter"

@@ -41,6 +41,25 @@ def test_a_light_command_imports_no_heavy_library(line, adapters):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+MISTAKES = {  # what is wrong with a command line is told before torch is imported -> the error
+    "convert lora.safetensors --exact --rank 4": "KH101",
+    "convert lora.safetensors --terms 4": "KH101",
+    "convert lora.safetensors --to lor": "KH101",
+    "convert lora.safetensors --for nothing": "KH101",
+    "convert lora.safetensors --to lora --for comfyui": "KH101",
+    "convert lora.safetensors --dtype int8": "KH101",
+    "convert nothing.safetensors": "KH190",
+    "convert lora.safetensors -o lokr.safetensors": "KH170",
+    "convert lora.safetensors -o no/where.safetensors": "KH190",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_told_before_anything_heavy_is_imported(line, adapters):
+    done = run_guarded(line, adapters)
+    assert f"error {MISTAKES[line]}: " in done.stderr, done.stderr
+
+
 def test_the_guard_itself_works(adapters):
     done = run_guarded("convert lora.safetensors --dry-run", adapters)
     assert done.returncode == 1 and "imports torch" in done.stderr

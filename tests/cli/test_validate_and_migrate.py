@@ -109,7 +109,23 @@ def test_migrate_writes_beside_and_refuses_what_it_must(tmp_path, capsys):
         assert main(["migrate", str(path), *options]) == status, options
         assert f"error {code}: " in capsys.readouterr().err
     assert main(["migrate", str(path), "--to", "1.0", "--overwrite", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"path": str(target), "from": "1.0", "to": "1.0"}
+    assert json.loads(capsys.readouterr().out) == {
+        "path": str(target),
+        "from": "1.0",
+        "to": "1.0",
+        "written": True,
+    }
+
+
+def test_a_dry_run_of_migrate_checks_everything_and_writes_nothing(tmp_path, capsys):
+    path = native(tmp_path / "x.safetensors")
+    assert main(["migrate", str(path), "--to", "1.0", "--dry-run"]) == 0
+    told = capsys.readouterr()
+    assert "schema 1.0 -> 1.0" in told.out and "nothing was written" in told.err
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    (tmp_path / "x.schema-1.0.safetensors").touch()
+    assert main(["migrate", str(path), "--to", "1.0", "--dry-run"]) == 5
+    assert main(["migrate", str(path), "--to", "2.0", "--dry-run"]) == 2
 
 
 def test_migrate_says_what_a_file_of_another_format_is(tmp_path, capsys):

@@ -1,0 +1,7 @@
+"""One adapter from several: exactly, by concatenation, and on request smaller, with a measured error."""
+
+from krona_hub.combining.combine_files import combine
+from krona_hub.combining.report import CombineReport, Part
+from krona_hub.combining.weighted import weighted_sum
+
+__all__ = ["CombineReport", "Part", "combine", "weighted_sum"]
