@@ -2,9 +2,9 @@
 
     python -m scripts.make_docs
 
-In README.md a block is a fence under a comment. `<!-- run: krona inspect lora.safetensors -->` is filled with what
-that command prints in a folder with the files of `scripts/example_files.py`, `<!-- table: loads-in -->` with a table. A test makes all
-pages again and compares them.
+In README.md and docs/merging.md a block is a fence under a comment. `<!-- run: krona inspect lora.safetensors -->` is
+filled with what that command prints in a folder with the files of `scripts/example_files.py`, `<!-- table: loads-in -->`
+with a table. A test makes all pages again and compares them.
 """
 
 from __future__ import annotations
