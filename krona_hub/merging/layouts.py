@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class Layout:
     def terms(self) -> int:
         return self.outer.shape[0]
 
-    @property
+    @cached_property
     def sizes(self) -> Sizes:
         (_, p, first), (_, q, second) = self.outer.shape, self.inner.shape
         return Sizes(p, q, second, first) if self.crossed else Sizes(p, q, first, second)
@@ -50,7 +51,7 @@ class Layout:
     @property
     def is_zero(self) -> bool:
         """Whether a factor is zero as a whole: then nothing is added, and the base keeps its bits."""
-        return not all(bool((t != 0).any()) for t in (*factor_tensors(self.outer), *factor_tensors(self.inner)))
+        return not all(bool(t.any()) for t in (*factor_tensors(self.outer), *factor_tensors(self.inner)))
 
     def scaled(self, weight: float) -> Layout:
         """weight · ΔW. The weight goes into the smallest tensor, which becomes float64."""
@@ -113,7 +114,10 @@ def _columns(stack: Tensor) -> Tensor:
 
 
 def _summed(stack: Tensor, vectors: Callable[[Tensor], Tensor]) -> Tensor:
-    """V·Vᵀ with V = vectors(stack), a few rows of the stack in float64 at a time."""
-    step = max(1, BLOCK // max(1, len(stack) * stack.shape[2]))
-    parts = (vectors(stack[:, i : i + step].double()) for i in range(0, stack.shape[1], step))
-    return sum((v @ v.mT for v in parts), torch.zeros((), dtype=torch.float64))
+    """V·Vᵀ with V = vectors(stack): in float64, or a few rows at a time in float32 where the stack is large."""
+    if stack.numel() <= BLOCK:
+        v = vectors(stack.double())
+        return v @ v.mT
+    step = max(1, BLOCK // (stack.shape[0] * stack.shape[2]))
+    parts = (vectors(stack[:, i : i + step].float()) for i in range(0, stack.shape[1], step))
+    return sum(((v @ v.mT).double() for v in parts), torch.zeros((), dtype=torch.float64))

@@ -51,8 +51,9 @@ class Addition:
     def add_to(self, tile: Tensor, first: int) -> None:
         """tile (rows, columns) += rows first, first + 1, … of w·ΔW; of ΔW, without w, where it is DoRA."""
         for way, block in self._ways:
-            for start, p, q in _pieces(first, first + len(tile), block):
-                way.add(tile[start : start + len(p) * len(q)], p, q)
+            for start, p, q in _pieces(first, first + tile.shape[0], block):
+                rows = len(p) * len(q)
+                way.add(tile if rows == tile.shape[0] else tile.narrow(0, start, rows), p, q)
 
 
 def _pieces(first: int, last: int, block: int) -> Iterator[tuple[int, range, range]]:
@@ -77,6 +78,14 @@ class Part(NamedTuple):
     rows: range  # of the stored tensor
     first: int  # row of the layer (as it is stored) that the first of them is
     addition: Addition
+
+    def row(self, stored: int) -> int:
+        """The row of the layer that a stored row is."""
+        return self.first + stored - self.rows.start
+
+    def add_to(self, tile: Tensor, start: int) -> None:
+        """Add to a tile (rows, columns), whose first is the stored row `start`."""
+        self.addition.add_to(tile, self.row(start))
 
 
 class Segment(NamedTuple):

@@ -23,6 +23,7 @@ def scratch(use: str, numel: int, dtype: torch.dtype) -> Tensor:
     True
     """
     held, key = _buffers.held, (use, dtype)
-    if key not in held or held[key].numel() < numel:
-        held[key] = torch.empty(numel, dtype=dtype)
-    return held[key][:numel]
+    found = held.get(key)
+    if found is None or found.numel() < numel:
+        found = held[key] = torch.empty(numel, dtype=dtype)
+    return found if found.numel() == numel else found.narrow(0, 0, numel)

@@ -15,7 +15,7 @@ from torch import Tensor
 from krona_hub.errors import NonFiniteError
 from krona_hub.kron.parallel import one_thread
 from krona_hub.merging.dora import Dora
-from krona_hub.merging.patches import Addition, Patch, Segment, additions, parts_of, segments
+from krona_hub.merging.patches import Addition, Part, Patch, Segment, additions, parts_of, segments
 from krona_hub.merging.rounding import NEAREST, WIDE, Rounding, Survival, rounder
 from krona_hub.merging.scratch import scratch
 from krona_hub.merging.ways import TILE
@@ -45,115 +45,118 @@ def merge_tensor(
         return _Merge(weight, patches, out_dtype, rounding, name).run(sink)
 
 
+class _Desk:
+    """What a thread works on for a tile of so many rows. Views cost as much as some thousand additions: made once."""
+
+    def __init__(self, height: int, columns: int, wide: torch.dtype, out: torch.dtype) -> None:
+        numel = height * columns
+        self.sums, self.delta = scratch("sums", numel, wide), scratch("delta", numel, wide)
+        self.sum_rows, self.delta_rows = self.sums.view(height, columns), self.delta.view(height, columns)
+        self.out = scratch("out", numel, out)
+
+
 class _Merge:
     """One tensor on its way through the tiles."""
 
     def __init__(
         self, weight: Tensor, patches: Sequence[Patch], out_dtype: torch.dtype, rounding: Rounding, name: str
     ) -> None:
-        height = len(weight) if weight.ndim else 1
-        self._base = weight.detach().reshape(height, -1)  # a view, of what a file holds
-        self._columns = self._base.shape[1]
+        self._height = len(weight) if weight.ndim else 1
+        self._base = weight.detach().reshape(-1)  # a view of what a file holds
+        self._columns = len(self._base) // self._height
         self._out_dtype, self._name = out_dtype, name
         self._wide = torch.float64 if rounding.exact or weight.dtype == torch.float64 else torch.float32
         self._round = rounder(rounding, self._wide, out_dtype, name)
-        self._additions = additions(patches, (height, self._columns), self._wide, name)
-        self._segments = segments(self._additions, height, name)
+        self._additions = additions(patches, (self._height, self._columns), self._wide, name)
+        self._segments = segments(self._additions, self._height, name)
         self._doras: dict[Addition, Dora] = {}
+        self._desks: dict[int, _Desk] = {}
         self._direct = out_dtype not in WIDE and all(
             len(s.parts) < 2 and all(p.addition.one_rounding for p in s.parts) for s in self._segments
         )
 
     def run(self, sink: Sink) -> Survival:
         self._doras = {a: self._observed(a) for a in self._additions if a.patch.delta.magnitude is not None}
-        survival = Survival(sum(a.squared_norm() for a in self._additions) if self._direct else 0.0)
+        wanted = sum(a.squared_norm() for a in self._additions) if self._direct else 0.0
+        lost = 0.0
         for segment in self._segments:
             for rows in _tiles(segment, self._columns):
-                tile, here = self._tile(segment, rows)
-                sink(rows.start * self._columns, tile)
-                survival += here
-        return survival
+                out, added, missing = self._tile(segment, rows)
+                sink(rows.start * self._columns, out)
+                wanted, lost = wanted + added, lost + missing
+        return Survival(wanted, lost)
 
     # ── one tile ─────────────────────────────────────────────────────────────────────────────────
 
-    def _tile(self, segment: Segment, rows: range) -> tuple[Tensor, Survival]:
-        """The rows as they are stored, flat, and what rounding cost them (in a direct merge, `lost` alone)."""
+    def _tile(self, segment: Segment, rows: range) -> tuple[Tensor, float, float]:
+        """The rows as they are stored, flat; ‖w·ΔW‖² here, 0 where it is known for the whole; what rounding cost."""
+        stored = self._base.narrow(0, rows.start * self._columns, len(rows) * self._columns)
         if not segment.parts:
-            return self._untouched(rows), Survival()
+            return self._untouched(stored), 0.0, 0.0
         if self._direct:
-            return self._added_to_base(segment, rows)
-        return self._added_as_a_whole(segment, rows)
+            return self._added_to_base(segment.parts[0], rows, stored)
+        return self._added_as_a_whole(segment, rows, stored)
 
-    def _untouched(self, rows: range) -> Tensor:
-        stored = self._base[rows.start : rows.stop].reshape(-1)
+    def _untouched(self, stored: Tensor) -> Tensor:
         if stored.dtype == self._out_dtype:
             return stored
-        sums = self._widened(rows)
-        out = self._rounded(sums)
-        self._check_finite(out, rows)
-        return out
+        desk = self._desk(stored.numel() // self._columns)
+        self._round(desk.sums.copy_(stored), desk.out)
+        self._check_finite(stored, desk.out)
+        return desk.out
 
-    def _added_to_base(self, segment: Segment, rows: range) -> tuple[Tensor, Survival]:
-        sums = self._widened(rows)
-        (part,) = segment.parts
-        part.addition.add_to(sums.view(len(rows), -1), part.first + rows.start - part.rows.start)
-        out = self._rounded(sums)
-        lost = self._buffer("delta", rows).copy_(out).sub_(sums)
-        return out, Survival(0.0, self._squared(lost, out, rows))
+    def _added_to_base(self, part: Part, rows: range, stored: Tensor) -> tuple[Tensor, float, float]:
+        desk = self._desk(len(rows))
+        desk.sums.copy_(stored)
+        part.add_to(desk.sum_rows, rows.start)
+        self._round(desk.sums, desk.out)
+        lost = desk.delta.copy_(desk.out).sub_(desk.sums)
+        return desk.out, 0.0, self._squared(lost, stored, desk.out)
 
-    def _added_as_a_whole(self, segment: Segment, rows: range) -> tuple[Tensor, Survival]:
-        sums = self._widened(rows)
-        delta = self._delta(segment, rows, sums)
-        wanted = float(torch.dot(delta, delta))
+    def _added_as_a_whole(self, segment: Segment, rows: range, stored: Tensor) -> tuple[Tensor, float, float]:
+        desk = self._desk(len(rows))
+        desk.sums.copy_(stored)
+        self._form_delta(segment, rows, desk)
+        wanted = torch.dot(desk.delta, desk.delta).item()
         if self._out_dtype in WIDE:
-            out, lost = self._sum_of_equals(sums, delta)
+            self._add_equals(desk, stored)
         else:
-            out = self._rounded(sums.add_(delta))
-            lost = delta.copy_(out).sub_(sums)
-        return out, Survival(wanted, self._squared(lost, out, rows))
+            self._round(desk.sums.add_(desk.delta), desk.out)
+            desk.delta.copy_(desk.out).sub_(desk.sums)
+        return desk.out, wanted, self._squared(desk.delta, stored, desk.out)
 
-    def _delta(self, segment: Segment, rows: range, base: Tensor) -> Tensor:
-        """Σ w·ΔW of these rows, flat. DoRA first: it scales what is there."""
-        delta = self._buffer("delta", rows).zero_()
-        tile, wide_base = delta.view(len(rows), -1), base.view(len(rows), -1)
+    def _form_delta(self, segment: Segment, rows: range, desk: _Desk) -> None:
+        """Σ w·ΔW of these rows, where the desk's sums still are the base. DoRA first: it scales what is there."""
+        desk.delta.zero_()
         for part in sorted(segment.parts, key=lambda p: p.addition not in self._doras):
-            first = part.first + rows.start - part.rows.start
-            part.addition.add_to(tile, first)
+            part.add_to(desk.delta_rows, rows.start)
             if part.addition in self._doras:
-                self._doras[part.addition].scale(tile, wide_base, first)
-        return delta
+                self._doras[part.addition].scale(desk.delta_rows, desk.sum_rows, part.row(rows.start))
 
-    def _sum_of_equals(self, base: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def _add_equals(self, desk: _Desk, stored: Tensor) -> None:
         """Sum and loss, where the stored type is as wide as the sums: (W′ − W) − ΔW, which is nearly exact."""
-        sums = torch.add(base, delta, out=scratch("sums", len(base), base.dtype))
-        out = self._rounded(sums)
-        lost = delta.sub_(sums.copy_(out).sub_(base))
-        return out, lost
+        self._round(desk.sums.add_(desk.delta), desk.out)
+        base = scratch("base", stored.numel(), self._wide).copy_(stored)
+        desk.delta.sub_(desk.sums.copy_(desk.out).sub_(base))
 
-    def _widened(self, rows: range) -> Tensor:
-        return self._buffer("base", rows).copy_(self._base[rows.start : rows.stop].reshape(-1))
-
-    def _rounded(self, sums: Tensor) -> Tensor:
-        out = scratch("out", len(sums), self._out_dtype)
-        self._round(sums, out)
-        return out
-
-    def _buffer(self, use: str, rows: range) -> Tensor:
-        return scratch(use, len(rows) * self._columns, self._wide)
+    def _desk(self, height: int) -> _Desk:
+        if height not in self._desks:
+            self._desks[height] = _Desk(height, self._columns, self._wide, self._out_dtype)
+        return self._desks[height]
 
     # ── what went wrong ──────────────────────────────────────────────────────────────────────────
 
-    def _squared(self, lost: Tensor, out: Tensor, rows: range) -> float:
+    def _squared(self, lost: Tensor, stored: Tensor, out: Tensor) -> float:
         """‖lost‖², which is finite unless something in the tile is not."""
-        squared = float(torch.dot(lost, lost))
+        squared = torch.dot(lost, lost).item()
         if isfinite(squared):
             return squared
-        finite = self._check_finite(out, rows)
-        return float(lost[finite].double().square().sum())
+        finite = self._check_finite(stored, out)
+        return lost[finite].double().square().sum().item()
 
-    def _check_finite(self, out: Tensor, rows: range) -> Tensor:
+    def _check_finite(self, stored: Tensor, out: Tensor) -> Tensor:
         """Where the base is finite: there the result must be."""
-        finite = _is_finite(self._base[rows.start : rows.stop].reshape(-1))
+        finite = _is_finite(stored)
         broken = int((finite & ~_is_finite(out)).sum())
         if broken:
             raise NonFiniteError(
@@ -166,13 +169,14 @@ class _Merge:
     # ── DoRA, the first pass ─────────────────────────────────────────────────────────────────────
 
     def _observed(self, addition: Addition) -> Dora:
-        dora = Dora(addition, (len(self._base), self._columns), self._wide)
-        for part in parts_of(addition, len(self._base)):
+        dora = Dora(addition, (self._height, self._columns), self._wide)
+        for part in parts_of(addition, self._height):
             for rows in _tiles(Segment(part.rows, (part,)), self._columns):
-                directed = self._widened(rows).view(len(rows), -1)
-                first = part.first + rows.start - part.rows.start
-                addition.add_to(directed, first)
-                dora.observe(directed, first)
+                stored = self._base.narrow(0, rows.start * self._columns, len(rows) * self._columns)
+                desk = self._desk(len(rows))
+                desk.sums.copy_(stored)
+                part.add_to(desk.sum_rows, rows.start)
+                dora.observe(desk.sum_rows, part.row(rows.start))
         dora.finish()
         return dora
 

@@ -20,7 +20,7 @@ from krona_hub.kron.terms import Factor, LowRank
 from krona_hub.merging.layouts import Layout
 from krona_hub.merging.scratch import scratch
 
-TILE = 1 << 17  # numbers that are worked on at a time: they stay in a core's cache
+TILE = 1 << 18  # numbers that are worked on at a time: few enough for a core's cache, many for Python's calls
 KEPT = 1 << 18  # numbers of a factor that are kept in the wide type; a larger one is widened row by row
 
 
@@ -34,24 +34,26 @@ class Way(Protocol):
 
 
 class Rows:
-    """Rows of a factor in the wide type."""
+    """Rows of a factor in the wide type: (terms, len(rows), columns), or with axes of length 1 between, to multiply."""
 
-    def __init__(self, factor: Factor, wide: torch.dtype) -> None:
-        self._wide = wide
-        self._factor: Factor = factor
-        if isinstance(factor, LowRank):
-            self._factor = LowRank(factor.up, factor.down.to(wide))
-        if factor.shape.numel() <= KEPT:
-            self._factor = self._some(0, factor.shape[1])
+    def __init__(self, factor: Factor, wide: torch.dtype, between: tuple[int, ...] = ()) -> None:
+        self._wide, self._between, self._whole = wide, between, range(factor.shape[1])
+        self._factor: Factor = LowRank(factor.up, factor.down.to(wide)) if isinstance(factor, LowRank) else factor
+        self._kept = self._widened(self._whole) if factor.shape.numel() <= KEPT else None
 
     def __call__(self, rows: range) -> Tensor:
-        """(terms, len(rows), columns)"""
-        return self._some(rows.start, rows.stop)
+        if self._kept is None:
+            return self._widened(rows)
+        return self._kept if rows == self._whole else self._kept.narrow(1, rows.start, len(rows))
 
-    def _some(self, start: int, stop: int) -> Tensor:
+    def _widened(self, rows: range) -> Tensor:
         if isinstance(self._factor, LowRank):
-            return self._factor.up[:, start:stop].to(self._wide) @ self._factor.down
-        return self._factor[:, start:stop].to(self._wide)
+            some = self._factor.up[:, rows.start : rows.stop].to(self._wide) @ self._factor.down
+        else:
+            some = self._factor[:, rows.start : rows.stop].to(self._wide)
+        for axis in self._between:
+            some = some.unsqueeze(axis)
+        return some
 
 
 class Last:
@@ -70,17 +72,19 @@ class Runs:
     """T[p, q, r, s] += outer[p, r] · inner[q, s], term by term, along the last axis that both leave long."""
 
     def __init__(self, layout: Layout, wide: torch.dtype) -> None:
-        self._outer, self._inner = Rows(layout.outer, wide), Rows(layout.inner, wide)
-        self._columns, self._crossed = layout.sizes[2:], layout.crossed
+        self._outer = Rows(layout.outer, wide, (2, 2) if layout.crossed else (2, 4))  # terms, p, q, r, s
+        self._inner = Rows(layout.inner, wide, (3,) if layout.crossed else (2,))
+        self._columns = layout.sizes[2:]
         self.one_rounding = layout.terms == 1
 
     def add(self, tile: Tensor, p: range, q: range) -> None:
+        outer, inner = self._outer(p), self._inner(q)
+        if self.one_rounding:
+            tile.view(1, len(p), len(q), *self._columns).addcmul_(outer, inner)
+            return
         view = tile.view(len(p), len(q), *self._columns)
-        for a, b in zip(self._outer(p), self._inner(q), strict=True):
-            if self._crossed:
-                view.addcmul_(a[:, None, None, :], b[None, :, :, None])
-            else:
-                view.addcmul_(a[:, None, :, None], b[None, :, None, :])
+        for a, b in zip(outer.unbind(), inner.unbind(), strict=True):
+            view.addcmul_(a, b)
 
 
 class Products:
@@ -102,7 +106,10 @@ class Products:
 
     def add(self, tile: Tensor, p: range, q: range) -> None:
         left, rights = self._left(q)[0], self._right(p)
-        for block, right in zip(tile.view(len(p), len(q), -1), rights, strict=True):
+        if len(p) == 1:
+            tile.addmm_(left, rights[0])
+            return
+        for block, right in zip(tile.view(len(p), len(q), -1).unbind(), rights.unbind(), strict=True):
             block.addmm_(left, right)
 
 
@@ -151,8 +158,8 @@ class Spread:
 
     def add(self, tile: Tensor, p: range, q: range) -> None:
         view = tile.view(len(p), len(q), -1)
-        for x, y in zip(self._x(p), self._y(q), strict=True):
-            view.addcmul_(x[:, None], y[None])
+        for x, y in zip(self._x(p).unbind(), self._y(q).unbind(), strict=True):
+            view.addcmul_(x.unsqueeze(1), y)
 
 
 # ── choosing ─────────────────────────────────────────────────────────────────────────────────────
