@@ -20,7 +20,7 @@ from krona_hub.merging.patches import Addition
 class Dora:
     """The second step of one DoRA addition; `observe` every row, then `finish`, then `scale`."""
 
-    def __init__(self, addition: Addition, size: tuple[int, int], wide: torch.dtype) -> None:
+    def __init__(self, addition: Addition, columns: int, wide: torch.dtype) -> None:
         delta, place = addition.patch.delta, addition.patch.placement
         if delta.magnitude is None:
             raise TypeError("a delta without a magnitude")  # a mistake of the caller
@@ -29,7 +29,7 @@ class Dora:
             self._magnitude = torch.cat(self._magnitude.chunk(2)[::-1])
         self._by_row = (delta.magnitude_axis == "out") != place.transpose
         self._kernel = 1 if self._by_row or delta.magnitude_axis == "out" else prod(delta.weight_shape[2:])
-        self._squares = torch.zeros(size[0] if self._by_row else size[1], dtype=torch.float64)
+        self._squares = torch.zeros(len(self._magnitude) if self._by_row else columns, dtype=torch.float64)
         self._of_delta = self._of_base = torch.empty(0)
 
     def observe(self, directed: Tensor, first: int) -> None:

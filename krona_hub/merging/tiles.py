@@ -169,7 +169,7 @@ class _Merge:
     # ── DoRA, the first pass ─────────────────────────────────────────────────────────────────────
 
     def _observed(self, addition: Addition) -> Dora:
-        dora = Dora(addition, (self._height, self._columns), self._wide)
+        dora = Dora(addition, self._columns, self._wide)
         for part in parts_of(addition, self._height):
             for rows in _tiles(Segment(part.rows, (part,)), self._columns):
                 stored = self._base.narrow(0, rows.start * self._columns, len(rows) * self._columns)
