@@ -1,4 +1,4 @@
-"""`verify`: the three questions that can be asked of a checkpoint and adapters. Torch-free until numbers are compared."""
+"""`verify`: three questions about checkpoints and adapters. Torch-free until numbers are compared."""
 
 from __future__ import annotations
 
