@@ -128,6 +128,21 @@ from_option = click.option(
 )
 output_option = click.option("-o", "--output", "out", type=click.Path(), metavar="OUT", help="Where to write.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+allow_missing_option = click.option(
+    "--allow-missing", is_flag=True, help="Go on with what is understood, though some modules are not."
+)
+allow_base_mismatch_option = click.option(
+    "--allow-base-mismatch", is_flag=True, help="Go on though an adapter was made for another base."
+)
+dtype_option = click.option("--dtype", metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16.")
+to_option = click.option(
+    "--to",
+    metavar="FORMAT",
+    default="krona",
+    shell_complete=complete_formats,
+    help="The format to write, or `lora` or `lokr`. `krona formats` lists them. Default: krona.",
+)
+threads_option = click.option("--threads", type=click.IntRange(1, 64), default=2, metavar="N", help="Threads [2].")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Do everything but write.")
 
 

@@ -6,7 +6,9 @@ exit status that the command line returns for it. `docs/errors.md` lists them al
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 E = TypeVar("E", bound="KronaError")
 
@@ -31,6 +33,10 @@ class KronaError(Exception):
 
     def __str__(self) -> str:
         return f"{self.cause} {self.fix}".strip()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """So that an error crosses from one process to another (a keyword is nothing that pickle passes on)."""
+        return partial(type(self), fix=self.fix), (self.cause,)
 
     def within(self: E, context: str) -> E:
         """The same error with the file or the layer in front: inner code states the cause, outer adds where."""

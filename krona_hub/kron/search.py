@@ -20,7 +20,7 @@ from torch import Tensor
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.kron.budget import Point, allocate
 from krona_hub.kron.forms import ROUNDING, Form, is_lora, most_right_rank, parameters_of, realise
-from krona_hub.kron.parallel import in_parallel
+from krona_hub.kron.parallel import in_processes
 from krona_hub.kron.pruning import Allowed, Goal, Search
 from krona_hub.kron.rearranged import LoraSvd
 from krona_hub.kron.shapes import KronShape, choices, divisors, split
@@ -68,7 +68,7 @@ def smallest_within(
         return _smallest(group.lora, group.norms, max_error, allowed, others_within)
 
     choices_of = dict[int, Choice]()
-    for members, found in in_parallel(work, _batches(loras)):
+    for members, found in in_processes(work, _batches(loras)):
         choices_of |= zip(members, found, strict=True)
         if progress:
             progress(len(choices_of), len(loras))
@@ -215,8 +215,10 @@ def within_budget(
     total = ROUNDS * len(loras)
     for turn in range(ROUNDS):
         done = turn * len(loras)
-        work = partial(_add_points, points, price, allowed)
-        for group, _ in in_parallel(work, groups):
+        work = partial(_more_points, points, price, allowed)
+        for group, found in in_processes(work, groups):
+            for i, more in found.items():
+                points[i] += more
             done += len(group.members)
             if progress:
                 progress(done, total)
@@ -260,12 +262,14 @@ def _allocated(points: list[list[Point]], parameters: int) -> tuple[list[Point],
     return allocate(points, parameters)
 
 
-def _add_points(points: list[list[Point]], price: float, allowed: Allowed | None, group: _Group) -> None:
-    """Every form found on the way to the best one at this price of a parameter."""
+def _more_points(
+    points: list[list[Point]], price: float, allowed: Allowed | None, group: _Group
+) -> dict[int, list[Point]]:
+    """Per layer every form found on the way to the best one at this price of a parameter."""
     members, lora, norms = group
     alive = (norms > 0).nonzero()[:, 0]
     if not len(alive) or not price:
-        return
+        return {}
     prices = price / norms[alive].square()
     energies = norms[alive].square().tolist()
     known = [
@@ -273,8 +277,10 @@ def _add_points(points: list[list[Point]], price: float, allowed: Allowed | None
         for at, energy in zip(alive.tolist(), energies, strict=True)
     ]
     search = Search(lora.take(alive), Goal(prices, None), torch.tensor(known, dtype=torch.float64), allowed).run()
-    for at, forms in zip(alive.tolist(), search.points, strict=True):
-        points[members[at]] += [_point(form, float(norms[at]) ** 2) for form in forms]
+    return {
+        members[at]: [_point(form, float(norms[at]) ** 2) for form in forms]
+        for at, forms in zip(alive.tolist(), search.points, strict=True)
+    }
 
 
 def _relative_value(point: Point, price: float, energy: float) -> float:
