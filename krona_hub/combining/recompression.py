@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from krona_hub.adapter import LayerDelta
-from krona_hub.conversion.forms import lora_rank, size_of, with_lora
+from krona_hub.conversion.forms import size_of, with_lora
 from krona_hub.conversion.layers import Outcome, Progress, apply_way
 from krona_hub.conversion.target import Target
 from krona_hub.conversion.ways import MaxError
@@ -83,12 +83,15 @@ def _is_thin(delta: LayerDelta) -> bool:
 
 
 def _fewer(delta: LayerDelta, terms: int) -> LayerDelta:
-    rank = lora_rank(delta)
-    if delta.magnitude is not None or (rank or sum(s.terms for s in delta.sums)) <= terms:
+    if delta.magnitude is not None or sum(map(_terms_of, delta.sums)) <= terms:
         return delta
     fits = [_lora(delta, rank=terms)] if _has_lora(delta) else []
     fits += [_nearest(delta, shape, terms) for shape in _shapes(delta)]
     return min(fits, key=lambda fit: (fit.error, fit.size)).delta
+
+
+def _terms_of(s: KronTerms) -> int:
+    return s.terms * s.right.rank if s.shape[:2] == (1, 1) and isinstance(s.right, LowRank) else s.terms
 
 
 def _has_lora(delta: LayerDelta) -> bool:

@@ -11,7 +11,7 @@ from krona_hub.verification.report import VerifyReport
 if TYPE_CHECKING:
     from krona_hub.adapter import Adapter
 
-Progress = Callable[[int], None]  # bytes compared so far
+Progress = Callable[[int, int], None]  # bytes compared, bytes in all (layers, for two adapters)
 
 
 def verify(
