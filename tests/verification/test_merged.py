@@ -143,14 +143,14 @@ def test_of_two_adapters_the_one_with_another_strength_is_found(tmp_path):
         assert math.isnan(two) or two == pytest.approx(1.0, abs=0.01)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(("dtype", "size"), [("fp16", 1e-4), ("bf16", 1e-3)])
 @pytest.mark.parametrize("strength", [0.0, 0.7])
-def test_a_delta_below_the_rounding_is_not_called_merged_where_it_is_not(dtype, strength, tmp_path):
-    """At a thousandth of the weights hardly any number moves by more than one unit, whatever the strength."""
+def test_a_delta_below_the_rounding_is_not_called_merged_where_it_is_not(dtype, size, strength, tmp_path):
+    """Hardly any number moves by more than one unit here, whatever the strength."""
     base, name = base_of(tmp_path / "base", dtype), "down_blocks.0.attentions.0.proj_in.weight"
     edit(base / UNET, name, lambda t: (t.sign() * (0.06 + t.abs().clamp_max(0.06))).clone())
     weights = load_file(base / UNET)
-    adapter = small_lora("unet." + name.removesuffix(".weight"), weights[name], 1e-3)
+    adapter = small_lora("unet." + name.removesuffix(".weight"), weights[name], size)
     for folder, weight in (("right", 1.0), ("wrong", strength)):
         merged = weights[name].double() + weight * exact(*adapter.layers.values(), weights[name].double())
         shutil.copytree(base, tmp_path / folder)
