@@ -1,4 +1,4 @@
-"""`verify`: the three questions that can be asked of a checkpoint and adapters. Torch-free until numbers are compared."""
+"""`verify`: three questions about checkpoints and adapters. Torch-free until numbers are compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from krona_hub.verification.report import VerifyReport
 if TYPE_CHECKING:
     from krona_hub.adapter import Adapter
 
-Progress = Callable[[int], None]  # bytes compared so far
+Progress = Callable[[int, int], None]  # bytes compared, bytes in all (layers, for two adapters)
 
 
 def verify(
