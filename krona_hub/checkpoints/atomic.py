@@ -116,7 +116,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 def _create(path: Path) -> BinaryIO:
     """A new file with the rights that a plain open() would give it, which mkstemp's are not."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb")
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "w+b")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
+from math import floor, log2, sqrt
 from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -39,3 +44,72 @@ class Survival(NamedTuple):
     def share(self) -> float:
         """The relative error of what was added, ‖lost‖ / ‖wanted‖: 0 all of it is there, 0.7 most is lost."""
         return sqrt(self.lost / self.wanted) if self.wanted else 0.0
+
+
+Rounder = Callable[[Tensor, Tensor], None]  # the sums, and a tensor of the stored type that they are rounded into
+
+WIDE = (torch.float32, torch.float64)  # types that sums are formed in
+
+
+def rounder(rounding: Rounding, wide: torch.dtype, out: torch.dtype, name: str) -> Rounder:
+    """The function that rounds sums in `wide` to `out`. One for each tensor: it draws numbers in their order."""
+    if out in WIDE:
+        return _cast
+    if rounding.mode == "stochastic":
+        return _Stochastic(wide, out, _generator(rounding.seed, name))
+    return _cast_double if wide == torch.float64 else _cast
+
+
+def _cast(sums: Tensor, out: Tensor) -> None:
+    out.copy_(sums)
+
+
+def _cast_double(sums: Tensor, out: Tensor) -> None:
+    """torch casts float64 to a narrow type by way of float32, and rounds twice."""
+    out.copy_(_to_odd(sums))
+
+
+def _to_odd(sums: Tensor) -> Tensor:
+    """float64 in float32, what is inexact with its last bit set: rounding that again is rounding once.
+
+    Boldo & Melquiond, "Emulation of FMA and correctly rounded sums" (2008): it takes two bits more than the end type.
+    """
+    near = sums.float()
+    back = near.double()
+    bits = near.view(torch.int32)
+    bits -= (back.abs() > sums.abs()).int()  # towards zero
+    bits |= (back != sums).int()
+    return near
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """The same for the same seed and name, whatever was drawn before and in which thread."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class _Stochastic:
+    """Up or down by chance, so that the mean is the sum: below the last bit kept, random bits are added."""
+
+    def __init__(self, wide: torch.dtype, out: torch.dtype, generator: torch.Generator) -> None:
+        info = torch.finfo(out)
+        self._int = torch.int32 if wide == torch.float32 else torch.int64
+        self._dropped = round(log2(info.eps / torch.finfo(wide).eps))  # bits
+        self._smallest, self._quantum = info.smallest_normal, info.smallest_normal * info.eps
+        self._largest = info.max
+        self._overflow = info.max + info.eps / 2 * 2.0 ** floor(log2(info.max))  # rounds to Inf from here on
+        self._generator = generator
+
+    def __call__(self, sums: Tensor, out: Tensor) -> None:
+        step = 1 << self._dropped
+        noise = torch.empty(sums.shape, dtype=self._int).random_(0, step, generator=self._generator)
+        normal = sums.view(self._int).add(noise).bitwise_and_(-step).view(sums.dtype)
+        if bool((sums.abs() < self._smallest).any()):
+            normal = torch.where(sums.abs() < self._smallest, self._subnormal(sums, noise), normal)
+        bounded = normal.clamp_(-self._largest, self._largest)
+        out.copy_(torch.where(sums.abs() < self._overflow, bounded, sums))  # Inf and NaN stay
+
+    def _subnormal(self, sums: Tensor, noise: Tensor) -> Tensor:
+        """Below the smallest normal number the steps have one size."""
+        shares = noise.to(sums.dtype) / (1 << self._dropped)
+        return torch.copysign((sums / self._quantum + shares).floor_() * self._quantum, sums)
