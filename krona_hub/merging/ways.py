@@ -149,22 +149,26 @@ class Spread:
 
     def __init__(self, layout: Layout, wide: torch.dtype) -> None:
         _, _, r, s = layout.sizes
-        outer, inner = Rows(layout.outer, wide), Rows(layout.inner, wide)
+        self._outer, self._inner = Rows(layout.outer, wide), Rows(layout.inner, wide)
         block, place = torch.arange(r * s) // s, torch.arange(r * s) % s
-        x, y = (place, block) if layout.crossed else (block, place)
-        self._x = Last(lambda p: outer(p).index_select(2, x))
-        self._y = Last(lambda q: inner(q).index_select(2, y))
+        self._x_columns, self._y_columns = (place, block) if layout.crossed else (block, place)
         self.one_rounding = layout.terms == 1
 
     def add(self, tile: Tensor, p: range, q: range) -> None:
         view = tile.view(len(p), len(q), -1)
-        for x, y in zip(self._x(p).unbind(), self._y(q).unbind(), strict=True):
+        for outer, inner in zip(self._outer(p).unbind(), self._inner(q).unbind(), strict=True):
+            x, y = _spread("x", outer, self._x_columns), _spread("y", inner, self._y_columns)
             view.addcmul_(x.unsqueeze(1), y)
+
+
+def _spread(use: str, rows: Tensor, columns: Tensor) -> Tensor:
+    out = scratch(use, len(rows) * len(columns), rows.dtype).view(len(rows), len(columns))
+    return torch.index_select(rows, 1, columns, out=out)
 
 
 # ── choosing ─────────────────────────────────────────────────────────────────────────────────────
 
-PER_NUMBER, PER_FLOP, PER_RUN, PER_CALL = 0.12, 0.028, 5.0, 5000.0  # ns on one core, measured
+PER_NUMBER, PER_FLOP, PER_SPREAD, PER_RUN, PER_CALL = 0.12, 0.028, 0.4, 5.0, 5000.0  # ns on one core, measured
 
 
 def _runs_cost(layout: Layout, tile_rows: int) -> float:
@@ -194,14 +198,14 @@ def _terms_cost(layout: Layout, tile_rows: int) -> float:
     p, _, r, s = layout.sizes
     in_order = (p == 1) if layout.crossed else (r == 1)
     ordering = 0.0 if in_order else 2 * PER_NUMBER + (PER_RUN / s if s < 16 else 0)
-    skinny = PER_RUN / 2 / s if s < 8 else 0
-    return PER_NUMBER / 2 + PER_FLOP * layout.terms + ordering + skinny + _forming(layout, tile_rows)
+    skinny = PER_RUN / s if s < 8 else 0
+    return PER_NUMBER + PER_FLOP * layout.terms + ordering + skinny + _forming(layout, tile_rows)
 
 
 def _spread_cost(layout: Layout, tile_rows: int) -> float:
     p, q, _, _ = layout.sizes
     blocks = max(1, min(p, tile_rows // q))
-    spreading = 0.6 / min(q, tile_rows) + (0 if q <= tile_rows and p > 1 else 0.6 / blocks)
+    spreading = PER_SPREAD * (1 / min(q, tile_rows) + 1 / blocks)
     return layout.terms * (PER_NUMBER + spreading) + _forming(layout, tile_rows)
 
 
