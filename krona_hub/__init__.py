@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from krona_hub.adapter import LayerDelta as LayerDelta
     from krona_hub.conversion import convert as convert
     from krona_hub.errors import KronaError as KronaError
+    from krona_hub.extraction import extract as extract
     from krona_hub.formats.files import read as read
     from krona_hub.formats.writing import write as write
     from krona_hub.kron.shapes import KronShape as KronShape
@@ -24,6 +25,7 @@ PUBLIC = {  # name -> the module that defines it
     "read": "krona_hub.formats.files",
     "write": "krona_hub.formats.writing",
     "convert": "krona_hub.conversion",
+    "extract": "krona_hub.extraction",
     "nearest_kron": "krona_hub.kron.terms",
     "Adapter": "krona_hub.adapter",
     "LayerDelta": "krona_hub.adapter",
