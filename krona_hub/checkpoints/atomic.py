@@ -27,6 +27,17 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         raise ConflictError(f"{str(path)!r} exists already.", fix=_OVERWRITE)
 
 
+def check_folder(path: Path, *, overwrite: bool = False) -> None:
+    """Raise what writing a folder to `path` would raise, before any work is done for it."""
+    _check_parent(path)
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise ConflictError(f"{str(path)!r} is a file; a folder is to be written.", fix="Choose another name with -o.")
+    if any(path.iterdir()) and not overwrite:
+        raise ConflictError(f"{str(path)!r} exists already and is not empty.", fix=_OVERWRITE)
+
+
 @contextmanager
 def atomic_file(path: Path | str, *, overwrite: bool = False) -> Iterator[BinaryIO]:
     """A file to write to, which becomes `path` when the block ends well and vanishes when it does not.
@@ -65,13 +76,13 @@ def atomic_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path
     """
     path = Path(path)
     try:
-        _check_folder(path, overwrite=overwrite)
+        check_folder(path, overwrite=overwrite)
         with _temporary(path) as temporary:
             temporary.mkdir()
             yield temporary
             for file in _files(temporary):
                 _sync_file(file)
-            _check_folder(path, overwrite=overwrite)
+            check_folder(path, overwrite=overwrite)
             _move(temporary, path)
         _sync_folder(path.parent)
     except KronaError:  # NotFoundError is an OSError too
@@ -88,16 +99,6 @@ def _check_parent(path: Path) -> None:
         raise NotFoundError(f"the folder {str(parent)!r} does not exist.", fix=f"Create it: mkdir -p {str(parent)!r}")
     if not parent.is_dir():
         raise ConflictError(f"{str(parent)!r} is a file, not a folder.", fix="Choose another output with -o.")
-
-
-def _check_folder(path: Path, *, overwrite: bool) -> None:
-    _check_parent(path)
-    if not os.path.lexists(path):
-        return
-    if not path.is_dir():
-        raise ConflictError(f"{str(path)!r} is a file; a folder is to be written.", fix="Choose another name with -o.")
-    if any(path.iterdir()) and not overwrite:
-        raise ConflictError(f"{str(path)!r} exists already and is not empty.", fix=_OVERWRITE)
 
 
 @contextmanager

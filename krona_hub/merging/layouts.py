@@ -116,7 +116,7 @@ def _columns(stack: Tensor) -> Tensor:
 def _summed(stack: Tensor, vectors: Callable[[Tensor], Tensor]) -> Tensor:
     """V·Vᵀ with V = vectors(stack): in float64, or a few rows at a time in float32 where the stack is large."""
     if stack.numel() <= BLOCK:
-        v = vectors(stack.double())
+        v = vectors(stack.to(torch.promote_types(stack.dtype, torch.float32)).double())  # half to double is slow
         return v @ v.mT
     step = max(1, BLOCK // (stack.shape[0] * stack.shape[2]))
     parts = (vectors(stack[:, i : i + step].float()) for i in range(0, stack.shape[1], step))
