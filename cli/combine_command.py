@@ -102,11 +102,15 @@ def _show_layers(report: CombineReport) -> None:
 
 
 def _show_groups(report: CombineReport) -> None:
+    groups = form_groups(report.layers)
+    if all(x.before == x.after for x in report.layers):
+        show_table((">layers", "form", ">parameters"), ((g.layers, g.before, g.parameters_after) for g in groups))
+        return
     show_table(
         (">layers", "sum", "now", ">parameters", ">now", ">worst error"),
         (
             (g.layers, g.before, g.after, g.parameters_before, g.parameters_after, relative(g.worst_error))
-            for g in form_groups(report.layers)
+            for g in groups
         ),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +10,7 @@ import click
 from krona_hub.cli.common import (
     allow_missing_option,
     base_option,
+    byte_progress,
     component_option,
     emit,
     krona_command,
@@ -24,7 +25,8 @@ from krona_hub.report import plain, relative
 if TYPE_CHECKING:
     from krona_hub.verification import DeltaCheck, FitCheck, MergeCheck, VerifyReport
 
-FEW = 10  # things that are listed without --all
+FEW = 6  # things that are listed without --all
+ALIKE = 0.99  # cosine from which one delta is called a multiple of the other
 PROPERTIES = ("same", "exit_code", "states", "only_first", "only_second", "relative_difference")
 
 
@@ -35,7 +37,6 @@ PROPERTIES = ("same", "exit_code", "states", "only_first", "only_second", "relat
         "How": ("--component", "--tolerance", "--exact", "--allow-missing", "--all"),
     },
     examples=(
-        "krona verify merged --base base --adapter lora.safetensors:0.8",
         "krona verify lokr.safetensors krona.safetensors",
         "krona verify lokr.safetensors --base sd15",
     ),
@@ -74,7 +75,8 @@ def command(
     """
     from krona_hub.verification import verify
 
-    with progress("compared", in_bytes=True) as step:
+    bar = byte_progress if adapters else progress
+    with bar("compared") as step:
         report = verify(first, second, adapters=list(adapters), progress=step, **options)
     emit(as_document(report), lambda: show(report, every=every))
     context.exit(report.exit_code)
@@ -90,43 +92,64 @@ def show(report: VerifyReport, *, every: bool) -> None:
     _SHOW[report.question](report, every)
 
 
-def _verdict(same: bool, yes: str, no: str) -> None:
-    show_text(yes if same else no, "bold green" if same else "bold red")
+def _listed(columns: Sequence[str], rows: Sequence[Sequence[Any]], every: bool) -> None:
+    """A table of what differs, cut to FEW rows unless all were asked for."""
+    if rows:
+        show_table(columns, rows if every else rows[:FEW])
+        if not every and len(rows) > FEW:
+            show_text(f"and {len(rows) - FEW:,} more; --all lists them")
+        show_text()
+
+
+def _verdict(same: bool, yes: str, no: str) -> tuple[str, Any]:
+    """The last line: the answer in words, coloured in a terminal."""
+    from rich.text import Text
+
+    return "verdict", Text(yes if same else no, "bold green" if same else "bold red")
 
 
 # --- does this checkpoint contain exactly that? --------------------------------------------------------------------
 
 
 def _show_merge(report: MergeCheck, every: bool) -> None:
-    listed = report.tensors if every else report.different[:FEW]
-    if listed:
-        show_table(
-            ("tensor", "is", ">elements", ">unequal", ">units off", ">strength found"),
-            ((t.tensor, t.state, t.elements, t.unequal, t.worst_units, _strengths(t.strengths)) for t in listed),
-        )
-        show_text()
+    _listed(
+        ("tensor", "is", ">elements", ">unequal", ">units off", ">strength"),
+        [
+            (t.tensor, t.state, t.elements, t.unequal, f"{t.worst_units:.3g}", _strengths(t.strengths))
+            for t in (report.tensors if every else report.different)
+        ],
+        every,
+    )
     show_facts(_merge_facts(report))
-    _verdict(report.same, _merged(report), _not_merged(report))
 
 
 def _merge_facts(report: MergeCheck) -> Iterator[tuple[str, Any]]:
     for adapter, weight, matched in zip(report.adapters, report.weights, report.matched, strict=True):
-        yield "adapter", f"{adapter} at {weight:g}: {matched}"
+        yield "adapter", f"{adapter} at {weight:g}, {matched}"
     yield "tensors", ", ".join(f"{count:,} {state}" for state, count in report.states.items())
+    yield "strength found", _strengths(report.strengths)
     for note in report.notes:
         yield "note", note
+    yield _verdict(report.same, _merged(report), _not_merged(report))
 
 
 def _merged(report: MergeCheck) -> str:
     touched = sum(t.touched for t in report.tensors)
     return (
-        f"same: {report.merged} is {report.base} with {' and '.join(report.adapters)}; {touched} tensors equal to one "
-        f"unit in the last place, {len(report.tensors) - touched} byte for byte."
+        f"Same: exactly that. {touched:,} tensors are the rounded sum, within one unit in the last place; "
+        f"{len(report.tensors) - touched:,} are the base's, byte for byte."
     )
 
 
 def _not_merged(report: MergeCheck) -> str:
-    return f"different: {len(report.different)} of {len(report.tensors)} tensors are not what they should be."
+    """What is wrong, in the most telling words that hold for all of it."""
+    count = f"{len(report.different):,} of {len(report.tensors):,} tensors"
+    states = {t.state for t in report.different}
+    if states == {"not merged"}:
+        return f"Different: nothing was merged into {count}."
+    if states == {"other strength"} and len(report.strengths) == 1:
+        return f"Different: merged at {_strengths(report.strengths)}, not at {report.weights[0]:g}."
+    return f"Different: {count} are not what they should be."
 
 
 def _strengths(values: tuple[float, ...]) -> str | None:
@@ -137,20 +160,10 @@ def _strengths(values: tuple[float, ...]) -> str | None:
 
 
 def _show_delta(report: DeltaCheck, every: bool) -> None:
-    worst = sorted(report.different, key=lambda x: -x.relative_difference)[:FEW]
-    listed = report.layers if every else worst
-    if listed:
-        show_table(
-            ("layer", "first", "second", ">relative difference"),
-            ((x.layer, x.first, x.second, relative(x.relative_difference)) for x in listed),
-        )
-        show_text()
+    worst = sorted(report.different, key=lambda x: -x.relative_difference)
+    rows = [(x.layer, x.first, x.second, relative(x.relative_difference)) for x in (report.layers if every else worst)]
+    _listed(("layer", "first", "second", ">relative difference"), rows, every)
     show_facts(_delta_facts(report))
-    _verdict(
-        report.same,
-        f"same: both mean the same ΔW, within {report.tolerance:g} in each of {len(report.layers)} layers.",
-        f"different: {len(report.different)} of {len(report.layers)} layers differ by more than {report.tolerance:g}.",
-    )
 
 
 def _delta_facts(report: DeltaCheck) -> Iterator[tuple[str, Any]]:
@@ -161,22 +174,24 @@ def _delta_facts(report: DeltaCheck) -> Iterator[tuple[str, Any]]:
     yield "only in the second", len(report.only_second) or None
     yield "difference", f"{relative(report.relative_difference)} relative, over all layers"
     if report.scale is not None and report.cosine is not None:
-        yield "the second is", f"about {report.scale:.4g} × the first, cosine {report.cosine:.4f}"
+        alike = abs(report.cosine) > ALIKE
+        words = f"about {report.scale:.4g} times the first" if alike else "no multiple of the first"
+        yield "the second is", f"{words}, cosine {report.cosine:.4f}"
     for note in report.notes:
         yield "note", note
+    yield _verdict(
+        report.same,
+        f"Same: both mean the same ΔW, within {report.tolerance:g} in each of {len(report.layers):,} layers.",
+        f"Different: {len(report.different):,} of {len(report.layers):,} layers, by more than {report.tolerance:g}.",
+    )
 
 
 # --- does this adapter fit that base? ------------------------------------------------------------------------------
 
 
 def _show_fit(report: FitCheck, every: bool) -> None:
-    problems = list(report.problems.items())
-    listed = problems if every else problems[:FEW]
-    if listed:
-        show_table(("module", "why it does not fit"), listed)
-        show_text()
+    _listed(("module", "why it does not fit"), list(report.problems.items()), every)
     show_facts(_fit_facts(report))
-    _verdict(report.same, f"fits: {report.adapter} is for {report.base}.", f"does not fit {report.base}.")
 
 
 def _fit_facts(report: FitCheck) -> Iterator[tuple[str, Any]]:
@@ -188,6 +203,7 @@ def _fit_facts(report: FitCheck) -> Iterator[tuple[str, Any]]:
     yield "it fits", ", ".join(report.fits_instead)
     for note in report.notes:
         yield "note", note
+    yield _verdict(report.same, f"Fits {report.base}.", f"Does not fit {report.base}.")
 
 
 _SHOW: dict[str, Any] = {"merge": _show_merge, "delta": _show_delta, "fit": _show_fit}

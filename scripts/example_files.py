@@ -25,10 +25,8 @@ from scripts.make_demo_adapter import normal, projections
 
 SEED = 15
 SPREAD = 0.04  # standard deviation of the weights, about that of attention projections in SD 1.5
-DTYPES = {"base": torch.float16, "base-bf16": torch.bfloat16}
 MADE = (  # commands that make the other files of the folder
     "krona convert lokr.safetensors -o krona.safetensors",
-    "krona merge base lora.safetensors:0.8 -o merged --undo undo.safetensors",
 )
 
 
@@ -40,12 +38,17 @@ def output_of(command: str, folder: Path) -> str:
     return printed.getvalue()
 
 
-def example_folder(folder: Path) -> Path:
-    """lora, lokr and krona.safetensors; base and merged, two pipeline folders; undo.safetensors and blocks.txt."""
+def example_folder(folder: Path, *, bf16: bool = False) -> Path:
+    """lora, lokr and krona.safetensors; base and merged, two pipeline folders; undo.safetensors and blocks.txt.
+
+    With `bf16` the base in bfloat16 as well, `base-bf16`.
+    """
     for name in ("lora", "lokr"):
         shutil.copyfile(Path(assets).parent / f"demo_{name}.safetensors", folder / f"{name}.safetensors")
     (folder / "blocks.txt").write_text(BLOCK_WEIGHTS)
-    write_base(folder / "base", DTYPES["base"])
+    write_base(folder / "base", torch.float16)
+    if bf16:
+        write_base(folder / "base-bf16", torch.bfloat16)
     for command in MADE:
         output_of(command, folder)
     return folder

@@ -3,8 +3,8 @@
     python -m scripts.make_docs
 
 In README.md and docs/merging.md a block is a fence under a comment. `<!-- run: krona inspect lora.safetensors -->` is
-filled with what that command prints in a folder with the files of `scripts/example_files.py`, `<!-- table: loads-in -->`
-with a table. A test makes all pages again and compares them.
+filled with what that command prints in a folder with the files of `scripts/example_files.py`, and
+`<!-- table: loads-in -->` with a table. A test makes all pages again and compares them.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ def loads_in_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {"loads-in": loads_in_table}
 
 
-def with_blocks_filled(page: str) -> str:
-    """The page with every block made anew."""
+def with_blocks_filled(path: str) -> str:
+    """The page at that path with every block made anew, one after the other in one folder."""
+    page = (ROOT / path).read_text()
     with tempfile.TemporaryDirectory() as name:
-        folder = example_folder(Path(name))
+        folder = example_folder(Path(name), bf16="base-bf16" in page)
 
         def fill(block: re.Match[str]) -> str:
             opening, kind, what, _, end = block.groups()
@@ -97,7 +98,7 @@ def with_blocks_filled(page: str) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "docs/commands.md": commands_page,
     "docs/errors.md": errors_page,
-    "README.md": lambda: with_blocks_filled((ROOT / "README.md").read_text()),
+    "README.md": lambda: with_blocks_filled("README.md"),
 }
 
 

@@ -51,7 +51,14 @@ def weight_files(source: str | Path) -> dict[str, WeightPlace]:
         return {layer: w for c, f in folders.items() for layer, w in _plain(c, stored_in(files_of(f))).items()}
     if not path.exists():
         return {}
-    stored = stored_in([path])
+    return placed(path, stored_in([path]))
+
+
+def placed(path: Path, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
+    """Canonical layer -> where its weight lies, of tensors under any names that a base of the catalogue has.
+
+    `path` is what an error calls them. Raises UnknownBaseError where no base is known by these names.
+    """
     return _landed(_base_of_tensors(path, stored), stored)
 
 

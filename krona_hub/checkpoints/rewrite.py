@@ -38,7 +38,7 @@ class Change:
 
     info_dtype: str  # the dtype it has in the output, as in the header: F16, F32, …
     produce: Callable[[memoryview, ByteSink], None]
-    """Gets the old bytes (mapped, read-only, valid until it returns) and sends every byte of the new tensor once.
+    """Gets the old bytes (mapped, read-only, valid until it returns) and sends those of the new tensor in their order.
 
     Called on any thread; the sink may be called from that thread only, and raises when the work is to stop.
     """
@@ -142,8 +142,8 @@ class _Making:
 
         def sink(offset: int, data: memoryview) -> None:
             nonlocal sent
-            if not 0 <= offset <= length - data.nbytes:
-                raise self._wrong(f"bytes {offset:,} to {offset + data.nbytes:,} were sent")
+            if offset != sent or offset + data.nbytes > length:
+                raise self._wrong(f"bytes {offset:,} to {offset + data.nbytes:,} were sent after {sent:,}")
             write_at(file, data, self.new.start + offset)
             sent += data.nbytes
             report(data.nbytes)

@@ -21,6 +21,7 @@ from krona_hub.conversion.target import Target
 from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.encode import cast
 from krona_hub.formats.files import read
+from krona_hub.formats.registry import format_of
 from krona_hub.formats.writing import write
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.sums import norm, relative_difference
@@ -37,7 +38,7 @@ def carry_out(asked: Request, progress: Progress | None = None) -> CombineReport
     outcomes = _recompressed(total.layers, asked, target, progress)
     outcomes = {name: replace(o, delta=cast(o.delta, stored)) for name, o in outcomes.items()}
     report = CombineReport(
-        parts=tuple(_part(x, adapter) for x, adapter in zip(asked.ingredients, loaded, strict=True)),
+        parts=tuple(_part(x, adapter, asked) for x, adapter in zip(asked.ingredients, loaded, strict=True)),
         target_format=target.format,
         out=asked.out,
         layers=_layer_reports(total.layers, outcomes),
@@ -65,11 +66,11 @@ def _loaded(x: Ingredient, asked: Request) -> Adapter:
     return read(x.source, base=asked.base, component=asked.component, allow_missing=asked.allow_missing)
 
 
-def _part(x: Ingredient, adapter: Adapter) -> Part:
+def _part(x: Ingredient, adapter: Adapter, asked: Request) -> Part:
     return Part(
         source=x.said,
         weight=x.weight,
-        format=adapter.provenance.source_format,
+        format=None if isinstance(x.source, Adapter) else format_of(x.source, asked.base),
         layers=len(adapter),
         parameters=sum(size_of(delta)[0] for delta in adapter.layers.values()),
         sha256=file_sha256(x.source) if isinstance(x.source, Path) and x.source.is_file() else None,

@@ -51,7 +51,7 @@ class Layout:
     @property
     def is_zero(self) -> bool:
         """Whether a factor is zero as a whole: then nothing is added, and the base keeps its bits."""
-        return not all(bool(t.any()) for t in (*factor_tensors(self.outer), *factor_tensors(self.inner)))
+        return not all(_holds_any(t) for t in (*factor_tensors(self.outer), *factor_tensors(self.inner)))
 
     def scaled(self, weight: float) -> Layout:
         """weight · ΔW. The weight goes into the smallest tensor, which becomes float64."""
@@ -87,6 +87,11 @@ def _simplest(layout: Layout) -> Layout:
     return Layout(outer, inner, crossed and 1 not in layout.sizes[2:])
 
 
+def _holds_any(stack: Tensor) -> bool:
+    """Whether a number is not zero; a first row tells mostly."""
+    return bool(stack[:1, :1].any()) or bool(stack.any())
+
+
 def _flipped(factor: Factor) -> Factor:
     return LowRank(factor.down.mT, factor.up.mT) if isinstance(factor, LowRank) else factor.mT
 
@@ -116,7 +121,7 @@ def _columns(stack: Tensor) -> Tensor:
 def _summed(stack: Tensor, vectors: Callable[[Tensor], Tensor]) -> Tensor:
     """V·Vᵀ with V = vectors(stack): in float64, or a few rows at a time in float32 where the stack is large."""
     if stack.numel() <= BLOCK:
-        v = vectors(stack.double())
+        v = vectors(stack.to(torch.promote_types(stack.dtype, torch.float32)).double())  # half to double is slow
         return v @ v.mT
     step = max(1, BLOCK // (stack.shape[0] * stack.shape[2]))
     parts = (vectors(stack[:, i : i + step].float()) for i in range(0, stack.shape[1], step))

@@ -12,7 +12,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from krona_hub.errors import NonFiniteError
+from krona_hub.errors import DtypeError, NonFiniteError
 from krona_hub.kron.parallel import one_thread
 from krona_hub.merging.dora import Dora
 from krona_hub.merging.patches import Addition, Part, Patch, Segment, additions, parts_of, segments
@@ -36,9 +36,14 @@ def merge_tensor(
 
     `weight` has the shape and type that it is stored in, and is only read. A tile is valid until `sink` returns. Rows
     that nothing is added to keep their bits. Threads may work side by side, on a tensor each. Raises BaseMismatchError
-    for a delta of another size, ConflictError for two DoRA patches on the same rows, NonFiniteError naming the tensor
-    where a finite number of the base becomes infinite: all tiles of such a tensor may have been sent by then.
+    for a delta of another size, DtypeError for a base that is no floating point, ConflictError for two DoRA patches on
+    the same rows, NonFiniteError naming the tensor where a finite number of the base becomes infinite.
     """
+    if not weight.is_floating_point():
+        raise DtypeError(
+            f"{name or 'the tensor'} holds {str(weight.dtype).removeprefix('torch.')}, which is no plain weight.",
+            fix="Merge into the base before it was quantised.",
+        )
     if not weight.numel():
         return Survival()
     with one_thread(), torch.no_grad():

@@ -13,6 +13,7 @@ from krona_hub.conversion.forms import words_of
 from krona_hub.errors import UnknownBaseError
 from krona_hub.formats.checking import difference
 from krona_hub.formats.files import read
+from krona_hub.formats.registry import format_of
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.sums import inner, norm
 from krona_hub.sources import resolve
@@ -37,7 +38,8 @@ def same_delta(
 
     Raises UnknownBaseError where a DoRA is compared with a plain delta and `base` has no weights.
     """
-    one, two = (read(resolve(x), base=base, component=component, allow_missing=allow_missing) for x in (first, second))
+    paths = resolve(first), resolve(second)
+    one, two = (read(x, base=base, component=component, allow_missing=allow_missing) for x in paths)
     a, b = _comparable(one.layers, two.layers, base)
     names = sorted(a.keys() | b.keys())
     checks: list[LayerCheck] = []
@@ -49,7 +51,7 @@ def same_delta(
     return DeltaCheck(
         first=str(first),
         second=str(second),
-        formats=(one.provenance.source_format, two.provenance.source_format),
+        formats=(format_of(paths[0], base), format_of(paths[1], base)),
         tolerance=tolerance,
         layers=tuple(checks),
         scale=scale,
