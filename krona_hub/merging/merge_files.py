@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
@@ -18,7 +19,6 @@ from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.checkpoints.header import TensorInfo
 from krona_hub.checkpoints.rewrite import ByteSink, Change
 from krona_hub.errors import UsageError
-from krona_hub.formats.files import read
 from krona_hub.kron.parallel import one_thread
 from krona_hub.merging.folders import MergedFile, Place, bytes_to_write, check_place, write_merged
 from krona_hub.merging.metadata import DATA_HASH, Ingredient, Recipe, is_small, known_sha256, metadata_for
@@ -26,7 +26,7 @@ from krona_hub.merging.parts import Part
 from krona_hub.merging.patches import Patch
 from krona_hub.merging.plan import FilePlan, MergePlan, OutDtype, TensorPlan, plan_merge
 from krona_hub.merging.report import MergeReport, TensorReport
-from krona_hub.merging.rounding import Rounding, Survival
+from krona_hub.merging.rounding import Mode, Rounding, Survival
 from krona_hub.merging.tiles import merge_tensor
 
 TORCH = {
@@ -48,7 +48,7 @@ def merge(
     component: str | None = None,
     block_weights: Mapping[str, float] | None = None,
     out_dtype: OutDtype = "keep",
-    rounding: Literal["nearest", "stochastic"] = "nearest",
+    rounding: Mode = "nearest",
     seed: int = 0,
     exact_rounding: bool = False,
     from_format: str | None = None,
@@ -75,6 +75,7 @@ def merge(
     started = perf_counter()
     if (out is None) != in_place:
         raise UsageError("say where to write: to a new place or in place.", fix="Give -o OUT, or --in-place --undo F.")
+    _check_options(rounding, threads)
     plan = plan_merge(
         base,
         adapters,
@@ -90,7 +91,7 @@ def merge(
     how = Rounding(rounding, seed, exact_rounding)
     options = _told(rounding=how, out_dtype=out_dtype, block_weights=block_weights, component=component)
     recipe = _recipe(plan, options, title)
-    work = _Work(plan, how, [_loaded(part, plan, from_format) for part in plan.parts])
+    work = _Work(plan, how, [part.load() for part in plan.parts])
     hashed = [_sha256(file.path, hash, undo is not None) for file in plan.files]
     files = [_merged_file(work, file, recipe, sha, hash) for file, sha in zip(plan.files, hashed, strict=True)]
     with one_thread():  # the threads here are those of the writer; torch's own would only wait for each other
@@ -149,7 +150,19 @@ class _Work:
                 if tensor.targets:
                     wanted, lost = self.survived[file.path, tensor.name]
                     layers = tuple(dict.fromkeys(t.layer for t in tensor.targets))
-                    yield TensorReport(file.path.name, tensor.name, layers, tensor.out_dtype, wanted**0.5, lost**0.5)
+                    yield TensorReport(
+                        _name(file.path, self.plan.tree.root),
+                        tensor.name,
+                        layers,
+                        tensor.out_dtype,
+                        wanted**0.5,
+                        lost**0.5,
+                    )
+
+
+def _name(path: Path, root: Path) -> str:
+    """The file as the report names it."""
+    return path.name if path == root else path.relative_to(root).as_posix()
 
 
 def _tensor(old: memoryview, info: TensorInfo) -> torch.Tensor:
@@ -157,13 +170,6 @@ def _tensor(old: memoryview, info: TensorInfo) -> torch.Tensor:
     if not info.numel:
         return torch.empty(info.shape, dtype=TORCH[info.dtype])
     return torch.frombuffer(old, dtype=TORCH[info.dtype]).view(info.shape)
-
-
-def _loaded(part: Part, plan: MergePlan, from_format: str | None) -> Adapter:
-    """The adapter; what the plan has agreed to leave out does not stop it."""
-    if isinstance(part.source, Adapter):
-        return part.source
-    return read(part.source, base=plan.tree.base, format=from_format, component=part.component, allow_missing=True)
 
 
 # ── the output's metadata ────────────────────────────────────────────────────────────────────────
@@ -188,9 +194,11 @@ def _recipe(plan: MergePlan, options: Mapping[str, Any], title: str | None) -> R
 
 
 def _adapter_sha256(part: Part) -> str | None:
-    if isinstance(part.source, Path) and part.source.is_dir():
-        return file_sha256(next(iter(sorted(part.source.rglob("*.safetensors")))))
-    return file_sha256(part.source) if isinstance(part.source, Path) else None
+    """Of its file; of several, one for all, in the order of their names."""
+    if not part.files:
+        return None
+    digests = [file_sha256(path) for path in part.files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _sha256(path: Path, asked: bool | None, undo: bool) -> str | None:
@@ -198,6 +206,13 @@ def _sha256(path: Path, asked: bool | None, undo: bool) -> str | None:
     known = known_sha256(path)
     wanted = is_small([path]) if asked is None else asked
     return known or (file_sha256(path) if wanted or undo else None)
+
+
+def _check_options(rounding: str, threads: int) -> None:
+    if rounding not in get_args(Mode):
+        raise UsageError(f"{rounding!r} is no way of rounding.", fix=f"Choose one of {', '.join(get_args(Mode))}.")
+    if threads < 1:
+        raise UsageError(f"a merge cannot run on {threads} threads.", fix="Give 1 or more.")
 
 
 def _told(*, rounding: Rounding, **options: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ SOME = 0.05
 class TensorReport(NamedTuple):
     """A tensor that adapters changed."""
 
-    file: str
+    file: str  # relative to the base, where that is a folder
     tensor: str
     layers: tuple[str, ...]
     dtype: str  # that it is stored in now
