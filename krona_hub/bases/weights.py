@@ -54,6 +54,14 @@ def files_of(folder: Path) -> tuple[Path, ...]:
     return tuple(wholes[:1])
 
 
+def sets_of(folder: Path) -> tuple[tuple[Path, ...], ...]:
+    """The files of each variant of a component (plain, `fp16`, `non_ema`, …): its shards, or one whole file."""
+    sharded = [_shards(index) for index in sorted(folder.glob("*.safetensors.index.json"))]
+    shards = {path for files in sharded for path in files}
+    wholes = [(path,) for path in sorted(folder.glob("*.safetensors")) if path not in shards]
+    return (*sharded, *wholes)
+
+
 def _shards(index: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
