@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,21 +14,29 @@ from krona_hub.cli.common import (
     byte_progress,
     component_option,
     dry_run_option,
+    emit,
     from_option,
     krona_command,
     output_option,
     overwrite_option,
+    say,
+    show_facts,
+    show_table,
+    show_text,
     threads_option,
 )
 from krona_hub.cli.weighted import Weighted, WeightedSource
+from krona_hub.report import human_bytes, percent, rate
 
 if TYPE_CHECKING:
-    pass
+    from krona_hub.merging.plan import AdapterPlan, MergePlan
+    from krona_hub.merging.report import MergeReport
 
 FEW = 5  # tensors that are listed without --tensors
-PLANNED = (
+PLANNED = (  # the options that a plan depends on
     "component", "block_weights", "out_dtype", "from_format", "allow_missing", "allow_base_mismatch",
-)  # the options that a plan depends on; fmt: skip
+)  # fmt: skip
+COMPUTED = ("share_lost", "verdict")
 PANELS = {
     "What": ("--component", "--block-weights", "--from", "--allow-missing", "--allow-base-mismatch"),
     "Numbers": ("--out-dtype", "--rounding", "--seed", "--exact-rounding"),
@@ -134,7 +144,12 @@ def plan_document(plan: MergePlan) -> dict[str, Any]:
             {
                 "path": file.path,
                 "tensors": [
-                    {"name": t.name, "dtype": t.info.dtype, "out_dtype": t.out_dtype, "layers": [x.layer for x in t.targets]}
+                    {
+                        "name": t.name,
+                        "dtype": t.info.dtype,
+                        "out_dtype": t.out_dtype,
+                        "layers": [x.layer for x in t.targets],
+                    }
                     for t in file.tensors
                 ],
             }
@@ -147,28 +162,76 @@ def plan_document(plan: MergePlan) -> dict[str, Any]:
 
 
 def _show_plan(plan: MergePlan) -> None:
-    show_table(
-        ("adapter", ">strength", "format", "fits"), ((a.source, f"{a.weight:g}", a.format, a.said) for a in plan.adapters)
-    )
-    for adapter in plan.adapters:
-        for module, why in list(adapter.missing.items())[:FEW]:
-            show_text(f"  not there: {module}: {why}")
+    _show_adapters(plan.adapters)
     show_text()
     show_facts(_plan_facts(plan))
+
+
+def _show_adapters(adapters: Sequence[AdapterPlan]) -> None:
+    show_table(
+        ("adapter", ">strength", "format", "fits"), ((a.source, f"{a.weight:g}", a.format, a.said) for a in adapters)
+    )
+    for adapter in adapters:
+        for module, why in list(adapter.missing.items())[:FEW]:
+            show_text(f"  not merged: {module}: {why}")
 
 
 def _plan_facts(plan: MergePlan) -> Iterator[tuple[str, Any]]:
     stored = Counter(t.info.dtype for t in plan.tensors)
     yield "base", f"{plan.tree.root}, {human_bytes(plan.tree.nbytes)} of weights"
-    yield "changes", (
-        f"{len(plan.tensors):,} tensors in {_count(len(plan.files), 'file')}, {human_bytes(plan.bytes_to_touch)} "
-        f"({percent(plan.bytes_to_touch / max(plan.tree.nbytes, 1))})"
+    yield (
+        "changes",
+        (
+            f"{len(plan.tensors):,} tensors in {_count(len(plan.files), 'file')}, {human_bytes(plan.bytes_to_touch)} "
+            f"({percent(plan.bytes_to_touch / max(plan.tree.nbytes, 1))})"
+        ),
     )
     yield "stored as", ", ".join(f"{dtype} ({n:,} tensors)" for dtype, n in stored.items())
     yield "needs", f"{human_bytes(plan.bytes_of_weights)} of disk, about {human_bytes(plan.memory)} of memory"
-    yield "takes", f"about {_duration(plan.seconds)}"
+    yield "takes", f"about {max(plan.seconds, 0.1):.1f} s with the files in memory, longer from a slow disk"
     for note in plan.notes:
         yield "note", note
 
 
 # --- what it did ---------------------------------------------------------------------------------------------------
+
+
+def report_document(report: MergeReport) -> dict[str, Any]:
+    """The report with what is computed from its tensors, and each tensor with the share of it that was lost."""
+    known = {name: getattr(report, name) for name in report.__dataclass_fields__}
+    tensors = [{**t._asdict(), "share_lost": t.share_lost} for t in report.tensors]
+    computed = {name: getattr(report, name) for name in COMPUTED}
+    return {**known, **computed, "tensors": tensors, "written": True}
+
+
+def _show_report(report: MergeReport, every: bool) -> None:
+    _show_adapters(report.adapters)
+    worst = sorted(report.tensors, key=lambda t: -t.share_lost)
+    listed = report.tensors if every else worst[:FEW]
+    if listed:
+        show_text()
+        title = "tensor" if every else "rounded away most in (--tensors lists all)"
+        show_table(
+            (title, "stored as", ">‖w·ΔW‖", ">lost"),
+            ((t.tensor, t.dtype, f"{t.wanted:.3g}", percent(t.share_lost)) for t in listed),
+        )
+    show_text()
+    show_facts(_report_facts(report))
+
+
+def _report_facts(report: MergeReport) -> Iterator[tuple[str, Any]]:
+    changed = f"{len(report.tensors):,} tensors in {_count(len(report.files), 'file')}"
+    yield "changed", f"{changed}, {human_bytes(report.bytes_touched)}"
+    yield "kept", f"{_count(report.copied, 'file')} as they were" if report.copied else None
+    yield "left out", ", ".join(report.left_out)
+    yield "written", f"{human_bytes(report.bytes_written)} in {rate(report.bytes_written, report.seconds)}"
+    yield "verdict", report.verdict
+    for note in report.notes:
+        yield "note", note
+    yield "output", str(report.out)
+    where = f"{report.out} --undo {report.undo}" + (" --in-place" if report.out == report.base else " -o RESTORED")
+    yield "undo", f"krona unmerge {where}" if report.undo else None
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"

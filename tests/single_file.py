@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from krona_hub.bases import catalogue, detect, ldm, locate
+from krona_hub.bases import catalogue, ldm, locate
 from krona_hub.bases.base import Base
 
 UNET = "model.diffusion_model."
@@ -35,19 +35,17 @@ OPENCLIP_REST = {
 @contextmanager
 def known(name: str, folder: str):
     """The base in that diffusers folder as one of the catalogue, so that its single file is recognised."""
-    found = locate.load_base(folder)
-    base = Base(name, name, found.components)
+    base = Base(name, name, locate.load_base(folder).components)
     real_names, real_get = catalogue.names, catalogue.get
-    caches = [f for f in (locate._by_fingerprint, detect._members) if hasattr(f, "cache_clear")]
     with (
         patch.object(catalogue, "names", lambda: (name, *real_names())),
         patch.object(catalogue, "get", lambda wanted: base if wanted == name else real_get(wanted)),
     ):
-        for cached in caches:
-            cached.cache_clear()
-        yield base
-    for cached in caches:
-        cached.cache_clear()
+        locate._by_fingerprint.cache_clear()
+        try:
+            yield base
+        finally:
+            locate._by_fingerprint.cache_clear()
 
 
 def save(pipe, path, dtype: torch.dtype | None = None):

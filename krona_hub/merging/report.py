@@ -76,7 +76,7 @@ def verdict(share_lost: float, tensors: Sequence[TensorReport]) -> str:
     told = f"{share_lost:.1%} of the adapters' change was lost in rounding to {types}"
     if share_lost <= SOME:
         return f"{told}: the merged weights hold the adapters"
-    advice = "--out-dtype fp32-touched keeps it all; --rounding stochastic keeps it on average"
+    advice = "--out-dtype fp32-touched keeps it all, --rounding stochastic its strength on average, with more noise"
     if share_lost < MOST:
         return f"{told}; {advice}"
     return f"{told}: most of it is noise now, though the sum over many weights still follows it in part; {advice}"
