@@ -39,10 +39,7 @@ QUANTISED = {  # what a tensor's name ends with -> how its weights are stored
     "scaled_fp8": "scaled fp8",
 }
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-_ADVICE = (
-    "Merge into the model in bf16 or fp16 and quantise the result, or load the adapter beside the quantised base when it "
-    "runs."
-)
+_ADVICE = "Merge into the model in bf16 or fp16 and quantise the result, or load the adapter beside the quantised base."
 
 
 @dataclass(frozen=True, eq=False)

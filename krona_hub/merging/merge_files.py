@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
 
-from krona_hub import __version__
 from krona_hub.adapter import Adapter
 from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.checkpoints.header import TensorInfo
@@ -126,7 +126,7 @@ class _Work:
         out = TORCH[tensor.out_dtype]
 
         def send(first: int, tile: torch.Tensor) -> None:
-            sink(first * out.itemsize, memoryview(tile.view(torch.uint8).numpy()))
+            sink(first * out.itemsize, tile.view(torch.uint8).numpy().data)
 
         self.survived[path, tensor.name] = merge_tensor(
             _tensor(old, tensor.info),
@@ -181,7 +181,7 @@ def _recipe(plan: MergePlan, options: Mapping[str, Any], title: str | None) -> R
     ingredients = tuple(
         Ingredient(Path(part.said).name, _adapter_sha256(part), part.format, part.weight) for part in plan.parts
     )
-    return Recipe(plan.tree.root.name, ingredients, options, title, __version__)
+    return Recipe(plan.tree.root.name, ingredients, options, title, version("krona-hub"))
 
 
 def _adapter_sha256(part: Part) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from krona_hub.checkpoints.faults import fault
 from krona_hub.checkpoints.filling import copied, fill, open_source
+from krona_hub.checkpoints.leftovers import is_temporary
 from krona_hub.checkpoints.ranges import Range
 from krona_hub.checkpoints.workers import Progress
 from krona_hub.errors import ConflictError, NotFoundError
@@ -22,9 +23,10 @@ INDEX = ".index.json"
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The files of a folder and its subfolders, relative, sorted; links are followed.
+    """The files of a folder and its subfolders, relative, sorted.
 
-    Raises NotFoundError for a link that leads nowhere, ConflictError for a pipe, a device or links in a circle.
+    Links are followed, leftovers of killed writers passed over. Raises NotFoundError for a link that leads nowhere,
+    ConflictError for a pipe, a device or links in a circle.
     """
     return sorted(path.relative_to(folder) for path in _walk(folder, (folder.resolve(),)))
 
@@ -35,6 +37,8 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     except OSError as error:
         raise fault(error, folder) from None
     for child in children:
+        if is_temporary(child.name):
+            continue
         if not child.exists():
             raise NotFoundError(f"the link {str(child)!r} leads nowhere.", fix="Download the folder again.")
         if child.is_dir():
