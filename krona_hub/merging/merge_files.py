@@ -19,6 +19,7 @@ from krona_hub.checkpoints.header import TensorInfo
 from krona_hub.checkpoints.rewrite import ByteSink, Change
 from krona_hub.errors import UsageError
 from krona_hub.formats.files import read
+from krona_hub.kron.parallel import one_thread
 from krona_hub.merging.folders import MergedFile, Place, bytes_to_write, check_place, write_merged
 from krona_hub.merging.metadata import DATA_HASH, Ingredient, Recipe, is_small, known_sha256, metadata_for
 from krona_hub.merging.parts import Part
@@ -92,7 +93,9 @@ def merge(
     work = _Work(plan, how, [_loaded(part, plan, from_format) for part in plan.parts])
     hashed = [_sha256(file.path, hash, undo is not None) for file in plan.files]
     files = [_merged_file(work, file, recipe, sha, hash) for file, sha in zip(plan.files, hashed, strict=True)]
-    written = write_merged(place, files, threads=threads, progress=_counted(progress, bytes_to_write(place, files)))
+    with one_thread():  # the threads here are those of the writer; torch's own would only wait for each other
+        counted = _counted(progress, bytes_to_write(place, files))
+        written = write_merged(place, files, threads=threads, progress=counted)
     return MergeReport(
         base=plan.tree.root,
         out=place.out or plan.tree.root,

@@ -131,9 +131,9 @@ def _may_be(name: str, component: str) -> bool:
 
 def _why_no_module(module: ModuleInfo, tree: BaseTree) -> str:
     if not module.layers:
-        return f"{tree.root.name} has no such module"
+        return f"{tree.root.name} has no such module."
     if len(module.layers) > 1:  # the reader has compared the fused module with the base
-        return next((f"{name} has no weight there" for name in module.layers if name not in tree.places), "")
+        return next((f"{name} has no weight there." for name in module.layers if name not in tree.places), "")
     return _why_not(module.layers[0], module.weight_shape, tree)
 
 
@@ -141,13 +141,13 @@ def _why_not(layer: str, weight_shape: tuple[int, ...], tree: BaseTree) -> str:
     """Why a layer cannot be merged; "" where it can."""
     module = tree.base.module(layer)
     if module is None or layer not in tree.places:
-        return f"{tree.root.name} has no such module"
+        return f"{tree.root.name} has no such module."
     out, in_ = weight_shape[0], 1
     for size in weight_shape[1:]:
         in_ *= size
     if module.matrix == (out, in_):
         return ""
-    return f"its delta is {out}x{in_}, the weight {module.matrix[0]}x{module.matrix[1]}"
+    return f"its delta is {out}x{in_}, the weight {module.matrix[0]}x{module.matrix[1]}."
 
 
 def _recorded_base(found: Description) -> BaseModel | None:

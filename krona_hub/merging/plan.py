@@ -182,23 +182,20 @@ def _check_base(part: Part, tree: BaseTree, allowed: bool) -> None:
 
 
 def _check_matched(part: Part, tree: BaseTree, component: str | None, allowed: bool) -> None:
-    if not part.missing and part.modules:
+    if part.modules and (allowed or not part.missing):
         return
+    where = f"{tree.root}" + (f" ({component})" if component else "")
+    found = f"{len(part.modules)} of {part.total} modules of {part.said} matched {where}"
     if not part.modules:
-        where = f"{tree.root}" + (f", {component}" if component else "")
-        reason = next(iter(part.missing.values()), "it has no module of that part")
+        reason = next(iter(part.missing.values()), "it has no module of that part.")
         raise BaseMismatchError(
-            f"0 of {part.total} modules of {part.said} matched {where}; the first: {reason}",
-            fix=_likely(part) or "krona inspect tells which base it fits.",
+            f"{found}; of the first: {reason}", fix=f"{_likely(part)}krona inspect tells more about it."
         )
-    if allowed:
-        return
-    names = [f"{name} ({why.rstrip('.')})" for name, why in list(part.missing.items())[:SHOWN]]
-    more = len(part.missing) - len(names)
+    names, more = list(part.missing)[:SHOWN], len(part.missing) - SHOWN
     raise BaseMismatchError(
-        f"{len(part.modules)} of {part.total} modules of {part.said} matched {tree.root}; not there: "
-        f"{'; '.join(names)}{f' and {more} more' if more else ''}.",
-        fix=f"{_likely(part)}--allow-missing merges the others; --component NAME merges one part only.".strip(),
+        f"{found}; not there: {', '.join(names)}{f' and {more} more' if more > 0 else ''}. "
+        f"Of the first: {part.missing[names[0]]}",
+        fix="--allow-missing merges the others; --component NAME merges one part of the model only.",
     )
 
 

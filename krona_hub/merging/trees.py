@@ -12,7 +12,7 @@ from krona_hub.checkpoints.filling import copied, fill, open_source
 from krona_hub.checkpoints.leftovers import is_temporary
 from krona_hub.checkpoints.ranges import Range
 from krona_hub.checkpoints.workers import Progress
-from krona_hub.errors import ConflictError, NotFoundError
+from krona_hub.errors import ConflictError, FormatError, NotFoundError
 from krona_hub.merging.places import Output
 
 CACHES = (".git", ".cache")  # a clone's history and the Hub client's records: as large as the model, and not of it
@@ -84,9 +84,12 @@ def indices(base: Path, growth: Mapping[Path, int]) -> dict[Path, bytes]:
 
 def _with_size(path: Path, growth: Mapping[str, int]) -> bytes | None:
     """The index with the size of its shards as they are now; None where nothing changes or no size is told."""
-    index = json.loads(path.read_bytes())
-    total = index.get("metadata", {}).get("total_size")
-    more = sum(growth.get(name, 0) for name in set(index["weight_map"].values()))
+    try:
+        index = json.loads(path.read_bytes())
+        total = index.get("metadata", {}).get("total_size")
+        more = sum(growth.get(name, 0) for name in set(index["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise FormatError(f"{path}: no index of safetensors shards.", fix="Download the folder again.") from None
     if not more or not isinstance(total, int | float):
         return None
     index["metadata"]["total_size"] = int(total) + more

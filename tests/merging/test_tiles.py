@@ -221,6 +221,14 @@ def test_an_overflow_names_the_tensor() -> None:
         merged(torch.full((8, 64), 1e5), [], HALF)
 
 
+@pytest.mark.parametrize("rounding", [Rounding(), EXACT, Rounding("stochastic")], ids=["nearest", "exact", "chance"])
+@pytest.mark.parametrize("dtype", [HALF, E5M2, E4M3])
+def test_a_type_without_infinity_overflows_too(dtype: torch.dtype, rounding: Rounding) -> None:
+    weight = torch.full((36, 64), 400.0).to(dtype)
+    with pytest.raises(NonFiniteError, match=str(dtype).removeprefix("torch.")):
+        merged(weight, [patch("one term", (36, 64), 1e9)], rounding=rounding)
+
+
 def test_infinities_and_nan_of_the_base_pass() -> None:
     weight = numbers(36, 64, dtype=HALF)
     weight[3, 5], weight[4, 6] = float("inf"), float("nan")
