@@ -12,7 +12,7 @@ from typing import Any
 from krona_hub.bases import catalogue
 from krona_hub.bases.base import Base
 from krona_hub.bases.locate import component_folders, load_base, plainly_placed, weight_files
-from krona_hub.bases.weights import WeightPlace, sets_of, stored_in
+from krona_hub.bases.weights import WeightPlace, indices_of, sets_of, stored_in
 from krona_hub.checkpoints.header import FLOATS, Header, read_header
 from krona_hub.errors import (
     FormatError,
@@ -120,7 +120,7 @@ def _no_weights(said: str) -> Exception:
 def _sets(folder: Path) -> tuple[tuple[Path, ...], ...]:
     """The files of each variant of a component. Raises StructureError for an index that is wrong about its shards."""
     sets = sets_of(folder)
-    for index in sorted(folder.glob("*.safetensors.index.json")):
+    for index in indices_of(folder):
         _check_index(index)
     return sets
 

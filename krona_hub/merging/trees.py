@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from krona_hub.bases.weights import indices_of
 from krona_hub.checkpoints.faults import fault
 from krona_hub.checkpoints.filling import copied, fill, open_source
 from krona_hub.checkpoints.leftovers import is_temporary
@@ -19,7 +21,7 @@ CACHES = (".git", ".cache")  # a clone's history and the Hub client's records: a
 WEIGHTS = (  # the same weights in other forms, beside the safetensors of a component
     ".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".tflite", ".gguf",
 )  # fmt: skip
-INDEX = ".index.json"
+INDEX = re.compile(r"\.index(\.[^.]+)?\.json$")  # of the plain weights, or of a variant
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -65,7 +67,7 @@ def stale(files: Iterable[Path], changed: Collection[Path]) -> list[Path]:
     ['a.bin', 'a.bin.index.json']
     """
     folders = {path.parent for path in changed}
-    return [path for path in files if path.parent in folders and path.name.removesuffix(INDEX).endswith(WEIGHTS)]
+    return [path for path in files if path.parent in folders and INDEX.sub("", path.name).endswith(WEIGHTS)]
 
 
 def indices(base: Path, growth: Mapping[Path, int]) -> dict[Path, bytes]:
@@ -75,7 +77,7 @@ def indices(base: Path, growth: Mapping[Path, int]) -> dict[Path, bytes]:
     """
     new = {}
     for folder in sorted({path.parent for path, more in growth.items() if more}):
-        for path in sorted((base / folder).glob(f"*.safetensors{INDEX}")):
+        for path in indices_of(base / folder):
             text = _with_size(path, {p.name: more for p, more in growth.items() if p.parent == folder})
             if text is not None:
                 new[path.relative_to(base)] = text

@@ -184,11 +184,14 @@ unmerge(merged, undo, back)
 """
 
 
-def write_large(path: Path, count: int, shape: tuple[int, int]) -> None:
-    """So many fp16 tensors `t00`, `t01`, … that are zeros but for their first 500 numbers; most of it is a hole."""
+def write_large(path: Path, count: int, shape: tuple[int, int], name: str = "t{}") -> None:
+    """So many fp16 tensors `t00`, `t01`, … that are zeros but for their first 500 numbers: mostly a hole."""
     size = 2 * shape[0] * shape[1]
     places = [[i * size, (i + 1) * size] for i in range(count)]
-    fields = {f"t{i:02}": {"dtype": "F16", "shape": shape, "data_offsets": place} for i, place in enumerate(places)}
+    fields = {
+        name.format(f"{i:02}"): {"dtype": "F16", "shape": shape, "data_offsets": place}
+        for i, place in enumerate(places)
+    }
     text = json.dumps(fields).encode()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
