@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapter import Adapter
-from krona_hub.bases.locate import weight_files
 from krona_hub.checkpoints.reader import load
 from krona_hub.errors import BaseMismatchError
 from krona_hub.formats.files import read
 from krona_hub.kron.parallel import in_parallel
+from krona_hub.merging.base_tree import open_tree
 from krona_hub.merging.patches import Patch
 from krona_hub.sources import resolve
 from krona_hub.verification.pairs import Pair, Stored, headers_of, pairs
@@ -120,18 +120,17 @@ def _targets(
     allow_missing: bool,
 ) -> tuple[Targets, tuple[str, ...]]:
     """The patches of every tensor of the base, and per adapter how many of its layers matched."""
-    places, targets, matched = weight_files(base), dict[tuple[str, str], list[list[Patch]]](), []
+    tree, targets, matched = open_tree(base), dict[tuple[str, str], list[list[Patch]]](), []
     for i, (source, weight) in enumerate(adapters):
-        adapter = source if isinstance(source, Adapter) else read(resolve(source), base=base, component=component)
-        known = [layer for layer in adapter.layers if layer in places]
+        adapter = source if isinstance(source, Adapter) else read(resolve(source), base=tree.base, component=component)
+        known = [layer for layer in adapter.layers if layer in tree.places]
         if len(known) < len(adapter) and not (known and allow_missing):
-            lost = next(layer for layer in adapter.layers if layer not in places)
+            lost = next(layer for layer in adapter.layers if layer not in tree.places)
             raise BaseMismatchError(
                 f"{len(known)} of {len(adapter)} layers of the adapter are in {base}; {lost} is not.",
                 fix="Give the base it was made for; --allow-missing compares the others.",
             )
-        for layer in known:
-            place = places[layer]
+        for layer, place in ((name, place) for name in known for place in tree.places[name]):
             key = (place.path.relative_to(base).as_posix() if base.is_dir() else place.path.name, place.tensor)
             patch = Patch(adapter.layers[layer], float(weight), place.placement)
             targets.setdefault(key, [[] for _ in adapters])[i].append(patch)
