@@ -32,8 +32,12 @@ class Outcome:
     numbers: Sample | None = None
 
 
-def check_touched(start: TensorCheck, weight: Tensor, merged: Tensor, patches: Patches, exact: bool) -> Outcome:
+def check_touched(
+    start: TensorCheck, weight: Tensor, merged: Tensor, patches: Patches, weights: Sequence[float], exact: bool
+) -> Outcome:
     """Whether `merged` is round(W + Σ w·ΔW) to one unit in the last place (bit for bit with `exact`).
+
+    `weights` are those of the adapters; those of the patches are multiples of them where blocks have weights too.
 
     One unit is much where a delta is small: so where more than a few numbers are not equal bit for bit, the change as a
     whole must be that of the adapters at the strengths that were asked for.
@@ -44,9 +48,9 @@ def check_touched(start: TensorCheck, weight: Tensor, merged: Tensor, patches: P
     near = apart.worst <= (0 if exact else 1)
     if near and apart.unequal <= RARE * apart.elements:
         return Outcome(check)
-    numbers = sample(weight, merged, [[replace(p, weight=1.0) for p in own] for own in patches])
-    weights = torch.tensor([own[0].weight if own else 0.0 for own in patches], dtype=torch.float64)
-    right = as_asked(numbers, weights)
+    at_one = [[replace(p, weight=p.weight / w) for p in own] for own, w in zip(patches, weights, strict=True)]
+    numbers = sample(weight, merged, at_one)
+    right = as_asked(numbers, torch.tensor(weights, dtype=torch.float64))
     if near and right:
         return Outcome(check)
     return _diagnosed(check, numbers, right)
