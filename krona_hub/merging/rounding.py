@@ -15,14 +15,12 @@ from torch import Tensor
 
 from krona_hub.merging.scratch import scratch
 
-Mode = Literal["nearest", "stochastic"]
-
 
 @dataclass(frozen=True)
 class Rounding:
     """How a merged tensor is rounded to the type that it is stored in."""
 
-    mode: Mode = "nearest"
+    mode: Literal["nearest", "stochastic"] = "nearest"
     seed: int = 0  # of stochastic rounding, together with the name of the tensor
     exact: bool = False  # sums in float64: every number is the true one, rounded once
 
