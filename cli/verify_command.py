@@ -37,6 +37,7 @@ PROPERTIES = ("same", "exit_code", "states", "only_first", "only_second", "relat
         "How": ("--component", "--tolerance", "--exact", "--allow-missing", "--all"),
     },
     examples=(
+        "krona verify merged --base base --adapter lora.safetensors:0.8",
         "krona verify lokr.safetensors krona.safetensors",
         "krona verify lokr.safetensors --base sd15",
     ),
