@@ -41,7 +41,7 @@ with warnings.catch_warnings():  # torch says once per process that it would not
 
 def carry_out(asked: Request, progress: Progress | None = None) -> MergeReport:
     """Do what was asked for; `merge` says what is raised."""
-    plan, place = asked.plan, asked.place
+    started, plan, place = perf_counter(), asked.plan, asked.place
     how = Rounding(asked.rounding, asked.seed, asked.exact_rounding)
     recipe = _recipe(plan, asked.options, asked.title)
     work = _Work(plan, how, [part.load() for part in plan.parts])
@@ -60,7 +60,7 @@ def carry_out(asked: Request, progress: Progress | None = None) -> MergeReport:
         left_out=tuple(path.as_posix() for path in written.left_out),
         bytes_written=written.nbytes,
         bytes_touched=plan.bytes_to_touch,
-        seconds=perf_counter() - asked.started,
+        seconds=perf_counter() - started,
         undo=place.undo,
         base_sha256=hashed[0] if len(hashed) == 1 else None,
         notes=(*plan.notes, *_notes(hashed)),

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+<<<<<<< HEAD
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, get_args
+=======
+from typing import TYPE_CHECKING, Any, Literal
+>>>>>>> main
 
 from krona_hub.errors import UsageError
 from krona_hub.merging.folders import Place, check_place
@@ -33,7 +37,6 @@ class Request:
     hash: bool | None
     title: str | None
     threads: int
-    started: float  # of perf_counter
 
 
 def merge(
@@ -68,7 +71,6 @@ def merge(
     options, is said by `plan_merge`, which raises the same errors. Besides: NonFiniteError for a sum that overflows the
     stored type, ConflictError for an output in the way, ResourceError for a full disk; then nothing was written.
     """
-    started = perf_counter()
     if (out is None) != in_place:
         raise UsageError("say where to write: to a new place or in place.", fix="Give -o OUT, or --in-place --undo F.")
     _check_options(rounding, threads)
@@ -96,7 +98,6 @@ def merge(
         hash=hash,
         title=title,
         threads=threads,
-        started=started,
     )
     from krona_hub.merging.carry_out import carry_out
 
