@@ -101,7 +101,10 @@ def open_tree(base: str | Path) -> BaseTree:
     if not any(sets.values()):
         raise _only_others(root, folders.values(), configured)
     headers = _headers(path for files in sets.values() for some in files for path in some)
-    return BaseTree(root, load_base(root), headers, _gathered(sets), {**configured, **_signs(headers)})
+    places = _gathered(sets)
+    if len(headers) == 1 and not (root / "config.json").exists():
+        _check_no_checkpoint(root, next(iter(headers)), places)
+    return BaseTree(root, load_base(root), headers, places, {**configured, **_signs(headers)})
 
 
 def _of_file(path: Path) -> BaseTree:
@@ -157,6 +160,18 @@ def _check_index(index: Path) -> None:
     if lost or unsaid:
         cause = f"names {lost[0]}, where it is not" if lost else f"does not name {unsaid[0]}"
         raise StructureError(f"{index} {cause}.", fix="Download the folder again.")
+
+
+def _check_no_checkpoint(root: Path, file: Path, places: Mapping[str, object]) -> None:
+    """Raise where a folder without configuration holds a checkpoint in its authors' names, and not a component."""
+    try:
+        held = weight_files(file)
+    except UnknownBaseError:
+        return
+    if not held.keys() & places.keys():
+        raise UnknownBaseError(
+            f"{root} is no diffusers folder, but one with a checkpoint in it.", fix=f"Give the file itself: {file}."
+        )
 
 
 def _only_others(root: Path, folders: Iterable[Path], configured: Mapping[Path, str]) -> KronaError:

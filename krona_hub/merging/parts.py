@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite, prod
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from krona_hub.bases import detect, prefixes
+from krona_hub.bases import prefixes
 from krona_hub.bases.base import COMPONENTS
 from krona_hub.checkpoints.findings import raise_first
-from krona_hub.errors import KronaError, UsageError
+from krona_hub.errors import AmbiguousError, KronaError, UsageError
+from krona_hub.formats.describe import describe
 from krona_hub.formats.plan import Plan, make_plan, refuse_unreadable
 from krona_hub.formats.registry import by_name, detect_format
 from krona_hub.formats.source import AdapterFile, in_file, open_files
@@ -71,8 +73,10 @@ class Part:
         """Catalogue names that it fits, whatever base was given: to say where it may belong."""
         if self.base is not None and self.base.names:
             return self.base.names
-        best = [c for plan in self.plans[:1] for c in _fitting(plan) if c.matched]
-        return tuple(dict.fromkeys(c.base for c in best if c.score >= 0.99 * best[0].score))
+        try:
+            return describe(self.source).candidates if isinstance(self.source, Path) else ()
+        except KronaError:
+            return ()
 
 
 def part_of(
@@ -157,8 +161,19 @@ class _Reading(NamedTuple):
 
 def _reading(file: AdapterFile, tree: BaseTree, format: str | None, component: str | None) -> _Reading:
     with in_file(file.path):
-        spoke = by_name(format) if format is not None else detect_format(file)
+        spoke = by_name(format) if format is not None else _detected(file)
         return _native(file, tree) if spoke.NAME == "krona" else _planned(make_plan(file, spoke, component), tree)
+
+
+def _detected(file: AdapterFile) -> ModuleType:
+    """The format; by the file alone where the base leaves it open, since that base may be the wrong one."""
+    try:
+        return detect_format(file)
+    except AmbiguousError as error:
+        try:
+            return detect_format(replace(file, base=None))
+        except AmbiguousError:
+            raise error from None
 
 
 def _native(file: AdapterFile, tree: BaseTree) -> _Reading:
@@ -205,11 +220,6 @@ def _why_not(layer: str, weight_shape: tuple[int, ...], tree: BaseTree) -> str:
     if module.matrix == given:
         return ""
     return f"its delta is {given[0]}x{given[1]}, the weight {module.matrix[0]}x{module.matrix[1]}."
-
-
-def _fitting(plan: Plan) -> tuple[detect.Candidate, ...]:
-    shapes = {m.group.name: m.layout.weight_shape for m in plan.modules}
-    return detect.candidates({**shapes, **dict.fromkeys(plan.aside)}, plan.file.metadata)
 
 
 def _extras(names: tuple[str, ...]) -> Iterator[str]:

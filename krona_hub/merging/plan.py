@@ -209,18 +209,21 @@ def _check_matched(part: Part, tree: BaseTree, component: str | None, allowed: b
     if not part.modules:
         reason = next(iter(part.missing.values()), "it has no module of that part.")
         raise BaseMismatchError(
-            f"{found}; of the first: {reason}", fix=f"{_likely(part)}krona inspect tells more about it."
+            f"{found}; of the first: {reason}", fix=f"{_likely(part, tree)}krona inspect tells more about it."
         )
     names, more = list(part.missing)[:SHOWN], len(part.missing) - SHOWN
     raise BaseMismatchError(
         f"{found}; not there: {', '.join(names)}{f' and {more} more' if more > 0 else ''}. "
         f"Of the first: {part.missing[names[0]]}",
-        fix="--allow-missing merges the others; --component NAME merges one part of the model only.",
+        fix=f"{_likely(part, tree)}--allow-missing merges the others; --component NAME merges one part of the model.",
     )
 
 
-def _likely(part: Part) -> str:
-    return f"It looks like an adapter for {' or '.join(part.candidates[:SHOWN])}. " if part.candidates else ""
+def _likely(part: Part, tree: BaseTree) -> str:
+    """For which bases the adapter is more likely, where this one is not among them."""
+    if not part.candidates or {*tree.base.model.names} & {*part.candidates}:
+        return ""
+    return f"It looks like an adapter for {' or '.join(part.candidates[:SHOWN])}. "
 
 
 def _check_doras(parts: Sequence[Part], targets: Iterable[tuple[Path, str, Target]]) -> None:
