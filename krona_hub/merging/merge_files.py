@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-<<<<<<< HEAD
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, get_args
-=======
-from typing import TYPE_CHECKING, Any, Literal
->>>>>>> main
 
 from krona_hub.errors import UsageError
 from krona_hub.merging.folders import Place, check_place
