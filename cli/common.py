@@ -164,6 +164,15 @@ def say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def announce(*sources: str | None) -> None:
+    """Say aloud which of these are looked for on the Hub, because they are no path here."""
+    from krona_hub.sources import is_remote
+
+    for source in sources:
+        if source is not None and is_remote(source):
+            say(f"{source} is no path here: asking the Hugging Face Hub.")
+
+
 def show_text(text: str = "", style: str = "") -> None:
     """One line of the result, on stdout; `style` is a style of rich, for a terminal."""
     from rich.text import Text

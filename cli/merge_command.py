@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from krona_hub.bases.base import COMPONENTS
 from krona_hub.cli.common import (
     allow_base_mismatch_option,
     allow_missing_option,
+    announce,
     byte_progress,
-    component_option,
     dry_run_option,
     emit,
     from_option,
@@ -58,7 +59,12 @@ PANELS = {
 @click.argument("base", type=click.Path(), metavar="BASE")
 @click.argument("adapters", type=WeightedSource(), nargs=-1, required=True, metavar="ADAPTER[:w]…")
 @output_option
-@component_option
+@click.option(
+    "--component",
+    metavar="NAME",
+    type=click.Choice(COMPONENTS),
+    help="Merge only the layers of this part; also says which part a file is for that does not say.",
+)
 @click.option(
     "--block-weights",
     type=click.Path(dir_okay=False),
@@ -70,13 +76,13 @@ PANELS = {
     "--out-dtype",
     type=click.Choice(("keep", "fp32-touched", "fp16", "bf16")),
     default="keep",
-    help="Type of the output: as stored [keep], changed tensors in float32, or everything in a half type.",
+    help="As stored [keep], changed tensors in float32, or every number of a changed file in a half type.",
 )
 @click.option(
     "--rounding",
     type=click.Choice(("nearest", "stochastic")),
     default="nearest",
-    help="nearest is closest per number; stochastic keeps small deltas on average.",
+    help="nearest has the least error [nearest]; stochastic keeps the strength of small deltas, with more noise.",
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="Of stochastic rounding [0].")
 @click.option("--exact-rounding", is_flag=True, help="Add in float64: every number is the correctly rounded one.")
@@ -104,10 +110,11 @@ def command(
 
     The output has the layout of the base. Every changed weight is computed in float32 from all adapters together and
     rounded once; everything else is copied byte for byte. The report says how much of the adapters survived rounding:
-    in half precision, small deltas mostly do not. --dry-run reads headers only.
+    in half precision, small deltas mostly do not. --dry-run tells what it would do, from headers alone.
     """
     from krona_hub.merging.block_weights import read_block_weights
 
+    announce(base, *(adapter.source for adapter in adapters))
     options["block_weights"] = read_block_weights(block_weights) if block_weights else None
     _plan(base, adapters, options) if dry_run else _merge(base, adapters, out, options, every=tensors)
 
