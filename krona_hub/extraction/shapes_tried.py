@@ -1,0 +1,119 @@
+"""Which Kronecker shapes are worth a look: by the factors of a thin LoRA, or by products with random vectors."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import exp, floor, log, sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from krona_hub.extraction.curves import Allowed, Curve
+from krona_hub.extraction.differences import Difference
+from krona_hub.extraction.pairs import Pair
+from krona_hub.extraction.plan import Plan
+from krona_hub.kron.dense import cast_terms
+from krona_hub.kron.forms import Form, is_lora, realise
+from krona_hub.kron.parallel import in_parallel
+from krona_hub.kron.search import smallest_within
+from krona_hub.kron.shapes import KronShape
+from krona_hub.kron.shapes import choices as shapes_of
+from krona_hub.kron.terms import KronTerms
+
+SCREENED = 3  # layers of each size on which every shape is tried
+KEPT = 4  # best shapes of each of these, which are studied on all layers of that size
+WORTH = 0.5  # share of the whole difference above which a form is not worth a look
+BUCKET = 1.25  # errors allowed within this factor of each other are searched together, by the smallest
+
+
+def best_shapes(pairs: Sequence[Pair], plan: Plan) -> dict[tuple[int, int], list[KronShape]]:
+    """Size -> the shapes that the energy of some layers of that size is concentrated in."""
+    by_size: dict[tuple[int, int], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_size[pair.size].append(pair)
+    some = [pair for members in by_size.values() for pair in members[:SCREENED]]
+    best: dict[tuple[int, int], Counter[KronShape]] = {size: Counter() for size in by_size}
+    for pair, shapes in in_parallel(partial(_screened, plan), some, plan.threads):
+        best[pair.size].update(shapes)
+    return {size: sorted(found) for size, found in best.items()}
+
+
+def _screened(plan: Plan, pair: Pair) -> list[KronShape]:
+    """The shapes by the size that they would need: terms that the energy is spread over, times parameters of each."""
+    difference, allowed = Difference.of(pair), plan.allowed(pair.shape)
+    if difference is None:
+        return []
+    limit = WORTH * difference.size[0] * difference.size[1]
+    sizes = {
+        shape: difference.rearranged(shape).concentration() * shape.parameters
+        for shape in shapes_of(*difference.size)
+        if not is_lora(shape, None) and shape.parameters < limit and allowed(shape, 1, None)
+    }
+    return sorted((s for s in sizes if sizes[s] < limit), key=lambda s: (sizes[s], s))[:KEPT]
+
+
+class Thin(NamedTuple):
+    """A layer whose LoRA above the noise is known."""
+
+    pair: Pair
+    curve: Curve
+    lora: KronTerms
+    chosen: Form  # a LoRA too: what another form must be smaller than
+
+
+def smaller_than_lora(plan: Plan, layers: Sequence[Thin]) -> dict[Pair, KronTerms]:
+    """The layers that a Kronecker sum holds as well as the LoRA does, in fewer numbers; by the LoRA's factors."""
+    groups: dict[tuple[tuple[int, ...], float], list[Thin]] = defaultdict(list)
+    for layer in layers:
+        error = _allowed_error(plan, layer.curve)
+        if error > 0:
+            groups[layer.pair.shape, _rounded_down(error)].append(layer)
+    return {
+        pair: sums
+        for (weight, error), members in groups.items()
+        for pair, sums in _smaller(plan, weight, error, members)
+    }
+
+
+def _allowed_error(plan: Plan, curve: Curve) -> float:
+    """How far a form may be from the LoRA above the noise, relative to it; 0.0: not at all.
+
+    Down to the noise, it may lose as much as one term at the edge of the noise.
+    """
+    kept, rest = curve.left[0] - curve.left[curve.above], curve.left[curve.above]
+    if plan.asked.max_error is not None:
+        return sqrt(max(0.0, plan.asked.max_error**2 * curve.left[0] - rest) / kept)
+    return min(0.5, curve.floor / sqrt(kept))
+
+
+def _rounded_down(error: float) -> float:
+    """To a power of BUCKET, so that layers with nearly the same limit are searched together."""
+    return exp(floor(log(error) / log(BUCKET)) * log(BUCKET))
+
+
+def _smaller(
+    plan: Plan, weight: tuple[int, ...], error: float, members: Sequence[Thin]
+) -> Iterator[tuple[Pair, KronTerms]]:
+    loras = [_factors(layer.lora) for layer in members]
+    choices = smallest_within(loras, error, allowed=_capped(plan, weight), others_within=1.0)
+    for layer, (up, down), choice in zip(members, loras, choices, strict=True):
+        if not choice.form.is_lora and choice.form.parameters < layer.chosen.parameters:
+            yield layer.pair, cast_terms(realise(up, down, choice.form).terms, torch.float32)
+
+
+def _factors(lora: KronTerms) -> tuple[Tensor, Tensor]:
+    _, up, down = lora.tensors
+    return up[0], down[0]
+
+
+def _capped(plan: Plan, weight: tuple[int, ...]) -> Allowed:
+    """What the target holds, with no more terms than were asked for."""
+    allowed, most = plan.allowed(weight), plan.asked.terms
+
+    def capped(shape: KronShape, terms: int, right_rank: int | None) -> bool:
+        return (most is None or terms <= most) and allowed(shape, terms, right_rank)
+
+    return capped

@@ -1,0 +1,154 @@
+"""How much of a difference of two stored matrices is rounding, and where its singular values end.
+
+A number stored with p bits is off by up to half a unit in its last place (ulp), ulp²/12 in the mean square. The
+singular values of a matrix of such errors end at the Marchenko–Pastur edge: √(Σ variances of a row) + √(Σ variances of
+a column). What stands above it is no rounding, and nothing below it can be told from rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import cos, pi, sin, sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from krona_hub.kron.shapes import KronShape
+
+SAMPLE = 1 << 12  # numbers looked at before all are
+FLUCTUATION = 4.0  # Tracy–Widom units above the edge, which one matrix of noise in some ten thousand passes
+STEPS = 512  # of the numeric integral over the Marchenko–Pastur law
+
+
+class Precision(NamedTuple):
+    """How finely a type stores numbers."""
+
+    bits: int  # of the significand, the leading one included
+    smallest: int  # exponent of the smallest normal number
+
+    @property
+    def tiny(self) -> float:
+        return 2.0**self.smallest
+
+
+PRECISIONS = {
+    torch.float8_e4m3fn: Precision(4, -6),
+    torch.float8_e5m2: Precision(3, -14),
+    torch.bfloat16: Precision(8, -126),
+    torch.float16: Precision(11, -14),
+    torch.float32: Precision(24, -126),
+    torch.float64: Precision(53, -126),
+}
+
+
+def precision_of(values: Tensor) -> Precision:
+    """The precision that the numbers have: a float32 tensor of numbers that fit bfloat16 was rounded to that once.
+
+    >>> precision_of(torch.tensor([1.0, 0.1])).bits, precision_of(torch.tensor([1.0, 0.1]).bfloat16().float()).bits
+    (24, 8)
+    """
+    if values.dtype in (torch.float32, torch.float64):
+        narrower = (t for t in (torch.bfloat16, torch.float16, torch.float32) if _fits(values, t))
+        return PRECISIONS[next(narrower, values.dtype)]
+    return PRECISIONS[values.dtype]
+
+
+def _fits(values: Tensor, dtype: torch.dtype) -> bool:
+    flat = values.flatten()
+    return all(torch.equal(part.to(dtype).to(part.dtype), part) for part in (flat[:SAMPLE], flat[SAMPLE:]))
+
+
+def ulp(values: Tensor, precision: Precision) -> Tensor:
+    """The distance from each number to the next in that precision, float32.
+
+    >>> ulp(torch.tensor([1.0, 1.9, -4.0, 0.0]), PRECISIONS[torch.float16]).tolist()[:3]
+    [0.0009765625, 0.0009765625, 0.00390625]
+    """
+    bits = values.float().view(torch.int32)
+    power = (bits & 0x7F800000).view(torch.float32)  # 2^exponent, 0 for subnormal numbers
+    return power.clamp_(min=precision.tiny).mul_(2.0 ** (1 - precision.bits))
+
+
+@dataclass(frozen=True, eq=False)
+class StorageNoise:
+    """The rounding that two stored matrices of one size may differ by.
+
+    That of `tuned` always counts. That of `base` counts as far as the singular values show it: a tuned model made
+    from the stored base does not have it, one that was rounded independently of it does.
+    """
+
+    tuned: Tensor  # (out, in): ulp of each number, float32
+    base: Tensor
+
+    @classmethod
+    def of(cls, base: Tensor, tuned: Tensor) -> StorageNoise:
+        return cls(ulp(tuned, precision_of(tuned)), ulp(base, precision_of(base)))
+
+    @cached_property
+    def energies(self) -> tuple[float, float]:
+        """Expected squared Frobenius norm of the rounding of tuned, and of that of base."""
+        return _energy(self.tuned), _energy(self.base)
+
+    def explains(self, difference: Tensor) -> bool:
+        """Whether every number differs by no more than rounding alone may do."""
+        return bool((difference.abs() <= (self.tuned + self.base) / 2).all())
+
+    def beyond(self, error: Tensor, first_row: int = 0) -> Tensor:
+        """What is left of an error on some rows when each number may be off by half an ulp of tuned."""
+        rows = self.tuned[first_row : first_row + len(error)]
+        return (error.abs() - rows / 2).clamp_(min=0)
+
+    def floor(self, shape: KronShape, sigma: Tensor, energy: float) -> float:
+        """The edge of the noise among the singular values of R(Δ): sigma (k,), the largest first, of ‖Δ‖² = energy."""
+        return self.edge(shape, self._share_of_base(shape, sigma, energy))
+
+    def edge(self, shape: KronShape, share: float = 1.0) -> float:
+        """The largest singular value of R(rounding) that is to be expected, with that share of base's energy."""
+        rows, columns = (a + share * b for a, b in zip(_sums(self.tuned, shape), _sums(self.base, shape), strict=True))
+        m, n = sorted((len(rows), len(columns)))
+        return (sqrt(float(rows.max())) + sqrt(float(columns.max()))) * _above_edge(m, n)
+
+    def _share_of_base(self, shape: KronShape, sigma: Tensor, energy: float) -> float:
+        """The share of base's rounding that the tail of the spectrum shows, 0 … 1."""
+        own, other = self.energies
+        m, n = sorted((shape.a1 * shape.a2, shape.b1 * shape.b2))
+        head = min(len(sigma), m // 4)
+        tail = max(0.0, energy - float(sigma[:head].square().sum()))
+        noise = tail / tail_share(m / n, head / m)
+        return min(1.0, max(0.0, (noise - own) / other)) if other > 0 else 0.0
+
+
+def _energy(ulps: Tensor) -> float:
+    return float(torch.linalg.vector_norm(ulps, dtype=torch.float64)) ** 2 / 12
+
+
+def _sums(ulps: Tensor, shape: KronShape) -> tuple[Tensor, Tensor]:
+    """Σ ulp²/12 over each row and over each column of R."""
+    variances = ulps.square().reshape(shape.a1, shape.b1, shape.a2, shape.b2) / 12
+    return variances.sum((1, 3)).flatten(), variances.sum((0, 2)).flatten()
+
+
+def _above_edge(m: int, n: int) -> float:
+    """1 + the fluctuation of the largest singular value of (m, n) noise (Johnstone, 2001)."""
+    width = (m**-0.5 + n**-0.5) ** (1 / 3) / (sqrt(m) + sqrt(n))
+    return sqrt(1 + FLUCTUATION * width)
+
+
+@lru_cache(maxsize=256)
+def tail_share(beta: float, head: float) -> float:
+    """The share of the energy of (m, n) noise, β = m/n ≤ 1, without the largest `head` of its singular values.
+
+    >>> round(tail_share(1.0, 0.0), 3), round(tail_share(1e-9, 0.25), 2), round(tail_share(1.0, 0.25), 2)
+    (1.0, 0.75, 0.38)
+    """
+    beta, whole, energy, left = max(beta, 1e-6), 0.0, 0.0, 0.0
+    angles = [(i + 0.5) * pi / STEPS for i in range(STEPS)]  # x falls from (1 + √β)² to (1 − √β)²
+    for angle in angles:
+        x = 1 + beta + 2 * sqrt(beta) * cos(angle)
+        weight = 2 * sin(angle) ** 2 / (x * STEPS)  # of the law of squared singular values
+        whole += weight
+        energy += weight * x
+        left += weight * x if whole > head else 0.0
+    return left / energy
