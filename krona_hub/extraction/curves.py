@@ -67,17 +67,21 @@ def above_noise(
 ) -> Form:
     """The form that explains the difference best: every term above the noise, of the shape that suits it.
 
-    `noise` is the expected energy of the rounding. Shapes are compared by Akaike's criterion: a number of the adapter
-    must explain twice as much as it would of mere noise.
+    `noise` is the expected energy of the rounding, and makes the price of a number.
     """
     size, energy = curves[0].shape.full, curves[0].left[0]
     forms = [c.form(k) for c in curves if (k := min(c.above, c.most(allowed), most or c.above))]
     if dense and forms and most is None and allowed(whole(size).shape, 1, None):
         forms.append(whole(size))
-    price = 2 * noise / (size[0] * size[1])
+    price = price_of_a_number(noise, size)
     return min(
         forms, key=lambda f: (f.relative_error**2 * energy + price * f.parameters, f.order), default=nothing(size)
     )
+
+
+def price_of_a_number(noise: float, size: tuple[int, int]) -> float:
+    """Energy that a number of the adapter must explain: twice what it does of mere noise (Akaike's criterion)."""
+    return 2 * noise / (size[0] * size[1])
 
 
 def within(curves: Sequence[Curve], max_error: float, allowed: Allowed, *, dense: bool = True) -> Form | None:

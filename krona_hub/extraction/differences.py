@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,13 +19,16 @@ from krona_hub.extraction.report import NO_FORM, ExtractedLayer
 from krona_hub.formats.encode import cast
 from krona_hub.kron.dense import RearrangedDense, Spectrum, cast_terms
 from krona_hub.kron.forms import Form
-from krona_hub.kron.noise import StorageNoise
+from krona_hub.kron.noise import StorageNoise, stored_dtype
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.sums import row_blocks
 from krona_hub.kron.terms import KronTerms, as_lora
 
-THIN = 64  # rank up to which a LoRA is looked for by few products, where a layer has FEW times as many rows
+SOME = 64  # terms that are looked for by few products, where R has FEW rows for each
 FEW = 8
+BENT = 6.0  # times the floor, and
+WEAK = 0.2  # of the largest σ: where the smallest term above the noise is below both, it may be rounding all the same
+TRIES = 3
 
 
 class Taken(NamedTuple):
@@ -40,8 +44,9 @@ class Difference:
 
     pair: Pair
     delta: Tensor  # (out, in·k…)
+    base: Tensor  # as stored
+    stored: torch.dtype  # what tuned was rounded to
     noise: StorageNoise
-    base_norm: float  # ‖W‖
     spectra: dict[KronShape, Spectrum] = field(default_factory=dict)  # kept from the study for the taking
 
     @classmethod
@@ -56,8 +61,7 @@ class Difference:
             return None
         if not bool(torch.isfinite(delta).all()):
             raise NonFiniteError(f"{pair.name} holds NaN or infinity.", fix="One of the checkpoints is broken.")
-        norm = float(torch.linalg.vector_norm(base.float(), dtype=torch.float64))
-        return cls(pair, delta, StorageNoise.of(base, tuned), norm)
+        return cls(pair, delta, base, stored_dtype(tuned), StorageNoise.of(base, tuned))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -66,6 +70,10 @@ class Difference:
     @property
     def energy(self) -> float:
         return float(torch.linalg.vector_norm(self.delta, dtype=torch.float64)) ** 2
+
+    @property
+    def base_norm(self) -> float:
+        return float(torch.linalg.vector_norm(self.base.float()))
 
     def rearranged(self, shape: KronShape) -> RearrangedDense:
         return RearrangedDense.of(self.delta[None], shape)
@@ -77,11 +85,36 @@ class Difference:
         self.spectra[shape] = spectrum
         left = spectrum.left_out()[0].tolist()
         floor = self.noise.floor(shape, spectrum.sigma[0], left[0])
-        return Curve(shape, tuple(left), int((spectrum.sigma[0] > floor).sum()), floor)
+        return Curve(shape, tuple(left), self._above(spectrum, floor), floor)
 
-    def lora_curve(self, max_error: float | None = None) -> Curve:
-        """The curve of the LoRA form: its first terms where they reach the noise (and the error), else all."""
-        shape, few = lora_shape(self.size), min(THIN, min(self.size) // FEW)
+    def _above(self, spectrum: Spectrum, floor: float) -> int:
+        """The terms above the noise, without those that are but the rounding of the larger ones.
+
+        A weak delta does not round like noise: where it is below half an ulp all of it is lost, elsewhere it grows, and
+        what is so bent has singular values of its own, which may stand a little above the edge of noise.
+        """
+        above = int((spectrum.sigma[0] > floor).sum())
+        if above < 2 or float(spectrum.sigma[0, above - 1]) > min(BENT * floor, WEAK * float(spectrum.sigma[0, 0])):
+            return above
+        return bisect_left(range(above), True, lo=1, key=lambda k: self._explained_by(spectrum.first(k), floor))
+
+    def _explained_by(self, terms: Spectrum, floor: float) -> bool:
+        """Whether the base plus some sum of that many terms, rounded as tuned was, leaves nothing above the noise.
+
+        That sum is found by adding back, a few times, what its rounding leaves: the terms of Δ itself are too small.
+        """
+        shape, count, base = terms.source.shape, terms.sigma.shape[1], self.base.float()
+        for _ in range(TRIES):
+            delta = terms.fits()[0].terms.dense().float()
+            rest = self.delta - ((base + delta).to(self.stored).float() - base)
+            if float(RearrangedDense.of(rest[None], shape).leading(1).sigma[0, 0]) <= floor:
+                return True
+            terms = RearrangedDense.of((delta + rest)[None], shape).leading(count)
+        return False
+
+    def curve_to_noise(self, shape: KronShape, max_error: float | None = None) -> Curve:
+        """The curve of one shape: its first terms where these reach the noise (and the error), else all."""
+        few = min(SOME, min(shape.a1 * shape.a2, shape.b1 * shape.b2) // FEW)
         if few:
             curve = self.curve(shape, few)
             if curve.above < few and (max_error is None or curve.needed(max_error) is not None):

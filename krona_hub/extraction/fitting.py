@@ -13,7 +13,7 @@ from functools import partial
 
 from krona_hub.errors import UsageError
 from krona_hub.extraction.curves import Curve, points
-from krona_hub.extraction.differences import FEW, THIN, Difference, Taken
+from krona_hub.extraction.differences import Difference, Taken
 from krona_hub.extraction.pairs import Pair
 from krona_hub.extraction.plan import Plan
 from krona_hub.extraction.shapes_tried import Thin, best_shapes, smaller_than_lora
@@ -25,6 +25,7 @@ from krona_hub.kron.terms import KronTerms
 
 Step = Callable[[], None]  # called when a pair is through a step
 STEPS = 3  # of a pair that is not fitted at once
+THIN = 16  # rank up to which every Kronecker form of a LoRA is tried by its factors; it takes too long above
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _in_steps(pairs: Sequence[Pair], plan: Plan, step: Step) -> list[Fitted]:
     known = [s for s in studies.values() if isinstance(s, Study)]
     wide = [s for s in known if plan.asked.shape is None and not plan.target.to_lora and _is_wide(plan, s)]
     shapes = best_shapes([s.pair for s in wide], plan)
-    for study, curves in in_parallel(partial(_more_curves, shapes), wide, plan.threads):
+    for study, curves in in_parallel(partial(_more_curves, plan, shapes), wide, plan.threads):
         studies[study.pair] = replace(study, curves=(*study.curves, *curves))
     for _ in pairs:
         step()
@@ -122,14 +123,9 @@ def _study(plan: Plan, pair: Pair) -> Study | Fitted:
     if difference.noise.explains(difference.delta):
         return Fitted(pair, is_rounding=True)
     curve, lora = plan.curve(difference), None
-    if curve.is_lora and 0 < curve.above <= _thin(difference.size):
+    if curve.is_lora and 0 < curve.above <= min(THIN, min(difference.size) // 4):
         lora = difference.sums(curve.form(curve.above))
     return Study(pair, (curve,), sum(difference.noise.energies), lora, difference.is_rounding())
-
-
-def _thin(size: tuple[int, int]) -> int:
-    """The largest rank of a thin LoRA."""
-    return min(THIN, min(size) // FEW)
 
 
 def _is_wide(plan: Plan, study: Study) -> bool:
@@ -137,10 +133,10 @@ def _is_wide(plan: Plan, study: Study) -> bool:
     return study.lora is None or plan.asked.budget is not None
 
 
-def _more_curves(shapes: dict[tuple[int, int], list[KronShape]], study: Study) -> list[Curve]:
+def _more_curves(plan: Plan, shapes: dict[tuple[int, int], list[KronShape]], study: Study) -> list[Curve]:
     wanted = shapes[study.size]
     difference = Difference.of(study.pair) if wanted else None
-    return [] if difference is None else [difference.curve(shape) for shape in wanted]
+    return [] if difference is None else [difference.curve_to_noise(shape, plan.asked.max_error) for shape in wanted]
 
 
 def _chosen(plan: Plan, studies: Sequence[Study]) -> dict[Pair, Form | KronTerms]:

@@ -37,7 +37,7 @@ class Plan:
         if not self.one_shape or self.target.to_lora:
             if self.target.to_lora and self.asked.terms is not None:
                 return difference.curve(lora_shape(difference.size), min(self.asked.terms, *difference.size))
-            return difference.lora_curve(self.asked.max_error)
+            return difference.curve_to_noise(lora_shape(difference.size), self.asked.max_error)
         shape = self.shape_of(difference.pair)
         terms = self.asked.terms
         return difference.curve(shape, None if terms is None else min(terms, shape.max_terms))

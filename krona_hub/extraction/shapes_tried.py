@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from math import exp, floor, log, sqrt
+from math import exp, floor, inf, log, sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from krona_hub.extraction.curves import Allowed, Curve
-from krona_hub.extraction.differences import Difference
+from krona_hub.extraction.curves import Allowed, Curve, price_of_a_number
+from krona_hub.extraction.differences import Difference, lora_shape
 from krona_hub.extraction.pairs import Pair
 from krona_hub.extraction.plan import Plan
 from krona_hub.kron.dense import cast_terms
@@ -24,8 +24,9 @@ from krona_hub.kron.shapes import choices as shapes_of
 from krona_hub.kron.terms import KronTerms
 
 SCREENED = 3  # layers of each size on which every shape is tried
-KEPT = 4  # best shapes of each of these, which are studied on all layers of that size
-WORTH = 0.5  # share of the whole difference above which a form is not worth a look
+LIKELY = 12  # shapes of each of these that are looked at closely
+KEPT = 4  # shapes that are studied on all layers of that size
+PROMISE = 0.8  # of the size of the LoRA form
 BUCKET = 1.25  # errors allowed within this factor of each other are searched together, by the smallest
 
 
@@ -38,21 +39,36 @@ def best_shapes(pairs: Sequence[Pair], plan: Plan) -> dict[tuple[int, int], list
     best: dict[tuple[int, int], Counter[KronShape]] = {size: Counter() for size in by_size}
     for pair, shapes in in_parallel(partial(_screened, plan), some, plan.threads):
         best[pair.size].update(shapes)
-    return {size: sorted(found) for size, found in best.items()}
+    return {size: [shape for shape, _ in found.most_common(KEPT)] for size, found in best.items()}
 
 
 def _screened(plan: Plan, pair: Pair) -> list[KronShape]:
-    """The shapes by the size that they would need: terms that the energy is spread over, times parameters of each."""
+    """The shapes by the size that they would need: terms that the energy is spread over, times parameters of each.
+
+    Only those that promise to be smaller than the LoRA form, which promises as much as any where nothing is planted.
+    """
     difference, allowed = Difference.of(pair), plan.allowed(pair.shape)
     if difference is None:
         return []
-    limit = WORTH * difference.size[0] * difference.size[1]
-    sizes = {
-        shape: difference.rearranged(shape).concentration() * shape.parameters
-        for shape in shapes_of(*difference.size)
-        if not is_lora(shape, None) and shape.parameters < limit and allowed(shape, 1, None)
-    }
-    return sorted((s for s in sizes if sizes[s] < limit), key=lambda s: (sizes[s], s))[:KEPT]
+
+    def size(shape: KronShape) -> float:
+        return difference.rearranged(shape).concentration() * shape.parameters
+
+    limit = PROMISE * size(lora_shape(difference.size))
+    possible = (s for s in shapes_of(*difference.size) if not is_lora(s, None) and s.parameters < limit)
+    sizes = {shape: size(shape) for shape in possible if allowed(shape, 1, None)}
+    likely = sorted((s for s in sizes if sizes[s] < limit), key=lambda s: (sizes[s], s))[:LIKELY]
+    curves = {shape: difference.curve_to_noise(shape, plan.asked.max_error) for shape in likely}
+    price = price_of_a_number(sum(difference.noise.energies), difference.size)
+    return sorted(likely, key=lambda s: (_cost(curves[s], plan.asked.max_error, price), s))[:KEPT]
+
+
+def _cost(curve: Curve, max_error: float | None, price: float) -> float:
+    """Parameters within the error; else those of everything above the noise at their price, and what that leaves."""
+    if max_error is not None:
+        terms = curve.needed(max_error)
+        return inf if terms is None else terms * curve.shape.parameters
+    return price * curve.above * curve.shape.parameters + curve.left[curve.above] if curve.above else inf
 
 
 class Thin(NamedTuple):
@@ -81,12 +97,14 @@ def smaller_than_lora(plan: Plan, layers: Sequence[Thin]) -> dict[Pair, KronTerm
 def _allowed_error(plan: Plan, curve: Curve) -> float:
     """How far a form may be from the LoRA above the noise, relative to it; 0.0: not at all.
 
-    Down to the noise, it may lose as much as one term at the edge of the noise.
+    Down to the noise, it need not have the noise that the LoRA took in, and may lose a term at the edge of the noise.
     """
     kept, rest = curve.left[0] - curve.left[curve.above], curve.left[curve.above]
     if plan.asked.max_error is not None:
         return sqrt(max(0.0, plan.asked.max_error**2 * curve.left[0] - rest) / kept)
-    return min(0.5, curve.floor / sqrt(kept))
+    out, in_ = curve.shape.full
+    of_one_number = curve.floor**2 / (sqrt(out) + sqrt(in_)) ** 2
+    return min(0.5, sqrt((curve.above * (out + in_) * of_one_number + curve.floor**2) / kept))
 
 
 def _rounded_down(error: float) -> float:

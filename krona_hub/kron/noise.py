@@ -43,16 +43,16 @@ PRECISIONS = {
 }
 
 
-def precision_of(values: Tensor) -> Precision:
-    """The precision that the numbers have: a float32 tensor of numbers that fit bfloat16 was rounded to that once.
+def stored_dtype(values: Tensor) -> torch.dtype:
+    """The dtype that the numbers were rounded to: float32 numbers that fit bfloat16 were bfloat16 once.
 
-    >>> precision_of(torch.tensor([1.0, 0.1])).bits, precision_of(torch.tensor([1.0, 0.1]).bfloat16().float()).bits
-    (24, 8)
+    >>> stored_dtype(torch.tensor([1.0, 0.1])), stored_dtype(torch.tensor([1.0, 0.1]).bfloat16().float())
+    (torch.float32, torch.bfloat16)
     """
     if values.dtype in (torch.float32, torch.float64):
         narrower = (t for t in (torch.bfloat16, torch.float16, torch.float32) if _fits(values, t))
-        return PRECISIONS[next(narrower, values.dtype)]
-    return PRECISIONS[values.dtype]
+        return next(narrower, values.dtype)
+    return values.dtype
 
 
 def _fits(values: Tensor, dtype: torch.dtype) -> bool:
@@ -84,7 +84,7 @@ class StorageNoise:
 
     @classmethod
     def of(cls, base: Tensor, tuned: Tensor) -> StorageNoise:
-        return cls(ulp(tuned, precision_of(tuned)), ulp(base, precision_of(base)))
+        return cls(*(ulp(values, PRECISIONS[stored_dtype(values)]) for values in (tuned, base)))
 
     @cached_property
     def energies(self) -> tuple[float, float]:
