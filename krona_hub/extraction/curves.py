@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import log2, sqrt
 
 from krona_hub.kron.budget import Point
 from krona_hub.kron.forms import Form, parameters_of
 from krona_hub.kron.shapes import KronShape
+
+TERMS_COUNT = 0.05  # twice the terms must save this share of the parameters
 
 Allowed = Callable[[KronShape, int, int | None], bool]  # may the target hold this shape, terms, rank of B?
 
@@ -74,9 +76,12 @@ def above_noise(
     if dense and forms and most is None and allowed(whole(size).shape, 1, None):
         forms.append(whole(size))
     price = price_of_a_number(noise, size)
-    return min(
-        forms, key=lambda f: (f.relative_error**2 * energy + price * f.parameters, f.order), default=nothing(size)
-    )
+    return min(forms, key=lambda f: (cost(f, energy, price), f.order), default=nothing(size))
+
+
+def cost(form: Form, energy: float, price: float) -> float:
+    """What a form leaves and what its numbers must explain; of forms that are much alike the one of fewer terms."""
+    return form.relative_error**2 * energy + price * form.parameters * (1 + TERMS_COUNT * log2(max(1, form.terms)))
 
 
 def price_of_a_number(noise: float, size: tuple[int, int]) -> float:

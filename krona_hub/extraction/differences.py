@@ -52,8 +52,12 @@ class Difference:
     @classmethod
     def of(cls, pair: Pair) -> Difference | None:
         """The difference of a pair; None where the numbers are equal. Raises NonFiniteError where one is not finite."""
-        size = (pair.shape[0], -1)
-        base, tuned = read(pair.base).reshape(size), read(pair.tuned).reshape(size)
+        return cls.between(pair, read(pair.base), read(pair.tuned))
+
+    @classmethod
+    def between(cls, pair: Pair, base: Tensor, tuned: Tensor) -> Difference | None:
+        """The same of weights in memory."""
+        base, tuned = base.reshape(pair.size), tuned.reshape(pair.size)
         if base.dtype == tuned.dtype and torch.equal(base, tuned):
             return None
         delta = tuned.float() - base.float()

@@ -74,7 +74,11 @@ def _at_once(plan: Plan) -> bool:
 
 
 def _fit_at_once(plan: Plan, pair: Pair) -> Fitted:
-    difference = Difference.of(pair)
+    return fit_difference(plan, pair, Difference.of(pair))
+
+
+def fit_difference(plan: Plan, pair: Pair, difference: Difference | None) -> Fitted:
+    """One layer of a plan with one shape; without a difference it is equal."""
     if difference is None:
         return Fitted(pair)
     if difference.noise.explains(difference.delta):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from math import exp, floor, inf, log, sqrt
+from math import ceil, exp, floor, inf, log, sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from krona_hub.extraction.curves import Allowed, Curve, price_of_a_number
+from krona_hub.extraction.curves import Allowed, Curve, cost, price_of_a_number
 from krona_hub.extraction.differences import Difference, lora_shape
 from krona_hub.extraction.pairs import Pair
 from krona_hub.extraction.plan import Plan
@@ -27,7 +27,7 @@ SCREENED = 3  # layers of each size on which every shape is tried
 LIKELY = 12  # shapes of each of these that are looked at closely
 KEPT = 4  # shapes that are studied on all layers of that size
 PROMISE = 0.8  # of the size of the LoRA form
-BUCKET = 1.25  # errors allowed within this factor of each other are searched together, by the smallest
+BUCKET = 1.05  # errors allowed within this factor of each other are searched together
 
 
 def best_shapes(pairs: Sequence[Pair], plan: Plan) -> dict[tuple[int, int], list[KronShape]]:
@@ -68,7 +68,7 @@ def _cost(curve: Curve, max_error: float | None, price: float) -> float:
     if max_error is not None:
         terms = curve.needed(max_error)
         return inf if terms is None else terms * curve.shape.parameters
-    return price * curve.above * curve.shape.parameters + curve.left[curve.above] if curve.above else inf
+    return cost(curve.form(curve.above), curve.left[0], price) if curve.above else inf
 
 
 class Thin(NamedTuple):
@@ -86,7 +86,7 @@ def smaller_than_lora(plan: Plan, layers: Sequence[Thin]) -> dict[Pair, KronTerm
     for layer in layers:
         error = _allowed_error(plan, layer.curve)
         if error > 0:
-            groups[layer.pair.shape, _rounded_down(error)].append(layer)
+            groups[layer.pair.shape, _bucket(plan, error)].append(layer)
     return {
         pair: sums
         for (weight, error), members in groups.items()
@@ -107,9 +107,10 @@ def _allowed_error(plan: Plan, curve: Curve) -> float:
     return min(0.5, sqrt((curve.above * (out + in_) * of_one_number + curve.floor**2) / kept))
 
 
-def _rounded_down(error: float) -> float:
-    """To a power of BUCKET, so that layers with nearly the same limit are searched together."""
-    return exp(floor(log(error) / log(BUCKET)) * log(BUCKET))
+def _bucket(plan: Plan, error: float) -> float:
+    """To a power of BUCKET, up or, where the limit was asked for, down: layers of one limit are searched together."""
+    step = log(error) / log(BUCKET)
+    return exp((ceil(step) if plan.asked.max_error is None else floor(step)) * log(BUCKET))
 
 
 def _smaller(
