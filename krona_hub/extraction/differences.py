@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import hypot, isfinite
 from typing import NamedTuple
 
 import torch
@@ -17,11 +19,10 @@ from krona_hub.extraction.curves import Curve
 from krona_hub.extraction.pairs import Pair
 from krona_hub.extraction.report import NO_FORM, ExtractedLayer
 from krona_hub.formats.encode import cast
-from krona_hub.kron.dense import RearrangedDense, Spectrum, cast_terms
+from krona_hub.kron.dense import SMALL, RearrangedDense, Spectrum, cast_terms, dense_rows
 from krona_hub.kron.forms import Form
 from krona_hub.kron.noise import StorageNoise, stored_dtype
 from krona_hub.kron.shapes import KronShape
-from krona_hub.kron.sums import row_blocks
 from krona_hub.kron.terms import KronTerms, as_lora
 
 SOME = 64  # terms that are looked for by few products, where R has FEW rows for each
@@ -29,6 +30,7 @@ FEW = 8
 BENT = 6.0  # times the floor, and
 WEAK = 0.2  # of the largest σ: where the smallest term above the noise is below both, it may be rounding all the same
 TRIES = 3
+CANCELLED = 1e-3  # relative error below which float32 has too few digits left
 
 
 class Taken(NamedTuple):
@@ -61,18 +63,20 @@ class Difference:
         if base.dtype == tuned.dtype and torch.equal(base, tuned):
             return None
         delta = tuned.float() - base.float()
-        if not bool(delta.any()):
+        norm = float(torch.linalg.vector_norm(delta))
+        if norm == 0:
             return None
-        if not bool(torch.isfinite(delta).all()):
+        if not isfinite(norm):
             raise NonFiniteError(f"{pair.name} holds NaN or infinity.", fix="One of the checkpoints is broken.")
-        return cls(pair, delta, base, stored_dtype(tuned), StorageNoise.of(base, tuned))
+        return cls(pair, delta, base, stored_dtype(tuned), StorageNoise(tuned, base))
 
     @property
     def size(self) -> tuple[int, int]:
         return self.delta.shape[0], self.delta.shape[1]
 
-    @property
+    @cached_property
     def energy(self) -> float:
+        """‖Δ‖²"""
         return float(torch.linalg.vector_norm(self.delta, dtype=torch.float64)) ** 2
 
     @property
@@ -83,9 +87,10 @@ class Difference:
         return RearrangedDense.of(self.delta[None], shape)
 
     def curve(self, shape: KronShape, terms: int | None = None) -> Curve:
-        """The curve of one shape, whole or of its first terms."""
+        """The curve of one shape: its first terms, or where it costs no more the whole."""
         source = self.rearranged(shape)
-        spectrum = source.spectrum() if terms is None else source.leading(terms)
+        whole = terms is None or source.matrix.shape[0] <= SMALL
+        spectrum = source.spectrum() if whole else source.leading(terms or 1)
         self.spectra[shape] = spectrum
         left = spectrum.left_out()[0].tolist()
         floor = self.noise.floor(shape, spectrum.sigma[0], left[0])
@@ -109,7 +114,7 @@ class Difference:
         """
         shape, count, base = terms.source.shape, terms.sigma.shape[1], self.base.float()
         for _ in range(TRIES):
-            delta = terms.fits()[0].terms.dense().float()
+            delta = terms.sums()[0].dense().float()
             rest = self.delta - ((base + delta).to(self.stored).float() - base)
             if float(RearrangedDense.of(rest[None], shape).leading(1).sigma[0, 0]) <= floor:
                 return True
@@ -127,7 +132,7 @@ class Difference:
 
     def is_rounding(self) -> bool:
         """Whether rounding alone may be all of it: by its energy, where no term stands above the noise."""
-        return self.energy <= 1.05 * sum(self.noise.energies)
+        return self.energy <= 1.05 * self.noise.energy
 
     def sums(self, form: Form) -> KronTerms:
         """The nearest sum of that form, float32."""
@@ -138,7 +143,7 @@ class Difference:
         known = self.spectra.get(shape)
         if known is None or known.sigma.shape[1] < terms:
             known = self.rearranged(shape).leading(terms)
-        fit = cast_terms(known.first(terms).fits()[0].terms, torch.float32)
+        fit = cast_terms(known.first(terms).sums()[0], torch.float32)
         return fit if form.right_rank is None else lora_of_terms(fit)
 
     def take(self, sums: KronTerms | None, dtype: torch.dtype | None, note: str = "") -> Taken:
@@ -164,15 +169,18 @@ class Difference:
 
     def errors(self, delta: LayerDelta) -> tuple[float, float]:
         """‖ΔW − Δ‖, and the same without what rounding explains of every number."""
-        plain = beyond = 0.0
-        row = 0
-        for block in row_blocks(delta.sums) if delta.sums else (torch.zeros(self.size),):
+        plain, beyond = self._errors_in(torch.float32, delta)
+        return (plain, beyond) if plain > CANCELLED * self.energy**0.5 else self._errors_in(torch.float64, delta)
+
+    def _errors_in(self, dtype: torch.dtype, delta: LayerDelta) -> tuple[float, float]:
+        parts, row = [], 0
+        for block in dense_rows(delta.sums[0], dtype) if delta.sums else (torch.zeros(self.size),):
             block -= self.delta[row : row + len(block)]
-            plain += float(torch.linalg.vector_norm(block)) ** 2
             rest = self.noise.beyond(block, row)
-            beyond += float(torch.linalg.vector_norm(rest)) ** 2
+            parts.append([float(torch.linalg.vector_norm(x)) for x in (block, rest)])
             row += len(block)
-        return plain**0.5, beyond**0.5
+        plain, beyond = zip(*parts, strict=True)
+        return hypot(*plain), hypot(*beyond)
 
 
 def lora_shape(size: tuple[int, int]) -> KronShape:

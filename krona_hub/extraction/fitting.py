@@ -86,7 +86,7 @@ def fit_difference(plan: Plan, pair: Pair, difference: Difference | None) -> Fit
     curve = plan.curve(difference)
     if not curve.above and difference.is_rounding():
         return Fitted(pair, is_rounding=True)
-    form = plan.choose(pair, [curve], sum(difference.noise.energies))
+    form = plan.choose(pair, [curve], difference.noise.energy)
     sums = difference.sums(form) if form.terms else None
     return Fitted(pair, difference.take(sums, plan.dtype, plan.note(pair, curve, form)), curve=curve)
 
@@ -129,7 +129,7 @@ def _study(plan: Plan, pair: Pair) -> Study | Fitted:
     curve, lora = plan.curve(difference), None
     if curve.is_lora and 0 < curve.above <= min(THIN, min(difference.size) // 4):
         lora = difference.sums(curve.form(curve.above))
-    return Study(pair, (curve,), sum(difference.noise.energies), lora, difference.is_rounding())
+    return Study(pair, (curve,), difference.noise.energy, lora, difference.is_rounding())
 
 
 def _is_wide(plan: Plan, study: Study) -> bool:

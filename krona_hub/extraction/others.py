@@ -31,7 +31,9 @@ def changes(pairs: Sequence[Pair]) -> Iterator[Change]:
         if base.shape != tuned.shape or torch.equal(base.double(), tuned.double()):
             continue
         difference = tuned.float() - base.float()
-        if base.is_floating_point() and StorageNoise.of(base, tuned).explains(difference):
+        if base.is_floating_point() and StorageNoise(tuned.reshape(-1, 1), base.reshape(-1, 1)).explains(
+            difference.reshape(-1, 1)
+        ):
             continue
         norm = float(torch.linalg.vector_norm(base.float()))
         moved = float(torch.linalg.vector_norm(difference)) / norm if norm else float("inf")

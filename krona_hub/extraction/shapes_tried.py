@@ -59,7 +59,7 @@ def _screened(plan: Plan, pair: Pair) -> list[KronShape]:
     sizes = {shape: size(shape) for shape in possible if allowed(shape, 1, None)}
     likely = sorted((s for s in sizes if sizes[s] < limit), key=lambda s: (sizes[s], s))[:LIKELY]
     curves = {shape: difference.curve_to_noise(shape, plan.asked.max_error) for shape in likely}
-    price = price_of_a_number(sum(difference.noise.energies), difference.size)
+    price = price_of_a_number(difference.noise.energy, difference.size)
     return sorted(likely, key=lambda s: (_cost(curves[s], plan.asked.max_error, price), s))[:KEPT]
 
 

@@ -23,11 +23,12 @@ from torch import Tensor
 from krona_hub.errors import ShapeError
 from krona_hub.kron.krylov import leading_rows
 from krona_hub.kron.shapes import KronShape, split
-from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, check_terms
+from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, check_terms, dense_factor
 
 CHUNK = 1 << 21  # numbers converted to float64 at a time: 16 MiB
 SMALL = 512  # side up to which the Gram matrix is always cheap
 FEW = 16  # Krylov where R has this many rows for each term
+PROBES = 12  # random vectors for a first look at a spectrum
 CANCELLED = 1e-6  # squared relative error below which ‖Δ‖² − Σσ² has too few digits left
 
 
@@ -100,13 +101,14 @@ class RearrangedDense:
     @cached_property
     def energy(self) -> Tensor:
         """‖Δ‖² of each, (n,), float64."""
-        norms: Tensor = torch.linalg.vector_norm(self.matrix.values, dim=(1, 2), dtype=torch.float64)
-        return norms.square()
+        return torch.stack([part.square().sum((1, 2)) for part in self.matrix.columns()]).sum(0)
 
     def spectrum(self) -> Spectrum:
         """Every singular value and its vector, by the Gram matrix."""
-        squares, vectors = torch.linalg.eigh(self.matrix.gram())
-        return Spectrum(self, squares.clamp_(min=0).sqrt_().flip(1), vectors.mT.flip(1))
+        gram = self.matrix.gram()
+        squares, vectors = torch.linalg.eigh(gram)
+        energy = gram.diagonal(dim1=1, dim2=2).sum(1)
+        return Spectrum(self, squares.clamp_(min=0).sqrt_().flip(1), vectors.mT.flip(1), energy)
 
     def leading(self, terms: int) -> Spectrum:
         """The largest `terms`, by the cheaper way."""
@@ -115,14 +117,14 @@ class RearrangedDense:
             return self.spectrum().first(terms)
         vectors = torch.linalg.qr(leading_rows(self.matrix, terms).mT).Q.mT
         sigma = torch.linalg.vector_norm(self.matrix.project(vectors), dim=2)
-        return Spectrum(self, sigma, vectors)
+        return Spectrum(self, sigma, vectors, self.energy)
 
     def concentration(self) -> float:
         """About (Σσ²)² / Σσ⁴, the number of terms that the energy is spread over, by a few random vectors."""
         generator = torch.Generator().manual_seed(0)
-        probes = torch.randn(1, 4, self.matrix.shape[0], generator=generator).to(self.matrix.values)
+        probes = torch.randn(1, PROBES, self.matrix.shape[0], generator=generator).to(self.matrix.values)
         images = self.matrix.matmul(self.matrix.T.matmul(probes))
-        fourth = float(images.double().square().sum()) / 4
+        fourth = float(images.double().square().sum()) / PROBES
         return float(self.energy.sum()) ** 2 / fourth if fourth else 0.0
 
 
@@ -133,38 +135,36 @@ class Spectrum:
     source: RearrangedDense
     sigma: Tensor  # (n, k), descending, float64
     vectors: Tensor  # (n, k, m), orthonormal
+    energy: Tensor  # (n,), ‖Δ‖², float64
 
     def first(self, terms: int) -> Spectrum:
-        return Spectrum(self.source, self.sigma[:, :terms], self.vectors[:, :terms])
+        return Spectrum(self.source, self.sigma[:, :terms], self.vectors[:, :terms], self.energy)
 
     def left_out(self) -> Tensor:
         """‖Δ − sum of the first 0, 1, … k terms‖², each (n, k + 1), not below what float64 tells apart from none."""
         kept = torch.cat([torch.zeros_like(self.sigma[:, :1]), self.sigma.square().cumsum(1)], 1)
-        return (self.source.energy[:, None] - kept).clamp(min=0)
+        return (self.energy[:, None] - kept).clamp(min=0)
 
-    def fits(self) -> list[KronFit]:
-        """The Kronecker sums of these terms, float64, each σ shared evenly, with their errors."""
+    def sums(self) -> list[KronTerms]:
+        """The Kronecker sums of these terms, float64, each σ shared evenly."""
         images = self.source.matrix.project(self.vectors)  # σ times the vectors of the other side
-        sigma = torch.linalg.vector_norm(images, dim=2, keepdim=True)
-        root = sigma.sqrt()
+        root = torch.linalg.vector_norm(images, dim=2, keepdim=True).sqrt()
         near, far = self.vectors * root, images / root.where(root > 0, 1.0)
         left, right = (far, near) if self.source.flipped else (near, far)
         a1, a2, b1, b2 = self.source.shape
         factors = zip(left.reshape(len(left), -1, a1, a2), right.reshape(len(right), -1, b1, b2), strict=True)
-        errors = self._errors(sigma[..., 0])
-        return [KronFit(KronTerms(*ab), float(e)) for ab, e in zip(factors, errors, strict=True)]
+        return [KronTerms(*ab) for ab in factors]
 
-    def _errors(self, sigma: Tensor) -> Tensor:
-        """Relative, (n,); 0.0 for a zero matrix."""
-        whole = self.source.energy
-        missing = (whole - sigma.square().sum(1)).clamp(min=0)
-        if bool((missing < CANCELLED * whole).any()):
+    def errors(self) -> list[float]:
+        """Relative, of each sum; 0.0 for a zero matrix."""
+        missing = self.left_out()[:, -1]
+        if bool((missing < CANCELLED * self.energy).any()):
             missing = self._residual()
-        return (missing / whole.where(whole > 0, 1.0)).sqrt()
+        return [float(e) for e in (missing / self.energy.where(self.energy > 0, 1.0)).sqrt()]
 
     def _residual(self) -> Tensor:
         """‖M − vectorsᵀ·vectors·M‖², (n,), without cancellation."""
-        total = torch.zeros_like(self.source.energy)
+        total = torch.zeros_like(self.energy)
         for part in self.source.matrix.columns():
             total += (part - self.vectors.mT @ (self.vectors @ part)).square().sum((1, 2))
         return total
@@ -185,8 +185,8 @@ def nearest_kron_of_dense(weights: Tensor, shape: KronShape | tuple[int, int], t
     shape = split((weights.shape[1], weights.shape[2]), shape[0], shape[1])
     check_terms(shape, terms)
     dtype = torch.promote_types(weights.dtype, torch.float32)
-    fits = RearrangedDense.of(weights.to(dtype), shape).leading(terms).fits()
-    return [fit._replace(terms=cast_terms(fit.terms, dtype)) for fit in fits]
+    found = RearrangedDense.of(weights.to(dtype), shape).leading(terms)
+    return [KronFit(cast_terms(s, dtype), e) for s, e in zip(found.sums(), found.errors(), strict=True)]
 
 
 def cast_terms(terms: KronTerms, dtype: torch.dtype) -> KronTerms:
@@ -196,3 +196,23 @@ def cast_terms(terms: KronTerms, dtype: torch.dtype) -> KronTerms:
 
 def _cast(factor: Factor, dtype: torch.dtype) -> Factor:
     return LowRank(factor.up.to(dtype), factor.down.to(dtype)) if isinstance(factor, LowRank) else factor.to(dtype)
+
+
+def dense_rows(terms: KronTerms, dtype: torch.dtype) -> Iterator[Tensor]:
+    """ΔW from top to bottom, some rows at a time: (rows, in) each. One product of matrices makes b1 rows.
+
+    >>> terms = KronTerms(torch.rand(2, 3, 2), torch.rand(2, 4, 5))
+    >>> torch.allclose(torch.cat(list(dense_rows(terms, torch.float32))), terms.dense())
+    True
+    """
+    a1, a2, b1, b2 = terms.shape
+    left, right = _cast(terms.left, dtype), _cast(terms.right, dtype)
+    if isinstance(right, LowRank) and a1 == a2 == 1:
+        for rows in torch.split(right.up * dense_factor(left), max(1, CHUNK // b2), 1):
+            yield (rows @ right.down).sum(0)
+        return
+    a, b = dense_factor(left), dense_factor(right).flatten(1)  # (k, a1, a2), (k, b1·b2)
+    step = max(1, CHUNK // (b1 * a2 * b2))
+    for part in torch.split(a, step, 1):
+        blocks = part.flatten(1).mT @ b  # (rows of A · a2, b1·b2)
+        yield blocks.reshape(-1, a2, b1, b2).transpose(1, 2).reshape(-1, a2 * b2)

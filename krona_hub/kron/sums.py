@@ -57,7 +57,7 @@ def inner(a: Delta, b: Delta) -> float:
         return 0.0
     way = _cheapest([*a, *b])
     if way == "dense":
-        pairs = zip(row_blocks(a), row_blocks(b), strict=True)
+        pairs = zip(_row_blocks(a), _row_blocks(b), strict=True)
         return sum(float(torch.vdot(x.flatten(), y.flatten())) for x, y in pairs)
     to_product = _in_r_space if way == "shape" else long_lora
     (ua, da), (ub, db) = to_product(a), to_product(b)
@@ -169,10 +169,10 @@ def _norm_of_product(up: Tensor, down: Tensor) -> float:
 
 
 def _norm_by_rows(sums: Delta) -> float:
-    return hypot(*(float(torch.linalg.vector_norm(block)) for block in row_blocks(sums)))
+    return hypot(*(float(torch.linalg.vector_norm(block)) for block in _row_blocks(sums)))
 
 
-def row_blocks(sums: Delta) -> Iterator[Tensor]:
+def _row_blocks(sums: Delta) -> Iterator[Tensor]:
     """ΔW from top to bottom, in float64, at most BLOCK numbers at a time: (rows, in) each."""
     out, in_ = full_size(sums)
     step = max(1, BLOCK // in_)
