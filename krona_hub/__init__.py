@@ -1,4 +1,4 @@
-"""Krona Hub: read, convert, validate and account for Kronecker adapters of diffusion models.
+"""Krona Hub: read, convert, merge, validate and account for Kronecker adapters of diffusion models.
 
 The public names below are imported when they are first used, so that `import krona_hub` costs nothing.
 """
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from krona_hub.kron.shapes import KronShape as KronShape
     from krona_hub.kron.terms import KronTerms as KronTerms
     from krona_hub.kron.terms import nearest_kron as nearest_kron
+    from krona_hub.merging.merge_files import merge as merge
+    from krona_hub.merging.plan import plan_merge as plan_merge
+    from krona_hub.merging.state_dict import apply_to_state_dict as apply_to_state_dict
+    from krona_hub.merging.undo import unmerge as unmerge
     from krona_hub.origin import BaseModel as BaseModel
     from krona_hub.verification import verify as verify
 
@@ -27,6 +31,10 @@ PUBLIC = {  # name -> the module that defines it
     "read": "krona_hub.formats.files",
     "write": "krona_hub.formats.writing",
     "convert": "krona_hub.conversion",
+    "plan_merge": "krona_hub.merging.plan",
+    "merge": "krona_hub.merging.merge_files",
+    "unmerge": "krona_hub.merging.undo",
+    "apply_to_state_dict": "krona_hub.merging.state_dict",
     "extract": "krona_hub.extraction",
     "combine": "krona_hub.combining",
     "verify": "krona_hub.verification",

@@ -32,7 +32,7 @@ def load_base(source: str | Path) -> Base:
     """
     path = Path(source)
     if path.is_dir():
-        return _known({c: _folder_modules(folder) for c, folder in _component_folders(path).items()}, path)
+        return _known({c: _folder_modules(folder) for c, folder in component_folders(path).items()}, path)
     if path.exists():
         return _file_base(path)
     if catalogue.find(str(source)) is None and path.suffix in (".safetensors", ".ckpt", ".pt"):
@@ -47,7 +47,11 @@ def weight_files(source: str | Path) -> dict[str, WeightPlace]:
     """
     path = Path(source)
     if path.is_dir():
-        return {layer: w for c, stored in stored_by_component(path).items() for layer, w in _plain(c, stored).items()}
+        return {
+            layer: w
+            for c, stored in stored_by_component(path).items()
+            for layer, w in plainly_placed(c, stored).items()
+        }
     if not path.exists():
         return {}
     return placed(path, stored_in([path]))
@@ -55,7 +59,7 @@ def weight_files(source: str | Path) -> dict[str, WeightPlace]:
 
 def stored_by_component(folder: Path) -> dict[str, dict[str, Stored]]:
     """Component -> tensor name -> place, of a pipeline or of a lone component."""
-    return {c: stored_in(files_of(f)) for c, f in _component_folders(folder).items()}
+    return {c: stored_in(files_of(f)) for c, f in component_folders(folder).items()}
 
 
 def placed(path: Path, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
@@ -66,8 +70,8 @@ def placed(path: Path, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
     return landed(_base_of_tensors(path, stored), stored)
 
 
-def _plain(component: str, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
-    """Weights under their diffusers names."""
+def plainly_placed(component: str, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
+    """Canonical layer -> where its weight lies, of one component's tensors under their diffusers names."""
     weights = {path.removeprefix("text_model."): w for path, w in weights_by_module(stored).items()}
     layers = {f"{component}.{path}": w for path, w in weights.items()}
     return {layer: WeightPlace(w.path, w.tensor, Placement(layer)) for layer, w in layers.items()}
@@ -83,7 +87,7 @@ def landed(base: Base, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
     }
 
 
-def _component_folders(path: Path) -> dict[str, Path]:
+def component_folders(path: Path) -> dict[str, Path]:
     """component -> folder, of a pipeline or of a lone component."""
     folders = {c: path / c for c in COMPONENTS if _has_model(path / c)}
     if folders:

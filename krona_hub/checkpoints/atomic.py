@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from krona_hub.checkpoints.faults import fault
+from krona_hub.checkpoints.leftovers import lock, remove, remove_leftovers, temporary_name
 from krona_hub.errors import ConflictError, KronaError, NotFoundError
 
 _OVERWRITE = "Add --overwrite, or choose another output with -o."
@@ -77,8 +76,7 @@ def atomic_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path
     path = Path(path)
     try:
         check_folder(path, overwrite=overwrite)
-        with _temporary(path) as temporary:
-            temporary.mkdir()
+        with _temporary(path) as temporary, _folder(temporary):
             yield temporary
             for file in _files(temporary):
                 _sync_file(file)
@@ -103,21 +101,39 @@ def _check_parent(path: Path) -> None:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path`, so on the same disk; whatever bears it is gone when the block ends, Ctrl-C included."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
+    """A name beside `path`; whatever bears it is gone when the block ends, Ctrl-C included.
+
+    What an earlier process left there because it was killed is removed first.
+    """
+    remove_leftovers(path)
+    temporary = temporary_name(path)
     try:
         yield temporary
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                temporary.unlink()
+        remove(temporary)
 
 
 def _create(path: Path) -> BinaryIO:
-    """A new file with the rights that a plain open() would give it, which mkstemp's are not."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "w+b")
+    """A new locked file with the rights that a plain open() would give it, which mkstemp's are not."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(path, flags, 0o666), "w+b")
+    lock(path, file.fileno())
+    return file
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A new folder, locked while the block runs."""
+    path.mkdir()
+    if not hasattr(os, "O_DIRECTORY"):  # where folders cannot be opened
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        lock(path, folder)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -23,34 +23,21 @@ def common_base(bases: Sequence[BaseModel | None], *, allow_mismatch: bool = Fal
         return None
     common = known[0]
     for other in known[1:]:
-        if _agree(common, other):
+        if common.agrees_with(other):
             common = _narrowed(common, other)
         elif not allow_mismatch:
             raise BaseMismatchError(
-                f"one adapter is for {_words(common)} and another for {_words(other)}.",
+                f"one adapter is for {common.words} and another for {other.words}.",
                 fix="Combine adapters of one base. --allow-base-mismatch adds what has the same names and shapes.",
             )
     return common
-
-
-def _agree(a: BaseModel, b: BaseModel) -> bool:
-    if a.fingerprint and a.fingerprint == b.fingerprint:
-        return True
-    names, others = _names(a), _names(b)
-    if names and others:
-        return bool(names & others)  # an inpainting U-Net has another fingerprint than its family
-    return not (a.fingerprint and b.fingerprint)
-
-
-def _names(base: BaseModel) -> set[str]:
-    return {*base.candidates, *([base.family] if base.family else [])}
 
 
 def _narrowed(a: BaseModel, b: BaseModel) -> BaseModel:
     """What both allow, with the fields that only one of them knows."""
     family, candidates = a.family or b.family, a.candidates or b.candidates
     if a.family and b.family:
-        names = sorted(_names(a) & _names(b)) or [a.family]
+        names = sorted({*a.names} & {*b.names}) or [a.family]
         family = a.family if a.family in names else names[0]
         candidates = tuple(names) if len(names) > 1 else ()
     same = a.hub_id == b.hub_id
@@ -62,10 +49,3 @@ def _narrowed(a: BaseModel, b: BaseModel) -> BaseModel:
         hub_id=a.hub_id or b.hub_id,
         revision=a.revision if same and a.revision == b.revision else None,
     )
-
-
-def _words(base: BaseModel) -> str:
-    """What an adapter says of its base."""
-    if base.family:
-        return base.family
-    return base.hub_id or f"a base with fingerprint {(base.fingerprint or 'unknown')[:12]}"

@@ -55,7 +55,7 @@ def within(layers: Layers, max_error: float, target: Target, progress: Progress 
     """Every layer in the smallest form that the target holds whose relative error is at most `max_error`.
 
     Deltas of low rank are searched over all shapes; for the others, where that would take minutes, the shapes of
-    their parts and the LoRA are tried.
+    their parts are tried.
     """
     kept = {name: Outcome(d) for name, d in layers.items() if not d.sums or d.magnitude is not None}
     rest = {name: d for name, d in layers.items() if name not in kept}
@@ -85,8 +85,9 @@ def _is_thin(delta: LayerDelta) -> bool:
 def _fewer(delta: LayerDelta, terms: int) -> LayerDelta:
     if delta.magnitude is not None or sum(map(_terms_of, delta.sums)) <= terms:
         return delta
-    fits = [_lora(delta, rank=terms)] if _has_lora(delta) else []
-    fits += [_nearest(delta, shape, terms) for shape in _shapes(delta)]
+    fits = [_nearest(delta, shape, terms) for shape in _shapes(delta)]
+    if not fits or (_has_lora(delta) and _is_thin(delta)):  # of a delta of high rank, a LoRA keeps next to nothing
+        fits.append(_lora(delta, rank=terms))
     return min(fits, key=lambda fit: (fit.error, fit.size)).delta
 
 
@@ -136,15 +137,22 @@ def _slim(terms: KronTerms, delta: LayerDelta) -> KronTerms:
 
 
 def _smallest(name: str, delta: LayerDelta, max_error: float, target: Target) -> LayerDelta:
-    """The smallest of the forms tried that the target holds; the delta as it is where none of them is smaller."""
-    known = [Fit(delta, 0.0), *_candidates(delta, max_error)]
-    held = [f.delta for f in known if why_not(f.delta, target.format, target.tool, layer=name) is None]
-    return min(held or [delta], key=lambda d: size_of(d)[0])
+    """The smallest of the forms tried that the target holds; the delta as it is where it holds none of them."""
+
+    def held(delta: LayerDelta) -> bool:
+        return why_not(delta, target.format, target.tool, layer=name) is None
+
+    found = [d for d in (delta, *(fit.delta for fit in _candidates(delta, max_error))) if held(d)]
+    if not found:  # costly: the singular values of the whole matrix
+        found = [d for d in (_lora(delta, max_error=max_error).delta,) if held(d)]
+    return min(found or [delta], key=lambda d: size_of(d)[0])
 
 
 def _candidates(delta: LayerDelta, max_error: float) -> Iterator[Fit]:
-    yield _lora(delta, max_error=max_error)
-    for shape in _shapes(delta):
+    shapes = _shapes(delta)
+    if not shapes:
+        yield _lora(delta, max_error=max_error)
+    for shape in shapes:
         most = min(shape.max_terms, max(1, size_of(delta)[0] // shape.parameters))
         fit = recompress(delta.sums, shape, most)
         terms = _terms_needed(fit.terms, fit.relative_error, max_error)

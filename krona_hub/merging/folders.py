@@ -132,7 +132,8 @@ def _befores(
 ) -> Iterator[Before]:
     for file, sha256, digests in zip(files, hashes, merged, strict=True):
         path = place.relative(file.header.path).as_posix()
-        yield Before(path, file.header.file_size, sha256.result(), digests)
+        in_order = {name: digests[name] for name in file.changes}  # not the order in which threads ended
+        yield Before(path, file.header.file_size, sha256.result(), in_order)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Layout:
     @property
     def is_zero(self) -> bool:
         """Whether a factor is zero as a whole: then nothing is added, and the base keeps its bits."""
-        return not all(bool(t.any()) for t in (*factor_tensors(self.outer), *factor_tensors(self.inner)))
+        return not all(_holds_any(t) for t in (*factor_tensors(self.outer), *factor_tensors(self.inner)))
 
     def scaled(self, weight: float) -> Layout:
         """weight · ΔW. The weight goes into the smallest tensor, which becomes float64."""
@@ -85,6 +85,11 @@ def _simplest(layout: Layout) -> Layout:
     if layout.sizes.q == 1:
         outer, inner, crossed = inner, outer, not crossed
     return Layout(outer, inner, crossed and 1 not in layout.sizes[2:])
+
+
+def _holds_any(stack: Tensor) -> bool:
+    """Whether a number is not zero; a first row tells mostly."""
+    return bool(stack[:1, :1].any()) or bool(stack.any())
 
 
 def _flipped(factor: Factor) -> Factor:

@@ -53,15 +53,17 @@ class Survival(NamedTuple):
 Rounder = Callable[[Tensor, Tensor], None]  # the sums, and a tensor of the stored type that they are rounded into
 
 WIDE = (torch.float32, torch.float64)  # types that sums are formed in
+SATURATED = (torch.float8_e4m3fn,)  # without Inf: some versions of torch cast what is too large to the largest number
 
 
 def rounder(rounding: Rounding, wide: torch.dtype, out: torch.dtype, name: str) -> Rounder:
     """The function that rounds sums in `wide` to `out`. One for each tensor: it draws numbers in their order."""
     if out in WIDE:
         return _cast
+    narrowing = _cast_double if wide == torch.float64 else _cast
     if rounding.mode == "stochastic":
-        return _Stochastic(wide, out, rounding.seed, name)
-    return _cast_double if wide == torch.float64 else _cast
+        narrowing = _Stochastic(wide, out, rounding.seed, name)
+    return _Unsaturated(narrowing, out) if out in SATURATED else narrowing
 
 
 def _cast(sums: Tensor, out: Tensor) -> None:
@@ -87,6 +89,25 @@ def _to_odd(sums: Tensor) -> Tensor:
     return near
 
 
+def _overflow(out: torch.dtype) -> float:
+    """The least number that rounds to Inf: half a step above the largest."""
+    info = torch.finfo(out)
+    return info.max + info.eps / 2 * 2.0 ** floor(log2(info.max))
+
+
+class _Unsaturated:
+    """What is too large becomes NaN, where a type has no Inf to say so."""
+
+    def __init__(self, narrowing: Rounder, out: torch.dtype) -> None:
+        self._narrowing, self._overflow = narrowing, _overflow(out)
+
+    def __call__(self, sums: Tensor, out: Tensor) -> None:
+        self._narrowing(sums, out)
+        too_large = sums.abs() > self._overflow
+        if bool(too_large.any()):
+            out.copy_(torch.where(too_large, torch.nan, out.float()))
+
+
 class _Stochastic:
     """Up or down by chance, so that the mean is the sum: below the last bit kept, random bits are added.
 
@@ -100,8 +121,7 @@ class _Stochastic:
         self._dropped = round(log2(info.eps / torch.finfo(wide).eps))  # bits
         self._drawn = next(size for size in (np.int16, np.int32, np.int64) if np.iinfo(size).bits >= self._dropped)
         self._smallest, self._quantum = info.smallest_normal, info.smallest_normal * info.eps
-        self._largest = info.max
-        self._overflow = info.max + info.eps / 2 * 2.0 ** floor(log2(info.max))  # rounds to Inf from here on
+        self._largest, self._overflow = info.max, _overflow(out)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self._random = np.random.SFC64(int.from_bytes(digest[:16], "little"))
 

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from krona_hub.bases.weights import indices_of
 from krona_hub.checkpoints.faults import fault
 from krona_hub.checkpoints.filling import copied, fill, open_source
+from krona_hub.checkpoints.leftovers import is_temporary
 from krona_hub.checkpoints.ranges import Range
 from krona_hub.checkpoints.workers import Progress
-from krona_hub.errors import ConflictError, NotFoundError
+from krona_hub.errors import ConflictError, FormatError, NotFoundError
 from krona_hub.merging.places import Output
 
 CACHES = (".git", ".cache")  # a clone's history and the Hub client's records: as large as the model, and not of it
 WEIGHTS = (  # the same weights in other forms, beside the safetensors of a component
     ".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".tflite", ".gguf",
 )  # fmt: skip
-INDEX = ".index.json"
+INDEX = re.compile(r"\.index(\.[^.]+)?\.json$")  # of the plain weights, or of a variant
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The files of a folder and its subfolders, relative, sorted; links are followed.
+    """The files of a folder and its subfolders, relative, sorted.
 
-    Raises NotFoundError for a link that leads nowhere, ConflictError for a pipe, a device or links in a circle.
+    Links are followed, leftovers of killed writers passed over. Raises NotFoundError for a link that leads nowhere,
+    ConflictError for a pipe, a device or links in a circle.
     """
     return sorted(path.relative_to(folder) for path in _walk(folder, (folder.resolve(),)))
 
@@ -35,6 +39,8 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     except OSError as error:
         raise fault(error, folder) from None
     for child in children:
+        if is_temporary(child.name):
+            continue
         if not child.exists():
             raise NotFoundError(f"the link {str(child)!r} leads nowhere.", fix="Download the folder again.")
         if child.is_dir():
@@ -61,7 +67,7 @@ def stale(files: Iterable[Path], changed: Collection[Path]) -> list[Path]:
     ['a.bin', 'a.bin.index.json']
     """
     folders = {path.parent for path in changed}
-    return [path for path in files if path.parent in folders and path.name.removesuffix(INDEX).endswith(WEIGHTS)]
+    return [path for path in files if path.parent in folders and INDEX.sub("", path.name).endswith(WEIGHTS)]
 
 
 def indices(base: Path, growth: Mapping[Path, int]) -> dict[Path, bytes]:
@@ -71,7 +77,7 @@ def indices(base: Path, growth: Mapping[Path, int]) -> dict[Path, bytes]:
     """
     new = {}
     for folder in sorted({path.parent for path, more in growth.items() if more}):
-        for path in sorted((base / folder).glob(f"*.safetensors{INDEX}")):
+        for path in indices_of(base / folder):
             text = _with_size(path, {p.name: more for p, more in growth.items() if p.parent == folder})
             if text is not None:
                 new[path.relative_to(base)] = text
@@ -80,9 +86,12 @@ def indices(base: Path, growth: Mapping[Path, int]) -> dict[Path, bytes]:
 
 def _with_size(path: Path, growth: Mapping[str, int]) -> bytes | None:
     """The index with the size of its shards as they are now; None where nothing changes or no size is told."""
-    index = json.loads(path.read_bytes())
-    total = index.get("metadata", {}).get("total_size")
-    more = sum(growth.get(name, 0) for name in set(index["weight_map"].values()))
+    try:
+        index = json.loads(path.read_bytes())
+        total = index.get("metadata", {}).get("total_size")
+        more = sum(growth.get(name, 0) for name in set(index["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise FormatError(f"{path}: no index of safetensors shards.", fix="Download the folder again.") from None
     if not more or not isinstance(total, int | float):
         return None
     index["metadata"]["total_size"] = int(total) + more

@@ -11,13 +11,14 @@ Each adds in one rounding per number, but for `Runs` and `Spread` of several ter
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from krona_hub.kron.terms import Factor, LowRank
-from krona_hub.merging.layouts import Layout
+from krona_hub.merging.layouts import Layout, Sizes
 from krona_hub.merging.scratch import scratch
 
 TILE = 1 << 18  # numbers that are worked on at a time: few enough for a core's cache, many for Python's calls
@@ -149,67 +150,89 @@ class Spread:
 
     def __init__(self, layout: Layout, wide: torch.dtype) -> None:
         _, _, r, s = layout.sizes
-        outer, inner = Rows(layout.outer, wide), Rows(layout.inner, wide)
+        self._outer, self._inner = Rows(layout.outer, wide), Rows(layout.inner, wide)
         block, place = torch.arange(r * s) // s, torch.arange(r * s) % s
-        x, y = (place, block) if layout.crossed else (block, place)
-        self._x = Last(lambda p: outer(p).index_select(2, x))
-        self._y = Last(lambda q: inner(q).index_select(2, y))
+        self._x_columns, self._y_columns = (place, block) if layout.crossed else (block, place)
         self.one_rounding = layout.terms == 1
 
     def add(self, tile: Tensor, p: range, q: range) -> None:
         view = tile.view(len(p), len(q), -1)
-        for x, y in zip(self._x(p).unbind(), self._y(q).unbind(), strict=True):
+        for outer, inner in zip(self._outer(p).unbind(), self._inner(q).unbind(), strict=True):
+            x, y = _spread("x", outer, self._x_columns), _spread("y", inner, self._y_columns)
             view.addcmul_(x.unsqueeze(1), y)
+
+
+def _spread(use: str, rows: Tensor, columns: Tensor) -> Tensor:
+    out = scratch(use, len(rows) * len(columns), rows.dtype).view(len(rows), len(columns))
+    return torch.index_select(rows, 1, columns, out=out)
 
 
 # ── choosing ─────────────────────────────────────────────────────────────────────────────────────
 
-PER_NUMBER, PER_FLOP, PER_RUN, PER_CALL = 0.12, 0.028, 5.0, 5000.0  # ns on one core, measured
+PER_NUMBER, PER_FLOP, PER_SPREAD, PER_RUN, PER_CALL = 0.12, 0.028, 0.4, 5.0, 5000.0  # ns on one core, measured
 
 
-def _runs_cost(layout: Layout, tile_rows: int) -> float:
-    run = layout.sizes.s if layout.sizes.s > 1 else layout.sizes.r
-    return layout.terms * (PER_NUMBER + (PER_RUN / run if run < 16 else 0)) + _forming(layout, tile_rows)
+class Facts(NamedTuple):
+    """What the cost of a way depends on."""
+
+    sizes: Sizes
+    terms: int
+    crossed: bool
+    outer_rank: int | None  # None: dense
+    inner_rank: int | None
+    tile_rows: int
+    kept: int
 
 
-def _forming(layout: Layout, tile_rows: int) -> float:
-    """Of low-rank factors, whose rows are formed for each tile."""
-    q, columns = layout.sizes.q, layout.sizes.r * layout.sizes.s
-    blocks = max(1, tile_rows // q)
-    cost = 0.0
-    for factor, share in ((layout.outer, min(q, tile_rows)), (layout.inner, blocks)):
-        if isinstance(factor, LowRank) and factor.shape.numel() > KEPT:
-            cost += PER_FLOP * layout.terms * factor.rank * factor.shape[2] / columns / share
-    return cost
+def _runs_cost(f: Facts) -> float:
+    run = f.sizes.s if f.sizes.s > 1 else f.sizes.r
+    return f.terms * (PER_NUMBER + (PER_RUN / run if run < 16 else 0)) + _forming(f)
 
 
-def _products_cost(layout: Layout, tile_rows: int) -> float:
-    inner, sizes = layout.inner, layout.sizes
-    depth = layout.terms * (inner.rank if isinstance(inner, LowRank) else inner.shape[2])
-    making = (2 * PER_NUMBER * depth if sizes.p > 1 else 0) + PER_CALL / (sizes.r * sizes.s)
-    return PER_NUMBER / 2 + PER_FLOP * depth + making / min(sizes.q, tile_rows)
+def _products_cost(f: Facts) -> float:
+    _, q, r, s = f.sizes
+    depth = f.terms * (f.inner_rank or (r if f.crossed else s))
+    making = (2 * PER_NUMBER * depth if f.sizes.p > 1 else 0) + PER_CALL / (r * s)
+    return PER_NUMBER / 2 + PER_FLOP * depth + making / min(q, f.tile_rows)
 
 
-def _terms_cost(layout: Layout, tile_rows: int) -> float:
-    p, _, r, s = layout.sizes
-    in_order = (p == 1) if layout.crossed else (r == 1)
+def _terms_cost(f: Facts) -> float:
+    p, _, r, s = f.sizes
+    in_order = (p == 1) if f.crossed else (r == 1)
     ordering = 0.0 if in_order else 2 * PER_NUMBER + (PER_RUN / s if s < 16 else 0)
-    skinny = PER_RUN / 2 / s if s < 8 else 0
-    return PER_NUMBER / 2 + PER_FLOP * layout.terms + ordering + skinny + _forming(layout, tile_rows)
+    skinny = PER_RUN / s if s < 8 else 0
+    return PER_NUMBER + PER_FLOP * f.terms + ordering + skinny + _forming(f)
 
 
-def _spread_cost(layout: Layout, tile_rows: int) -> float:
-    p, q, _, _ = layout.sizes
-    blocks = max(1, min(p, tile_rows // q))
-    spreading = 0.6 / min(q, tile_rows) + (0 if q <= tile_rows and p > 1 else 0.6 / blocks)
-    return layout.terms * (PER_NUMBER + spreading) + _forming(layout, tile_rows)
+def _spread_cost(f: Facts) -> float:
+    spreading = PER_SPREAD * (1 / min(f.sizes.q, f.tile_rows) + 1 / _blocks(f))
+    return f.terms * (PER_NUMBER + spreading) + _forming(f)
 
 
-class _Choice(Protocol):
+def _blocks(f: Facts) -> int:
+    """Blocks of rows in a tile."""
+    return max(1, min(f.sizes.p, f.tile_rows // f.sizes.q))
+
+
+def _forming(f: Facts) -> float:
+    """Of low-rank factors that are too large to be kept: their rows are formed for each tile."""
+    p, q, r, s = f.sizes
+    outer, inner = (s, r) if f.crossed else (r, s)  # columns
+    cost = 0.0
+    if f.outer_rank and f.terms * p * outer > f.kept:
+        cost += f.outer_rank * outer / min(q, f.tile_rows)
+    if f.inner_rank and f.terms * q * inner > f.kept:
+        cost += f.inner_rank * inner / _blocks(f)
+    return PER_FLOP * f.terms * cost / (r * s)
+
+
+class Maker(Protocol):
+    """A class of ways."""
+
     def __call__(self, layout: Layout, wide: torch.dtype, /) -> Way: ...
 
 
-WAYS: tuple[tuple[_Choice, Callable[[Layout, int], float]], ...] = (
+WAYS: tuple[tuple[Maker, Callable[[Facts], float]], ...] = (
     (Runs, _runs_cost), (Products, _products_cost), (Terms, _terms_cost), (Spread, _spread_cost),
 )  # fmt: skip
 
@@ -217,5 +240,16 @@ WAYS: tuple[tuple[_Choice, Callable[[Layout, int], float]], ...] = (
 def cheapest_way(layout: Layout, wide: torch.dtype) -> Way:
     """The sum, ready to be added to rows: by the way that costs least at its sizes."""
     tile_rows = max(1, TILE // (layout.sizes.r * layout.sizes.s))
-    make, _ = min(WAYS, key=lambda way: way[1](layout, tile_rows))
-    return make(layout, wide)
+    outer_rank, inner_rank = _rank(layout.outer), _rank(layout.inner)
+    facts = Facts(layout.sizes, layout.terms, layout.crossed, outer_rank, inner_rank, tile_rows, KEPT)
+    return _cheapest(facts)(layout, wide)
+
+
+@lru_cache(maxsize=512)
+def _cheapest(facts: Facts) -> Maker:
+    """A model has hundreds of layers and a handful of sizes."""
+    return min(WAYS, key=lambda way: way[1](facts))[0]
+
+
+def _rank(factor: Factor) -> int | None:
+    return factor.rank if isinstance(factor, LowRank) else None

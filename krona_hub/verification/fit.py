@@ -38,7 +38,7 @@ def fits(source: str | Path, base: str | Path, component: str | None = None) -> 
         total=len(about.modules) + len(about.unmatched),
         problems=problems,
         coverage=_coverage(adapted, known),
-        recorded=(recorded.family or recorded.hub_id) if recorded else about.training.get("base"),
+        recorded=recorded.words if recorded else about.training.get("base"),
         fingerprint_agrees=_agrees(recorded, known),
         notes=about.warnings if not problems else (),
     )
@@ -98,9 +98,8 @@ def _recorded(about: Description) -> BaseModel | None:
 
 
 def _agrees(recorded: BaseModel | None, base: Base) -> bool | None:
-    if recorded is None or recorded.fingerprint is None or base.denoiser is None:
-        return None
-    return recorded.fingerprint == base.fingerprint
+    """By the rule of a merge: names count before fingerprints. None where the file says nothing."""
+    return None if recorded is None else recorded.agrees_with(base.model)
 
 
 def _fits_instead(path: Path, component: str | None, base: Base) -> tuple[str, ...]:

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapter import Adapter
-from krona_hub.bases.locate import weight_files
 from krona_hub.checkpoints.reader import load
 from krona_hub.errors import BaseMismatchError
-from krona_hub.formats.files import read
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.merging.patches import Patch
-from krona_hub.sources import resolve
+from krona_hub.merging.plan import MergePlan, plan_merge
+from krona_hub.sources import resolve_base
 from krona_hub.verification.pairs import Pair, Stored, headers_of, pairs
 from krona_hub.verification.report import MergeCheck, TensorCheck
-from krona_hub.verification.tensors import Outcome, check_touched, check_untouched
+from krona_hub.verification.tensors import Outcome, Patches, check_touched, check_untouched
 from krona_hub.verification.verify_files import Progress
 
-Patches = tuple[tuple[Patch, ...], ...]  # of one tensor: those of each adapter
 Targets = Mapping[tuple[str, str], Patches]  # (file, tensor) -> its patches
 
 
@@ -30,39 +28,47 @@ def contains(
     merged: str | Path,
     base: str | Path,
     adapters: Sequence[tuple[Adapter | str | Path, float]],
+    *,
     exact: bool = False,
     component: str | None = None,
+    block_weights: Mapping[str, float] | None = None,
     allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> MergeCheck:
-    """Whether `merged` is `base` with the adapters at their strengths, tensor by tensor.
+    """Whether `merged` is what merging the adapters into `base` gives, tensor by tensor.
 
-    Raises BaseMismatchError where modules of an adapter are not in the base (unless `allow_missing`), or where the two
-    checkpoints have no tensor in common.
+    Raises what `plan_merge` raises, and BaseMismatchError where the two checkpoints have no tensor in common.
     """
-    places = resolve(merged), resolve(base)
-    compared = list(pairs(headers_of(places[1]), headers_of(places[0])))
+    plan = plan_merge(
+        base,
+        adapters,
+        component=component,
+        block_weights=block_weights,
+        allow_missing=allow_missing,
+        allow_base_mismatch=True,
+    )
+    place, targets, weights = resolve_base(merged), _targets(plan), [float(weight) for _, weight in adapters]
+    compared = list(pairs(headers_of(plan.tree.root), headers_of(place)))
     if not any(pair.base and pair.merged for pair in compared):
         raise BaseMismatchError(
             f"{merged} and {base} have no tensor in common.",
             fix="Compare checkpoints of one layout: a diffusers folder with a diffusers folder, a file with a file.",
         )
-    targets, matched = _targets(places[1], adapters, component, allow_missing)
     total, done, outcomes = sum(pair.nbytes for pair in compared), 0, []
-    for pair, outcome in in_parallel(lambda pair: _check(pair, targets, exact), compared):
+    for pair, outcome in in_parallel(lambda pair: _check(pair, targets, weights, exact), compared):
         outcomes.append(outcome)
         done += pair.nbytes
         if progress:
             progress(done, total)
     return MergeCheck(
-        merged=places[0],
-        base=places[1],
+        merged=place,
+        base=plan.tree.root,
         adapters=tuple(_said(i, source) for i, (source, _) in enumerate(adapters, 1)),
-        weights=tuple(float(weight) for _, weight in adapters),
-        matched=matched,
+        weights=tuple(weights),
+        matched=tuple(adapter.said for adapter in plan.adapters),
         tensors=tuple(outcome.check for outcome in outcomes),
         strengths=_overall(outcomes),
-        notes=tuple(_notes(outcomes)),
+        notes=(*plan.notes, *_notes(outcomes)),
     )
 
 
@@ -73,7 +79,7 @@ def _said(place: int, source: Adapter | str | Path) -> str:
 # --- one tensor ------------------------------------------------------------------------------------------------------
 
 
-def _check(pair: Pair, targets: Targets, exact: bool) -> Outcome:
+def _check(pair: Pair, targets: Targets, weights: Sequence[float], exact: bool) -> Outcome:
     stored = pair.present[0]
     patches = targets.get((stored.file, stored.tensor), ()) if pair.base else ()
     touched = any(patch.weight for own in patches for patch in own)
@@ -84,7 +90,7 @@ def _check(pair: Pair, targets: Targets, exact: bool) -> Outcome:
         return Outcome(replace(check, state="other shape"))
     weight, merged = _tensor(pair.base), _tensor(pair.merged)
     if touched:
-        return check_touched(check, weight, merged, patches, exact)
+        return check_touched(check, weight, merged, patches, weights, exact)
     return check_untouched(check, weight, merged, exact)
 
 
@@ -113,27 +119,18 @@ def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
 # --- what should be there --------------------------------------------------------------------------------------------
 
 
-def _targets(
-    base: Path,
-    adapters: Sequence[tuple[Adapter | str | Path, float]],
-    component: str | None,
-    allow_missing: bool,
-) -> tuple[Targets, tuple[str, ...]]:
-    """The patches of every tensor of the base, and per adapter how many of its layers matched."""
-    places, targets, matched = weight_files(base), dict[tuple[str, str], list[list[Patch]]](), []
-    for i, (source, weight) in enumerate(adapters):
-        adapter = source if isinstance(source, Adapter) else read(resolve(source), base=base, component=component)
-        known = [layer for layer in adapter.layers if layer in places]
-        if len(known) < len(adapter) and not (known and allow_missing):
-            lost = next(layer for layer in adapter.layers if layer not in places)
-            raise BaseMismatchError(
-                f"{len(known)} of {len(adapter)} layers of the adapter are in {base}; {lost} is not.",
-                fix="Give the base it was made for; --allow-missing compares the others.",
-            )
-        for layer in known:
-            place = places[layer]
-            key = (place.path.relative_to(base).as_posix() if base.is_dir() else place.path.name, place.tensor)
-            patch = Patch(adapter.layers[layer], float(weight), place.placement)
-            targets.setdefault(key, [[] for _ in adapters])[i].append(patch)
-        matched.append(f"{len(known)} of {len(adapter)} layers")
-    return {key: tuple(tuple(own) for own in patches) for key, patches in targets.items()}, tuple(matched)
+def _targets(plan: MergePlan) -> Targets:
+    """The patches of every tensor that the merge would change."""
+    adapters = [part.load() for part in plan.parts]
+    targets: dict[tuple[str, str], Patches] = {}
+    for file in plan.files:
+        for tensor in file.tensors:
+            own: list[list[Patch]] = [[] for _ in adapters]
+            for t in tensor.targets:
+                own[t.adapter].append(Patch(adapters[t.adapter].layers[t.layer], t.weight, t.placement))
+            targets[_relative(file.path, plan.tree.root), tensor.name] = own
+    return targets
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if root.is_dir() else path.name

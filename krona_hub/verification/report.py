@@ -152,7 +152,7 @@ class FitCheck:
     problems: Mapping[str, str] = field(default_factory=dict)  # module -> why it does not fit
     coverage: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # component -> layers adapted, layers
     recorded: str | None = None  # the base that the file names
-    fingerprint_agrees: bool | None = None  # None where the file records none
+    fingerprint_agrees: bool | None = None  # whether `recorded` may be this base; None where nothing is recorded
     fits_instead: tuple[str, ...] = ()  # catalogue names that it fits where it does not fit this one
     notes: tuple[str, ...] = ()
     question: Literal["fit"] = "fit"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ def verify(
     tolerance: float = 1e-5,
     exact: bool = False,
     component: str | None = None,
+    block_weights: Mapping[str, float] | None = None,
     allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -39,16 +40,26 @@ def verify(
     verify(A, B)                                      DeltaCheck   the same ΔW, within `tolerance` per layer?
     verify(A, base=BASE)                              FitCheck     has the base these layers? From headers alone.
 
-    `exact` allows no unit in the last place; `tolerance` is relative, Frobenius; `base` beside two adapters settles
-    names and gives the weights that DoRA needs. A difference is an answer and no error: the report has `same`,
-    `exit_code` and the numbers. Raises UsageError for arguments that ask none of the three.
+    `exact` allows no unit in the last place; `block_weights` are those of `merge`; `tolerance` is relative,
+    Frobenius; `base` beside two adapters settles names and gives the weights that DoRA needs. A difference is an
+    answer and no error: the report has `same`, `exit_code` and the numbers. Raises UsageError for arguments that ask
+    none of the three.
     """
     if not (isfinite(tolerance) and tolerance >= 0):
         raise UsageError(f"a tolerance of {tolerance} means nothing.", fix="Give a number from 0 up, such as 1e-5.")
     if adapters and second is None and base is not None:
         from krona_hub.verification.merged import contains
 
-        return contains(first, base, adapters, exact, component, allow_missing, progress)
+        return contains(
+            first,
+            base,
+            adapters,
+            exact=exact,
+            component=component,
+            block_weights=block_weights,
+            allow_missing=allow_missing,
+            progress=progress,
+        )
     if second is not None and not adapters:
         from krona_hub.verification.deltas import same_delta
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from krona_hub.checkpoints.header import read_header
-from krona_hub.errors import ConflictError, NotFoundError, ResourceError, UsageError
+from krona_hub.errors import ConflictError, FormatError, NotFoundError, ResourceError, UsageError
 from krona_hub.merging.folders import MergedFile, Place, bytes_to_write, check_place, write_merged
 from tests.merging.made import contents, merged_file, tensors, write_base, write_pipeline
 
@@ -60,6 +60,14 @@ def test_the_index_of_shards_tells_the_new_size(tmp_path, base):
     sizes = [i.nbytes for shard in UNET for i in read_header(tmp_path / "out" / shard).tensors.values()]
     assert new["metadata"]["total_size"] == sum(sizes) > old["metadata"]["total_size"]
     assert new["weight_map"] == old["weight_map"]
+
+
+def test_an_index_that_is_none_is_told(tmp_path, base):
+    for text in ("{", "[]", "{}", '{"weight_map": 3}'):
+        (base / "unet/model.safetensors.index.json").write_text(text)
+        with pytest.raises(FormatError, match="no index"):
+            write_merged(Place(base, tmp_path / "out"), changes(base, new="F32"))
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
 def test_linked_files_are_the_base_s_own_and_changed_ones_are_not(tmp_path, base):

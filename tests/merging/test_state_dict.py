@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from krona_hub.adapter import Adapter, LayerDelta
@@ -14,8 +15,10 @@ from krona_hub.kron.terms import KronTerms
 from krona_hub.merging.rounding import Rounding
 from krona_hub.merging.state_dict import apply_to_state_dict
 from tests import tiny
+from tests.formats.test_golden_files import LIMITS, SAMPLES
 from tests.merging.cases import kron, lora, numbers
 from tests.merging.oracle import HALF, in_double, rounded
+from tests.shared import shared
 
 EXACT = Rounding(exact=True)
 
@@ -23,6 +26,11 @@ EXACT = Rounding(exact=True)
 @pytest.fixture(autouse=True)
 def random() -> None:
     torch.manual_seed(5)
+
+
+@pytest.fixture(scope="module")
+def base_weights() -> dict[str, Tensor]:
+    return load_file(shared("golden", "_base_weights.safetensors"))
 
 
 def adapter_for(model: nn.Module, component: str, ending: tuple[str, ...] = ("to_q", "to_k", "conv1")) -> Adapter:
@@ -43,6 +51,7 @@ def expected(weight: Tensor, delta: LayerDelta, strength: float = 1.0) -> Tensor
     return rounded(total, weight.dtype)
 
 
+@pytest.mark.slow
 def test_the_state_dict_of_a_model_gets_its_deltas_and_shares_the_rest() -> None:
     unet = tiny.sd15().unet.half()
     adapter, before = adapter_for(unet, "unet"), unet.state_dict()
@@ -86,13 +95,27 @@ def test_names_of_a_checkpoint_file_are_resolved_by_the_base() -> None:
 
 
 def test_adapters_may_be_files(tmp_path) -> None:
-    unet = tiny.sd15().unet
-    adapter = adapter_for(unet, "unet", ("to_q",))
+    before = {f"mid_block.attentions.0.{name}.weight": numbers(16, 16) for name in ("proj_in", "proj_out", "norm")}
+    layers = [f"unet.mid_block.attentions.0.{name}" for name in ("proj_in", "proj_out")]
+    adapter = Adapter({layer: LayerDelta((kron((16, 16), 4, 2),), (16, 16)) for layer in layers})
     write(adapter, tmp_path / "a.safetensors")
-    before = unet.state_dict()
     from_file = apply_to_state_dict(before, tmp_path / "a.safetensors")
     direct = apply_to_state_dict(before, read(tmp_path / "a.safetensors"))
     assert all(torch.equal(from_file[n], direct[n]) for n in before)
+    assert [n for n in before if from_file[n] is before[n]] == ["mid_block.attentions.0.norm.weight"]
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample["name"])
+def test_every_reference_file_adds_the_delta_that_is_stored_beside_it(sample, base_weights) -> None:
+    wanted = load_file(shared("golden", sample["delta"]))
+    before = {f"{layer}.weight": torch.randn(delta.shape).double() for layer, delta in wanted.items()}
+    before |= {name: weight.double() for name, weight in base_weights.items()}  # those that DoRA was measured on
+    adapter = read(shared("golden", sample["adapter"]), base=shared("golden", "base"))
+    after = apply_to_state_dict(before, [(adapter, -0.7)])
+    assert {n for n in before if after[n] is not before[n]} == {f"{layer}.weight" for layer in wanted}
+    for layer, delta in wanted.items():
+        found = after[f"{layer}.weight"] - before[f"{layer}.weight"]
+        assert (found / -0.7 - delta).abs().max() <= LIMITS[sample["reference"]] * delta.abs().max(), layer
 
 
 def test_several_adapters_add_up_and_are_rounded_once() -> None:

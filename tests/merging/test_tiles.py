@@ -68,8 +68,8 @@ def test_every_form_is_added_as_its_dense_matrix_would_be(form: str, tile_size: 
 def test_every_way_adds_every_form_right(form: str, monkeypatch: pytest.MonkeyPatch, tile_size: None) -> None:
     weight, patches = numbers(36, 64, dtype=HALF), [patch(form, (36, 64))]
     wanted = rounded(summed(weight, patches), HALF)
-    for way in ways.WAYS:
-        monkeypatch.setattr(ways, "WAYS", (way,))
+    for way, _ in ways.WAYS:
+        monkeypatch.setattr("krona_hub.merging.patches.cheapest_way", way)
         assert torch.equal(merged(weight, patches, rounding=EXACT)[0], wanted), way
 
 
@@ -219,6 +219,14 @@ def test_an_overflow_names_the_tensor() -> None:
         merged(weight, [patch("one term", (36, 64), 1e6)], name="down.weight")
     with pytest.raises(NonFiniteError, match="overflows"):
         merged(torch.full((8, 64), 1e5), [], HALF)
+
+
+@pytest.mark.parametrize("rounding", [Rounding(), EXACT, Rounding("stochastic")], ids=["nearest", "exact", "chance"])
+@pytest.mark.parametrize("dtype", [HALF, E5M2, E4M3])
+def test_a_type_without_infinity_overflows_too(dtype: torch.dtype, rounding: Rounding) -> None:
+    weight = torch.full((36, 64), 400.0).to(dtype)
+    with pytest.raises(NonFiniteError, match=str(dtype).removeprefix("torch.")):
+        merged(weight, [patch("one term", (36, 64), 1e9)], rounding=rounding)
 
 
 def test_infinities_and_nan_of_the_base_pass() -> None:
