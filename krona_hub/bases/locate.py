@@ -19,7 +19,7 @@ from krona_hub.bases.names import table
 from krona_hub.bases.weights import Stored, WeightPlace, files_of, modules_in, read, stored_in, weights_by_module
 from krona_hub.errors import FormatError, NotFoundError, UnknownBaseError
 
-__all__ = ["WeightPlace", "landed", "load_base", "read", "stored_by_component", "weight_files"]
+__all__ = ["WeightPlace", "landed", "load_base", "open_checkpoint", "read", "stored_by_component", "weight_files"]
 
 
 def load_base(source: str | Path) -> Base:
@@ -55,6 +55,13 @@ def weight_files(source: str | Path) -> dict[str, WeightPlace]:
     if not path.exists():
         return {}
     return placed(path, stored_in([path]))
+
+
+def open_checkpoint(path: Path) -> tuple[Base, dict[str, WeightPlace]]:
+    """The base in one file, and where in it the weight of each layer lies: both for the price of one."""
+    stored = stored_in([path])
+    base = _base_of_tensors(path, stored)
+    return base, landed(base, stored)
 
 
 def stored_by_component(folder: Path) -> dict[str, dict[str, Stored]]:
