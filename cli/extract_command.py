@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from krona_hub.cli.common import (
+    announce,
     complete_bases,
     component_option,
     dry_run_option,
@@ -82,6 +83,7 @@ def command(base: str, tuned: str, out: str | None, layers: bool, **options: Any
     """
     from krona_hub.extraction import extract
 
+    announce(base, tuned)
     with progress("layers") as step:
         report = extract(base, tuned, out, progress=step, **options)
     emit(as_document(report), lambda: show(report, every_layer=layers))
