@@ -213,3 +213,9 @@ class OfflineError(KronaError):
     """The network is needed and cannot be reached."""
 
     code, exit_code = "KH210", 10
+
+
+class RateLimitError(KronaError):
+    """The Hub wants fewer requests."""
+
+    code, exit_code = "KH230", 9

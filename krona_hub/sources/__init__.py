@@ -1,4 +1,4 @@
-"""A path or a Hub id becomes a local path. The only module outside `hub/` that may touch the network.
+"""A path or a Hub id becomes a local path. The only package outside `hub/` that may touch the network.
 
 A source is a path if it exists; otherwise `hf://ns/name[@revision][/file]` or `ns/name[@revision][/file]`.
 """
@@ -6,17 +6,23 @@ A source is a path if it exists; otherwise `hf://ns/name[@revision][/file]` or `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from krona_hub.errors import AmbiguousError, AuthError, KronaError, NotFoundError, OfflineError
+from krona_hub.errors import NotFoundError
+from krona_hub.sources.choose import choose, with_companions
+from krona_hub.sources.faults import hub_errors
+from krona_hub.sources.fetch import fetch_all
+from krona_hub.sources.listing import list_repo
+from krona_hub.sources.names import WEIGHTS
 
-HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>.+))?$")
-WEIGHTS = ".safetensors"
-PEFT_WEIGHTS = "adapter_model.safetensors"  # means nothing without the adapter_config.json beside it
+HUB_ID = re.compile(
+    r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(?:/(?P<file>.+))?$"
+)
+PAGE = re.compile(
+    r"https?://[^/]+/(?P<repo>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/(?P<revision>[\w.-]+)(?:/(?P<file>.+))?)?/?$"
+)
 
 
 class HubId(NamedTuple):
@@ -26,7 +32,7 @@ class HubId(NamedTuple):
 
 
 def parse_hub_id(source: str) -> HubId | None:
-    """Read `hf://ns/name@rev/file`; None for what cannot be a Hub id.
+    """Read `hf://ns/name@rev/file`, or the address of its page; None for what cannot be a Hub id.
 
     >>> parse_hub_id("hf://ns/name@v1/sub/x.safetensors")
     HubId(repo='ns/name', revision='v1', file='sub/x.safetensors')
@@ -35,7 +41,8 @@ def parse_hub_id(source: str) -> HubId | None:
     """
     if source.startswith((".", "/", "~")):
         return None
-    found = HUB_ID.match(source)
+    found = PAGE.match(source.partition("?")[0]) if "://" in source and not source.startswith("hf://") else None
+    found = found or HUB_ID.match(source)
     return HubId(*found.group("repo", "revision", "file")) if found else None
 
 
@@ -76,61 +83,11 @@ def _similar(path: Path) -> str:
 
 
 def _download(hub_id: HubId) -> Path:
-    with _hub_errors(hub_id):
-        from huggingface_hub import hf_hub_download
-
-        name = hub_id.file or _only_adapter(hub_id)
-        path = Path(hf_hub_download(hub_id.repo, name, revision=hub_id.revision))
-        if path.name != PEFT_WEIGHTS:
-            return path
-        hf_hub_download(hub_id.repo, str(Path(name).with_name("adapter_config.json")), revision=hub_id.revision)
-        return path.parent
-
-
-@contextmanager
-def _hub_errors(hub_id: HubId) -> Iterator[None]:
-    """Errors of the client as ours."""
-    from huggingface_hub import errors
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
-
-    try:
-        yield
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as e:
-        raise AuthError(
-            f"{hub_id.repo}: not found on the Hub, or private or gated.",
-            fix="Check the name; for a private or gated repository accept its terms and run `hf auth login`.",
-        ) from e
-    except (errors.EntryNotFoundError, errors.RevisionNotFoundError) as e:
-        if isinstance(e, errors.LocalEntryNotFoundError):
-            raise _offline(hub_id) from e
-        raise NotFoundError(f"{hub_id.repo} has no {hub_id.file or hub_id.revision}.", fix="Check both names.") from e
-    except KronaError:
-        raise
-    except (httpx.HTTPError, errors.OfflineModeIsEnabled, OSError) as e:
-        raise _offline(hub_id) from e
-
-
-def _only_adapter(hub_id: HubId) -> str:
-    """The one safetensors file of a repository; pickles are never taken in its place."""
-    from huggingface_hub import HfApi
-
-    files = HfApi().list_repo_files(hub_id.repo, revision=hub_id.revision)
-    weights = [f for f in files if f.endswith(WEIGHTS)]
-    if not weights:
-        raise NotFoundError(f"{hub_id.repo} has no safetensors file.", fix="Ask its owner for one: pickles are unsafe.")
-    if len(weights) > 1:
-        raise AmbiguousError(
-            f"{hub_id.repo} has {len(weights)} safetensors files.",
-            fix=f"Name one: {hub_id.repo}/{weights[0]}",
-        )
-    return weights[0]
-
-
-def _offline(hub_id: HubId) -> OfflineError:
-    return OfflineError(
-        f"{hub_id.repo}: no such local path, and the Hub cannot be reached.",
-        fix="Check the connection, or give the path of a local file.",
-    )
+    """The adapter of a repository, in the client's cache, its digest checked; a folder where it is one of PEFT's."""
+    listing = list_repo(hub_id.repo, hub_id.revision)
+    name = choose(listing.files, listing.repo, hub_id.file)
+    paths = fetch_all(listing, with_companions(name, listing.files), revision=hub_id.revision)
+    return paths[name].parent if len(paths) > 1 else paths[name]
 
 
 # ── bases ────────────────────────────────────────────────────────────────────────────────────────
@@ -151,10 +108,10 @@ def resolve_base(source: str | Path) -> Path:
         return Path(source).expanduser()
     if hub_id.file is not None and hub_id.file.endswith(WEIGHTS):
         return _download(hub_id)
-    with _hub_errors(hub_id):
+    with hub_errors(hub_id.repo):
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=_base_files(hub_id))
+        folder = str(snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=_base_files(hub_id)))
         return Path(folder) / (hub_id.file or "")
 
 

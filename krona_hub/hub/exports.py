@@ -1,0 +1,46 @@
+"""Copies of the adapter for other tools, written into the repository beside the native file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from krona_hub.conversion import convert
+from krona_hub.hub.layout import LOKR_EXPORT, LORA_EXPORT
+from krona_hub.hub.local import LocalAdapter
+
+
+class Export(NamedTuple):
+    """A file for other tools, and what it cost."""
+
+    name: str
+    format: str
+    words: str  # "LoRA of rank 16"
+    relative_error: float
+    parameters: int
+
+    def document(self) -> dict[str, Any]:
+        return {**self._asdict(), "relative_error": float(f"{self.relative_error:.3g}")}
+
+
+def make_exports(
+    adapter: LocalAdapter, folder: Path, with_lora: int | bool, with_lokr: bool, base: str | Path | None
+) -> tuple[Export, ...]:
+    """Write the exports that are wanted; `with_lora` is True for an exact LoRA, or a rank.
+
+    Raises LossyError or InexpressibleError where the adapter is no such thing.
+    """
+    made = []
+    if with_lora:
+        exact = with_lora is True
+        how: dict[str, Any] = {"exact": True} if exact else {"rank": int(with_lora)}
+        words = "LoRA, exact" if exact else f"LoRA of rank {with_lora}"
+        made.append(_export(adapter, folder / LORA_EXPORT, "diffusers-lora", words, base, **how))
+    if with_lokr:
+        made.append(_export(adapter, folder / LOKR_EXPORT, "lycoris-lokr", "LyCORIS LoKr", base, exact=True))
+    return tuple(made)
+
+
+def _export(adapter: LocalAdapter, path: Path, to: str, words: str, base: str | Path | None, **how: Any) -> Export:
+    report = convert(adapter.path, path, to=to, base=base, overwrite=True, **how)
+    return Export(path.name, to, words, report.relative_error, report.parameters_after)

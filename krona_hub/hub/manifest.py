@@ -1,0 +1,78 @@
+"""`krona_manifest.json`: what was published, file by file, so that a copy can be checked without the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from krona_hub.checkpoints import strict_json
+from krona_hub.errors import IntegrityError, KronaError
+from krona_hub.hub.layout import CARD, MANIFEST, SIGNATURE
+from krona_hub.sources.fetch import sha256_of
+from krona_hub.sources.names import printable
+
+VERSION = 1
+UNLISTED = (CARD, MANIFEST, SIGNATURE)  # the owner edits the card on the web; the others would name themselves
+
+
+class Entry(NamedTuple):
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest as values."""
+
+    files: Mapping[str, Entry]
+    facts: Mapping[str, Any] = field(default_factory=dict)  # parameters, base_model, training, conversion
+    card: Mapping[str, Any] = field(default_factory=dict)  # front matter as it was generated
+    sections: tuple[str, ...] = ()  # of the card as it was generated
+
+    def text(self) -> str:
+        """Deterministic JSON, so that pushing the same again changes nothing."""
+        document = {
+            "krona_manifest": VERSION,
+            "tool": f"krona-hub {version('krona-hub')}",
+            "files": {name: entry._asdict() for name, entry in self.files.items()},
+            **self.facts,
+            "card": {"front_matter": dict(self.card), "sections": list(self.sections)},
+        }
+        return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parse(data: bytes) -> Manifest:
+    """Read a manifest that anybody may have written. Raises IntegrityError where it is none."""
+    try:
+        document = strict_json.parse(data)
+        files = {str(n): Entry(int(e["size"]), str(e["sha256"])) for n, e in document["files"].items()}
+        card = document.get("card") or {}
+        sections = tuple(map(str, card.get("sections", ())))
+        return Manifest(files, {}, dict(card.get("front_matter", {})), sections)
+    except (KronaError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{MANIFEST} is broken.", fix="Ask the owner to push again.") from error
+
+
+def check(manifest: Manifest, paths: Mapping[str, Path], known: Mapping[str, str | None]) -> None:
+    """Raise IntegrityError where a file is not what the manifest says.
+
+    `known` are digests that are checked already, so that nothing large is read twice.
+    """
+    for name, path in paths.items():
+        entry = manifest.files.get(name)
+        if name in UNLISTED:
+            continue
+        if entry is None:
+            raise IntegrityError(f"{printable(name)} is not in {MANIFEST}.", fix=_ASK)
+        if path.stat().st_size != entry.size or (known.get(name) or sha256_of(path)) != entry.sha256:
+            raise IntegrityError(
+                f"{printable(name)} is not the file that {MANIFEST} describes.",
+                fix="The repository was changed after the push: ask its owner, or pull an earlier commit.",
+            )
+
+
+_ASK = "Ask the owner to push again."

@@ -1,0 +1,309 @@
+"""The model card of an adapter: front matter and sections, around whatever the owner writes between them.
+
+Krona writes only between `<!-- krona:begin NAME -->` and `<!-- krona:end NAME -->`. In the front matter the owner wins,
+except for the keys that say what the repository is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from krona_hub.errors import FormatError
+
+OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag")  # keys of the front matter
+LORA_TAGS = ("lora", "template:sd-lora")  # the Hub's snippet for them needs a LoRA in the repository
+_FRONT = re.compile(r"\A---\r?\n(.*?\r?\n)?---\r?\n?", re.DOTALL)
+_SECTION = re.compile(r"<!-- krona:begin (?P<name>[\w-]+) -->\n.*?<!-- krona:end (?P=name) -->\n?", re.DOTALL)
+
+LICENCES: Mapping[str, tuple[str, str, str]] = {  # family -> the Hub's licence id, name, link
+    "sd15": ("creativeml-openrail-m", "", ""),
+    "sd21": ("openrail++", "", ""),
+    "sd21-base": ("openrail++", "", ""),
+    "sdxl": ("openrail++", "", ""),
+    "sdxl-refiner": ("openrail++", "", ""),
+    "sd3-medium": (
+        "other", "stabilityai-ai-community",
+        "https://huggingface.co/stabilityai/stable-diffusion-3-medium/blob/main/LICENSE.md",
+    ),
+    "sd35-medium": (
+        "other", "stabilityai-ai-community",
+        "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md",
+    ),
+    "sd35-large": (
+        "other", "stabilityai-ai-community",
+        "https://huggingface.co/stabilityai/stable-diffusion-3.5-large/blob/main/LICENSE.md",
+    ),
+    "flux1-dev": (
+        "other", "flux-1-dev-non-commercial-license",
+        "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+    ),
+    "flux1-schnell": ("apache-2.0", "", ""),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture of the card."""
+
+    file: str  # in the repository
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All that a card says, in values and in rows that are words already."""
+
+    repo: str
+    title: str
+    base_model: str
+    family: str | None
+    tags: tuple[str, ...]
+    licence: str | None  # of the adapter, where its file says so
+    trigger_words: tuple[str, ...]
+    weights: str  # file name
+    lora: str | None  # file name of the export, where there is one
+    parameters: Sequence[tuple[str, str]]  # what, how much
+    layers: Sequence[tuple[str, ...]]  # largest layers: name, form, parameters
+    conversions: Sequence[tuple[str, ...]]  # file, what it is, relative error, parameters
+    training: Sequence[tuple[str, str]]
+    files: Sequence[tuple[str, ...]]  # name, size, sha256
+    loads: Sequence[tuple[str, ...]]  # tool, files that it loads or why none
+    provenance: Sequence[tuple[str, str]]
+    samples: tuple[Sample, ...] = ()
+    plots: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further front matter
+
+
+# --- front matter ----------------------------------------------------------------------------------------------------
+
+
+def front_matter(facts: CardFacts) -> dict[str, Any]:
+    """The front matter as krona would write it into a new card."""
+    data: dict[str, Any] = dict(_licence(facts))
+    data |= {
+        "library_name": "diffusers" if facts.lora else "krona-hub",
+        "base_model": facts.base_model,
+        "base_model_relation": "adapter",
+        "pipeline_tag": "text-to-image",
+        "tags": [*facts.tags, *(LORA_TAGS if facts.lora else ())],
+    }
+    if facts.trigger_words:
+        data["instance_prompt"] = facts.trigger_words[0]
+    if facts.samples:
+        data["widget"] = [{"text": s.prompt or "a sample", "output": {"url": s.file}} for s in facts.samples]
+    return {**data, **facts.extra}
+
+
+def _licence(facts: CardFacts) -> dict[str, str]:
+    if facts.licence:
+        return {"license": facts.licence.lower().replace(" ", "-")}
+    known = LICENCES.get(facts.family or "")
+    if known is None:
+        return {}
+    named = {"license": known[0], "license_name": known[1], "license_link": known[2]}
+    return {key: value for key, value in named.items() if value}
+
+
+def merged_front_matter(
+    new: Mapping[str, Any], theirs: Mapping[str, Any], generated_before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The owner's front matter with ours: keys that say what the repository is are ours, so are keys left untouched.
+
+    >>> merged_front_matter({"base_model": "a/b", "license": "x"}, {"license": "mit"}, {"license": "x"})
+    {'license': 'mit', 'base_model': 'a/b'}
+    """
+    merged = dict(theirs)
+    for key, before in generated_before.items():  # what we wrote, and do not write any more
+        if key not in new and theirs.get(key) == before:
+            del merged[key]
+    for key, value in new.items():
+        if key in OURS or key not in theirs or theirs[key] == generated_before.get(key):
+            merged[key] = value
+    merged["tags"] = _tags(new, theirs, generated_before)
+    return {key: value for key, value in merged.items() if value not in (None, [])}
+
+
+def _tags(new: Mapping[str, Any], theirs: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Our tags and the owner's own; those that were ours once are not the owner's."""
+    ours = list(new.get("tags", ()))
+    once = {*before.get("tags", ()), *LORA_TAGS}
+    given = theirs.get("tags") or []
+    return [*ours, *(t for t in ([given] if isinstance(given, str) else given) if t not in ours and t not in once)]
+
+
+def split(text: str) -> tuple[dict[str, Any], str]:
+    """(front matter, body) of a card. Raises FormatError where the front matter is no YAML."""
+    import yaml
+
+    found = _FRONT.match(text)
+    if not found:
+        return {}, text
+    try:
+        data = yaml.safe_load(found[1] or "") or {}
+    except yaml.YAMLError as error:
+        raise FormatError("the front matter of the card on the Hub is no YAML.", fix="Repair it there.") from error
+    return (data, text[found.end() :]) if isinstance(data, dict) else ({}, text[found.end() :])
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def sections(facts: CardFacts) -> dict[str, str]:
+    """Name -> text of the sections that this adapter has something to say in."""
+    made = {
+        "about": _about(facts),
+        "use": _use(facts),
+        "samples": _samples(facts),
+        "parameters": _parameters(facts),
+        "conversion": _conversion(facts),
+        "training": _training(facts),
+        "files": _files(facts),
+        "loads": _loads(facts),
+        "licence": _licence_section(facts),
+        "reproduce": _reproduce(facts),
+    }
+    return {name: text for name, text in made.items() if text}
+
+
+def _about(f: CardFacts) -> str:
+    words = ", ".join(f"`{_cell(w)}`" for w in f.trigger_words)
+    said = f"\n\nTrigger words: {words}." if words else ""
+    return (
+        f"An adapter for [{f.base_model}](https://huggingface.co/{f.base_model}) whose changes of the weights are sums "
+        f"of Kronecker products, ΔW = Σₖ Aₖ ⊗ Bₖ, in the format of krona-hub.{said}"
+    )
+
+
+def _use(f: CardFacts) -> str:
+    base = f.base_model
+    lines = [
+        "## Use",
+        "```python\nimport krona_hub\nfrom diffusers import DiffusionPipeline\n",
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")\nkrona_hub.load_into(pipe, "{f.repo}")\n```',
+    ]
+    if f.lora:
+        lines += [
+            "\nOr, as a LoRA, with diffusers alone:\n",
+            "```python\nfrom diffusers import DiffusionPipeline\n",
+            f'pipe = DiffusionPipeline.from_pretrained("{base}")',
+            f'pipe.load_lora_weights("{f.repo}", weight_name="{f.lora}")\n```',
+        ]
+    name = f.repo.split("/")[1]
+    lines += [
+        "\nTo keep a copy, checked against the digests of the Hub and of the manifest:\n",
+        f"```sh\nkrona pull {f.repo} -o {name}\n```",
+    ]
+    return "\n".join(lines)
+
+
+def _samples(f: CardFacts) -> str:
+    if not f.samples:
+        return ""
+    rows = "\n".join(f"![{_alt(s)}]({s.file})" for s in f.samples)
+    return f"## Samples\n\n<Gallery />\n\n{rows}"
+
+
+def _alt(sample: Sample) -> str:
+    return re.sub(r"[\[\]\n]", " ", sample.prompt) or "sample"
+
+
+def _parameters(f: CardFacts) -> str:
+    text = "## Size\n\n" + table(("what", "how much"), f.parameters)
+    return f"{text}\n\nThe largest layers:\n\n{table(('layer', 'form', 'parameters'), f.layers)}" if f.layers else text
+
+
+def _conversion(f: CardFacts) -> str:
+    if not f.conversions:
+        return ""
+    head = ("file", "what it is", "relative error of ΔW", "parameters")
+    return f"## Files for other tools\n\n{table(head, f.conversions)}"
+
+
+def _training(f: CardFacts) -> str:
+    if not f.training and not f.plots:
+        return ""
+    plots = "\n".join(f"\n![{p.rpartition('/')[2]}]({p})" for p in f.plots)
+    return f"## Training\n\n{table(('setting', 'value'), f.training)}\n{plots}".rstrip()
+
+
+def _files(f: CardFacts) -> str:
+    return f"## Files\n\n{table(('file', 'size', 'sha256'), f.files)}"
+
+
+def _loads(f: CardFacts) -> str:
+    return f"## Which tools load it\n\n{table(('tool', 'loads'), f.loads)}" if f.loads else ""
+
+
+def _licence_section(f: CardFacts) -> str:
+    own = f"The adapter's own licence: {f.licence}. " if f.licence else ""
+    return (
+        "## Licence and limits\n\n"
+        f"{own}The licence of [{f.base_model}](https://huggingface.co/{f.base_model}) applies to what is made with it. "
+        "An adapter has the limits and the biases of its base and of the pictures that it was trained on."
+    )
+
+
+def _reproduce(f: CardFacts) -> str:
+    return "## How it was made\n\n" + table(("what", "value"), f.provenance) if f.provenance else ""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown.
+
+    >>> print(table(("a", "b"), [("1", "x|y")]))
+    | a | b |
+    |---|---|
+    | 1 | x\\|y |
+    """
+    lines = [head, *rows]
+    told = [f"| {' | '.join(_cell(c) for c in line)} |" for line in lines]
+    return "\n".join([told[0], "|" + "---|" * len(head), *told[1:]])
+
+
+def _cell(text: str) -> str:
+    """Text of a cell: what would end it, start HTML or another line is taken out of action."""
+    return re.sub(r"\s+", " ", str(text)).replace("|", "\\|").replace("<", "&lt;").strip()
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def render(
+    facts: CardFacts,
+    theirs: str | None = None,
+    *,
+    generated_before: Mapping[str, Any] | None = None,
+    sections_before: Sequence[str] = (),
+) -> str:
+    """The text of the card; `theirs` is the one on the Hub, whose own words and order survive.
+
+    A section that was written before and is gone now was removed by the owner, and stays away.
+    """
+    import yaml
+
+    new, parts = front_matter(facts), sections(facts)
+    data, body = split(theirs) if theirs is not None else ({}, "")
+    data = merged_front_matter(new, data, generated_before or {})
+    body = body if body.strip() else f"# {facts.title}\n"
+    head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000)
+    return f"---\n{head}---\n\n{_with_sections(body, parts, sections_before).strip()}\n"
+
+
+def _with_sections(body: str, parts: Mapping[str, str], before: Sequence[str]) -> str:
+    present: set[str] = set()
+
+    def again(found: re.Match[str]) -> str:
+        name = found["name"]
+        present.add(name)
+        return _marked(name, parts[name]) if name in parts else ""
+
+    body = _SECTION.sub(again, body)
+    added = [_marked(n, text) for n, text in parts.items() if n not in present and n not in before]
+    return "\n\n".join([body.strip("\n"), *(a.strip("\n") for a in added)]) + "\n"
+
+
+def _marked(name: str, text: str) -> str:
+    return f"<!-- krona:begin {name} -->\n{text}\n<!-- krona:end {name} -->\n"

@@ -1,0 +1,107 @@
+"""Files of a repository on this disk, each with the digest that the Hub names: the client itself does not look."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from krona_hub.errors import IntegrityError, OfflineError, ResourceError
+from krona_hub.sources.client import client, quiet
+from krona_hub.sources.faults import hub_errors
+from krona_hub.sources.listing import Listing, RemoteFile, cache_folder, remember_revision
+from krona_hub.sources.retry import retrying
+
+CHUNK = 1 << 22  # bytes
+ROOM = 2  # times the bytes of a download that must be free: the cache's copy and the user's
+
+
+def fetch(listing: Listing, name: str, *, endpoint: str | None = None) -> Path:
+    """The path of a file in the client's cache, downloaded where it is not there, its digest checked.
+
+    A file that is not what the Hub says is removed and downloaded once more. Raises IntegrityError where it is wrong
+    again, and what the network brings.
+    """
+    known = listing.files[name]
+    path = _download(listing, name, endpoint)
+    if _is(path, known):
+        return path
+    _remove(path)
+    if not listing.cached:
+        path = _download(listing, name, endpoint, force=True)
+        if _is(path, known):
+            return path
+        _remove(path)
+    raise IntegrityError(
+        f"{listing.repo}/{name} is not what the Hub says: its sha256 differs.",
+        fix="It was removed from the cache. Pull again; if it happens again, something in between changes it.",
+    )
+
+
+def fetch_all(
+    listing: Listing, names: Iterable[str], *, revision: str | None = None, endpoint: str | None = None
+) -> dict[str, Path]:
+    """Name -> path of several files. Checks that the disk has room for them first."""
+    names = list(names)
+    check_room(sum(listing.files[n].size or 0 for n in names))
+    paths = {name: fetch(listing, name, endpoint=endpoint) for name in names}
+    remember_revision(listing, revision)
+    return paths
+
+
+def check_room(nbytes: int) -> None:
+    """Raise ResourceError unless the disk of the cache has room for a download of that size."""
+    from huggingface_hub import constants
+
+    place = Path(constants.HF_HUB_CACHE).expanduser()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if ROOM * nbytes > free:
+        raise ResourceError(
+            f"{nbytes / 1e6:,.0f} MB are to be downloaded, and {place} has {free / 1e6:,.0f} MB left.",
+            fix="Free some space, or set HF_HOME to another disk. `hf cache prune` removes old copies.",
+        )
+
+
+def _download(listing: Listing, name: str, endpoint: str | None, *, force: bool = False) -> Path:
+    if listing.cached:
+        path = cache_folder(listing.repo) / "snapshots" / listing.commit / name
+        if not path.is_file():
+            raise OfflineError(f"{listing.repo}/{name} is not in the cache.", fix="Connect and pull again.")
+        return path
+    api = client(endpoint)
+    with hub_errors(f"{listing.repo}/{name}"), quiet():
+        return Path(
+            retrying(lambda: api.hf_hub_download(listing.repo, name, revision=listing.commit, force_download=force))
+        )
+
+
+def _remove(path: Path) -> None:
+    """Take a file out of the cache, the blob behind the link too."""
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _is(path: Path, known: RemoteFile) -> bool:
+    """Whether the file has the size and the digest that the Hub names."""
+    if known.size is not None and path.stat().st_size != known.size:
+        return False
+    if known.sha256:
+        return sha256_of(path) == known.sha256
+    return not known.git_sha1 or git_sha1_of(path) == known.git_sha1
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_sha1_of(path: Path) -> str:
+    """The digest that git gives a file: of its length and its bytes."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
