@@ -24,6 +24,7 @@ rich_click.rich_click.COMMAND_GROUPS = {
     "krona": [
         {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate"]},
         {"name": "Adapters and models", "commands": ["merge", "unmerge", "extract", "verify"]},
+        {"name": "The Hugging Face Hub", "commands": ["push", "pull", "hub"]},
         {"name": "Before training", "commands": ["params", "formats"]},
         {"name": "Krona itself", "commands": ["demo", "completion"]},
     ]
@@ -50,6 +51,9 @@ COMMANDS = {
         "krona_hub.cli.verify_command", "Compare: merged model and adapters, two adapters, adapter and base."
     ),
     "params": Entry("krona_hub.cli.params_command", "Count an adapter's parameters before training it."),
+    "push": Entry("krona_hub.cli.push_command", "Publish an adapter on the Hugging Face Hub."),
+    "pull": Entry("krona_hub.cli.pull_command", "Download an adapter from the Hub, and check it."),
+    "hub": Entry("krona_hub.cli.hub_command", "Look at adapters on the Hub, and at those in the cache."),
     "formats": Entry("krona_hub.cli.formats_command", "List the formats, and which tools load them."),
     "demo": Entry("krona_hub.cli.demo_command", "Run the main job on an adapter that comes with krona, offline."),
     "completion": Entry("krona_hub.cli.completion_command", "Print the script that completes commands in your shell."),

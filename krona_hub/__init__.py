@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from krona_hub.extraction import extract as extract
     from krona_hub.formats.files import read as read
     from krona_hub.formats.writing import write as write
+    from krona_hub.hub import pull as pull
+    from krona_hub.hub import push as push
     from krona_hub.kron.shapes import KronShape as KronShape
     from krona_hub.kron.terms import KronTerms as KronTerms
     from krona_hub.kron.terms import nearest_kron as nearest_kron
@@ -56,6 +58,8 @@ PUBLIC = {  # name -> the module that defines it
     "extract_adapter": "krona_hub.layers",
     "load_into": "krona_hub.runtime",
     "unload": "krona_hub.runtime",
+    "push": "krona_hub.hub",
+    "pull": "krona_hub.hub",
     "KronLinear": "krona_hub.layers",
     "KronConv2d": "krona_hub.layers",
     "nearest_kron": "krona_hub.kron.terms",

@@ -180,7 +180,7 @@ def _about(f: CardFacts) -> str:
 def _use(f: CardFacts) -> str:
     base = f.base_model
     lines = [
-        "## Use",
+        "## Use\n",
         "```python\nimport krona_hub\nfrom diffusers import DiffusionPipeline\n",
         f'pipe = DiffusionPipeline.from_pretrained("{base}")\nkrona_hub.load_into(pipe, "{f.repo}")\n```',
     ]

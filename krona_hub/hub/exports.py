@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from krona_hub.conversion import convert
+from krona_hub.formats.describe import describe
+from krona_hub.formats.tools import loads_in
 from krona_hub.hub.layout import LOKR_EXPORT, LORA_EXPORT
 from krona_hub.hub.local import LocalAdapter
 
@@ -18,9 +20,14 @@ class Export(NamedTuple):
     words: str  # "LoRA of rank 16"
     relative_error: float
     parameters: int
+    loads_in: tuple[str, ...]  # names of TOOLS
 
     def document(self) -> dict[str, Any]:
-        return {**self._asdict(), "relative_error": float(f"{self.relative_error:.3g}")}
+        return {
+            **self._asdict(),
+            "loads_in": list(self.loads_in),
+            "relative_error": float(f"{self.relative_error:.3g}"),
+        }
 
 
 def make_exports(
@@ -43,4 +50,8 @@ def make_exports(
 
 def _export(adapter: LocalAdapter, path: Path, to: str, words: str, base: str | Path | None, **how: Any) -> Export:
     report = convert(adapter.path, path, to=to, base=base, overwrite=True, **how)
-    return Export(path.name, to, words, report.relative_error, report.parameters_after)
+    return Export(path.name, to, words, report.relative_error, report.parameters_after, _tools(path))
+
+
+def _tools(path: Path) -> tuple[str, ...]:
+    return tuple(tool for tool, verdict in loads_in(describe(path)).items() if verdict.ok)

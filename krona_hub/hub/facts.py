@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from krona_hub.accounting import account_file
 from krona_hub.bases import catalogue
 from krona_hub.bases.families import FAMILIES
-from krona_hub.formats.describe import Description, describe
+from krona_hub.formats.describe import Description
 from krona_hub.formats.tools import TOOLS, loads_in
 from krona_hub.hub.layout import CONFIG, LORA_EXPORT, MODEL_TYPE, PLOTS, WEIGHTS
 from krona_hub.hub.local import LocalAdapter
@@ -72,9 +71,8 @@ def card_facts(
     files: Mapping[str, Entry],
     samples: Sequence[Sample],
     exports: Sequence[Mapping[str, Any]],
-    places: Mapping[str, Path],
 ) -> CardFacts:
-    """All that the card says. `files` are those of the repository after the push, `places` those that lie here."""
+    """All that the card says; `files` are those of the repository after the push."""
     d = adapter.description
     family = adapter.base.family
     kinds = ["lokr"] if any(m.split and m.split.a1 > 1 for m in d.modules) else []
@@ -94,7 +92,7 @@ def card_facts(
         conversions=[_conversion(e) for e in exports],
         training=[(k, str(v)) for k, v in adapter.provenance.training.items() if isinstance(v, (str, int, float))],
         files=[(n, human_bytes(e.size), e.sha256) for n, e in sorted(files.items()) if n != CONFIG],
-        loads=_loads(places),
+        loads=_loads(d, exports),
         provenance=_provenance(adapter),
         samples=tuple(samples),
         plots=tuple(n for n in files if n.startswith(PLOTS)),
@@ -132,13 +130,13 @@ def _conversion(export: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"`{export['name']}`", str(export["words"]), error, f"{int(export['parameters']):,}")
 
 
-def _loads(places: Mapping[str, Path]) -> list[tuple[str, ...]]:
-    """Tool -> the files here that it loads, or why it loads none."""
-    verdicts = {name: loads_in(describe(path)) for name, path in places.items() if name.endswith(".safetensors")}
+def _loads(d: Description, exports: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Tool -> the files of the repository that it loads, or why it loads none."""
+    native = loads_in(d)
     rows: list[tuple[str, ...]] = [("krona", f"`{WEIGHTS}`")]
     for tool in TOOLS.values():
-        good = [f"`{name}`" for name, told in verdicts.items() if told[tool.name].ok]
-        rows.append((tool.title, ", ".join(good) or f"none: {verdicts[WEIGHTS][tool.name].why}"))
+        good = [f"`{e['name']}`" for e in exports if tool.name in e.get("loads_in", ())]
+        rows.append((tool.title, ", ".join(good) or f"none: {native[tool.name].why}"))
     return rows
 
 

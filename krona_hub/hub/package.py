@@ -77,7 +77,7 @@ def finish(package: Package, repo: str, there: There) -> tuple[Mapping[str, Path
     entries = {**kept, **package.entries}
     exports = (*package.exports, *_old_exports(kept, there))
     samples = package.samples or _old_samples(kept, there)
-    facts = card_facts(repo, package.adapter, entries, samples, exports, package.paths)
+    facts = card_facts(repo, package.adapter, entries, samples, exports)
     paths = dict(package.paths)
     if package.wanted.card:
         before = there.manifest
@@ -87,7 +87,9 @@ def finish(package: Package, repo: str, there: There) -> tuple[Mapping[str, Path
     known = manifest_facts(package.adapter, exports) | {
         "samples": [{"file": s.file, "prompt": s.prompt} for s in samples]
     }
-    record = Manifest(entries, known, front_matter(facts), tuple(sections(facts)))
+    before = there.manifest
+    written = (front_matter(facts), tuple(sections(facts))) if package.wanted.card else (before.card, before.sections)
+    record = Manifest(entries, known, *written)
     (package.folder / MANIFEST).write_text(record.text(), encoding="utf-8")
     paths[MANIFEST] = package.folder / MANIFEST
     if package.wanted.card_only:

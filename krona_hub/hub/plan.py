@@ -41,6 +41,11 @@ class PushPlan:
     notes: tuple[str, ...] = ()
 
     @property
+    def is_new(self) -> bool:
+        """Whether the repository is, or was, created by this push."""
+        return self.visibility in ("public", "private")
+
+    @property
     def changes(self) -> tuple[Row, ...]:
         return tuple(r for r in self.rows if r.action != "same")
 

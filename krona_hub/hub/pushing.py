@@ -113,15 +113,17 @@ def _push(
     api = client(asked.endpoint)
     check_account(api, asked)
     there = look(api, asked)
-    _check_repo(api, package, asked, there)
+    _check_repo(package, asked, there)
     plan = _planned(package, asked, there, sign_key)[0]
+    _check_tag(api, asked, plan)
     if dry_run or not plan.changes:
         return _tagged(api, asked, _report(asked, plan), dry_run)
     if confirm is not None and not confirm(plan):
         return _report(asked, plan, notes=("stopped: nothing was sent.",))
     if there.listing is None:
         there = _create(api, asked)
-    return _commit(api, package, asked, there, sign_key)
+    report = _commit(api, package, asked, there, sign_key)
+    return replace(report, plan=replace(report.plan, visibility=plan.visibility))
 
 
 def _commit(api: HfApi, package: Package, asked: Request, there: There, sign_key: str | Path | None) -> PushReport:
@@ -146,7 +148,7 @@ def _after_a_race(
 ) -> There:
     """The repository as it is now, if what changed is none of our business; else the conflict is raised."""
     now = look(api, asked)
-    _check_repo(api, package, asked, now)
+    _check_repo(package, asked, now)
     old, new = (t.listing.files if t.listing else {} for t in (before, now))
     clash = [row.file for row in plan.changes if old.get(row.file) != new.get(row.file)]
     if before.listing and now.listing and before.listing.commit == now.listing.commit:
@@ -219,17 +221,17 @@ def _object(data: bytes | None) -> dict[str, object] | None:
         return {}
 
 
-def _check_repo(api: HfApi, package: Package, asked: Request, there: There) -> None:
+def _check_repo(package: Package, asked: Request, there: There) -> None:
     if not asked.force:
         check_theirs(there, package.adapter.base_model)
-    if asked.tag and there.listing is not None:
-        _check_tag(api, asked, there.listing)
 
 
-def _check_tag(api: HfApi, asked: Request, listing: Listing) -> None:
+def _check_tag(api: HfApi, asked: Request, plan: PushPlan) -> None:
     """Raise ConflictError for a tag that is taken by another commit: tags are what people pin."""
-    taken = _tags(api, asked).get(asked.tag or "")
-    if taken not in (None, listing.commit):
+    if not asked.tag or plan.parent is None:
+        return
+    taken = _tags(api, asked).get(asked.tag)
+    if taken is not None and (plan.changes or taken != plan.parent):
         raise ConflictError(
             f"{asked.repo} has a tag {asked.tag} already, of commit {taken[:7]}.", fix="Choose another."
         )

@@ -25,12 +25,12 @@ def fetch(listing: Listing, name: str, *, endpoint: str | None = None) -> Path:
     """
     known = listing.files[name]
     path = _download(listing, name, endpoint)
-    if _is(path, known):
+    if is_intact(path, known):
         return path
     _remove(path)
     if not listing.cached:
         path = _download(listing, name, endpoint, force=True)
-        if _is(path, known):
+        if is_intact(path, known):
             return path
         _remove(path)
     raise IntegrityError(
@@ -84,7 +84,7 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _is(path: Path, known: RemoteFile) -> bool:
+def is_intact(path: Path, known: RemoteFile) -> bool:
     """Whether the file has the size and the digest that the Hub names."""
     if known.size is not None and path.stat().st_size != known.size:
         return False

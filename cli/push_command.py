@@ -1,0 +1,151 @@
+"""`krona push`: an adapter as a repository of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from krona_hub.cli.common import (
+    asked_for,
+    base_option,
+    dry_run_option,
+    emit,
+    file_argument,
+    krona_command,
+    say,
+    show_facts,
+    show_table,
+    show_text,
+)
+from krona_hub.errors import UsageError
+from krona_hub.report import human_bytes
+
+if TYPE_CHECKING:
+    from krona_hub.hub import PushReport
+    from krona_hub.hub.plan import PushPlan
+
+PANELS = {
+    "What goes into it": (
+        "--with-lora", "--with-lokr", "--images", "--card-only", "--no-card", "--base-model", "--base", "--sign-key",
+    ),
+    "Where to": ("--public", "--private", "--revision", "--create-pr", "--tag", "--message", "--endpoint"),
+    "How": ("--dry-run", "--yes", "--force"),
+}  # fmt: skip
+
+
+@krona_command(
+    "push",
+    panels=PANELS,
+    examples=(
+        "krona push krona.safetensors ana/style --dry-run",
+        "krona push krona.safetensors ana/style --public --with-lora --tag v1 --yes",
+    ),
+)
+@file_argument
+@click.argument("repo")
+@click.option(
+    "--with-lora",
+    is_flag=False,
+    flag_value="exact",
+    metavar="[RANK]",
+    help="Add a LoRA for diffusers and others: exact, or the best of rank RANK (--with-lora=16).",
+)
+@click.option("--with-lokr", is_flag=True, help="Add a LyCORIS LoKr, for ComfyUI and others.")
+@click.option("--images", type=click.Path(), metavar="DIR", help="Sample pictures; x.txt beside x.png is its prompt.")
+@click.option("--card-only", is_flag=True, help="Write the card anew and leave the weights alone.")
+@click.option("--no-card", is_flag=True, help="Leave README.md alone.")
+@click.option("--base-model", metavar="NS/NAME", help="The base, as the Hub calls it, where the file does not say.")
+@base_option
+@click.option("--sign-key", type=click.Path(), metavar="PEM", help="Sign with this private key; needs krona-hub[sign].")
+@click.option("--public/--private", "public", default=None, help="Who sees a new repository [private].")
+@click.option("--revision", default="main", metavar="BRANCH", help="The branch to commit to [main].")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
+@click.option("--tag", metavar="TAG", help="Tag the commit, such as v1.")
+@click.option("--message", "-m", metavar="TEXT", help="What the commit says.")
+@click.option("--endpoint", metavar="URL", help="The address of another Hub [HF_ENDPOINT].")
+@dry_run_option
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.option("--force", is_flag=True, help="Push though the repository holds something else.")
+def command(file: str, repo: str, public: bool | None, with_lora: str | None, yes: bool, **options: Any) -> None:
+    """Publish an adapter on the Hugging Face Hub.
+
+    Checks the file, writes a model card, shows what would change, makes one commit and compares what the Hub then
+    holds. Pushing the same again changes nothing, and what you write into the card yourself stays. The token comes
+    from `hf auth login` or HF_TOKEN.
+    """
+    from krona_hub.hub import push
+
+    options["card"] = not options.pop("no_card")
+    report = push(
+        file,
+        repo,
+        private=None if public is None else not public,
+        with_lora=_rank(with_lora),
+        confirm=None if yes else _ask,
+        **options,
+    )
+    emit(as_document(report), lambda: show(report, shown=not yes and _on_a_terminal() and report.commit is not None))
+    if options["dry_run"]:
+        say("dry run: nothing was sent.")
+
+
+def _rank(text: str | None) -> int | bool:
+    if text is None:
+        return False
+    if text == "exact":
+        return True
+    if not text.isdecimal() or not int(text):
+        raise UsageError(f"--with-lora takes a rank, not {text!r}.", fix="Write --with-lora=16, or put it last.")
+    return int(text)
+
+
+def _on_a_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty() and not asked_for("json")
+
+
+def _ask(plan: PushPlan) -> bool:
+    """Show the plan and wait for a yes; where nobody can answer, the command line was the answer."""
+    if not _on_a_terminal():
+        return True
+    show_plan(plan)
+    return click.confirm(f"Push to {plan.repo}?", err=True)
+
+
+def as_document(report: PushReport) -> dict[str, Any]:
+    fields = {name: getattr(report, name) for name in report.__dataclass_fields__}
+    return {**fields, "up_to_date": report.up_to_date, "bytes_to_send": report.plan.bytes_to_send}
+
+
+def show_plan(plan: PushPlan) -> None:
+    """The table of files, and where they go."""
+    show_table(
+        ("file", ">size", "change", "sent over"),
+        ((r.file, human_bytes(r.size) if r.size else "", r.action, r.transport) for r in plan.rows),
+    )
+    show_text()
+    show_facts(
+        (
+            ("repository", f"{plan.repo}, new, {plan.visibility}" if plan.is_new else plan.repo),
+            ("on top of", None if plan.is_new or plan.parent is None else plan.parent[:7]),
+            ("branch", plan.revision if plan.revision != "main" else None),
+            ("sends", human_bytes(plan.bytes_to_send)),
+        )
+    )
+
+
+def show(report: PushReport, *, shown: bool) -> None:
+    if not shown:
+        show_plan(report.plan)
+    show_facts(
+        (
+            ("result", "already up to date" if report.up_to_date else None),
+            ("url", report.url),
+            ("commit", report.commit),
+            ("pull request", report.pull_request),
+            ("tag", report.tag),
+            ("verified", f"{report.verified} files, by digest" if report.verified else None),
+            *(("note", note) for note in report.notes),
+        )
+    )

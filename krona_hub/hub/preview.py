@@ -1,0 +1,157 @@
+"""What an adapter on the Hub is, from its header alone: a few kilobytes, whatever the size of the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import quote
+
+from krona_hub.checkpoints import strict_json
+from krona_hub.errors import IntegrityError, KronaError, ResourceError
+from krona_hub.formats.describe import Description, describe
+from krona_hub.hub.layout import CONFIG, MAX_HEADER
+from krona_hub.sources.client import client, quiet
+from krona_hub.sources.faults import hub_errors
+from krona_hub.sources.fetch import fetch
+from krona_hub.sources.listing import Listing
+from krona_hub.sources.names import printable
+from krona_hub.sources.retry import retrying
+
+FIRST = 100_000  # bytes, which hold most headers whole
+MAX_CONFIG = 1 << 20
+
+
+@dataclass(frozen=True)
+class Preview:
+    """An adapter that was not downloaded."""
+
+    name: str  # of its file
+    size: int  # bytes of it
+    description: Description | None  # None where the file is no adapter that krona knows
+    config: dict[str, Any] | None
+    why_not: str = ""  # what is wrong with the file
+
+
+def preview(listing: Listing, name: str, *, endpoint: str | None = None) -> Preview:
+    """Describe a file of a repository by its header and config.json. Scales of foreign formats are not known from that.
+
+    A file whose header breaks the rules is told in `why_not`. Raises what the network brings, ResourceError beyond the
+    limits.
+    """
+    size = listing.files[name].size or 0
+    config = _config(listing, endpoint)
+    with twin(listing, name, endpoint=endpoint) as path:
+        try:
+            return Preview(name, size, describe(path), config)
+        except KronaError as error:
+            return Preview(name, size, None, config, printable(error.cause.replace(str(path), name), 300))
+
+
+@contextmanager
+def twin(listing: Listing, name: str, *, endpoint: str | None = None) -> Iterator[Path]:
+    """A file with the header of the one on the Hub and its length, but holes for numbers: what headers tell, it tells.
+
+    Of a listing of the cache it is the file itself.
+    """
+    if listing.cached:
+        yield fetch(listing, name)
+        return
+    header = _header(listing, name, endpoint)
+    with TemporaryDirectory(prefix="krona-preview-") as folder:
+        path = Path(folder) / name.rpartition("/")[2]
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(max(listing.files[name].size or 0, len(header)))
+        yield path
+
+
+def _header(listing: Listing, name: str, endpoint: str | None) -> bytes:
+    """The first bytes of a safetensors file up to the end of its header; of anything else, the first few."""
+    size = listing.files[name].size or 0
+    first = read_range(listing, name, 0, min(FIRST, max(size, 1)), endpoint)
+    length = int.from_bytes(first[:8], "little")
+    if first[8:9] != b"{" or 8 + length > size:
+        return first
+    if length > MAX_HEADER:
+        fix = "No adapter needs that: do not trust it."
+        raise ResourceError(f"{listing.repo}/{name} has a header of {length:,} bytes.", fix=fix)
+    rest = 8 + length - len(first)
+    return (
+        (first + read_range(listing, name, len(first), rest, endpoint))[: 8 + length]
+        if rest > 0
+        else first[: 8 + length]
+    )
+
+
+def read_range(listing: Listing, name: str, start: int, count: int, endpoint: str | None) -> bytes:
+    """`count` bytes of a file on the Hub from `start` on; the token goes to the Hub and nowhere else."""
+    with hub_errors(f"{listing.repo}/{name}"), quiet():
+        return retrying(lambda: _read_once(listing, name, start, count, endpoint))
+
+
+def _read_once(listing: Listing, name: str, start: int, count: int, endpoint: str | None) -> bytes:
+    from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+    api = client(endpoint)
+    url = f"{api.endpoint}/{listing.repo}/resolve/{listing.commit}/{quote(name)}"
+    headers = api._build_hf_headers()
+    wanted = {**headers, "Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=wanted) as answer:
+        if answer.is_error:
+            answer.read()
+        hf_raise_for_status(answer)
+        whole = answer.status_code == 200  # a server that does not know ranges
+        skip = start if whole else _checked_start(answer.headers.get("Content-Range", ""), start, name)
+        data = bytearray()
+        for piece in answer.iter_bytes():
+            data += piece
+            if len(data) >= skip + count:
+                break
+    return bytes(data[skip : skip + count])
+
+
+def _checked_start(content_range: str, start: int, name: str) -> int:
+    """0, the place of `start` in the answer; IntegrityError where other bytes came than were asked for."""
+    found = re.match(r"bytes (\d+)-", content_range)
+    if not found or int(found[1]) != start:
+        raise IntegrityError(f"other bytes of {name} came than were asked for.", fix="Check the proxy.")
+    return 0
+
+
+def _config(listing: Listing, endpoint: str | None) -> dict[str, Any] | None:
+    known = listing.files.get(CONFIG)
+    if known is None or not 0 < (known.size or 0) <= MAX_CONFIG:
+        return None
+    if listing.cached:
+        data = fetch(listing, CONFIG).read_bytes()
+    else:
+        data = read_range(listing, CONFIG, 0, known.size or 0, endpoint)
+    try:
+        return strict_json.parse(data)
+    except KronaError:
+        return None
+
+
+def describe_preview(seen: Preview) -> dict[str, Any]:
+    """A preview in plain values, for the screen and for JSON."""
+    from krona_hub.formats.tools import loads_in
+
+    d = seen.description
+    if d is None:
+        known: dict[str, Any] = dict.fromkeys(("format", "base", "layers", "parameters", "schema"))
+        return {**known, "trigger_words": (), "loads_in": (), "problem": seen.why_not or None}
+    return {
+        "format": d.format,
+        "base": (seen.config or {}).get("base_model") or d.base,
+        "layers": len(d.modules),
+        "parameters": d.parameters,
+        "schema": d.schema,
+        "trigger_words": tuple(map(printable, d.trigger_words)),
+        "loads_in": tuple(tool for tool, verdict in loads_in(d).items() if verdict.ok),
+        "problem": None,
+    }

@@ -1,0 +1,282 @@
+"""`pull`: an adapter from the Hub becomes files here, each of them what its owner pushed, or nothing changes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from krona_hub.checkpoints import finite
+from krona_hub.checkpoints.atomic import atomic_file, atomic_folder, check_folder, check_output
+from krona_hub.checkpoints.header import read_header
+from krona_hub.errors import FormatError, IntegrityError, KronaError, NonFiniteError, ResourceError, UsageError
+from krona_hub.hub import manifest as manifests
+from krona_hub.hub.layout import CARD, MANIFEST, MAX_FILE, MAX_TEXT, WEIGHTS, is_ours
+from krona_hub.hub.local import check_limits
+from krona_hub.hub.preview import Preview, preview
+from krona_hub.hub.signing import check_signature
+from krona_hub.report import human_bytes
+from krona_hub.schema.header import HEADER_KEY
+from krona_hub.schema.layout import is_native
+from krona_hub.schema.validate import native_findings
+from krona_hub.sources import HubId, parse_hub_id
+from krona_hub.sources.choose import choose, with_companions
+from krona_hub.sources.fetch import check_room, fetch, sha256_of
+from krona_hub.sources.listing import Listing, list_repo, remember_revision
+from krona_hub.sources.names import check_collisions, is_safe, printable
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class PullReport:
+    """What `pull` did, or would do."""
+
+    repo: str
+    revision: str | None  # as it was asked for
+    commit: str
+    out: Path
+    files: tuple[str, ...]
+    bytes: int
+    preview: Preview
+    sha256: str | None  # of the weights, where the Hub or the manifest names it
+    skipped: tuple[str, ...]  # files of the repository that krona does not touch
+    written: bool
+    notes: tuple[str, ...] = ()
+    next: str | None = None  # a command that goes on with it
+
+    @property
+    def native(self) -> bool:
+        return self.preview.description is not None and self.preview.description.format == "krona"
+
+
+def pull(
+    source: str,
+    out: str | Path | None = None,
+    *,
+    offline: bool = False,
+    expect_sha: str | None = None,
+    max_size: int = MAX_FILE,
+    verify_key: str | Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    endpoint: str | None = None,
+) -> PullReport:
+    """Download the adapter of `ns/name[@revision][/file]` into the folder `out`, or one file of it to the file `out`.
+
+    Everything is pinned to one commit, compared with the digests of the Hub and of the manifest, checked as `validate`
+    does, and moved into place whole. Only files that krona writes are taken; of other repositories the adapter alone.
+    Raises AuthError, NotFoundError, PickleError, IntegrityError, ResourceError beyond `max_size` bytes, OfflineError
+    where neither the Hub nor the cache has it, ConflictError where `out` exists and `overwrite` is not given.
+    """
+    hub_id = parse_hub_id(source)
+    if hub_id is None:
+        raise UsageError(f"{source!r} is no Hub id.", fix="Write ns/name, ns/name@revision or ns/name/file.")
+    place = _place(hub_id, out)
+    listing = list_repo(hub_id.repo, hub_id.revision, offline=offline, endpoint=endpoint)
+    weights = choose(listing.files, listing.repo, hub_id.file)
+    names = _names(listing, weights, hub_id.file)
+    check_collisions(names)
+    _check_sizes(listing, names, max_size)
+    seen = preview(listing, weights, endpoint=endpoint) if weights.endswith(SUFFIX) else Preview(weights, 0, None, None)
+    _check_header(seen, max_size)
+    report = _report(hub_id, listing, names, seen, place)
+    if dry_run:
+        return report
+    return _carry_out(report, listing, hub_id, place, expect_sha, verify_key, overwrite, endpoint)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files go."""
+
+    path: Path
+    is_file: bool
+
+
+def _place(hub_id: HubId, out: str | Path | None) -> Place:
+    if hub_id.file is None:
+        return Place(Path(out) if out is not None else Path(hub_id.repo.split("/")[1]), False)
+    name = Path(hub_id.file).name
+    path = Path(out) if out is not None else Path(name)
+    return Place(path / name if path.is_dir() else path, True)
+
+
+def _names(listing: Listing, weights: str, wanted: str | None) -> tuple[str, ...]:
+    """The files to take: one where one was asked for, all of ours in a repository of ours, else adapter and card."""
+    if wanted is not None:
+        return with_companions(weights, listing.files)[:1]
+    if weights == WEIGHTS:
+        return tuple(n for n in sorted(listing.files) if is_ours(n) and is_safe(n))
+    card = (CARD,) if CARD in listing.files else ()
+    return (*card, *with_companions(weights, listing.files))
+
+
+def _check_sizes(listing: Listing, names: tuple[str, ...], max_size: int) -> None:
+    for name in names:
+        size = listing.files[name].size
+        if size is not None and size > max_size:
+            told = f"{printable(name)} has {human_bytes(size)}; the limit is {human_bytes(max_size)}."
+            raise ResourceError(told, fix="Raise --max-size if you want it.")
+
+
+def _check_header(seen: Preview, max_size: int) -> None:
+    """Raise before any weight is downloaded what its header makes certain."""
+    if seen.name.endswith(SUFFIX) and seen.description is None:
+        raise FormatError(f"{printable(seen.name)}: {seen.why_not}", fix="Nothing was downloaded. Ask its owner.")
+    if seen.description is not None:
+        header = seen.description.header
+        check_limits(header, max_size)
+        if is_native(header.metadata):
+            long = [k for k, v in header.metadata.items() if k != HEADER_KEY and len(v.encode()) > MAX_TEXT]
+            if long:
+                raise ResourceError(f"its metadata {printable(long[0])} is too long.", fix="Do not trust that file.")
+
+
+def _report(hub_id: HubId, listing: Listing, names: tuple[str, ...], seen: Preview, place: Place) -> PullReport:
+    skipped = tuple(printable(n) for n in sorted(listing.files) if n not in names and n != ".gitattributes")
+    known = listing.files.get(seen.name)
+    notes = [*listing.notes, *(f"the Hub's scanners object to {printable(n)}." for n in listing.issues)]
+    return PullReport(
+        repo=listing.repo,
+        revision=hub_id.revision,
+        commit=listing.commit,
+        out=place.path,
+        files=names,
+        bytes=sum(listing.files[n].size or 0 for n in names),
+        preview=seen,
+        sha256=known.sha256 if known else None,
+        skipped=skipped,
+        written=False,
+        notes=tuple(notes),
+        next=_next(seen, place),
+    )
+
+
+def _next(seen: Preview, place: Place) -> str | None:
+    """For a foreign adapter: the command that makes it one of krona's."""
+    if seen.description is None or seen.description.format == "krona":
+        return None
+    folder = seen.description.format.startswith("peft")
+    path = place.path if place.is_file or folder else place.path / seen.name
+    return f"krona convert {path}"
+
+
+# --- carrying it out -------------------------------------------------------------------------------------------------
+
+
+def _carry_out(
+    report: PullReport,
+    listing: Listing,
+    hub_id: HubId,
+    place: Place,
+    expect_sha: str | None,
+    verify_key: str | Path | None,
+    overwrite: bool,
+    endpoint: str | None,
+) -> PullReport:
+    if not place.is_file and _is_here_already(report, listing, place):
+        return _done(report, listing, hub_id, ("already here, file by file.",))
+    (check_output if place.is_file else check_folder)(place.path, overwrite=overwrite)
+    check_room(report.bytes)
+    paths = {name: fetch(listing, name, endpoint=endpoint) for name in report.files}
+    digests = {name: listing.files[name].sha256 for name in report.files}
+    _check_expected(expect_sha, report.preview.name, paths, digests)
+    if MANIFEST in paths:
+        manifests.check(manifests.parse(paths[MANIFEST].read_bytes()), paths, digests)
+    if verify_key is not None:
+        check_signature(paths, Path(verify_key))
+    _move(paths, place, overwrite, report.preview)
+    return _done(report, listing, hub_id, ())
+
+
+def _done(report: PullReport, listing: Listing, hub_id: HubId, notes: tuple[str, ...]) -> PullReport:
+    from dataclasses import replace
+
+    remember_revision(listing, hub_id.revision)
+    return replace(report, written=True, notes=(*report.notes, *notes))
+
+
+def _is_here_already(report: PullReport, listing: Listing, place: Place) -> bool:
+    """Whether every file lies in the folder, digest for digest."""
+    from krona_hub.sources.fetch import is_intact
+
+    here = ((place.path / name, listing.files[name]) for name in report.files)
+    return all(path.is_file() and known.digest is not None and is_intact(path, known) for path, known in here)
+
+
+def _check_expected(
+    expected: str | None, name: str, paths: Mapping[str, Path], digests: Mapping[str, str | None]
+) -> None:
+    if expected is None:
+        return
+    found = digests.get(name) or sha256_of(paths[name])
+    if found != expected.lower():
+        raise IntegrityError(f"{name} has the sha256 {found}, not {expected}.", fix="It is not the file you expect.")
+
+
+def _move(paths: Mapping[str, Path], place: Place, overwrite: bool, seen: Preview) -> None:
+    """Check the weights and copy everything, side by side; nothing appears unless all of it is sound."""
+    with ThreadPoolExecutor(2) as pool:
+        checks = [pool.submit(check_file, path, name) for name, path in paths.items() if name.endswith(SUFFIX)]
+        if place.is_file:
+            with atomic_file(place.path, overwrite=overwrite) as file:
+                _copy_into(next(iter(paths.values())), file.fileno())
+                _finish(checks)
+            return
+        with atomic_folder(place.path, overwrite=overwrite) as folder:
+            for name, path in paths.items():
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _copy(path, target)
+            _finish(checks)
+
+
+def _finish(checks: list) -> None:  # type: ignore[type-arg]
+    for check in checks:
+        check.result()
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A copy of its own: the user may edit it, the cache must not notice."""
+    with target.open("wb") as file:
+        _copy_into(source, file.fileno())
+
+
+def _copy_into(source: Path, target: int) -> None:
+    with source.open("rb") as file:
+        if not hasattr(os, "copy_file_range"):
+            with os.fdopen(os.dup(target), "wb") as out:
+                shutil.copyfileobj(file, out, 1 << 22)
+            return
+        left = os.fstat(file.fileno()).st_size
+        while left > 0:
+            try:
+                done = os.copy_file_range(file.fileno(), target, left)
+            except OSError:  # two kinds of disk
+                done = os.sendfile(target, file.fileno(), None, left)
+            if done == 0:
+                raise ResourceError(f"{source} became shorter while it was copied.", fix="Pull again.")
+            left -= done
+
+
+def check_file(path: Path, name: str) -> None:
+    """Raise what is wrong with a downloaded safetensors file: structure, schema, limits, NaN and infinity."""
+    try:
+        header = read_header(path)
+        if is_native(header.metadata):
+            errors = [f for f in native_findings(header) if f.severity == "error"]
+            if errors:
+                raise errors[0].error()
+        counts = finite.scan(header)
+    except KronaError as error:
+        error.cause = error.cause.replace(str(path), name)
+        raise
+    if counts:
+        tensor, count = next(iter(counts.items()))
+        raise NonFiniteError(
+            f"{name}: {count:,} numbers of {printable(tensor)} are NaN or infinite.", fix="Ask its owner to repair it."
+        )
