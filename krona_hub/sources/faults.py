@@ -62,7 +62,7 @@ def as_ours(error: BaseException, what: str) -> KronaError | None:
         return unreachable(what)
     if isinstance(error, OSError):
         return _of_the_system(error, what)
-    return None
+    return _of_nonsense(error, what) if isinstance(error, ValueError) else None
 
 
 def unreachable(what: str) -> OfflineError:
@@ -144,6 +144,14 @@ def wait_of(error: Any) -> float | None:
         return float(info.reset_in_seconds)
     after = headers.get("Retry-After", "")
     return float(after) if after.isdigit() else None
+
+
+def _of_nonsense(error: ValueError, what: str) -> KronaError:
+    """The Hub refuses the front matter of a card, or it is no Hub: the client raises ValueError for both."""
+    lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()]
+    if lines and "README.md" in lines[0]:
+        return UsageError(f"{what}: the Hub refuses the card: {' '.join(lines[1:])}", fix="Correct its front matter.")
+    return IntegrityError(f"{what}: the server's answer makes no sense.", fix="Check HF_ENDPOINT and the proxy.")
 
 
 def _wait(error: Any) -> str:

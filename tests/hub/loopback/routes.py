@@ -363,7 +363,8 @@ def part_put(hub: Loopback, request: Request, oid: str, number: str) -> Answer:
 @on("POST", "/complete/(?P<oid>[0-9a-f]{64})")
 def complete(hub: Loopback, request: Request, oid: str) -> Answer:
     named = [p["partNumber"] for p in json.loads(request.body)["parts"]]
-    data = b"".join(hub.state.parts.pop(oid)[n] for n in named)
+    parts = hub.state.parts[oid]
+    data = b"".join(parts[n] for n in named)
     if hashlib.sha256(data).hexdigest() != oid:
         raise Refusal(400, "BadDigest")
     hub.state.lfs[oid] = data

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import sys
 import threading
-import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -156,7 +157,7 @@ def cut(answer: Answer) -> Answer:
 
 def slow(seconds: float) -> Callable[[Answer], Answer]:
     def wait(answer: Answer) -> Answer:
-        time.sleep(seconds)
+        threading.Event().wait(seconds)  # time.sleep is taken away from the client in tests
         return answer
 
     return wait
@@ -186,7 +187,9 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are part of the tests."""
+        """Clients that hang up are part of the tests; anything else is a mistake in here, and to be seen."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            traceback.print_exc()
 
 
 def _server(hub: Loopback, origin: str) -> _Server:

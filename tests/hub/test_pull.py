@@ -1,0 +1,256 @@
+"""Pulling: ours, those of others, what is refused, and what is said about it."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from krona_hub.assets import __file__ as assets
+from krona_hub.errors import (
+    AmbiguousError,
+    AuthError,
+    ConflictError,
+    IntegrityError,
+    NotFoundError,
+    PickleError,
+    ResourceError,
+)
+from krona_hub.hub import info, pull, push
+from krona_hub.sources import resolve
+
+REPO = "ana/style"
+LORA = (Path(assets).parent / "demo_lora.safetensors").read_bytes()
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, style, other):
+    first = push(style, REPO, tag="v1").commit
+    second = push(other, REPO).commit
+    asked = {"": second, "@main": second, "@v1": first, f"@{first}": first}
+    assert {end: pull(REPO + end, dry_run=True).commit for end in asked} == asked
+
+
+def test_one_file_is_taken_alone_and_may_be_named(hub, style, tmp_path):
+    push(style, REPO, with_lora=True)
+    report = pull(f"hf://{REPO}@main/pytorch_lora_weights.safetensors", tmp_path / "mine.safetensors")
+    assert report.files == ("pytorch_lora_weights.safetensors",)
+    assert (tmp_path / "mine.safetensors").read_bytes() == hub.state.content(REPO, report.files[0])
+
+
+def test_the_address_of_a_page_is_a_source(hub, style):
+    push(style, REPO)
+    assert pull(f"https://huggingface.co/{REPO}/tree/main", dry_run=True).repo == REPO
+
+
+def test_a_dry_run_downloads_no_weights(hub, style, tmp_path):
+    push(style, REPO)
+    hub.log.clear()
+    report = pull(REPO, tmp_path / "out", dry_run=True)
+    assert not report.written and not (tmp_path / "out").exists() and report.preview.description.parameters == 12_800
+    assert len(hub.log) <= 4 and not hub.asked("^HEAD")
+
+
+def test_what_is_here_already_is_not_copied_again(hub, style, tmp_path):
+    push(style, REPO)
+    pull(REPO, tmp_path / "out")
+    again = pull(REPO, tmp_path / "out")
+    assert "already here, file by file." in again.notes
+    (tmp_path / "out/config.json").write_text("{}")
+    with pytest.raises(ConflictError, match="exists already"):
+        pull(REPO, tmp_path / "out")
+    pull(REPO, tmp_path / "out", overwrite=True)
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "krona"
+
+
+def test_an_edited_copy_does_not_change_the_cache(hub, style, tmp_path):
+    push(style, REPO)
+    pull(REPO, tmp_path / "out")
+    (tmp_path / "out/krona_adapter.safetensors").write_bytes(b"edited")
+    pull(REPO, tmp_path / "again")
+    assert (tmp_path / "again/krona_adapter.safetensors").read_bytes() == style.read_bytes()
+
+
+def test_the_sha_that_is_expected_must_be_the_one_that_comes(hub, style, tmp_path):
+    push(style, REPO)
+    right = hashlib.sha256(style.read_bytes()).hexdigest()
+    assert pull(REPO, tmp_path / "a", expect_sha=right.upper()).written
+    with pytest.raises(IntegrityError, match="not 0000"):
+        pull(REPO, tmp_path / "b", expect_sha="0" * 64)
+    assert not (tmp_path / "b").exists()
+
+
+def test_weights_that_were_exchanged_after_the_push_do_not_fit_the_manifest(hub, style, other, tmp_path):
+    push(style, REPO)
+    hub.state.put(REPO, {"krona_adapter.safetensors": other.read_bytes()})
+    with pytest.raises(IntegrityError, match="not the file that krona_manifest.json describes"):
+        pull(REPO, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_that_its_owner_edited_on_the_web_is_no_reason_to_refuse(hub, style, tmp_path):
+    push(style, REPO)
+    hub.state.put(REPO, {"README.md": b"# Mine"})
+    assert pull(REPO, tmp_path / "out").written
+
+
+# --- repositories of others ---
+
+
+def test_a_foreign_lora_is_recognised_and_offered_to_convert(hub, tmp_path):
+    hub.state.create("ben/lora", files={"my lora (v2).safetensors": LORA, "README.md": b"# Hi", "train.py": b"x"})
+    report = pull("ben/lora", tmp_path / "out")
+    assert not report.native and report.preview.description.format == "kohya-lora"
+    assert report.next == f"krona convert {tmp_path / 'out' / 'my lora (v2).safetensors'}"
+    assert report.skipped == ("train.py",)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "my lora (v2).safetensors"}
+
+
+def test_a_peft_adapter_comes_with_its_config(hub, tmp_path):
+    config = json.dumps({"peft_type": "LORA", "r": 4}).encode()
+    hub.state.create("ben/peft", files={"adapter_model.safetensors": LORA, "adapter_config.json": config})
+    assert set(pull("ben/peft", dry_run=True).files) == {"adapter_model.safetensors", "adapter_config.json"}
+
+
+def test_several_files_want_a_choice(hub):
+    hub.state.create("ben/many", files={"a.safetensors": LORA, "b.safetensors": LORA})
+    with pytest.raises(AmbiguousError) as told:
+        pull("ben/many")
+    assert "ben/many/a.safetensors" in told.value.fix
+    assert pull("ben/many/b.safetensors", dry_run=True).files == ("b.safetensors",)
+
+
+def test_pickles_are_refused_by_name(hub):
+    hub.state.create("ben/old", files={"pytorch_lora_weights.bin": b"\x80\x04."})
+    for source in ("ben/old", "ben/old/pytorch_lora_weights.bin"):
+        with pytest.raises(PickleError):
+            pull(source)
+    assert not hub.asked("bin$")
+
+
+def test_a_base_model_is_too_large_to_be_an_adapter(hub, tmp_path):
+    hub.state.create("ben/big", files={"x.safetensors": LORA})
+    with pytest.raises(ResourceError, match="the limit is 100"):
+        pull("ben/big", tmp_path / "out", max_size=100_000)
+    assert not hub.asked("/blobs/")
+
+
+# --- who may see what ---
+
+
+def test_private_gated_missing_disabled_and_renamed_are_told_apart(hub, style, monkeypatch):
+    push(style, REPO)
+    hub.state.create("ben/gated", gated=True, files={"x.safetensors": LORA})
+    hub.state.create("ben/gone", files={"x.safetensors": LORA}).disabled = True
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    told = {}
+    for name, error in (("ana/style", NotFoundError), ("ben/nothing", NotFoundError), ("ben/gone", AuthError)):
+        with pytest.raises(error) as caught:
+            pull(name)
+        told[name] = caught.value
+    assert "is private and the token may not see it" in told["ana/style"].cause
+    assert "disabled by the Hub" in told["ben/gone"].cause
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+    with pytest.raises(AuthError, match="gated: its owner wants consent"):
+        pull("ben/gated")
+    with pytest.raises(NotFoundError, match="no such branch, tag or commit"):
+        pull(f"{REPO}@v9")
+    with pytest.raises(NotFoundError, match="has no file nothing.safetensors"):
+        pull(f"{REPO}/nothing.safetensors")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(AuthError, match="nobody is logged in"):
+        pull(REPO)
+
+
+def test_a_renamed_repository_is_followed_and_named(hub, style):
+    push(style, REPO)
+    hub.state.repos["ana/new"] = hub.state.repos.pop(REPO)
+    hub.state.repos["ana/new"].name = "ana/new"
+    hub.state.renamed[REPO] = "ana/new"
+    report = pull(REPO, dry_run=True)
+    assert report.repo == "ana/new" and "ana/style is now called ana/new." in report.notes
+
+
+# --- anywhere a file is accepted ---
+
+
+def test_a_hub_id_is_accepted_where_a_file_is(hub, style, tmp_path):
+    from krona_hub import convert, read
+    from krona_hub.verification import verify
+
+    push(style, REPO, with_lora=True, tag="v1")
+    assert resolve(f"{REPO}@v1").read_bytes() == style.read_bytes()
+    assert len(read(resolve(REPO)).layers) == 24
+    report = convert(REPO, tmp_path / "lokr.safetensors", to="lokr", exact=True)
+    assert report.written and verify(REPO, tmp_path / "lokr.safetensors").same
+
+
+def test_info_takes_four_requests_and_little_more_than_the_header(hub, style):
+    push(style, REPO)
+    hub.log.clear()
+    about = info(REPO)
+    assert len(hub.log) <= 4
+    assert about.preview.description.parameters == 12_800 and about.base_model.startswith("stable-diffusion-v1-5/")
+    ranges = [r.headers["range"] for r in hub.asked("/blobs/")]
+    assert all(int(r.rpartition("-")[2]) <= 100_000 for r in ranges)
+
+
+def test_info_reads_a_header_longer_than_the_first_range(hub, tmp_path):
+    import numpy as np
+    from safetensors.numpy import save
+
+    from krona_hub.checkpoints.header import read_header
+
+    tensors = {f"lora_unet_{'x' * 200}_{i}.lora_up.weight": np.zeros((1, 1), np.float32) for i in range(500)}
+    data = save(tensors)
+    (tmp_path / "x.safetensors").write_bytes(data)
+    hub.state.create("ben/long", files={"x.safetensors": data})
+    about = info("ben/long")
+    assert about.preview.name == "x.safetensors"
+    asked = [r.headers["range"] for r in hub.asked("/blobs/")]
+    assert len(asked) == 2 and int(asked[1].rpartition("-")[2]) < read_header(tmp_path / "x.safetensors").data_start
+
+
+
+
+def test_a_copy_serves_without_the_hub_and_that_is_said_aloud(hub, style, tmp_path, monkeypatch):
+    commit = push(style, REPO).commit
+    pull(REPO, tmp_path / "first")
+    shutil.rmtree(tmp_path / "first")
+    hub.log.clear()
+    report = pull(REPO, tmp_path / "a", offline=True)
+    assert not hub.log and report.notes == (f"offline copy {commit[:7]} of {REPO} used (offline).",)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert pull(REPO, tmp_path / "b").written and resolve(REPO).read_bytes() == style.read_bytes()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.stop()
+    report = pull(REPO, tmp_path / "c")
+    assert report.notes == (f"offline copy {commit[:7]} of {REPO} used (the Hub does not answer).",)
+    assert (tmp_path / "c/krona_adapter.safetensors").read_bytes() == style.read_bytes()
+
+
+def test_a_damaged_copy_is_not_used_offline(hub, style, tmp_path):
+    push(style, REPO)
+    pull(REPO, tmp_path / "first")
+    blob = resolve(REPO).resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    with pytest.raises(IntegrityError, match="is not what the Hub says"):
+        pull(REPO, tmp_path / "out", offline=True)
+    assert pull(REPO, tmp_path / "out").written  # and with the Hub it is repaired
+
+
+def test_a_repository_that_was_deleted_says_that_a_copy_is_here(hub, style, tmp_path):
+    commit = push(style, REPO).commit
+    pull(REPO, tmp_path / "first")
+    del hub.state.repos[REPO]
+    with pytest.raises(NotFoundError) as told:
+        pull(REPO, tmp_path / "out")
+    assert f"A copy of commit {commit[:7]} is in the cache: --offline uses it." in told.value.fix
+
+
+def test_nothing_in_the_cache_and_no_hub_is_offline(hub, tmp_path):
+    from krona_hub.errors import OfflineError
+
+    hub.stop()
+    with pytest.raises(OfflineError):
+        pull(REPO, tmp_path / "out")
