@@ -73,7 +73,7 @@ def twin(listing: Listing, name: str, *, endpoint: str | None = None) -> Iterato
 def _header(listing: Listing, name: str, endpoint: str | None) -> bytes:
     """The first bytes of a safetensors file up to the end of its header; of anything else, the first few."""
     size = listing.files[name].size or 0
-    first = read_range(listing, name, 0, min(FIRST, max(size, 1)), endpoint)
+    first = read_range(listing, name, 0, min(FIRST, size), endpoint) if size else b""
     length = int.from_bytes(first[:8], "little")
     if first[8:9] != b"{" or 8 + length > size:
         return first

@@ -75,9 +75,9 @@ def pull(
     hub_id = parse_hub_id(source)
     if hub_id is None:
         raise UsageError(f"{source!r} is no Hub id.", fix="Write ns/name, ns/name@revision or ns/name/file.")
-    place = _place(hub_id, out)
     listing = list_repo(hub_id.repo, hub_id.revision, offline=offline, endpoint=endpoint)
     weights = choose(listing.files, listing.repo, hub_id.file)
+    place = _place(hub_id, out)
     names = _names(listing, weights, hub_id.file)
     check_collisions(names)
     _check_sizes(listing, names, max_size)

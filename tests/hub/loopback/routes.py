@@ -193,7 +193,10 @@ def front_matter(commit: Commit) -> dict[str, Any]:
 
     readme = commit.files.get("README.md")
     found = re.match(r"---\n(.*?)\n---", (readme.data or b"").decode(), re.DOTALL) if readme else None
-    return yaml.safe_load(found[1]) if found else {}
+    try:
+        return yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        return {}
 
 
 def model_document(hub: Loopback, repo: Repo, commit: Commit, *, blobs: bool) -> dict[str, Any]:

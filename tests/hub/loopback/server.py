@@ -88,6 +88,7 @@ class Loopback:
         for server in self.servers.values():
             server.shutdown()
             server.server_close()
+            server.hang_up()
 
     # --- faults ---
 
@@ -185,6 +186,15 @@ def _of_refusal(refusal: Refusal) -> Answer:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
+
+    def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+        self.__dict__.setdefault("connections", []).append(request)
+        super().process_request(request, client_address)
+
+    def hang_up(self) -> None:
+        for connection in self.__dict__.get("connections", []):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that hang up are part of the tests; anything else is a mistake in here, and to be seen."""

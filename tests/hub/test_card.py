@@ -1,0 +1,131 @@
+"""The card: true, valid, and never at the cost of the owner's words."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from krona_hub.errors import FormatError, UsageError
+from krona_hub.hub import push
+from krona_hub.model_card import LORA_TAGS, split
+
+REPO = "ana/style"
+
+
+def card(hub):
+    return hub.state.content(REPO, "README.md").decode()
+
+
+def front(hub):
+    return split(card(hub))[0]
+
+
+def edit(hub, old, new):
+    text = card(hub)
+    assert old in text
+    hub.state.put(REPO, {"README.md": text.replace(old, new).encode()})
+
+
+def test_the_card_is_valid_and_says_what_the_repository_is(hub, style):
+    push(style, REPO)
+    data = front(hub)
+    assert data["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert data["base_model_relation"] == "adapter" and data["library_name"] == "krona-hub"
+    assert data["pipeline_tag"] == "text-to-image" and {"krona", "kronecker", "lokr"} <= set(data["tags"])
+    assert not set(LORA_TAGS) & set(data["tags"])
+    assert hub.asked("validate-yaml")
+    assert yaml.safe_load(card(hub).split("---\n")[1]) == data
+
+
+def test_the_digests_and_numbers_in_the_card_are_those_of_the_files(hub, style):
+    push(style, REPO, with_lora=True)
+    manifest = json.loads(hub.state.content(REPO, "krona_manifest.json"))
+    for name in ("krona_adapter.safetensors", "pytorch_lora_weights.safetensors"):
+        assert manifest["files"][name]["sha256"] in card(hub)
+    assert "| parameters | 12,800 |" in card(hub)
+
+
+def test_there_is_no_picture_in_a_card_without_pictures(hub, style):
+    push(style, REPO)
+    assert "![" not in card(hub) and "Gallery" not in card(hub) and "widget" not in front(hub)
+
+
+def test_words_of_the_owner_survive_between_and_around_the_sections(hub, style, other):
+    push(style, REPO)
+    edit(hub, "<!-- krona:end about -->\n", "<!-- krona:end about -->\n\nMade of *my* pictures.\n")
+    edit(hub, "# Krona demo LoKr (generated, not trained)", "# My style")
+    push(other, REPO)
+    assert "# My style" in card(hub) and "Made of *my* pictures." in card(hub)
+    assert card(hub).count("krona:begin about") == 1
+
+
+def test_words_inside_a_section_are_krona_s_and_made_anew(hub, style, other):
+    push(style, REPO)
+    edit(hub, "| parameters | 12,800 |", "| parameters | 7 |")
+    push(other, REPO)
+    assert "| parameters | 12,800 |" in card(hub)
+
+
+def test_a_section_that_the_owner_removed_stays_away(hub, style, other):
+    push(style, REPO)
+    found = re.search(r"<!-- krona:begin loads -->.*?<!-- krona:end loads -->", card(hub), re.DOTALL)
+    edit(hub, found[0], "")
+    push(other, REPO)
+    assert "krona:begin loads" not in card(hub) and "krona:begin files" in card(hub)
+
+
+def test_in_the_front_matter_the_owner_wins_but_for_what_the_repository_is(hub, style, other):
+    push(style, REPO)
+    edit(hub, "license: apache-2.0", "license: mit\nlanguage: en")
+    edit(hub, "base_model_relation: adapter", "base_model_relation: finetune")
+    edit(hub, "- krona\n", "- krona\n- anime\n")
+    push(other, REPO)
+    data = front(hub)
+    assert data["license"] == "mit" and data["language"] == "en" and "anime" in data["tags"]
+    assert data["base_model_relation"] == "adapter"
+
+
+def test_front_matter_that_is_no_yaml_is_told_and_not_thrown_away(hub, style):
+    push(style, REPO)
+    broken = b"---\nlicense: [mit\n---\n\n# Mine\n"
+    hub.state.put(REPO, {"README.md": broken})
+    with pytest.raises(FormatError, match="no YAML"):
+        push(style, REPO)
+    assert hub.state.content(REPO, "README.md") == broken
+
+
+def test_no_card_leaves_the_card_alone_and_card_only_the_rest(hub, style, other):
+    push(style, REPO, card=False)
+    assert "README.md" not in hub.state.repos[REPO].head().files
+    push(style, REPO, card_only=True)
+    assert "krona:begin about" in card(hub)
+    report = push(other, REPO, card_only=True)
+    assert "krona_adapter.safetensors" not in {r.file for r in report.plan.rows}
+    assert hub.state.content(REPO, "krona_adapter.safetensors") == style.read_bytes()
+
+
+def test_a_card_that_the_hub_refuses_is_told_with_its_reason(hub, style):
+    from dataclasses import replace
+
+    body = json.dumps({"errors": [{"message": '"license" must be one of'}], "warnings": []}).encode()
+    hub.change("validate-yaml", lambda a: replace(a, status=400, body=body), times=9)
+    with pytest.raises(UsageError, match='"license" must be one of'):
+        push(style, REPO)
+    assert not hub.asked("/commit/")
+
+
+def test_text_of_the_file_cannot_break_out_of_a_table(hub, style, tmp_path):
+    from dataclasses import replace
+
+    from krona_hub.formats.files import read
+    from krona_hub.formats.writing import write
+
+    adapter = read(style)
+    evil = "x | <script>\n## Owned <!-- krona:end training -->"
+    provenance = replace(adapter.provenance, training={"note": evil}, trigger_words=("a`b|c",))
+    write(replace(adapter, provenance=provenance), tmp_path / "evil.safetensors")
+    push(tmp_path / "evil.safetensors", REPO)
+    assert "<script>" not in card(hub) and "\n## Owned" not in card(hub)
+    first = card(hub)
+    assert push(tmp_path / "evil.safetensors", REPO).up_to_date and card(hub) == first
