@@ -114,11 +114,11 @@ class Cached:
 
 def cached() -> tuple[Cached, ...]:
     """The adapters of the client's cache; needs no network."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
         with quiet():
-            repos = scan_cache_dir().repos
+            repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return ()
     found = (c for repo in repos if repo.repo_type == "model" for c in _adapters(repo))

@@ -1,6 +1,9 @@
 import pytest
 
 from scripts.example_files import example_folder
+from tests.hub.fixtures import client_home, hub, no_waiting
+
+__all__ = ["adapters", "client_home", "hub", "no_waiting"]
 
 
 @pytest.fixture(scope="session")

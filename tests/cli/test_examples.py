@@ -173,6 +173,15 @@ FIT_CHECK = obj(
     coverage=each(many(COUNT, 2)),
     fits_instead=many(TEXT),
 )
+PUSH = obj(
+    plan=obj(repo=TEXT, rows=many(obj(file=TEXT, size=COUNT, action={"enum": ["add", "update", "same", "delete"]}), 4)),
+    url=TEXT,
+    commit=MAYBE_TEXT,
+    up_to_date=FLAG,
+    bytes_to_send=COUNT,
+    verified=COUNT,
+)
+PULL = obj(repo=TEXT, commit=TEXT, out=TEXT, files=many(TEXT, 1), bytes=COUNT, written=FLAG, native=FLAG)
 SHAPES = {
     "inspect lora.safetensors": INSPECTION,
     "inspect krona.safetensors --sha256": INSPECTION,
@@ -189,6 +198,22 @@ SHAPES = {
     "verify merged --base base --adapter lora.safetensors:0.8": MERGE_CHECK,
     "verify lokr.safetensors krona.safetensors": DELTA_CHECK,
     "verify lokr.safetensors --base sd15": FIT_CHECK,
+    "push krona.safetensors ana/style": PUSH,
+    "push krona.safetensors ana/style --dry-run": PUSH,
+    "pull ana/style": PULL,
+    "hub info ana/style": obj(
+        repo=TEXT,
+        commit=TEXT,
+        private=FLAG,
+        gated=FLAG,
+        base_model=MAYBE_TEXT,
+        licence=MAYBE_TEXT,
+        tags=many(TEXT),
+        files=many(obj(name=TEXT, size=COUNT), 1),
+        adapter=obj(format=MAYBE_TEXT, loads_in=many(TEXT)),
+    ),
+    "hub search": many(obj(repo=TEXT, base_models=many(TEXT)), 1),
+    "hub ls": many(obj(repo=TEXT, commit=TEXT, files=many(TEXT, 1), bytes=COUNT)),
     "migrate krona.safetensors --to 1.0 -o same.safetensors": obj(**{"path": TEXT, "from": TEXT, "to": TEXT}),
     "params --base sdxl --shape 64x8 --rank 4": {"type": "object"},
     "formats": obj(
@@ -208,12 +233,24 @@ def here(adapters, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def online(request, here):
+    """For commands that need a Hub: one of our own, with the adapter that `pull` and `hub` are about."""
+    line = request.node.callspec.params["line"].removeprefix("krona ")
+    if line.split()[0] in ("push", "pull", "hub"):
+        request.getfixturevalue("hub")
+    if line.split()[0] in ("pull", "hub"):
+        from krona_hub import push
+
+        push("krona.safetensors", "ana/style", private=False, tag="v1")
+
+
 LONG = {"krona extract base merged -o found.safetensors"}  # searches all shapes of every layer
 EXAMPLES = [pytest.param(*e, marks=[pytest.mark.slow] if e[1] in LONG else []) for e in examples()]
 
 
 @pytest.mark.parametrize(("command", "line"), EXAMPLES, ids=lambda value: value)
-def test_the_examples_of_the_help_run(command, line, here, capsys):
+def test_the_examples_of_the_help_run(command, line, here, online, capsys):
     assert line.startswith(f"krona {command}")
     status = main(shlex.split(line)[1:])
     shown = capsys.readouterr()
@@ -222,7 +259,7 @@ def test_the_examples_of_the_help_run(command, line, here, capsys):
 
 
 @pytest.mark.parametrize("line", SHAPES)
-def test_json_is_one_document_of_the_promised_shape(line, here, capsys):
+def test_json_is_one_document_of_the_promised_shape(line, here, online, capsys):
     assert main([*line.split(), "--json"]) == 0
     out, err = capsys.readouterr()
     jsonschema.validate(json.loads(out), SHAPES[line])

@@ -211,8 +211,6 @@ def test_info_reads_a_header_longer_than_the_first_range(hub, tmp_path):
     assert len(asked) == 2 and int(asked[1].rpartition("-")[2]) < read_header(tmp_path / "x.safetensors").data_start
 
 
-
-
 def test_a_copy_serves_without_the_hub_and_that_is_said_aloud(hub, style, tmp_path, monkeypatch):
     commit = push(style, REPO).commit
     pull(REPO, tmp_path / "first")

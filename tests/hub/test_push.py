@@ -102,10 +102,10 @@ def test_a_rank_makes_a_lora_of_that_rank_with_its_error_in_the_card(hub, style)
 
 
 def test_a_file_of_another_format_is_pushed_natively_with_the_same_deltas(hub, style, tmp_path):
+    from pathlib import Path
+
     from krona_hub.assets import __file__ as assets
     from krona_hub.verification import verify
-
-    from pathlib import Path
 
     lora = Path(assets).parent / "demo_lora.safetensors"
     push(lora, REPO)

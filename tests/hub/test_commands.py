@@ -1,0 +1,110 @@
+"""The three commands: what they print, their exit statuses, and that the token is never among it."""
+
+import json
+
+import pytest
+
+from krona_hub.cli.main import main
+
+TOKEN = "hf_owner"
+
+
+@pytest.fixture
+def run(hub, made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def line(text, status=0):
+        got = main([w.replace("STYLE", str(made / "style.safetensors")) for w in text.split()])
+        shown = capsys.readouterr()
+        assert TOKEN not in shown.out + shown.err
+        assert got == status, shown.err
+        return shown
+
+    return line
+
+
+def test_push_pull_and_look(run, hub, tmp_path):
+    assert "ana/style, new, public" in run("push STYLE ana/style --public --with-lora --tag v1").out
+    assert "already up to date" in run("push STYLE ana/style").out
+    assert "12,800" in run("hub info ana/style").out
+    assert "ana/style" in run("hub search style --base sd15").out
+    assert "ana/style" not in run("hub search style --base sdxl").out
+    run("pull ana/style -o here")
+    assert (tmp_path / "here/krona_adapter.safetensors").is_file()
+    assert "ana/style" in run("hub ls").out
+
+
+def test_a_search_reads_all_pages(run, hub):
+    for n in range(5):
+        run(f"push STYLE ana/style{n} --public")
+    found = json.loads(run("hub search --base sd15 --json").out)
+    assert [f["repo"] for f in found] == [f"ana/style{n}" for n in range(5)]
+    assert len(json.loads(run("hub search --limit 3 --json").out)) == 3
+
+
+def test_dry_runs_say_so_and_write_nothing(run, hub, tmp_path):
+    assert "dry run: nothing was sent." in run("push STYLE ana/style --dry-run").err
+    assert not hub.writes
+    run("push STYLE ana/style")
+    assert "dry run: no weights were downloaded." in run("pull ana/style --dry-run").err
+    assert not (tmp_path / "style").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["push STYLE ana/style --dry-run", "push STYLE ana/style", "pull ana/there --dry-run", "pull ana/there",
+     "hub info ana/there", "hub search", "hub ls"],
+)  # fmt: skip
+def test_json_is_one_document(line, run):
+    run("push STYLE ana/there")
+    shown = run(f"{line} --json")
+    assert isinstance(json.loads(shown.out), (dict, list)) and not shown.err
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "code"),
+    [
+        ("push STYLE style", 2, "KH101"),
+        ("push STYLE ana/style --with-lora=big", 2, "KH101"),
+        ("push STYLE ana/style --base-model /models/sd", 2, "KH101"),
+        ("push nothing.safetensors ana/style", 7, "KH190"),
+        ("push STYLE ben/style", 4, "KH220"),
+        ("push STYLE ana/taken", 5, "KH170"),
+        ("pull ana/nothing", 7, "KH190"),
+        ("pull ana/taken/nothing.safetensors", 7, "KH190"),
+        ("pull ana/pickle", 2, "KH121"),
+        ("pull ana/taken --max-size 1", 8, "KH200"),
+        ("pull ana/taken --max-size much", 2, "KH101"),
+        ("pull nothing.safetensors", 2, "KH101"),
+        ("hub info", 2, "KH101"),
+        ("hub search --base sdx", 2, "KH161"),
+    ],
+)
+def test_failures_have_their_codes(line, status, code, run, hub):
+    hub.state.create("ana/taken", files={"model.safetensors": b"theirs"})
+    hub.state.create("ana/pickle", files={"model.ckpt": b"\x80"})
+    assert f"error {code}: " in run(line, status).err
+
+
+def test_a_busy_hub_is_status_nine_and_one_that_is_away_ten(run, hub):
+    rule = hub.refuse("^GET /api/models", 429, times=99, headers={"ratelimit": '"api";r=0;t=290'})
+    assert "Wait 290 seconds" in run("pull ana/style", 9).err and rule.seen
+    hub.stop()
+    run("pull ana/style", 10)
+    run("push STYLE ana/style", 10)
+
+
+def test_offline_a_push_is_refused_at_once_and_a_dry_run_shows_the_files(run, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run("push STYLE ana/style", 10)
+    assert "krona_adapter.safetensors" in run("push STYLE ana/style --dry-run").out
+    assert not hub.log
+
+
+def test_the_token_is_in_no_log_of_the_client_and_in_no_error(run, hub, caplog):
+    caplog.set_level("DEBUG")
+    run("push STYLE ana/style")
+    hub.refuse("/commit/", 403, times=9)
+    hub.state.put("ana/style", {"README.md": b"# other"})
+    run("push STYLE ana/style", 4)
+    assert TOKEN not in caplog.text
