@@ -11,6 +11,7 @@ from krona_hub.hub.plan import PushPlan, is_same
 from krona_hub.sources import retry
 from krona_hub.sources.client import quiet, without_xet
 from krona_hub.sources.faults import has_no_xet, hub_errors
+from krona_hub.sources.fetch import sha256_once
 from krona_hub.sources.listing import Listing, RemoteFile, ask
 from krona_hub.sources.retry import TRIES, pause_before_next, retrying
 
@@ -79,6 +80,8 @@ def operations(plan: PushPlan, paths: Mapping[str, Path]) -> list[Any]:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     adds = [CommitOperationAdd(r.file, str(paths[r.file])) for r in plan.changes if r.action != "delete"]
+    for add in adds:
+        add.upload_info.sha256 = bytes.fromhex(sha256_once(paths[add.path_in_repo]))  # it need not read it again
     return [*adds, *(CommitOperationDelete(r.file) for r in plan.changes if r.action == "delete")]
 
 

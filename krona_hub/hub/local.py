@@ -15,7 +15,7 @@ from krona_hub.origin import BaseModel, Provenance
 from krona_hub.report import human_bytes
 from krona_hub.schema.layout import examine
 from krona_hub.sources import resolve
-from krona_hub.sources.fetch import sha256_of
+from krona_hub.sources.fetch import sha256_once
 from krona_hub.verification import validate
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -59,7 +59,7 @@ def check_adapter(source: str | Path, scratch: Path, base_model: str | None, bas
         base=fitted,
         base_model=base_model_id(fitted, base_model),
         provenance=known.provenance(description.header.metadata),
-        sha256=sha256_of(path),
+        sha256=sha256_once(path),
     )
 
 

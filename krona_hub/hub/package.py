@@ -15,7 +15,7 @@ from krona_hub.hub.local import LocalAdapter
 from krona_hub.hub.manifest import Entry, Manifest
 from krona_hub.hub.pictures import gather
 from krona_hub.model_card import Sample, front_matter, render, sections
-from krona_hub.sources.fetch import sha256_of
+from krona_hub.sources.fetch import sha256_once
 from krona_hub.sources.listing import Listing
 
 
@@ -62,7 +62,7 @@ def pack(adapter: LocalAdapter, folder: Path, wanted: Wanted) -> Package:
     (folder / CONFIG).write_text(_json(config(adapter)))
     made = [*(e.name for e in exports), *(p.name for p in pictures), CONFIG]
     paths = {WEIGHTS: adapter.path, **{name: folder / name for name in made}}
-    entries = {name: Entry(path.stat().st_size, sha256_of(path)) for name, path in paths.items() if name != WEIGHTS}
+    entries = {name: Entry(path.stat().st_size, sha256_once(path)) for name, path in paths.items() if name != WEIGHTS}
     entries[WEIGHTS] = Entry(adapter.size, adapter.sha256)
     samples = tuple(Sample(p.name, p.prompt) for p in pictures)
     return Package(adapter, wanted, folder, paths, entries, tuple(e.document() for e in exports), samples)

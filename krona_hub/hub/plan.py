@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from krona_hub.errors import ConflictError
 from krona_hub.hub.layout import CARD, CONFIG, MANIFEST, MODEL_TYPE, WEIGHTS
 from krona_hub.hub.package import There
-from krona_hub.sources.fetch import git_sha1_of, sha256_of
+from krona_hub.sources.fetch import git_sha1_of, sha256_once
 from krona_hub.sources.listing import RemoteFile
 from krona_hub.sources.names import printable
 
@@ -73,7 +73,7 @@ def is_same(path: Path, known: RemoteFile) -> bool:
     """Whether the file here is the one there."""
     if known.size != path.stat().st_size:
         return False
-    return sha256_of(path) == known.sha256 if known.sha256 else git_sha1_of(path) == known.git_sha1
+    return sha256_once(path) == known.sha256 if known.sha256 else git_sha1_of(path) == known.git_sha1
 
 
 def check_theirs(there: There, base_model: str) -> None:

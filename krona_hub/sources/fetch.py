@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from krona_hub.errors import IntegrityError, OfflineError, ResourceError
@@ -96,6 +97,17 @@ def is_intact(path: Path, known: RemoteFile) -> bool:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """As sha256_of, read again only where the file has changed since: a push asks for the same digest several times."""
+    about = path.stat()
+    return _remembered(path, about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _remembered(path: Path, size: int, changed: int, inode: int) -> str:
+    return sha256_of(path)
 
 
 def git_sha1_of(path: Path) -> str:

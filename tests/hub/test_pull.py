@@ -83,7 +83,7 @@ def test_the_sha_that_is_expected_must_be_the_one_that_comes(hub, style, tmp_pat
 def test_weights_that_were_exchanged_after_the_push_do_not_fit_the_manifest(hub, style, other, tmp_path):
     push(style, REPO)
     hub.state.put(REPO, {"krona_adapter.safetensors": other.read_bytes()})
-    with pytest.raises(IntegrityError, match="not the file that krona_manifest.json describes"):
+    with pytest.raises(IntegrityError, match=r"not the file that krona_manifest\.json describes"):
         pull(REPO, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -155,7 +155,7 @@ def test_private_gated_missing_disabled_and_renamed_are_told_apart(hub, style, m
         pull("ben/gated")
     with pytest.raises(NotFoundError, match="no such branch, tag or commit"):
         pull(f"{REPO}@v9")
-    with pytest.raises(NotFoundError, match="has no file nothing.safetensors"):
+    with pytest.raises(NotFoundError, match=r"has no file nothing\.safetensors"):
         pull(f"{REPO}/nothing.safetensors")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(AuthError, match="nobody is logged in"):

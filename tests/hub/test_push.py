@@ -174,7 +174,7 @@ def test_pictures_are_few_small_and_pictures(prepare, error, hub, style, tmp_pat
 
 def test_somebody_elses_model_is_not_overwritten_unasked(hub, style):
     hub.state.create(REPO, files={"model.safetensors": b"theirs", "config.json": b'{"model_type": "llama"}'})
-    with pytest.raises(ConflictError, match="holds something else: model.safetensors"):
+    with pytest.raises(ConflictError, match=r"holds something else: model\.safetensors"):
         push(style, REPO)
     assert not hub.writes
     push(style, REPO, force=True)

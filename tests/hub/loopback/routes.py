@@ -464,12 +464,17 @@ def resolve(hub: Loopback, request: Request, repo: str, rev: str, path: str) -> 
     return Answer(302, b"", headers)
 
 
+def size_of(hub: Loopback, oid: str) -> int:
+    commits = (c for repo in hub.state.repos.values() for c in repo.commits.values())
+    return next(f.size for c in commits for f in c.files.values() if f.sha256 == oid)
+
+
 @on("GET HEAD", "/blobs/(?P<oid>[0-9a-f]{64})")
 def cdn_blob(hub: Loopback, request: Request, oid: str) -> Answer:
     if oid not in hub.state.lfs and hub.xet is not None:
         from tests.hub.loopback.xet import bridged
 
-        hub.state.lfs[oid] = bridged(hub.xet, hub.state.xet_hashes[oid])
+        hub.state.lfs[oid] = bridged(hub.xet, hub.state.xet_hashes[oid], size_of(hub, oid))
     return _ranged(request, hub.state.lfs[oid], {"ETag": '"some-store-etag-3"'})
 
 
