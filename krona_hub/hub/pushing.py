@@ -14,12 +14,12 @@ from krona_hub.checkpoints import strict_json
 from krona_hub.errors import ConflictError, KronaError, NotFoundError, OfflineError, UsageError
 from krona_hub.hub import manifest as manifests
 from krona_hub.hub.commit import commit, verify
-from krona_hub.hub.layout import CARD, CONFIG, MANIFEST
+from krona_hub.hub.layout import CARD, CONFIG, MANIFEST, SIGNATURE
 from krona_hub.hub.local import HUB_NAME, check_adapter
 from krona_hub.hub.manifest import Manifest
 from krona_hub.hub.package import Package, There, Wanted, finish, pack
 from krona_hub.hub.plan import PushPlan, check_theirs, rows_of
-from krona_hub.hub.signing import sign_folder
+from krona_hub.hub.signing import is_still_signed, sign_folder
 from krona_hub.sources.client import client, endpoint_of, is_offline, quiet
 from krona_hub.sources.faults import hub_errors
 from krona_hub.sources.fetch import fetch
@@ -248,8 +248,12 @@ def _planned(
 ) -> tuple[PushPlan, dict[str, Path]]:
     paths, gone = finish(package, asked.repo, there)
     paths = dict(paths)
-    if sign_key is not None:
-        paths |= sign_folder(paths, package.folder, Path(sign_key), there)
+    signed = there.listing is not None and SIGNATURE in there.listing.files
+    if not is_still_signed(paths, there) and not package.wanted.card_only:
+        if sign_key is not None:
+            paths |= sign_folder(paths, package.folder, Path(sign_key))
+        elif signed:
+            gone = (*gone, SIGNATURE)  # it would be one of other files
     visibility = "as it is" if there.listing else "public" if asked.private is False else "private"
     plan = PushPlan(
         repo=asked.repo,

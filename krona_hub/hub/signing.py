@@ -15,15 +15,19 @@ from typing import Any
 from krona_hub.errors import IntegrityError, NotFoundError, UsageError
 from krona_hub.hub.layout import CONFIG, MANIFEST, SIGNATURE, WEIGHTS
 from krona_hub.hub.package import There
+from krona_hub.hub.plan import is_same
 
 SIGNED = (WEIGHTS, CONFIG, MANIFEST)
 
 
-def sign_folder(paths: Mapping[str, Path], folder: Path, key: Path, there: There) -> dict[str, Path]:
-    """The signature of the files that are to be signed, by name in the repository.
+def is_still_signed(paths: Mapping[str, Path], there: There) -> bool:
+    """Whether the repository has a signature of exactly these files: signing twice never gives the same bytes."""
+    files = there.listing.files if there.listing else {}
+    return SIGNATURE in files and all(n in files and n in paths and is_same(paths[n], files[n]) for n in SIGNED)
 
-    A signature that is there already and still fits is kept: signing twice never gives the same bytes.
-    """
+
+def sign_folder(paths: Mapping[str, Path], folder: Path, key: Path) -> dict[str, Path]:
+    """The signature of the files that are to be signed, by name in the repository."""
     if not key.is_file():
         raise NotFoundError(f"{key}: no such key.", fix="Make one: openssl ecparam -name prime256v1 -genkey -noout.")
     _library()

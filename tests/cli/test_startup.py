@@ -30,6 +30,9 @@ LIGHT = [
     "verify lokr.safetensors --base sd15",
     "verify lokr.safetensors --base base",
     "params --base sdxl --shape 64x8 --rank 4",
+    "push --help",
+    "pull --help",
+    "hub ls",
 ]
 
 

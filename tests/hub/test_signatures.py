@@ -1,0 +1,71 @@
+"""Signatures of OpenSSF model-signing, where the extra is installed; what is said where it is not."""
+
+import importlib.util
+
+import pytest
+
+from krona_hub.errors import IntegrityError, KronaError, UsageError
+from krona_hub.hub import pull, push
+
+REPO = "ana/style"
+signing = pytest.mark.skipif(importlib.util.find_spec("model_signing") is None, reason="needs krona-hub[sign]")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("model_signing") is not None, reason="the extra is installed")
+def test_without_the_extra_the_fix_names_it(hub, style, tmp_path):
+    (tmp_path / "key.pem").write_text("-----BEGIN EC PRIVATE KEY-----")
+    with pytest.raises(UsageError) as told:
+        push(style, REPO, sign_key=tmp_path / "key.pem")
+    assert "krona-hub[sign]" in told.value.fix and not hub.writes
+
+
+@pytest.fixture
+def keys(tmp_path):
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    none, pem = serialization.NoEncryption(), serialization.Encoding.PEM
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, none))
+    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+@signing
+def test_a_signed_push_is_verified_though_the_card_was_edited(hub, style, keys, tmp_path):
+    push(style, REPO, sign_key=keys[0])
+    hub.state.put(REPO, {"README.md": b"# My own card"})
+    assert pull(REPO, tmp_path / "out", verify_key=keys[1]).written
+
+
+@signing
+def test_signing_the_same_again_commits_nothing(hub, style, keys):
+    push(style, REPO, sign_key=keys[0])
+    assert push(style, REPO, sign_key=keys[0]).up_to_date
+
+
+@signing
+def test_other_files_and_other_keys_are_found_out(hub, style, other, keys, tmp_path):
+    push(style, REPO, sign_key=keys[0])
+    config = hub.state.content(REPO, "config.json")
+    manifest = hub.state.content(REPO, "krona_manifest.json")
+    hub.state.put(REPO, {"krona_manifest.json": manifest + b"\n"})
+    with pytest.raises(IntegrityError, match="signature does not fit"):
+        pull(REPO, tmp_path / "out", verify_key=keys[1])
+    assert not (tmp_path / "out").exists() and config
+
+
+@signing
+def test_a_signature_of_other_weights_does_not_stay(hub, style, other, keys, tmp_path):
+    push(style, REPO, sign_key=keys[0])
+    report = push(other, REPO)
+    assert ("model.sig", "delete") in {(r.file, r.action) for r in report.plan.rows}
+
+
+def test_a_repository_without_signature_is_refused_where_one_is_wanted(hub, style, tmp_path):
+    push(style, REPO)
+    (tmp_path / "key.pub").write_text("-----BEGIN PUBLIC KEY-----")
+    with pytest.raises(KronaError, match="has no signature"):
+        pull(REPO, tmp_path / "out", verify_key=tmp_path / "key.pub")
+    assert not (tmp_path / "out").exists()
