@@ -32,6 +32,7 @@ class Step:
     q: int
     rows: int  # of the factor of one term
     kernel: bool = False  # whether the factor holds the kernel of a convolution
+    cost: int = 0  # multiply-adds per row
 
 
 @dataclass(frozen=True)
