@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from krona_hub.extraction import extract as extract
     from krona_hub.formats.files import read as read
     from krona_hub.formats.writing import write as write
+    from krona_hub.images import generate as generate
     from krona_hub.kron.shapes import KronShape as KronShape
     from krona_hub.kron.terms import KronTerms as KronTerms
     from krona_hub.kron.terms import nearest_kron as nearest_kron
@@ -38,6 +39,7 @@ PUBLIC = {  # name -> the module that defines it
     "extract": "krona_hub.extraction",
     "combine": "krona_hub.combining",
     "verify": "krona_hub.verification",
+    "generate": "krona_hub.images",
     "nearest_kron": "krona_hub.kron.terms",
     "Adapter": "krona_hub.adapter",
     "LayerDelta": "krona_hub.adapter",
