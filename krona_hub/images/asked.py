@@ -139,13 +139,10 @@ def parse_size(size: str | int | Sequence[int] | None) -> tuple[int, int] | None
     """
     if size is None:
         return None
-    words = (
-        size.lower().replace("×", "x").split("x")
-        if isinstance(size, str)
-        else [size]
-        if isinstance(size, int)
-        else size
-    )
+    if isinstance(size, str):
+        words: Sequence[str | int] = size.lower().replace("×", "x").split("x")
+    else:
+        words = [size] if isinstance(size, int) else size
     try:
         numbers = [int(w) for w in words]
     except ValueError:

@@ -148,7 +148,7 @@ class _Repeated:
         if self.changed - MACHINE:
             return None
         was = [picture["pixels"] for picture in self.record.get("pictures", ())]
-        return sum(a.pixels == b for a, b in zip(report.pictures, was, strict=False))
+        return sum(bool(a.pixels == b) for a, b in zip(report.pictures, was, strict=False))
 
 
 # ── planning and drawing ─────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -76,11 +77,11 @@ def _loaded(base: BasePlan, dtype: Any, variant: str | None, config: str | None)
             fix="Install the version of diffusers that its model card names.",
         )
     try:
-        return diffusers.AutoPipelineForText2Image.from_pretrained(base.path, **how)
+        return diffusers.AutoPipelineForText2Image.from_pretrained(base.path, **how)  # type: ignore[no-untyped-call]
     except ValueError as problem:  # what has no entry in the table of text-to-image pipelines
         if "AutoPipeline" not in str(problem):
             raise
-        return diffusers.DiffusionPipeline.from_pretrained(base.path, **how)
+        return diffusers.DiffusionPipeline.from_pretrained(base.path, **how)  # type: ignore[no-untyped-call]
 
 
 def _single_file_class(base: BasePlan, config: str | None) -> Any:
@@ -200,14 +201,14 @@ def settings_in_force(pipe: Any, settings: Settings, preferred: tuple[int | None
         raise UsageError(f"{kind} takes no guidance.", fix="Leave out --guidance.")
     if settings.size is not None:
         check_multiple(settings.size, size_step(pipe))
-    steps, guidance = (
-        next((v for v in values if v is not None and v is not inspect.Parameter.empty), None)
-        for values in (
-            (settings.steps, preferred[0], takes.get("num_inference_steps")),
-            (settings.guidance, preferred[1], takes.get("guidance_scale")),
-        )
-    )
-    return Settings(settings.negative, steps, guidance, settings.scheduler, settings.size, settings.more)
+    steps = _first(settings.steps, preferred[0], takes.get("num_inference_steps"))
+    guidance = _first(settings.guidance, preferred[1], takes.get("guidance_scale"))
+    return replace(settings, steps=steps, guidance=guidance)
+
+
+def _first(*values: Any) -> Any:
+    """The first that says something."""
+    return next((v for v in values if v is not None and v is not inspect.Parameter.empty), None)
 
 
 def _check_negative(kind: str, takes: Mapping[str, Any], settings: Settings) -> None:

@@ -93,7 +93,9 @@ def _base(source: str, asked: Asked) -> BasePlan:
     path = resolve_base(source)
     if not path.exists():
         raise _no_base(source)
-    pipeline = _pipeline_class(path) if path.is_dir() else _checked_file(path)
+    pipeline = _pipeline_class(path) if path.is_dir() else None
+    if pipeline is None:
+        read_header(path)  # refuses what is no safetensors: pickles are never opened
     if asked.variant and path.is_dir():
         _check_variant(path, asked.variant)
     family, fingerprint = _identity(path)
@@ -129,11 +131,6 @@ def _pipeline_class(folder: Path) -> str:
             f"{folder} lacks {', '.join(absent)}, which {name} needs.", fix="Download these folders as well."
         )
     return name
-
-
-def _checked_file(path: Path) -> None:
-    """Raise FormatError for what is no safetensors; pickles are never opened."""
-    read_header(path)
 
 
 def _check_variant(folder: Path, variant: str) -> None:
@@ -204,4 +201,4 @@ def _files(path: Path) -> Sequence[Path]:
     kinds = (WEIGHTS, ".json", ".txt", ".model")
     if path.is_file():
         return [path]
-    return sorted(p for p in path.glob("*/*") if p.is_file() and p.suffix in kinds) + [path / PIPELINE]
+    return [*sorted(p for p in path.glob("*/*") if p.is_file() and p.suffix in kinds), path / PIPELINE]

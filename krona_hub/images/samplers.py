@@ -52,7 +52,7 @@ def sampler_named(name: str) -> str:
     Raises UsageError with the nearest name.
     """
     plain = _plain(name)
-    known = {_plain(n): n for n in SAMPLERS} | ALIASES
+    known: dict[str, str] = {_plain(n): n for n in SAMPLERS} | dict(ALIASES)
     if plain in known:
         return known[plain]
     near = get_close_matches(plain, known, n=1, cutoff=0.5)

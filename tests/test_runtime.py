@@ -1,0 +1,307 @@
+"""Adapters in pipelines in memory: they compute base output + ΔW x, and leave no trace when they are taken out."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from krona_hub import attach, detach, extract_adapter, fuse, load_into, read, set_scales, unfuse, unload, write
+from krona_hub.adapter import Adapter
+from krona_hub.errors import BaseMismatchError, ConflictError, NotFoundError, ShapeError, UsageError
+from krona_hub.layers import attached, swap
+from krona_hub.layers.layer import KronLayer
+from tests import tiny
+from tests.formats import made
+from tests.merging.test_pipelines import PIPELINES, Golden, assert_computes
+from tests.shared import SHARED, shared
+
+INDEX = SHARED / "golden" / "index.json"
+SAMPLES = json.loads(INDEX.read_text())["samples"] if INDEX.exists() else []
+WEIGHT = 0.7
+
+
+@pytest.fixture(scope="module")
+def golden_base() -> Golden:
+    return Golden(shared("golden", "base"))
+
+
+def modules_of(pipe):
+    """Every module, by component and name: the objects themselves."""
+    return {(c, n): m for c, model in tiny.components(pipe).items() for n, m in model.named_modules()}
+
+
+def weights_of(pipe):
+    return {(c, n): t.clone() for c, model in tiny.components(pipe).items() for n, t in model.state_dict().items()}
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["name"])
+def test_a_golden_adapter_computes_what_its_reference_delta_computes(sample, golden_base):
+    deltas = load_file(shared("golden", sample["delta"]))
+    modules, base = modules_of(golden_base), tiny.outputs(golden_base)
+    with tiny.hooked(golden_base, deltas, WEIGHT) as pipe:
+        wanted = tiny.outputs(pipe)
+    report = load_into(golden_base, shared("golden", sample["adapter"]), WEIGHT)
+    assert set(report.matched) == set(deltas) and not report.missing
+    changed = {layer.partition(".")[0] for layer in deltas}
+    assert_computes(golden_base, wanted, base, changed, least=1e-3)
+    unload(golden_base)
+    assert modules_of(golden_base) == modules, "the very same objects, under the same names"
+    assert_same_tensors(tiny.outputs(golden_base), base)
+
+
+FORMS = {
+    "krona": lambda names: made.lokr(names, made.by_peft(4)),
+    "lycoris-lokr": lambda names: made.lokr(names, made.by_lycoris(4), ranks=(2, None)),
+    "kohya-lora": made.lora,
+    "diffusers-lora": made.lora,
+}
+
+
+@pytest.fixture(params=PIPELINES)
+def build(request):
+    return PIPELINES[request.param]
+
+
+def adapter_for(pipe, form: str = "krona") -> Adapter:
+    return FORMS[form](tiny.layers(pipe, "to_q", "to_k", "to_out.0", "q_proj", "fc1"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_pipeline_loads_every_format_and_computes_with_it(build, form, tmp_path):
+    pipe, file = build(), tmp_path / "my style.v2.safetensors"
+    adapter, base, before, modules = adapter_for(pipe, form), tiny.outputs(pipe), weights_of(pipe), modules_of(pipe)
+    write(adapter, file, format=form, base=tiny.save(pipe, tmp_path / "base"))
+    report = load_into(pipe, file)
+    assert report.name == "my_style_v2" and set(report.matched) >= set(adapter.layers)  # fused ones bring zeros along
+    assert str(report) == f"my_style_v2: {len(report.matched)} of {len(report.matched)} modules"
+    assert_computes(pipe, tiny.outputs(tiny.added(build(), read(file, base=tmp_path / "base"))), base)
+    assert_same_tensors(weights_of(pipe), before)  # a state_dict does not show the adapter
+    assert load_into(pipe, file).name == "my_style_v2_2" and list(attached(pipe)) == ["my_style_v2", "my_style_v2_2"]
+    unload(pipe)
+    assert modules_of(pipe) == modules
+    assert_same_tensors(tiny.outputs(pipe), base)
+
+
+@pytest.fixture
+def two():
+    """A pipeline, and two adapters of different forms whose layers overlap in part."""
+    pipe = tiny.sd15()
+    one = made.lokr(tiny.layers(pipe, "to_q", "conv1", "fc1"), made.by_peft(4))
+    return pipe, one, made.lora(tiny.layers(pipe, "to_q", "to_v", "proj_in"))
+
+
+def summed(*pairs):
+    pipe = tiny.sd15()
+    for adapter, weight in pairs:
+        deltas = {n: weight * d for n, d in tiny.deltas(pipe, adapter).items()}
+        for layer, delta in deltas.items():
+            tiny.module_of(pipe, layer).weight += delta
+    return tiny.outputs(pipe)
+
+
+def test_several_adapters_add_up_at_their_strengths_until_one_is_taken_out(two):
+    pipe, one, other = two
+    base = tiny.outputs(pipe)
+    attach(pipe, one, "one", 0.5)
+    attach(pipe, other, "other", -2.0)
+    assert_computes(pipe, summed((one, 0.5), (other, -2.0)), base)
+    set_scales(pipe, {"one": 1.5, "other": 0.0})
+    assert attached(pipe) == {"one": 1.5, "other": 0.0}
+    assert_computes(pipe, summed((one, 1.5)), base)
+    detach(pipe, "one")
+    set_scales(pipe, {"other": 1.0})
+    assert_computes(pipe, summed((other, 1.0)), base, {"unet"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_weights_compute_the_same_and_come_back_bit_for_bit(two, dtype):
+    pipe, one, other = two
+    pipe.to(dtype=dtype)
+    before = weights_of(pipe)
+    attach(pipe, one, "one", 0.5)
+    attach(pipe, other, "other")
+    fuse(pipe)
+    touched = {n for n in weights_of(pipe) if not torch.equal(weights_of(pipe)[n], before[n])}
+    assert len(touched) == len(one.layers.keys() | other.layers.keys())
+    for component, name in touched:
+        layer = f"{component}.{name.removesuffix('.weight')}".replace(".base", "")
+        parts = [s * a.layers[layer].dense() for a, s in ((one, 0.5), (other, 1.0)) if layer in a.layers]
+        wanted = (before[component, name].float() + sum(parts)).to(dtype)
+        torch.testing.assert_close(weights_of(pipe)[component, name], wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    with pytest.raises(ConflictError, match="fused"):
+        set_scales(pipe, {"one": 1.0})
+    unfuse(pipe)
+    assert_same_tensors(weights_of(pipe), before)
+    fuse(pipe)
+    detach(pipe)
+    assert_same_tensors(weights_of(pipe), before)
+    assert not any(isinstance(m, KronLayer) for m in modules_of(pipe).values())
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_dora_is_attached_and_fused_with_the_norms_of_the_base(axis):
+    pipe = tiny.sd15()
+    base, plain = tiny.outputs(pipe), made.lora(tiny.layers(pipe, "to_q", "conv1", "fc1"))
+    adapter = made.as_dora(plain, lambda name: tiny.module_of(tiny.sd15(), name).weight, axis)
+    attach(pipe, adapter, scale=0.5)
+    wanted = summed((adapter, 0.5))
+    assert_computes(pipe, wanted, base)
+    with pytest.raises(ConflictError, match="two DoRA"):
+        attach(pipe, adapter, "again")
+    assert list(attached(pipe)) == ["default"], "nothing of the second one stays"
+    fuse(pipe)
+    assert_computes(pipe, wanted, base)
+
+
+def test_a_pipeline_that_goes_to_another_type_and_back_keeps_the_adapters_numbers(two):
+    pipe, one, _ = two
+    attach(pipe, one)
+    pipe.unet.to(torch.bfloat16).to(torch.float32)
+    pipe.text_encoder.to(torch.float16)
+    back = extract_adapter(pipe)
+    assert back.layers.keys() == one.layers.keys()
+    for name, delta in one.layers.items():
+        assert torch.equal(back[name].dense(), delta.dense())
+
+
+def test_save_pretrained_saves_the_base(two, tmp_path):
+    pipe, one, _ = two
+    before = weights_of(pipe)
+    attach(pipe, one)
+    pipe.unet.save_pretrained(tmp_path)
+    again = type(pipe.unet).from_pretrained(tmp_path).state_dict()
+    assert_same_tensors({("unet", n): t for n, t in again.items()}, {k: v for k, v in before.items() if k[0] == "unet"})
+
+
+def test_a_state_dict_of_the_base_loads_into_a_model_with_adapters(two):
+    pipe, one, _ = two
+    other = {n: t + 1 for n, t in pipe.unet.state_dict().items()}
+    attach(pipe, one)
+    pipe.unet.load_state_dict(other)
+    assert_same_tensors(pipe.unet.state_dict(), other)
+
+
+def test_a_copy_of_a_pipeline_with_adapters_is_independent(two):
+    pipe, one, _ = two
+    attach(pipe, one)
+    unet, wanted = copy.deepcopy(pipe.unet), tiny.output(pipe.unet)
+    detach(pipe)
+    assert torch.equal(tiny.output(unet), wanted)
+    state = unet.state_dict()
+    unet.load_state_dict(state)  # the hook of the copy is about the copy
+
+
+def test_numbers_are_swapped_in_place(two):
+    pipe, one, other = two
+    base = tiny.outputs(pipe)
+    attach(pipe, one, "x")
+    twice = one.with_layers(
+        {n: type(d)(tuple(s.scaled(2.0) for s in d.sums), d.weight_shape) for n, d in one.layers.items()}
+    )
+    tensors = [id(b) for m in modules_of(pipe).values() if isinstance(m, KronLayer) for b in m.branches.buffers()]
+    swap(pipe, twice, "x")
+    assert_computes(pipe, summed((one, 2.0)), base)
+    assert tensors == [
+        id(b) for m in modules_of(pipe).values() if isinstance(m, KronLayer) for b in m.branches.buffers()
+    ]
+    with pytest.raises(ShapeError, match="layers differ, the first is text_encoder"):
+        swap(pipe, other, "x")
+
+
+def test_modules_that_are_not_there_are_named_and_nothing_is_attached(two):
+    pipe, one, _ = two
+    modules = modules_of(pipe)
+    more = one.with_layers(
+        {**one.layers, "unet.nowhere.to_q": one["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]}
+    )
+    with pytest.raises(BaseMismatchError, match=rf"{len(one)} of {len(more)} modules .* Not there: unet.nowhere.to_q"):
+        attach(pipe, more)
+    assert modules_of(pipe) == modules
+    report = attach(pipe, more, allow_missing=True)
+    assert report.missing == ("unet.nowhere.to_q",) and len(report.matched) == len(one)
+    with pytest.raises(BaseMismatchError, match="0 of"):
+        attach(pipe.text_encoder, made.only(one, "unet"), "other", allow_missing=True)
+
+
+def test_a_module_of_another_size_is_named_and_nothing_stays():
+    pipe = tiny.sd15()
+    names = tiny.layers(pipe, "attn2.to_k", "attn1.to_q")
+    wrong = made.lora({name: (size[0], 48) if "attn2" in name else size for name, size in names.items()})
+    modules = modules_of(pipe)
+    with pytest.raises(ShapeError, match=r"attn2\.to_k"):
+        attach(pipe, wrong)
+    assert modules_of(pipe) == modules
+
+
+def test_a_lone_model_takes_the_layers_of_its_component(two):
+    pipe, one, _ = two
+    base = tiny.outputs(pipe)
+    report = attach(pipe.unet, one)
+    assert report.notes == (f"{sum(n.startswith('text') for n in one.layers)} layers are for other components",)
+    attach(pipe.text_encoder, one, component="text_encoder")
+    assert_computes(pipe, summed((one, 1.0)), base)
+
+
+def test_what_cannot_be_meant_is_told(two):
+    pipe, one, _ = two
+    attach(pipe, one, "x")
+    with pytest.raises(ConflictError, match="'x' is attached already"):
+        attach(pipe, one, "x")
+    with pytest.raises(NotFoundError, match="'y' is attached") as caught:
+        set_scales(pipe, {"x": 2.0, "y": 1.0})
+    assert "Attached: x" in caught.value.fix and attached(pipe) == {"x": 1.0}
+    with pytest.raises(UsageError, match="cannot name"):
+        attach(pipe, one, "a.b")
+    with pytest.raises(UsageError, match="no pipeline"):
+        load_into(pipe.unet, one)
+
+
+def test_attention_that_runs_fused_is_refused_instead_of_being_skipped():
+    pipe = tiny.sd15()
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(ConflictError, match="fused into one layer") as caught:
+        attach(pipe, made.lora(tiny.layers(tiny.sd15(), "to_q")))
+    assert "unfuse_qkv_projections" in caught.value.fix
+
+
+def test_an_adapter_beside_one_of_peft(two):
+    from peft import LoraConfig
+
+    pipe, one, _ = two
+    names = [n.removeprefix("unet.") for n in one.layers if n.startswith("unet.") and n.endswith("to_q")]
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=names, init_lora_weights=False))
+    alone = tiny.output(pipe.unet)
+    attach(pipe, one)
+    both = tiny.output(pipe.unet)
+    detach(pipe)
+    assert torch.equal(tiny.output(pipe.unet), alone)
+    assert (both - alone).abs().max() > 1e-3
+    pipe.unet.disable_adapters()
+    attach(pipe, one)
+    assert_computes(pipe, {"unet": summed((one, 1.0))["unet"]}, {"unet": tiny.output(tiny.sd15().unet)})
+
+
+def test_trained_factors_are_parameters_that_come_out_as_an_adapter(two):
+    pipe, one, _ = two
+    pipe.unet.requires_grad_(False)
+    attach(pipe.unet, one, trainable=True)
+    trained = [p for p in pipe.unet.parameters() if p.requires_grad]
+    assert len(trained) == sum(len(d.tensors) for n, d in one.layers.items() if n.startswith("unet"))
+    before = extract_adapter(pipe.unet)
+    out = pipe.unet(torch.randn(1, 4, 16, 16), torch.tensor(5), torch.randn(1, 7, 24)).sample
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    torch.optim.SGD(trained, lr=1.0).step()
+    after = extract_adapter(pipe.unet)
+    assert before.layers.keys() == after.layers.keys()
+    for name in before.layers:
+        assert not torch.equal(before[name].dense(), after[name].dense())
