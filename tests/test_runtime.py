@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from krona_hub import attach, detach, extract_adapter, fuse, load_into, read, set_scales, unfuse, unload, write
 from krona_hub.adapter import Adapter
-from krona_hub.errors import BaseMismatchError, ConflictError, NotFoundError, ShapeError, UsageError
+from krona_hub.errors import BaseMismatchError, ConflictError, NotFoundError, UsageError
 from krona_hub.layers import attached, swap
 from krona_hub.layers.layer import KronLayer
 from tests import tiny
@@ -151,7 +151,7 @@ def test_fused_weights_compute_the_same_and_come_back_bit_for_bit(two, dtype):
 def test_dora_is_attached_and_fused_with_the_norms_of_the_base(axis):
     pipe = tiny.sd15()
     base, plain = tiny.outputs(pipe), made.lora(tiny.layers(pipe, "to_q", "conv1", "fc1"))
-    adapter = made.as_dora(plain, lambda name: tiny.module_of(tiny.sd15(), name).weight, axis)
+    adapter = made.as_dora(plain, lambda name: tiny.module_of(pipe, name).weight, axis)
     attach(pipe, adapter, scale=0.5)
     wanted = summed((adapter, 0.5))
     assert_computes(pipe, wanted, base)
@@ -213,7 +213,7 @@ def test_numbers_are_swapped_in_place(two):
     assert tensors == [
         id(b) for m in modules_of(pipe).values() if isinstance(m, KronLayer) for b in m.branches.buffers()
     ]
-    with pytest.raises(ShapeError, match="layers differ, the first is text_encoder"):
+    with pytest.raises(BaseMismatchError, match=r"layers: .* differ, text_encoder"):
         swap(pipe, other, "x")
 
 
@@ -223,11 +223,11 @@ def test_modules_that_are_not_there_are_named_and_nothing_is_attached(two):
     more = one.with_layers(
         {**one.layers, "unet.nowhere.to_q": one["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]}
     )
-    with pytest.raises(BaseMismatchError, match=rf"{len(one)} of {len(more)} modules .* Not there: unet.nowhere.to_q"):
+    with pytest.raises(BaseMismatchError, match=rf"{len(one)} of {len(more)} modules match; not unet.nowhere.to_q"):
         attach(pipe, more)
     assert modules_of(pipe) == modules
     report = attach(pipe, more, allow_missing=True)
-    assert report.missing == ("unet.nowhere.to_q",) and len(report.matched) == len(one)
+    assert set(report.missing) == {"unet.nowhere.to_q"} and len(report.matched) == len(one)
     with pytest.raises(BaseMismatchError, match="0 of"):
         attach(pipe.text_encoder, made.only(one, "unet"), "other", allow_missing=True)
 
@@ -237,7 +237,7 @@ def test_a_module_of_another_size_is_named_and_nothing_stays():
     names = tiny.layers(pipe, "attn2.to_k", "attn1.to_q")
     wrong = made.lora({name: (size[0], 48) if "attn2" in name else size for name, size in names.items()})
     modules = modules_of(pipe)
-    with pytest.raises(ShapeError, match=r"attn2\.to_k"):
+    with pytest.raises(BaseMismatchError, match=r"attn2\.to_k: .*weight of \(\d+, 48\)"):
         attach(pipe, wrong)
     assert modules_of(pipe) == modules
 
@@ -261,16 +261,8 @@ def test_what_cannot_be_meant_is_told(two):
     assert "Attached: x" in caught.value.fix and attached(pipe) == {"x": 1.0}
     with pytest.raises(UsageError, match="cannot name"):
         attach(pipe, one, "a.b")
-    with pytest.raises(UsageError, match="no pipeline"):
-        load_into(pipe.unet, one)
-
-
-def test_attention_that_runs_fused_is_refused_instead_of_being_skipped():
-    pipe = tiny.sd15()
-    pipe.unet.fuse_qkv_projections()
-    with pytest.raises(ConflictError, match="fused into one layer") as caught:
-        attach(pipe, made.lora(tiny.layers(tiny.sd15(), "to_q")))
-    assert "unfuse_qkv_projections" in caught.value.fix
+    with pytest.raises(UsageError, match="neither a model nor a pipeline"):
+        load_into("sd15", one)
 
 
 def test_an_adapter_beside_one_of_peft(two):
