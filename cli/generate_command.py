@@ -69,8 +69,8 @@ def settings(_context: click.Context, _parameter: click.Parameter, texts: tuple[
     "generate",
     panels=PANELS,
     examples=(
-        'krona generate tiny-scenes --prompt "a photo of a large red cube on a blue table"',
-        'krona generate base --adapter lora.safetensors:0.8 --prompt "a harbour" --strengths 0,0.5,1 --dry-run',
+        'krona generate base --prompt "a harbour" --adapter lora.safetensors --adapter lokr.safetensors:0.8 --dry-run',
+        'krona generate base --prompt "a harbour" --adapter lora.safetensors --strengths 0,0.5,1 --dry-run',
     ),
 )
 @click.argument("base", required=False, type=click.Path())

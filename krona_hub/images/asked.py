@@ -157,7 +157,7 @@ def parse_size(size: str | int | Sequence[int] | None) -> tuple[int, int] | None
 def check_multiple(size: tuple[int, int], multiple: int) -> None:
     """Raise UsageError where a side is not a multiple of so many pixels, with the nearest size that is."""
     if any(side % multiple for side in size):
-        nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in size)
+        nearest = "x".join(str(max(1, (side + multiple // 2) // multiple) * multiple) for side in size)
         raise UsageError(
             f"{size[0]}x{size[1]} pixels: both sides must be multiples of {multiple}.", fix=f"Take --size {nearest}."
         )

@@ -6,10 +6,14 @@ computed with it.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from krona_hub.errors import UsageError
 from krona_hub.images.asked import Machine, Settings
 from krona_hub.images.columns import Column, Row
 from krona_hub.images.pipelines import (
@@ -19,11 +23,13 @@ from krona_hub.images.pipelines import (
     dtype_for,
     memory_told,
     open_pipeline,
+    quiet,
     set_scheduler,
     settings_in_force,
 )
 from krona_hub.images.plan import AdapterPlan, BasePlan, Plan
 
+SMALL = 20_000_000  # parameters
 Progress = Callable[[int, int], None]
 Step = Callable[[int], None]
 
@@ -59,7 +65,7 @@ def prepared(plan: Plan, base: BasePlan, asked_settings: Settings) -> Ready:
         settings = settings_in_force(pipe, asked_settings, base.preferred)
         scheduler = set_scheduler(pipe, settings.scheduler)
         adapters = plan.adapters if base.source == asked.base else ()
-        notes = _load_adapters(pipe, adapters)
+        notes = (*_cut_prompts(pipe, plan.rows), *_load_adapters(pipe, adapters))
     return Ready(pipe, tuple(a.name for a in adapters), settings, scheduler, machine, notes)
 
 
@@ -71,14 +77,41 @@ def _load_adapters(pipe: Any, adapters: Sequence[AdapterPlan]) -> tuple[str, ...
     return tuple(f"{name}: {note}" for name, report in loaded.items() for note in report.notes)
 
 
+def _cut_prompts(pipe: Any, rows: Sequence[Row]) -> Iterator[str]:
+    """Prompts that are longer than every text encoder reads."""
+    readers = [t for name, t in pipe.components.items() if name.startswith("tokenizer") and callable(t)]
+    for prompt in dict.fromkeys(row.prompt for row in rows):
+        with quiet():
+            room = [(t.model_max_length, len(t(prompt)["input_ids"])) for t in readers]
+        if room and all(length > most for most, length in room):
+            most, length = max(room)
+            yield f"{prompt[:40]!r}… has {length} tokens, of which the base reads the first {most}"
+
+
 def draw(ready: Ready, columns: Sequence[Column], rows: Sequence[Row], progress: Progress) -> Iterator[Drawn]:
     """Column by column. `progress` gets the denoising steps that are done, and their total, of these columns."""
     each = len(rows) * (ready.settings.steps or 1)
     for number, column in enumerate(columns):
         step = _after(progress, number * each, len(columns) * each)
         _set_strengths(ready.pipe, ready.adapters, column.weights)
-        with memory_told(ready.machine):
-            yield _column(ready, column, rows, step)
+        with memory_told(ready.machine), _threads_for(ready):
+            drawn = _column(ready, column, rows, step)
+        yield drawn
+
+
+@contextmanager
+def _threads_for(ready: Ready) -> Iterator[None]:
+    """One thread for a model so small that threads would wait for each other longer than they work."""
+    import torch
+
+    parts = [part for part in ready.pipe.components.values() if isinstance(part, torch.nn.Module)]
+    small = ready.machine.device == "cpu" and sum(p.numel() for m in parts for p in m.parameters()) < SMALL
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _after(progress: Progress, before: int, total: int) -> Step:
@@ -120,7 +153,27 @@ def _call(ready: Ready, rows: Sequence[Row], step: Step) -> Any:
     if "callback_on_step_end" in takes:
         call["callback_on_step_end"] = _counting(step)
     noise = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
-    return ready.pipe(prompt=[row.prompt for row in rows], generator=noise, output_type="pil", **call)
+    with _refusals_told(ready), quiet():
+        return ready.pipe(prompt=[row.prompt for row in rows], generator=noise, output_type="pil", **call)
+
+
+@contextmanager
+def _refusals_told(ready: Ready) -> Iterator[None]:
+    """What a scheduler or an argument by name cannot do, as an error of ours; all else is passed on."""
+    try:
+        yield
+    except (ValueError, TypeError, IndexError) as problem:
+        words = " ".join(str(problem).split())[:160]
+        if "schedulers" in Path(traceback.extract_tb(problem.__traceback__)[-1].filename).parts:
+            raise UsageError(
+                f"{ready.scheduler} cannot do {ready.settings.steps} steps on this base's noise schedule: {words}.",
+                fix="Take another --scheduler, such as ddim or euler, or more --steps.",
+            ) from problem
+        if ready.settings.more or ready.settings.size:
+            raise UsageError(
+                f"the pipeline refuses its arguments: {words}", fix="Look at --size and each --set."
+            ) from problem
+        raise
 
 
 def _counting(step: Step) -> Callable[..., dict[str, Any]]:

@@ -15,12 +15,6 @@ from krona_hub.images.asked import Machine, Settings, check_multiple
 from krona_hub.images.plan import BasePlan
 from krona_hub.images.samplers import SAMPLERS
 
-SINGLE_FILES: Mapping[str, str] = {  # start of a family's name -> the pipeline for its checkpoints in one file
-    "sd15": "StableDiffusionPipeline", "sd21": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline",
-    "sd3": "StableDiffusion3Pipeline", "flux1": "FluxPipeline", "flux2-klein": "Flux2KleinPipeline",
-    "flux2": "Flux2Pipeline", "chroma": "ChromaPipeline", "z-image": "ZImagePipeline",
-    "qwen-image": "QwenImagePipeline", "lumina2": "Lumina2Pipeline", "auraflow": "AuraFlowPipeline",
-}  # fmt: skip
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "not enough memory")
 
 
@@ -45,10 +39,10 @@ def open_pipeline(base: BasePlan, machine: Machine, variant: str | None, config:
     import torch
 
     dtype = getattr(torch, dtype_for(base, machine))
-    with _quiet(), _told(base.source):
+    with quiet(), _told(base.source):
         pipe = _loaded(base, dtype, variant, config)
+        _place(pipe, machine)
     pipe.set_progress_bar_config(disable=True)
-    _place(pipe, machine)
     if machine.tiled_vae:
         pipe.vae.enable_tiling()
         pipe.vae.enable_slicing()
@@ -69,7 +63,8 @@ def _loaded(base: BasePlan, dtype: Any, variant: str | None, config: str | None)
 
     if base.path.is_file():
         more = {"config": config} if config else {}
-        return _single_file_class(base, config).from_single_file(str(base.path), torch_dtype=dtype, **more)
+        name = diffusers.DiffusionPipeline.load_config(config)["_class_name"] if config else base.pipeline
+        return getattr(diffusers, str(name)).from_single_file(str(base.path), torch_dtype=dtype, **more)
     how = {"torch_dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
     if not hasattr(diffusers, str(base.pipeline)):
         raise UnknownBaseError(
@@ -82,20 +77,6 @@ def _loaded(base: BasePlan, dtype: Any, variant: str | None, config: str | None)
         if "AutoPipeline" not in str(problem):
             raise
         return diffusers.DiffusionPipeline.from_pretrained(base.path, **how)  # type: ignore[no-untyped-call]
-
-
-def _single_file_class(base: BasePlan, config: str | None) -> Any:
-    import diffusers
-
-    if config is not None:
-        return getattr(diffusers, diffusers.DiffusionPipeline.load_config(config)["_class_name"])
-    name = next((name for start, name in SINGLE_FILES.items() if (base.family or "").startswith(start)), None)
-    if name is None:
-        raise UnknownBaseError(
-            f"{base.source} is a single file of a model that krona does not know.",
-            fix="Give --config FOLDER|ID, a diffusers pipeline of the same kind.",
-        )
-    return getattr(diffusers, name)
 
 
 def _place(pipe: Any, machine: Machine) -> None:
@@ -113,8 +94,8 @@ def _place(pipe: Any, machine: Machine) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars, the warnings and the chatter of loading."""
+def quiet() -> Iterator[None]:
+    """Without the bars, the warnings and the chatter of diffusers and transformers."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
@@ -142,6 +123,11 @@ def _told(source: str) -> Iterator[None]:
         yield
     except KronaError:
         raise
+    except NotImplementedError as problem:  # a tensor that was expected and never filled
+        raise IncompleteError(
+            f"{source} has not all the weights of a pipeline: a part is missing, such as the autoencoder.",
+            fix="Give a diffusers folder, or a file that holds the whole pipeline.",
+        ) from problem
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as problem:
         words = " ".join(str(problem).split())[:200]
         kind = IncompleteError if isinstance(problem, OSError) else FormatError
@@ -169,7 +155,7 @@ def set_scheduler(pipe: Any, name: str | None) -> str:
             raise UsageError(
                 f"{name} is no scheduler for a base of flow matching.", fix=f"Give --scheduler {' or '.join(fits)}."
             )
-        with _quiet():
+        with quiet():
             pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **sampler.settings)
     return type(pipe.scheduler).__name__
 

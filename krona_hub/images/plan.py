@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,13 @@ from krona_hub.sources import PIPELINE, WEIGHTS, resolve, resolve_base
 
 PREFERRED = {"tiny-scenes": (20, 3.0), "flux1-schnell": (4, 0.0)}  # family -> steps and guidance that suit it
 
+SINGLE_FILES: Mapping[str, str] = {  # start of a family's name -> the pipeline for its checkpoints in one file
+    "sd15": "StableDiffusionPipeline", "sd21": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline", "flux1": "FluxPipeline", "flux2-klein": "Flux2KleinPipeline",
+    "flux2": "Flux2Pipeline", "chroma": "ChromaPipeline", "z-image": "ZImagePipeline",
+    "qwen-image": "QwenImagePipeline", "lumina2": "Lumina2Pipeline", "auraflow": "AuraFlowPipeline",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class BasePlan:
@@ -27,7 +34,7 @@ class BasePlan:
 
     source: str  # as it was given
     path: Path  # a diffusers folder or a checkpoint file
-    pipeline: str | None  # class of diffusers; None: a single file's, which its family says
+    pipeline: str | None  # class of diffusers; None: a single file's, which --config says
     family: str | None  # name in the catalogue
     fingerprint: str | None  # sha256 of its layers' names and shapes
 
@@ -93,13 +100,27 @@ def _base(source: str, asked: Asked) -> BasePlan:
     path = resolve_base(source)
     if not path.exists():
         raise _no_base(source)
-    pipeline = _pipeline_class(path) if path.is_dir() else None
-    if pipeline is None:
+    if path.is_file():
         read_header(path)  # refuses what is no safetensors: pickles are never opened
-    if asked.variant and path.is_dir():
+    elif asked.variant:
         _check_variant(path, asked.variant)
     family, fingerprint = _identity(path)
+    if path.is_dir():
+        pipeline: str | None = _pipeline_class(path)
+    else:
+        pipeline = None if asked.config else _pipeline_for(source, family)
     return BasePlan(source, path, pipeline, family, fingerprint)
+
+
+def _pipeline_for(source: str, family: str | None) -> str:
+    """The pipeline for a family's checkpoints in one file."""
+    for start, name in SINGLE_FILES.items():
+        if (family or "").startswith(start):
+            return name
+    raise UnknownBaseError(
+        f"{source} is no base that krona knows as a single file.",
+        fix="Give a diffusers folder, or --config FOLDER|ID: a diffusers pipeline of the same kind.",
+    )
 
 
 def _no_base(source: str) -> KronaError:

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from krona_hub import __version__
 from krona_hub.errors import FormatError, IntegrityError, NotFoundError
 from krona_hub.images.asked import Settings
 from krona_hub.images.plan import BasePlan, Plan, base_digest, small_files
@@ -67,7 +66,7 @@ def _adapter(name: str, source: str, weight: float, sha256: str) -> dict[str, An
 
 def versions() -> dict[str, str | None]:
     """Of krona_hub and of the libraries that compute the pictures."""
-    return {"krona_hub": __version__, **{name: _version(name) for name in PEERS}}
+    return {"krona_hub": _version("krona-hub"), **{name: _version(name) for name in PEERS}}
 
 
 def _version(name: str) -> str | None:
