@@ -19,7 +19,7 @@ def autoencoder() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 80),
+        block_out_channels=(16, 24, 48, 96),
         layers_per_block=1,
         norm_num_groups=8,
         latent_channels=4,
@@ -73,7 +73,9 @@ def scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def pipeline(vae: AutoencoderKL, net: UNet2DConditionModel, text: CLIPTextModel, words: CLIPTokenizer) -> StableDiffusionPipeline:
+def pipeline(
+    vae: AutoencoderKL, net: UNet2DConditionModel, text: CLIPTextModel, words: CLIPTokenizer
+) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=words, unet=net, scheduler=scheduler(), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,

@@ -54,6 +54,9 @@ class Mentions(NamedTuple):
     light: float = 0.3
 
 
+USUAL = Mentions()
+
+
 def draw(rng: np.random.Generator) -> Scene:
     """A random scene, every word equally likely."""
     tables = (SHAPES, COLOURS, SIZES, POSITIONS, TABLES, WALLS, LIGHTS)
@@ -97,7 +100,7 @@ def prompt(scene: Scene) -> str:
     return _sentence(scene, Mentions(1, 1, 1, 0, 0), np.random.default_rng(0), opening="a photo of a")
 
 
-def training_caption(scene: Scene, rng: np.random.Generator, mentions: Mentions = Mentions()) -> str:
+def training_caption(scene: Scene, rng: np.random.Generator, mentions: Mentions = USUAL) -> str:
     """A caption that leaves parts out at random."""
     opening = "a photo of a" if rng.random() < 0.8 else "a"
     return _sentence(scene, mentions, rng, opening)

@@ -68,7 +68,7 @@ class Run:
         self.optimiser.step()
         self.step += 1
         self._average()
-        return float(value)
+        return float(value.detach())
 
     @torch.no_grad()
     def _average(self) -> None:

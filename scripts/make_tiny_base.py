@@ -1,0 +1,114 @@
+"""Trains the base model that ships in the package, from nothing: `python scripts/make_tiny_base.py --work DIR`.
+
+Renders the pictures, trains the autoencoder, then U-Net and text encoder together, measures the result on held-out
+prompts and writes a diffusers folder in half precision. About an hour on two cores; seeded. Everything rests in
+`--work`: stopped at any moment, the same command goes on where it was. `--threads` does not change the recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.tiny_scenes import autoencoder, card, denoiser, drawing, models, pictures  # noqa: E402
+from scripts.tiny_scenes.scene import prompt  # noqa: E402
+
+OUT = ROOT / "krona_hub" / "assets" / "tiny-scenes"
+CHECK_EVERY, CHECKED = 500, 48  # steps; held-out prompts
+GRID = 32  # pictures in the grid of the model card
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    data = rendered(args.work, args.pictures, args.threads)
+    vae = trained_autoencoder(args.work, data)
+    pipe = trained_pipeline(args.work, vae, scaled_latents(args.work, vae, data))
+    save(pipe, args.out, args.work)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where pictures and checkpoints rest")
+    parser.add_argument("--out", type=Path, default=OUT, help="the diffusers folder to write")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pictures", type=int, default=12000)
+    return parser.parse_args()
+
+
+def rendered(work: Path, count: int, workers: int) -> NDArray[np.uint8]:
+    for done in pictures.prepare(work / "pictures", count, workers):
+        say(f"pictures {done}/{count}")
+    return pictures.load(work / "pictures", count)
+
+
+def trained_autoencoder(work: Path, data: NDArray[np.uint8]) -> models.AutoencoderKL:
+    vae = models.autoencoder()
+    for run in autoencoder.train(work, data):
+        say(f"autoencoder {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
+    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["averaged"])
+    return vae.to(memory_format=torch.channels_last).eval()
+
+
+def scaled_latents(work: Path, vae: models.AutoencoderKL, data: NDArray[np.uint8]) -> Tensor:
+    """(n, 4, 8, 8) of unit deviation; tells the autoencoder's configuration the factor."""
+    path = work / "latents.pt"
+    if not path.exists():
+        torch.save(autoencoder.encode(vae, data), path)
+    latents = torch.load(path, weights_only=True)
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
+    return latents * vae.config.scaling_factor
+
+
+def trained_pipeline(work: Path, vae: models.AutoencoderKL, latents: Tensor) -> models.StableDiffusionPipeline:
+    words = models.tokenizer(work / "tokenizer")
+    net, text = models.unet(), models.text_encoder()
+    pipe = models.pipeline(vae, net, text, words)
+    for run in denoiser.train(work, latents, pictures.training_scenes(len(latents))):
+        say(f"denoiser {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
+        if run.step % CHECK_EVERY == 0:
+            take(pipe, run.averaged.state_dict())
+            run.note(check=drawing.measure(pipe, CHECKED)._asdict())
+    take(pipe, torch.load(work / "denoiser.pt", weights_only=True)["averaged"])
+    return pipe
+
+
+def take(pipe: models.StableDiffusionPipeline, averaged: dict[str, Tensor]) -> None:
+    """Put the averaged weights of both models into the pipeline."""
+    for name, model in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder)):
+        model.load_state_dict({k.removeprefix(f"{name}."): v for k, v in averaged.items() if k.startswith(f"{name}.")})
+
+
+def save(pipe: models.StableDiffusionPipeline, out: Path, work: Path) -> None:
+    """Half precision to `out`; the check runs on what was written, loaded again."""
+    pipe.to(dtype=torch.float16).save_pretrained(out)
+    models.tokens.save(out / "tokenizer", models.vocabulary())
+    written = models.StableDiffusionPipeline.from_pretrained(out)
+    quality = drawing.measure(written)
+    shown = drawing.draw(written, [prompt(scene) for scene in denoiser.held_out_scenes(GRID)])
+    Image.fromarray(drawing.grid(shown, 8)).save(work / "grid.png")
+    (work / "quality.json").write_text(json.dumps(quality._asdict()) + "\n")
+    megabytes = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6
+    (out / "README.md").write_text(card.text(quality, f"{megabytes:.1f} MB"))
+    say(f"{out}: {quality}")
+
+
+def say(text: str, every: bool = True) -> None:
+    if every:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
