@@ -8,7 +8,7 @@ demo: $(VENV)/.runtime ; $(VENV)/bin/krona demo
 test: check ; $(PY) -m pytest -n 2 --dist worksteal
 quick: $(VENV)/.ready ; $(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 check: $(VENV)/.ready ; $(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
-docs: $(VENV)/.ready ; $(PY) scripts/make_docs.py
+docs: $(VENV)/.ready ; $(PY) -m scripts.make_docs
 bench: $(VENV)/.ready ; for b in benchmarks/bench_*.py; do $(PY) $$b || exit 1; done
 
 $(VENV)/.runtime: pyproject.toml constraints.txt

@@ -32,6 +32,7 @@ from krona_hub.report import human_bytes, plain
 PIPED_WIDTH = 10_000  # columns: a pipe has no edge, so that names are never cut there
 PATIENCE = 2.0  # seconds before a progress bar appears
 BETWEEN = 0.1  # seconds between two drawings of it
+WIDTH = 24  # columns of it
 
 Function = Callable[..., Any]
 
@@ -128,6 +129,21 @@ from_option = click.option(
 )
 output_option = click.option("-o", "--output", "out", type=click.Path(), metavar="OUT", help="Where to write.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+allow_missing_option = click.option(
+    "--allow-missing", is_flag=True, help="Go on with what is understood, though some modules are not."
+)
+allow_base_mismatch_option = click.option(
+    "--allow-base-mismatch", is_flag=True, help="Go on though an adapter was made for another base."
+)
+dtype_option = click.option("--dtype", metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16.")
+to_option = click.option(
+    "--to",
+    metavar="FORMAT",
+    default="krona",
+    shell_complete=complete_formats,
+    help="The format to write, or `lora` or `lokr`. `krona formats` lists them. Default: krona.",
+)
+threads_option = click.option("--threads", type=click.IntRange(1, 64), default=2, metavar="N", help="Threads [2].")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Do everything but write.")
 
 
@@ -206,45 +222,81 @@ def _print(renderable: Any) -> None:
 
 
 @contextmanager
-def progress(label: str, *, in_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with the time left on stderr, for work that reports `(done, total)`; it appears after two seconds.
 
     with progress("layers") as step:
         for i, layer in enumerate(layers):
             step(i, len(layers))
-
-    With `in_bytes` the counts are bytes, and the bar tells the rate as well. Any thread may report.
     """
+    with _bar_on_stderr() as draw:
+        yield lambda done, total: draw(
+            lambda seconds: f"{_bar(label, done, total)} {done:,}/{total:,}{_left(done, total, seconds)}"
+        )
+
+
+@contextmanager
+def byte_progress(label: str) -> Iterator[Callable[[int, int | None], None]]:
+    """The same for work that reports bytes: with the rate, and without a bar where the total is unknown."""
+
+    def words(done: int, total: int | None, seconds: float) -> str:
+        rate = f"{human_bytes(round(done / seconds))}/s"
+        if not total:
+            return f"{label} {human_bytes(done)}  {rate}"
+        counts = f"{human_bytes(done)} of {human_bytes(total)}"
+        return f"{_bar(label, done, total)} {counts}  {rate}{_left(done, total, seconds)}"
+
+    with _bar_on_stderr() as draw:
+        yield lambda done, total: draw(lambda seconds: words(done, total, seconds))
+
+
+def counting(step: Callable[[int, int | None], None], total: int | None = None) -> Callable[[int], None]:
+    """For work that reports the bytes since its last report."""
+    done = 0
+
+    def more(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        step(done, total)
+
+    return more
+
+
+@contextmanager
+def _bar_on_stderr() -> Iterator[Callable[[Callable[[float], str]], None]]:
+    """A line that is drawn over and over while the block runs, from words that know the seconds it has run."""
     started, shown = time.monotonic(), -inf
     wanted = sys.stderr.isatty() and not (asked_for("quiet") or asked_for("json"))
 
-    def step(done: int, total: int) -> None:
+    def draw(words: Callable[[float], str]) -> None:
         nonlocal shown
         now = time.monotonic()
-        if wanted and done and now - started > PATIENCE and now - shown > BETWEEN:
+        if wanted and now - started > PATIENCE and now - shown > BETWEEN:
             shown = now
-            counts = _byte_counts(done, total, now - started) if in_bytes else f"{done:,}/{total:,}"
-            sys.stderr.write(f"\r\x1b[K{_bar(label, done, total, now - started, counts)}")
+            sys.stderr.write(f"\r\x1b[K{words(now - started)}")
             sys.stderr.flush()
 
     try:
-        yield step
+        yield draw
     finally:
         if shown > 0:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
 
-def _bar(label: str, done: int, total: int, seconds: float, counts: str) -> str:
-    """`layers ━━━━━━──────  120/560  0:14 left`."""
-    filled = min(24, 24 * done // max(total, 1))
-    left = round(seconds * max(total - done, 0) / done)
-    return f"{label} {'━' * filled}{'─' * (24 - filled)} {counts}  {left // 60}:{left % 60:02} left"
+def _bar(label: str, done: int, total: int) -> str:
+    """
+    >>> _bar("layers", 1, 3)
+    'layers ━━━━━━━━────────────────'
+    """
+    filled = min(WIDTH, WIDTH * done // max(total, 1))
+    return f"{label} {'━' * filled}{'─' * (WIDTH - filled)}"
 
 
-def _byte_counts(done: int, total: int, seconds: float) -> str:
+def _left(done: int, total: int, seconds: float) -> str:
     """
-    >>> _byte_counts(1_200_000_000, 5_100_000_000, 1.5)
-    '1.2 GB of 5.1 GB  800.0 MB/s'
+    >>> _left(2, 4, 80.0), _left(0, 4, 9.0)
+    ('  1:20 left', '')
     """
-    return f"{human_bytes(done)} of {human_bytes(total)}  {human_bytes(round(done / seconds))}/s"
+    left = round(seconds * max(total - done, 0) / done) if done else 0
+    return f"  {left // 60}:{left % 60:02} left" if done else ""

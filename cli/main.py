@@ -20,6 +20,14 @@ rich_click.rich_click.TEXT_PARAGRAPH_LINEBREAKS = "\n\n"
 rich_click.rich_click.PADDING_HELPTEXT_FIRST_LINE = (0, 0, 1, 0)
 rich_click.rich_click.MAX_WIDTH = 110
 rich_click.rich_click.STYLE_EPILOG_TEXT = ""
+rich_click.rich_click.COMMAND_GROUPS = {
+    "krona": [
+        {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate"]},
+        {"name": "Adapters and models", "commands": ["verify"]},
+        {"name": "Before training", "commands": ["params", "formats"]},
+        {"name": "Krona itself", "commands": ["demo", "completion"]},
+    ]
+}
 
 
 class Entry(NamedTuple):
@@ -34,6 +42,10 @@ COMMANDS = {
     "validate": Entry("krona_hub.cli.validate_command", "Check a file's structure, schema, shapes and numbers."),
     "convert": Entry("krona_hub.cli.convert_command", "Write an adapter in another format, form or size."),
     "migrate": Entry("krona_hub.cli.migrate_command", "Rewrite a krona file in another version of its schema."),
+    "combine": Entry("krona_hub.cli.combine_command", "Add adapters, each at its strength, into one."),
+    "verify": Entry(
+        "krona_hub.cli.verify_command", "Compare: merged model and adapters, two adapters, adapter and base."
+    ),
     "params": Entry("krona_hub.cli.params_command", "Count an adapter's parameters before training it."),
     "formats": Entry("krona_hub.cli.formats_command", "List the formats, and which tools load them."),
     "demo": Entry("krona_hub.cli.demo_command", "Run the main job on an adapter that comes with krona, offline."),
@@ -71,7 +83,7 @@ def load(name: str) -> click.Command:
 @click.version_option(__version__, prog_name="krona")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Read, understand and convert Kronecker (LoKr, KronA, DiffuseKronA) and LoRA adapters of diffusion models.
+    """Understand, convert and merge Kronecker (LoKr, KronA, DiffuseKronA) and LoRA adapters of diffusion models.
 
     krona COMMAND --help shows what a command does, with an example.
     """

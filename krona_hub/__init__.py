@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from krona_hub.adapter import Adapter as Adapter
     from krona_hub.adapter import LayerDelta as LayerDelta
+    from krona_hub.combining import combine as combine
     from krona_hub.conversion import convert as convert
     from krona_hub.errors import KronaError as KronaError
+    from krona_hub.extraction import extract as extract
     from krona_hub.formats.files import read as read
     from krona_hub.formats.writing import write as write
     from krona_hub.kron.shapes import KronShape as KronShape
     from krona_hub.kron.terms import KronTerms as KronTerms
     from krona_hub.kron.terms import nearest_kron as nearest_kron
+    from krona_hub.merging.merge_files import merge as merge
+    from krona_hub.merging.plan import plan_merge as plan_merge
+    from krona_hub.merging.state_dict import apply_to_state_dict as apply_to_state_dict
+    from krona_hub.merging.undo import unmerge as unmerge
     from krona_hub.origin import BaseModel as BaseModel
+    from krona_hub.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -24,6 +31,13 @@ PUBLIC = {  # name -> the module that defines it
     "read": "krona_hub.formats.files",
     "write": "krona_hub.formats.writing",
     "convert": "krona_hub.conversion",
+    "plan_merge": "krona_hub.merging.plan",
+    "merge": "krona_hub.merging.merge_files",
+    "unmerge": "krona_hub.merging.undo",
+    "apply_to_state_dict": "krona_hub.merging.state_dict",
+    "extract": "krona_hub.extraction",
+    "combine": "krona_hub.combining",
+    "verify": "krona_hub.verification",
     "nearest_kron": "krona_hub.kron.terms",
     "Adapter": "krona_hub.adapter",
     "LayerDelta": "krona_hub.adapter",

@@ -17,6 +17,30 @@ class BaseModel:
     fingerprint: str | None = None  # sha256 of the base's sorted canonical `name shape` lines
     candidates: tuple[str, ...] = ()  # catalogue names that fit equally well
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every catalogue name that it may be, the likeliest first."""
+        return tuple(dict.fromkeys((*([self.family] if self.family else []), *self.candidates)))
+
+    @property
+    def words(self) -> str:
+        """What it is, for a message."""
+        return self.family or self.hub_id or f"a base with fingerprint {(self.fingerprint or 'unknown')[:12]}"
+
+    def agrees_with(self, other: BaseModel) -> bool:
+        """Whether both may be the same base: what is unknown agrees with everything.
+
+        Names count before fingerprints: an inpainting U-Net has another fingerprint than its family.
+
+        >>> BaseModel("sd21", candidates=("sd21", "sd21-base")).agrees_with(BaseModel("sd21-base"))
+        True
+        """
+        if self.fingerprint and self.fingerprint == other.fingerprint:
+            return True
+        if self.names and other.names:
+            return bool({*self.names} & {*other.names})
+        return not (self.fingerprint and other.fingerprint)
+
 
 @dataclass(frozen=True)
 class Provenance:

@@ -72,6 +72,16 @@ def relative(error: float) -> str:
     return "0" if error == 0 else f"{error:.2g}"
 
 
+def rate(nbytes: int, seconds: float) -> str:
+    """How long it took, and how fast where that means something.
+
+    >>> rate(5_100_000_000, 3.4), rate(20_000, 0.003)
+    ('3.4 s, 1.5 GB/s', '0.0 s')
+    """
+    speed = f", {human_bytes(round(nbytes / seconds))}/s" if nbytes > 100_000_000 and seconds > 0 else ""
+    return f"{seconds:.1f} s{speed}"
+
+
 class FormGroup(NamedTuple):
     """Layers that went from one form to another."""
 

@@ -6,10 +6,12 @@ A source is a path if it exists; otherwise `hf://ns/name[@revision][/file]` or `
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from krona_hub.errors import AmbiguousError, AuthError, NotFoundError, OfflineError
+from krona_hub.errors import AmbiguousError, AuthError, KronaError, NotFoundError, OfflineError
 
 HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>.+))?$")
 WEIGHTS = ".safetensors"
@@ -64,15 +66,24 @@ def _similar(path: Path) -> str:
 
 
 def _download(hub_id: HubId) -> Path:
-    from huggingface_hub import errors, hf_hub_download
+    with _hub_errors(hub_id):
+        from huggingface_hub import hf_hub_download
 
-    try:
         name = hub_id.file or _only_adapter(hub_id)
         path = Path(hf_hub_download(hub_id.repo, name, revision=hub_id.revision))
         if path.name != PEFT_WEIGHTS:
             return path
         hf_hub_download(hub_id.repo, str(Path(name).with_name("adapter_config.json")), revision=hub_id.revision)
         return path.parent
+
+
+@contextmanager
+def _hub_errors(hub_id: HubId) -> Iterator[None]:
+    """Errors of the client as ours."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except (errors.GatedRepoError, errors.RepositoryNotFoundError) as e:
         raise AuthError(
             f"{hub_id.repo}: not found on the Hub, or private or gated.",
@@ -82,6 +93,8 @@ def _download(hub_id: HubId) -> Path:
         if isinstance(e, errors.LocalEntryNotFoundError):
             raise _offline(hub_id) from e
         raise NotFoundError(f"{hub_id.repo} has no {hub_id.file or hub_id.revision}.", fix="Check both names.") from e
+    except KronaError:
+        raise
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as e:
         raise _offline(hub_id) from e
 
@@ -107,3 +120,26 @@ def _offline(hub_id: HubId) -> OfflineError:
         f"{hub_id.repo}: no such local path, and the Hub cannot be reached.",
         fix="Check the connection, or give the path of a local file.",
     )
+
+
+# ── bases ────────────────────────────────────────────────────────────────────────────────────────
+
+BASE_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # never pickles
+
+
+def resolve_base(source: str | Path) -> Path:
+    """The local path of a base with its weights: a path, or the Hub id of a model or of one file in a repository.
+
+    Of a repository the safetensors, configurations and tokenizers are downloaded, into the Hub's own cache. Raises
+    NotFoundError, AuthError or OfflineError with the fix for each; catalogue names are no weights, and not found here.
+    """
+    path = Path(source).expanduser()
+    hub_id = parse_hub_id(str(source))
+    if path.exists() or hub_id is None or (path.suffix == WEIGHTS and hub_id.file is None):
+        return path
+    if hub_id.file is not None:
+        return _download(hub_id)
+    with _hub_errors(hub_id):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=list(BASE_FILES)))

@@ -1,21 +1,17 @@
 """Write what the documents take from the program: `docs/commands.md`, `docs/errors.md`, the blocks of README.md.
 
-    python scripts/make_docs.py
+    python -m scripts.make_docs
 
-In README.md a block is a fence under a comment. `<!-- run: krona inspect lora.safetensors -->` is filled with what
-that command prints in a folder with the demo's adapters, `<!-- table: loads-in -->` with a table. A test makes all
-pages again and compares them.
+In README.md and docs/merging.md a block is a fence under a comment. `<!-- run: krona inspect lora.safetensors -->` is
+filled with what that command prints in a folder with the files of `scripts/example_files.py`, and
+`<!-- table: loads-in -->` with a table. A test makes all pages again and compares them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import os
 import re
-import shlex
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +19,10 @@ from pathlib import Path
 import click
 
 from krona_hub import errors
-from krona_hub.assets import __file__ as assets
 from krona_hub.cli import failures
-from krona_hub.cli.main import COMMANDS, load, main
+from krona_hub.cli.main import COMMANDS, load
 from krona_hub.report import loads_matrix
+from scripts.example_files import example_folder, output_of
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 100  # columns of the help texts
@@ -36,22 +32,6 @@ STATUSES = {
     4: "not logged in, or no access", 5: "does not fit the base, or conflict", 6: "integrity", 7: "not found",
     8: "disk, memory or a limit", 9: "rate limited", 10: "offline", 130: "stopped",
 }  # fmt: skip
-
-
-def output_of(command: str, folder: Path) -> str:
-    """What a command line prints to stdout in that folder."""
-    printed = io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-        main(shlex.split(command)[1:])
-    return printed.getvalue()
-
-
-def example_folder(folder: Path) -> Path:
-    """The adapters that the examples name: lora, lokr and krona.safetensors."""
-    for name in ("lora", "lokr"):
-        shutil.copyfile(Path(assets).parent / f"demo_{name}.safetensors", folder / f"{name}.safetensors")
-    output_of("krona convert lokr.safetensors -o krona.safetensors", folder)
-    return folder
 
 
 def commands_page() -> str:
@@ -100,10 +80,11 @@ def loads_in_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {"loads-in": loads_in_table}
 
 
-def with_blocks_filled(page: str) -> str:
-    """The page with every block made anew."""
+def with_blocks_filled(path: str) -> str:
+    """The page at that path with every block made anew, one after the other in one folder."""
+    page = (ROOT / path).read_text()
     with tempfile.TemporaryDirectory() as name:
-        folder = example_folder(Path(name))
+        folder = example_folder(Path(name), bf16="base-bf16" in page)
 
         def fill(block: re.Match[str]) -> str:
             opening, kind, what, _, end = block.groups()
@@ -117,7 +98,7 @@ def with_blocks_filled(page: str) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "docs/commands.md": commands_page,
     "docs/errors.md": errors_page,
-    "README.md": lambda: with_blocks_filled((ROOT / "README.md").read_text()),
+    "README.md": lambda: with_blocks_filled("README.md"),
 }
 
 

@@ -11,14 +11,14 @@ from scripts.make_docs import PAGES, ROOT
 
 @pytest.mark.parametrize("page", ["docs/commands.md", "docs/errors.md"])
 def test_a_generated_page_is_up_to_date(page, monkeypatch):
-    assert (ROOT / page).read_text() == PAGES[page](), "run: python scripts/make_docs.py"
+    assert (ROOT / page).read_text() == PAGES[page](), "run: python -m scripts.make_docs"
 
 
 @pytest.mark.slow
 def test_the_readme_shows_what_the_commands_print():
     made = PAGES["README.md"]()
     assert without_rounding((ROOT / "README.md").read_text()) == without_rounding(made), (
-        "run: python scripts/make_docs.py"
+        "run: python -m scripts.make_docs"
     )
 
 
@@ -29,7 +29,7 @@ def without_rounding(page: str) -> str:
 
 @pytest.mark.slow
 def test_the_library_example_of_the_readme_runs(tmp_path, monkeypatch):
-    from scripts.make_docs import example_folder
+    from scripts.example_files import example_folder
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 
 def _text_config(width: int = 24, **more):
@@ -144,7 +147,7 @@ def module_of(pipe, layer: str) -> torch.nn.Module:
     """The module behind a canonical layer name."""
     component, _, path = layer.partition(".")
     model = components(pipe)[component]
-    if hasattr(model, "text_model"):
+    if hasattr(model, "text_model") and path != "text_projection":
         model = model.text_model
     return model.get_submodule(path)
 
@@ -173,6 +176,33 @@ def added(pipe, adapter):
         weight = module_of(pipe, layer).weight
         weight += delta.dense(weight).to(weight.dtype)
     return pipe
+
+
+@contextmanager
+def hooked(pipe, deltas: Mapping[str, torch.Tensor], weight: float = 1.0):
+    """The pipeline where every layer adds F.linear(x, w·ΔW), or the convolution, to what it computes: an adapter
+    that was loaded and not merged."""
+
+    def adding(module, delta):
+        delta = weight * delta.to(module.weight.dtype).reshape(module.weight.shape)
+
+        def hook(_module, inputs, output):
+            if isinstance(module, torch.nn.Linear):
+                return output + F.linear(inputs[0], delta)
+            sizes = module.stride, module.padding, module.dilation, module.groups
+            return output + F.conv2d(inputs[0], delta, None, *sizes)
+
+        return module.register_forward_hook(hook)
+
+    handles = [adding(module_of(pipe, layer), delta) for layer, delta in deltas.items()]
+    yield pipe
+    for handle in handles:
+        handle.remove()
+
+
+def deltas(pipe, adapter) -> dict[str, torch.Tensor]:
+    """Layer -> ΔW of an adapter for this pipeline."""
+    return {layer: delta.dense(module_of(pipe, layer).weight) for layer, delta in adapter.layers.items()}
 
 
 def outputs(pipe) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ def load_base(source: str | Path) -> Base:
     """
     path = Path(source)
     if path.is_dir():
-        return _known({c: _folder_modules(folder) for c, folder in _component_folders(path).items()}, path)
+        return _known({c: _folder_modules(folder) for c, folder in component_folders(path).items()}, path)
     if path.exists():
         return _file_base(path)
     if catalogue.find(str(source)) is None and path.suffix in (".safetensors", ".ckpt", ".pt"):
@@ -47,16 +47,23 @@ def weight_files(source: str | Path) -> dict[str, WeightPlace]:
     """
     path = Path(source)
     if path.is_dir():
-        folders = _component_folders(path)
-        return {layer: w for c, f in folders.items() for layer, w in _plain(c, stored_in(files_of(f))).items()}
+        folders = component_folders(path)
+        return {layer: w for c, f in folders.items() for layer, w in plainly_placed(c, stored_in(files_of(f))).items()}
     if not path.exists():
         return {}
-    stored = stored_in([path])
+    return placed(path, stored_in([path]))
+
+
+def placed(path: Path, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
+    """Canonical layer -> where its weight lies, of tensors under any names that a base of the catalogue has.
+
+    `path` is what an error calls them. Raises UnknownBaseError where no base is known by these names.
+    """
     return _landed(_base_of_tensors(path, stored), stored)
 
 
-def _plain(component: str, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
-    """Weights under their diffusers names."""
+def plainly_placed(component: str, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
+    """Canonical layer -> where its weight lies, of one component's tensors under their diffusers names."""
     weights = {path.removeprefix("text_model."): w for path, w in weights_by_module(stored).items()}
     layers = {f"{component}.{path}": w for path, w in weights.items()}
     return {layer: WeightPlace(w.path, w.tensor, Placement(layer)) for layer, w in layers.items()}
@@ -72,7 +79,7 @@ def _landed(base: Base, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
     }
 
 
-def _component_folders(path: Path) -> dict[str, Path]:
+def component_folders(path: Path) -> dict[str, Path]:
     """component -> folder, of a pipeline or of a lone component."""
     folders = {c: path / c for c in COMPONENTS if _has_model(path / c)}
     if folders:

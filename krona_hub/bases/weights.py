@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,7 @@ TABLES = (  # two-dimensional weights that are looked up, not multiplied
     "token_embedding", "position_embedding", "embed_tokens", "embed_positions", "shared", "relative_attention_bias",
     "word_embeddings", "position_embeddings", "token_type_embeddings", "class_embedding", "positional_embedding",
 )  # fmt: skip
+SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 SUFFIXES = (".weight", "_weight", "")  # `attn.in_proj_weight` and the bare `text_projection` of OpenCLIP
 
 
@@ -43,15 +45,51 @@ def stored_in(files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def files_of(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a component folder: the shards of its index, else one whole file.
+    """The safetensors files of a component folder: the shards of its index, or one whole file.
 
     Of several variants (`fp16`, `non_ema`) the plain one is taken. () where there are no weights.
     """
-    indices = sorted(folder.glob("*.safetensors.index.json"), key=lambda p: (len(p.name), p.name))
-    if indices:
-        return _shards(indices[0])
-    wholes = sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name))
-    return tuple(wholes[:1])
+    heads = _heads(folder)
+    if not heads:
+        _check_indexed(folder, ())
+    return _set_of(heads[0]) if heads else ()
+
+
+def sets_of(folder: Path) -> tuple[tuple[Path, ...], ...]:
+    """The files of each variant of a component, the plain one first: its shards, or one whole file.
+
+    Raises IncompleteError where a shard is missing, or an index.
+    """
+    sets = [_set_of(head) for head in _heads(folder)]
+    shards = {path for files in sets if len(files) > 1 for path in files}
+    sets = [files for files in sets if len(files) > 1 or files[0] not in shards]
+    _check_indexed(folder, sets)
+    return tuple(sets)
+
+
+def _check_indexed(folder: Path, sets: Iterable[tuple[Path, ...]]) -> None:
+    loose = set(folder.glob("*.safetensors")).difference(*sets)
+    if loose:
+        raise IncompleteError(
+            f"{min(loose)} is a shard that no index names.", fix="Download the *.safetensors.index.json beside it."
+        )
+
+
+def indices_of(folder: Path) -> list[Path]:
+    """The index files of a component: `x.safetensors.index.json`, and `x.safetensors.index.fp16.json` of a variant."""
+    return sorted(folder.glob("*.safetensors.index*.json"))
+
+
+def _heads(folder: Path) -> list[Path]:
+    """The index or the whole file of each variant, the plain one first."""
+    wholes = [path for path in folder.glob("*.safetensors") if not SHARD.search(path.name)]
+    first = {path for path in indices_of(folder) if path.name.endswith(".safetensors.index.json")}
+    rest = {*indices_of(folder), *wholes} - first
+    return [path for heads in (first, rest) for path in sorted(heads, key=lambda path: (len(path.name), path.name))]
+
+
+def _set_of(head: Path) -> tuple[Path, ...]:
+    return _shards(head) if head.suffix == ".json" else (head,)
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

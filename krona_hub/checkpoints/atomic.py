@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from krona_hub.checkpoints.faults import fault
+from krona_hub.checkpoints.leftovers import lock, remove, remove_leftovers, temporary_name
 from krona_hub.errors import ConflictError, KronaError, NotFoundError
 
 _OVERWRITE = "Add --overwrite, or choose another output with -o."
@@ -25,6 +24,17 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         raise ConflictError(f"{str(path)!r} is no regular file.", fix="Choose another output with -o.")
     if os.path.lexists(path) and not overwrite:
         raise ConflictError(f"{str(path)!r} exists already.", fix=_OVERWRITE)
+
+
+def check_folder(path: Path, *, overwrite: bool = False) -> None:
+    """Raise what writing a folder to `path` would raise, before any work is done for it."""
+    _check_parent(path)
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise ConflictError(f"{str(path)!r} is a file; a folder is to be written.", fix="Choose another name with -o.")
+    if any(path.iterdir()) and not overwrite:
+        raise ConflictError(f"{str(path)!r} exists already and is not empty.", fix=_OVERWRITE)
 
 
 @contextmanager
@@ -65,13 +75,12 @@ def atomic_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path
     """
     path = Path(path)
     try:
-        _check_folder(path, overwrite=overwrite)
-        with _temporary(path) as temporary:
-            temporary.mkdir()
+        check_folder(path, overwrite=overwrite)
+        with _temporary(path) as temporary, _folder(temporary):
             yield temporary
             for file in _files(temporary):
                 _sync_file(file)
-            _check_folder(path, overwrite=overwrite)
+            check_folder(path, overwrite=overwrite)
             _move(temporary, path)
         _sync_folder(path.parent)
     except KronaError:  # NotFoundError is an OSError too
@@ -90,33 +99,41 @@ def _check_parent(path: Path) -> None:
         raise ConflictError(f"{str(parent)!r} is a file, not a folder.", fix="Choose another output with -o.")
 
 
-def _check_folder(path: Path, *, overwrite: bool) -> None:
-    _check_parent(path)
-    if not os.path.lexists(path):
-        return
-    if not path.is_dir():
-        raise ConflictError(f"{str(path)!r} is a file; a folder is to be written.", fix="Choose another name with -o.")
-    if any(path.iterdir()) and not overwrite:
-        raise ConflictError(f"{str(path)!r} exists already and is not empty.", fix=_OVERWRITE)
-
-
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path`, so on the same disk; whatever bears it is gone when the block ends, Ctrl-C included."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
+    """A name beside `path`; whatever bears it is gone when the block ends, Ctrl-C included.
+
+    What an earlier process left there because it was killed is removed first.
+    """
+    remove_leftovers(path)
+    temporary = temporary_name(path)
     try:
         yield temporary
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                temporary.unlink()
+        remove(temporary)
 
 
 def _create(path: Path) -> BinaryIO:
-    """A new file with the rights that a plain open() would give it, which mkstemp's are not."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb")
+    """A new locked file with the rights that a plain open() would give it, which mkstemp's are not."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(path, flags, 0o666), "w+b")
+    lock(path, file.fileno())
+    return file
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A new folder, locked while the block runs."""
+    path.mkdir()
+    if not hasattr(os, "O_DIRECTORY"):  # where folders cannot be opened
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        lock(path, folder)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _files(folder: Path) -> list[Path]:

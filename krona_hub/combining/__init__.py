@@ -2,6 +2,5 @@
 
 from krona_hub.combining.combine_files import combine
 from krona_hub.combining.report import CombineReport, Part
-from krona_hub.combining.weighted import weighted_sum
 
-__all__ = ["CombineReport", "Part", "combine", "weighted_sum"]
+__all__ = ["CombineReport", "Part", "combine"]

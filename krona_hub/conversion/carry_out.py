@@ -19,6 +19,7 @@ from krona_hub.conversion.ways import Keep, MaxError, Way
 from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.encode import cast
 from krona_hub.formats.files import read
+from krona_hub.formats.registry import format_of
 from krona_hub.formats.writing import write
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.sums import norm, relative_difference
@@ -50,7 +51,7 @@ def carry_out(asked: Request, progress: Progress | None = None) -> ConversionRep
 
     report = ConversionReport(
         source=asked.source,
-        source_format=adapter.provenance.source_format or "",
+        source_format=asked.from_format or format_of(asked.path, asked.base),
         target_format=target.format,
         tool=asked.tool,
         out=asked.out if asked.out is not None else default_out(asked.path, target.format),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,14 +34,19 @@ def bake_dora(adapter: Adapter, target: Target, way: Way, base: str | Path | Non
             f"{len(names)} layers are DoRA (the first is {names[0]}): without the base weights they have no delta.",
             fix="Give the base model's weights with --base (a diffusers folder or a checkpoint file).",
         )
+    return plain_deltas({name: adapter.layers[name] for name in names}, base)
+
+
+def plain_deltas(layers: Mapping[str, LayerDelta], base: str | Path) -> dict[str, LayerDelta]:
+    """DoRA layers as what they add to the weights of `base`. Raises UnknownBaseError where it has none of a layer."""
     places = weight_files(base)
-    missing = [name for name in names if name not in places]
+    missing = [name for name in layers if name not in places]
     if missing:
         raise UnknownBaseError(
             f"{base} holds no weights of {missing[0]} (and {len(missing) - 1} other DoRA layers).",
             fix="Give a diffusers folder with its weights, or the checkpoint file, with --base.",
         )
-    return {name: _baked(adapter.layers[name], read_weight(places[name])) for name in names}
+    return {name: _baked(delta, read_weight(places[name])) for name, delta in layers.items()}
 
 
 def _baked(delta: LayerDelta, weight: Tensor) -> LayerDelta:

@@ -47,6 +47,8 @@ def words_of(delta: LayerDelta) -> str:
 
 
 def _sum_words(terms: KronTerms) -> str:
+    if terms.shape[:2] == (1, 1) and terms.terms == 1 and isinstance(terms.right, LowRank):
+        return f"LoRA r{terms.right.rank}"
     whole = terms.shape[:2] == (1, 1) and not isinstance(terms.right, LowRank)
     words = "dense" if whole else str(terms.shape)
     for name, factor in (("A", terms.left), ("B", terms.right)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from pathlib import Path
 from types import ModuleType
 
 from krona_hub.errors import AmbiguousError, UnrecognisedError, UnsupportedError, UsageError
@@ -18,7 +19,7 @@ from krona_hub.formats import (
     peft_lokr,
     peft_lora,
 )
-from krona_hub.formats.source import CONFIG, AdapterFile
+from krona_hub.formats.source import CONFIG, AdapterFile, open_files
 
 FORMATS: tuple[ModuleType, ...] = (
     krona,
@@ -88,3 +89,11 @@ def _check_ours(file: AdapterFile) -> None:
             f"these are PEFT tensors without their {CONFIG}: the scale alpha / r is unknown.",
             fix=f"Put {CONFIG} beside the file, or say --from diffusers-{kind} for scale 1.",
         )
+
+
+def format_of(source: str | Path, base: str | Path | None = None) -> str:
+    """The name of the format that an adapter is stored in; of a folder, that of its first file. Headers only.
+
+    A native file remembers where it came from (`provenance.source_format`); this says what it is.
+    """
+    return str(detect_format(open_files(source, base)[0]).NAME)

@@ -35,9 +35,9 @@ class TensorCheck:
     touched: bool  # whether an adapter is for it
     elements: int
     unequal: int = 0  # elements that are not equal bit for bit
-    worst_units: int = 0  # largest distance, in units in the last place
-    strengths: tuple[float, ...] = ()  # found by least squares, one per adapter; () where not estimated
-    unexplained: float | None = None  # ‖what is left of the difference from the base‖ / ‖it‖, at those strengths
+    worst_units: float = 0  # largest distance, in units in the last place; inf beside what is not finite
+    strengths: tuple[float, ...] = ()  # found, one per adapter, NaN for one without a delta here; () where as asked
+    unexplained: float | None = None  # ‖what those strengths leave of the difference from the base‖ / ‖it‖
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class MergeCheck:
     weights: tuple[float, ...]  # asked
     matched: tuple[str, ...]  # per adapter, "N of M modules …"
     tensors: tuple[TensorCheck, ...]  # every tensor of either
-    strengths: tuple[float, ...] = ()  # found over all tensors that differ; () where none does
+    strengths: tuple[float, ...] = ()  # found over all touched tensors that differ; () where none does
     notes: tuple[str, ...] = ()
     question: Literal["merge"] = "merge"
 
@@ -152,7 +152,7 @@ class FitCheck:
     problems: Mapping[str, str] = field(default_factory=dict)  # module -> why it does not fit
     coverage: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # component -> layers adapted, layers
     recorded: str | None = None  # the base that the file names
-    fingerprint_agrees: bool | None = None  # None where the file records none
+    fingerprint_agrees: bool | None = None  # whether `recorded` may be this base; None where nothing is recorded
     fits_instead: tuple[str, ...] = ()  # catalogue names that it fits where it does not fit this one
     notes: tuple[str, ...] = ()
     question: Literal["fit"] = "fit"

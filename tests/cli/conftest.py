@@ -1,6 +1,6 @@
 import pytest
 
-from scripts.make_docs import example_folder
+from scripts.example_files import example_folder
 
 
 @pytest.fixture(scope="session")

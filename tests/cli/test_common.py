@@ -85,6 +85,20 @@ def test_a_bar_appears_after_two_seconds_only_and_goes_away(capsys, monkeypatch)
     assert capsys.readouterr().err == "\r\x1b[K"
 
 
+def test_a_bar_of_bytes_tells_the_rate_and_the_time_left(capsys, monkeypatch):
+    clock = iter([0.0, 4.0, 4.05, 8.0])
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with common.byte_progress("merged") as step:
+        more = common.counting(step, 5_000_000_000)
+        more(1_000_000_000)
+        assert "1.0 GB of 5.0 GB  250.0 MB/s  0:16 left" in capsys.readouterr().err
+        more(1)
+        assert capsys.readouterr().err == "", "drawn ten times a second at most"
+        step(2_000_000_000, None)
+        assert capsys.readouterr().err == "\r\x1b[Kmerged 2.0 GB  250.0 MB/s"
+
+
 def test_a_log_file_gets_no_bar(capsys, monkeypatch):
     clock = iter([0.0, 10.0])
     monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))

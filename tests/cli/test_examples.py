@@ -1,6 +1,7 @@
 """Every example of every --help runs, and every --json prints one document of the promised shape."""
 
 import json
+import os
 import shlex
 import shutil
 
@@ -61,12 +62,51 @@ INSPECTION = obj(
     loads_in=each(VERDICT),
     sha256=MAYBE_TEXT,
 )
+PART = obj(source=TEXT, weight=NUMBER, format=MAYBE_TEXT, layers=COUNT, parameters=COUNT, sha256=MAYBE_TEXT)
+COMBINATION = obj(
+    parts=many(PART, 2),
+    target_format=TEXT,
+    out=MAYBE_TEXT,
+    layers=many(LAYER, 1),
+    parameters_before=COUNT,
+    parameters_after=COUNT,
+    relative_error=NUMBER,
+    energy_kept=NUMBER,
+    verdict=TEXT,
+    checked=TEXT,
+    notes=many(TEXT),
+    written=FLAG,
+)
+DELTA_CHECK = obj(
+    question={"const": "delta"},
+    same=FLAG,
+    exit_code=COUNT,
+    relative_difference=NUMBER,
+    only_first=many(TEXT),
+    only_second=many(TEXT),
+    layers=many(obj(layer=TEXT, first=MAYBE_TEXT, second=MAYBE_TEXT, relative_difference=NUMBER, same=FLAG), 1),
+)
+FIT_CHECK = obj(
+    question={"const": "fit"},
+    same=FLAG,
+    exit_code=COUNT,
+    base=TEXT,
+    matched=COUNT,
+    total=COUNT,
+    problems={"type": "object"},
+    coverage=each(many(COUNT, 2)),
+    fits_instead=many(TEXT),
+)
 SHAPES = {
     "inspect lora.safetensors": INSPECTION,
     "inspect krona.safetensors --sha256": INSPECTION,
     "convert lokr.safetensors --to lora --rank 4": CONVERSION,
     "convert lora.safetensors --exact --dry-run": CONVERSION,
     "validate krona.safetensors": obj(path=TEXT, valid=FLAG, findings=many({"type": "object"})),
+    "combine lora.safetensors lokr.safetensors:-0.5 -o sum.safetensors": COMBINATION,
+    "combine lora.safetensors:2 krona.safetensors --dry-run": COMBINATION,
+    "verify lokr.safetensors krona.safetensors": DELTA_CHECK,
+    "verify lokr.safetensors --base sd15": FIT_CHECK,
     "migrate krona.safetensors --to 1.0 -o same.safetensors": obj(**{"path": TEXT, "from": TEXT, "to": TEXT}),
     "params --base sdxl --shape 64x8 --rank 4": {"type": "object"},
     "formats": obj(
@@ -80,9 +120,8 @@ SHAPES = {
 
 @pytest.fixture
 def here(adapters, tmp_path, monkeypatch):
-    """A folder of its own with the adapters of the examples, as the working directory."""
-    for file in adapters.glob("*.safetensors"):
-        shutil.copyfile(file, tmp_path / file.name)
+    """A folder of its own with the files of the examples, as the working directory. No command edits a file."""
+    shutil.copytree(adapters, tmp_path, copy_function=os.link, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import rich_click
 
 from krona_hub.cli.failures import describe
 from krona_hub.cli.main import COMMANDS, cli, main
@@ -15,6 +16,11 @@ def test_help_lists_every_command_with_its_summary(capsys):
     shown = capsys.readouterr().out
     for name, entry in COMMANDS.items():
         assert name in shown and entry.summary[:30] in shown
+
+
+def test_help_groups_every_command_once():
+    grouped = [name for group in rich_click.rich_click.COMMAND_GROUPS["krona"] for name in group["commands"]]
+    assert sorted(grouped) == sorted(COMMANDS)
 
 
 def test_help_imports_no_command():

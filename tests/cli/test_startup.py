@@ -25,6 +25,8 @@ LIGHT = [
     "inspect lora.safetensors",
     "inspect lokr.safetensors --base sd15 --layers",
     "validate lokr.safetensors",
+    "verify lokr.safetensors --base sd15",
+    "verify lokr.safetensors --base base",
     "params --base sdxl --shape 64x8 --rank 4",
 ]
 

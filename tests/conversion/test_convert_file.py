@@ -97,3 +97,10 @@ def test_the_same_conversion_gives_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         convert(**golden("kohya_lora_dim4_a1_conv2_a1"), out=tmp_path / name, max_error=0.3)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_report_says_what_a_native_file_is_and_not_what_it_once_was(tmp_path):
+    native = convert(**golden("lyc_f4_dim2_a1"), out=tmp_path / "native.safetensors")
+    assert (native.source_format, native.target_format) == ("lycoris-lokr", "krona")
+    back = convert(native.out, tmp_path / "back.safetensors", to="lokr", base=shared("golden", "base"))
+    assert (back.source_format, back.target_format) == ("krona", "lycoris-lokr")

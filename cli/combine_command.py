@@ -1,0 +1,129 @@
+"""`krona combine`: one adapter that is the weighted sum of several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from krona_hub.cli.common import (
+    allow_base_mismatch_option,
+    allow_missing_option,
+    base_option,
+    component_option,
+    dry_run_option,
+    dtype_option,
+    emit,
+    krona_command,
+    output_option,
+    overwrite_option,
+    progress,
+    say,
+    show_facts,
+    show_table,
+    show_text,
+    to_option,
+)
+from krona_hub.cli.weighted import Weighted, WeightedSource
+from krona_hub.report import form_groups, human_bytes, percent, relative
+
+if TYPE_CHECKING:
+    from krona_hub.combining import CombineReport
+
+
+@krona_command(
+    "combine",
+    panels={
+        "Reading": ("--base", "--component", "--allow-missing", "--allow-base-mismatch"),
+        "Making it smaller (at most one)": ("--terms", "--max-error", "--allow-loss"),
+        "Where to": ("--output", "--to", "--dtype", "--overwrite", "--dry-run"),
+    },
+    examples=(
+        "krona combine lora.safetensors:0.7 lokr.safetensors:0.3 -o both.safetensors",
+        "krona combine lora.safetensors lokr.safetensors:-0.5 --max-error 0.05 -o small.safetensors",
+    ),
+)
+@click.argument("adapters", type=WeightedSource(), nargs=-1, required=True, metavar="ADAPTER[:w]…")
+@output_option
+@to_option
+@dtype_option
+@click.option("--terms", type=int, metavar="K", help="The best K terms of the layer's own shape.")
+@click.option("--max-error", type=float, metavar="E", help="The smallest form of each layer within this error.")
+@base_option
+@component_option
+@click.option("--allow-loss", is_flag=True, help="Write the result even if its total error exceeds 0.5.")
+@allow_missing_option
+@allow_base_mismatch_option
+@overwrite_option
+@dry_run_option
+@click.option("--layers", is_flag=True, help="List every layer.")
+def command(adapters: tuple[Weighted, ...], layers: bool, dry_run: bool, out: str | None, **options: Any) -> None:
+    """Add adapters, each at its strength, into one adapter.
+
+    The sum is exact: the factors of all adapters stand side by side, and no factors are averaged. The strengths
+    (FILE:w, default 1) are folded in, so that the result is used at strength 1. --terms and --max-error make it
+    smaller afterwards, with the error measured. Without -o nothing is written and the report tells what it would be.
+    """
+    from krona_hub.combining import combine
+
+    with progress("layers") as step:
+        report = combine(list(adapters), out, dry_run=dry_run, progress=step, **options)
+    emit(as_document(report), lambda: show(report, every_layer=layers))
+    if not report.written:
+        say("nothing was written." if out is None else "dry run: nothing was written.")
+
+
+def as_document(report: CombineReport) -> dict[str, Any]:
+    """The report with its totals, which are computed from its layers."""
+    totals = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")
+    measures = ("relative_error", "energy_kept", "verdict")
+    computed = {name: getattr(report, name) for name in (*totals, *measures)}
+    return {**{name: getattr(report, name) for name in report.__dataclass_fields__}, **computed}
+
+
+def show(report: CombineReport, *, every_layer: bool) -> None:
+    """The parts, the forms of the sum, the totals and the verdict."""
+    show_table(
+        ("adapter", ">strength", "format", ">layers", ">parameters"),
+        ((p.source, f"{p.weight:g}", p.format, p.layers, p.parameters) for p in report.parts),
+    )
+    show_text()
+    _show_layers(report) if every_layer else _show_groups(report)
+    show_text()
+    show_facts(_facts(report))
+
+
+def _show_layers(report: CombineReport) -> None:
+    show_table(
+        ("layer", "sum", "now", ">parameters", ">error"),
+        ((x.layer, x.before, x.after, x.parameters_after, relative(x.relative_error)) for x in report.layers),
+    )
+
+
+def _show_groups(report: CombineReport) -> None:
+    groups = form_groups(report.layers)
+    if all(x.before == x.after for x in report.layers):
+        show_table((">layers", "form", ">parameters"), ((g.layers, g.before, g.parameters_after) for g in groups))
+        return
+    show_table(
+        (">layers", "sum", "now", ">parameters", ">now", ">worst error"),
+        (
+            (g.layers, g.before, g.after, g.parameters_before, g.parameters_after, relative(g.worst_error))
+            for g in groups
+        ),
+    )
+
+
+def _facts(report: CombineReport) -> Iterator[tuple[str, Any]]:
+    yield "total", f"{len(report.layers)} layers, {report.target_format}"
+    yield "parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"
+    yield "bytes", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"
+    yield "error", f"{relative(report.relative_error)} relative, {percent(report.energy_kept)} of the energy kept"
+    yield "verdict", report.verdict
+    for note in report.notes:
+        yield "note", note
+    yield "file", str(report.out) if report.written else None
+    yield "check", report.checked.removeprefix("checked: ")
+    if report.written and report.target_format == "krona":
+        yield "next", f"krona convert {report.out} --for TOOL makes a file that TOOL loads"

@@ -1,0 +1,209 @@
+"""`krona verify`: does this checkpoint contain that adapter, are these adapters the same, does it fit the base?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from krona_hub.cli.common import (
+    allow_missing_option,
+    base_option,
+    byte_progress,
+    component_option,
+    emit,
+    krona_command,
+    progress,
+    show_facts,
+    show_table,
+    show_text,
+)
+from krona_hub.cli.weighted import Weighted, WeightedSource
+from krona_hub.report import plain, relative
+
+if TYPE_CHECKING:
+    from krona_hub.verification import DeltaCheck, FitCheck, MergeCheck, VerifyReport
+
+FEW = 6  # things that are listed without --all
+ALIKE = 0.99  # cosine from which one delta is called a multiple of the other
+PROPERTIES = ("same", "exit_code", "states", "only_first", "only_second", "relative_difference")
+
+
+@krona_command(
+    "verify",
+    panels={
+        "Question": ("--base", "--adapter"),
+        "How": ("--component", "--tolerance", "--exact", "--allow-missing", "--all"),
+    },
+    examples=(
+        "krona verify lokr.safetensors krona.safetensors",
+        "krona verify lokr.safetensors --base sd15",
+    ),
+)
+@click.argument("first", type=click.Path(), metavar="FILE")
+@click.argument("second", type=click.Path(), required=False, metavar="[ADAPTER]")
+@base_option
+@click.option(
+    "--adapter",
+    "adapters",
+    type=WeightedSource(),
+    multiple=True,
+    metavar="FILE[:w]",
+    help="With --base: an adapter that FILE should contain, at strength w; repeat it for several.",
+)
+@component_option
+@click.option(
+    "--tolerance", type=float, default=1e-5, metavar="E", help="Of two adapters: relative, per layer [1e-05]."
+)
+@click.option("--exact", is_flag=True, help="Of a checkpoint: allow no unit in the last place.")
+@allow_missing_option
+@click.option("--all", "every", is_flag=True, help="List everything, not what differs most.")
+@click.pass_context
+def command(
+    context: click.Context, first: str, second: str | None, adapters: tuple[Weighted, ...], every: bool, **options: Any
+) -> None:
+    """Compare, and answer with numbers, a verdict and an exit status.
+
+    krona verify MERGED --base BASE --adapter A:w   is MERGED exactly BASE with A at strength w?
+
+    krona verify A B                                do two adapters mean the same ΔW?
+
+    krona verify A --base BASE                      does the adapter fit the base? Only headers are read.
+
+    The exit status is 0 for yes, 6 for a difference and 5 for an adapter that does not fit its base.
+    """
+    from krona_hub.verification import verify
+
+    bar = byte_progress if adapters else progress
+    with bar("compared") as step:
+        report = verify(first, second, adapters=list(adapters), progress=step, **options)
+    emit(as_document(report), lambda: show(report, every=every))
+    context.exit(report.exit_code)
+
+
+def as_document(report: VerifyReport) -> dict[str, Any]:
+    """The report, with what is computed from it."""
+    return plain(report) | {name: getattr(report, name) for name in PROPERTIES if hasattr(report, name)}
+
+
+def show(report: VerifyReport, *, every: bool) -> None:
+    """What differs, worst first; then the numbers and the verdict."""
+    _SHOW[report.question](report, every)
+
+
+def _listed(columns: Sequence[str], rows: Sequence[Sequence[Any]], every: bool) -> None:
+    """A table of what differs, cut to FEW rows unless all were asked for."""
+    if rows:
+        show_table(columns, rows if every else rows[:FEW])
+        if not every and len(rows) > FEW:
+            show_text(f"and {len(rows) - FEW:,} more; --all lists them")
+        show_text()
+
+
+def _verdict(same: bool, yes: str, no: str) -> tuple[str, Any]:
+    """The last line: the answer in words, coloured in a terminal."""
+    from rich.text import Text
+
+    return "verdict", Text(yes if same else no, "bold green" if same else "bold red")
+
+
+# --- does this checkpoint contain exactly that? --------------------------------------------------------------------
+
+
+def _show_merge(report: MergeCheck, every: bool) -> None:
+    _listed(
+        ("tensor", "is", ">elements", ">unequal", ">units off", ">strength"),
+        [
+            (t.tensor, t.state, t.elements, t.unequal, f"{t.worst_units:.3g}", _strengths(t.strengths))
+            for t in (report.tensors if every else report.different)
+        ],
+        every,
+    )
+    show_facts(_merge_facts(report))
+
+
+def _merge_facts(report: MergeCheck) -> Iterator[tuple[str, Any]]:
+    for adapter, weight, matched in zip(report.adapters, report.weights, report.matched, strict=True):
+        yield "adapter", f"{adapter} at {weight:g}, {matched}"
+    yield "tensors", ", ".join(f"{count:,} {state}" for state, count in report.states.items())
+    yield "strength found", _strengths(report.strengths)
+    for note in report.notes:
+        yield "note", note
+    yield _verdict(report.same, _merged(report), _not_merged(report))
+
+
+def _merged(report: MergeCheck) -> str:
+    touched = sum(t.touched for t in report.tensors)
+    return (
+        f"Same: exactly that. {touched:,} tensors are the rounded sum, within one unit in the last place; "
+        f"{len(report.tensors) - touched:,} are the base's, byte for byte."
+    )
+
+
+def _not_merged(report: MergeCheck) -> str:
+    """What is wrong, in the most telling words that hold for all of it."""
+    count = f"{len(report.different):,} of {len(report.tensors):,} tensors"
+    states = {t.state for t in report.different}
+    if states == {"not merged"}:
+        return f"Different: nothing was merged into {count}."
+    if states == {"other strength"} and len(report.strengths) == 1:
+        return f"Different: merged at {_strengths(report.strengths)}, not at {report.weights[0]:g}."
+    return f"Different: {count} are not what they should be."
+
+
+def _strengths(values: tuple[float, ...]) -> str | None:
+    return ", ".join(f"{v:.4g}" for v in values) or None
+
+
+# --- do these two adapters mean the same? --------------------------------------------------------------------------
+
+
+def _show_delta(report: DeltaCheck, every: bool) -> None:
+    worst = sorted(report.different, key=lambda x: -x.relative_difference)
+    rows = [(x.layer, x.first, x.second, relative(x.relative_difference)) for x in (report.layers if every else worst)]
+    _listed(("layer", "first", "second", ">relative difference"), rows, every)
+    show_facts(_delta_facts(report))
+
+
+def _delta_facts(report: DeltaCheck) -> Iterator[tuple[str, Any]]:
+    yield "first", f"{report.first} ({report.formats[0]})"
+    yield "second", f"{report.second} ({report.formats[1]})"
+    yield "layers", len(report.layers)
+    yield "only in the first", len(report.only_first) or None
+    yield "only in the second", len(report.only_second) or None
+    yield "difference", f"{relative(report.relative_difference)} relative, over all layers"
+    if report.scale is not None and report.cosine is not None:
+        alike = abs(report.cosine) > ALIKE
+        words = f"about {report.scale:.4g} times the first" if alike else "no multiple of the first"
+        yield "the second is", f"{words}, cosine {report.cosine:.4f}"
+    for note in report.notes:
+        yield "note", note
+    yield _verdict(
+        report.same,
+        f"Same: both mean the same ΔW, within {report.tolerance:g} in each of {len(report.layers):,} layers.",
+        f"Different: {len(report.different):,} of {len(report.layers):,} layers, by more than {report.tolerance:g}.",
+    )
+
+
+# --- does this adapter fit that base? ------------------------------------------------------------------------------
+
+
+def _show_fit(report: FitCheck, every: bool) -> None:
+    _listed(("module", "why it does not fit"), list(report.problems.items()), every)
+    show_facts(_fit_facts(report))
+
+
+def _fit_facts(report: FitCheck) -> Iterator[tuple[str, Any]]:
+    yield "modules", f"{report.matched} of {report.total} modules have their layer and shape in {report.base}"
+    yield "layers", ", ".join(f"{part} {done:,} of {of:,}" for part, (done, of) in report.coverage.items())
+    yield "made for", report.recorded
+    if report.fingerprint_agrees is False:
+        yield "fingerprint", "the file records another base than this one"
+    yield "it fits", ", ".join(report.fits_instead)
+    for note in report.notes:
+        yield "note", note
+    yield _verdict(report.same, f"Fits {report.base}.", f"Does not fit {report.base}.")
+
+
+_SHOW: dict[str, Any] = {"merge": _show_merge, "delta": _show_delta, "fit": _show_fit}

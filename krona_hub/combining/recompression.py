@@ -1,0 +1,176 @@
+"""The exact sum of a layer in fewer terms: optimally for a shape, and the best of the shapes that its parts have.
+
+The factors of one shape are a basis already: a QR of each side and an SVD of the small core give the nearest sum of any
+number of terms (`kron.sums.recompress`), and its singular values say what every smaller number loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from math import sqrt
+from typing import NamedTuple
+
+import torch
+
+from krona_hub.adapter import LayerDelta
+from krona_hub.conversion.forms import size_of, with_lora
+from krona_hub.conversion.layers import Outcome, Progress, apply_way
+from krona_hub.conversion.target import Target
+from krona_hub.conversion.ways import MaxError
+from krona_hub.formats.encode import why_not
+from krona_hub.formats.normal import Lora
+from krona_hub.kron.forms import ROUNDING
+from krona_hub.kron.parallel import in_parallel
+from krona_hub.kron.shapes import KronShape
+from krona_hub.kron.sums import recompress
+from krona_hub.kron.terms import KronTerms, LowRank, dense_factor
+from krona_hub.kron.tolora import lora_rank_bound, nearest_lora
+
+THIN = 4  # a delta whose rank is this many times below its size is searched over all shapes, through its LoRA
+
+Layers = Mapping[str, LayerDelta]
+
+
+class Fit(NamedTuple):
+    """A delta written in fewer numbers, and what that loses."""
+
+    delta: LayerDelta
+    error: float  # relative, Frobenius
+
+    @property
+    def size(self) -> int:
+        return size_of(self.delta)[0]
+
+
+def to_terms(layers: Layers, terms: int, progress: Progress = None) -> dict[str, Outcome]:
+    """Every layer in at most `terms` terms of one shape: of the shapes of its parts, the one that loses least.
+
+    The terms of a LoRA are its rank. Layers that have no more terms than that stay as they are.
+    """
+    return _outcomes(in_parallel(lambda name: _fewer(layers[name], terms), list(layers)), len(layers), progress)
+
+
+def within(layers: Layers, max_error: float, target: Target, progress: Progress = None) -> dict[str, Outcome]:
+    """Every layer in the smallest form that the target holds whose relative error is at most `max_error`.
+
+    Deltas of low rank are searched over all shapes; for the others, where that would take minutes, the shapes of
+    their parts are tried.
+    """
+    kept = {name: Outcome(d) for name, d in layers.items() if not d.sums or d.magnitude is not None}
+    rest = {name: d for name, d in layers.items() if name not in kept}
+    thin = {name: d for name, d in rest.items() if target.to_lora or _is_thin(d)}
+    thick = [name for name in rest if name not in thin]
+    searched = apply_way(thin, MaxError(max_error), target, progress) if thin else {}
+    found = in_parallel(lambda name: _smallest(name, rest[name], max_error, target), thick)
+    return kept | searched | _outcomes(found, len(thick), progress)
+
+
+def _outcomes(found: Iterable[tuple[str, LayerDelta]], total: int, progress: Progress) -> dict[str, Outcome]:
+    outcomes: dict[str, Outcome] = {}
+    for name, delta in found:
+        outcomes[name] = Outcome(delta)
+        if progress:
+            progress(len(outcomes), total)
+    return outcomes
+
+
+def _is_thin(delta: LayerDelta) -> bool:
+    return THIN * lora_rank_bound(delta.sums) <= min(delta.matrix_shape)
+
+
+# --- a number of terms -----------------------------------------------------------------------------------------------
+
+
+def _fewer(delta: LayerDelta, terms: int) -> LayerDelta:
+    if delta.magnitude is not None or sum(map(_terms_of, delta.sums)) <= terms:
+        return delta
+    fits = [_nearest(delta, shape, terms) for shape in _shapes(delta)]
+    if not fits or (_has_lora(delta) and _is_thin(delta)):  # of a delta of high rank, a LoRA keeps next to nothing
+        fits.append(_lora(delta, rank=terms))
+    return min(fits, key=lambda fit: (fit.error, fit.size)).delta
+
+
+def _terms_of(s: KronTerms) -> int:
+    return s.terms * s.right.rank if s.shape[:2] == (1, 1) and isinstance(s.right, LowRank) else s.terms
+
+
+def _has_lora(delta: LayerDelta) -> bool:
+    return any(_is_product(s) for s in delta.sums)
+
+
+def _shapes(delta: LayerDelta) -> list[KronShape]:
+    """The shapes of the parts that are no LoRA, each once."""
+    return list(dict.fromkeys(s.shape for s in delta.sums if not _is_product(s)))
+
+
+def _is_product(s: KronTerms) -> bool:
+    return s.shape[:2] == (1, 1) and isinstance(s.right, LowRank)
+
+
+def _lora(delta: LayerDelta, *, rank: int | None = None, max_error: float | None = None) -> Fit:
+    fit = nearest_lora(delta.sums, rank, max_error)
+    return Fit(with_lora(delta, Lora(fit.up.float(), fit.down.float())), fit.relative_error)
+
+
+def _nearest(delta: LayerDelta, shape: KronShape, terms: int) -> Fit:
+    fit = recompress(delta.sums, shape, min(terms, shape.max_terms))
+    return Fit(replace(delta, sums=(_slim(fit.terms, delta),)), fit.relative_error)
+
+
+def _slim(terms: KronTerms, delta: LayerDelta) -> KronTerms:
+    """The same terms with B as products, where every part has such a B and the products are smaller.
+
+    The columns of each new B lie in the span of those of the old ups, so that a projection onto them loses nothing.
+    """
+    ups = [s.right.up for s in delta.sums if isinstance(s.right, LowRank) and s.shape == terms.shape]
+    rank, (b1, b2) = sum(len(up) * up.shape[2] for up in ups), terms.right.shape[1:]
+    if len(ups) < len(delta.sums) or rank * (b1 + b2) >= b1 * b2:
+        return terms
+    columns = torch.cat([up.transpose(0, 1).flatten(1) for up in ups], 1).double()
+    basis, right = torch.linalg.qr(columns).Q, dense_factor(terms.right)
+    down = basis.mT @ right.double()
+    return replace(terms, right=LowRank(basis.to(right.dtype).expand(len(right), -1, -1), down.to(right.dtype)))
+
+
+# --- an error --------------------------------------------------------------------------------------------------------
+
+
+def _smallest(name: str, delta: LayerDelta, max_error: float, target: Target) -> LayerDelta:
+    """The smallest of the forms tried that the target holds; the delta as it is where it holds none of them."""
+
+    def held(delta: LayerDelta) -> bool:
+        return why_not(delta, target.format, target.tool, layer=name) is None
+
+    found = [d for d in (delta, *(fit.delta for fit in _candidates(delta, max_error))) if held(d)]
+    if not found:  # costly: the singular values of the whole matrix
+        found = [d for d in (_lora(delta, max_error=max_error).delta,) if held(d)]
+    return min(found or [delta], key=lambda d: size_of(d)[0])
+
+
+def _candidates(delta: LayerDelta, max_error: float) -> Iterator[Fit]:
+    shapes = _shapes(delta)
+    if not shapes:
+        yield _lora(delta, max_error=max_error)
+    for shape in shapes:
+        most = min(shape.max_terms, max(1, size_of(delta)[0] // shape.parameters))
+        fit = recompress(delta.sums, shape, most)
+        terms = _terms_needed(fit.terms, fit.relative_error, max_error)
+        if terms is not None:
+            yield _nearest(delta, shape, terms)
+
+
+def _terms_needed(fitted: KronTerms, error: float, max_error: float) -> int | None:
+    """How many of the descending terms suffice; None where not even all of them do.
+
+    With σₖ = ‖Aₖ‖·‖Bₖ‖, keeping n terms leaves √(rest² + Σₖ₌ₙ σₖ²), where `rest` is what all of them leave.
+    """
+    limit = max(max_error, ROUNDING)
+    if error > limit:
+        return None
+    sigma = dense_factor(fitted.left).double().flatten(1).norm(dim=1) * dense_factor(fitted.right).double().flatten(
+        1
+    ).norm(dim=1)
+    whole = float(sigma.square().sum()) / (1 - error**2) or 1.0
+    tails = sigma.square().flip(0).cumsum(0).flip(0) / whole
+    return max(1, sum(sqrt(float(tail) + error**2) > limit for tail in tails))

@@ -1,0 +1,128 @@
+"""A Kronecker sum as it lies in a stored matrix, which may be the transpose, with its rows interleaved or not.
+
+Row p·Q + q and column r·S + s of the stored matrix get, summed over the terms,
+
+    outer[p, r] · inner[q, s]          or, where it is crossed,          outer[p, s] · inner[q, r]
+
+A ⊗ B and its transpose are plain, DiffuseKronA's interleaved rows (FORMATS.md §8) and their transpose are crossed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, factor_tensors
+
+BLOCK = 1 << 17  # numbers of a factor that are widened at a time, where it is large
+
+
+class Sizes(NamedTuple):
+    """The stored matrix is (p·q, r·s)."""
+
+    p: int
+    q: int
+    r: int
+    s: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One Kronecker sum in the order of the stored matrix."""
+
+    outer: Factor  # (terms, P, R), crossed: (terms, P, S)
+    inner: Factor  # (terms, Q, S), crossed: (terms, Q, R)
+    crossed: bool = False
+
+    @property
+    def terms(self) -> int:
+        return self.outer.shape[0]
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        (_, p, first), (_, q, second) = self.outer.shape, self.inner.shape
+        return Sizes(p, q, second, first) if self.crossed else Sizes(p, q, first, second)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether a factor is zero as a whole: then nothing is added, and the base keeps its bits."""
+        return not all(_holds_any(t) for t in (*factor_tensors(self.outer), *factor_tensors(self.inner)))
+
+    def scaled(self, weight: float) -> Layout:
+        """weight · ΔW. The weight goes into the smallest tensor, which becomes float64."""
+        if weight == 1:
+            return self
+        smallest = min((*factor_tensors(self.outer), *factor_tensors(self.inner)), key=Tensor.numel)
+        return Layout(_scaled(self.outer, smallest, weight), _scaled(self.inner, smallest, weight), self.crossed)
+
+    def squared_norm(self) -> float:
+        """‖ΔW‖² = Σₖₗ ⟨outerₖ, outerₗ⟩·⟨innerₖ, innerₗ⟩, in float64, from the factors."""
+        return max(0.0, float((_gram(self.outer) * _gram(self.inner)).sum()))
+
+
+def lay_out(s: KronTerms, *, transposed: bool = False) -> Layout:
+    """The sum as it lies in W, or in Wᵀ, in the form with the longest runs.
+
+    >>> lay_out(KronTerms(torch.ones(1, 6, 2), torch.ones(1, 4, 5))).sizes
+    Sizes(p=6, q=4, r=2, s=5)
+    >>> lay_out(KronTerms(torch.ones(1, 6, 2), torch.ones(1, 4, 5), "shuffled"), transposed=True).sizes
+    Sizes(p=2, q=5, r=4, s=6)
+    """
+    left, right = (_flipped(s.left), _flipped(s.right)) if transposed else (s.left, s.right)
+    if s.rows == "shuffled" and not transposed:
+        return _simplest(Layout(right, left, crossed=True))
+    return _simplest(Layout(left, right, crossed=s.rows == "shuffled"))
+
+
+def _simplest(layout: Layout) -> Layout:
+    """The same numbers with one block of rows where there is a choice, and plain where both readings are the same."""
+    outer, inner, crossed = layout.outer, layout.inner, layout.crossed
+    if layout.sizes.q == 1:
+        outer, inner, crossed = inner, outer, not crossed
+    return Layout(outer, inner, crossed and 1 not in layout.sizes[2:])
+
+
+def _holds_any(stack: Tensor) -> bool:
+    """Whether a number is not zero; a first row tells mostly."""
+    return bool(stack[:1, :1].any()) or bool(stack.any())
+
+
+def _flipped(factor: Factor) -> Factor:
+    return LowRank(factor.down.mT, factor.up.mT) if isinstance(factor, LowRank) else factor.mT
+
+
+def _scaled(factor: Factor, chosen: Tensor, weight: float) -> Factor:
+    """The factor with one of its tensors times `weight`, if `chosen` is one of them."""
+    if isinstance(factor, LowRank):
+        up, down = (t.double() * weight if t is chosen else t for t in (factor.up, factor.down))
+        return LowRank(up, down)
+    return factor.double() * weight if factor is chosen else factor
+
+
+def _gram(factor: Factor) -> Tensor:
+    """⟨factorₖ, factorₗ⟩ of every two terms: (terms, terms), float64."""
+    if not isinstance(factor, LowRank):
+        return _summed(factor, lambda rows: rows.flatten(1))
+    terms, rank = len(factor.up), factor.rank
+    ups, downs = (_summed(t, _columns) for t in (factor.up, factor.down.mT))  # (terms·rank, terms·rank)
+    return (ups * downs).reshape(terms, rank, terms, rank).sum((1, 3))
+
+
+def _columns(stack: Tensor) -> Tensor:
+    """(terms, p, r) -> (terms·r, p)"""
+    return stack.transpose(1, 2).flatten(0, 1)
+
+
+def _summed(stack: Tensor, vectors: Callable[[Tensor], Tensor]) -> Tensor:
+    """V·Vᵀ with V = vectors(stack): in float64, or a few rows at a time in float32 where the stack is large."""
+    if stack.numel() <= BLOCK:
+        v = vectors(stack.to(torch.promote_types(stack.dtype, torch.float32)).double())  # half to double is slow
+        return v @ v.mT
+    step = max(1, BLOCK // (stack.shape[0] * stack.shape[2]))
+    parts = (vectors(stack[:, i : i + step].float()) for i in range(0, stack.shape[1], step))
+    return sum(((v @ v.mT).double() for v in parts), torch.zeros((), dtype=torch.float64))

@@ -1,0 +1,265 @@
+"""What a merge will do, from headers alone: which tensor gets which layers, what is left over, and what it takes.
+
+Torch-free where the adapters are files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from krona_hub.bases.base import Placement
+from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo
+from krona_hub.errors import BaseMismatchError, ConflictError, UsageError
+from krona_hub.merging.base_tree import BaseTree, open_tree
+from krona_hub.merging.block_weights import BlockWeights
+from krona_hub.merging.parts import Part, part_of
+from krona_hub.sources import resolve_base
+
+if TYPE_CHECKING:
+    from krona_hub.adapter import Adapter
+
+OutDtype = Literal["keep", "fp32-touched", "fp16", "bf16"]
+OUT_DTYPES: Mapping[OutDtype, str | None] = {"keep": None, "fp32-touched": "F32", "fp16": "F16", "bf16": "BF16"}
+WHOLE = ("fp16", "bf16")  # apply to every number of a changed file, not to what adapters touch only
+SHOWN = 3  # names in a message
+ROOM = 200_000_000  # bytes: torch itself and the buffers of two threads
+COPIED, COMPUTED = 1.5e9, 0.9e9  # bytes per second, warm, on two cores: for an estimate only
+
+
+class Target(NamedTuple):
+    """A layer of an adapter that is added to a tensor."""
+
+    adapter: int  # its place in the list
+    layer: str  # canonical
+    placement: Placement  # where in the tensor
+    weight: float  # block weights included, never 0
+
+
+class TensorPlan(NamedTuple):
+    """A tensor that changes."""
+
+    name: str
+    info: TensorInfo
+    out_dtype: str  # as in a header
+    targets: tuple[Target, ...]  # none where only its type changes
+
+    @property
+    def out_nbytes(self) -> int:
+        return self.info.numel * BYTES[self.out_dtype]
+
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A file that changes."""
+
+    header: Header
+    tensors: tuple[TensorPlan, ...]  # in the order of the file
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What becomes of one adapter."""
+
+    source: str
+    format: str | None
+    weight: float
+    matched: int  # modules that are merged, or would be at another weight than 0
+    total: int
+    missing: Mapping[str, str]  # module -> why it is not merged
+    notes: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """The sentence that is always said."""
+        return f"{self.matched} of {self.total} modules matched"
+
+
+@dataclass(frozen=True, eq=False)
+class MergePlan:
+    """What a merge will do."""
+
+    tree: BaseTree
+    adapters: tuple[AdapterPlan, ...]
+    parts: tuple[Part, ...]
+    files: tuple[FilePlan, ...]
+    out_dtype: OutDtype
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """The tensors that adapters change."""
+        return tuple(t for file in self.files for t in file.tensors if t.targets)
+
+    @property
+    def bytes_to_touch(self) -> int:
+        return sum(t.info.nbytes for t in self.tensors)
+
+    @property
+    def growth(self) -> int:
+        """Bytes that the output is larger than the base."""
+        return sum(t.out_nbytes - t.info.nbytes for file in self.files for t in file.tensors)
+
+    @property
+    def bytes_of_weights(self) -> int:
+        """Bytes of all weight files of the output."""
+        return self.tree.nbytes + self.growth
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the merge takes, about: the adapters, the libraries and some tiles."""
+        return ROOM + sum(part.nbytes for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """How long the merge takes, about, where the files are in memory already: a slow disk takes longer."""
+        return (self.bytes_of_weights - self.bytes_to_touch) / COPIED + self.bytes_to_touch / COMPUTED
+
+
+def plan_merge(
+    base: str | Path | BaseTree,
+    adapters: Sequence[tuple[Adapter | str | Path, float]],
+    *,
+    component: str | None = None,
+    block_weights: Mapping[str, float] | None = None,
+    out_dtype: OutDtype = "keep",
+    from_format: str | None = None,
+    allow_missing: bool = False,
+    allow_base_mismatch: bool = False,
+) -> MergePlan:
+    """What merging the adapters, each at its weight, into `base` will do. Reads headers only.
+
+    `base` is a checkpoint file, a component folder, a pipeline folder or a Hub id. `component` merges only the layers
+    of that part; `block_weights` maps regular expressions (searched for in the canonical layer name, the first that is
+    found counts) to factors of the weight. Raises BaseMismatchError where modules of an adapter are not in the base
+    (`allow_missing` merges the rest, if there is any) or where it was made for another base (`allow_base_mismatch`),
+    ConflictError for two DoRA adapters on one layer, UsageError for a pattern that finds nothing, and what reading a
+    base or an adapter raises.
+    """
+    if not adapters:
+        raise UsageError("there is no adapter to merge.", fix="Name one or more, each as FILE or FILE:weight.")
+    if out_dtype not in OUT_DTYPES:
+        raise UsageError(f"{out_dtype!r} is no output type.", fix=f"Choose one of {', '.join(OUT_DTYPES)}.")
+    tree = base if isinstance(base, BaseTree) else open_tree(resolve_base(base))
+    factors = BlockWeights(block_weights or {})
+    parts = tuple(part_of(source, weight, tree, component, from_format) for source, weight in adapters)
+    for part in parts:
+        _check_base(part, tree, allow_base_mismatch)
+        _check_matched(part, tree, component, allow_missing)
+    targets = list(_targets(parts, tree, factors))
+    factors.check_used()
+    _check_doras(parts, targets)
+    return MergePlan(
+        tree=tree,
+        adapters=tuple(map(_adapter_plan, parts)),
+        parts=parts,
+        files=tuple(_files(tree, targets, out_dtype)),
+        out_dtype=out_dtype,
+        notes=tuple(_notes(tree, parts, targets)),
+    )
+
+
+# ── does it fit ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_base(part: Part, tree: BaseTree, allowed: bool) -> None:
+    known = tree.base.model
+    if part.base is None or allowed or part.base.agrees_with(known):
+        return
+    raise BaseMismatchError(
+        f"{part.said} was made for {part.base.words}, and {tree.root} is {known.words}.",
+        fix="Give the base that it was made for. --allow-base-mismatch merges what has the same names and shapes.",
+    )
+
+
+def _check_matched(part: Part, tree: BaseTree, component: str | None, allowed: bool) -> None:
+    if part.modules and (allowed or not part.missing):
+        return
+    where = f"{tree.root}" + (f" ({component})" if component else "")
+    found = f"{len(part.modules)} of {part.total} modules of {part.said} matched {where}"
+    if not part.modules:
+        reason = next(iter(part.missing.values()), "it has no module of that part.")
+        raise BaseMismatchError(
+            f"{found}; of the first: {reason}", fix=f"{_likely(part)}krona inspect tells more about it."
+        )
+    names, more = list(part.missing)[:SHOWN], len(part.missing) - SHOWN
+    raise BaseMismatchError(
+        f"{found}; not there: {', '.join(names)}{f' and {more} more' if more > 0 else ''}. "
+        f"Of the first: {part.missing[names[0]]}",
+        fix="--allow-missing merges the others; --component NAME merges one part of the model only.",
+    )
+
+
+def _likely(part: Part) -> str:
+    return f"It looks like an adapter for {' or '.join(part.candidates[:SHOWN])}. " if part.candidates else ""
+
+
+def _check_doras(parts: Sequence[Part], targets: Iterable[tuple[Path, str, Target]]) -> None:
+    seen: dict[tuple[Path, str, str], int] = {}
+    for path, tensor, target in targets:
+        if target.layer not in parts[target.adapter].doras:
+            continue
+        first = seen.setdefault((path, tensor, target.layer), target.adapter)
+        if first != target.adapter:
+            raise ConflictError(
+                f"{parts[first].said} and {parts[target.adapter].said} are both DoRA on {target.layer}, and "
+                "each sets the norm of the weight.",
+                fix="Merge one of them, or give one the weight 0.",
+            )
+
+
+# ── what is added where ──────────────────────────────────────────────────────────────────────────
+
+
+def _targets(parts: Sequence[Part], tree: BaseTree, factors: BlockWeights) -> Iterator[tuple[Path, str, Target]]:
+    for i, part in enumerate(parts):
+        for layer in (layer for module in part.modules for layer in module.layers):
+            weight = part.weight * factors.of(layer)
+            for place in tree.places[layer] if weight else ():
+                yield place.path, place.tensor, Target(i, layer, place.placement, weight)
+
+
+def _files(tree: BaseTree, targets: Iterable[tuple[Path, str, Target]], out_dtype: OutDtype) -> Iterator[FilePlan]:
+    by_tensor: dict[tuple[Path, str], list[Target]] = {}
+    for path, tensor, target in targets:
+        by_tensor.setdefault((path, tensor), []).append(target)
+    for path in sorted({path for path, _ in by_tensor}):
+        header = tree.headers[path]
+        planned = (
+            _tensor(name, info, tuple(by_tensor.get((path, name), ())), out_dtype)
+            for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start)
+        )
+        yield FilePlan(header, tuple(t for t in planned if t.targets or t.out_dtype != t.info.dtype))
+
+
+def _tensor(name: str, info: TensorInfo, targets: tuple[Target, ...], out_dtype: OutDtype) -> TensorPlan:
+    """The tensor with the type that it will have: integers, and what nothing is added to, mostly keep theirs."""
+    wanted = OUT_DTYPES[out_dtype]
+    changes = bool(targets) or (out_dtype in WHOLE and info.dtype in FLOATS)
+    return TensorPlan(name, info, wanted if wanted and changes else info.dtype, targets)
+
+
+def _adapter_plan(part: Part) -> AdapterPlan:
+    return AdapterPlan(part.said, part.format, part.weight, len(part.modules), part.total, part.missing, part.notes)
+
+
+def _notes(tree: BaseTree, parts: Sequence[Part], targets: Sequence[tuple[Path, str, Target]]) -> Iterator[str]:
+    for part in parts:
+        yield from (f"{part.said}: {note}" for note in part.notes)
+    if not targets:
+        yield "every weight is 0: the output equals the base"
+    narrow = {tree.headers[path].tensors[tensor].dtype for path, tensor, _ in targets} & {"F8_E4M3", "F8_E5M2"}
+    if narrow:
+        yield "the base is stored in 8 bits, which lose most of any adapter: --out-dtype bf16 keeps more of it"
+    variants = {place.path.parent for places in tree.places.values() if len(places) > 1 for place in places}
+    for folder in sorted(variants):
+        yield f"{folder.name} is there in several variants (such as fp16); each is merged"

@@ -1,0 +1,177 @@
+"""`apply_to_state_dict`: adapters into weights that are already in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.bases.base import COMPONENTS, Placement
+from krona_hub.bases.locate import load_base, placed
+from krona_hub.bases.names import table
+from krona_hub.bases.weights import Stored, weights_by_module
+from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError
+from krona_hub.formats.files import read
+from krona_hub.kron.parallel import in_parallel
+from krona_hub.kron.terms import Factor, KronTerms, LowRank
+from krona_hub.merging.patches import Patch
+from krona_hub.merging.rounding import NEAREST, Rounding
+from krona_hub.merging.tiles import merge_tensor
+
+Source = Adapter | str | Path
+
+
+class Place(NamedTuple):
+    """Where a layer lies in a state dict."""
+
+    tensor: str
+    placement: Placement
+
+
+Places = Mapping[str, Place]  # by canonical layer
+
+
+def apply_to_state_dict(
+    state_dict: Mapping[str, Tensor],
+    adapters: Source | Sequence[tuple[Source, float]],
+    *,
+    base: str | Path | None = None,
+    component: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    rounding: Rounding = NEAREST,
+    allow_missing: bool = False,
+) -> dict[str, Tensor]:
+    """A new state dict with w·ΔW of every adapter added; tensors that no adapter touches are those of the old one.
+
+    Names may be a model's own (`unet.state_dict()`), those of a whole pipeline with the component in front, or those
+    of a checkpoint file that `base` (a catalogue name, a folder, a file), or the catalogue by itself, knows.
+    `component` says which part of the pipeline the weights are: of an adapter for several, the layers of this one are
+    applied. Touched tensors keep their device, and their type unless `out_dtype` is given, and are rounded once.
+    Raises BaseMismatchError where a layer has no weight here (`allow_missing` applies the rest, if there is any).
+
+    >>> delta = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 2)),), (2, 4))
+    >>> adapter = Adapter({"unet.proj": delta})
+    >>> apply_to_state_dict({"proj.weight": torch.zeros(2, 4)}, [(adapter, 0.5)])["proj.weight"][0]
+    tensor([0.5000, 0.5000, 0.5000, 0.5000])
+    """
+    pairs = [(adapters, 1.0)] if isinstance(adapters, Adapter | str | Path) else list(adapters)
+    loaded = [(_loaded(source, base, component), weight) for source, weight in pairs]
+    wanted = {layer for adapter, _ in loaded for layer in adapter.layers}
+    places = _places(state_dict, wanted, base, component)
+    for adapter, _ in loaded:
+        _check_matched(adapter, places, allow_missing)
+    patches = _patches(loaded, places)
+
+    def merged(name: str) -> Tensor:
+        return _merged(state_dict[name], patches[name], out_dtype or state_dict[name].dtype, rounding, name)
+
+    return {**state_dict, **dict(in_parallel(merged, list(patches)))}
+
+
+def _loaded(source: Source, base: str | Path | None, component: str | None) -> Adapter:
+    """The adapter, or what of it belongs to the component."""
+    adapter = source if isinstance(source, Adapter) else read(source, base=base, component=component)
+    if component is None:
+        return adapter
+    return adapter.with_layers({n: d for n, d in adapter.layers.items() if n.split(".", 1)[0] == component})
+
+
+# ── names ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _places(
+    state_dict: Mapping[str, Tensor], wanted: Collection[str], base: str | Path | None, component: str | None
+) -> Places:
+    """Where the layers lie: under their own names, if all are there, else as `base` or the catalogue knows them."""
+    stored = {name: Stored(Path("the state dict"), name, tuple(t.shape)) for name, t in state_dict.items()}
+    owners = [component] if component else [c for c in COMPONENTS if any(n.startswith(f"{c}.") for n in wanted)]
+    plain = _by_own_names(stored, wanted, owners)
+    if len(plain) == len(wanted):
+        return plain
+    known = _by_base(stored, base, component) if base is not None else _by_catalogue(stored)
+    return max(plain, known, key=lambda places: len(places.keys() & wanted))
+
+
+def _by_own_names(stored: Mapping[str, Stored], wanted: Collection[str], owners: Sequence[str]) -> Places:
+    """The layers that have their canonical name here, with or without the component in front."""
+    found: dict[str, Place] = {}
+    for module, weight in weights_by_module(stored).items():
+        path = module.removeprefix("text_model.")
+        head, _, tail = path.partition(".")
+        whole = f"{head}.{tail.removeprefix('text_model.')}"
+        layers = [whole] if head in COMPONENTS else [f"{owner}.{path}" for owner in owners]
+        here = [layer for layer in layers if layer in wanted]
+        if len(here) > 1:
+            raise AmbiguousError(f"{module} may be {' or '.join(here)}.", fix="Say which with component=.")
+        found |= {layer: Place(weight.tensor, Placement(layer)) for layer in here}
+    return found
+
+
+def _by_base(stored: Mapping[str, Stored], base: str | Path, component: str | None) -> Places:
+    names = table(load_base(base))
+    return {
+        placement.layer: Place(weight.tensor, placement)
+        for module, weight in weights_by_module(stored).items()
+        for placement in names.find(module, component) or ()
+    }
+
+
+def _by_catalogue(stored: Mapping[str, Stored]) -> Places:
+    try:
+        found = placed(Path("the state dict"), stored)
+    except UnknownBaseError:
+        return {}
+    return {layer: Place(place.tensor, place.placement) for layer, place in found.items()}
+
+
+def _check_matched(adapter: Adapter, places: Places, allow_missing: bool) -> None:
+    missing = [layer for layer in adapter.layers if layer not in places]
+    if not missing or (allow_missing and len(missing) < len(adapter)):
+        return
+    raise BaseMismatchError(
+        f"{len(adapter) - len(missing)} of {len(adapter)} layers of the adapter are in the state dict. "
+        f"Not there: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}.",
+        fix="Say what the weights are with base= and component=, or apply what fits with allow_missing=True.",
+    )
+
+
+# ── numbers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _patches(loaded: Sequence[tuple[Adapter, float]], places: Places) -> dict[str, list[Patch]]:
+    """Tensor name -> what is added to it."""
+    patches: dict[str, list[Patch]] = {}
+    for adapter, weight in loaded:
+        for layer, delta in adapter.layers.items():
+            if layer in places and weight:
+                place = places[layer]
+                patches.setdefault(place.tensor, []).append(Patch(_on_cpu(delta), weight, place.placement))
+    return patches
+
+
+def _merged(weight: Tensor, patches: Sequence[Patch], dtype: torch.dtype, rounding: Rounding, name: str) -> Tensor:
+    base = weight.detach().cpu().contiguous()
+    out = torch.empty(base.shape, dtype=dtype)
+    flat = out.reshape(-1)
+
+    def keep(first: int, tile: Tensor) -> None:
+        flat[first : first + tile.numel()] = tile
+
+    merge_tensor(base, patches, keep, out_dtype=dtype, rounding=rounding, name=name)
+    return out.to(weight.device)
+
+
+def _on_cpu(delta: LayerDelta) -> LayerDelta:
+    if all(t.device.type == "cpu" for t in delta.tensors):
+        return delta
+    sums = tuple(KronTerms(_factor_on_cpu(s.left), _factor_on_cpu(s.right), s.rows) for s in delta.sums)
+    return replace(delta, sums=sums, magnitude=None if delta.magnitude is None else delta.magnitude.cpu())
+
+
+def _factor_on_cpu(factor: Factor) -> Factor:
+    return LowRank(factor.up.cpu(), factor.down.cpu()) if isinstance(factor, LowRank) else factor.cpu()

@@ -1,0 +1,89 @@
+"""The files that the examples of the commands and the documents name: the demo's adapters, and a base for them.
+
+The base is a pipeline folder with the layers of Stable Diffusion 1.5 that the adapters are for, at their real size,
+and little else. Its numbers are noise: it makes no pictures, but rounding treats it as it treats the real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from krona_hub.assets import __file__ as assets
+from krona_hub.bases import catalogue
+from krona_hub.bases.names import table
+from krona_hub.checkpoints.writer import write_tensors
+from krona_hub.cli.main import main
+from scripts.make_demo_adapter import normal, projections
+
+SEED = 15
+SPREAD = 0.04  # standard deviation of the weights, about that of attention projections in SD 1.5
+MADE = (  # commands that make the other files of the folder
+    "krona convert lokr.safetensors -o krona.safetensors",
+)
+
+
+def output_of(command: str, folder: Path) -> str:
+    """What a command line prints to stdout in that folder."""
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        main(shlex.split(command)[1:])
+    return printed.getvalue()
+
+
+def example_folder(folder: Path, *, bf16: bool = False) -> Path:
+    """lora, lokr and krona.safetensors; base and merged, two pipeline folders; undo.safetensors and blocks.txt.
+
+    With `bf16` the base in bfloat16 as well, `base-bf16`.
+    """
+    for name in ("lora", "lokr"):
+        shutil.copyfile(Path(assets).parent / f"demo_{name}.safetensors", folder / f"{name}.safetensors")
+    (folder / "blocks.txt").write_text(BLOCK_WEIGHTS)
+    write_base(folder / "base", torch.float16)
+    if bf16:
+        write_base(folder / "base-bf16", torch.bfloat16)
+    for command in MADE:
+        output_of(command, folder)
+    return folder
+
+
+BLOCK_WEIGHTS = """# the first block at half strength, no change of the cross attention's values
+down_blocks\\.0\\. = 0.5
+attn2\\.to_v$ = 0
+"""
+
+
+def write_base(folder: Path, dtype: torch.dtype) -> None:
+    """A pipeline folder with a U-Net of a few layers."""
+    unet = folder / "unet"
+    unet.mkdir(parents=True)
+    (folder / "model_index.json").write_text(_json(_class_name="StableDiffusionPipeline", unet=["diffusers", UNET]))
+    (unet / "config.json").write_text(_json(_class_name=UNET, block_out_channels=[320, 640], cross_attention_dim=768))
+    write_tensors(unet / "diffusion_pytorch_model.safetensors", weights(dtype), {"format": "pt"})
+
+
+UNET = "UNet2DConditionModel"
+
+
+def _json(**content: object) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Name -> noise, of the projections that the demo's adapters change; and norms, which they leave alone."""
+    random, names = np.random.RandomState(SEED), table(catalogue.get("sd15"))
+    tensors = {}
+    for module, out, in_ in projections():
+        name = names.find(module)[0].layer.removeprefix("unet.")
+        tensors[f"{name}.weight"] = torch.from_numpy(normal(random, out, in_) * np.float32(SPREAD))
+        if name.endswith("attn1.to_q"):
+            norm = name.replace("attn1.to_q", "norm1")
+            tensors |= {f"{norm}.weight": torch.ones(out), f"{norm}.bias": torch.zeros(out)}
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
