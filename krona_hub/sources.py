@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from krona_hub.bases.shipped import folder_of
 from krona_hub.errors import AmbiguousError, AuthError, KronaError, NotFoundError, OfflineError
 
 HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>.+))?$")
@@ -131,9 +132,10 @@ def resolve_base(source: str | Path) -> Path:
     """The local path of a base with its weights: a path, or the Hub id of a model or of one file in a repository.
 
     Of a repository the safetensors, configurations and tokenizers are downloaded, into the Hub's own cache. Raises
-    NotFoundError, AuthError or OfflineError with the fix for each; catalogue names are no weights, and not found here.
+    NotFoundError, AuthError or OfflineError with the fix for each; catalogue names are no weights, and not found here,
+    but for the base that ships in the package.
     """
-    path = Path(source).expanduser()
+    path = folder_of(Path(source).expanduser())
     hub_id = parse_hub_id(str(source))
     if path.exists() or hub_id is None or (path.suffix == WEIGHTS and hub_id.file is None):
         return path
