@@ -93,8 +93,7 @@ def take(pipe: models.StableDiffusionPipeline, averaged: dict[str, Tensor]) -> N
 
 def save(pipe: models.StableDiffusionPipeline, out: Path, work: Path) -> None:
     """Half precision to `out`; the check runs on what was written, loaded again."""
-    pipe.to(dtype=torch.float16).save_pretrained(out)
-    models.tokens.save(out / "tokenizer", models.vocabulary())
+    models.save(pipe, out)
     written = models.StableDiffusionPipeline.from_pretrained(out)
     quality = drawing.measure(written)
     shown = drawing.draw(written, [prompt(scene) for scene in denoiser.held_out_scenes(GRID)])

@@ -99,7 +99,7 @@ def _flood(mask: NDArray[np.bool_], row: int, column: int) -> NDArray[np.bool_]:
 
 def _colour(picture: Image, mask: NDArray[np.bool_]) -> str | None:
     """The colour word whose hue is nearest to the object's mean hue; None where the object is of many hues."""
-    turns = np.exp(1j * np.deg2rad(_hues(picture[mask])))
+    turns = np.exp(1j * np.deg2rad(hues(picture[mask])))
     mean = turns.mean()
     if abs(mean) < 0.9:
         return None
@@ -107,7 +107,7 @@ def _colour(picture: Image, mask: NDArray[np.bool_]) -> str | None:
     return COLOURS[int(np.argmin(apart))]
 
 
-def _hues(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def hues(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Degrees, of (n, 3) vivid bytes."""
     r, g, b = pixels.astype(np.float32).T
     return np.rad2deg(np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -69,7 +71,7 @@ def scheduler() -> DDIMScheduler:
     """v-prediction on the cosine schedule, whose last step is almost pure noise."""
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True,
-        timestep_spacing="trailing",
+        timestep_spacing="trailing", steps_offset=1,
     )  # fmt: skip
 
 
@@ -80,3 +82,14 @@ def pipeline(
         vae=vae, text_encoder=text, tokenizer=words, unet=net, scheduler=scheduler(), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+
+
+def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """A diffusers folder in half precision, which loads in float32 where nobody asks for another dtype.
+
+    diffusers does that by itself; transformers loads what the configuration says, and a pipeline of two dtypes fails.
+    """
+    pipe.to(dtype=torch.float16).save_pretrained(folder)
+    tokens.save(folder / "tokenizer", vocabulary())
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

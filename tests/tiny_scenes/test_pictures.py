@@ -65,6 +65,7 @@ def test_captions_say_nothing_but_the_scene():
         assert {drawn.shape, drawn.colour} <= words <= set(scene.caption(drawn).replace(",", "").split())
 
 
+@pytest.mark.slow
 def test_the_check_finds_what_is_there_on_held_out_renders(held_out):
     scenes, drawn = held_out
     found = check.score(drawn, scenes)
@@ -73,6 +74,7 @@ def test_the_check_finds_what_is_there_on_held_out_renders(held_out):
     assert found.position >= 0.99
 
 
+@pytest.mark.slow
 def test_the_check_falls_to_chance_on_swapped_captions(held_out):
     scenes, drawn = held_out
     found = check.score(drawn, scenes[1:] + scenes[:1])
@@ -80,6 +82,7 @@ def test_the_check_falls_to_chance_on_swapped_captions(held_out):
     assert found.colour < 0.25  # one of eight
 
 
+@pytest.mark.slow
 def test_the_check_finds_nothing_in_noise_and_in_empty_rooms():
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
