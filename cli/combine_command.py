@@ -10,6 +10,7 @@ import click
 from krona_hub.cli.common import (
     allow_base_mismatch_option,
     allow_missing_option,
+    announce,
     base_option,
     component_option,
     dry_run_option,
@@ -67,6 +68,7 @@ def command(adapters: tuple[Weighted, ...], layers: bool, dry_run: bool, out: st
     """
     from krona_hub.combining import combine
 
+    announce(*(adapter.source for adapter in adapters))
     with progress("layers") as step:
         report = combine(list(adapters), out, dry_run=dry_run, progress=step, **options)
     emit(as_document(report), lambda: show(report, every_layer=layers))

@@ -164,6 +164,15 @@ def say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def announce(*sources: str | None) -> None:
+    """Say aloud which of these are looked for on the Hub, because they are no path here."""
+    from krona_hub.sources import is_remote
+
+    for source in sources:
+        if source is not None and is_remote(source):
+            say(f"{source} is no path here: asking the Hugging Face Hub.")
+
+
 def show_text(text: str = "", style: str = "") -> None:
     """One line of the result, on stdout; `style` is a style of rich, for a terminal."""
     from rich.text import Text
@@ -229,25 +238,27 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         for i, layer in enumerate(layers):
             step(i, len(layers))
     """
-    with _bar_on_stderr() as draw:
-        yield lambda done, total: draw(
-            lambda seconds: f"{_bar(label, done, total)} {done:,}/{total:,}{_left(done, total, seconds)}"
-        )
+
+    def words(done: int, total: int | None, speed: float) -> str:
+        return f"{_bar(label, done, total or 0)} {done:,}/{total or 0:,}{_left(done, total or 0, speed)}"
+
+    with _drawn(words) as step:
+        yield step
 
 
 @contextmanager
 def byte_progress(label: str) -> Iterator[Callable[[int, int | None], None]]:
     """The same for work that reports bytes: with the rate, and without a bar where the total is unknown."""
 
-    def words(done: int, total: int | None, seconds: float) -> str:
-        rate = f"{human_bytes(round(done / seconds))}/s"
+    def words(done: int, total: int | None, speed: float) -> str:
+        rate = f"  {human_bytes(round(speed))}/s" if speed else ""
         if not total:
-            return f"{label} {human_bytes(done)}  {rate}"
+            return f"{label} {human_bytes(done)}{rate}"
         counts = f"{human_bytes(done)} of {human_bytes(total)}"
-        return f"{_bar(label, done, total)} {counts}  {rate}{_left(done, total, seconds)}"
+        return f"{_bar(label, done, total)} {counts}{rate}{_left(done, total, speed)}"
 
-    with _bar_on_stderr() as draw:
-        yield lambda done, total: draw(lambda seconds: words(done, total, seconds))
+    with _drawn(words) as step:
+        yield step
 
 
 def counting(step: Callable[[int, int | None], None], total: int | None = None) -> Callable[[int], None]:
@@ -263,21 +274,28 @@ def counting(step: Callable[[int, int | None], None], total: int | None = None) 
 
 
 @contextmanager
-def _bar_on_stderr() -> Iterator[Callable[[Callable[[float], str]], None]]:
-    """A line that is drawn over and over while the block runs, from words that know the seconds it has run."""
-    started, shown = time.monotonic(), -inf
+def _drawn(words: Callable[[int, int | None, float], str]) -> Iterator[Callable[[int, int | None], None]]:
+    """A line that is drawn over and over while the block runs.
+
+    `words` get what is done, the total and the speed per second since the first report: what came before it, such as
+    the import of torch, says nothing about the work.
+    """
+    started, shown, first = time.monotonic(), -inf, (0.0, -1)
     wanted = sys.stderr.isatty() and not (asked_for("quiet") or asked_for("json"))
 
-    def draw(words: Callable[[float], str]) -> None:
-        nonlocal shown
+    def step(done: int, total: int | None) -> None:
+        nonlocal shown, first
         now = time.monotonic()
+        if first[1] < 0:
+            first = now, done
         if wanted and now - started > PATIENCE and now - shown > BETWEEN:
             shown = now
-            sys.stderr.write(f"\r\x1b[K{words(now - started)}")
+            speed = (done - first[1]) / (now - first[0]) if now > first[0] else 0.0
+            sys.stderr.write(f"\r\x1b[K{words(done, total, speed)}")
             sys.stderr.flush()
 
     try:
-        yield draw
+        yield step
     finally:
         if shown > 0:
             sys.stderr.write("\r\x1b[K")
@@ -293,10 +311,10 @@ def _bar(label: str, done: int, total: int) -> str:
     return f"{label} {'━' * filled}{'─' * (WIDTH - filled)}"
 
 
-def _left(done: int, total: int, seconds: float) -> str:
+def _left(done: int, total: int, speed: float) -> str:
     """
-    >>> _left(2, 4, 80.0), _left(0, 4, 9.0)
+    >>> _left(200, 400, 2.5), _left(0, 4, 0.0)
     ('  1:20 left', '')
     """
-    left = round(seconds * max(total - done, 0) / done) if done else 0
-    return f"  {left // 60}:{left % 60:02} left" if done else ""
+    left = round(max(total - done, 0) / speed) if speed else 0
+    return f"  {left // 60}:{left % 60:02} left" if speed else ""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from krona_hub.cli.common import (
+    announce,
     base_option,
     complete_formats,
     complete_tools,
@@ -94,6 +95,7 @@ def command(file: str, layers: bool, **options: Any) -> None:
     """
     from krona_hub.conversion import convert
 
+    announce(file)
     with progress("layers") as step:
         report = convert(file, progress=step, **options)
     emit(as_document(report), lambda: show(report, every_layer=layers))

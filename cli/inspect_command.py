@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from krona_hub.cli.common import (
+    announce,
     base_option,
     component_option,
     emit,
@@ -51,6 +52,7 @@ def command(
     from krona_hub.formats.tools import loads_in
     from krona_hub.sources import resolve
 
+    announce(file)
     path = resolve(file)
     about = describe(path, format=from_format, base=base, component=component)
     verdicts = loads_in(about)

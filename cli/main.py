@@ -23,7 +23,7 @@ rich_click.rich_click.STYLE_EPILOG_TEXT = ""
 rich_click.rich_click.COMMAND_GROUPS = {
     "krona": [
         {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate"]},
-        {"name": "Adapters and models", "commands": ["verify"]},
+        {"name": "Adapters and models", "commands": ["merge", "unmerge", "verify"]},
         {"name": "Before training", "commands": ["params", "formats"]},
         {"name": "Krona itself", "commands": ["demo", "completion"]},
     ]
@@ -42,6 +42,8 @@ COMMANDS = {
     "validate": Entry("krona_hub.cli.validate_command", "Check a file's structure, schema, shapes and numbers."),
     "convert": Entry("krona_hub.cli.convert_command", "Write an adapter in another format, form or size."),
     "migrate": Entry("krona_hub.cli.migrate_command", "Rewrite a krona file in another version of its schema."),
+    "merge": Entry("krona_hub.cli.merge_command", "Merge adapters into a base model, exactly rounded."),
+    "unmerge": Entry("krona_hub.cli.unmerge_command", "Restore the base of a merge, byte for byte."),
     "combine": Entry("krona_hub.cli.combine_command", "Add adapters, each at its strength, into one."),
     "verify": Entry(
         "krona_hub.cli.verify_command", "Compare: merged model and adapters, two adapters, adapter and base."

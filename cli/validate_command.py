@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from krona_hub.checkpoints.findings import Finding
-from krona_hub.cli.common import base_option, emit, file_argument, krona_command, show_text
+from krona_hub.cli.common import announce, base_option, emit, file_argument, krona_command, show_text
 from krona_hub.verification import ValidationReport, validate
 
 COLOURS = {"error": "bold red", "warning": "yellow"}
@@ -21,6 +21,7 @@ def command(context: click.Context, file: str, base: str | None) -> None:
     Every problem is one line with its fix. The exit status is 0 for a sound file, 2 for a broken one and 5 for one
     that does not fit its base; warnings do not count.
     """
+    announce(file)
     report = validate(file, base)
     emit(_document(report), lambda: _show(report))
     context.exit(report.exit_code)

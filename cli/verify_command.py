@@ -9,6 +9,7 @@ import click
 
 from krona_hub.cli.common import (
     allow_missing_option,
+    announce,
     base_option,
     byte_progress,
     component_option,
@@ -37,6 +38,7 @@ PROPERTIES = ("same", "exit_code", "states", "only_first", "only_second", "relat
         "How": ("--component", "--tolerance", "--exact", "--allow-missing", "--all"),
     },
     examples=(
+        "krona verify merged --base base --adapter lora.safetensors:0.8",
         "krona verify lokr.safetensors krona.safetensors",
         "krona verify lokr.safetensors --base sd15",
     ),
@@ -75,6 +77,7 @@ def command(
     """
     from krona_hub.verification import verify
 
+    announce(first, second, *(adapter.source for adapter in adapters))
     bar = byte_progress if adapters else progress
     with bar("compared") as step:
         report = verify(first, second, adapters=list(adapters), progress=step, **options)

@@ -1,4 +1,4 @@
-"""Krona Hub: read, convert, validate and account for Kronecker adapters of diffusion models.
+"""Krona Hub: read, convert, merge, validate and account for Kronecker adapters of diffusion models.
 
 The public names below are imported when they are first used, so that `import krona_hub` costs nothing.
 """

@@ -41,7 +41,16 @@ def parse_hub_id(source: str) -> HubId | None:
 
 def is_remote(source: str | Path) -> bool:
     """True where `resolve` would ask the Hub: the caller says so aloud."""
-    return not Path(source).exists() and parse_hub_id(str(source)) is not None
+    return _remote(source) is not None
+
+
+def _remote(source: str | Path) -> HubId | None:
+    """The Hub id that is meant: of what is no path, and does not look like the path of a file that is missing."""
+    path, hub_id = Path(source).expanduser(), parse_hub_id(str(source))
+    if path.exists() or hub_id is None:
+        return None
+    misspelt = hub_id.file is None and path.suffix == WEIGHTS and not str(source).startswith("hf://")
+    return None if misspelt else hub_id
 
 
 def resolve(source: str | Path) -> Path:
@@ -52,8 +61,8 @@ def resolve(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    hub_id = parse_hub_id(str(source))
-    if hub_id is None or (hub_id.file is None and path.suffix == WEIGHTS and not str(source).startswith("hf://")):
+    hub_id = _remote(source)
+    if hub_id is None:
         raise NotFoundError(f"{source}: no such file or folder.", fix=_similar(path))
     return _download(hub_id)
 
@@ -135,10 +144,9 @@ def resolve_base(source: str | Path) -> Path:
     NotFoundError, AuthError or OfflineError with the fix for each; catalogue names are no weights, and not found here,
     but for the base that ships in the package.
     """
-    path = folder_of(Path(source).expanduser())
-    hub_id = parse_hub_id(str(source))
-    if path.exists() or hub_id is None or (path.suffix == WEIGHTS and hub_id.file is None):
-        return path
+    hub_id = _remote(source)
+    if hub_id is None:
+        return folder_of(Path(source).expanduser())
     if hub_id.file is not None:
         return _download(hub_id)
     with _hub_errors(hub_id):

@@ -27,6 +27,7 @@ SEED = 15
 SPREAD = 0.04  # standard deviation of the weights, about that of attention projections in SD 1.5
 MADE = (  # commands that make the other files of the folder
     "krona convert lokr.safetensors -o krona.safetensors",
+    "krona merge base lora.safetensors:0.8 -o merged --undo undo.safetensors",
 )
 
 

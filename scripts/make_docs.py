@@ -23,6 +23,7 @@ from krona_hub.cli import failures
 from krona_hub.cli.main import COMMANDS, load
 from krona_hub.report import loads_matrix
 from scripts.example_files import example_folder, output_of
+from scripts.rounding_table import rounding_table
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 100  # columns of the help texts
@@ -77,7 +78,7 @@ def loads_in_table() -> str:
     return "\n".join([f"| format | {' | '.join(tools)} |", "|---|" + "---|" * len(tools), *rows]) + "\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"loads-in": loads_in_table}
+TABLES: dict[str, Callable[[], str]] = {"loads-in": loads_in_table, "rounding": rounding_table}
 
 
 def with_blocks_filled(path: str) -> str:
@@ -99,6 +100,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/commands.md": commands_page,
     "docs/errors.md": errors_page,
     "README.md": lambda: with_blocks_filled("README.md"),
+    "docs/merging.md": lambda: with_blocks_filled("docs/merging.md"),
 }
 
 

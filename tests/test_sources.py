@@ -28,6 +28,15 @@ def test_hub_ids_are_read(text, expected):
     assert parse_hub_id(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("ns/name", True), ("hf://ns/x.safetensors", True), ("ns/name/x.safetensors", True), ("no/x.safetensors", False),
+     ("x.safetensors", False), ("/ns/name", False)],
+)  # fmt: skip
+def test_what_would_be_asked_of_the_hub_is_known_before(text, expected):
+    assert is_remote(text) == expected
+
+
 def test_a_misspelt_file_names_its_neighbour(tmp_path):
     (tmp_path / "style.safetensors").write_bytes(b"x")
     with pytest.raises(NotFoundError, match=r"Did you mean .*style\.safetensors"):

@@ -93,4 +93,5 @@ class Base:
     @property
     def model(self) -> BaseModel:
         """What an adapter remembers of its base."""
-        return BaseModel(self.family, self.hub_id, None, self.fingerprint, self.candidates)
+        told = self.fingerprint if self.denoiser else None  # a lone text encoder says little of the model it is for
+        return BaseModel(self.family, self.hub_id, None, told, self.candidates)

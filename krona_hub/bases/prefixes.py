@@ -26,6 +26,13 @@ ROLES: Mapping[str, tuple[tuple[str, str], ...]] = {  # role -> (component, kind
     "clip_g": (("text_encoder_2", "clip"),),
     "t5": (("text_encoder_3", "t5"), ("text_encoder_2", "t5"), ("text_encoder", "t5")),
 }
+WORDS: Mapping[str, str] = {  # role -> what a base lacks that has no component for it
+    "denoiser": "U-Net or transformer", "unet": "U-Net", "transformer": "transformer",
+    "text_encoder": "text encoder", "text_encoder_2": "second text encoder", "text_encoder_3": "third text encoder",
+    "text_encoder_4": "fourth text encoder", "te1": "text encoder", "te2": "second text encoder",
+    "te3": "third text encoder", "te4": "fourth text encoder",
+    "clip_l": "CLIP-L text encoder", "clip_g": "CLIP-G text encoder", "t5": "T5 text encoder",
+}  # fmt: skip
 ANY = "any"  # no component is said
 OPENCLIP = "openclip."  # its `text_projection` is a transposed namesake of CLIP's
 
@@ -89,6 +96,25 @@ def components(role: str, base: Base) -> tuple[str, ...]:
         return tuple(base.components)
     found = (c for c, kind in ROLES[role] if c in base.components and kind in ("", kind_of(base.components[c])))
     return tuple(found)[:1]
+
+
+def lacking(name: str, base: Base) -> str:
+    """What `base` would need to have any module of this name, in words; "" where a part of it may have one.
+
+    >>> lacking("lora_te2_text_model_encoder_layers_0_mlp_fc1", Base("x", None, {"unet": {}}))
+    'second text encoder'
+    """
+    roles = [role for role, _ in readings(name)]
+    return "" if any(components(role, base) for role in roles) else WORDS.get(roles[0], "")
+
+
+def may_mean(name: str, component: str) -> bool:
+    """Whether a name can be that of a module of `component`, in some base.
+
+    >>> may_mean("lora_te1_x", "text_encoder"), may_mean("lora_te1_x", "unet"), may_mean("conv_in", "unet")
+    (True, False, True)
+    """
+    return any(role == ANY or component in dict(ROLES[role]) for role, _ in readings(name))
 
 
 def kind_of(modules: Mapping[str, Module]) -> str:

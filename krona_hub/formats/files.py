@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,7 @@ from krona_hub.formats.source import AdapterFile, in_file, open_files
 from krona_hub.kron.rows import Range, take_rows, transposed
 from krona_hub.kron.terms import KronTerms
 
-__all__ = ["detect_format", "read"]
+__all__ = ["detect_format", "read", "read_planned"]
 
 
 def read(
@@ -42,6 +42,15 @@ def read(
     files = open_files(source, base)
     parts = [_read_file(f, spoke, f.component if len(files) > 1 else component, allow_missing) for f in files]
     return _joined(parts, str(source))
+
+
+def read_planned(plans: Sequence[Plan], source: str = "the adapter") -> Adapter:
+    """The adapter that these plans describe, whatever they set aside. Raises what reading its tensors raises."""
+    parts = []
+    for plan in plans:
+        with in_file(plan.file.path):
+            parts.append(_carry_out(plan))
+    return _joined(parts, source)
 
 
 def _read_file(file: AdapterFile, spoke: ModuleType | None, component: str | None, allow_missing: bool) -> Adapter:

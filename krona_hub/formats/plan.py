@@ -190,11 +190,18 @@ def _conflicts(landing: Landing) -> dict[str, KronaError]:
 
 def refuse(plan: Plan, allow_missing: bool) -> None:
     """Raise the first error that stops the reading: any that --allow-missing does not cover, or all modules gone."""
-    hard = {name: e for name, e in plan.aside.items() if not isinstance(e, FORGIVABLE)}
-    if hard or (plan.aside and not allow_missing):
-        raise _summary(hard or plan.aside, plan)
+    refuse_unreadable(plan)
+    if plan.aside and not allow_missing:
+        raise _summary(plan.aside, plan)
     if not plan.modules:
         raise _summary(plan.aside, plan) if plan.aside else IncompleteError("it adapts nothing.", fix="Is it empty?")
+
+
+def refuse_unreadable(plan: Plan) -> None:
+    """Raise the first error that --allow-missing does not cover."""
+    hard = {name: e for name, e in plan.aside.items() if not isinstance(e, FORGIVABLE)}
+    if hard:
+        raise _summary(hard, plan)
 
 
 def _summary(problems: Mapping[str, KronaError], plan: Plan) -> KronaError:

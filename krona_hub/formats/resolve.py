@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from krona_hub.bases import catalogue, detect
+from krona_hub.bases import catalogue, detect, prefixes
 from krona_hub.bases.base import COMPONENTS, Base, Placement
 from krona_hub.bases.names import NameTable, table
 from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, UnknownBaseError
 
+HINTS = 8  # modules of a file for which the nearest name is sought, which takes milliseconds each
 Placements = tuple[Placement, ...]
 Shapes = Mapping[str, tuple[int, ...]]  # module of a file -> shape of the weight, as far as its tensors tell
 
@@ -75,23 +76,22 @@ def _in_base(shapes: Shapes, base: Base, component: str | None, candidates: tupl
     problems: dict[str, KronaError] = {}
     for name, shape in shapes.items():
         try:
-            places[name] = _place(names, name, shape, component)
+            places[name] = _place(names, name, shape, component, hint=len(problems) < HINTS)
         except KronaError as error:
             problems[name] = error
     return Landing(base, candidates, places, problems)
 
 
-def _place(names: NameTable, name: str, shape: tuple[int, ...], component: str | None) -> Placements:
+def _place(
+    names: NameTable, name: str, shape: tuple[int, ...], component: str | None, *, hint: bool = True
+) -> Placements:
     """The placements of one module. Raises BaseMismatchError where the base lacks it or has another shape."""
     found = dict(names.candidates(name))
     places = found.get(component or "") or (next(iter(found.values())) if len(found) == 1 else None)
     if places is None and len(found) > 1:
         raise AmbiguousError(f"it is a module of {' and of '.join(found)}.", fix="Say which with --component.")
     if places is None:
-        near = names.nearest(name)
-        raise BaseMismatchError(
-            f"{names.base.name} has no such module.", fix=f"The nearest is {near}." if near else "Is it the right base?"
-        )
+        raise _unmatched(names, name, hint)
     wanted = _size(names.base, places)
     given = shape[0], prod(shape[1:])
     if given != wanted:
@@ -100,6 +100,16 @@ def _place(names: NameTable, name: str, shape: tuple[int, ...], component: str |
             fix="Name the base it was trained on with --base.",
         )
     return places
+
+
+def _unmatched(names: NameTable, name: str, hint: bool) -> KronaError:
+    lacking = prefixes.lacking(name, names.base)
+    if lacking:
+        return BaseMismatchError(f"{names.base.name} has no {lacking}.", fix="Is it the whole model?")
+    near = names.nearest(name) if hint else None
+    return BaseMismatchError(
+        f"{names.base.name} has no such module.", fix=f"The nearest is {near}." if near else "Is it the right base?"
+    )
 
 
 def _size(base: Base, places: Placements) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from krona_hub.checkpoints.header import FLOATS, Header, read_header
 from krona_hub.errors import (
     FormatError,
     IncompleteError,
+    KronaError,
     NotFoundError,
     PickleError,
     StructureError,
@@ -52,10 +53,31 @@ class BaseTree:
     headers: Mapping[Path, Header]  # of its weight files
     places: Mapping[str, tuple[WeightPlace, ...]]
     """Canonical layer -> every tensor that holds its weight: one for each variant (`fp16` beside the plain one)."""
+    quantised: Mapping[Path, str] = field(default_factory=dict)
+    """Folder or file -> how weights in it are quantised; other weights may lie beside them."""
 
     @property
     def is_folder(self) -> bool:
         return self.root.is_dir()
+
+    def quantisation(self, place: WeightPlace) -> str | None:
+        """How one weight is quantised; None where it is stored as it is."""
+        if place.path.parent in self.quantised:
+            return self.quantised[place.path.parent]
+        tensors = self.headers[place.path].tensors
+        if tensors[place.tensor].dtype not in (*FLOATS, *EIGHT_BITS):
+            return f"stored as {tensors[place.tensor].dtype}"
+        if place.path not in self.quantised:
+            return None
+        names = (place.tensor, place.tensor.removesuffix(".weight"))
+        return next((kind for end, kind in QUANTISED.items() if any(name + end in tensors for name in names)), None)
+
+    @property
+    def beside(self) -> list[Path]:
+        """Checkpoints of the whole model that lie in a pipeline folder beside its components."""
+        if not self.is_folder or any(path.parent == self.root for path in self.headers):
+            return []
+        return sorted(path for path in self.root.iterdir() if path.suffix in (".safetensors", ".ckpt"))
 
     @cached_property
     def nbytes(self) -> int:
@@ -75,22 +97,27 @@ def open_tree(base: str | Path) -> BaseTree:
     if not root.is_dir():
         return _of_file(root)
     folders = component_folders(root)
-    _refuse_configured(folders.values())
+    configured = {folder: kind for folder in folders.values() if (kind := _configured(folder / "config.json"))}
     sets = {component: _sets(folder) for component, folder in folders.items()}
     if not any(sets.values()):
-        raise _only_others(root, folders.values())
+        raise _only_others(root, folders.values(), configured)
     headers = _headers(path for files in sets.values() for some in files for path in some)
-    _refuse_quantised(headers)
-    return BaseTree(root, load_base(root), headers, _gathered(sets))
+    places = _gathered(sets)
+    if len(headers) == 1 and not (root / "config.json").exists():
+        _check_no_checkpoint(root, next(iter(headers)), places)
+    return BaseTree(root, load_base(root), headers, places, {**configured, **_signs(headers)})
 
 
 def _of_file(path: Path) -> BaseTree:
     if path.suffix == ".gguf":
-        raise UnsupportedError(f"{path} is a GGUF file: its weights are quantised.", fix=_ADVICE)
+        raise quantised(path, "GGUF")
     headers = _headers([path])
-    _refuse_quantised(headers)
-    places = {layer: (place,) for layer, place in weight_files(path).items()}
-    return BaseTree(path, load_base(path), headers, places)
+    signs = _signs(headers)
+    try:
+        places = {layer: (place,) for layer, place in weight_files(path).items()}
+        return BaseTree(path, load_base(path), headers, places, signs)
+    except UnknownBaseError as error:
+        raise (quantised(path, signs[path]) if signs else error) from None
 
 
 def _headers(paths: Iterable[Path]) -> dict[Path, Header]:
@@ -106,7 +133,7 @@ def _gathered(sets: Mapping[str, tuple[tuple[Path, ...], ...]]) -> dict[str, tup
     return found
 
 
-def _no_weights(said: str) -> Exception:
+def _no_weights(said: str) -> KronaError:
     if catalogue.find(said) is not None:
         return UnknownBaseError(
             f"{said} is the name of a base; here its weights are needed.",
@@ -136,8 +163,22 @@ def _check_index(index: Path) -> None:
         raise StructureError(f"{index} {cause}.", fix="Download the folder again.")
 
 
-def _only_others(root: Path, folders: Iterable[Path]) -> Exception:
+def _check_no_checkpoint(root: Path, file: Path, places: Mapping[str, object]) -> None:
+    """Raise where a folder without configuration holds a checkpoint in its authors' names, and not a component."""
+    try:
+        held = weight_files(file)
+    except UnknownBaseError:
+        return
+    if not held.keys() & places.keys():
+        raise UnknownBaseError(
+            f"{root} is no diffusers folder, but one with a checkpoint in it.", fix=f"Give the file itself: {file}."
+        )
+
+
+def _only_others(root: Path, folders: Iterable[Path], configured: Mapping[Path, str]) -> KronaError:
     for folder in folders:
+        if folder in configured:
+            return quantised(folder, configured[folder])
         for pattern in _PICKLES:
             if pickle := next(folder.glob(pattern), None):
                 return PickleError(
@@ -145,21 +186,20 @@ def _only_others(root: Path, folders: Iterable[Path]) -> Exception:
                     fix="Download the safetensors files, or save the model again with save_pretrained.",
                 )
         if next(folder.glob("*.gguf"), None):
-            return UnsupportedError(f"{root} has quantised GGUF weights only.", fix=_ADVICE)
+            return quantised(folder, "GGUF")
     return IncompleteError(f"{root} has no weights.", fix="Download its safetensors files as well.")
 
 
 # ── quantised weights ────────────────────────────────────────────────────────────────────────────
 
 
-def _refuse_configured(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        method = _quantisation(folder / "config.json")
-        if method:
-            raise UnsupportedError(f"{folder} is quantised ({method}).", fix=_ADVICE)
+def quantised(path: Path, kind: str) -> UnsupportedError:
+    """The refusal to change weights of that kind."""
+    return UnsupportedError(f"{path} is quantised ({kind}): a sum has no place in it.", fix=_ADVICE)
 
 
-def _quantisation(config: Path) -> str | None:
+def _configured(config: Path) -> str | None:
+    """How a component is quantised by what its configuration says."""
     try:
         found: Any = json.loads(config.read_text("utf-8")).get("quantization_config") if config.exists() else None
     except (ValueError, AttributeError) as error:
@@ -167,17 +207,16 @@ def _quantisation(config: Path) -> str | None:
     return str(found.get("quant_method", "by its configuration")) if isinstance(found, dict) else None
 
 
-def _refuse_quantised(headers: Mapping[Path, Header]) -> None:
-    for path, header in headers.items():
-        sign = next(_signs(header), None)
-        if sign:
-            raise UnsupportedError(f"{path} is quantised ({sign[1]}: it has {sign[0]}).", fix=_ADVICE)
+def _signs(headers: Mapping[Path, Header]) -> dict[Path, str]:
+    """File -> how some weights in it are quantised, by the tensors beside them."""
+    found = {path: next(_kinds(header), None) for path, header in headers.items()}
+    return {path: kind for path, kind in found.items() if kind}
 
 
-def _signs(header: Header) -> Iterator[tuple[str, str]]:
+def _kinds(header: Header) -> Iterator[str]:
+    """By the names of tensors, which say it best, then by types."""
+    for name in header.tensors:
+        yield from (kind for end, kind in QUANTISED.items() if name.endswith(end))
     for name, info in header.tensors.items():
-        for end, kind in QUANTISED.items():
-            if name.endswith(end):
-                yield name, kind
         if name.endswith(".weight") and len(info.shape) > 1 and info.dtype not in (*FLOATS, *EIGHT_BITS):
-            yield f"{name} as {info.dtype}", "integers"
+            yield f"stored as {info.dtype}"

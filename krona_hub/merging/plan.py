@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from krona_hub.bases.base import Placement
 from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo
 from krona_hub.errors import BaseMismatchError, ConflictError, UsageError
-from krona_hub.merging.base_tree import BaseTree, open_tree
+from krona_hub.merging.base_tree import BaseTree, open_tree, quantised
 from krona_hub.merging.block_weights import BlockWeights
 from krona_hub.merging.parts import Part, part_of
 from krona_hub.sources import resolve_base
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 OutDtype = Literal["keep", "fp32-touched", "fp16", "bf16"]
 OUT_DTYPES: Mapping[OutDtype, str | None] = {"keep": None, "fp32-touched": "F32", "fp16": "F16", "bf16": "BF16"}
-WHOLE = ("fp16", "bf16")  # apply to every number of a changed file, not to what adapters touch only
+WHOLE = ("fp16", "bf16")  # apply to every number of a changed component, not only to what adapters touch
 SHOWN = 3  # names in a message
 ROOM = 200_000_000  # bytes: torch itself and the buffers of two threads
 COPIED, COMPUTED = 1.5e9, 0.9e9  # bytes per second, warm, on two cores: for an estimate only
@@ -151,8 +151,12 @@ def plan_merge(
         raise UsageError(f"{out_dtype!r} is no output type.", fix=f"Choose one of {', '.join(OUT_DTYPES)}.")
     tree = base if isinstance(base, BaseTree) else open_tree(resolve_base(base))
     factors = BlockWeights(block_weights or {})
-    parts = tuple(part_of(source, weight, tree, component, from_format) for source, weight in adapters)
+    parts = tuple(
+        part_of(source, weight, tree, component=component, from_format=from_format, said=said)
+        for (source, weight), said in zip(adapters, _names(len(adapters)), strict=True)
+    )
     for part in parts:
+        _check_plain(part, tree, allow_missing)
         _check_base(part, tree, allow_base_mismatch)
         _check_matched(part, tree, component, allow_missing)
     targets = list(_targets(parts, tree, factors))
@@ -168,6 +172,11 @@ def plan_merge(
     )
 
 
+def _names(count: int) -> list[str]:
+    """What adapters in memory are called in messages."""
+    return ["the adapter"] if count == 1 else [f"adapter {n}" for n in range(1, count + 1)]
+
+
 # ── does it fit ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -181,6 +190,17 @@ def _check_base(part: Part, tree: BaseTree, allowed: bool) -> None:
     )
 
 
+def _check_plain(part: Part, tree: BaseTree, allow_missing: bool) -> None:
+    """Raise where weights that the adapter changes are quantised, or may be what hides them."""
+    layers = (layer for module in part.modules for layer in module.layers)
+    touched = (tree.quantisation(place) for layer in layers for place in tree.places[layer])
+    found = next((kind for kind in touched if kind), None)
+    if found is None and part.missing and not (allow_missing and part.modules):
+        found = next(iter(tree.quantised.values()), None)
+    if found:
+        raise quantised(tree.root, found)
+
+
 def _check_matched(part: Part, tree: BaseTree, component: str | None, allowed: bool) -> None:
     if part.modules and (allowed or not part.missing):
         return
@@ -189,18 +209,21 @@ def _check_matched(part: Part, tree: BaseTree, component: str | None, allowed: b
     if not part.modules:
         reason = next(iter(part.missing.values()), "it has no module of that part.")
         raise BaseMismatchError(
-            f"{found}; of the first: {reason}", fix=f"{_likely(part)}krona inspect tells more about it."
+            f"{found}; of the first: {reason}", fix=f"{_likely(part, tree)}krona inspect tells more about it."
         )
     names, more = list(part.missing)[:SHOWN], len(part.missing) - SHOWN
     raise BaseMismatchError(
         f"{found}; not there: {', '.join(names)}{f' and {more} more' if more > 0 else ''}. "
         f"Of the first: {part.missing[names[0]]}",
-        fix="--allow-missing merges the others; --component NAME merges one part of the model only.",
+        fix=f"{_likely(part, tree)}--allow-missing merges the others; --component NAME merges one part of the model.",
     )
 
 
-def _likely(part: Part) -> str:
-    return f"It looks like an adapter for {' or '.join(part.candidates[:SHOWN])}. " if part.candidates else ""
+def _likely(part: Part, tree: BaseTree) -> str:
+    """For which bases the adapter is more likely, where this one is not among them."""
+    if not part.candidates or {*tree.base.model.names} & {*part.candidates}:
+        return ""
+    return f"It looks like an adapter for {' or '.join(part.candidates[:SHOWN])}. "
 
 
 def _check_doras(parts: Sequence[Part], targets: Iterable[tuple[Path, str, Target]]) -> None:
@@ -232,13 +255,21 @@ def _files(tree: BaseTree, targets: Iterable[tuple[Path, str, Target]], out_dtyp
     by_tensor: dict[tuple[Path, str], list[Target]] = {}
     for path, tensor, target in targets:
         by_tensor.setdefault((path, tensor), []).append(target)
-    for path in sorted({path for path, _ in by_tensor}):
+    for path in _changed({path for path, _ in by_tensor}, tree, out_dtype):
         header = tree.headers[path]
         planned = (
             _tensor(name, info, tuple(by_tensor.get((path, name), ())), out_dtype)
             for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start)
         )
-        yield FilePlan(header, tuple(t for t in planned if t.targets or t.out_dtype != t.info.dtype))
+        tensors = tuple(t for t in planned if t.targets or t.out_dtype != t.info.dtype)
+        if tensors:
+            yield FilePlan(header, tensors)
+
+
+def _changed(touched: set[Path], tree: BaseTree, out_dtype: OutDtype) -> list[Path]:
+    """The touched files; where everything gets one type, the other shards of their components too."""
+    folders = {path.parent for path in touched} if out_dtype in WHOLE and tree.is_folder else set()
+    return sorted(touched | {path for path in tree.headers if path.parent in folders})
 
 
 def _tensor(name: str, info: TensorInfo, targets: tuple[Target, ...], out_dtype: OutDtype) -> TensorPlan:
@@ -263,3 +294,7 @@ def _notes(tree: BaseTree, parts: Sequence[Part], targets: Sequence[tuple[Path, 
     variants = {place.path.parent for places in tree.places.values() if len(places) > 1 for place in places}
     for folder in sorted(variants):
         yield f"{folder.name} is there in several variants (such as fp16); each is merged"
+    for path in tree.beside if targets else ():
+        yield f"{path.name} holds a whole model too, which is not merged: diffusers does not read it"
+    if any(name.startswith("model_ema.") for path, _, _ in targets[:1] for name in tree.headers[path].tensors):
+        yield "the averaged weights (model_ema) in the file are not merged: programs that make images do not read them"

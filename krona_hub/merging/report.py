@@ -12,12 +12,13 @@ from krona_hub.merging.plan import AdapterPlan
 
 MOST = 0.5  # share lost from which the verdict warns
 SOME = 0.05
+TINY = 0.001
 
 
 class TensorReport(NamedTuple):
     """A tensor that adapters changed."""
 
-    file: str
+    file: str  # relative to the base, where that is a folder
     tensor: str
     layers: tuple[str, ...]
     dtype: str  # that it is stored in now
@@ -73,10 +74,11 @@ def verdict(share_lost: float, tensors: Sequence[TensorReport]) -> str:
     if not tensors:
         return "no weight changed: every strength is 0"
     types = "/".join(sorted({t.dtype.lower() for t in tensors}))
-    told = f"{share_lost:.1%} of the adapters' change was lost in rounding to {types}"
+    amount = f"{share_lost:.1%}" if share_lost >= TINY else f"less than {TINY:.1%}"
+    told = f"{amount} of the adapters' change was lost in rounding to {types}"
     if share_lost <= SOME:
         return f"{told}: the merged weights hold the adapters"
-    advice = "--out-dtype fp32-touched keeps it all; --rounding stochastic keeps it on average"
+    advice = "--out-dtype fp32-touched keeps it all, --rounding stochastic its strength on average, with more noise"
     if share_lost < MOST:
         return f"{told}; {advice}"
     return f"{told}: most of it is noise now, though the sum over many weights still follows it in part; {advice}"

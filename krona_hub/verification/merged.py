@@ -12,9 +12,7 @@ from torch import Tensor
 from krona_hub.adapter import Adapter
 from krona_hub.checkpoints.reader import load
 from krona_hub.errors import BaseMismatchError
-from krona_hub.formats.files import read
 from krona_hub.kron.parallel import in_parallel
-from krona_hub.merging.parts import Part
 from krona_hub.merging.patches import Patch
 from krona_hub.merging.plan import MergePlan, plan_merge
 from krona_hub.sources import resolve_base
@@ -123,7 +121,7 @@ def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 def _targets(plan: MergePlan) -> Targets:
     """The patches of every tensor that the merge would change."""
-    adapters = [_loaded(part, plan) for part in plan.parts]
+    adapters = [part.load() for part in plan.parts]
     targets: dict[tuple[str, str], Patches] = {}
     for file in plan.files:
         for tensor in file.tensors:
@@ -132,12 +130,6 @@ def _targets(plan: MergePlan) -> Targets:
                 own[t.adapter].append(Patch(adapters[t.adapter].layers[t.layer], t.weight, t.placement))
             targets[_relative(file.path, plan.tree.root), tensor.name] = own
     return targets
-
-
-def _loaded(part: Part, plan: MergePlan) -> Adapter:
-    if isinstance(part.source, Adapter):
-        return part.source
-    return read(part.source, base=plan.tree.base, component=part.component, allow_missing=True)
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -22,7 +22,7 @@ from krona_hub.merging.rounding import Rounding
 from krona_hub.merging.tiles import merge_tensor
 from krona_hub.verification.numbers import unit
 
-MOST = 1 << 20  # numbers of a tensor that are looked at: enough for three digits of a strength, and bounded memory
+MOST = 1 << 18  # numbers of a tensor that are looked at: enough for three digits of a strength, and bounded memory
 STEPS = 30  # of the search for s; each brings it several times nearer
 NEAR = 0.01  # relative; strengths this close to what was asked are those that were asked
 SIGMAS = 5  # beyond which stochastic rounding does not explain another strength
@@ -84,11 +84,12 @@ def sample(weight: Tensor, merged: Tensor, patches: Sequence[Sequence[Patch]]) -
     places = torch.arange(0, weight.numel(), -(-weight.numel() // MOST))
     sound = weight.reshape(-1)[places].double().isfinite() & merged.reshape(-1)[places].double().isfinite()
     places = places[sound]
-    deltas = torch.stack([_delta(weight, own, places) for own in patches])
+    rounding = Rounding(exact=merged.element_size() > 2)  # float32 sums are exact enough for half precision
+    deltas = torch.stack([_delta(weight, own, places, rounding) for own in patches])
     return Sample(weight.reshape(-1)[places].double(), merged.reshape(-1)[places], deltas)
 
 
-def _delta(weight: Tensor, patches: Sequence[Patch], places: Tensor) -> Tensor:
+def _delta(weight: Tensor, patches: Sequence[Patch], places: Tensor, rounding: Rounding) -> Tensor:
     """ΔW of one adapter at some places of the stored tensor, float64."""
     found, flat = torch.zeros(len(places), dtype=torch.float64), weight.reshape(-1)
 
@@ -98,7 +99,7 @@ def _delta(weight: Tensor, patches: Sequence[Patch], places: Tensor) -> Tensor:
         found[start:stop] = tile[here - first] - flat[here].double()
 
     if patches:
-        merge_tensor(weight, patches, take, out_dtype=torch.float64, rounding=Rounding(exact=True))
+        merge_tensor(weight, patches, take, out_dtype=torch.float64, rounding=rounding)
     return found
 
 

@@ -17,7 +17,7 @@ from krona_hub.verification.numbers import Apart
 from krona_hub.verification.report import State, TensorCheck
 from krona_hub.verification.strengths import Sample, as_asked, found_strengths, in_words, sample, unexplained
 
-ROUNDINGS = (NEAREST, Rounding(exact=True))  # float32 sums as a merge makes them, and the true sums: either will do
+TRUE = Rounding(exact=True)  # float64 sums; a merge makes float32 ones, NEAREST: one unit from either will do
 RARE = 1e-4  # share of numbers that another order of float32 sums may round the other way
 MANY = 0.01  # share of unequal numbers from which it was another arithmetic, and no single numbers that changed
 
@@ -43,27 +43,24 @@ def check_touched(
     whole must be that of the adapters at the strengths that were asked for.
     """
     every = [patch for own in patches for patch in own]
-    apart = _nearest_of(weight, merged, every)
-    check = replace(start, unequal=apart.unequal, worst_units=apart.worst)
-    near = apart.worst <= (0 if exact else 1)
-    if near and apart.unequal <= RARE * apart.elements:
-        return Outcome(check)
+    apart = _apart(weight, merged, every, NEAREST)
+    if _near(apart, exact) and apart.unequal <= RARE * apart.elements:
+        return Outcome(_told(start, apart))
     at_one = [[replace(p, weight=p.weight / w) for p in own] for own, w in zip(patches, weights, strict=True)]
     numbers = sample(weight, merged, at_one)
     right = as_asked(numbers, torch.tensor(weights, dtype=torch.float64))
-    if near and right:
-        return Outcome(check)
-    return _diagnosed(check, numbers, right)
+    if right and not _near(apart, exact):
+        apart = min(apart, _apart(weight, merged, every, TRUE), key=lambda x: (x.worst, x.unequal))
+    check = _told(start, apart)
+    return Outcome(check) if right and _near(apart, exact) else _diagnosed(check, numbers, right)
 
 
-def _nearest_of(weight: Tensor, merged: Tensor, patches: Sequence[Patch]) -> Apart:
-    """How far the tensor is from the sum that it is nearest to."""
-    found: list[Apart] = []
-    for rounding in ROUNDINGS:
-        found.append(_apart(weight, merged, patches, rounding))
-        if found[-1].worst <= 1 and found[-1].unequal <= RARE * found[-1].elements:
-            break
-    return min(found, key=lambda apart: (apart.worst, apart.unequal))
+def _near(apart: Apart, exact: bool) -> bool:
+    return apart.worst <= 1 and not (exact and apart.unequal)
+
+
+def _told(check: TensorCheck, apart: Apart) -> TensorCheck:
+    return replace(check, unequal=apart.unequal, worst_units=apart.worst)
 
 
 def _apart(weight: Tensor, merged: Tensor, patches: Sequence[Patch], rounding: Rounding) -> Apart:

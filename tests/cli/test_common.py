@@ -29,6 +29,11 @@ def test_text_goes_to_stdout_and_chatter_to_stderr(capsys):
     assert capsys.readouterr() == ("answer  42\n", "chatter\n")
 
 
+def test_what_is_looked_for_on_the_hub_is_said_aloud(capsys, tmp_path):
+    common.announce(str(tmp_path), "nobody/nothing", None, "here.safetensors")
+    assert capsys.readouterr().err == "nobody/nothing is no path here: asking the Hugging Face Hub.\n"
+
+
 def test_quiet_leaves_the_result_alone(capsys):
     run("--quiet")
     assert capsys.readouterr() == ("answer  42\n", "")
@@ -73,30 +78,42 @@ def test_colour_appears_only_in_a_terminal_without_no_color(capsys, monkeypatch,
     assert "\x1b[3" not in capsys.readouterr().out
 
 
-def test_a_bar_appears_after_two_seconds_only_and_goes_away(capsys, monkeypatch):
-    clock = iter([0.0, 1.0, 10.0])
+def on_a_terminal(monkeypatch, *seconds: float) -> None:
+    """A terminal, and a clock that shows these times one after the other."""
+    clock = iter(seconds)
     monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+
+def test_a_bar_appears_after_two_seconds_only_and_goes_away(capsys, monkeypatch):
+    on_a_terminal(monkeypatch, 0.0, 1.0, 10.0)
     with common.progress("layers") as step:
-        step(1, 4)
+        step(0, 4)
         assert capsys.readouterr().err == ""
-        step(2, 4)
-        assert "2/4  0:10 left" in capsys.readouterr().err
+        step(3, 4)
+        assert "3/4  0:03 left" in capsys.readouterr().err
     assert capsys.readouterr().err == "\r\x1b[K"
 
 
-def test_a_bar_of_bytes_tells_the_rate_and_the_time_left(capsys, monkeypatch):
-    clock = iter([0.0, 4.0, 4.05, 8.0])
-    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+def test_a_bar_of_bytes_tells_the_rate_and_the_time_left_since_the_work_began(capsys, monkeypatch):
+    on_a_terminal(monkeypatch, 0.0, 7.0, 11.0, 11.05, 15.0)
     with common.byte_progress("merged") as step:
-        more = common.counting(step, 5_000_000_000)
-        more(1_000_000_000)
+        step(0, 5_000_000_000)
+        assert "0 B of 5.0 GB" in capsys.readouterr().err, "torch took seven seconds: no rate yet"
+        step(1_000_000_000, 5_000_000_000)
         assert "1.0 GB of 5.0 GB  250.0 MB/s  0:16 left" in capsys.readouterr().err
-        more(1)
+        step(1_000_000_001, 5_000_000_000)
         assert capsys.readouterr().err == "", "drawn ten times a second at most"
         step(2_000_000_000, None)
         assert capsys.readouterr().err == "\r\x1b[Kmerged 2.0 GB  250.0 MB/s"
+
+
+def test_reports_of_new_bytes_are_added_up():
+    seen = []
+    more = common.counting(lambda done, total: seen.append((done, total)), 7)
+    for nbytes in (3, 0, 4):
+        more(nbytes)
+    assert seen == [(3, 7), (3, 7), (7, 7)]
 
 
 def test_a_log_file_gets_no_bar(capsys, monkeypatch):

@@ -77,6 +77,55 @@ COMBINATION = obj(
     notes=many(TEXT),
     written=FLAG,
 )
+FITTED = obj(source=TEXT, format=MAYBE_TEXT, weight=NUMBER, matched=COUNT, total=COUNT, missing={"type": "object"})
+MERGED_TENSOR = obj(
+    file=TEXT, tensor=TEXT, layers=many(TEXT, 1), dtype=TEXT, wanted=NUMBER, lost=NUMBER, share_lost=NUMBER
+)
+MERGE = obj(
+    base=TEXT,
+    out=TEXT,
+    adapters=many(FITTED, 1),
+    tensors=many(MERGED_TENSOR, 1),
+    files=many(TEXT, 1),
+    copied=COUNT,
+    left_out=many(TEXT),
+    bytes_written=COUNT,
+    bytes_touched=COUNT,
+    seconds=NUMBER,
+    undo=MAYBE_TEXT,
+    base_sha256=MAYBE_TEXT,
+    share_lost=NUMBER,
+    verdict=TEXT,
+    notes=many(TEXT),
+    written={"const": True},
+)
+MERGE_PLAN = obj(
+    base=TEXT,
+    adapters=many(FITTED, 1),
+    out_dtype=TEXT,
+    files=many(obj(path=TEXT, tensors=many(obj(name=TEXT, dtype=TEXT, out_dtype=TEXT, layers=many(TEXT)), 1)), 1),
+    bytes_to_touch=COUNT,
+    bytes_of_weights=COUNT,
+    memory=COUNT,
+    seconds=NUMBER,
+    notes=many(TEXT),
+    written={"const": False},
+)
+UNMERGE = obj(out=TEXT, restored=many(TEXT, 1), unchanged=many(TEXT), copied=many(TEXT), nbytes=COUNT, seconds=NUMBER)
+CHECKED_TENSOR = obj(
+    tensor=TEXT, file=TEXT, state=TEXT, touched=FLAG, elements=COUNT, unequal=COUNT, strengths=many(NUMBER)
+)
+MERGE_CHECK = obj(
+    question={"const": "merge"},
+    same=FLAG,
+    exit_code=COUNT,
+    states=each(COUNT),
+    adapters=many(TEXT, 1),
+    weights=many(NUMBER, 1),
+    matched=many(TEXT, 1),
+    tensors=many(CHECKED_TENSOR, 1),
+    strengths=many(NUMBER),
+)
 DELTA_CHECK = obj(
     question={"const": "delta"},
     same=FLAG,
@@ -105,6 +154,11 @@ SHAPES = {
     "validate krona.safetensors": obj(path=TEXT, valid=FLAG, findings=many({"type": "object"})),
     "combine lora.safetensors lokr.safetensors:-0.5 -o sum.safetensors": COMBINATION,
     "combine lora.safetensors:2 krona.safetensors --dry-run": COMBINATION,
+    "merge base lora.safetensors:0.8 -o new": MERGE,
+    "merge base lora.safetensors lokr.safetensors:-1 --in-place --undo back.safetensors --out-dtype bf16": MERGE,
+    "merge base lora.safetensors:0.8 --dry-run": MERGE_PLAN,
+    "unmerge merged --undo undo.safetensors -o restored": UNMERGE,
+    "verify merged --base base --adapter lora.safetensors:0.8": MERGE_CHECK,
     "verify lokr.safetensors krona.safetensors": DELTA_CHECK,
     "verify lokr.safetensors --base sd15": FIT_CHECK,
     "migrate krona.safetensors --to 1.0 -o same.safetensors": obj(**{"path": TEXT, "from": TEXT, "to": TEXT}),

@@ -25,6 +25,8 @@ LIGHT = [
     "inspect lora.safetensors",
     "inspect lokr.safetensors --base sd15 --layers",
     "validate lokr.safetensors",
+    "merge base lora.safetensors:0.8 lokr.safetensors --dry-run",
+    "merge base lora.safetensors --dry-run --block-weights blocks.txt",
     "verify lokr.safetensors --base sd15",
     "verify lokr.safetensors --base base",
     "params --base sdxl --shape 64x8 --rank 4",
@@ -43,6 +45,11 @@ def test_a_light_command_imports_no_heavy_library(line, adapters):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_unmerge_imports_no_heavy_library(adapters, tmp_path):
+    done = run_guarded(f"unmerge merged --undo undo.safetensors -o {tmp_path / 'restored'}", adapters)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 MISTAKES = {  # what is wrong with a command line is told before torch is imported -> the error
     "convert lora.safetensors --exact --rank 4": "KH101",
     "convert lora.safetensors --terms 4": "KH101",
@@ -52,6 +59,12 @@ MISTAKES = {  # what is wrong with a command line is told before torch is import
     "convert lora.safetensors --dtype int8": "KH101",
     "convert nothing.safetensors": "KH190",
     "convert lora.safetensors -o lokr.safetensors": "KH170",
+    "merge base lora.safetensors": "KH101",
+    "merge base lora.safetensors -o new --in-place --undo u": "KH101",
+    "merge base lora.safetensors:inf -o new": "KH101",
+    "merge base nothing.safetensors -o new": "KH190",
+    "merge base krona.safetensors -o new": "KH160",
+    "merge base lora.safetensors -o merged": "KH170",
     "convert lora.safetensors -o no/where.safetensors": "KH190",
 }
 

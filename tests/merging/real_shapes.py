@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 from krona_hub.bases import catalogue
 from krona_hub.bases.base import Placement
@@ -34,9 +35,9 @@ def write(path: Path, tensors: Tensors, dtype: str = "F16", metadata: Mapping[st
     return path
 
 
-def ldm_file(path: Path, name: str, dtype: str = "F16") -> Path:
-    """`sd15` or `sdxl` as one file: U-Net and text encoders under the names of ldm and sgm, and a VAE."""
-    tensors = dict(VAE) | _originals(name, "unet", "model.diffusion_model.")
+def ldm_file(path: Path, name: str, dtype: str = "F16", more: Tensors = MappingProxyType({})) -> Path:
+    """`sd15` or `sdxl` as one file: U-Net and text encoders under the names of ldm and sgm, a VAE, and `more`."""
+    tensors = dict(VAE) | dict(more) | _originals(name, "unet", "model.diffusion_model.")
     encoder = catalogue.get(name).components["text_encoder"]
     tensors |= {f"{CLIP_L[name]}{path}.weight": module.shape for path, module in encoder.items()}
     if name == "sdxl":

@@ -250,25 +250,60 @@ def test_a_name_without_weights_is_no_base(shapes, tmp_path):
         plan_merge(tmp_path / "nowhere.safetensors", [(made.lora(shapes), 1.0)])
 
 
-SIGNS = {
-    "bitsandbytes nf4": {"x.weight.quant_state.bitsandbytes__nf4": torch.zeros(8, dtype=torch.uint8)},
-    "bitsandbytes int8": {"x.SCB": torch.ones(4)},
-    "GPTQ or AWQ": {"x.qweight": torch.zeros(4, 4, dtype=torch.int32)},
-    "scaled fp8": {"x.scale_weight": torch.ones(())},
-    "integers": {"x.weight": torch.zeros(4, 4, dtype=torch.int8)},
-}
+def packed(tensors, name):
+    """One weight as bitsandbytes stores it in four bits: bytes, and tables beside them."""
+    tensors[name] = torch.zeros(tensors[name].numel() // 2, 1, dtype=torch.uint8)
+    tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.zeros(8, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("kind", SIGNS)
-def test_a_quantised_base_is_refused_with_advice(kind, base, shapes, tmp_path):
-    folder = tmp_path / "unet"
-    folder.mkdir()
-    (folder / "config.json").write_bytes((base / "unet/config.json").read_bytes())
-    tensors = load_file(base / "unet/diffusion_pytorch_model.safetensors")
-    save_file(tensors | SIGNS[kind], folder / "diffusion_pytorch_model.safetensors")
+def integers(tensors, name):
+    tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.int8)
+    tensors[name.replace(".weight", ".SCB")] = torch.ones(4)
+
+
+def renamed(tensors, name):
+    tensors[name.replace(".weight", ".qweight")] = torch.zeros(4, 4, dtype=torch.int32)
+    del tensors[name]
+
+
+def scaled(tensors, name):
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[name.replace(".weight", ".scale_weight")] = torch.ones(())
+
+
+def bare(tensors, name):
+    tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.int8)
+
+
+QUANTISED = {
+    "bitsandbytes nf4": packed, "stored as I8": integers, "GPTQ or AWQ": renamed, "scaled fp8": scaled,
+    "as I8": bare,
+}  # fmt: skip
+
+
+def quantised_unet(base, folder, how, name):
+    """A pipeline folder whose U-Net has one weight stored in that way."""
+    for component in ("unet", "text_encoder"):
+        (folder / component).mkdir(parents=True)
+        for file in (base / component).iterdir():
+            (folder / component / file.name).write_bytes(file.read_bytes())
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    how(tensors, f"{name.removeprefix('unet.')}.weight")
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_weight_is_refused_with_advice_where_an_adapter_changes_it(kind, base, shapes, tmp_path):
+    name = next(n for n in shapes if n.endswith("to_q"))
+    quantised_unet(base, tmp_path / "base", QUANTISED[kind], name)
     with pytest.raises(UnsupportedError, match=kind) as refusal:
-        plan_merge(folder, [(made.lora(shapes), 1.0)], component="unet")
+        plan_merge(tmp_path / "base", [(made.lora(shapes), 1.0)])
     assert "bf16 or fp16" in refusal.value.fix
+    others = made.lora({n: s for n, s in shapes.items() if n != name})
+    assert len(plan_merge(tmp_path / "base", [(others, 1.0)]).tensors) == len(shapes) - 1
+    text = made.lora({n: s for n, s in shapes.items() if n.startswith("text_encoder.")})
+    assert plan_merge(tmp_path / "base", [(text, 1.0)]).tensors, "another part of the model is stored plainly"
 
 
 def test_a_configuration_that_says_quantised_and_gguf_are_refused(base, shapes, tmp_path):

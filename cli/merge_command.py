@@ -1,0 +1,244 @@
+"""`krona merge`: adapters into the weights of a base model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from krona_hub.bases.base import COMPONENTS
+from krona_hub.cli.common import (
+    allow_base_mismatch_option,
+    allow_missing_option,
+    announce,
+    byte_progress,
+    dry_run_option,
+    emit,
+    from_option,
+    krona_command,
+    output_option,
+    overwrite_option,
+    say,
+    show_facts,
+    show_table,
+    show_text,
+    threads_option,
+)
+from krona_hub.cli.weighted import Weighted, WeightedSource
+from krona_hub.report import human_bytes, percent, rate
+
+if TYPE_CHECKING:
+    from krona_hub.merging.plan import AdapterPlan, MergePlan
+    from krona_hub.merging.report import MergeReport
+
+FEW = 5  # tensors that are listed without --tensors
+PLANNED = (  # the options that a plan depends on
+    "component", "block_weights", "out_dtype", "from_format", "allow_missing", "allow_base_mismatch",
+)  # fmt: skip
+COMPUTED = ("share_lost", "verdict")
+PANELS = {
+    "What": ("--component", "--block-weights", "--from", "--allow-missing", "--allow-base-mismatch"),
+    "Numbers": ("--out-dtype", "--rounding", "--seed", "--exact-rounding"),
+    "Where to": (
+        "--output", "--overwrite", "--link", "--in-place", "--undo", "--title", "--hash", "--dry-run",
+    ),
+}  # fmt: skip
+
+
+@krona_command(
+    "merge",
+    panels=PANELS,
+    examples=(
+        "krona merge base lora.safetensors:0.8 -o out",
+        "krona merge base lora.safetensors:0.8 lokr.safetensors:0.5 --dry-run",
+        "krona merge base lora.safetensors --in-place --undo before.safetensors",
+    ),
+)
+@click.argument("base", type=click.Path(), metavar="BASE")
+@click.argument("adapters", type=WeightedSource(), nargs=-1, required=True, metavar="ADAPTER[:w]…")
+@output_option
+@click.option(
+    "--component",
+    metavar="NAME",
+    type=click.Choice(COMPONENTS),
+    help="Merge only the layers of this part; also says which part a file is for that does not say.",
+)
+@click.option(
+    "--block-weights",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Lines `regex = weight` (or TOML, JSON): layers that match are merged at w times that.",
+)
+@from_option
+@click.option(
+    "--out-dtype",
+    type=click.Choice(("keep", "fp32-touched", "fp16", "bf16")),
+    default="keep",
+    help="As stored [keep], changed tensors in float32, or every number of a changed file in a half type.",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(("nearest", "stochastic")),
+    default="nearest",
+    help="nearest has the least error [nearest]; stochastic keeps the strength of small deltas, with more noise.",
+)
+@click.option("--seed", type=int, default=0, metavar="N", help="Of stochastic rounding [0].")
+@click.option("--exact-rounding", is_flag=True, help="Add in float64: every number is the correctly rounded one.")
+@overwrite_option
+@click.option("--link", is_flag=True, help="Hard-link untouched files: a later edit of them would reach the base.")
+@click.option("--in-place", is_flag=True, help="Change the base itself; only with --undo.")
+@click.option("--undo", type=click.Path(), metavar="FILE", help="Write what `krona unmerge` needs to restore the base.")
+@click.option("--title", metavar="TEXT", help="The title in the metadata of the output.")
+@click.option("--hash/--no-hash", default=None, help="Record the sha256 of base and output [where it costs little].")
+@allow_missing_option
+@allow_base_mismatch_option
+@threads_option
+@dry_run_option
+@click.option("--tensors", is_flag=True, help="List every changed tensor.")
+def command(
+    base: str,
+    adapters: tuple[Weighted, ...],
+    out: str | None,
+    block_weights: str | None,
+    dry_run: bool,
+    tensors: bool,
+    **options: Any,
+) -> None:
+    """Merge adapters, each at its strength, into a base model: a diffusers folder or a checkpoint file.
+
+    The output has the layout of the base. Every changed weight is computed in float32 from all adapters together and
+    rounded once; everything else is copied byte for byte. The report says how much of the adapters survived rounding:
+    in half precision, small deltas mostly do not. --dry-run tells what it would do, from headers alone.
+    """
+    from krona_hub.merging.block_weights import read_block_weights
+
+    announce(base, *(adapter.source for adapter in adapters))
+    options["block_weights"] = read_block_weights(block_weights) if block_weights else None
+    _plan(base, adapters, options) if dry_run else _merge(base, adapters, out, options, every=tensors)
+
+
+def _plan(base: str, adapters: Sequence[Weighted], options: Mapping[str, Any]) -> None:
+    from krona_hub.merging.plan import plan_merge
+
+    plan = plan_merge(base, list(adapters), **{name: options[name] for name in PLANNED})
+    emit(plan_document(plan), lambda: _show_plan(plan))
+    say("dry run: nothing was written.")
+
+
+def _merge(
+    base: str, adapters: Sequence[Weighted], out: str | None, options: Mapping[str, Any], *, every: bool
+) -> None:
+    from krona_hub.merging.merge_files import merge
+
+    with byte_progress("merged") as step:
+        report = merge(base, list(adapters), out, progress=step, **options)
+    emit(report_document(report), lambda: _show_report(report, every))
+
+
+# --- what it will do -----------------------------------------------------------------------------------------------
+
+
+def plan_document(plan: MergePlan) -> dict[str, Any]:
+    """The plan as plain values: which tensors change, what fits and what does not, and what it takes."""
+    measures = ("bytes_to_touch", "bytes_of_weights", "memory", "seconds")
+    return {
+        "base": plan.tree.root,
+        "adapters": plan.adapters,
+        "out_dtype": plan.out_dtype,
+        "files": [
+            {
+                "path": file.path,
+                "tensors": [
+                    {
+                        "name": t.name,
+                        "dtype": t.info.dtype,
+                        "out_dtype": t.out_dtype,
+                        "layers": [x.layer for x in t.targets],
+                    }
+                    for t in file.tensors
+                ],
+            }
+            for file in plan.files
+        ],
+        **{name: getattr(plan, name) for name in measures},
+        "notes": plan.notes,
+        "written": False,
+    }
+
+
+def _show_plan(plan: MergePlan) -> None:
+    _show_adapters(plan.adapters)
+    show_text()
+    show_facts(_plan_facts(plan))
+
+
+def _show_adapters(adapters: Sequence[AdapterPlan]) -> None:
+    show_table(
+        ("adapter", ">strength", "format", "fits"), ((a.source, f"{a.weight:g}", a.format, a.said) for a in adapters)
+    )
+    for adapter in adapters:
+        for module, why in list(adapter.missing.items())[:FEW]:
+            show_text(f"  not merged: {module}: {why}")
+
+
+def _plan_facts(plan: MergePlan) -> Iterator[tuple[str, Any]]:
+    stored = Counter(t.info.dtype for t in plan.tensors)
+    yield "base", f"{plan.tree.root}, {human_bytes(plan.tree.nbytes)} of weights"
+    yield (
+        "changes",
+        (
+            f"{len(plan.tensors):,} tensors in {_count(len(plan.files), 'file')}, {human_bytes(plan.bytes_to_touch)} "
+            f"({percent(plan.bytes_to_touch / max(plan.tree.nbytes, 1))})"
+        ),
+    )
+    yield "stored as", ", ".join(f"{dtype} ({n:,} tensors)" for dtype, n in stored.items())
+    yield "needs", f"{human_bytes(plan.bytes_of_weights)} of disk, about {human_bytes(plan.memory)} of memory"
+    yield "takes", f"about {max(plan.seconds, 0.1):.1f} s with the files in memory, longer from a slow disk"
+    for note in plan.notes:
+        yield "note", note
+
+
+# --- what it did ---------------------------------------------------------------------------------------------------
+
+
+def report_document(report: MergeReport) -> dict[str, Any]:
+    """The report with what is computed from its tensors, and each tensor with the share of it that was lost."""
+    known = {name: getattr(report, name) for name in report.__dataclass_fields__}
+    tensors = [{**t._asdict(), "share_lost": t.share_lost} for t in report.tensors]
+    computed = {name: getattr(report, name) for name in COMPUTED}
+    return {**known, **computed, "tensors": tensors, "written": True}
+
+
+def _show_report(report: MergeReport, every: bool) -> None:
+    _show_adapters(report.adapters)
+    worst = sorted(report.tensors, key=lambda t: -t.share_lost)
+    listed = report.tensors if every else worst[:FEW]
+    if listed:
+        show_text()
+        title = "tensor" if every else "rounded away most in (--tensors lists all)"
+        show_table(
+            (title, "stored as", ">‖w·ΔW‖", ">lost"),
+            ((t.tensor, t.dtype, f"{t.wanted:.3g}", percent(t.share_lost)) for t in listed),
+        )
+    show_text()
+    show_facts(_report_facts(report))
+
+
+def _report_facts(report: MergeReport) -> Iterator[tuple[str, Any]]:
+    changed = f"{len(report.tensors):,} tensors in {_count(len(report.files), 'file')}"
+    yield "changed", f"{changed}, {human_bytes(report.bytes_touched)}"
+    yield "kept", f"{_count(report.copied, 'file')} as they were" if report.copied else None
+    yield "left out", ", ".join(report.left_out)
+    yield "written", f"{human_bytes(report.bytes_written)} in {rate(report.bytes_written, report.seconds)}"
+    yield "verdict", report.verdict
+    for note in report.notes:
+        yield "note", note
+    yield "output", str(report.out)
+    where = f"{report.out} --undo {report.undo}" + (" --in-place" if report.out == report.base else " -o RESTORED")
+    yield "undo", f"krona unmerge {where}" if report.undo else None
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"

@@ -1,0 +1,68 @@
+"""`krona unmerge`: the base back, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from krona_hub.cli.common import (
+    byte_progress,
+    counting,
+    emit,
+    krona_command,
+    output_option,
+    overwrite_option,
+    show_facts,
+    show_text,
+    threads_option,
+)
+from krona_hub.report import human_bytes, plain, rate
+
+if TYPE_CHECKING:
+    from krona_hub.merging.undo import UnmergeReport
+
+
+@krona_command(
+    "unmerge",
+    examples=(
+        "krona unmerge merged --undo undo.safetensors -o restored",
+        "krona unmerge merged --undo undo.safetensors --in-place",
+    ),
+)
+@click.argument("merged", type=click.Path(), metavar="MERGED")
+@click.option("--undo", type=click.Path(), required=True, metavar="FILE", help="What `krona merge --undo FILE` wrote.")
+@output_option
+@click.option("--in-place", is_flag=True, help="Restore the merged model itself.")
+@overwrite_option
+@threads_option
+def command(merged: str, undo: str, out: str | None, **options: Any) -> None:
+    """Restore the base that a merge started from, byte for byte.
+
+    The undo file holds the original numbers of every changed tensor: subtracting an adapter from rounded weights does
+    not give them back. A model that is not the result of that merge is refused. MERGED may also be a base that a merge
+    --in-place left half done.
+    """
+    from krona_hub.merging.undo import unmerge
+
+    with byte_progress("restored") as step:
+        report = unmerge(merged, undo, out, progress=counting(step), **options)
+    emit(plain(report), lambda: _show(report))
+
+
+def _show(report: UnmergeReport) -> None:
+    show_facts(_facts(report))
+    show_text("restored: every file has the sha256 of the base.", "bold green")
+
+
+def _facts(report: UnmergeReport) -> Iterator[tuple[str, Any]]:
+    yield "restored", _files(len(report.restored))
+    yield "as they were", _files(len(report.unchanged)) if report.unchanged else None
+    yield "copied", _files(len(report.copied)) if report.copied else None
+    yield "output", report.out
+    yield "written", f"{human_bytes(report.nbytes)} in {rate(report.nbytes, report.seconds)}"
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file{'' if count == 1 else 's'}"

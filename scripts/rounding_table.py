@@ -1,0 +1,58 @@
+"""What rounding leaves of an adapter, measured: the table of docs/merging.md.
+
+A weight of 1280x1280 with the spread of attention projections, stored in a half type, gets a LoRA of rank 16 at
+strengths that make ‖ΔW‖ a given share of ‖W‖.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from krona_hub.adapter import LayerDelta
+from krona_hub.bases.base import Placement
+from krona_hub.kron.terms import as_lora
+from krona_hub.merging.patches import Patch
+from krona_hub.merging.rounding import Rounding
+from krona_hub.merging.tiles import merge_tensor
+from scripts.make_demo_adapter import normal
+
+SIZE, RANK, SPREAD, SEED = 1280, 16, 0.04, 8
+RATIOS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # ‖ΔW‖ / ‖W‖
+CASES = (
+    ("float16", torch.float16, "nearest"),
+    ("bfloat16", torch.bfloat16, "nearest"),
+    ("bfloat16, stochastic", torch.bfloat16, "stochastic"),
+)
+
+
+def rounding_table() -> str:
+    """Rows of ratios; per case, what is lost and at which strength the adapter is in the merged weight."""
+    heads = " | ".join(f"{title}: lost | strength" for title, _, _ in CASES)
+    lines = [f"| ‖ΔW‖ / ‖W‖ | {heads} |", "|---:|" + "---:|" * (2 * len(CASES))]
+    random = np.random.RandomState(SEED)
+    weight = torch.from_numpy(normal(random, SIZE, SIZE)) * SPREAD
+    up, down = torch.from_numpy(normal(random, SIZE, RANK)), torch.from_numpy(normal(random, RANK, SIZE))
+    for ratio in RATIOS:
+        cells = [cell for _, dtype, mode in CASES for cell in _measured(weight.to(dtype), up, down, ratio, mode)]
+        lines.append(f"| {ratio:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _measured(weight: Tensor, up: Tensor, down: Tensor, ratio: float, mode: str) -> Iterator[str]:
+    """‖(W′ − W) − ΔW‖ / ‖ΔW‖, and ⟨W′ − W, ΔW⟩ / ‖ΔW‖²."""
+    delta = up @ down
+    strength = ratio * float(weight.float().norm() / delta.norm())
+    patch = Patch(LayerDelta((as_lora(up, down),), (SIZE, SIZE)), strength, Placement("layer"))
+    merged = torch.empty(SIZE * SIZE, dtype=weight.dtype)
+
+    def keep(first: int, tile: Tensor) -> None:
+        merged[first : first + len(tile)] = tile
+
+    survival = merge_tensor(weight, [patch], keep, out_dtype=weight.dtype, rounding=Rounding(mode), name="layer")
+    effective, wanted = merged.reshape(SIZE, SIZE).double() - weight.double(), strength * delta.double()
+    yield f"{100 * survival.share:.2g} %" if survival.share < 0.995 else f"{100 * survival.share:.0f} %"
+    yield f"{float((effective * wanted).sum() / (wanted * wanted).sum()):.2f}"
