@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.tiny_scenes import autoencoder, card, denoiser, drawing, models, pictures  # noqa: E402
 from scripts.tiny_scenes.scene import prompt  # noqa: E402
+from scripts.tiny_scenes.training import Recipe  # noqa: E402
 
 OUT = ROOT / "krona_hub" / "assets" / "tiny-scenes"
 CHECK_EVERY, CHECKED = 500, 48  # steps; held-out prompts
@@ -33,9 +35,11 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
+    first = replace(autoencoder.RECIPE, steps=args.autoencoder_steps)
+    second = replace(denoiser.RECIPE, steps=args.denoiser_steps)
     data = rendered(args.work, args.pictures, args.threads)
-    vae = trained_autoencoder(args.work, data)
-    pipe = trained_pipeline(args.work, vae, scaled_latents(args.work, vae, data))
+    vae = trained_autoencoder(args.work, data, first)
+    pipe = trained_pipeline(args.work, vae, scaled_latents(args.work, vae, data), second)
     save(pipe, args.out, args.work)
 
 
@@ -45,6 +49,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT, help="the diffusers folder to write")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pictures", type=int, default=12000)
+    parser.add_argument("--autoencoder-steps", type=int, default=autoencoder.RECIPE.steps)
+    parser.add_argument("--denoiser-steps", type=int, default=denoiser.RECIPE.steps)
     return parser.parse_args()
 
 
@@ -54,9 +60,9 @@ def rendered(work: Path, count: int, workers: int) -> NDArray[np.uint8]:
     return pictures.load(work / "pictures", count)
 
 
-def trained_autoencoder(work: Path, data: NDArray[np.uint8]) -> models.AutoencoderKL:
+def trained_autoencoder(work: Path, data: NDArray[np.uint8], recipe: Recipe) -> models.AutoencoderKL:
     vae = models.autoencoder()
-    for run in autoencoder.train(work, data):
+    for run in autoencoder.train(work, data, recipe):
         say(f"autoencoder {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
     vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["averaged"])
     return vae.to(memory_format=torch.channels_last).eval()
@@ -64,7 +70,7 @@ def trained_autoencoder(work: Path, data: NDArray[np.uint8]) -> models.Autoencod
 
 def scaled_latents(work: Path, vae: models.AutoencoderKL, data: NDArray[np.uint8]) -> Tensor:
     """(n, 4, 8, 8) of unit deviation; tells the autoencoder's configuration the factor."""
-    path = work / "latents.pt"
+    path = work / f"latents-{len(data)}.pt"
     if not path.exists():
         torch.save(autoencoder.encode(vae, data), path)
     latents = torch.load(path, weights_only=True)
@@ -72,11 +78,13 @@ def scaled_latents(work: Path, vae: models.AutoencoderKL, data: NDArray[np.uint8
     return latents * vae.config.scaling_factor
 
 
-def trained_pipeline(work: Path, vae: models.AutoencoderKL, latents: Tensor) -> models.StableDiffusionPipeline:
+def trained_pipeline(
+    work: Path, vae: models.AutoencoderKL, latents: Tensor, recipe: Recipe
+) -> models.StableDiffusionPipeline:
     words = models.tokenizer(work / "tokenizer")
     net, text = models.unet(), models.text_encoder()
     pipe = models.pipeline(vae, net, text, words)
-    for run in denoiser.train(work, latents, pictures.training_scenes(len(latents))):
+    for run in denoiser.train(work, latents, pictures.training_scenes(len(latents)), recipe):
         say(f"denoiser {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
         if run.step % CHECK_EVERY == 0:
             take(pipe, run.averaged.state_dict())

@@ -28,9 +28,9 @@ def prepare(folder: Path, count: int, workers: int) -> Iterator[int]:
     everything = training_scenes(count)
     with Pool(workers) as pool:
         for start in range(0, count, CHUNK):
-            path = folder / f"pictures-{start:06d}.npy"
-            if not path.exists():
-                _save(path, np.stack(pool.map(render, everything[start : start + CHUNK], chunksize=25)))
+            path, some = folder / f"pictures-{start:06d}.npy", everything[start : start + CHUNK]
+            if not path.exists() or len(np.load(path, mmap_mode="r")) < len(some):
+                _save(path, np.stack(pool.map(render, some, chunksize=25)))
             yield min(start + CHUNK, count)
 
 
