@@ -142,7 +142,7 @@ def _merge(
 
 def plan_document(plan: MergePlan) -> dict[str, Any]:
     """The plan as plain values: which tensors change, what fits and what does not, and what it takes."""
-    measures = ("bytes_to_touch", "bytes_of_weights", "memory", "seconds")
+    measures = ("bytes_to_touch", "bytes_of_weights", "disk", "memory", "seconds")
     return {
         "base": plan.tree.root,
         "adapters": plan.adapters,
@@ -194,7 +194,7 @@ def _plan_facts(plan: MergePlan) -> Iterator[tuple[str, Any]]:
         ),
     )
     yield "stored as", ", ".join(f"{dtype} ({n:,} tensors)" for dtype, n in stored.items())
-    yield "needs", f"{human_bytes(plan.bytes_of_weights)} of disk, about {human_bytes(plan.memory)} of memory"
+    yield "needs", f"{human_bytes(plan.disk)} of disk, about {human_bytes(plan.memory)} of memory"
     yield "takes", f"about {max(plan.seconds, 0.1):.1f} s with the files in memory, longer from a slow disk"
     for note in plan.notes:
         yield "note", note

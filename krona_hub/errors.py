@@ -140,6 +140,12 @@ class InexpressibleError(LossyError):
     code = "KH141"
 
 
+class NoDifferenceError(KronaError):
+    """Two checkpoints that are equal, or differ by nothing but the rounding of their numbers."""
+
+    code = "KH142"
+
+
 class DtypeError(FormatError):
     """A tensor of a type that adapters do not use."""
 

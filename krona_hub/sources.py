@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +92,7 @@ def _download(hub_id: HubId) -> Path:
 def _hub_errors(hub_id: HubId) -> Iterator[None]:
     """Errors of the client as ours."""
     from huggingface_hub import errors
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     try:
         yield
@@ -105,7 +107,7 @@ def _hub_errors(hub_id: HubId) -> Iterator[None]:
         raise NotFoundError(f"{hub_id.repo} has no {hub_id.file or hub_id.revision}.", fix="Check both names.") from e
     except KronaError:
         raise
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as e:
+    except (httpx.HTTPError, errors.OfflineModeIsEnabled, OSError) as e:
         raise _offline(hub_id) from e
 
 
@@ -135,21 +137,40 @@ def _offline(hub_id: HubId) -> OfflineError:
 # ── bases ────────────────────────────────────────────────────────────────────────────────────────
 
 BASE_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # never pickles
+PIPELINE = "model_index.json"
 
 
 def resolve_base(source: str | Path) -> Path:
-    """The local path of a base with its weights: a path, or the Hub id of a model or of one file in a repository.
+    """The local path of a base with its weights: a path, or the Hub id of a model, of a folder or a file in it.
 
-    Of a repository the safetensors, configurations and tokenizers are downloaded, into the Hub's own cache. Raises
-    NotFoundError, AuthError or OfflineError with the fix for each; catalogue names are no weights, and not found here,
-    but for the base that ships in the package.
+    Of a repository the safetensors, configurations and tokenizers are downloaded, into the Hub's own cache; of a
+    pipeline not the whole model in one file that often lies beside its components. Raises NotFoundError, AuthError or
+    OfflineError with the fix for each; catalogue names are no weights, and not found here, but for the base that ships.
     """
     hub_id = _remote(source)
     if hub_id is None:
         return folder_of(Path(source).expanduser())
-    if hub_id.file is not None:
+    if hub_id.file is not None and hub_id.file.endswith(WEIGHTS):
         return _download(hub_id)
     with _hub_errors(hub_id):
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=list(BASE_FILES)))
+        folder = snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=_base_files(hub_id))
+        return Path(folder) / (hub_id.file or "")
+
+
+def _base_files(hub_id: HubId) -> list[str]:
+    """The files of a base; without a network, patterns for what the cache holds."""
+    from huggingface_hub import HfApi, errors
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+    try:
+        names = HfApi().list_repo_files(hub_id.repo, revision=hub_id.revision)
+    except (errors.OfflineModeIsEnabled, httpx.TransportError):
+        return list(BASE_FILES)
+    below = f"{hub_id.file}/" if hub_id.file else ""
+    wanted = [n for n in names if n.startswith(below) and any(fnmatch(n, p) for p in BASE_FILES)]
+    if not wanted:
+        raise NotFoundError(f"{hub_id.repo} has no safetensors in {hub_id.file or 'it'}.", fix="Check the name.")
+    beside = PIPELINE in names
+    return [name for name in wanted if not (beside and "/" not in name and name.endswith(WEIGHTS))]

@@ -20,7 +20,7 @@ from krona_hub.bases.shipped import folder_of
 from krona_hub.bases.weights import Stored, WeightPlace, files_of, modules_in, read, stored_in, weights_by_module
 from krona_hub.errors import FormatError, NotFoundError, UnknownBaseError
 
-__all__ = ["WeightPlace", "load_base", "read", "weight_files"]
+__all__ = ["WeightPlace", "landed", "load_base", "open_checkpoint", "read", "stored_by_component", "weight_files"]
 
 
 def load_base(source: str | Path) -> Base:
@@ -48,11 +48,26 @@ def weight_files(source: str | Path) -> dict[str, WeightPlace]:
     """
     path = folder_of(source)
     if path.is_dir():
-        folders = component_folders(path)
-        return {layer: w for c, f in folders.items() for layer, w in plainly_placed(c, stored_in(files_of(f))).items()}
+        return {
+            layer: w
+            for c, stored in stored_by_component(path).items()
+            for layer, w in plainly_placed(c, stored).items()
+        }
     if not path.exists():
         return {}
     return placed(path, stored_in([path]))
+
+
+def open_checkpoint(path: Path) -> tuple[Base, dict[str, WeightPlace]]:
+    """The base in one file, and where in it the weight of each layer lies: both for the price of one."""
+    stored = stored_in([path])
+    base = _base_of_tensors(path, stored)
+    return base, landed(base, stored)
+
+
+def stored_by_component(folder: Path) -> dict[str, dict[str, Stored]]:
+    """Component -> tensor name -> place, of a pipeline or of a lone component."""
+    return {c: stored_in(files_of(f)) for c, f in component_folders(folder).items()}
 
 
 def placed(path: Path, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
@@ -60,7 +75,7 @@ def placed(path: Path, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
 
     `path` is what an error calls them. Raises UnknownBaseError where no base is known by these names.
     """
-    return _landed(_base_of_tensors(path, stored), stored)
+    return landed(_base_of_tensors(path, stored), stored)
 
 
 def plainly_placed(component: str, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
@@ -70,8 +85,8 @@ def plainly_placed(component: str, stored: Mapping[str, Stored]) -> dict[str, We
     return {layer: WeightPlace(w.path, w.tensor, Placement(layer)) for layer, w in layers.items()}
 
 
-def _landed(base: Base, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
-    """Weights under any names, put where they belong."""
+def landed(base: Base, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
+    """Canonical layer -> place, of weights under any names that `base` knows."""
     weights = weights_by_module(stored)
     return {
         place.layer: WeightPlace(weight.path, weight.tensor, place)
@@ -156,10 +171,10 @@ def _base_of_tensors(path: Path, stored: Mapping[str, Stored]) -> Base:
     found = detect.candidates({name: w.shape for name, w in weights.items()})
     for candidate in found[:4]:
         base = catalogue.get(candidate.base)
-        landed = _landed(base, stored)
-        whole = {c: m for c, m in base.components.items() if all(f"{c}.{p}" in landed for p in m)}
+        places = landed(base, stored)
+        whole = {c: m for c, m in base.components.items() if all(f"{c}.{p}" in places for p in m)}
         if whole:
-            return _known({c: _as_stored(c, m, landed, stored) for c, m in whole.items()}, path)
+            return _known({c: _as_stored(c, m, places, stored) for c, m in whole.items()}, path)
     raise UnknownBaseError(
         f"{path} is no checkpoint of a base that is known by its original names.",
         fix="Give it as a diffusers folder, or name the base: " + ", ".join(catalogue.names()) + ".",
@@ -167,12 +182,12 @@ def _base_of_tensors(path: Path, stored: Mapping[str, Stored]) -> Base:
 
 
 def _as_stored(
-    component: str, modules: Mapping[str, Module], landed: Mapping[str, WeightPlace], stored: Mapping[str, Stored]
+    component: str, modules: Mapping[str, Module], places: Mapping[str, WeightPlace], stored: Mapping[str, Stored]
 ) -> dict[str, Module]:
     """The catalogue's modules with the file's shapes: an inpainting U-Net has a wider `conv_in`."""
 
     def actual(path: str, module: Module) -> Module:
-        weight = landed[f"{component}.{path}"]
+        weight = places[f"{component}.{path}"]
         shape = stored[weight.tensor].shape
         same = prod(shape) == prod(module.shape) or not weight.placement.plain
         return module if same else module._replace(shape=shape)

@@ -78,6 +78,13 @@ DOTTED = (
 )  # fmt: skip
 
 
+_BY_HEAD: Mapping[str, list[Prefix]] = {  # of thousands of names, most have no prefix or one of few
+    head: [p for p in known if p.text.startswith(head)]
+    for known, split in ((UNDERSCORED, "_"), (DOTTED, "."))
+    for head in {p.text.partition(split)[0] + split for p in known}
+}
+
+
 def readings(name: str) -> list[tuple[str, str]]:
     """(role, rest of the name) for every prefix that the name has, longest first; as it is where it has none.
 
@@ -86,7 +93,8 @@ def readings(name: str) -> list[tuple[str, str]]:
     >>> readings("encoder.layers.0.mlp.fc1")
     [('any', 'encoder.layers.0.mlp.fc1')]
     """
-    known = DOTTED if "." in name else UNDERSCORED
+    split = "." if "." in name else "_"
+    known = _BY_HEAD.get(name.partition(split)[0] + split, ())
     return [(p.role, p.instead + name[len(p.text) :]) for p in known if name.startswith(p.text)] or [(ANY, name)]
 
 

@@ -11,7 +11,7 @@ so that Σσ² is what these terms capture even before the last digit has conver
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,23 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}  # residual of a Ritz val
 MOST_STEPS = 160  # of the Krylov space; what has not converged by then goes through the Gram matrix
 CHECK_EVERY = 8  # vectors between two looks at convergence, and two steps at least
 SEED = 0  # the start is random but always the same: equal input, equal output
+
+
+class Operator(Protocol):
+    """n matrices of one size, known by their products: R of LoRAs, or stored whole."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def T(self) -> Operator: ...
+    def matmul(self, x: Tensor) -> Tensor: ...
+    def gram(self) -> Tensor: ...
+    def take(self, index: Tensor) -> Operator: ...
+    def to(self, dtype: torch.dtype) -> Operator: ...
 
 
 class Triples(NamedTuple):
@@ -44,7 +61,7 @@ def top_triples(op: Rearranged, k: int) -> Triples:
     if m <= SMALL:
         u, s, vh = torch.linalg.svd(op.dense(), full_matrices=False)
         return Triples(u[..., :k].mT, s[:, :k], vh[:, :k])
-    return _through(op, _krylov(op, k) if k <= max(FEW[0], m // FEW[1]) else _by_gram(op, k))
+    return _through(op, leading_rows(op, k) if k <= max(FEW[0], m // FEW[1]) else _by_gram(op, k))
 
 
 def _through(op: Rearranged, basis: Tensor) -> Triples:
@@ -59,19 +76,19 @@ def _through(op: Rearranged, basis: Tensor) -> Triples:
     return Triples((left @ p).mT, s, qh @ right.mT)
 
 
-def _by_gram(op: Rearranged, k: int) -> Tensor:
+def _by_gram(op: Operator, k: int) -> Tensor:
     vectors: Tensor = torch.linalg.eigh(op.gram()).eigenvectors
     return vectors[..., -k:].flip(-1).mT
 
 
-def _krylov(op: Rearranged, k: int) -> Tensor:
-    """A basis (n, k, m) of the dominant left subspace.
+def leading_rows(op: Operator, k: int) -> Tensor:
+    """A basis (n, k, m) of the dominant left subspace, float64.
 
     float32 finds it for nearly every layer, and `_through` repairs the digits; where σₖ is too far below σ₁ for
     that, float64 does it again, and the Gram matrix does what neither could.
     """
-    found = torch.empty(len(op.u), k, op.shape[0], dtype=op.u.dtype, device=op.u.device)
-    waiting = torch.arange(len(op.u), device=op.u.device)
+    found = torch.empty(op.count, k, op.shape[0], dtype=torch.float64, device=op.device)
+    waiting = torch.arange(op.count, device=op.device)
     for dtype in (torch.float32, torch.float64):
         waiting = _krylov_in(dtype, op, waiting, found)
         if not len(waiting):
@@ -80,9 +97,9 @@ def _krylov(op: Rearranged, k: int) -> Tensor:
     return found
 
 
-def _krylov_in(dtype: torch.dtype, op: Rearranged, waiting: Tensor, found: Tensor) -> Tensor:
+def _krylov_in(dtype: torch.dtype, op: Operator, waiting: Tensor, found: Tensor) -> Tensor:
     """Fill `found` for the layers `waiting` as they converge, and return those that did not."""
-    space, again = _Space.start(op.take(waiting).to(dtype), found.shape[1]), []
+    space, again = _Space.start(op.take(waiting).to(dtype), found.shape[1], dtype), []
     while space.room:
         space.grow()
         if space.steps % max(2, CHECK_EVERY // space.k) and space.room:
@@ -101,7 +118,7 @@ def _krylov_in(dtype: torch.dtype, op: Rearranged, waiting: Tensor, found: Tenso
 class _Space:
     """A block Krylov space of R Rᵀ under construction. The one object of this package that changes in place."""
 
-    op: Rearranged
+    op: Operator
     basis: Tensor  # (n, room for j vectors, m), orthonormal
     projected: Tensor  # (n, j, j): basis · R Rᵀ · basisᵀ, lower triangle
     block: Tensor  # (n, k, m): the vectors that come next
@@ -109,9 +126,9 @@ class _Space:
     steps: int = 0
 
     @classmethod
-    def start(cls, op: Rearranged, k: int) -> _Space:
-        (n, m), limit = (len(op.u), op.shape[0]), k * min(op.shape[0] // (2 * k), MOST_STEPS)
-        random = torch.randn(k, m, generator=torch.Generator().manual_seed(SEED), dtype=op.u.dtype).to(op.u.device)
+    def start(cls, op: Operator, k: int, dtype: torch.dtype) -> _Space:
+        (n, m), limit = (op.count, op.shape[0]), k * min(op.shape[0] // (2 * k), MOST_STEPS)
+        random = torch.randn(k, m, generator=torch.Generator().manual_seed(SEED), dtype=dtype).to(op.device)
         block = torch.linalg.qr(random.mT).Q.mT.expand(n, k, m)
         none = block.new_zeros(n, limit, limit)
         return cls(op, block.new_zeros(n, limit, m), none, block, none[:, :k, :k])

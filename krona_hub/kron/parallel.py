@@ -25,13 +25,15 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def in_parallel(work: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
-    """Each task with its result, in order. As many threads as torch would use itself, and no more than tasks.
+def in_parallel(
+    work: Callable[[Task], Result], tasks: Sequence[Task], threads: int | None = None
+) -> Iterator[tuple[Task, Result]]:
+    """Each task with its result, in order. By default as many threads as torch would use itself, four at most.
 
     >>> list(in_parallel(abs, [-1, 2]))
     [(-1, 1), (2, 2)]
     """
-    threads = min(torch.get_num_threads(), MOST_THREADS, len(tasks))
+    threads = min(threads or min(torch.get_num_threads(), MOST_THREADS), len(tasks))
     if threads < 2:
         yield from ((task, work(task)) for task in tasks)
         return

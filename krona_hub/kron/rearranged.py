@@ -83,6 +83,14 @@ class Rearranged:
         return self.u.shape[3], self.v.shape[3]
 
     @property
+    def count(self) -> int:
+        return len(self.u)
+
+    @property
+    def device(self) -> torch.device:
+        return self.u.device
+
+    @property
     def shape(self) -> tuple[int, int]:
         """The size of R in these coordinates."""
         return self.rows[0] * self.rows[1], self.columns[0] * self.columns[1]

@@ -11,8 +11,12 @@ from typing import Any
 
 from krona_hub.bases import catalogue
 from krona_hub.bases.base import Base
+<<<<<<< HEAD
 from krona_hub.bases.locate import component_folders, load_base, plainly_placed, weight_files
 from krona_hub.bases.shipped import folder_of
+=======
+from krona_hub.bases.locate import component_folders, load_base, open_checkpoint, plainly_placed, weight_files
+>>>>>>> main
 from krona_hub.bases.weights import WeightPlace, indices_of, sets_of, stored_in
 from krona_hub.checkpoints.header import FLOATS, Header, read_header
 from krona_hub.errors import (
@@ -114,8 +118,8 @@ def _of_file(path: Path) -> BaseTree:
     headers = _headers([path])
     signs = _signs(headers)
     try:
-        places = {layer: (place,) for layer, place in weight_files(path).items()}
-        return BaseTree(path, load_base(path), headers, places, signs)
+        base, places = open_checkpoint(path)
+        return BaseTree(path, base, headers, {layer: (place,) for layer, place in places.items()}, signs)
     except UnknownBaseError as error:
         raise (quantised(path, signs[path]) if signs else error) from None
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from krona_hub.adapter import Adapter
 
 
+RECORDING = (None, "krona")  # formats whose base is a record; that of the others is what their names and shapes fit
+
+
 class Module(NamedTuple):
     """A module of an adapter that the base has."""
 
@@ -50,6 +53,7 @@ class Part:
     notes: tuple[str, ...]
     files: tuple[Path, ...] = ()  # that it is read from
     plans: tuple[Plan, ...] = ()  # how they are read; none for a native file
+    guesses: tuple[str, ...] = ()  # catalogue names that its reader has found to fit
 
     @property
     def total(self) -> int:
@@ -74,7 +78,7 @@ class Part:
         if self.base is not None and self.base.names:
             return self.base.names
         try:
-            return describe(self.source).candidates if isinstance(self.source, Path) else ()
+            return describe(self.source).candidates if isinstance(self.source, Path) else self.guesses
         except KronaError:
             return ()
 
@@ -108,6 +112,7 @@ def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str 
         for name, delta in adapter.layers.items()
     )
     modules, missing = _sorted_out(found, {}, component)
+    guessed = adapter.provenance.source_format not in RECORDING
     return Part(
         said=said,
         source=adapter,
@@ -115,7 +120,8 @@ def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str 
         format=adapter.provenance.source_format,
         modules=modules,
         missing=missing,
-        base=adapter.base,
+        base=None if guessed else adapter.base,
+        guesses=adapter.base.names if guessed and adapter.base else (),
         nbytes=sum(t.numel() * t.element_size() for d in adapter.layers.values() for t in d.tensors),
         notes=tuple(_extras(tuple(adapter.extras))),
     )

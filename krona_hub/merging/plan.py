@@ -16,6 +16,7 @@ from krona_hub.errors import BaseMismatchError, ConflictError, UsageError
 from krona_hub.merging.base_tree import BaseTree, open_tree, quantised
 from krona_hub.merging.block_weights import BlockWeights
 from krona_hub.merging.parts import Part, part_of
+from krona_hub.merging.trees import files_below, stale
 from krona_hub.sources import resolve_base
 
 if TYPE_CHECKING:
@@ -113,6 +114,16 @@ class MergePlan:
     def bytes_of_weights(self) -> int:
         """Bytes of all weight files of the output."""
         return self.tree.nbytes + self.growth
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the output, files of a folder that are copied as they are included; headers grow by some kB more."""
+        if not self.tree.is_folder:
+            return self.bytes_of_weights
+        root = self.tree.root
+        files = files_below(root)
+        left_out = {*stale(files, {file.path.relative_to(root) for file in self.files})}
+        return self.growth + sum((root / path).stat().st_size for path in files if path not in left_out)
 
     @property
     def memory(self) -> int:

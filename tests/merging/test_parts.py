@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from krona_hub import merge, plan_merge, write
+from krona_hub import read as krona_read
 from krona_hub.bases import catalogue
 from krona_hub.bases.locate import load_base, read, weight_files
 from krona_hub.bases.names import table
@@ -153,6 +154,21 @@ def test_a_recorded_base_says_nothing_of_a_lone_text_encoder(sdxl, text, tmp_pat
     alone = replace(whole, base=load_base(sdxl / "text_encoder").model)
     for base, adapter in ((sdxl / "text_encoder", whole), (sdxl, alone)):
         assert len(plan_merge(base, [(adapter, 1.0)]).tensors) == len(whole)
+
+
+def test_a_base_that_a_reader_has_guessed_is_no_record(tmp_path):
+    path = lora_file(tmp_path / "a.safetensors", "sd15", "kohya", ("mid_block.attentions.0.proj_in",), "unet")
+    name = "unet.mid_block.attentions.0.proj_in"
+    slice_ = real_shapes.write(
+        tmp_path / "unet/model.safetensors", {"mid_block.attentions.0.proj_in.weight": (1280, 1280, 1, 1)}
+    )
+    adapter = krona_read(path)
+    assert adapter.base.family == "sd15" and set(adapter.layers) == {name}
+    for source in (path, adapter):
+        assert len(plan_merge(slice_.parent, [(source, 1.0)]).tensors) == 1
+    write(adapter, tmp_path / "native.safetensors")
+    with pytest.raises(BaseMismatchError, match="was made for sd15"):
+        plan_merge(slice_.parent, [(tmp_path / "native.safetensors", 1.0)])
 
 
 def test_the_component_must_be_one(sdxl, text):

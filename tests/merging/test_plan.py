@@ -13,6 +13,7 @@ from krona_hub import merge, plan_merge, write
 from krona_hub.adapter import Adapter
 from krona_hub.bases.locate import load_base, read, weight_files
 from krona_hub.checkpoints.header import read_header
+from krona_hub.checkpoints.relayout import PAGE
 from krona_hub.errors import (
     AmbiguousError,
     BaseMismatchError,
@@ -94,12 +95,31 @@ def test_the_plan_tells_the_bytes_that_the_merge_writes(out_dtype, base, shapes,
     headers = [read_header(p) for p in (tmp_path / "out").rglob("*.safetensors")]
     before = sum(h.file_size - h.data_start for h in plan.tree.headers.values())
     assert sum(h.file_size - h.data_start for h in headers) == before + plan.growth
+    written = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert 0 <= written - plan.disk <= PAGE * len(headers), "the record takes a page of each file"
     want = {"keep": torch.float32, "fp32-touched": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     deltas = {n: WEIGHT * d.dense() for n, d in made.lora(shapes).layers.items()}
     stored = {t.dtype for t in weights(tmp_path / "out").values()}
     assert stored == {want[out_dtype]}
     if out_dtype in ("keep", "fp32-touched"):
         assert_merged(tmp_path / "out", base, deltas)
+
+
+def test_every_shard_of_a_changed_component_gets_the_type_that_is_asked_for(shapes, tmp_path):
+    tiny.sd15().unet.save_pretrained(tmp_path / "base/unet", max_shard_size="200KB")
+    tiny.sd15().text_encoder.save_pretrained(tmp_path / "base/text_encoder")
+    name = next(n for n in shapes if n.startswith("unet."))
+    report = merge(
+        tmp_path / "base", [(made.lora({name: shapes[name]}), 1.0)], tmp_path / "out", out_dtype="bf16"
+    )  # one tensor, in one shard
+    assert len(report.tensors) == 1 and len(report.files) == len([*(tmp_path / "base/unet").glob("*.safetensors")]) > 2
+    types = {n.partition(".")[0]: set() for n in weights(tmp_path / "out")}
+    for layer, tensor in weights(tmp_path / "out").items():
+        types[layer.partition(".")[0]].add(tensor.dtype)
+    assert types == {"unet": {torch.bfloat16}, "text_encoder": {torch.float32}}
+    index = json.loads((tmp_path / "out/unet/diffusion_pytorch_model.safetensors.index.json").read_text())
+    headers = [read_header(p) for p in (tmp_path / "out/unet").glob("*.safetensors")]
+    assert index["metadata"]["total_size"] == sum(h.file_size - h.data_start for h in headers)
 
 
 def test_fp32_touched_widens_what_adapters_touch_and_nothing_else(base, shapes, adapter, tmp_path):

@@ -1,0 +1,122 @@
+"""Every linear layer of SDXL's U-Net to 8x8, from the differences of fp16 weights in memory, on two cores.
+
+Ours is the whole work on a layer but reading and writing: the float32 difference, its rounding noise, the nearest sum
+down to that noise, its error. Half of the layers hold two planted terms, half a difference of full rank, which has all
+64 terms above the noise. Against it, on the first layers of each size and scaled by their number: `nearest_kron`, the
+dense SVD of R(Δ). `--share 0.05` measures a twentieth of the layers and scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from common import peak_memory, report
+from torch import Tensor
+
+from krona_hub.bases import catalogue
+from krona_hub.bases.base import Placement
+from krona_hub.bases.weights import WeightPlace
+from krona_hub.conversion.target import Target
+from krona_hub.extraction.asked import Asked
+from krona_hub.extraction.differences import Difference
+from krona_hub.extraction.fitting import fit_difference
+from krona_hub.extraction.pairs import Pair
+from krona_hub.extraction.plan import Plan
+from krona_hub.kron.dense import nearest_kron_of_dense
+from krona_hub.kron.parallel import in_parallel
+from krona_hub.kron.terms import nearest_kron
+
+SHAPE, TERMS, CORES, TARGET = (8, 8), 2, 2, 120.0
+NOWHERE = WeightPlace(Path(), "", Placement(""))
+
+
+class Made(NamedTuple):
+    """A layer of both checkpoints."""
+
+    pair: Pair
+    base: Tensor
+    tuned: Tensor
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--share", type=float, default=1.0)
+    share = options.parse_args().share
+    torch.set_num_threads(CORES)
+    sizes = [m.shape for m in catalogue.get("sdxl").components["unet"].values() if len(m.shape) == 2]
+    dense, worst = dense_seconds(sizes)
+    some = sizes[:: round(1 / share)]
+    seconds, terms = ours(some)
+    scale = sum(map(numbers, sizes)) / sum(map(numbers, some))
+    total = seconds * scale
+    figures = {"layers": len(sizes), "measured_layers": len(some), "seconds": round(total, 1), "target_seconds": TARGET}
+    rest = {"dense_svd_seconds": round(dense, 1), "ratio": round(dense / total, 2), "terms_of_planted": terms}
+    memory = {"worst_relative_difference_of_error": worst, "peak_memory_gb": round(peak_memory(), 2)}
+    report("extract", {**figures, **rest, **memory})
+
+
+def ours(sizes: list[tuple[int, ...]]) -> tuple[float, int]:
+    """Seconds for these layers, making them excluded, and the most terms found in a planted one."""
+    plan = Plan(Asked(shape=SHAPE), Target("krona"), None, CORES)
+    seconds, most = 0.0, 0
+    for batch in batches(sizes):
+        start = perf_counter()
+        fitted = [f for _, f in in_parallel(lambda made: fit(plan, made), batch, CORES)]
+        seconds += perf_counter() - start
+        most = max([most, *(f.taken.report.terms for f, made in zip(fitted, batch, strict=True) if is_planted(made))])
+    return seconds, most
+
+
+def fit(plan: Plan, made: Made):
+    return fit_difference(plan, made.pair, Difference.between(*made))
+
+
+def batches(sizes: list[tuple[int, ...]], together: int = 8) -> Iterator[list[Made]]:
+    for start in range(0, len(sizes), together):
+        yield [made_layer(i, size) for i, size in enumerate(sizes[start : start + together], start)]
+
+
+def made_layer(i: int, size: tuple[int, ...]) -> Made:
+    generator = torch.Generator().manual_seed(i)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    pair = Pair(str(i), size, NOWHERE, NOWHERE)
+    base = 0.02 * normal(*size)
+    if is_planted(Made(pair, base, base)):
+        rest = size[0] // SHAPE[0], size[1] // SHAPE[1]
+        delta = 3e-4 * sum(torch.kron(normal(*SHAPE), normal(*rest)) for _ in range(TERMS))
+    else:
+        delta = 6e-4 * normal(*size)
+    return Made(pair, base.half(), (base.half().float() + delta).half())
+
+
+def is_planted(made: Made) -> bool:
+    return int(made.pair.name) % 2 == 0
+
+
+def numbers(size: tuple[int, ...]) -> int:
+    return size[0] * size[1]
+
+
+def dense_seconds(sizes: list[tuple[int, ...]]) -> tuple[float, float]:
+    """Seconds that the dense SVD takes for all layers, and the worst difference of our error of one term from its."""
+    total, worst = 0.0, 0.0
+    for size in sorted(set(sizes)):
+        weight = made_layer(1, size).base.float()
+        start = perf_counter()
+        best = nearest_kron(weight, SHAPE)
+        total += (perf_counter() - start) * sizes.count(size)
+        fit_of_ours = nearest_kron_of_dense(weight[None], SHAPE)[0]
+        worst = max(worst, abs(fit_of_ours.relative_error / best.relative_error - 1))
+    return total, worst
+
+
+if __name__ == "__main__":
+    main()
