@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -22,9 +21,11 @@ from typing import Any
 
 import torch
 from common import report
+from safetensors.torch import load_file, save_file
 
 from krona_hub import Adapter, BaseModel, LayerDelta, write
 from krona_hub.bases import catalogue
+from krona_hub.kron.shapes import peft_factors
 from krona_hub.kron.terms import KronTerms, as_lora
 
 CATALOGUE = Path(catalogue.__file__).parent / "catalogue" / "sdxl.unet.json"
@@ -89,6 +90,7 @@ from lycoris import create_lycoris_from_weights
 start = time.perf_counter()
 model = UNet2DConditionModel.from_pretrained(sys.argv[1], torch_dtype=torch.float16)
 network, _ = create_lycoris_from_weights(1.0, sys.argv[2], model)
+assert network.loras, 'LyCORIS knows no module of the file'
 network.merge_to()
 model.save_pretrained(sys.argv[3])
 print(json.dumps({"seconds": time.perf_counter() - start}))
@@ -140,6 +142,12 @@ def adapters(linear: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Adapt
         a, b = torch.randn(1, 64, 8, generator=generator), torch.randn(1, out // 64, in_ // 8, generator=generator)
         return KronTerms(a, RELATIVE * 0.02 * b)
 
+    def factor8(out: int, in_: int) -> KronTerms:
+        """The split that PEFT and LyCORIS make with a factor of 8; they hold no other shapes in one file."""
+        (a1, b1), (a2, b2) = peft_factors(out, 8), peft_factors(in_, 8)
+        a, b = torch.randn(1, a1, a2, generator=generator), torch.randn(1, b1, b2, generator=generator)
+        return KronTerms(a, RELATIVE * 0.02 * b)
+
     def lora(out: int, in_: int) -> KronTerms:
         up, down = torch.randn(out, 16, generator=generator), torch.randn(16, in_, generator=generator)
         return as_lora(RELATIVE * 0.02 / 4 * up, down)
@@ -147,6 +155,7 @@ def adapters(linear: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Adapt
     for name, layers, make in (
         ("attention", attention, kron),
         ("attention_lora", attention, lora),
+        ("attention_factor8", attention, factor8),
         ("linear", [n for n, (out, in_) in linear.items() if out % 64 == in_ % 8 == 0], kron),
     ):
         deltas = {f"unet.{n}": LayerDelta((make(*linear[n]),), linear[n]) for n in layers}
@@ -182,7 +191,7 @@ def round_of_peers(base: Path, folder: Path) -> Iterator[tuple[str, dict[str, fl
     for name, script, adapter in (
         ("krona lora", MERGE, folder / "attention_lora.safetensors"),
         ("peft lora", PEFT, folder / "peft-lora"),
-        ("krona lokr", MERGE, folder / "attention.safetensors"),
+        ("krona lokr", MERGE, folder / "attention_factor8.safetensors"),
         ("peft lokr", PEFT, folder / "peft-lokr"),
         ("lycoris lokr", LYCORIS, folder / "attention.lycoris.safetensors"),
     ):
@@ -200,7 +209,7 @@ def main() -> None:
     options.add_argument("--small", action="store_true")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--folder")
-    options.add_argument("--no-peers", action="store_true")
+    options.add_argument("--part", choices=("copies", "peers"), help="Only this part of the comparison.")
     given = options.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         measure(Path(name), given)
@@ -211,39 +220,51 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
     linear = write_base(base, configuration(given.small))
     for name, adapter in adapters(linear):
         write(adapter, folder / f"{name}.safetensors")
-        if name == "attention":
+        if name == "attention_factor8":
             write(adapter, folder / "peft-lokr", format="peft-lokr", base="sdxl")
-            write(adapter, folder / "attention.lycoris.safetensors", format="lycoris-lokr", base="sdxl")
+            write(adapter, folder / "kohya.safetensors", format="lycoris-lokr", base="sdxl")
+            # create_lycoris_from_weights looks for its own prefix and takes no other file for an adapter
+            ours = load_file(folder / "kohya.safetensors")
+            theirs = {name.replace("lora_unet_", "lycoris_", 1): tensor for name, tensor in ours.items()}
+            save_file(theirs, folder / "attention.lycoris.safetensors")
         if name == "attention_lora":
             write(adapter, folder / "peft-lora", format="peft-lora", base="sdxl")
-    rounds = [dict(round_of_merges(base, folder)) for _ in range(given.rounds)]
+    about = {"bytes": (base / WEIGHTS).stat().st_size, "targets": TARGETS}
+    size = "_small" if given.small else ""
+    if given.part != "peers":
+        report(f"merge{size}", about | against_copies(base, folder, given.rounds))
+    if given.part != "copies":
+        report(f"merge_peers{size}", about | against_peers(base, folder))
+
+
+def against_copies(base: Path, folder: Path, count: int) -> dict[str, Any]:
+    rounds = [dict(round_of_merges(base, folder)) for _ in range(count)]
     seconds = medians(rounds)
-    peers = medians([dict(round_of_peers(base, folder)) for _ in range(1)]) if not given.no_peers else {}
-    peak = max(figures.get("anonymous_mb", 0) for r in rounds for figures in r.values())
     ratios = {
-        "attention, 1 thread / copy": seconds["attention 1"] / seconds["copy"],
-        "attention, 2 threads / copy": seconds["attention 2"] / seconds["copy"],
-        "attention LoRA, 1 thread / copy": seconds["attention_lora 1"] / seconds["copy"],
-        "attention LoRA, 2 threads / copy": seconds["attention_lora 2"] / seconds["copy"],
-        "all linear, 1 thread / copy": seconds["linear 1"] / seconds["copy"],
-        "all linear, 2 threads / copy": seconds["linear 2"] / seconds["copy"],
+        f"{adapter}, {threads} / copy": seconds[f"{key} {threads[0]}"] / seconds["copy"]
+        for adapter, key in (("attention", "attention"), ("attention LoRA", "attention_lora"), ("all linear", "linear"))
+        for threads in ("1 thread", "2 threads")
     }
-    if peers:
-        ratios["peft / krona, LoRA"] = peers["peft lora"] / peers["krona lora"]
-        ratios["peft / krona, LoKr"] = peers["peft lokr"] / peers["krona lokr"]
-        ratios["lycoris / krona, LoKr"] = peers["lycoris lokr"] / peers["krona lokr"]
-    report(
-        "merge_small" if given.small else "merge",
-        {
-            "bytes": (base / WEIGHTS).stat().st_size,
-            "rounds": given.rounds,
-            "seconds": {k: round(v, 3) for k, v in (seconds | peers).items()},
-            "ratios": {k: round(v, 3) for k, v in ratios.items()},
-            "peak anonymous memory (MB)": round(peak),
-            "targets": TARGETS,
-            "free disk (GB)": round(os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize / 1e9),
-        },
-    )
+    return {
+        "rounds": count,
+        "seconds": rounded(seconds),
+        "ratios": rounded(ratios),
+        "peak anonymous memory (MB)": round(max(x.get("anonymous_mb", 0) for r in rounds for x in r.values())),
+    }
+
+
+def against_peers(base: Path, folder: Path) -> dict[str, Any]:
+    seconds = medians([dict(round_of_peers(base, folder))])
+    ratios = {
+        "peft / krona, LoRA": seconds["peft lora"] / seconds["krona lora"],
+        "peft / krona, LoKr": seconds["peft lokr"] / seconds["krona lokr"],
+        "lycoris / krona, LoKr": seconds["lycoris lokr"] / seconds["krona lokr"],
+    }
+    return {"seconds": rounded(seconds), "ratios": rounded(ratios)}
+
+
+def rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(figure, 3) for name, figure in figures.items()}
 
 
 if __name__ == "__main__":

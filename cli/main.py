@@ -23,7 +23,7 @@ rich_click.rich_click.STYLE_EPILOG_TEXT = ""
 rich_click.rich_click.COMMAND_GROUPS = {
     "krona": [
         {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate"]},
-        {"name": "Adapters and models", "commands": ["merge", "unmerge", "verify"]},
+        {"name": "Adapters and models", "commands": ["merge", "unmerge", "extract", "verify"]},
         {"name": "Before training", "commands": ["params", "formats"]},
         {"name": "Krona itself", "commands": ["demo", "completion"]},
     ]
@@ -44,6 +44,7 @@ COMMANDS = {
     "migrate": Entry("krona_hub.cli.migrate_command", "Rewrite a krona file in another version of its schema."),
     "merge": Entry("krona_hub.cli.merge_command", "Merge adapters into a base model, exactly rounded."),
     "unmerge": Entry("krona_hub.cli.unmerge_command", "Restore the base of a merge, byte for byte."),
+    "extract": Entry("krona_hub.cli.extract_command", "Make an adapter of the difference of two models."),
     "combine": Entry("krona_hub.cli.combine_command", "Add adapters, each at its strength, into one."),
     "verify": Entry(
         "krona_hub.cli.verify_command", "Compare: merged model and adapters, two adapters, adapter and base."

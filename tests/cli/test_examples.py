@@ -112,6 +112,33 @@ MERGE_PLAN = obj(
     written={"const": False},
 )
 UNMERGE = obj(out=TEXT, restored=many(TEXT, 1), unchanged=many(TEXT), copied=many(TEXT), nbytes=COUNT, seconds=NUMBER)
+EXTRACTED = obj(
+    layer=TEXT,
+    form=TEXT,
+    terms=COUNT,
+    parameters=COUNT,
+    norm=NUMBER,
+    relative_norm=NUMBER,
+    relative_error=NUMBER,
+    beyond_rounding=NUMBER,
+)
+EXTRACTION = obj(
+    base=TEXT,
+    tuned=TEXT,
+    target_format=TEXT,
+    out=TEXT,
+    method=TEXT,
+    layers=many(EXTRACTED, 1),
+    unchanged=COUNT,
+    at_rounding=many(TEXT),
+    others=many(obj(name=TEXT, kind=TEXT, kept=FLAG)),
+    parameters=COUNT,
+    relative_error=NUMBER,
+    beyond_rounding=NUMBER,
+    verdict=TEXT,
+    checked=TEXT,
+    written=FLAG,
+)
 CHECKED_TENSOR = obj(
     tensor=TEXT, file=TEXT, state=TEXT, touched=FLAG, elements=COUNT, unequal=COUNT, strengths=many(NUMBER)
 )
@@ -158,6 +185,7 @@ SHAPES = {
     "merge base lora.safetensors lokr.safetensors:-1 --in-place --undo back.safetensors --out-dtype bf16": MERGE,
     "merge base lora.safetensors:0.8 --dry-run": MERGE_PLAN,
     "unmerge merged --undo undo.safetensors -o restored": UNMERGE,
+    "extract base merged --shape 8x8 --terms 2 --allow-loss -o found.safetensors": EXTRACTION,
     "verify merged --base base --adapter lora.safetensors:0.8": MERGE_CHECK,
     "verify lokr.safetensors krona.safetensors": DELTA_CHECK,
     "verify lokr.safetensors --base sd15": FIT_CHECK,
@@ -180,7 +208,11 @@ def here(adapters, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("command", "line"), examples(), ids=lambda value: value)
+LONG = {"krona extract base merged -o found.safetensors"}  # searches all shapes of every layer
+EXAMPLES = [pytest.param(*e, marks=[pytest.mark.slow] if e[1] in LONG else []) for e in examples()]
+
+
+@pytest.mark.parametrize(("command", "line"), EXAMPLES, ids=lambda value: value)
 def test_the_examples_of_the_help_run(command, line, here, capsys):
     assert line.startswith(f"krona {command}")
     status = main(shlex.split(line)[1:])

@@ -85,6 +85,15 @@ def test_block_weights_are_read_as_lines_toml_and_json(here, capsys):
     assert written[0] == written[1] == written[2]
 
 
+@pytest.mark.slow
+def test_what_is_extracted_from_a_merge_is_what_was_merged(here, capsys):
+    status, out, _ = run("extract base merged -o found.safetensors --json", capsys)
+    layers = json.loads(out)["layers"]
+    assert status == 0 and len(layers) == 24 and {layer["form"] for layer in layers} == {"LoRA r8"}
+    assert run("verify found.safetensors lora.safetensors --tolerance 0.3", capsys)[0] == 0, "at strength 0.8"
+    assert run("verify found.safetensors lora.safetensors", capsys)[0] == 6
+
+
 REFUSED = {  # command line -> code
     "merge base lora.safetensors": "KH101",  # nowhere to write
     "merge base -o new": "KH101",
@@ -108,6 +117,11 @@ REFUSED = {  # command line -> code
     "unmerge merged --undo lora.safetensors -o new": "KH120",
     "unmerge merged --undo undo.safetensors": "KH101",
     "unmerge merged --undo undo.safetensors -o base": "KH170",
+    "extract base base -o new.safetensors": "KH",
+    "extract base merged --terms 4 --max-error 0.1 -o new.safetensors": "KH101",
+    "extract base merged --shape 7x7 -o new.safetensors": "KH110",
+    "extract base merged -o lora.safetensors": "KH170",
+    "extract base nothing -o new.safetensors": "KH190",
     "combine lora.safetensors -o lokr.safetensors": "KH170",
     "combine lora.safetensors lokr.safetensors --terms 2 --max-error 0.1": "KH101",
     "verify merged": "KH101",

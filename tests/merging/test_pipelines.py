@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from krona_hub import apply_to_state_dict, combine, merge, unmerge, verify, write
+from krona_hub import apply_to_state_dict, combine, extract, merge, unmerge, verify, write
 from krona_hub.formats.encode import cast
 from tests import single_file, tiny
 from tests.formats import made
@@ -247,6 +247,22 @@ def test_merging_a_combination_is_merging_its_parts(name, tmp_path):
     merge(base, [(tmp_path / "both.safetensors", 1.0)], tmp_path / "out")
     wanted = computed_with(PIPELINES[name](), added_up(pipe, adapters))
     assert_computes(load_folder(pipe, tmp_path / "out"), wanted, tiny.outputs(pipe))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_is_extracted_from_a_merge_makes_the_same_model_again(name, tmp_path):
+    pipe = PIPELINES[name]()
+    base = save_folder(pipe, tmp_path / "base")
+    adapter = made.lora(tiny.layers(pipe, "to_q", "to_v", "proj_in", "conv1", "q_proj", "fc1"))
+    merge(base, [(adapter, WEIGHT)], tmp_path / "tuned")
+    found = extract(base, tmp_path / "tuned", tmp_path / "found.safetensors")
+    assert {x.layer for x in found.layers} == set(adapter.layers), "and nothing else has changed"
+    merge(base, [(tmp_path / "found.safetensors", 1.0)], tmp_path / "again")
+    wanted, alone = tiny.outputs(load_folder(pipe, tmp_path / "tuned")), tiny.outputs(pipe)
+    for part, got in tiny.outputs(load_folder(pipe, tmp_path / "again")).items():
+        change = (wanted[part] - alone[part]).abs().max()
+        assert (got - wanted[part]).abs().max() < 1e-3 * change, part
 
 
 @pytest.mark.parametrize("name", PIPELINES)
