@@ -69,7 +69,7 @@ def trained_autoencoder(work: Path, data: NDArray[np.uint8], recipe: Recipe) -> 
 
 
 def scaled_latents(work: Path, vae: models.AutoencoderKL, data: NDArray[np.uint8]) -> Tensor:
-    """(n, 4, 8, 8) of unit deviation; tells the autoencoder's configuration the factor."""
+    """(n, 8, 8, 8) of unit deviation; tells the autoencoder's configuration the factor."""
     path = work / f"latents-{len(data)}.pt"
     if not path.exists():
         torch.save(autoencoder.encode(vae, data), path)

@@ -1,4 +1,4 @@
-"""Stage one: the autoencoder learns to draw pictures from 8×8×4 numbers; then every picture is encoded once."""
+"""Stage one: the autoencoder learns to draw pictures from 8×8×8 numbers; then every picture is encoded once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scripts.tiny_scenes.models import autoencoder
 from scripts.tiny_scenes.training import Loss, Recipe, Run
 
-RECIPE = Recipe(steps=2200, batch=8, rate=2e-3, average=0.995)
+RECIPE = Recipe(steps=5500, batch=8, rate=2e-3, average=0.995)
 DIVERGENCE = 2e-4  # weight of the divergence from a unit normal, per latent number
 EDGES = 1.0  # weight of the error of neighbouring pixels' differences: sharp outlines
 VIVID = 3.0  # how much more a fully saturated pixel counts: the object is small, and what matters
@@ -64,7 +64,7 @@ def as_input(pictures: NDArray[np.uint8]) -> Tensor:
 
 @torch.no_grad()
 def encode(model: AutoencoderKL, pictures: NDArray[np.uint8]) -> Tensor:
-    """The latents' means, unscaled: (n, 4, 8, 8)."""
+    """The latents' means, unscaled: (n, 8, 8, 8)."""
     return torch.cat(
         [
             model.encode(as_input(some)).latent_dist.mean

@@ -16,7 +16,7 @@ from scripts.tiny_scenes.models import scheduler, text_encoder, unet
 from scripts.tiny_scenes.scene import Scene, scenes, training_caption, vocabulary
 from scripts.tiny_scenes.training import Loss, Recipe, Run
 
-RECIPE = Recipe(steps=6000, batch=64, rate=1e-3, warmup=200, seed=1)
+RECIPE = Recipe(steps=4500, batch=64, rate=1e-3, warmup=200, seed=1)
 UNCONDITIONAL = 0.1  # share of captions that are dropped, for guidance
 GUIDANCE, STEPS = 3.0, 20  # how pictures are drawn, in the check and by default
 HELD_OUT_SEED = 2024
@@ -25,7 +25,7 @@ HELD_OUT_SEED = 2024
 def train(folder: Path, latents: Tensor, drawn: Sequence[Scene], recipe: Recipe = RECIPE) -> Iterator[Run]:
     """Yields the run after every step; its `averaged` holds "unet" and "text_encoder".
 
-    `latents` are scaled to unit deviation: (n, 4, 8, 8), of the pictures of the scenes `drawn`.
+    `latents` are scaled to unit deviation: (n, 8, 8, 8), of the pictures of the scenes `drawn`.
     """
     torch.manual_seed(recipe.seed)
     model = nn.ModuleDict({"unet": unet().to(memory_format=torch.channels_last), "text_encoder": text_encoder()})

@@ -13,18 +13,19 @@ from scripts.tiny_scenes import tokens
 from scripts.tiny_scenes.scene import vocabulary
 
 LATENT = 8  # side of the latents: 64 pixels / 8
+CHANNELS = 8  # of the latents
 TEXT_WIDTH = 128
 
 
 def autoencoder() -> AutoencoderKL:
-    """64×64×3 ↔ 8×8×4."""
+    """64×64×3 ↔ 8×8×8. With four channels small objects stay blurred several times longer."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 24, 48, 96),
         layers_per_block=1,
         norm_num_groups=8,
-        latent_channels=4,
+        latent_channels=CHANNELS,
         sample_size=64,
     )
 
@@ -33,6 +34,8 @@ def unet() -> UNet2DConditionModel:
     """Two resolutions, 8×8 with cross-attention and 4×4."""
     return UNet2DConditionModel(
         sample_size=LATENT,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(80, 128),
