@@ -18,11 +18,21 @@ if TYPE_CHECKING:
     from krona_hub.kron.shapes import KronShape as KronShape
     from krona_hub.kron.terms import KronTerms as KronTerms
     from krona_hub.kron.terms import nearest_kron as nearest_kron
+    from krona_hub.layers import KronConv2d as KronConv2d
+    from krona_hub.layers import KronLinear as KronLinear
+    from krona_hub.layers import attach as attach
+    from krona_hub.layers import detach as detach
+    from krona_hub.layers import extract_adapter as extract_adapter
+    from krona_hub.layers import fuse as fuse
+    from krona_hub.layers import set_scales as set_scales
+    from krona_hub.layers import unfuse as unfuse
     from krona_hub.merging.merge_files import merge as merge
     from krona_hub.merging.plan import plan_merge as plan_merge
     from krona_hub.merging.state_dict import apply_to_state_dict as apply_to_state_dict
     from krona_hub.merging.undo import unmerge as unmerge
     from krona_hub.origin import BaseModel as BaseModel
+    from krona_hub.runtime import load_into as load_into
+    from krona_hub.runtime import unload as unload
     from krona_hub.verification import verify as verify
 
 __version__ = "0.1.0"
@@ -38,6 +48,16 @@ PUBLIC = {  # name -> the module that defines it
     "extract": "krona_hub.extraction",
     "combine": "krona_hub.combining",
     "verify": "krona_hub.verification",
+    "attach": "krona_hub.layers",
+    "detach": "krona_hub.layers",
+    "fuse": "krona_hub.layers",
+    "unfuse": "krona_hub.layers",
+    "set_scales": "krona_hub.layers",
+    "extract_adapter": "krona_hub.layers",
+    "load_into": "krona_hub.runtime",
+    "unload": "krona_hub.runtime",
+    "KronLinear": "krona_hub.layers",
+    "KronConv2d": "krona_hub.layers",
     "nearest_kron": "krona_hub.kron.terms",
     "Adapter": "krona_hub.adapter",
     "LayerDelta": "krona_hub.adapter",

@@ -72,7 +72,8 @@ class LayerDelta:
 
     def low_rank_delta(self) -> Tensor:
         """Σ A ⊗ B in the shape of the weight, before any DoRA step; float32 at least."""
-        total = torch.zeros(self.matrix_shape)
+        device = self.tensors[0].device if self.tensors else None
+        total = torch.zeros(self.matrix_shape, device=device)
         for s in self.sums:
             dense = s.dense()
             total = total.to(torch.promote_types(total.dtype, dense.dtype)) + dense
@@ -103,12 +104,16 @@ class LayerDelta:
 
 def dora_weight(directed: Tensor, magnitude: Tensor, axis: Axis) -> Tensor:
     """V·m/‖V‖ with one norm per output row (`out`) or per input channel (`in`); zero rows stay zero."""
+    return directed * dora_gain(directed, magnitude, axis)
+
+
+def dora_gain(directed: Tensor, magnitude: Tensor, axis: Axis) -> Tensor:
+    """m/‖V‖ in a shape that multiplies V: (out, 1, …) or (1, in, 1, …)."""
     kept = 0 if axis == "out" else 1
     others = [d for d in range(directed.ndim) if d != kept]
     norm = torch.linalg.vector_norm(directed, dim=others, keepdim=True)
-    norm = norm.clamp_min(torch.finfo(directed.dtype).tiny)
-    scaled: Tensor = directed * (magnitude.reshape(norm.shape) / norm)
-    return scaled
+    gain: Tensor = magnitude.reshape(norm.shape) / norm.clamp_min(torch.finfo(directed.dtype).tiny)
+    return gain
 
 
 def _frozen(values: Mapping[str, Any]) -> Mapping[str, Any]:

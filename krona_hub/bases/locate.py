@@ -20,7 +20,16 @@ from krona_hub.bases.shipped import folder_of
 from krona_hub.bases.weights import Stored, WeightPlace, files_of, modules_in, read, stored_in, weights_by_module
 from krona_hub.errors import FormatError, NotFoundError, UnknownBaseError
 
-__all__ = ["WeightPlace", "landed", "load_base", "open_checkpoint", "read", "stored_by_component", "weight_files"]
+__all__ = [
+    "WeightPlace",
+    "landed",
+    "load_base",
+    "named_base",
+    "open_checkpoint",
+    "read",
+    "stored_by_component",
+    "weight_files",
+]
 
 
 def load_base(source: str | Path) -> Base:
@@ -33,7 +42,7 @@ def load_base(source: str | Path) -> Base:
     """
     path = Path(source)
     if path.is_dir():
-        return _known({c: _folder_modules(folder) for c, folder in component_folders(path).items()}, path)
+        return named_base({c: _folder_modules(folder) for c, folder in component_folders(path).items()}, str(path))
     if path.exists():
         return _file_base(path)
     if catalogue.find(str(source)) is None and path.suffix in (".safetensors", ".ckpt", ".pt"):
@@ -166,7 +175,7 @@ def _base_of_tensors(path: Path, stored: Mapping[str, Stored]) -> Base:
     """A checkpoint in one file: diffusers names as they are, original names by the catalogue."""
     plain = _diffusers_components(modules_in(stored))
     if plain:
-        return _known(plain, path)
+        return named_base(plain, str(path))
     weights = weights_by_module(stored)
     found = detect.candidates({name: w.shape for name, w in weights.items()})
     for candidate in found[:4]:
@@ -174,7 +183,7 @@ def _base_of_tensors(path: Path, stored: Mapping[str, Stored]) -> Base:
         places = landed(base, stored)
         whole = {c: m for c, m in base.components.items() if all(f"{c}.{p}" in places for p in m)}
         if whole:
-            return _known({c: _as_stored(c, m, places, stored) for c, m in whole.items()}, path)
+            return named_base({c: _as_stored(c, m, places, stored) for c, m in whole.items()}, str(path))
     raise UnknownBaseError(
         f"{path} is no checkpoint of a base that is known by its original names.",
         fix="Give it as a diffusers folder, or name the base: " + ", ".join(catalogue.names()) + ".",
@@ -219,13 +228,13 @@ SIGNS: Mapping[str, tuple[str, ...]] = {  # a module that says: diffusers' names
 }  # fmt: skip
 
 
-def _known(components: Mapping[str, Mapping[str, Module]], path: Path) -> Base:
-    """The base with the name of the catalogue's base that it equals, where it equals just one."""
-    base = Base(str(path), None, components)
+def named_base(components: Mapping[str, Mapping[str, Module]], name: str) -> Base:
+    """A base of these modules, with the family of the catalogue's base that it equals, where it equals just one."""
+    base = Base(name, None, components)
     equal = _by_fingerprint().get(base.fingerprint, ()) if base.denoiser else ()
     if len(equal) != 1:
-        return Base(str(path), None, components, candidates=equal)
-    return Base(str(path), equal[0], components, catalogue.get(equal[0]).hub_id)
+        return Base(name, None, components, candidates=equal)
+    return Base(name, equal[0], components, catalogue.get(equal[0]).hub_id)
 
 
 @cache

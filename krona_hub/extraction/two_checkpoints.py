@@ -23,7 +23,7 @@ from krona_hub.extraction.plan import Plan
 from krona_hub.extraction.report import ExtractionReport
 from krona_hub.formats.writing import write
 from krona_hub.origin import Provenance
-from krona_hub.sources import resolve
+from krona_hub.sources import is_remote, resolve, resolve_base
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
@@ -113,7 +113,7 @@ def _checkpoint(source: str | Path) -> Path:
         raise UnknownBaseError(
             f"{source} is a name, and a difference needs the weights.", fix="Give the folder or file of the checkpoint."
         )
-    return resolve(source)
+    return resolve_base(source) if is_remote(source) else resolve(source)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -48,6 +48,42 @@ def transposed(terms: KronTerms) -> KronTerms:
     return KronTerms(_transposed(terms.left), _transposed(terms.right))
 
 
+def among_rows(terms: KronTerms, first: int, height: int) -> KronTerms:
+    """The sum in rows `first`, first + 1, … of a matrix of `height` rows that are zero elsewhere: take_rows undoes it.
+
+    Only where the rows are one of height / out equal shares, as q, k and v of a fused projection mostly are: A (or B,
+    where the rows are interleaved) gets rows of zeros. Raises UnsupportedError elsewhere.
+
+    >>> terms = KronTerms(torch.rand(1, 2, 2), torch.rand(1, 3, 2))
+    >>> tall = among_rows(terms, 6, 18)
+    >>> str(tall.shape), torch.equal(tall.dense()[6:12], terms.dense()), int(tall.dense()[:6].count_nonzero())
+    ('6x2 ⊗ 3x2', True, 0)
+    """
+    out = terms.shape.full[0]
+    if first % out or height % out:
+        raise UnsupportedError(
+            f"rows {first} to {first + out} are no equal share of {height}.", fix="Take the fused projection apart."
+        )
+    shares = height // out, first // out
+    if terms.rows == "shuffled":
+        return replace(terms, right=_among(terms.right, *shares))
+    return replace(terms, left=_among(terms.left, *shares))
+
+
+def _among(factor: Factor, shares: int, own: int) -> Factor:
+    """(terms, p, q) → (terms, shares·p, q), zero outside of the share `own`."""
+    if isinstance(factor, LowRank):
+        return LowRank(_among_tensor(factor.up, shares, own), factor.down)
+    return _among_tensor(factor, shares, own)
+
+
+def _among_tensor(tensor: Tensor, shares: int, own: int) -> Tensor:
+    terms, p, q = tensor.shape
+    tall = tensor.new_zeros(terms, shares, p, q)
+    tall[:, own] = tensor
+    return tall.flatten(1, 2)
+
+
 def _cut(terms: KronTerms, unit: int) -> KronTerms:
     """The same sum with B of `unit` rows: (A ⊗ eₘ) ⊗ Bₘ for each block m of B, terms · b1/unit in all."""
     blocks = terms.shape.b1 // unit

@@ -18,9 +18,10 @@ from math import hypot, inf, sqrt
 import torch
 from torch import Tensor
 
+from krona_hub.kron.dense import nearest_kron_of_dense
 from krona_hub.kron.lowrank import nearest_kron_of_lora
 from krona_hub.kron.shapes import KronShape, split
-from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, check_terms, dense_factor, nearest_kron
+from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, check_terms, dense_factor
 from krona_hub.kron.tolora import Pair, dense_sum, full_size, long_lora, lora_rank_bound, result_dtype
 
 BLOCK = 1 << 22  # numbers of ΔW held at a time: 32 MiB of float64
@@ -115,7 +116,7 @@ def recompress(sums: Delta, shape: KronShape | tuple[int, int], terms: int) -> K
         return _recompressed_in_place(sums, shape, terms)
     if 4 * lora_rank_bound(sums) <= min(full):
         return _cast(nearest_kron_of_lora(*long_lora(sums), shape, terms), result_dtype(sums))
-    return _cast(nearest_kron(dense_sum(sums), shape, terms), result_dtype(sums))
+    return _cast(nearest_kron_of_dense(dense_sum(sums)[None], shape, terms)[0], result_dtype(sums))
 
 
 # ── choosing a way ───────────────────────────────────────────────────────────────────────────────

@@ -11,12 +11,8 @@ from typing import Any
 
 from krona_hub.bases import catalogue
 from krona_hub.bases.base import Base
-<<<<<<< HEAD
-from krona_hub.bases.locate import component_folders, load_base, plainly_placed, weight_files
-from krona_hub.bases.shipped import folder_of
-=======
 from krona_hub.bases.locate import component_folders, load_base, open_checkpoint, plainly_placed, weight_files
->>>>>>> main
+from krona_hub.bases.shipped import folder_of
 from krona_hub.bases.weights import WeightPlace, indices_of, sets_of, stored_in
 from krona_hub.checkpoints.header import FLOATS, Header, read_header
 from krona_hub.errors import (

@@ -1,6 +1,5 @@
 """The catalogue says what diffusers and transformers build, in a form that loses nothing and stays small."""
 
-import time
 from importlib.resources import files
 
 import pytest
@@ -65,14 +64,10 @@ def test_statuses_are_known_words():
         assert entry.source
 
 
-def test_the_catalogue_is_small_and_fast():
+def test_the_catalogue_is_small():
     folder = files("krona_hub.bases").joinpath("catalogue")
     assert sum(len(f.read_bytes()) for f in folder.iterdir()) < 110_000
-    catalogue.component.cache_clear()
-    start = time.process_time()
-    modules = sum(len(catalogue.component(name).modules) for name in CATALOGUE)
-    assert modules == 12_217
-    assert time.process_time() - start < 0.25  # seconds; about 0.03 on an idle machine
+    assert sum(len(catalogue.component(name).modules) for name in CATALOGUE) == 12_217
 
 
 def test_a_name_that_is_none_gets_the_nearest():

@@ -147,3 +147,12 @@ def test_layers_that_one_of_both_lacks_are_told(tmp_path):
     save_file(tuned, tmp_path / "tuned.safetensors")
     report = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "x.safetensors")
     assert "the tuned checkpoint lacks 1 layers of the other, such as unet.conv_in" in report.notes[0]
+
+
+def test_both_checkpoints_may_be_models_on_the_hub(folders, tmp_path, monkeypatch):
+    names = [str(p.relative_to(folders / "base")) for p in (folders / "base").rglob("*") if p.is_file()]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: names)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(folders / repo.split("/")[1]))
+    report = extract("somebody/base", "somebody/tuned@v1", tmp_path / "x.safetensors")
+    local = extract(folders / "base", folders / "tuned", tmp_path / "y.safetensors")
+    assert layers(report) == layers(local)

@@ -125,6 +125,17 @@ def test_fused_projections_come_back_with_the_rank_of_each(tmp_path):
     }
 
 
+def test_fused_projections_of_which_only_some_are_adapted_hold_zeros_for_the_others(tmp_path):
+    pipe = tiny.flux()
+    adapter = made.lora(tiny.layers(pipe, "attn.to_q", "attn.to_k"), ranks=(3, 2))
+    base = tiny.save(pipe, tmp_path)
+    back = read(write(adapter, tmp_path / "x.safetensors", tool="kohya", base=base).path, base=base)
+    assert back.layers.keys() > adapter.layers.keys()
+    for layer, delta in back.layers.items():
+        meant = adapter.layers[layer].dense() if layer in adapter.layers else torch.zeros(delta.weight_shape)
+        torch.testing.assert_close(delta.dense(), meant, rtol=1e-5, atol=1e-7)
+
+
 def test_split_projections_are_written_on_request(tmp_path):
     pipe = tiny.flux()
     adapter = made.lora(tiny.layers(pipe, "attn.to_q", "attn.to_k"))

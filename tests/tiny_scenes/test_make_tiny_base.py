@@ -26,7 +26,7 @@ def made(tmp_path_factory):
 
 def run(patch, work):
     arguments = ["--work", str(work), "--out", str(work / "out"), "--threads", "1", "--pictures", "4"]
-    steps = ["--autoencoder-steps", "2", "--denoiser-steps", "2"]
+    steps = ["--autoencoder-steps", "2", "--decoder-steps", "2", "--denoiser-steps", "2"]
     patch.setattr(sys, "argv", ["make_tiny_base.py", *arguments, *steps])
     threads = torch.get_num_threads()
     make_tiny_base.main()

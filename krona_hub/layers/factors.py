@@ -1,0 +1,132 @@
+"""One Kronecker sum inside a torch module: its factors as tensors that move with the model.
+
+A factor of one number is multiplied into the other side, so that a LoRA, [[1]] ⊗ (up·down), costs what a LoRA costs.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, Rows, dense_factor
+from krona_hub.layers.chain import Sizes, cheaper_beside, cheapest_chain
+from krona_hub.layers.contraction import Contraction
+from krona_hub.layers.steps import Window
+
+
+class KronSum(nn.Module):
+    """Σ Aₖ ⊗ Bₖ of one layer: factors to train, or the numbers of a file to use."""
+
+    def __init__(self, terms: KronTerms, window: Window | None, like: Tensor, trainable: bool) -> None:
+        """On the device of `like`; in its type too, where the numbers are not to be trained."""
+        super().__init__()
+        self.rows: Rows = terms.rows
+        self.shape = terms.shape
+        sides = essential(terms, None if trainable else like.dtype)
+        self.names = tuple(name for name, _ in sides)
+        for name, tensor in sides:
+            if trainable:
+                self.register_parameter(name, nn.Parameter(tensor.detach().to(like.device, wide(tensor), copy=True)))
+            else:
+                self.register_buffer(name, tensor.detach().to(like.device, like.dtype, copy=True), persistent=False)
+        self.contraction = self._contraction(window)
+
+    def _contraction(self, window: Window | None) -> Contraction | None:
+        """The chain of products; None where the columns of one block of A would end inside a kernel of B."""
+        kernel = prod(window.kernel) if window else 1
+        lefts, rights = self._sizes("left"), self._sizes("right")
+        if kernel > 1 and not rights:
+            rights, lefts = lefts, []  # one dense or low-rank matrix: B, whatever it is called
+        if kernel > 1 and rights[0][1] % kernel:
+            return None
+        first, *rest = rights or [(1, 1)]
+        counted = [(first[0], first[1] // kernel), *rest] if rights else []
+        chain = cheapest_chain(lefts, counted, self._terms, kernel)
+        beside = cheaper_beside(chain, lefts, counted, kernel)
+        return Contraction(chain, self.shape.a1, self.rows, window, beside)
+
+    def _sizes(self, side: str) -> Sizes:
+        return [(f.shape[1], f.shape[2]) for name, f in zip(self.names, self.factors, strict=True) if side in name]
+
+    @property
+    def _terms(self) -> int:
+        return len(self.factors[0])
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """A before B, down before up: the order of the chain's numbers."""
+        return tuple(getattr(self, name) for name in self.names)
+
+    @property
+    def value(self) -> KronTerms:
+        """The sum, with ones for a side that `essential` dropped. Its tensors are the module's own."""
+        return KronTerms(self._side("left"), self._side("right"), self.rows)
+
+    def snapshot(self) -> KronTerms:
+        """The sum as it is now: what is trained on does not change it."""
+        return KronTerms(_copied(self.value.left), _copied(self.value.right), self.rows)
+
+    def _side(self, side: str) -> Factor:
+        if side in self.names:
+            return self.factors[self.names.index(side)]
+        if f"{side}_up" in self.names:
+            down = self.names.index(f"{side}_down")
+            return LowRank(self.factors[down + 1], self.factors[down])
+        return torch.ones(self._terms, 1, 1, dtype=wide(self.factors[0]), device=self.factors[0].device)
+
+    @torch.no_grad()
+    def copy_from(self, terms: KronTerms) -> None:
+        """Other numbers into the same tensors. They must have the same sizes."""
+        for name, tensor in essential(terms, self.factors[0].dtype):
+            getattr(self, name).copy_(tensor)
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """float32 at least: what factors are trained in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def essential(terms: KronTerms, dtype: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of the factors without a side that is one number; in the order of the chain.
+
+    For float16 the factors of a sum are brought to one magnitude: ΔW is the same, and nothing underflows.
+    """
+    left, right, one = terms.left, terms.right, (1, 1)
+    if terms.shape[:2] == one:
+        named = _named("right", _absorbed(right, left))
+    elif terms.shape[2:] == one:
+        named = _named("left", _absorbed(left, right))
+    else:
+        named = _named("left", left) + _named("right", right)
+    return _balanced(named) if dtype == torch.float16 else named
+
+
+def _copied(factor: Factor) -> Factor:
+    if isinstance(factor, LowRank):
+        return LowRank(factor.up.detach().clone(), factor.down.detach().clone())
+    return factor.detach().clone()
+
+
+def _absorbed(factor: Factor, scalars: Factor) -> Factor:
+    """Σₖ sₖ Mₖ as one term: dense matrices are added, low-rank ones stand side by side."""
+    numbers = dense_factor(scalars)
+    if isinstance(factor, LowRank):
+        up = factor.up.to(wide(factor.up)) * numbers
+        return LowRank(torch.cat(list(up), 1)[None], factor.down.flatten(0, 1)[None])
+    return (factor.to(wide(factor)) * numbers).sum(0, keepdim=True)
+
+
+def _named(side: str, factor: Factor) -> list[tuple[str, Tensor]]:
+    if isinstance(factor, LowRank):
+        return [(f"{side}_down", factor.down), (f"{side}_up", factor.up)]
+    return [(side, factor)]
+
+
+def _balanced(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    sizes = [float(t.abs().max()) for _, t in named]
+    if not all(sizes):
+        return named
+    mean = prod(sizes) ** (1 / len(sizes))
+    return [(name, t.float() * (mean / size)) for (name, t), size in zip(named, sizes, strict=True)]

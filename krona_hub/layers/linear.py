@@ -1,0 +1,65 @@
+"""KronLinear: a linear layer, or anything that is called like one, with Kronecker adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from krona_hub.errors import UnsupportedError
+from krona_hub.layers.branch import Branch
+from krona_hub.layers.layer import DEFAULT, KronLayer, core
+
+
+class KronLinear(KronLayer):
+    """y = base(x) + Σ scale · ΔW x with x (…, in) and ΔW = Σₖ Aₖ ⊗ Bₖ, which is never formed.
+
+    The base may be any module that is called like a linear layer (a quantised one, say); `features` gives its
+    (out, in) where it has no `out_features` and `in_features`.
+
+    >>> import torch
+    >>> layer = KronLinear(nn.Linear(768, 320), shape=(64, 4))
+    >>> layer(torch.ones(2, 77, 768)).shape, layer.branch("default").value.parameters
+    (torch.Size([2, 77, 320]), 1216)
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        shape: tuple[int, int] | None = None,
+        terms: int = 1,
+        *,
+        name: str = DEFAULT,
+        features: tuple[int, int] | None = None,
+    ) -> None:
+        """See KronLayer. Raises UnsupportedError where the sizes of the base are unknown."""
+        super().__init__(linear, features or _features(linear), shape, terms, name=name)
+
+    def _added(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            out = self.base(x, *args, **kwargs)
+            return self._traced_sum(_rows(out), _rows(x)).reshape(out.shape)
+        ours = self._makes_new_output(nn.Linear)
+        # Of more than two dimensions a linear layer returns a view, and autograd copies the gradient of a view that is
+        # written into.
+        out = self.base(_rows(x) if ours else x, *args, **kwargs)
+        return self._sum(_rows(out), x, ours).reshape(*x.shape[:-1], out.shape[-1])
+
+    def _dora(self, branch: Branch, out: Tensor, x: Tensor) -> Tensor:
+        return super()._dora(branch, out, _rows(x))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(…, channels) → (N, channels)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _features(linear: nn.Module) -> tuple[int, int]:
+    out, in_ = (getattr(core(linear), name, None) for name in ("out_features", "in_features"))
+    if not isinstance(out, int) or not isinstance(in_, int):
+        raise UnsupportedError(
+            f"a {type(linear).__name__} does not say how many features it takes and gives.",
+            fix="Give features=(out, in).",
+        )
+    return out, in_
