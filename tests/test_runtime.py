@@ -465,3 +465,32 @@ def test_a_base_by_name_is_taken_in_the_place_of_the_pipelines_own(sample, golde
     folder, file = shared("golden", "base"), shared("golden", sample["adapter"])
     assert set(load_into(golden_base, file, base=folder, format=None).matched) == set(read(file, base=folder).layers)
     unload(golden_base)
+
+
+# --- other devices -------------------------------------------------------------------------------------------------
+
+
+def test_factors_go_where_the_pipeline_goes(two):
+    pipe, one, _ = two
+    dora = made.as_dora(one, lambda name: tiny.module_of(pipe, name).weight)
+    load_into(pipe, dora)
+    pipe.unet.to("meta")
+    assert {t.device.type for m in pipe.unet.modules() for t in (*m.parameters(False), *m.buffers(False))} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_pipeline_on_a_gpu_is_adapted_fused_and_restored_there(two):
+    pipe, one, other = two
+    pipe.to("cuda", torch.bfloat16)
+    before = weights_of(pipe)
+    load_into(pipe, one, 0.5, "one")
+    load_into(pipe, other, 1.0, "other")
+    fuse(pipe)
+    base = tiny.sd15().to(dtype=torch.bfloat16)
+    for adapter, name, scale in ((one, "one", 0.5), (other, "other", 1.0)):
+        load_into(base, adapter, scale, name)
+    fuse(base)
+    worst = [(a.cpu() - weights_of(base)[key]).abs().max() for key, a in weights_of(pipe).items()]
+    assert max(worst) == 0, "float64 sums, rounded once, are the same on every device"
+    unload(pipe)
+    assert_same_tensors(weights_of(pipe), before)
