@@ -88,7 +88,7 @@ def train_lora(pipe: StableDiffusionPipeline, out: Path, steps: int) -> list[ren
     models = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     teach(pipe, [p for model in models.values() for p in model.parameters() if p.requires_grad], steps)
     save_diffusers(models, out)
-    save_kohya(models, out)
+    save_kohya(models, out, steps)
     return asked(pipe)
 
 
@@ -104,14 +104,16 @@ def save_diffusers(models: dict[str, nn.Module], out: Path) -> None:
     )
 
 
-def save_kohya(models: dict[str, nn.Module], out: Path) -> None:
+def save_kohya(models: dict[str, nn.Module], out: Path, steps: int) -> None:
     """In kohya's names by diffusers' converter, which writes the rank as alpha, whatever alpha was: put right here."""
     state: dict[str, Tensor] = {}
     for name, model in models.items():
         named = {f"{name}.{key}": tensor for key, tensor in halved(get_peft_model_state_dict(model)).items()}
         state |= convert_state_dict_to_kohya(named)
     alphas = {key: torch.tensor(LORA_ALPHA, dtype=torch.float16) for key in state if key.endswith(".alpha")}
-    save_file(as_sd_scripts(state | alphas), out / FILES["lora kohya"], told("networks.lora", LORA_RANK, LORA_ALPHA))
+    save_file(
+        as_sd_scripts(state | alphas), out / FILES["lora kohya"], told("networks.lora", LORA_RANK, LORA_ALPHA, steps)
+    )
 
 
 def as_sd_scripts(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,19 +137,19 @@ def train_lokr(pipe: StableDiffusionPipeline, out: Path, steps: int) -> list[ren
     network.requires_grad_(True)
     teach(pipe, list(network.parameters()), steps)
     told_more = {"ss_network_args": json.dumps({"algo": "lokr", "factor": str(LOKR_FACTOR), "preset": PRESET.name})}
-    metadata = told("lycoris.kohya", LOKR_RANK, LOKR_ALPHA) | told_more
+    metadata = told("lycoris.kohya", LOKR_RANK, LOKR_ALPHA, steps) | told_more
     save_file(as_sd_scripts(halved(network.state_dict())), out / FILES["lokr"], metadata)
     return asked(pipe)
 
 
-def told(module: str, rank: int, alpha: float) -> dict[str, str]:
+def told(module: str, rank: int, alpha: float, steps: int) -> dict[str, str]:
     """What sd-scripts writes about a training run, as far as it is true of this one."""
     return {
         "ss_network_module": module,
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(alpha),
         "ss_sd_model_name": "tiny-scenes",
-        "ss_steps": str(STEPS),
+        "ss_steps": str(steps),
         "ss_tag_frequency": json.dumps({"5_zorbi": {toy.TRIGGER: len(toy.VIEWS)}}),
         "modelspec.trigger_phrase": toy.TRIGGER,
         "format": "pt",
