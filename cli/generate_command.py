@@ -13,6 +13,8 @@ from krona_hub.cli.common import (
     dry_run_option,
     emit,
     krona_command,
+    open_file,
+    open_option,
     overwrite_option,
     progress,
     say,
@@ -26,13 +28,14 @@ from krona_hub.errors import UsageError
 if TYPE_CHECKING:
     from krona_hub.images import GenerateReport
 
+FOLDER = "krona-pictures"
 FEW = 12  # pictures that are listed
 PANELS = {
     "What to draw": ("--prompt", "--negative", "--seed", "--images-per-prompt", "--size", "--steps", "--guidance",
                      "--scheduler", "--set"),
     "Adapters": ("--adapter", "--strengths", "--together", "--compare", "--beside"),
     "Machine": ("--device", "--dtype", "--offload", "--tiled-vae", "--batch", "--variant", "--config"),
-    "Where to": ("--output", "--overwrite", "--again", "--dry-run"),
+    "Where to": ("--output", "--overwrite", "--again", "--open", "--dry-run"),
 }  # fmt: skip
 
 
@@ -130,8 +133,9 @@ def settings(_context: click.Context, _parameter: click.Parameter, texts: tuple[
 @click.option(
     "--again", type=click.Path(), metavar="RECORD", help="Repeat a record.json or a picture; other options change it."
 )
+@open_option
 @dry_run_option
-def command(adapters: tuple[Weighted, ...], out: str | None, **options: Any) -> None:
+def command(adapters: tuple[Weighted, ...], out: str | None, show_grid: bool, **options: Any) -> None:
     """Draw pictures with a base model and adapters: numbered PNGs, a labelled grid and a record that repeats them.
 
     BASE is a diffusers folder, a checkpoint file, a Hub id or tiny-scenes, the small model that comes with krona.
@@ -142,10 +146,12 @@ def command(adapters: tuple[Weighted, ...], out: str | None, **options: Any) -> 
 
     announce(options["base"], *(a.source for a in adapters), *options["beside"])
     with progress("steps") as step:
-        report = generate(adapters=list(adapters), out=out or "krona-pictures", progress=step, **options)
+        report = generate(adapters=list(adapters), out=out or FOLDER, progress=step, **options)
     emit(as_document(report), lambda: show(report))
     if not report.written:
         say("dry run: nothing was written.")
+    elif show_grid and report.out is not None:
+        open_file(report.out / (report.grid or report.pictures[0].file))
 
 
 def as_document(report: GenerateReport) -> dict[str, Any]:
@@ -170,6 +176,8 @@ def _facts(report: GenerateReport) -> Iterator[tuple[str, Any]]:
     yield "adapters", ", ".join(f"{a['name']} ({a['source']}:{a['weight']:g})" for a in record["adapters"])
     yield "settings", ", ".join(_settings(record))
     yield "computed", _computed(report)
+    if report.written and len(report.columns) > 1:
+        yield "differs", "; ".join(f"{d.second} from {d.first} {_level(d.levels)}" for d in report.differences)
     for note in report.notes:
         yield "note", note
     if report.same is not None:
@@ -195,6 +203,11 @@ def _computed(report: GenerateReport) -> str | None:
     each = report.seconds / len(report.pictures)
     how = f"on {report.record['device']} in {report.record['dtype']}"
     return f"{how}, {report.seconds:.1f} s, {each:.2g} s a picture"
+
+
+def _level(levels: float) -> str:
+    """A mean difference of pixels, in words where there is none."""
+    return "not at all" if levels == 0 else f"by {levels:.2g} of 255"
 
 
 def _in_brackets(text: str | None) -> str:

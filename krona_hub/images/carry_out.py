@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from krona_hub.images.asked import Settings
 from krona_hub.images.grid import RowLabel, labelled_grid
 from krona_hub.images.plan import BasePlan, Plan
 from krona_hub.images.record import make_record
-from krona_hub.images.report import GenerateReport, Picture
+from krona_hub.images.report import Difference, GenerateReport, Picture
 from krona_hub.images.writing import (
     GRID,
     make_place,
@@ -131,9 +132,22 @@ class _Run:
             seconds=self.seconds,
             written=self.folder is not None,
             notes=tuple(dict.fromkeys(self.notes)),
+            differences=tuple(_differences([c.label for c in self.plan.columns], self.images)),
             images=tuple(self.images),
             grid_image=grid,
         )
+
+
+def _differences(labels: Sequence[str], images: Sequence[Any]) -> Iterator[Difference]:
+    """Of pictures row by row, where those of two columns have one size."""
+    import numpy as np
+
+    columns = [images[number :: len(labels)] for number in range(len(labels))]
+    for (first, left), (second, right) in pairwise(zip(labels, columns, strict=True)):
+        pairs = [(a, b) for a, b in zip(left, right, strict=True) if a.size == b.size]
+        apart = [float(np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).mean()) for a, b in pairs]
+        if apart:
+            yield Difference(first, second, sum(apart) / len(apart))
 
 
 def _told(picture: Picture) -> dict[str, Any]:

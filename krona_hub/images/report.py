@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,14 @@ class Picture:
     pixels: str = ""  # sha256 of its numbers; "" before it is made
 
 
+class Difference(NamedTuple):
+    """How much the pictures of one column differ from those of the column to its left."""
+
+    first: str  # label
+    second: str
+    levels: float  # mean absolute difference of the pixels' numbers, of 255
+
+
 @dataclass(frozen=True)
 class GenerateReport:
     """The pictures in rows and columns, and what they were made with."""
@@ -34,6 +42,7 @@ class GenerateReport:
     seconds: float  # of drawing, without loading
     written: bool
     notes: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()  # of each column from the one before
     images: tuple[Any, ...] = field(default=(), repr=False)  # PIL images, in the order of `pictures`
     grid_image: Any = field(default=None, repr=False)
     same: int | None = None  # pictures equal to those of the record that was repeated, pixel by pixel

@@ -153,6 +153,14 @@ def test_a_single_file_is_drawn_with_the_configuration_of_a_folder(base, tmp_pat
     assert apart(report.images[0], wanted.images[0]) <= NEAR
 
 
+def test_neighbouring_columns_are_compared_pixel_by_pixel(compared):
+    assert [(d.first, d.second) for d in compared.differences] == [("base", "style × 0.8"), ("style × 0.8", "toy")]
+    pixels = np.stack([np.asarray(image, float) for image in compared.images]).reshape(2, 3, -1)
+    for number, difference in enumerate(compared.differences):
+        wanted = np.abs(pixels[:, number + 1] - pixels[:, number]).mean()
+        assert difference.levels == pytest.approx(wanted)
+
+
 # ── what is written ──────────────────────────────────────────────────────────────────────────────
 
 
