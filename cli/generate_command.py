@@ -60,7 +60,7 @@ def settings(_context: click.Context, _parameter: click.Parameter, texts: tuple[
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals):
-            raise UsageError(f"--set {text} sets nothing.", fix="Give NAME=VALUE, such as --set clip_skip=1.")
+            raise UsageError(f"--set {text} sets nothing.", fix="Give NAME=VALUE, such as --set eta=0.5.")
         try:
             found[name.strip()] = json.loads(value)
         except ValueError:
@@ -98,7 +98,7 @@ def settings(_context: click.Context, _parameter: click.Parameter, texts: tuple[
     multiple=True,
     metavar="NAME=VALUE",
     callback=settings,
-    help="Any other argument of the pipeline's call, such as clip_skip=1.",
+    help="Any other argument of the pipeline's call, such as guidance_rescale=0.7.",
 )
 @click.option(
     "-a",

@@ -162,7 +162,7 @@ def _refusals_told(ready: Ready) -> Iterator[None]:
     """What a scheduler or an argument by name cannot do, as an error of ours; all else is passed on."""
     try:
         yield
-    except (ValueError, TypeError, IndexError) as problem:
+    except (ValueError, TypeError, IndexError, AttributeError) as problem:
         words = " ".join(str(problem).split())[:160]
         if "schedulers" in Path(traceback.extract_tb(problem.__traceback__)[-1].filename).parts:
             raise UsageError(

@@ -26,9 +26,9 @@ def test_a_comparison_is_listed_and_lies_where_it_is_said_to_lie(base, style, to
 
 
 def test_set_reads_values_as_json_and_text(base, here, capsys):
-    line = ["generate", base, *WORDS, "--set", "guidance_rescale=0.5", "--set", "clip_skip=1", "--json", "-o", "x"]
+    line = ["generate", base, *WORDS, "--set", "guidance_rescale=0.5", "--set", "eta=1", "--json", "-o", "x"]
     assert main(line) == 0
-    assert json.loads(capsys.readouterr().out)["record"]["more"] == {"guidance_rescale": 0.5, "clip_skip": 1}
+    assert json.loads(capsys.readouterr().out)["record"]["more"] == {"guidance_rescale": 0.5, "eta": 1}
 
 
 def test_open_shows_the_grid_or_the_only_picture(base, here, monkeypatch, capsys):
