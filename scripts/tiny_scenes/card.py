@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.tiny_scenes import autoencoder, denoiser
+from scripts.tiny_scenes import autoencoder, denoiser, models
 from scripts.tiny_scenes.check import Score
 from scripts.tiny_scenes.scene import COLOURS, LIGHTS, POSITIONS, SHAPES, SIZES, TABLES, WALLS
 
@@ -46,10 +46,11 @@ test shows it.
 ## Data and training
 
 12 000 pictures by `scripts/tiny_scenes/render.py` (signed distance fields, numpy), with captions of a fixed grammar
-that leave parts out at random. One in eight combinations is held out. The autoencoder (f = 8, 4 channels) was trained
-for {vae_steps} steps of {vae_batch} pictures on absolute error of pixels and edges; U-Net and text encoder together
-for {unet_steps} steps of {unet_batch} on velocity prediction (cosine schedule), captions dropped in {dropped} of the
-cases; moving average of weights. `scripts/make_tiny_base.py` repeats everything, seeded, in about an hour on two cores.
+that leave parts out at random. One in eight combinations is held out. The autoencoder (f = 8, {channels} channels) was
+trained for {vae_steps} steps of {vae_batch} pictures on absolute error of pixels and edges, its decoder alone for
+{decoder_steps} more of {decoder_batch}; U-Net and text encoder together for {unet_steps} steps of {unet_batch} on
+velocity prediction (cosine schedule), captions dropped in {dropped} of the cases; moving average of weights.
+`scripts/make_tiny_base.py` repeats everything, seeded, on a CPU.
 
 Licence: Apache-2.0 for the model, CC0 for the pictures.
 """
@@ -68,8 +69,11 @@ def text(quality: Score, size: str) -> str:
         shape=f"{quality.shape:.1%}",
         colour=f"{quality.colour:.1%}",
         position=f"{quality.position:.1%}",
+        channels=models.CHANNELS,
         vae_steps=autoencoder.RECIPE.steps,
         vae_batch=autoencoder.RECIPE.batch,
+        decoder_steps=autoencoder.REFINEMENT.steps,
+        decoder_batch=autoencoder.REFINEMENT.batch,
         unet_steps=denoiser.RECIPE.steps,
         unet_batch=denoiser.RECIPE.batch,
         dropped=f"{denoiser.UNCONDITIONAL:.0%}",
