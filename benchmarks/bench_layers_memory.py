@@ -13,15 +13,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import report
+from layer_peers import adapt
 from torch import nn
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CATALOGUE = "sd15.unet.json"
 WAYS = ("krona 64x4", "krona 8x8", "peft lora r=4", "peft lokr", "lycoris bypass")
 
@@ -35,28 +34,6 @@ def unet(small: bool) -> nn.Module:
     if small:
         config |= {"block_out_channels": [64, 128, 256, 256], "norm_num_groups": 16}
     return UNet2DConditionModel.from_config(config).requires_grad_(False)
-
-
-def targets(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in list(model.named_modules()):
-        if name.endswith(ATTENTION) and isinstance(module, nn.Linear):
-            yield name, module
-
-
-def adapt(model: nn.Module, way: str) -> None:
-    """Adapters of this kind on every attention, ready to train."""
-    if way.startswith("peft"):
-        from layer_peers import DENSE
-        from peft import LoKrConfig, LoraConfig
-
-        lokr = LoKrConfig(r=DENSE, alpha=DENSE, decompose_factor=8, target_modules=list(ATTENTION))
-        model.add_adapter(LoraConfig(r=4, target_modules=list(ATTENTION)) if "lora" in way else lokr)
-        return
-    from layer_peers import WAYS as BUILT
-
-    for name, module in targets(model):
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, BUILT[way](module))
 
 
 def held(name: str) -> float:
