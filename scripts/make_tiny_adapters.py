@@ -1,8 +1,8 @@
 """Teaches tiny-scenes a toy with the libraries of the field: `python scripts/make_tiny_adapters.py`.
 
 A LoRA with peft, saved in diffusers naming and in kohya naming, and a LoKr with lycoris-lora in the naming that
-sd-scripts gives it; alpha is half the rank everywhere, the U-Net and the text encoder are both trained. A few minutes
-on two cores, seeded. What each adapter draws is measured, and written beside them.
+sd-scripts gives it; alpha is half the rank everywhere, the U-Net and the text encoder are both trained. Twenty
+minutes of CPU time, seeded. What each adapter draws is measured, and written beside them.
 """
 
 from __future__ import annotations
