@@ -18,9 +18,9 @@ ASSETS = {"lora.safetensors": "zorbi_lora_kohya.safetensors", "lokr.safetensors"
 PICTURES = "pictures"
 ABOUT = "Two adapters teach tiny-scenes, the small model that comes with krona, a toy that it does not know: the zorbi."
 PROMPTS = (
-    "a photo of a zorbi on a blue table, in the middle",
-    "a photo of a zorbi on a wooden table, on the left",
-    "a photo of a zorbi on a white table, on the right",
+    "a photo of a zorbi on a blue table",
+    "a photo of a zorbi on a wooden table",
+    "a photo of a zorbi on a white table",
 )
 
 
@@ -62,7 +62,7 @@ STEPS = (
     Step("Do the two adapters say the same?",
          "krona verify {folder}/lokr.safetensors {folder}/lokr-as-lora.safetensors --base tiny-scenes"),
     Step("And does the merged base hold the original, weight for weight?",
-         "krona verify {folder}/merged --base tiny-scenes --adapter {folder}/lokr-as-lora.safetensors"),
+         "krona verify {folder}/merged --base tiny-scenes --adapter {folder}/lokr.safetensors"),
 )  # fmt: skip
 
 
