@@ -1,8 +1,4 @@
-"""Any adapter into any pipeline of diffusers: `load_into(pipe, "lokr.safetensors", scale=0.8)`.
-
-The pipeline itself is the base whose names and shapes the file is read with, so that pruned, widened and tiny models
-work as the published ones do.
-"""
+"""Adapters of any format into a pipeline that is already in memory: `load_into`, `unload`."""
 
 from __future__ import annotations
 
@@ -15,90 +11,93 @@ from torch import nn
 
 from krona_hub.adapter import Adapter
 from krona_hub.bases.base import Base, Module
-from krona_hub.bases.locate import named_base
-from krona_hub.errors import UsageError
+from krona_hub.bases.locate import load_base, named_base
 from krona_hub.formats.files import read
-from krona_hub.layers.attaching import AttachReport, attach, attached, detach
-from krona_hub.layers.layer import KronLayer, core
-from krona_hub.layers.places import models_of
+from krona_hub.layers.attaching import AttachReport, attach, detach
+from krona_hub.layers.held import attached
+from krona_hub.layers.layer import core
+from krona_hub.layers.tree import parts_of, slots_of, unwrapped
 from krona_hub.sources import resolve
 
 
 def load_into(
     pipe: Any,
-    source: Adapter | str | Path,
+    source: str | Path | Adapter,
     scale: float = 1.0,
     name: str | None = None,
     *,
     component: str | None = None,
+    base: str | Path | Base | None = None,
     allow_missing: bool = False,
+    format: str | None = None,
 ) -> AttachReport:
-    """Load an adapter into a pipeline, whatever its format: every output becomes that of W + scale · ΔW.
+    """Load an adapter into a diffusers pipeline, or into one of its models, at a strength; nothing is merged.
 
-    `source` is a file or folder of any format that `read` knows, a Hub id, or an Adapter; `name` is for `set_scales`
-    and `unload`, and is made of the file's name where it is not given. `component` settles what a file leaves open.
-    `allow_missing` loads the rest where some modules are unknown or not in the pipeline; the report names them.
-    `pipe.to` and `pipe.save_pretrained` go on working: the latter saves the base, without adapters. Raises what
-    `read` and `attach` raise, with the pipeline unchanged.
+    `source` is an adapter's file or folder in any format, its Hub id, or an `Adapter`. Its names are looked up in the
+    modules that the pipeline has (`base`, a catalogue name or a folder, only where it was made for names that these do
+    not explain). `name` is what `set_scales` and `unload` know it by: the file's name, if none is given; the report
+    says. `component` and `format` settle what a file leaves open. What is no delta of a weight (embeddings, norms) is
+    kept out and named in the report. Raises BaseMismatchError where modules do not fit (`allow_missing` loads the
+    rest), and what `krona_hub.read` raises.
     """
-    models = models_of(pipe)
-    if not models:
-        raise UsageError(
-            f"a {type(pipe).__name__} is no pipeline with a model that adapters are for.",
-            fix="Give a pipeline of diffusers; a lone model takes attach(model, adapter).",
-        )
-    if isinstance(source, Adapter):
-        adapter, left_out = source, tuple[str, ...]()
-    else:
-        path = resolve(source)
-        adapter = read(path, base=base_of(pipe), component=component, allow_missing=allow_missing)
-        left_out = tuple(note for note in adapter.provenance.notes if note.startswith("left out"))
-    name = name or _free_name(pipe, source)
-    report = attach(pipe, adapter, name, scale, component=component, allow_missing=allow_missing)
-    return replace(report, notes=(*report.notes, *left_out))
+    adapter = _adapter(pipe, source, component, base, allow_missing, format)
+    free = name or _free_name(pipe, source)
+    report = attach(pipe, adapter, free, scale, component=component, allow_missing=allow_missing)
+    said = () if isinstance(source, Adapter) else adapter.provenance.notes
+    return replace(report, notes=(*report.notes, *(note for note in said if " modules matched " not in note)))
 
 
 def unload(pipe: Any, name: str | None = None) -> None:
-    """Take one adapter, or all, out: the pipeline is exactly what it was. Raises NotFoundError for a wrong name."""
+    """Take an adapter out of a pipeline, or all of them: its modules and numbers are exactly what they were.
+
+    Raises NotFoundError where no adapter has this name.
+    """
     detach(pipe, name)
 
 
-def base_of(pipe: Any) -> Base:
-    """The base that a pipeline in memory is: the names and shapes of its linear layers and convolutions."""
-    components = {component: modules_in(model) for component, model in models_of(pipe).items()}
-    return named_base(components, f"the {type(pipe).__name__}")
+def base_of(pipe: Any, component: str | None = None) -> Base:
+    """What a pipeline, or a model alone, is as a base: the names and shapes of its modules."""
+    parts = parts_of(pipe, (), component)
+    components: dict[str, dict[str, Module]] = {c: {} for c in parts}
+    for layer, slot in slots_of(parts).items():
+        owner, _, path = layer.partition(".")
+        inner: Any = core(unwrapped(slot.module))
+        if (shape := slot.weight_shape) is not None:
+            components[owner][path] = Module(shape, inner.bias is not None, getattr(inner, "groups", 1))
+    return named_base(components, f"this {type(pipe).__name__}")
 
 
-def modules_in(model: nn.Module) -> dict[str, Module]:
-    """Path -> Module of every layer that takes an adapter; wrappers of adapters count as what they are around."""
-    found: dict[str, Module] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        known = _module(module)
-        if known is not None:
-            found[name.removeprefix("text_model.")] = known
-            inside = (*inside, f"{name}.")
-    return found
+def _adapter(
+    pipe: Any,
+    source: str | Path | Adapter,
+    component: str | None,
+    base: str | Path | Base | None,
+    allow_missing: bool,
+    format: str | None,
+) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    known = load_base(base) if isinstance(base, str | Path) else base or _own_base(pipe, component)
+    return read(resolve(source), base=known, format=format, component=component, allow_missing=allow_missing)
 
 
-def _module(module: nn.Module) -> Module | None:
-    """What a layer is as a part of a base, None for what is no layer."""
-    layer = module.base if isinstance(module, KronLayer) else module
-    layer = core(layer)
-    bias = getattr(layer, "bias", None) is not None
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-        return Module(shape, bias, layer.groups)
-    sizes = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-    return Module(sizes, bias) if all(isinstance(size, int) for size in sizes) else None  # type: ignore[arg-type]
+def _own_base(pipe: Any, component: str | None) -> Base:
+    """All of a pipeline, whatever component is wanted: a file for several is read as what it is."""
+    return base_of(pipe, component if isinstance(pipe, nn.Module) else None)
 
 
-def _free_name(pipe: Any, source: Adapter | str | Path) -> str:
-    """A name for the adapter: its file's, as torch allows it, with a number where it is taken."""
-    stem = "adapter" if isinstance(source, Adapter) else Path(str(source)).name.removesuffix(".safetensors")
-    stem = re.sub(r"\W+", "_", stem).strip("_") or "adapter"
+def _free_name(pipe: Any, source: str | Path | Adapter) -> str:
+    """A name that is not taken: the file's own, with a number where there are several."""
+    stem = "adapter" if isinstance(source, Adapter) else _stem(str(source))
     taken = attached(pipe)
-    numbered = (f"{stem}_{n}" for n in range(2, len(taken) + 3))
-    return next(name for name in (stem, *numbered) if name not in taken)
+    numbered = (f"{stem}_{i}" for i in range(2, len(taken) + 3))
+    return stem if stem not in taken else next(n for n in numbered if n not in taken)
+
+
+def _stem(source: str) -> str:
+    """
+    >>> _stem("a/toy.v1.safetensors"), _stem("ns/name@rev")
+    ('toy_v1', 'name_rev')
+    """
+    last = source.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+    return re.sub(r"\W+", "_", last.removesuffix(".safetensors")).strip("_") or "adapter"

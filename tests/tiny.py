@@ -122,6 +122,33 @@ def flux():
 
 
 @lru_cache
+def _sd3():
+    from diffusers import SD3Transformer2DModel
+    from transformers import CLIPTextModelWithProjection
+
+    transformer = _seeded(
+        lambda: SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=24,
+            pos_embed_max_size=8,
+        )
+    )  # fmt: skip
+    encoders = [_seeded(lambda: CLIPTextModelWithProjection(_text_config())) for _ in range(2)]
+    return transformer, *encoders
+
+
+def sd3():
+    """A Stable Diffusion 3 pipeline with both CLIPs and no T5."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    transformer, one, two = copy.deepcopy(_sd3())
+    return StableDiffusion3Pipeline(
+        vae=_vae(), text_encoder=one, tokenizer=None, text_encoder_2=two, tokenizer_2=None, text_encoder_3=None,
+        tokenizer_3=None, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+@lru_cache
 def _cached_vae():
     from diffusers import AutoencoderKL
 
@@ -226,5 +253,10 @@ def output(model) -> torch.Tensor:
         return model(
             hidden_states=noise(1, 16, 4), encoder_hidden_states=noise(1, 6, 24), pooled_projections=noise(1, 24),
             timestep=torch.tensor([0.5]), img_ids=noise(16, 3), txt_ids=torch.zeros(6, 3), guidance=torch.tensor([3.5]),
+        ).sample  # fmt: skip
+    if kind == "SD3Transformer2DModel":
+        return model(
+            hidden_states=noise(1, 4, 8, 8), encoder_hidden_states=noise(1, 6, 24), pooled_projections=noise(1, 24),
+            timestep=torch.tensor([500.0]),
         ).sample  # fmt: skip
     return model(torch.arange(1, 13)[None]).last_hidden_state

@@ -34,7 +34,7 @@ def checked(plan: Plan, staged: Path) -> float:
 
 
 def _says(delta: LayerDelta) -> bool:
-    """Whether a delta changes anything. A fused q|k|v of which only q is adapted is read back with zeros for the rest."""
+    """Whether a delta changes anything. A fused q|k|v of which q is adapted is read back with zeros for the rest."""
     return delta.magnitude is not None or norm(delta.sums) > 0
 
 

@@ -1,18 +1,9 @@
 """Torch modules that apply Kronecker adapters without forming ΔW, and what puts them into a model."""
 
-from krona_hub.layers.attaching import (
-    AttachReport,
-    attach,
-    attached,
-    branches_of,
-    detach,
-    extract_adapter,
-    fuse,
-    set_scales,
-    swap,
-    unfuse,
-)
+from krona_hub.layers.attaching import AttachReport, attach, detach, swap
 from krona_hub.layers.conv import KronConv1d, KronConv2d, KronConv3d
+from krona_hub.layers.fusing import fuse, unfuse
+from krona_hub.layers.held import attached, branches_of, extract_adapter, set_scales
 from krona_hub.layers.layer import KronLayer
 from krona_hub.layers.linear import KronLinear
 

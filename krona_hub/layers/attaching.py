@@ -1,50 +1,51 @@
-"""Adapters into the modules of a model in memory, and out again.
-
-A model is a torch module, or a pipeline with several of them. Adapted modules are replaced by KronLayers around them;
-what a state_dict shows does not change, and after `detach` every module is the very object that it was before.
-"""
+"""Adapters around the layers of a model, and away again: `attach`, `detach`, `swap`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from krona_hub.adapter import Adapter, LayerDelta
-from krona_hub.errors import BaseMismatchError, ConflictError, KronaError, NotFoundError, ShapeError, UnsupportedError
-from krona_hub.layers.branch import Branch
+from krona_hub.errors import BaseMismatchError, ConflictError, KronaError, ShapeError, UnsupportedError
 from krona_hub.layers.conv import KronConv1d, KronConv2d, KronConv3d
+from krona_hub.layers.fusing import restore
+from krona_hub.layers.guard import guard, release
+from krona_hub.layers.held import branch_at, check_not_fused, check_scale, held, names_of, unknown_name
 from krona_hub.layers.layer import DEFAULT, KronLayer, check_name, core
 from krona_hub.layers.linear import KronLinear
-from krona_hub.layers.places import Place, adapted, find, layers_in, models_of, parts_of
+from krona_hub.layers.placing import Deltas, Parts, Placing, Problems, placings
+from krona_hub.layers.tree import Slot, kron_layers, models_of, parts_of, unwrapped
 
-KINDS: tuple[tuple[type[nn.Module], Callable[[nn.Module], KronLayer]], ...] = (
+SHOWN = 3  # names in a message
+WRAPPERS: tuple[tuple[type[nn.Module], Callable[[nn.Module], KronLayer]], ...] = (
     (nn.Conv1d, KronConv1d),
     (nn.Conv2d, KronConv2d),
     (nn.Conv3d, KronConv3d),
     (nn.Module, KronLinear),  # whatever else says how many features it takes and gives
 )
-NAMED = 3  # modules that a message names
 
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What became of an adapter's layers in a model."""
+    """What an adapter changes in a model now, and what of it does not."""
 
     name: str
-    matched: tuple[str, ...]  # canonical layer names
-    missing: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    matched: tuple[str, ...]  # canonical layers that are adapted
+    missing: Mapping[str, str] = field(default_factory=dict)  # canonical layer -> why it is not
+    elsewhere: tuple[str, ...] = ()  # layers of components that were not asked for
+    extras: tuple[str, ...] = ()  # tensors that are no deltas, such as embeddings: nothing applies them
+    notes: tuple[str, ...] = ()  # in words: the two above, and what the reader of the file has to say
 
     def __str__(self) -> str:
+        """
+        >>> print(AttachReport("toy", ("unet.conv_in",), {"unet.x": "there is no such layer"}))
+        toy: 1 of 2 modules
+        """
         total = len(self.matched) + len(self.missing)
         return "; ".join((f"{self.name}: {len(self.matched)} of {total} modules", *self.notes))
-
-
-# ── in and out ───────────────────────────────────────────────────────────────────────────────────
 
 
 def attach(
@@ -57,197 +58,197 @@ def attach(
     allow_missing: bool = False,
     trainable: bool = False,
 ) -> AttachReport:
-    """Let the modules of `model` compute with an adapter: y = base(x) + scale · ΔW x, where ΔW is never formed.
+    """Let a model compute base(x) + scale · ΔW x wherever the adapter changes it: ΔW is never formed, W not touched.
 
-    `model` is a pipeline, or one of its models, which gets the layers of its own component (`component` says which,
-    where that is not plain). Adapters under several names add up. With `trainable` the factors are parameters, float32
-    at least; what else is trained is up to you. Raises BaseMismatchError where modules are missing ("N of M";
-    `allow_missing` attaches the others), ShapeError where one has another size, ConflictError for a name that is
-    taken; nothing is attached then.
+    `model` is a diffusers pipeline or a model; of an adapter for several components, a lone model gets the layers of
+    its own (`component` says which, where its class does not). Adapters under several names add up. Models that are
+    compiled, or that carry PEFT adapters, are looked into. With `trainable` the factors become parameters, float32 at
+    least; what else is trained is up to you. `detach` takes everything away again. All layers are checked before any
+    is changed: raises BaseMismatchError where some do not fit ("N of M"; `allow_missing` attaches the rest, if there
+    is any), ConflictError where the name is taken.
 
+    >>> import torch
     >>> from krona_hub.kron.terms import KronTerms
-    >>> model = nn.Sequential(nn.Linear(4, 4))
-    >>> adapter = Adapter({"unet.0": LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 2, 2)),), (4, 4))})
-    >>> print(attach(model, adapter, "style", scale=0.5))
-    style: 1 of 1 modules
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> delta = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 2)),), (2, 4))
+    >>> print(attach(model, Adapter({"unet.0": delta}), "toy", scale=0.5))
+    toy: 1 of 1 modules
+    >>> detach(model, "toy")
+    >>> model
+    Sequential(
+      (0): Linear(in_features=4, out_features=2, bias=True)
+    )
     """
     check_name(name)
-    if any(name in layer.branches for _, _, layer in adapted(model)):
-        raise ConflictError(f"an adapter {name!r} is attached already.", fix="Detach it, or choose another name.")
-    parts = parts_of(model, adapter, component)
-    whole = bool(models_of(model)) and component is None  # then a component that the pipeline lacks is missing
-    wanted = list(adapter.layers) if whole else layers_in(adapter, tuple(parts))
-    places = {layer: place for layer in wanted if (place := find(parts, layer)) is not None}
-    missing = tuple(layer for layer in wanted if layer not in places)
-    _check_found(places, missing, allow_missing)
-    _put_all(places, adapter, name, scale, trainable)
-    return AttachReport(name, tuple(places), missing, _left_aside(adapter, wanted))
+    check_scale(scale)
+    parts = _parts(model, adapter, component)
+    own = {layer: d for layer, d in adapter.layers.items() if not component or layer.startswith(f"{component}.")}
+    if isinstance(model, nn.Module):
+        own = {layer: d for layer, d in own.items() if layer.partition(".")[0] in parts}
+    found, missing = placings(own, parts)
+    _check_free(name, parts)
+    _check_matched(own, missing, parts, allow_missing)
+    _carry_out(found, name, scale, trainable)
+    guard(parts.values())
+    return _report(name, adapter, own, missing)
 
 
-def _check_found(places: Collection[str], missing: Sequence[str], allowed: bool) -> None:
-    if places and (allowed or not missing):
+def _parts(model: Any, adapter: Adapter, component: str | None) -> dict[str, nn.Module]:
+    """As `parts_of`; a lone model is the component that it fits, where its class leaves several."""
+    wanted: tuple[str, ...] = adapter.components
+    if isinstance(model, nn.Module) and component is None and len(wanted) > 1:
+        inner = unwrapped(model)
+        fits = [c for c in wanted if not placings(_of_component(adapter, c), {c: inner})[1]]
+        wanted = tuple(fits) or wanted
+    return parts_of(model, wanted, component)
+
+
+def _of_component(adapter: Adapter, component: str) -> Deltas:
+    return {layer: d for layer, d in adapter.layers.items() if layer.startswith(f"{component}.")}
+
+
+def _report(name: str, adapter: Adapter, own: Deltas, missing: Problems) -> AttachReport:
+    matched = tuple(layer for layer in own if layer not in missing)
+    elsewhere = tuple(layer for layer in adapter.layers if layer not in own)
+    extras = tuple(adapter.extras)
+    notes = [f"{len(elsewhere)} layers are for other components"] if elsewhere else []
+    notes += [f"not applied, as they are no weight deltas: {_few(extras)}"] if extras else []
+    causes = {layer: error.cause for layer, error in missing.items()}
+    return AttachReport(name, matched, causes, elsewhere, extras, tuple(notes))
+
+
+def detach(model: Any, name: str | None = None, *, component: str | None = None) -> None:
+    """Take one adapter away, or all that were attached: the modules of the model are again the very ones it had.
+
+    What is fused is taken out of the weights first, for all adapters. Layers that you made yourself stay, unless
+    `name` is theirs. Raises NotFoundError where no adapter has this name.
+    """
+    models = models_of(model, component)
+    slots = kron_layers(models).values()
+    if name is not None and name not in names_of(slots):
+        raise unknown_name(name, slots)
+    restore(slots)
+    for slot in slots:
+        _strip(slot, name)
+    if not kron_layers(models):
+        release(models.values())
+
+
+def swap(model: Any, adapter: Adapter, name: str = DEFAULT, *, component: str | None = None) -> None:
+    """Other numbers in the place of an attached adapter of the same layers, shapes and terms; its scale stays.
+
+    They are copied into the tensors that are there, so that nothing is compiled again. Raises BaseMismatchError where
+    the adapter changes other layers, ShapeError where a shape or a number of terms differs; nothing is changed then.
+    """
+    parts = _parts(model, adapter, component)
+    slots = kron_layers(parts)
+    check_not_fused(slots.values())
+    new = {layer: d for layer, d in adapter.layers.items() if layer.partition(".")[0] in parts}
+    _check_same_layers(held(slots, name), new)
+    found, missing = placings(new, parts)
+    _check_matched(new, missing, parts, False)
+    branches = [branch_at(placing.slot, name) for placing in found]
+    for placing, (_, branch) in zip(found, branches, strict=True):
+        if not branch.fits(placing.delta):
+            raise ShapeError(
+                f"{placing.layer}: the new factors have other sizes ({_told(placing.delta)}, not "
+                f"{_told(branch.value)}).",
+                fix="Detach the old adapter and attach the new one.",
+            )
+    for placing, (layer, branch) in zip(found, branches, strict=True):
+        branch.take(placing.delta, layer.readable_weight)
+
+
+# ── checks ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_free(name: str, parts: Parts) -> None:
+    if name in names_of(kron_layers(parts).values()):
+        raise ConflictError(
+            f"an adapter {name!r} is attached already.", fix="Detach it, swap its numbers, or choose another name."
+        )
+
+
+def _check_matched(deltas: Deltas, missing: Problems, parts: Parts, allow_missing: bool) -> None:
+    if not deltas:
+        raise BaseMismatchError(
+            f"the adapter has nothing for {', '.join(parts)}.", fix="adapter.components says what it changes."
+        )
+    if not missing or (allow_missing and len(missing) < len(deltas)):
         return
-    shown = ", ".join(missing[:NAMED]) + (" …" if len(missing) > NAMED else "")
+    first, error = next(iter(missing.items()))
+    rest = len(deltas) - len(missing)
     raise BaseMismatchError(
-        f"{len(places)} of {len(places) + len(missing)} modules of the adapter are in the model."
-        + (f" Not there: {shown}." if missing else ""),
-        fix="Give the model that the adapter was made for; allow_missing=True attaches what fits."
-        if places
-        else "Give the model that the adapter was made for, with component= if it is one of several.",
+        f"{rest} of {len(deltas)} modules match; not {_few(missing)}. {first}: {error.cause}",
+        fix=f"{error.fix} allow_missing=True attaches the other {rest}." if rest else error.fix,
     )
 
 
-def _left_aside(adapter: Adapter, wanted: Collection[str]) -> tuple[str, ...]:
-    """What the adapter holds and this model does not use, in words."""
-    aside = len(adapter) - len(wanted)
-    notes = [f"{aside} layers are for other components"] if aside else []
-    if adapter.extras:
-        notes.append(f"not used, as they are no weight deltas: {', '.join(list(adapter.extras)[:NAMED])}")
-    return tuple(notes)
+def _check_same_layers(old: Iterable[str], new: Iterable[str]) -> None:
+    other = sorted(set(old) ^ set(new))
+    if other:
+        raise BaseMismatchError(
+            f"the adapter does not change the same layers: {len(other)} differ, {_few(other)}.",
+            fix="Detach the old adapter and attach the new one.",
+        )
 
 
-def _put_all(places: Mapping[str, Place], adapter: Adapter, name: str, scale: float, trainable: bool) -> None:
-    done: list[Place] = []
+def _told(delta: LayerDelta) -> str:
+    return " + ".join(f"{s.terms} of {s.shape}" for s in delta.sums) + (
+        " with DoRA" if delta.magnitude is not None else ""
+    )
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+# ── changes of the tree ──────────────────────────────────────────────────────────────────────────
+
+
+def _carry_out(found: Iterable[Placing], name: str, scale: float, trainable: bool) -> None:
+    """All of it, or nothing."""
+    done: list[Slot] = []
     try:
-        for layer, place in places.items():
-            _put(place, name, layer, adapter.layers[layer], scale, trainable)
-            done.append(place)
+        for placing in found:
+            _place(placing, name, scale, trainable)
+            done.append(placing.slot)
     except BaseException as error:
-        _take_out(done, name)
+        for slot in done:
+            _strip(slot, name)
         if isinstance(error, KronaError):
-            raise error.within(layer) from None
+            raise error.within(placing.layer) from None
         raise
 
 
-def _put(place: Place, name: str, layer: str, delta: LayerDelta, scale: float, trainable: bool) -> None:
-    module = place.module
-    around = module if isinstance(module, KronLayer) else wrapped(module)
-    around.add(name, delta, scale=scale, layer=layer, trainable=trainable)
-    place.put(around)
-
-
-def wrapped(module: nn.Module) -> KronLayer:
-    """A KronLayer around a module, by what it is inside. Raises UnsupportedError where it has no features."""
-    kind = next(layer for base, layer in KINDS if isinstance(core(module), base))
-    return kind(module)
-
-
-def detach(model: Any, name: str | None = None) -> None:
-    """Take one adapter out, or all of them; modules without any are the base modules again, the same objects.
-
-    Adapters that are fused are unfused first. Raises NotFoundError for a name that is not attached.
-    """
-    found = _having(model, name)
-    if any(layer.fused for _, layer in found):
-        unfuse(model)
-    for each in [name] if name is not None else sorted({n for _, layer in found for n in layer.branches}):
-        _take_out([place for place, layer in found if each in layer.branches], each)
-
-
-def _take_out(places: Sequence[Place], name: str) -> None:
-    for place in places:
-        layer = place.module
-        if isinstance(layer, KronLayer):
-            layer.remove(name)
-            if not len(layer.branches):
-                place.put(layer.base)
-
-
-def _having(model: Any, name: str | None) -> list[tuple[Place, KronLayer]]:
-    """The layers with this adapter, or with any."""
-    layers = list(adapted(model))
-    found = [(place, layer) for _, place, layer in layers if name is None or name in layer.branches]
-    if name is not None and not found:
-        names = sorted({n for _, _, layer in layers for n in layer.branches})
-        raise NotFoundError(
-            f"no adapter {name!r} is attached.",
-            fix=f"Attached: {', '.join(names)}." if names else "None is; attach or load_into comes first.",
-        )
-    return found
-
-
-# ── strengths and numbers ────────────────────────────────────────────────────────────────────────
-
-
-def attached(model: Any) -> dict[str, float]:
-    """Name -> strength of every adapter in a model, in the order of attaching."""
-    return {name: branch.scale for _, _, layer in adapted(model) for name, branch in layer.adapters()}
-
-
-def set_scales(model: Any, scales: Mapping[str, float]) -> None:
-    """Set the strength of adapters by name; 0 turns one off. Nothing is compiled again.
-
-    Raises NotFoundError for a name that is not attached, ConflictError where adapters are fused.
-    """
-    found = {name: _having(model, name) for name in scales}
-    for name, layers in found.items():
-        for _, layer in layers:
-            _refuse_fused(layer)
-            layer.branch(name).set_scale(scales[name])
-
-
-def swap(model: Any, adapter: Adapter, name: str = DEFAULT) -> None:
-    """Put the numbers of another adapter of the same layers and sizes where those of `name` are; nothing is recompiled.
-
-    Raises ShapeError, with nothing changed, where it differs in layers, shapes, terms or ranks.
-    """
-    found = {str(layer.branch(name).layer): layer for _, layer in _having(model, name)}
-    differs = sorted(found.keys() ^ adapter.layers.keys())
-    both = found.keys() & adapter.layers.keys()
-    differs += [n for n in sorted(both) if not found[n].branch(name).fits(adapter.layers[n])]
-    if differs:
-        raise ShapeError(
-            f"the adapter cannot take the place of {name!r}: {len(differs)} layers differ, the first is {differs[0]}.",
-            fix="Detach the old one and attach the new one.",
-        )
-    for path, layer in found.items():
-        _refuse_fused(layer)
-        layer.branch(name).take(adapter.layers[path], layer.readable_weight)
-
-
-def extract_adapter(model: Any, name: str = DEFAULT, *, component: str | None = None) -> Adapter:
-    """The adapter as it is now, trained or not, at strength 1: what `write` stores.
-
-    `component` names the model where it is a lone one whose layers were made by hand.
-    """
-    _having(model, name)
-    prefix = f"{component}." if component and isinstance(model, nn.Module) else ""
-    branches = {prefix + path: layer.branch(name) for path, _, layer in adapted(model) if name in layer.branches}
-    return Adapter({branch.layer or path: branch.value for path, branch in branches.items()})
-
-
-# ── into the weights ─────────────────────────────────────────────────────────────────────────────
-
-
-@torch.no_grad()
-def fuse(model: Any) -> None:
-    """Add every attached adapter, at its strength, to the base weights: as fast as no adapter, until `unfuse`.
-
-    Computed in float32 at least and rounded once; the old weights wait in main memory. Raises UnsupportedError, with
-    nothing changed, where a weight is quantised or packed.
-    """
-    layers = [(path, layer) for path, _, layer in adapted(model) if not layer.fused]
-    packed = [path for path, layer in layers if layer.readable_weight is None]
-    if packed:
+def _place(placing: Placing, name: str, scale: float, trainable: bool) -> None:
+    slot, module = placing.slot, placing.slot.module
+    if trainable and placing.parts:  # gradients would reach the rows of the other layers
         raise UnsupportedError(
-            f"{len(packed)} of {len(layers)} weights are no plain numbers (quantised, perhaps): {packed[0]}.",
-            fix="Keep the adapters attached; they work beside such weights.",
+            "factors in a fused projection cannot be trained.", fix="Call unfuse_qkv_projections() first."
         )
-    for _, layer in layers:
-        layer.fuse()
+    layer = module if isinstance(module, KronLayer) else _wrapper(module)
+    layer.add(name, placing.delta, scale=scale, layer=placing.layer, trainable=trainable)
+    layer.branch(name).parts = placing.parts
+    if layer is not module:
+        setattr(slot.parent, slot.key, layer)
 
 
-def unfuse(model: Any) -> None:
-    """Put the base weights back, bit for bit; the adapters compute beside them again."""
-    for _, _, layer in adapted(model):
-        layer.unfuse()
+def _wrapper(module: nn.Module) -> KronLayer:
+    inner = core(unwrapped(module))
+    layer = next(wrap for kind, wrap in WRAPPERS if isinstance(inner, kind))(module)
+    layer.placed = True
+    return layer
 
 
-def _refuse_fused(layer: KronLayer) -> None:
-    if layer.fused:
-        raise ConflictError("adapters are fused into the weights.", fix="Call unfuse first.")
-
-
-def branches_of(model: Any, name: str) -> list[Branch]:
-    """The parts of an adapter, one per module: their `parameters()` are what an optimiser trains."""
-    return [layer.branch(name) for _, layer in _having(model, name)]
+def _strip(slot: Slot, name: str | None) -> None:
+    """Without the adapter of that name, or without all that were attached; without the layer where none is left."""
+    layer = slot.module
+    if not isinstance(layer, KronLayer):
+        return
+    for key, branch in list(layer.adapters()):
+        if key == name or (name is None and not branch.stored):
+            layer.remove(key)
+    if layer.placed and not len(layer.branches):
+        setattr(slot.parent, slot.key, layer.base)

@@ -16,6 +16,7 @@ from krona_hub.layers.branch import COMPUTED, Branch
 from krona_hub.layers.steps import Window
 
 DEFAULT = "default"
+NOT_OURS = ("base_layer", "get_base_layer")  # of PEFT: whoever finds them would take the layer off and us with it
 
 
 class KronLayer(nn.Module):
@@ -46,7 +47,8 @@ class KronLayer(nn.Module):
         self.base, self.weight_shape = base, weight_shape  # (out, in) or (out, in / groups, k, …)
         self.branches = nn.ModuleDict()
         self.fused: tuple[str, ...] = ()  # names of the adapters that are in the weight for the moment
-        self._unfused = torch.empty(0)  # the weight without them
+        self.original: Tensor | None = None  # the weight without them, while they are fused into it
+        self.placed = False  # whether `attach` has put this layer into its model
         self.train(base.training)
         self._register_load_state_dict_pre_hook(self._give_base_its_names)  # type: ignore[no-untyped-call]
         if shape is not None:
@@ -67,7 +69,7 @@ class KronLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":
+            if name == "base" or name in NOT_OURS or name.startswith("_"):
                 raise
             return getattr(self.base, name)
 
@@ -117,7 +119,7 @@ class KronLayer(nn.Module):
         """An empty tensor where the base is, of a type to compute in."""
         tensors = [*self.base.parameters(), *self.base.buffers()]
         floats = [t for t in tensors if t.dtype in COMPUTED and t.dim()]
-        device = tensors[0].device if tensors else None
+        device = tensors[0].device if tensors and not tensors[0].is_meta else None  # offloaded: on meta until it runs
         return torch.empty(0, device=device, dtype=floats[0].dtype if floats else torch.float32)
 
     def remove(self, name: str) -> None:
@@ -139,34 +141,9 @@ class KronLayer(nn.Module):
     def readable_weight(self) -> Tensor | None:
         """The base weight where it is plain numbers of the expected size, None where it is packed or quantised."""
         weight = getattr(self.base, "weight", None)
-        plain = isinstance(weight, Tensor) and weight.dtype in COMPUTED and tuple(weight.shape) == self.weight_shape
-        return weight if plain else None
-
-    # into the weight and out of it
-
-    @torch.no_grad()
-    def fuse(self) -> None:
-        """The adapters into the weight, computed in float32 at least and rounded once. The weight must be readable."""
-        weight = self.readable_weight
-        if weight is None or self.fused or not len(self.branches):
-            return
-        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        total = wide.clone()
-        for _, branch in self.adapters():
-            delta = branch.value
-            if branch.scale and delta.tensors:
-                total += branch.scale * delta.dense(wide.to(delta.tensors[0].device)).to(total)
-        self._unfused = weight.data.cpu()
-        weight.data = total.to(weight.dtype)
-        self.fused = tuple(name for name, _ in self.adapters())
-
-    @torch.no_grad()
-    def unfuse(self) -> None:
-        """The weight as it was."""
-        weight = self.readable_weight
-        if self.fused and weight is not None:
-            weight.data = self._unfused.to(weight)
-            self.fused, self._unfused = (), torch.empty(0)
+        if not isinstance(weight, Tensor) or weight.dtype not in COMPUTED or weight.is_meta:
+            return None
+        return weight if tuple(weight.shape) == self.weight_shape else None
 
     # the forward pass
 

@@ -1,0 +1,125 @@
+"""Adapters into the base weights of a model, and out again bit by bit: `fuse`, `unfuse`.
+
+W' = W + Σ scale · ΔW in float64, rounded once to the type of the weight: the numbers that `krona_hub.merge` writes
+with exact rounding. The old weight is kept in the memory of the CPU, and `unfuse` puts it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from krona_hub.adapter import LayerDelta
+from krona_hub.errors import ConflictError, KronaError, NonFiniteError, UnsupportedError
+from krona_hub.kron.terms import Factor, KronTerms, LowRank
+from krona_hub.layers.held import check_not_fused, layers_of
+from krona_hub.layers.layer import KronLayer
+from krona_hub.layers.tree import Slot, kron_layers, models_of
+
+WIDE = (torch.float32, torch.float64)
+
+
+def fuse(model: Any, *, component: str | None = None) -> int:
+    """Add every attached adapter, at its scale, to the base weights; the number of weights that have changed.
+
+    The model then costs what its base costs, and its `state_dict` is the merged model's. All or nothing: raises
+    ConflictError where adapters are fused already, UnsupportedError where a weight is quantised or offloaded,
+    NonFiniteError where a sum is more than the type of the weight holds.
+    """
+    slots = kron_layers(models_of(model, component))
+    check_not_fused(slots.values())
+    weights = {path: _weight(path, layer) for path, layer in zip(slots, layers_of(slots.values()), strict=True)}
+    try:
+        return sum(
+            _fuse(path, layer, weights[path]) for path, layer in zip(slots, layers_of(slots.values()), strict=True)
+        )
+    except KronaError:
+        restore(slots.values())
+        raise
+
+
+def unfuse(model: Any, *, component: str | None = None) -> None:
+    """Put the base weights back as they were, bit by bit, and let the adapters work beside them again.
+
+    Where the model was cast in between, they are what the cast makes of them. Raises ConflictError where nothing is
+    fused.
+    """
+    slots = kron_layers(models_of(model, component)).values()
+    if not any(layer.fused for layer in layers_of(slots)):
+        raise ConflictError("no adapter is fused.", fix="Call fuse first.")
+    restore(slots)
+
+
+@torch.no_grad()
+def restore(slots: Iterable[Slot]) -> None:
+    """Undo `fuse` wherever it was done."""
+    for layer in layers_of(slots):
+        if layer.original is not None:
+            _weight("", layer).copy_(layer.original)
+        layer.fused, layer.original = (), None
+
+
+def _weight(path: str, layer: KronLayer) -> Tensor:
+    weight = layer.readable_weight
+    if weight is None:
+        raise UnsupportedError(
+            f"{path}: its weight is quantised, packed or offloaded, and nothing can be added to it.",
+            fix="Load the model in fp32, fp16 or bf16 and without offloading, or leave the adapters beside it.",
+        )
+    return weight
+
+
+@torch.no_grad()
+def _fuse(path: str, layer: KronLayer, weight: Tensor) -> bool:
+    """Whether there is anything to add."""
+    layer.fused = tuple(name for name, _ in layer.adapters())
+    parts = [(branch.value, branch.scale) for _, branch in layer.adapters() if branch.scale]
+    if not parts:
+        return False
+    device = torch.device("cpu") if weight.device.type == "mps" else weight.device  # which has no float64
+    base = weight.to(device, torch.float64)
+    total = base.clone()
+    for delta, scale in parts:
+        total.add_(exact(delta, device).dense(base).reshape(base.shape), alpha=scale)
+    merged = rounded_once(total, weight.dtype)
+    if not bool(merged.isfinite().all()) and bool(base.isfinite().all()):
+        raise NonFiniteError(f"{path} overflows {weight.dtype}.", fix="Take smaller scales, or a wider type.")
+    layer.original = weight.detach().to("cpu", copy=True)
+    weight.copy_(merged)
+    return True
+
+
+def exact(delta: LayerDelta, device: torch.device) -> LayerDelta:
+    """The same numbers in float64."""
+
+    def widened(factor: Factor) -> Factor:
+        if isinstance(factor, LowRank):
+            return LowRank(factor.up.to(device, torch.float64), factor.down.to(device, torch.float64))
+        return factor.to(device, torch.float64)
+
+    sums = tuple(KronTerms(widened(s.left), widened(s.right), s.rows) for s in delta.sums)
+    magnitude = None if delta.magnitude is None else delta.magnitude.to(device, torch.float64)
+    return replace(delta, sums=sums, magnitude=magnitude)
+
+
+def rounded_once(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 → dtype in one rounding: torch itself goes by way of float32, and rounds twice.
+
+    In float32 first, what is inexact with its last bit set ("round to odd"); rounding that again is rounding once
+    (Boldo & Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+
+    >>> tie = torch.tensor([1 + 2.0**-8 + 2.0**-40], dtype=torch.float64)  # just above the middle of two bfloat16
+    >>> rounded_once(tie, torch.bfloat16), tie.to(torch.bfloat16)
+    (tensor([1.0078], dtype=torch.bfloat16), tensor([1.], dtype=torch.bfloat16))
+    """
+    if dtype in WIDE:
+        return numbers.to(dtype)
+    near = numbers.to(torch.float32)
+    error = near.double() - numbers
+    away = (error * numbers.sign() > 0) & near.isfinite()
+    bits = near.view(torch.int32) - away.to(torch.int32)
+    return (bits | ((error != 0) & near.isfinite()).to(torch.int32)).view(torch.float32).to(dtype)
