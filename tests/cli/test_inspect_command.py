@@ -8,20 +8,17 @@ import struct
 import pytest
 
 from krona_hub.cli.main import main
-from krona_hub.demo import ASSETS
 from krona_hub.formats.describe import describe
 from krona_hub.formats.tools import TOOLS
 from krona_hub.report import module_groups
-from scripts.make_demo_adapter import ALPHA, RANK, projections
+from scripts.make_demo_adapter import ALPHA, ASSETS, RANK, projections
 
 TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
 @pytest.fixture
 def lora(tmp_path):
-    from krona_hub.assets import __file__ as assets
-
-    return shutil.copyfile(assets.replace("__init__.py", ASSETS["lora.safetensors"]), tmp_path / "lora.safetensors")
+    return shutil.copyfile(ASSETS / "demo_lora.safetensors", tmp_path / "lora.safetensors")
 
 
 def inspected(capsys, *arguments):
