@@ -1,0 +1,18 @@
+"""Settings under a name: those of the DiffuseKronA paper, and the defaults. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PAPER: Mapping[str, Any] = {  # Marjit et al., DiffuseKronA (2024): 64×4 on q, k, v, out of both attentions
+    "shape": "64x4", "terms": 1, "rows": "shuffled", "targets": r"attn[12]\.to_(q|k|v|out\.0)$",
+    "learning_rate": 1e-3, "batch_size": 1, "accumulation": 4, "schedule": "constant", "warmup": 0,
+    "optimizer": "adamw-8bit", "min_snr": 0.0, "prior_weight": 0.0,
+}  # fmt: skip
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "paper-sd": {**PAPER, "steps": 500, "resolution": 512},
+    "paper-sdxl": {**PAPER, "steps": 1000, "resolution": 1024},
+}
+INSTEAD: Mapping[str, str] = {"adamw-8bit": "adamw"}  # what a preset takes where a package is not installed
