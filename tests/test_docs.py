@@ -1,5 +1,6 @@
 """The documents say what the program does: each page is made again and compared."""
 
+import doctest
 import inspect
 import re
 
@@ -35,6 +36,27 @@ def test_the_library_example_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(example_folder(tmp_path))
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_sessions_of_the_runtime_page_run(tmp_path, monkeypatch):
+    from krona_hub import write
+    from tests import tiny
+    from tests.formats import made
+
+    pipe = tiny.sd15()
+    base = tiny.save(pipe, tmp_path / "base")
+    toy, yesterday = (made.lokr(tiny.layers(pipe), made.by_lycoris(4), ranks=(2,)) for _ in range(2))
+    write(toy, tmp_path / "toy.safetensors", base=base)
+    style = made.lora(tiny.layers(pipe, "to_q", "to_k", "to_v"))
+    write(style, tmp_path / "style.safetensors", format="kohya-lora", base=base)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/runtime.md").read_text()
+    session = "\n".join(re.findall(r"```pycon\n(.*?)```", page, re.DOTALL))
+    names = {"pipe": pipe, "toy": toy, "toy_of_yesterday": yesterday}
+    test = doctest.DocTestParser().get_doctest(session, names, "docs/runtime.md", None, None)
+    told = []
+    failed, tried = doctest.DocTestRunner().run(test, out=told.append)
+    assert tried > 20 and not failed, "".join(told)
 
 
 def test_every_error_class_has_a_code_of_its_own():

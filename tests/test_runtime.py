@@ -11,17 +11,19 @@ from safetensors.torch import load_file
 
 from krona_hub import attach, detach, extract_adapter, fuse, load_into, read, set_scales, unfuse, unload, write
 from krona_hub.adapter import Adapter
-from krona_hub.errors import BaseMismatchError, ConflictError, NotFoundError, UsageError
+from krona_hub.errors import BaseMismatchError, ConflictError, NotFoundError, UnsupportedError, UsageError
 from krona_hub.layers import attached, swap
 from krona_hub.layers.layer import KronLayer
+from krona_hub.runtime import base_of
 from tests import tiny
 from tests.formats import made
-from tests.merging.test_pipelines import PIPELINES, Golden, assert_computes
+from tests.merging.test_pipelines import Golden, assert_computes
 from tests.shared import SHARED, shared
 
 INDEX = SHARED / "golden" / "index.json"
 SAMPLES = json.loads(INDEX.read_text())["samples"] if INDEX.exists() else []
 WEIGHT = 0.7
+PIPELINES = {"sd15": tiny.sd15, "sdxl": tiny.sdxl, "sd3": tiny.sd3, "flux": tiny.flux}
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +299,198 @@ def test_trained_factors_are_parameters_that_come_out_as_an_adapter(two):
     assert before.layers.keys() == after.layers.keys()
     for name in before.layers:
         assert not torch.equal(before[name].dense(), after[name].dense())
+
+
+# --- what diffusers, PEFT and accelerate do with a pipeline that has adapters ----------------------------------------
+
+
+def restored(pipe, folder):
+    """The pipeline, saved and loaded again."""
+    pipe.save_pretrained(folder)
+    absent = {name: None for name, part in pipe.components.items() if part is None}
+    return type(pipe).from_pretrained(folder, local_files_only=True, **absent)
+
+
+def test_a_saved_pipeline_is_its_base_and_a_fused_one_the_merged_model(build, tmp_path):
+    pipe, adapter = build(), adapter_for(build())
+    before, alone, wanted = weights_of(pipe), tiny.outputs(pipe), tiny.outputs(tiny.added(build(), adapter))
+    load_into(pipe, adapter)
+    assert_same_tensors(weights_of(restored(pipe, tmp_path / "plain")), before)
+    fuse(pipe)
+    assert_computes(restored(pipe, tmp_path / "fused"), wanted, alone)
+
+
+def test_a_pipeline_made_of_another_shares_its_adapters(two):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    pipe, one, _ = two
+    alone = tiny.outputs(pipe)
+    load_into(pipe, one, 0.5, "x")
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert attached(other) == {"x": 0.5}
+    unload(other)
+    assert attached(pipe) == {}
+    assert_same_tensors(tiny.outputs(pipe), alone)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_group_offloading_goes_with_adapters(two, order):
+    pipe, one, _ = two
+    base, cpu = tiny.outputs(pipe), torch.device("cpu")
+    steps = [
+        lambda: load_into(pipe, one),
+        lambda: pipe.unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level"),
+    ]
+    for step in steps if order == "after" else steps[::-1]:
+        step()
+    assert_computes(pipe, summed((one, 1.0)), base)
+
+
+def test_adapters_load_into_a_model_whose_weights_wait_elsewhere(two):
+    from accelerate import cpu_offload
+
+    pipe, one, _ = two
+    base, modules = tiny.outputs(pipe), modules_of(pipe)
+    cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    load_into(pipe, one)
+    assert_computes(pipe, summed((one, 1.0)), base)
+    with pytest.raises(UnsupportedError, match="offloaded"):
+        fuse(pipe)
+    unload(pipe)
+    assert modules_of(pipe) == modules
+    assert_same_tensors(tiny.outputs(pipe), base)
+
+
+def test_weights_stored_in_eight_bits_carry_adapters(two):
+    pipe, one, _ = two
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    alone = tiny.output(pipe.unet)
+    load_into(pipe, one)
+    layer = tiny.module_of(pipe, "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    x = torch.randn(3, layer.in_features)
+    wanted = layer.base(x) + x @ one["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].dense().mT
+    assert torch.allclose(layer(x), wanted, atol=1e-5)
+    assert (tiny.output(pipe.unet) - alone).abs().max() > 0.1 * alone.abs().max()
+    unload(pipe)
+    assert torch.equal(tiny.output(pipe.unet), alone)
+
+
+def test_peft_takes_its_own_adapter_off_and_leaves_ours(two, tmp_path):
+    pipe, one, _ = two
+    base, file = tiny.outputs(pipe), tmp_path / "lora.safetensors"
+    write(made.lora(tiny.layers(pipe, "to_q")), file, format="diffusers-lora", base=tiny.save(pipe, tmp_path))
+    pipe.load_lora_weights(file)
+    load_into(pipe, one)
+    pipe.unload_lora_weights()
+    assert_computes(pipe, summed((one, 1.0)), base)
+    unload(pipe)
+    assert_same_tensors(tiny.outputs(pipe), base)
+
+
+# --- what load_into itself decides -----------------------------------------------------------------------------------
+
+
+def test_an_adapter_from_the_hub_is_loaded_from_where_it_was_downloaded(two, tmp_path, monkeypatch):
+    pipe, one, _ = two
+    file = write(one, tmp_path / "deep.safetensors", base=tiny.save(pipe, tmp_path / "base")).path
+    asked = []
+    monkeypatch.setattr("krona_hub.runtime.resolve", lambda source: asked.append(source) or file)
+    assert load_into(pipe, "ns/my-style@v1").name == "my_style_v1" and asked == ["ns/my-style@v1"]
+
+
+def test_what_is_no_delta_is_named_and_not_applied(two):
+    from dataclasses import replace
+
+    pipe, one, _ = two
+    report = load_into(pipe, replace(one, extras={"<toy>": torch.zeros(2, 24)}))
+    assert report.extras == ("<toy>",) and "not applied, as they are no weight deltas: <toy>" in str(report)
+
+
+def test_extras_of_a_file_are_named_too(two, tmp_path):
+    from dataclasses import replace
+
+    pipe, one, _ = two
+    rich = replace(one, extras={"<toy>": torch.zeros(2, 24)})
+    file = tmp_path / "rich.safetensors"
+    write(rich, file, base=tiny.save(pipe, tmp_path / "base"))
+    assert load_into(pipe, file).extras == ("<toy>",)
+
+
+def test_a_file_for_an_encoder_that_the_pipeline_lacks_needs_consent(tmp_path):
+    pipe = tiny.sdxl()
+    adapter = made.lora(tiny.layers(pipe, "to_q", "fc1"))
+    file = tmp_path / "a.safetensors"
+    write(adapter, file, format="kohya-lora", base=tiny.save(pipe, tmp_path / "base"))
+    pipe.text_encoder_2 = None
+    with pytest.raises(BaseMismatchError, match="has no second text encoder"):
+        load_into(pipe, file)
+    assert attached(pipe) == {}
+    report = load_into(pipe, file, allow_missing=True)
+    assert len(report.matched) == len([n for n in adapter.layers if not n.startswith("text_encoder_2")])
+    assert any("second text encoder" in note for note in report.notes)
+    unload(pipe)
+    with pytest.raises(BaseMismatchError, match="there is no text_encoder_2"):
+        load_into(pipe, adapter)
+
+
+def test_one_component_of_a_file_can_be_loaded(tmp_path):
+    pipe = tiny.sdxl()
+    adapter = made.lora(tiny.layers(pipe, "to_q", "fc1"))
+    file = tmp_path / "a.safetensors"
+    write(adapter, file, format="kohya-lora", base=tiny.save(pipe, tmp_path / "base"))
+    report = load_into(pipe, file, component="unet")
+    assert {n.partition(".")[0] for n in report.matched} == {"unet"} and report.elsewhere
+
+
+def test_a_lone_model_loads_a_file_for_it(two, tmp_path):
+    pipe, one, _ = two
+    base, file = tiny.outputs(pipe), tmp_path / "a.safetensors"
+    unet = made.only(one, "unet")
+    write(unet, file, format="lycoris-lokr", base=tiny.save(pipe, tmp_path / "base"))
+    load_into(pipe.unet, file)
+    assert_computes(pipe, summed((unet, 1.0)), base, {"unet"})
+
+
+def test_a_pipeline_of_a_known_architecture_is_known_by_name():
+    assert base_of(tiny.sd15()).family is None
+    with torch.device("meta"):
+        from diffusers import UNet2DConditionModel
+
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+    assert base_of(unet).family == "sd15"
+
+
+@pytest.mark.parametrize("sample", SAMPLES[:1], ids=lambda s: s["name"])
+def test_a_base_by_name_is_taken_in_the_place_of_the_pipelines_own(sample, golden_base):
+    folder, file = shared("golden", "base"), shared("golden", sample["adapter"])
+    assert set(load_into(golden_base, file, base=folder, format=None).matched) == set(read(file, base=folder).layers)
+    unload(golden_base)
+
+
+# --- other devices -------------------------------------------------------------------------------------------------
+
+
+def test_factors_go_where_the_pipeline_goes(two):
+    pipe, one, _ = two
+    dora = made.as_dora(one, lambda name: tiny.module_of(pipe, name).weight)
+    load_into(pipe, dora)
+    pipe.unet.to("meta")
+    assert {t.device.type for m in pipe.unet.modules() for t in (*m.parameters(False), *m.buffers(False))} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_pipeline_on_a_gpu_is_adapted_fused_and_restored_there(two):
+    pipe, one, other = two
+    pipe.to("cuda", torch.bfloat16)
+    before = weights_of(pipe)
+    load_into(pipe, one, 0.5, "one")
+    load_into(pipe, other, 1.0, "other")
+    fuse(pipe)
+    base = tiny.sd15().to(dtype=torch.bfloat16)
+    for adapter, name, scale in ((one, "one", 0.5), (other, "other", 1.0)):
+        load_into(base, adapter, scale, name)
+    fuse(base)
+    worst = [(a.cpu() - weights_of(base)[key]).abs().max() for key, a in weights_of(pipe).items()]
+    assert max(worst) == 0, "float64 sums, rounded once, are the same on every device"
+    unload(pipe)
+    assert_same_tensors(weights_of(pipe), before)

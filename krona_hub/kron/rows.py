@@ -20,7 +20,8 @@ def take_rows(terms: KronTerms, ranges: Sequence[Range]) -> KronTerms:
 
     With B of b1 rows, a range that starts and ends at multiples of b1 takes rows of A. Otherwise B is cut into blocks
     of g = gcd(b1, every start and end) rows, A ⊗ B = Σₘ (A ⊗ eₘ) ⊗ Bₘ, which has b1 / g times as many terms. Where A
-    has one row (a LoRA), the rows are rows of B. Raises UnsupportedError for DiffuseKronA's interleaved rows.
+    has one row (a LoRA), the rows are rows of B. Of DiffuseKronA's interleaved rows, whole groups of a1 are rows of B;
+    raises UnsupportedError for others.
 
     >>> terms = KronTerms(torch.rand(1, 2, 2), torch.rand(1, 6, 3))
     >>> part = take_rows(terms, [(4, 8)])
@@ -28,12 +29,20 @@ def take_rows(terms: KronTerms, ranges: Sequence[Range]) -> KronTerms:
     ('2x2 ⊗ 2x3', 3, True)
     """
     if terms.rows != "kron" and 1 not in terms.shape[::2]:
-        raise UnsupportedError("interleaved rows cannot be taken apart.", fix="Convert it to LoRA first (--to lora).")
+        return _interleaved_rows(terms, ranges)
     if terms.shape.a1 == 1:
         return replace(terms, rows="kron", right=_rows(terms.right, ranges))
     unit = gcd(terms.shape.b1, *(edge for r in ranges for edge in r))
     cut = _cut(terms, unit)
     return replace(cut, rows="kron", left=_rows(cut.left, [(a // unit, b // unit) for a, b in ranges]))
+
+
+def _interleaved_rows(terms: KronTerms, ranges: Sequence[Range]) -> KronTerms:
+    """Row i1·a1 + j1 is row j1·b1 + i1 of A ⊗ B: the rows of one i1 stand together."""
+    unit = terms.shape.a1
+    if any(edge % unit for each in ranges for edge in each):
+        raise UnsupportedError("interleaved rows cannot be taken apart.", fix="Convert it to LoRA first (--to lora).")
+    return replace(terms, right=_rows(terms.right, [(start // unit, stop // unit) for start, stop in ranges]))
 
 
 def transposed(terms: KronTerms) -> KronTerms:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from krona_hub.adapter import Adapter, LayerDelta
-from krona_hub.errors import BaseMismatchError, ConflictError, KronaError, ShapeError
+from krona_hub.errors import BaseMismatchError, ConflictError, KronaError, ShapeError, UnsupportedError
 from krona_hub.layers.conv import KronConv1d, KronConv2d, KronConv3d
 from krona_hub.layers.fusing import restore
 from krona_hub.layers.held import branch_at, check_not_fused, check_scale, held, names_of, unknown_name
@@ -219,6 +219,10 @@ def _carry_out(found: Iterable[Placing], name: str, scale: float, trainable: boo
 
 def _place(placing: Placing, name: str, scale: float, trainable: bool) -> None:
     slot, module = placing.slot, placing.slot.module
+    if trainable and placing.parts:  # gradients would reach the rows of the other layers
+        raise UnsupportedError(
+            "factors in a fused projection cannot be trained.", fix="Call unfuse_qkv_projections() first."
+        )
     layer = module if isinstance(module, KronLayer) else _wrapper(module)
     layer.add(name, placing.delta, scale=scale, layer=placing.layer, trainable=trainable)
     layer.branch(name).parts = placing.parts

@@ -32,6 +32,7 @@ class Step:
     q: int
     rows: int  # of the factor of one term
     kernel: bool = False  # whether the factor holds the kernel of a convolution
+    cost: int = 0  # multiply-adds per row
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ class Chain:
 
     steps: tuple[Step, ...]
     terms: int
-    cost: int  # multiply-adds per row
+
+    @property
+    def cost(self) -> int:
+        """Multiply-adds per row."""
+        return sum(step.cost for step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,34 @@ def cheapest_chain(lefts: Sizes, rights: Sizes, terms: int = 1, kernel: int = 1)
     >>> [step.side for step in cheapest_chain([(4, 64)], [(320, 20)]).steps]
     ['left', 'right']
     """
+    return min(_chains(lefts, rights, terms, kernel), key=lambda chain: chain.cost)
+
+
+def cheaper_beside(chain: Chain, lefts: Sizes, rights: Sizes, kernel: int = 1) -> Chain | None:
+    """The other order of a chain of A and B, where derivatives through both orders cost less than through one.
+
+    With y = A X Bᵀ and its derivative G, one order remakes z = X Bᵀ and needs AᵀG for dA = G zᵀ, dB = (AᵀG)ᵀ X and
+    dX = (AᵀG) B. Both together need no z: dA = (G B) Xᵀ, and dX is Aᵀ (G B) where that is cheaper.
+
+    >>> square, tall = ([(8, 8)], [(80, 80)]), ([(64, 4)], [(10, 160)])
+    >>> [cheaper_beside(cheapest_chain(*sizes), *sizes) is None for sizes in (square, tall)]
+    [False, True]
+    """
+    if len(chain.steps) != 2 or not lefts or not rights:
+        return None
+    one, other = sorted(
+        _chains(lefts, rights, chain.terms, kernel), key=lambda c: c.steps[0].factor != chain.steps[0].factor
+    )
+    opened = [c.steps[0].cost for c in (one, other)]
+    alone = one.cost * 2 + opened[0]
+    return other if one.cost + other.cost + min(opened) < alone else None
+
+
+def _chains(lefts: Sizes, rights: Sizes, terms: int, kernel: int) -> list[Chain]:
     left = [_Link("left", i, *size) for i, size in enumerate(lefts)]
     right = [_Link("right", len(left) + i, *size, kernel=i == 0 and kernel > 1) for i, size in enumerate(rights)]
     start = (lefts[0][1] if lefts else 1), (rights[0][1] if rights else 1)
-    chains = [_chain(order, start, terms, kernel) for order in _orders(left, right)]
-    return min(chains, key=lambda chain: chain.cost)
+    return [_chain(order, start, terms, kernel) for order in _orders(left, right)]
 
 
 def _orders(left: list[_Link], right: list[_Link]) -> Iterator[list[_Link]]:
@@ -79,13 +107,13 @@ def _orders(left: list[_Link], right: list[_Link]) -> Iterator[list[_Link]]:
 
 
 def _chain(order: list[_Link], start: tuple[int, int], terms: int, kernel: int) -> Chain:
-    (p, q), k, cost, steps = start, 1, 0, []
+    (p, q), k, steps = start, 1, []
     for i, link in enumerate(order):
         role: Role = "open" if i == 0 else "close" if i == len(order) - 1 else "middle"
-        steps.append(Step(link.side, link.factor, role, p, k, q, link.rows, link.kernel))
         after = 1 if role == "close" else terms
         size = k * after * link.rows * link.columns * (kernel if link.kernel else 1)
-        cost += size * (q if link.side == "left" else p)
+        cost = size * (q if link.side == "left" else p)
+        steps.append(Step(link.side, link.factor, role, p, k, q, link.rows, link.kernel, cost))
         p, q = (link.rows, q) if link.side == "left" else (p, link.rows)
         k = after
-    return Chain(tuple(steps), terms, cost)
+    return Chain(tuple(steps), terms)

@@ -29,6 +29,7 @@ class Contraction:
     left_rows: int  # a1
     rows: Rows = "kron"
     window: Window | None = None
+    beside: Chain | None = None  # the other order, where backward is cheaper with both
 
     def delta(self, x: Tensor, factors: Sequence[Tensor], scale: Tensor | float = 1.0) -> Tensor:
         """scale · ΔW x as plain products: (N, in, …) → (N, out, …). For torch.compile, and for DoRA."""
@@ -109,14 +110,17 @@ class _AddDelta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, *factors = ctx.saved_tensors
+        derivatives = _through_both if ctx.plan.beside and x is not None else _through_one
         with _as_written(g):
-            dx, grads = _derivatives(ctx, g, x, factors)
+            dx, grads = derivatives(ctx, g, x, factors)
         return g, dx, None, None, None, *grads
 
 
-def _derivatives(
-    ctx: Any, g: Tensor, x: Tensor | None, factors: Sequence[Tensor]
-) -> tuple[Tensor | None, list[Tensor | None]]:
+Derivatives = tuple[Tensor | None, list[Tensor | None]]  # of x, of the factors
+
+
+def _through_one(ctx: Any, g: Tensor, x: Tensor | None, factors: Sequence[Tensor]) -> Derivatives:
+    """Back through the chain, whose states are made again."""
     plan: Contraction = ctx.plan
     shape, dtype, device = ctx.like
     steps = plan.chain.steps
@@ -129,14 +133,39 @@ def _derivatives(
     for i in reversed(range(len(steps))):
         step, back = steps[i], back.to(types[i])
         if states and ctx.needs_input_grad[5 + step.factor]:
-            found = gathered(
-                to_factor(back, states[i], matrices[i], step, plan.window), step, factors[step.factor].shape
-            )
-            grads[step.factor] = (found * scales[i] if scales[i] != 1.0 else found).to(factors[step.factor])
+            found = to_factor(back, states[i], matrices[i], step, plan.window)
+            grads[step.factor] = _as_factor(found * scales[i], step, factors)
         if i == 0 and not ctx.needs_input_grad[1]:
             return None, grads
-        back = to_input(back, _shape_before(plan, i, shape, g.shape), matrices[i], step, plan.window)
+        back = to_input(back, _shape_before(plan, steps[: i + 1], shape, g.shape), matrices[i], step, plan.window)
     return back.reshape(shape), grads
+
+
+def _through_both(ctx: Any, g: Tensor, x: Tensor, factors: Sequence[Tensor]) -> Derivatives:
+    """Back through the last step of both orders, each to the factor that meets x first: no state is made again."""
+    plan: Contraction = ctx.plan
+    shape, dtype, device = ctx.like
+    grads: list[Tensor | None] = [None] * len(factors)
+    dx, back, first = None, plan.taken_back(g), plan.state_of(x)
+    ends = [chain.steps for chain in (plan.chain, plan.beside) if chain]
+    cheapest = min((opened for opened, _ in ends), key=lambda step: step.cost)
+    for opened, closing in ends:
+        before = _shape_before(plan, (opened, closing), shape, g.shape)
+        w = _matrix(factors, closing, g.dtype, device, ctx.scale)
+        state = to_input(back, before, w, closing, plan.window).to(dtype)
+        w = _matrix(factors, opened, dtype, device)
+        if ctx.needs_input_grad[5 + opened.factor]:
+            found = to_factor(state, first, w, opened, plan.window)
+            grads[opened.factor] = _as_factor(found, opened, factors)
+        if ctx.needs_input_grad[1] and opened is cheapest:
+            dx = to_input(state, first.shape, w, opened, plan.window).reshape(shape)
+    return dx, grads
+
+
+def _as_factor(found: Tensor, step: Step, factors: Sequence[Tensor]) -> Tensor:
+    """The derivative of W as that of the factor."""
+    factor = factors[step.factor]
+    return gathered(found, step, factor.shape).to(factor)
 
 
 def _states(x: Tensor, matrices: Sequence[Tensor], types: Sequence[torch.dtype], plan: Contraction) -> list[Tensor]:
@@ -148,11 +177,10 @@ def _states(x: Tensor, matrices: Sequence[Tensor], types: Sequence[torch.dtype],
     return states
 
 
-def _shape_before(plan: Contraction, i: int, x: torch.Size, out: torch.Size) -> torch.Size:
-    """The shape of the state before a step: pictures have the size of x until the kernel has passed."""
-    step = plan.chain.steps[i]
-    passed = plan.window is None or any(earlier.kernel for earlier in plan.chain.steps[:i])
-    return torch.Size((out[0], step.p * step.k * step.q, *(out if passed else x)[2:]))
+def _shape_before(plan: Contraction, steps: Sequence[Step], x: torch.Size, out: torch.Size) -> torch.Size:
+    """The shape of the state before the last of `steps`: pictures have the size of x until the kernel has passed."""
+    passed = plan.window is None or any(earlier.kernel for earlier in steps[:-1])
+    return torch.Size((out[0], steps[-1].p * steps[-1].k * steps[-1].q, *(out if passed else x)[2:]))
 
 
 def _matrix(

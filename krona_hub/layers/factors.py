@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, Rows, dense_factor
-from krona_hub.layers.chain import Sizes, cheapest_chain
+from krona_hub.layers.chain import Sizes, cheaper_beside, cheapest_chain
 from krona_hub.layers.contraction import Contraction
 from krona_hub.layers.steps import Window
 
@@ -44,7 +44,8 @@ class KronSum(nn.Module):
         first, *rest = rights or [(1, 1)]
         counted = [(first[0], first[1] // kernel), *rest] if rights else []
         chain = cheapest_chain(lefts, counted, self._terms, kernel)
-        return Contraction(chain, self.shape.a1, self.rows, window)
+        beside = cheaper_beside(chain, lefts, counted, kernel)
+        return Contraction(chain, self.shape.a1, self.rows, window, beside)
 
     def _sizes(self, side: str) -> Sizes:
         return [(f.shape[1], f.shape[2]) for name, f in zip(self.names, self.factors, strict=True) if side in name]

@@ -52,9 +52,9 @@ def extract_adapter(model: Any, name: str = DEFAULT, *, component: str | None = 
 
 
 def attached(model: Any) -> dict[str, float]:
-    """Name -> scale of the adapters of a model or pipeline, in the order of attaching."""
+    """Name -> scale of the adapters of a model or pipeline, by name."""
     layers = layers_of(kron_layers(models_of(model)).values())
-    return {name: branch.scale for layer in layers for name, branch in layer.adapters()}
+    return dict(sorted((name, branch.scale) for layer in layers for name, branch in layer.adapters()))
 
 
 def branches_of(model: Any, name: str = DEFAULT) -> list[Branch]:
@@ -84,8 +84,8 @@ def layers_of(slots: Iterable[Slot]) -> Iterator[KronLayer]:
 
 
 def names_of(slots: Iterable[Slot]) -> list[str]:
-    """The names of all adapters, in the order of attaching."""
-    return list(dict.fromkeys(name for layer in layers_of(slots) for name, _ in layer.adapters()))
+    """The names of all adapters, sorted."""
+    return sorted({name for layer in layers_of(slots) for name, _ in layer.adapters()})
 
 
 def unknown_name(name: str, slots: Iterable[Slot]) -> NotFoundError:

@@ -16,6 +16,7 @@ from krona_hub.layers.branch import COMPUTED, Branch
 from krona_hub.layers.steps import Window
 
 DEFAULT = "default"
+NOT_OURS = ("base_layer", "get_base_layer")  # of PEFT: whoever finds them would take the layer off and us with it
 
 
 class KronLayer(nn.Module):
@@ -68,7 +69,7 @@ class KronLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":
+            if name == "base" or name in NOT_OURS or name.startswith("_"):
                 raise
             return getattr(self.base, name)
 

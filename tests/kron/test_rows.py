@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krona_hub.errors import UnsupportedError
-from krona_hub.kron.rows import take_rows, transposed
+from krona_hub.kron.rows import among_rows, take_rows, transposed
 from krona_hub.kron.terms import KronTerms, LowRank
 
 SMALL = st.integers(1, 4)
@@ -57,7 +57,32 @@ def test_a_cut_through_blocks_has_as_many_terms_as_the_formula_says():
     assert (part.terms, tuple(part.shape)) == (3, (8, 8, 160, 160))
 
 
-@pytest.mark.parametrize("job", [lambda t: take_rows(t, [(0, 2)]), transposed])
-def test_interleaved_rows_are_refused(job):
+@pytest.mark.parametrize("job", [lambda t: take_rows(t, [(0, 3)]), transposed])
+def test_interleaved_rows_that_are_no_whole_groups_are_refused(job):
     with pytest.raises(UnsupportedError):
         job(KronTerms(torch.rand(1, 2, 2), torch.rand(1, 3, 3), rows="shuffled"))
+
+
+def test_whole_groups_of_interleaved_rows_are_taken_as_they_are():
+    terms = KronTerms(torch.rand(2, 3, 2), torch.rand(2, 4, 5), rows="shuffled")
+    part = take_rows(terms, [(9, 12), (0, 6)])
+    dense = terms.dense()
+    assert part.terms == 2 and torch.equal(part.dense(), torch.cat([dense[9:12], dense[:6]]))
+
+
+@pytest.mark.parametrize("rows", ["kron", "shuffled"])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_rows_among_others_stand_where_they_should_and_come_back(rows, low_rank):
+    left = LowRank(torch.rand(2, 3, 1), torch.rand(2, 1, 2)) if low_rank else torch.rand(2, 3, 2)
+    right = LowRank(torch.rand(2, 4, 2), torch.rand(2, 2, 5)) if low_rank else torch.rand(2, 4, 5)
+    terms = KronTerms(left, right, rows)
+    tall = among_rows(terms, 24, 36)
+    assert torch.allclose(tall.dense()[24:], terms.dense()) and not tall.dense()[:24].any()
+    back = take_rows(tall, [(24, 36)])
+    assert all(torch.equal(a, b) for a, b in zip(back.tensors, terms.tensors, strict=True))
+
+
+@pytest.mark.parametrize(("first", "height"), [(6, 36), (0, 20)])
+def test_rows_that_are_no_equal_share_are_refused(first, height):
+    with pytest.raises(UnsupportedError, match="no equal share"):
+        among_rows(KronTerms(torch.rand(1, 3, 2), torch.rand(1, 4, 5)), first, height)

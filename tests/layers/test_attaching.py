@@ -21,6 +21,7 @@ from krona_hub.errors import (
     KronaError,
     NotFoundError,
     ShapeError,
+    UnsupportedError,
     UsageError,
 )
 from krona_hub.layers.attaching import attach, detach, swap
@@ -403,8 +404,13 @@ def test_interleaved_rows_and_dora_in_fused_projections():
     pipe.unet.fuse_qkv_projections()
     attach(pipe, shuffled)
     assert_close(tiny.outputs(pipe), with_deltas(tiny.sd15(), (shuffled, 1.0)))
+    found = extract_adapter(pipe)
+    assert all(torch.allclose(found[layer].dense(), delta.dense()) for layer, delta in shuffled.layers.items())
     with pytest.raises(BaseMismatchError, match="DoRA cannot go into a fused projection"):
         attach(pipe, dora, "dora")
+    with pytest.raises(UnsupportedError, match="cannot be trained"):
+        attach(pipe, plain, "trained", trainable=True)
+    assert set(attached(pipe)) == {"default"}
 
 
 @pytest.mark.slow

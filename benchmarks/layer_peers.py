@@ -1,0 +1,80 @@
+"""One linear layer with an adapter to train, as this project and its peers build it; shared by the layer benchmarks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from krona_hub import KronLinear
+
+DENSE = 100_000  # a rank so high that PEFT and LyCORIS keep w2 whole
+
+
+def krona(layer: nn.Linear, shape: tuple[int, int]) -> nn.Module:
+    return KronLinear(layer, shape=shape)
+
+
+def peft(layer: nn.Linear, config: Any) -> nn.Module:
+    from peft import inject_adapter_in_model
+
+    holder = nn.ModuleDict({"layer": layer})
+    inject_adapter_in_model(config, holder)
+    return holder["layer"]
+
+
+def peft_lokr(layer: nn.Linear) -> nn.Module:
+    from peft import LoKrConfig
+
+    return peft(layer, LoKrConfig(r=DENSE, alpha=DENSE, decompose_factor=8, target_modules=["layer"]))
+
+
+def peft_lora(layer: nn.Linear) -> nn.Module:
+    from peft import LoraConfig
+
+    return peft(layer, LoraConfig(r=4, target_modules=["layer"]))
+
+
+class Lycoris(nn.Module):
+    """LyCORIS puts itself into the layer's forward; both are held together here."""
+
+    def __init__(self, layer: nn.Linear, bypass: bool) -> None:
+        from lycoris.modules.lokr import LokrModule
+
+        logging.disable(logging.WARNING)
+        super().__init__()
+        self.layer = layer
+        self.kron = LokrModule("layer", layer, 1.0, lora_dim=DENSE, alpha=1, factor=8, bypass_mode=bypass)
+        self.kron.apply_to()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+WAYS: Mapping[str, Callable[[nn.Linear], nn.Module]] = {
+    "base": lambda layer: layer,
+    "krona 64x4": lambda layer: krona(layer, (64, 4)),
+    "krona 8x8": lambda layer: krona(layer, (8, 8)),
+    "peft lokr": peft_lokr,
+    "peft lora r=4": peft_lora,
+    "lycoris bypass": lambda layer: Lycoris(layer, bypass=True),
+    "lycoris rebuild": lambda layer: Lycoris(layer, bypass=False),
+}
+SAME_SPLIT = ("krona 8x8", "peft lokr", "lycoris bypass", "lycoris rebuild")
+
+
+def build(way: str, out: int, in_: int) -> nn.Module:
+    """A frozen linear layer with the factors of this way to train."""
+    return WAYS[way](nn.Linear(in_, out).requires_grad_(False))
+
+
+def trainable(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters() if p.requires_grad)
+
+
+def check_equal_parameters(out: int, in_: int) -> int:
+    """The parameters that all ways of SAME_SPLIT have."""
+    (count,) = {trainable(build(way, out, in_)) for way in SAME_SPLIT}
+    return count
