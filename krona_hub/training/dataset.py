@@ -140,7 +140,8 @@ def split_held_out(data: Data, count: int, order: Callable[[int], list[int]]) ->
     """The data without `count` examples, and those; `order(n)` is a shuffled range(n). Raises DataError for too few."""
     if count >= len(data.examples):
         raise DataError(
-            f"{count} pictures are to be held out, and there are {len(data.examples)}.", fix="Give a smaller --held-out."
+            f"{count} pictures are to be held out, and there are {len(data.examples)}.",
+            fix="Give a smaller --held-out.",
         )
     held = set(order(len(data.examples))[:count])
     kept = tuple(e for i, e in enumerate(data.examples) if i not in held)
