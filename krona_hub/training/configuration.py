@@ -94,7 +94,7 @@ def _value(kind: Kind, value: Any) -> Any:
     if type(value) is not kind.type:
         raise UsageError(f"{kind.name} = {value!r} is no {_word(kind.type)}.", fix=str(kind.metadata["help"]))
     if kind.choices and value not in kind.choices:
-        near = get_close_matches(value, kind.choices, n=1)
+        near = get_close_matches(str(value), kind.choices, n=1)
         fix = f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(kind.choices)}."
         raise UsageError(f"{kind.name} = {value!r} is no choice.", fix=fix)
     return _in_range(kind, value) if isinstance(value, NUMBERS) else value

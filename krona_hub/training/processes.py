@@ -32,8 +32,11 @@ class Noised(NamedTuple):
 class Process(Protocol):
     """A way from a picture to noise."""
 
-    prediction: str
-    sampling: str  # how u is drawn unless somebody asks otherwise
+    @property
+    def prediction(self) -> str: ...
+
+    @property
+    def sampling(self) -> str: ...  # how u is drawn unless somebody asks otherwise
 
     def noised(self, latents: Tensor, noise: Tensor, u: Tensor) -> Noised: ...
 
@@ -83,8 +86,8 @@ def diffusion_of(scheduler: Any) -> Diffusion:
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise UnsupportedError(f"krona does not train {prediction!r}.", fix="Use a base of epsilon or v_prediction.")
     own: Mapping[str, Any] = {k: v for k, v in config.items() if k in LEVELS}
-    alphas: Tensor = DDPMScheduler(**own).alphas_cumprod  # type: ignore[no-untyped-call]
-    return Diffusion(alphas.float(), prediction)
+    levels: Any = DDPMScheduler(**own)  # type: ignore[no-untyped-call]
+    return Diffusion(levels.alphas_cumprod.float(), prediction)
 
 
 LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")

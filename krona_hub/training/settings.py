@@ -3,6 +3,8 @@
 Torch-free.
 """
 
+# ruff: noqa: RUF009  `setting` makes a field, as dataclasses.field does
+
 from __future__ import annotations
 
 from collections.abc import Mapping

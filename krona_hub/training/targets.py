@@ -62,8 +62,8 @@ def plan_targets(base: Base, settings: TrainingSettings) -> tuple[Target, ...]:
         except ShapeError as error:
             problems[layer] = error
     if problems:
-        first, error = next(iter(problems.items()))
-        raise ShapeError(f"{len(problems)} of {len(layers)} layers do not fit; {first}: {error.cause}", fix=error.fix)
+        first, why = next(iter(problems.items()))
+        raise ShapeError(f"{len(problems)} of {len(layers)} layers do not fit; {first}: {why.cause}", fix=why.fix)
     return tuple(found)
 
 
