@@ -43,6 +43,10 @@ class Encoder:
     pictures: dict[tuple[str, Size, bool], Encoded] = field(default_factory=dict)
     texts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        config = self.pipe.vae.config  # the autoencoder itself may be gone when it is asked for
+        self.shift, self.factor = float(config.get("shift_factor") or 0.0), float(config["scaling_factor"])
+
     @property
     def keeps_texts(self) -> bool:
         """Whether embeddings can be kept: not where the text encoders are trained."""
@@ -81,9 +85,7 @@ class Encoder:
     def latents(self, encoded: Sequence[Encoded], draws: Sequence[torch.Generator]) -> Tensor:
         """(n, channels, height, width): a draw of each distribution, as the denoiser wants it."""
         drawn = [e.mean + e.std * torch.randn(e.mean.shape, generator=g) for e, g in zip(encoded, draws, strict=True)]
-        config = self.pipe.vae_config
-        shift = float(config.get("shift_factor") or 0.0)
-        return (torch.stack(drawn) - shift) * float(config["scaling_factor"])
+        return (torch.stack(drawn) - self.shift) * self.factor
 
     def fill(self, examples: Sequence[Example], sizes: Sequence[Size], captions: Iterable[str], told: Told) -> None:
         """Encode everything that the training will ask for, so that the encoders can go."""

@@ -27,7 +27,7 @@ class Machine:
 
     device: torch.device
     base_dtype: torch.dtype  # of the frozen weights
-    autocast: str  # "no", "bf16" or "fp16", as accelerate calls them
+    autocast: str  # "no" or "bf16", as accelerate calls them
 
     @property
     def is_gpu(self) -> bool:
@@ -42,7 +42,7 @@ def machine_for(settings: TrainingSettings) -> Machine:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     autocast = settings.mixed_precision
     if autocast == "auto":
-        autocast = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no") if device.type == "cuda" else "no"
+        autocast = "bf16" if dtype == "bfloat16" and device.type == "cuda" else "no"
     return Machine(device, getattr(torch, dtype), autocast)
 
 

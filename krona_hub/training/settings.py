@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 Rows = Literal["kron", "shuffled"]
-Mixed = Literal["auto", "no", "bf16", "fp16"]
+Mixed = Literal["auto", "no", "bf16"]
 TypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Quantised = Literal["none", "nf4", "int8", "int8-torchao"]
 TimestepSampling = Literal["auto", "uniform", "logit-normal"]
