@@ -24,7 +24,7 @@ rich_click.rich_click.COMMAND_GROUPS = {
     "krona": [
         {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate"]},
         {"name": "Adapters and models", "commands": ["merge", "unmerge", "extract", "verify"]},
-        {"name": "Before training", "commands": ["params", "formats"]},
+        {"name": "Training", "commands": ["train", "params", "formats"]},
         {"name": "Krona itself", "commands": ["demo", "completion"]},
     ]
 }
@@ -49,6 +49,7 @@ COMMANDS = {
     "verify": Entry(
         "krona_hub.cli.verify_command", "Compare: merged model and adapters, two adapters, adapter and base."
     ),
+    "train": Entry("krona_hub.cli.train_command", "Train a Kronecker adapter on pictures."),
     "params": Entry("krona_hub.cli.params_command", "Count an adapter's parameters before training it."),
     "formats": Entry("krona_hub.cli.formats_command", "List the formats, and which tools load them."),
     "demo": Entry("krona_hub.cli.demo_command", "Run the main job on an adapter that comes with krona, offline."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib.util import find_spec
 from math import isfinite
@@ -64,7 +65,13 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _beside(folder: Path, text: str) -> str:
     """A path relative to the file; a Hub id or a catalogue name, which is no path there, stays as it is."""
     candidate = folder / text
-    return str(candidate) if candidate.exists() and not Path(text).is_absolute() else text
+    return str(candidate) if text and candidate.exists() and not Path(text).is_absolute() else text
+
+
+def at_home(settings: TrainingSettings) -> TrainingSettings:
+    """With absolute paths: a run goes on from whatever folder it is called in. What is no path stays as it is."""
+    found = {name: value for name in PATHS if (value := getattr(settings, name)) and Path(value).expanduser().exists()}
+    return replace(settings, **{name: str(Path(value).expanduser().resolve()) for name, value in found.items()})
 
 
 def checked(values: Mapping[str, Any]) -> TrainingSettings:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,15 +69,38 @@ def open_base(settings: TrainingSettings, machine: Machine) -> Any:
     path = resolve_base(settings.base)
     if not path.exists():
         raise _no_base(settings.base)
-    pipe = _loaded(settings, path, machine)
-    for model in models_of(pipe).values():
-        model.requires_grad_(False).eval()
-        if not getattr(model, "is_quantized", False):
-            model.to(machine.device)
-    if getattr(pipe, "vae", None) is not None:
-        pipe.vae.to(torch.float32)
+    with _quiet():
+        pipe = _loaded(settings, path, machine)
+        for model in models_of(pipe).values():
+            model.requires_grad_(False).eval()
+            if not getattr(model, "is_quantized", False):
+                model.to(machine.device)
+        if getattr(pipe, "vae", None) is not None:
+            pipe.vae.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars, the warnings and the chatter of diffusers and transformers."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    logs: tuple[Any, ...] = (diffusers_log, transformers_log)
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    try:
+        for log in logs:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level, bar in before:
+            log.set_verbosity(level)
+            if bar:
+                log.enable_progress_bar()
 
 
 def _no_base(source: str) -> KronaError:
@@ -91,9 +117,7 @@ def _no_base(source: str) -> KronaError:
 
 def _loaded(settings: TrainingSettings, path: Any, machine: Machine) -> Any:
     import diffusers
-    from diffusers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     how: dict[str, Any] = {"torch_dtype": machine.base_dtype, "local_files_only": True, **_quantised(settings)}
     try:
         if path.is_file():

@@ -20,7 +20,7 @@ from krona_hub.formats.files import read
 from krona_hub.formats.writing import write
 from krona_hub.layers import attach, branches_of
 from krona_hub.training.batches import Batches
-from krona_hub.training.configuration import ECHO, checked, read_toml, settings_of, to_toml
+from krona_hub.training.configuration import ECHO, at_home, checked, read_toml, settings_of, to_toml
 from krona_hub.training.encoding import Encoder, Source
 from krona_hub.training.families import ModelFamily, family_of
 from krona_hub.training.loop import (
@@ -153,10 +153,10 @@ def _seconds_per_step(settings: TrainingSettings) -> float:
 
 def _settings(given: Any, preset: str | None, more: Mapping[str, Any]) -> TrainingSettings:
     if isinstance(given, TrainingSettings):
-        return checked({**given.named, **more})
+        return at_home(checked({**given.named, **more}))
     if isinstance(given, str | Path):
-        return settings_of(more, file=given, preset=preset)
-    return settings_of({**(given or {}), **more}, preset=preset)
+        return at_home(settings_of(more, file=given, preset=preset))
+    return at_home(settings_of({**(given or {}), **more}, preset=preset))
 
 
 def resumed_settings(run: str | Path, given: Mapping[str, Any]) -> TrainingSettings:

@@ -131,7 +131,7 @@ def _automatic(layers: Mapping[str, Module], settings: TrainingSettings, spent: 
 
 
 def _best_within(size: tuple[int, int], parameters: float, settings: TrainingSettings) -> KronShape:
-    """The split of the highest rank that so many parameters allow; of several the one of the least work."""
+    """The split of the highest rank that so many parameters allow; of several the one that uses most of them."""
     possible = [s for s in choices(*size) if settings.terms <= s.max_terms]
     costs = {s: _form_parameters(s, settings) for s in possible}
     fitting = [s for s in possible if costs[s] <= parameters]
@@ -141,7 +141,7 @@ def _best_within(size: tuple[int, int], parameters: float, settings: TrainingSet
             f"budget is {max(0, int(parameters)):,}.",
             fix="Give a larger --budget, fewer --targets or fewer --terms.",
         )
-    return min(fitting, key=lambda s: (-highest_rank(s, settings.terms, settings.rank), work(s), s))
+    return min(fitting, key=lambda s: (-highest_rank(s, settings.terms, settings.rank), -costs[s], work(s), s))
 
 
 def _form_parameters(shape: KronShape, settings: TrainingSettings) -> int:

@@ -1,0 +1,55 @@
+"""Whole tiny pipelines, with tokenizers and autoencoders, saved as diffusers folders: what a training starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from tests import tiny
+
+LENGTH = 16  # tokens
+
+
+def clip_tokenizer(folder: Path):
+    """Every letter is a token; two vectors of the text encoders are for start and end."""
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = {mark: i for i, mark in enumerate([*letters, *(f"{c}</w>" for c in letters)])}
+    vocabulary |= {"<|startoftext|>": 62, "<|endoftext|>": 63}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    about = {
+        "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>", "tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def t5(width: int = 24):
+    """A T5 encoder and a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "photo": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    torch.manual_seed(7)
+    config = T5Config(vocab_size=8, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return T5EncoderModel(config).eval(), tokenizer
+
+
+def save_base(kind: str, folder: Path) -> Path:
+    """A pipeline of that kind, with everything a prompt needs."""
+    pipe = getattr(tiny, kind)()
+    more = {"tokenizer": clip_tokenizer(folder / "words")}
+    if kind in ("sdxl", "sd3"):
+        more["tokenizer_2"] = more["tokenizer"]
+    if kind == "flux":
+        more["text_encoder_2"], more["tokenizer_2"] = t5()
+    type(pipe)(**{**pipe.components, **more}).save_pretrained(folder / kind)
+    return folder / kind
