@@ -43,13 +43,40 @@ def t5(width: int = 24):
     return T5EncoderModel(config).eval(), tokenizer
 
 
+def _flux():
+    """One double and one single block over 2×2 patches of four channels."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(7)
+    return FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=24, pooled_projection_dim=24, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
+    )  # fmt: skip
+
+
+def _sd3():
+    """As wide as both CLIPs side by side."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(7)
+    return SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=32,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+
+
 def save_base(kind: str, folder: Path) -> Path:
     """A pipeline of that kind, with everything a prompt needs."""
     pipe = getattr(tiny, kind)()
     more = {"tokenizer": clip_tokenizer(folder / "words")}
     if kind in ("sdxl", "sd3"):
         more["tokenizer_2"] = more["tokenizer"]
+    if kind == "sd3":
+        more["text_encoder_3"], more["tokenizer_3"] = t5(48)
+        more["transformer"] = _sd3()
     if kind == "flux":
         more["text_encoder_2"], more["tokenizer_2"] = t5()
+        more["transformer"] = _flux()
     type(pipe)(**{**pipe.components, **more}).save_pretrained(folder / kind)
     return folder / kind
