@@ -73,7 +73,12 @@ def _panels() -> dict[str, list[str]]:
 @_setting_options
 @click.option("--shapes", multiple=True, metavar="REGEX=a1xa2", help="The shape of the modules that REGEX finds.")
 def command(
-    config: str | None, preset: str | None, resume_from: str | None, check: bool, num_processes: int | None, **flags: Any
+    config: str | None,
+    preset: str | None,
+    resume_from: str | None,
+    check: bool,
+    num_processes: int | None,
+    **flags: Any,
 ) -> None:
     """Train a Kronecker adapter of a base model on a folder of pictures.
 
@@ -83,7 +88,7 @@ def command(
     given = _given(flags)
     if num_processes and num_processes > 1 and WORLD not in os.environ:
         sys.stdout.flush()
-        raise SystemExit(_launch(num_processes, given.get("device")))
+        raise SystemExit(_launch(num_processes))
     if check:
         _check(config, preset, given)
     else:
@@ -105,14 +110,14 @@ def _pair(text: str) -> tuple[str, str]:
     return pattern, shape
 
 
-def _launch(processes: int, device: str | None) -> int:
-    """The same command line in several processes, started by accelerate; the status of the first that fails."""
+def _launch(processes: int) -> int:
+    """The same command line in several processes, started by torchrun; its status.
+
+    `accelerate launch` starts a single process on a CPU, whatever number it is given.
+    """
     rest = _without(sys.argv[1:], "--num-processes")
-    where = ["--cpu"] if device == "cpu" else []
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    several = [] if device == "cpu" else ["--multi_gpu"]
-    plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return subprocess.run([*launcher, *plain, *where, *several, "-m", "krona_hub.cli", *rest], check=False).returncode
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run([*launcher, "-m", "krona_hub.cli", *rest], check=False).returncode
 
 
 def _without(arguments: list[str], option: str) -> list[str]:

@@ -71,7 +71,8 @@ def _beside(folder: Path, text: str) -> str:
 def at_home(settings: TrainingSettings) -> TrainingSettings:
     """With absolute paths: a run goes on from whatever folder it is called in. What is no path stays as it is."""
     found = {name: value for name in PATHS if (value := getattr(settings, name)) and Path(value).expanduser().exists()}
-    return replace(settings, **{name: str(Path(value).expanduser().resolve()) for name, value in found.items()})
+    whole: dict[str, Any] = {name: str(Path(value).expanduser().resolve()) for name, value in found.items()}
+    return replace(settings, **whole)
 
 
 def checked(values: Mapping[str, Any]) -> TrainingSettings:

@@ -133,7 +133,9 @@ class Source:
         flips = [drawn_flip(settings, step, i) for i in samples]
         encoded = [self.encoder.picture(self.examples[e], self.sizes[e], f) for e, f in zip(chosen, flips, strict=True)]
         latents = self.encoder.latents(encoded, [generator(settings.seed, "latent", step, i) for i in samples])
-        texts = [drawn_caption(self.examples[e].caption, settings, step, i) for e, i in zip(chosen, samples, strict=True)]
+        texts = [
+            drawn_caption(self.examples[e].caption, settings, step, i) for e, i in zip(chosen, samples, strict=True)
+        ]
         return latents, {**self.encoder.text(texts), **_stacked(encoded)}
 
     def fixed(self, chosen: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -137,7 +136,7 @@ def _shared(training: Training, loss: float, stop: bool) -> tuple[float, bool]:
         return loss, stop
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in training.parameters]
     flat = torch.cat([*(g.flatten() for g in grads), torch.tensor([loss, float(stop)]).to(grads[0])])
-    flat = training.accelerator.reduce(flat, "mean")  # type: ignore[assignment]
+    flat = training.accelerator.reduce(flat, "mean")
     pieces = flat[:-2].split([p.numel() for p in training.parameters])
     for parameter, piece in zip(training.parameters, pieces, strict=True):
         parameter.grad = piece.reshape(parameter.shape)
@@ -212,9 +211,9 @@ def _watch(training: Training) -> None:
     with as_handed_out(training):
         if training.is_main and s.validate_every and (last or step == 0 or _due(step, s.validate_every)):
             training.metrics.add(step, validation_loss=validate(training))
-        if training.is_main and s.sample_every and training.sample is not None:
-            if last or step == 0 or _due(step, s.sample_every):
-                training.sample(step)
+        wanted = s.sample_every and (last or step == 0 or _due(step, s.sample_every))
+        if training.is_main and wanted and training.sample is not None:
+            training.sample(step)
     training.accelerator.wait_for_everyone()
 
 
@@ -230,7 +229,7 @@ def validate(training: Training) -> float:
     return sum(losses) / len(losses)
 
 
-class as_handed_out:  # noqa: N801  a context manager, named as it reads
+class as_handed_out:
     """The factors as the final adapter has them, while the block runs: averaged, where there is an average."""
 
     def __init__(self, training: Training) -> None:
@@ -294,4 +293,4 @@ def same_everywhere(training: Training) -> None:
     """The factors of the main process, in all: they start equal, unless a process read other numbers."""
     if training.accelerator.num_processes > 1:
         for parameter in training.parameters:
-            parameter.data.copy_(broadcast(parameter.data))  # type: ignore[no-untyped-call]
+            parameter.data.copy_(broadcast(parameter.data))

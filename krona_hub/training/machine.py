@@ -154,16 +154,16 @@ def _quantised(settings: TrainingSettings) -> dict[str, Any]:
             f"--quantize {settings.quantize} needs the package {package}, which is not installed.",
             fix=f"pip install {package}, or leave out --quantize.",
         )
-    import diffusers
+    from diffusers.quantizers import PipelineQuantizationConfig
 
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-    backends = {
+    backends: dict[str, tuple[str, dict[str, Any]]] = {
         "nf4": ("bitsandbytes_4bit", four),
         "int8": ("bitsandbytes_8bit", {"load_in_8bit": True}),
         "int8-torchao": ("torchao", {"quant_type": "int8wo"}),
     }
     backend, arguments = backends[settings.quantize]
-    config = diffusers.PipelineQuantizationConfig(
+    config = PipelineQuantizationConfig(
         quant_backend=backend, quant_kwargs=arguments, components_to_quantize=["unet", "transformer"]
     )
     return {"quantization_config": config}

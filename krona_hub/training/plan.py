@@ -78,7 +78,9 @@ def read_pictures(pipe: Any, family: ModelFamily, settings: TrainingSettings) ->
     resolution = settings.resolution or own_resolution(pipe, family)
     multiple = size_multiple(pipe, family)
     if resolution < multiple:
-        raise UsageError(f"{resolution} pixels are too few for this base.", fix=f"Give --resolution {multiple} or more.")
+        raise UsageError(
+            f"{resolution} pixels are too few for this base.", fix=f"Give --resolution {multiple} or more."
+        )
     sizes = sizes_for(data.examples, resolution, multiple, settings.buckets)
     return Pictures(data, validation, prior, resolution, sizes, multiple)
 
@@ -122,7 +124,7 @@ def memory_of(base: Base, pipe: Any, targets: tuple[Target, ...], settings: Trai
         others = [m for m in pipe.components.values() if hasattr(m, "parameters") and m is not denoiser]
         weights += sum(p.numel() * p.element_size() for m in others for p in m.parameters())
     copies = ADAM + (1 if settings.ema else 0)
-    return weights + FLOAT * copies * sum(t.parameters for t in targets)
+    return int(weights + FLOAT * copies * sum(t.parameters for t in targets))
 
 
 def forms_of(targets: tuple[Target, ...]) -> tuple[tuple[str, int], ...]:

@@ -27,8 +27,7 @@ def trained_adapter(pipe: Any, base: Base, settings: TrainingSettings, facts: di
         licence=settings.licence,
         trigger_words=words,
     )
-    family = base.family if base.family == base.name or base.hub_id else base.family
-    model = BaseModel(family, base.hub_id, None, base.fingerprint, base.candidates)
+    model = BaseModel(base.family, base.hub_id, None, base.fingerprint, base.candidates)
     return replace(adapter, base=model, provenance=origin)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from krona_hub.adapter import Adapter
 from krona_hub.bases.base import Base
@@ -23,6 +24,7 @@ from krona_hub.training.batches import Batches
 from krona_hub.training.configuration import ECHO, at_home, checked, read_toml, settings_of, to_toml
 from krona_hub.training.encoding import Encoder, Source
 from krona_hub.training.families import ModelFamily, family_of
+from krona_hub.training.interruptions import Stop
 from krona_hub.training.loop import (
     Progress,
     Training,
@@ -33,7 +35,6 @@ from krona_hub.training.loop import (
     run_loop,
     same_everywhere,
 )
-from krona_hub.training.interruptions import Stop
 from krona_hub.training.machine import Machine, machine_for, open_base, trained_base
 from krona_hub.training.metrics import Metrics, read_metrics, series
 from krona_hub.training.objective import Objective
@@ -117,7 +118,7 @@ def check_training(
     timed: bool = False,
     **given: Any,
 ) -> TrainingPlan:
-    """Everything that can be known before: data, base, shapes, memory; with `timed`, by one step that is thrown away."""
+    """Everything that can be known before: data, base, shapes, memory; with `timed`, by steps that are thrown away."""
     wanted = _settings(settings, preset, given)
     check_settings(wanted)
     machine = machine_for(wanted)
@@ -213,7 +214,7 @@ def _prepared(settings: TrainingSettings, run: Path, encoding: Encoding) -> tupl
             encoder.fill(each.examples, each.sizes, each.captions(settings), encoding)
     encoder.free(keep_vae=told is not None)
     attach(pipe, start, trainable=True)
-    parameters = [p for branch in branches_of(pipe) for p in branch.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for branch in branches_of(pipe) for p in branch.parameters() if p.requires_grad]
     model = _denoiser(pipe, family, settings, machine)
     objective = Objective(model, family, family.process(pipe.scheduler), settings, machine.device, machine.base_dtype)
     training = Training(
@@ -256,9 +257,7 @@ def _beside(encoder: Encoder, pictures: Pictures, examples: Any, settings: Train
 
 
 def _batches(settings: TrainingSettings, source: Source, accelerator: Accelerator) -> Batches:
-    return Batches(
-        source.sizes, settings.batch_size, settings.accumulation, accelerator.num_processes, settings.seed
-    )
+    return Batches(source.sizes, settings.batch_size, settings.accumulation, accelerator.num_processes, settings.seed)
 
 
 def _sample_prompts(settings: TrainingSettings) -> tuple[str, ...]:
@@ -291,14 +290,15 @@ def _fingerprint(settings: TrainingSettings, pictures: Pictures) -> str:
 
 def _finished(training: Training, session: _Session) -> TrainingReport:
     settings, run = training.settings, training.run
-    adapter_file, exports = run / ADAPTER, ()
+    adapter_file = run / ADAPTER
+    exports: tuple[Path, ...] = ()
     with as_handed_out(training):
         adapter = trained_adapter(session.pipe, session.base, settings, session.facts)
     rows = read_metrics(run)
     smooth = series(rows, "smooth_loss")
     if training.is_main:
         write(adapter, adapter_file, overwrite=True, base=session.base)
-        exports = tuple(_export(adapter, run, name, session.base) for name in settings.export)
+        exports = tuple(_export(adapter, settings, name, session.base) for name in settings.export)
     report = TrainingReport(
         run, adapter_file, exports, run / "report.html", training.step, len(adapter.layers), adapter.parameters,
         smooth[0][1] if smooth else None, smooth[-1][1] if smooth else None,
@@ -313,13 +313,14 @@ def _finished(training: Training, session: _Session) -> TrainingReport:
 NAMES = {"lora": "kohya-lora", "lycoris": "lycoris-lokr", "lokr": "lycoris-lokr"}
 
 
-def _export(adapter: Adapter, run: Path, name: str, base: Base) -> Path:
+def _export(adapter: Adapter, settings: TrainingSettings, name: str, base: Base) -> Path:
     """The same adapter in another format, beside it."""
+    run = Path(settings.output)
     path = run / f"adapter.{name}.safetensors"
     if name == "lora":
         from krona_hub.conversion import convert
 
-        convert(run / ADAPTER, path, to="lora", exact=True, base=base, overwrite=True)
+        convert(run / ADAPTER, path, to="lora", exact=True, base=settings.base, overwrite=True)
     else:
         write(adapter, path, format=NAMES.get(name, name), base=base, overwrite=True)
     return path

@@ -1,0 +1,51 @@
+"""Trainings in processes of their own: two that must equal one, and one that is killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from krona_hub import read
+from krona_hub.training.metrics import read_metrics
+from krona_hub.training.runs import train
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+PATIENCE = 300  # seconds until a hanging process is given up
+
+
+def command(settings, *more):
+    flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return [sys.executable, "-m", "krona_hub.cli", "train", *flags, *more]
+
+
+def test_two_processes_give_the_result_of_one_at_the_same_global_batch(quick, tmp_path):
+    quick |= {"steps": 20, "learning_rate": 0.01}
+    alone = train(quick, batch_size=4, output=str(tmp_path / "one"))
+    line = command(quick | {"batch_size": 2}, "--num-processes", "2", "-q")
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read(Path(run) / "adapter.safetensors", base=quick["base"]) for run in (alone.run, quick["output"]))
+    for layer, delta in one.layers.items():
+        for a, b in zip(delta.tensors, two[layer].tensors, strict=True):
+            assert float((a - b).norm()) <= 1e-5 * float(a.norm())
+
+
+def test_a_killed_training_goes_on_to_the_same_bytes(quick, tmp_path):
+    quick |= {"steps": 40, "checkpoint_every": 3, "ema": 0.9, "caption_dropout": 0.2}
+    whole = train(quick, output=str(tmp_path / "whole")).adapter.read_bytes()
+    run, last = Path(quick["output"]), random.Random(os.getpid()).randint(4, 30)
+    process = subprocess.Popen(command(quick, "-q"), env=ENVIRONMENT)
+    started = time.monotonic()
+    while len(read_metrics(run)) < last and process.poll() is None and time.monotonic() - started < PATIENCE:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the training was over before it was killed"
+    assert not (run / "adapter.safetensors").exists()
+    assert train(resume_from=run).adapter.read_bytes() == whole, f"killed after step {last}"
