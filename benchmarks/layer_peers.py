@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from krona_hub import KronLinear
 
 DENSE = 100_000  # a rank so high that PEFT and LyCORIS keep w2 whole
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def krona(layer: nn.Linear, shape: tuple[int, int]) -> nn.Module:
@@ -78,3 +79,16 @@ def check_equal_parameters(out: int, in_: int) -> int:
     """The parameters that all ways of SAME_SPLIT have."""
     (count,) = {trainable(build(way, out, in_)) for way in SAME_SPLIT}
     return count
+
+
+def targets(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in list(model.named_modules()):
+        if name.endswith(ATTENTION) and isinstance(module, nn.Linear):
+            yield name, module
+
+
+def adapt(model: nn.Module, way: str) -> None:
+    """Adapters of this kind on every attention of a diffusers model, ready to train."""
+    for name, module in targets(model):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, WAYS[way](module))

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -145,6 +146,7 @@ to_option = click.option(
 )
 threads_option = click.option("--threads", type=click.IntRange(1, 64), default=2, metavar="N", help="Threads [2].")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Do everything but write.")
+open_option = click.option("--open", "show_grid", is_flag=True, help="Open the grid in the system's viewer.")
 
 
 # --- printing --------------------------------------------------------------------------------------------------------
@@ -171,6 +173,12 @@ def announce(*sources: str | None) -> None:
     for source in sources:
         if source is not None and is_remote(source):
             say(f"{source} is no path here: asking the Hugging Face Hub.")
+
+
+def open_file(path: Path) -> None:
+    """Show a file in the viewer that the system has for it."""
+    if click.launch(str(path)) != 0:
+        say(f"no viewer was found here; the picture is {path}.")
 
 
 def show_text(text: str = "", style: str = "") -> None:

@@ -25,6 +25,7 @@ rich_click.rich_click.COMMAND_GROUPS = {
         {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate"]},
         {"name": "Adapters and models", "commands": ["merge", "unmerge", "extract", "verify"]},
         {"name": "Training", "commands": ["train", "params", "formats"]},
+        {"name": "Pictures", "commands": ["generate"]},
         {"name": "Krona itself", "commands": ["demo", "completion"]},
     ]
 }
@@ -50,6 +51,7 @@ COMMANDS = {
         "krona_hub.cli.verify_command", "Compare: merged model and adapters, two adapters, adapter and base."
     ),
     "train": Entry("krona_hub.cli.train_command", "Train a Kronecker adapter on pictures."),
+    "generate": Entry("krona_hub.cli.generate_command", "Draw pictures with a base and adapters, side by side."),
     "params": Entry("krona_hub.cli.params_command", "Count an adapter's parameters before training it."),
     "formats": Entry("krona_hub.cli.formats_command", "List the formats, and which tools load them."),
     "demo": Entry("krona_hub.cli.demo_command", "Run the main job on an adapter that comes with krona, offline."),

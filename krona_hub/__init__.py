@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from krona_hub.extraction import extract as extract
     from krona_hub.formats.files import read as read
     from krona_hub.formats.writing import write as write
+    from krona_hub.images import generate as generate
     from krona_hub.kron.shapes import KronShape as KronShape
     from krona_hub.kron.terms import KronTerms as KronTerms
     from krona_hub.kron.terms import nearest_kron as nearest_kron
@@ -50,6 +51,7 @@ PUBLIC = {  # name -> the module that defines it
     "combine": "krona_hub.combining",
     "verify": "krona_hub.verification",
     "train": "krona_hub.training.runs",
+    "generate": "krona_hub.images",
     "attach": "krona_hub.layers",
     "detach": "krona_hub.layers",
     "fuse": "krona_hub.layers",

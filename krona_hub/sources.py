@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
+from krona_hub.bases.shipped import folder_of
 from krona_hub.errors import AmbiguousError, AuthError, KronaError, NotFoundError, OfflineError
 
 HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>.+))?$")
@@ -144,11 +145,11 @@ def resolve_base(source: str | Path) -> Path:
 
     Of a repository the safetensors, configurations and tokenizers are downloaded, into the Hub's own cache; of a
     pipeline not the whole model in one file that often lies beside its components. Raises NotFoundError, AuthError or
-    OfflineError with the fix for each; catalogue names are no weights, and not found here.
+    OfflineError with the fix for each; catalogue names are no weights, and not found here, but for the base that ships.
     """
     hub_id = _remote(source)
     if hub_id is None:
-        return Path(source).expanduser()
+        return folder_of(Path(source).expanduser())
     if hub_id.file is not None and hub_id.file.endswith(WEIGHTS):
         return _download(hub_id)
     with _hub_errors(hub_id):

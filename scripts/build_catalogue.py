@@ -4,7 +4,7 @@
 
 The folder holds one JSON per component (class, configuration, source); without an argument it is `bases` in the
 folder that KRONA_SHARED names, or in `shared` beside the project. Each model is built on torch's meta device, so no
-weights are needed.
+weights are needed. The base that ships in the package is added from `tiny_scenes/models.py`.
 """
 
 import json
@@ -12,11 +12,13 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from krona_hub.bases.meta import build, modules_of
 from krona_hub.bases.patterns import encode
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 SHARED = Path(os.environ.get("KRONA_SHARED", ROOT.parent / "shared"))
 OUT = ROOT / "krona_hub/bases/catalogue"
 CONFIG_STATUS = {
@@ -29,6 +31,7 @@ CONFIG_STATUS = {
     "recalled, total verified": "R",
     "recalled, not verified": "R",
     "class defaults": "D",
+    "of this package": "F",
 }
 TOTAL_STATUS = {  # where the total is not W: the same number beside the named model in a public source
     **dict.fromkeys(("sd21-base.unet", "sd21.unet", "sdxl-refiner.unet", "pixart-sigma-xl.transformer"), "A"),
@@ -42,9 +45,42 @@ TOTAL_STATUS = {  # where the total is not W: the same number beside the named m
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else SHARED / "bases"
     OUT.mkdir(exist_ok=True)
-    for path in sorted(folder.glob("*.json")):
-        entry = catalogue_entry(json.loads(path.read_text("utf-8")))
+    published = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    for entry in map(catalogue_entry, [*published, *shipped()]):
         OUT.joinpath(f"{entry['component']}.json").write_text(compact(entry), "utf-8")
+
+
+def shipped() -> list[dict]:
+    """The denoiser and the text encoder of tiny-scenes, as one published configuration each."""
+    from scripts.tiny_scenes import models
+
+    return [
+        _own("tiny-scenes.text", "transformers", models.text_encoder()),
+        _own("tiny-scenes.unet", "diffusers", models.unet()),
+    ]
+
+
+def _own(name: str, library: str, model: Any) -> dict:
+    config = {key: value for key, value in _saved_config(model).items() if _tells(key, value)}
+    return {
+        "base": name,
+        "library": library,
+        "class": type(model).__name__,
+        "config": config,
+        "config_status": "of this package",
+        "source": "assets/tiny-scenes of this package",
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "persistent_buffers": 0,
+    }
+
+
+def _tells(key: str, value: Any) -> bool:
+    return value is not None and not key.startswith("_") and key != "transformers_version"
+
+
+def _saved_config(model: Any) -> dict:
+    """The configuration: of diffusers as it is, of transformers what differs from the defaults."""
+    return model.config.to_diff_dict() if hasattr(model.config, "to_diff_dict") else dict(model.config)
 
 
 def catalogue_entry(source: dict) -> dict:

@@ -101,6 +101,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/errors.md": errors_page,
     "README.md": lambda: with_blocks_filled("README.md"),
     "docs/merging.md": lambda: with_blocks_filled("docs/merging.md"),
+    "docs/generate.md": lambda: with_blocks_filled("docs/generate.md"),
 }
 
 

@@ -16,7 +16,7 @@ def test_a_generated_page_is_up_to_date(page, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/merging.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/merging.md", "docs/generate.md"])
 def test_a_page_shows_what_the_commands_print(page):
     assert comparable((ROOT / page).read_text()) == comparable(PAGES[page]()), "run: python -m scripts.make_docs"
 

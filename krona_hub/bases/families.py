@@ -27,6 +27,7 @@ UMT5 = {"text_encoder": "umt5-xxl.text"}
 GEMMA = {"text_encoder": "gemma2-2b.text"}
 QWEN3_4B = {"text_encoder": "qwen3-4b.text"}
 QWEN3_8B = {"text_encoder": "qwen3-8b.text"}
+TINY_TEXT = {"text_encoder": "tiny-scenes.text"}
 HIDREAM_TEXT = SD3_TEXT | {"text_encoder_4": "llama31-8b.text"}
 
 
@@ -115,6 +116,7 @@ FAMILIES: Mapping[str, Family] = {
     "auraflow": Family(
         "AuraFlow v0.3", _dit("auraflow", {"text_encoder": "pile-t5-xl.text"}), ("fal/AuraFlow-v0.3", "fal/AuraFlow")
     ),
+    "tiny-scenes": Family("tiny-scenes, the small base of this package", _unet("tiny-scenes", TINY_TEXT)),
 }
 
 ALIASES: Mapping[str, str] = {  # other spellings that people use

@@ -16,6 +16,7 @@ from krona_hub.bases import catalogue, detect, ldm, prefixes
 from krona_hub.bases.base import COMPONENTS, Base, Module, Placement
 from krona_hub.bases.meta import modules_of
 from krona_hub.bases.names import table
+from krona_hub.bases.shipped import folder_of
 from krona_hub.bases.weights import Stored, WeightPlace, files_of, modules_in, read, stored_in, weights_by_module
 from krona_hub.errors import FormatError, NotFoundError, UnknownBaseError
 
@@ -50,11 +51,11 @@ def load_base(source: str | Path) -> Base:
 
 
 def weight_files(source: str | Path) -> dict[str, WeightPlace]:
-    """Canonical layer -> where its base weight lies; {} for a catalogue name or a folder without weights.
+    """Canonical layer -> where its base weight lies; {} for the name of a base that does not ship, or without weights.
 
     `read(place)` gives the tensor itself.
     """
-    path = Path(source)
+    path = folder_of(source)
     if path.is_dir():
         return {
             layer: w

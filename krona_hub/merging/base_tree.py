@@ -12,6 +12,7 @@ from typing import Any
 from krona_hub.bases import catalogue
 from krona_hub.bases.base import Base
 from krona_hub.bases.locate import component_folders, load_base, open_checkpoint, plainly_placed, weight_files
+from krona_hub.bases.shipped import folder_of
 from krona_hub.bases.weights import WeightPlace, indices_of, sets_of, stored_in
 from krona_hub.checkpoints.header import FLOATS, Header, read_header
 from krona_hub.errors import (
@@ -90,7 +91,7 @@ def open_tree(base: str | Path) -> BaseTree:
     quantised weights, PickleError where there are only pickles, IncompleteError for missing shards, StructureError for
     an index that does not tell the truth.
     """
-    root = Path(base)
+    root = folder_of(base)
     if not root.exists():
         raise _no_weights(str(base))
     if not root.is_dir():

@@ -35,8 +35,8 @@ def test_the_catalogue_covers_every_published_configuration():
         data = json.loads(path.read_text())
         configurations[data["base"]] = (data["config"], data["total_parameters"], data["class"])
     ours = {n: (dict(c.config), c.total_parameters, c.class_name) for n in CATALOGUE for c in [catalogue.component(n)]}
-    assert ours == configurations
-    assert len(ours) == 36
+    assert {n: facts for n, facts in ours.items() if not n.startswith("tiny-scenes.")} == configurations
+    assert len(configurations) == 36
 
 
 def test_every_component_belongs_to_a_base_and_every_base_is_whole():
@@ -67,7 +67,7 @@ def test_statuses_are_known_words():
 def test_the_catalogue_is_small():
     folder = files("krona_hub.bases").joinpath("catalogue")
     assert sum(len(f.read_bytes()) for f in folder.iterdir()) < 110_000
-    assert sum(len(catalogue.component(name).modules) for name in CATALOGUE) == 12_122
+    assert sum(len(catalogue.component(name).modules) for name in CATALOGUE) == 12_217
 
 
 def test_a_name_that_is_none_gets_the_nearest():

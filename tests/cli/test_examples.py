@@ -173,6 +173,30 @@ FIT_CHECK = obj(
     coverage=each(many(COUNT, 2)),
     fits_instead=many(TEXT),
 )
+USED = obj(name=TEXT, source=TEXT, weight=NUMBER, sha256=TEXT)
+PICTURE = obj(file=TEXT, prompt=TEXT, seed=COUNT, column=TEXT, base=TEXT, adapters={"type": "object"}, pixels=TEXT)
+RECORD = obj(
+    krona_generate=COUNT,
+    base=obj(source=TEXT, pipeline=MAYBE_TEXT, fingerprint=MAYBE_TEXT, digest=TEXT, files={"type": "object"}),
+    adapters=many(USED),
+    prompts=many(TEXT, 1),
+    negative=MAYBE_TEXT,
+    seed=COUNT,
+    device=TEXT,
+    dtype=TEXT,
+    versions=each(MAYBE_TEXT),
+)
+GENERATION = obj(
+    out=TEXT,
+    pictures=many(PICTURE, 1),
+    columns=many(TEXT, 1),
+    rows=COUNT,
+    grid=MAYBE_TEXT,
+    record=RECORD,
+    seconds=NUMBER,
+    written=FLAG,
+    notes=many(TEXT),
+)
 SHAPES = {
     "inspect lora.safetensors": INSPECTION,
     "inspect krona.safetensors --sha256": INSPECTION,
@@ -189,6 +213,7 @@ SHAPES = {
     "verify merged --base base --adapter lora.safetensors:0.8": MERGE_CHECK,
     "verify lokr.safetensors krona.safetensors": DELTA_CHECK,
     "verify lokr.safetensors --base sd15": FIT_CHECK,
+    "generate base --prompt x --adapter lora.safetensors --strengths 0,1 --dry-run": GENERATION,
     "migrate krona.safetensors --to 1.0 -o same.safetensors": obj(**{"path": TEXT, "from": TEXT, "to": TEXT}),
     "params --base sdxl --shape 64x8 --rank 4": {"type": "object"},
     "formats": obj(

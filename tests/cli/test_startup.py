@@ -30,6 +30,8 @@ LIGHT = [
     "verify lokr.safetensors --base sd15",
     "verify lokr.safetensors --base base",
     "params --base sdxl --shape 64x8 --rank 4",
+    "generate --help",
+    "generate base --prompt x --adapter lora.safetensors:0.8 --adapter lokr.safetensors --dry-run",
 ]
 
 
@@ -65,6 +67,20 @@ MISTAKES = {  # what is wrong with a command line is told before torch is import
     "merge base nothing.safetensors -o new": "KH190",
     "merge base krona.safetensors -o new": "KH160",
     "merge base lora.safetensors -o merged": "KH170",
+    "generate base": "KH101",
+    "generate --prompt x": "KH101",
+    "generate base --prompt x --scheduler eular": "KH101",
+    "generate base --prompt x --size 100x100": "KH101",
+    "generate base --prompt x --device gpu": "KH101",
+    "generate base --prompt x --strengths 0,1": "KH101",
+    "generate base --prompt x --strengths some": "KH101",
+    "generate base --prompt x --set clip_skip": "KH101",
+    "generate base --prompt x --adapter nothing.safetensors": "KH190",
+    "generate base --prompt x -o merged": "KH170",
+    "generate nothing --prompt x": "KH190",
+    "generate sd15 --prompt x": "KH161",
+    "generate lora.safetensors --prompt x": "KH161",
+    "generate --again blocks.txt": "KH120",
     "convert lora.safetensors -o no/where.safetensors": "KH190",
 }
 

@@ -1,0 +1,225 @@
+"""What will be made, and of which files: looked up before torch is imported, so that mistakes are told at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from krona_hub.bases import catalogue
+from krona_hub.bases.locate import load_base
+from krona_hub.checkpoints.digest import file_sha256
+from krona_hub.checkpoints.header import read_header
+from krona_hub.errors import FormatError, IncompleteError, KronaError, NotFoundError, UnknownBaseError, UsageError
+from krona_hub.formats.describe import Description, describe
+from krona_hub.images.asked import Asked
+from krona_hub.images.columns import Column, Row, columns_of, names_of, rows_of
+from krona_hub.sources import PIPELINE, WEIGHTS, resolve, resolve_base
+
+PREFERRED = {"tiny-scenes": (20, 3.0), "flux1-schnell": (4, 0.0)}  # family -> steps and guidance that suit it
+
+SINGLE_FILES: Mapping[str, str] = {  # start of a family's name -> the pipeline for its checkpoints in one file
+    "sd15": "StableDiffusionPipeline", "sd21": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline", "flux1": "FluxPipeline", "flux2-klein": "Flux2KleinPipeline",
+    "flux2": "Flux2Pipeline", "chroma": "ChromaPipeline", "z-image": "ZImagePipeline",
+    "qwen-image": "QwenImagePipeline", "lumina2": "Lumina2Pipeline", "auraflow": "AuraFlowPipeline",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """A base with its weights."""
+
+    source: str  # as it was given
+    path: Path  # a diffusers folder or a checkpoint file
+    pipeline: str | None  # class of diffusers; None: a single file's, which --config says
+    family: str | None  # name in the catalogue
+    fingerprint: str | None  # sha256 of its layers' names and shapes
+
+    @property
+    def preferred(self) -> tuple[int | None, float | None]:
+        """Steps and guidance where none are given; None: what the pipeline of diffusers prefers."""
+        return PREFERRED.get(self.family or "", (None, None))
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """An adapter that will be loaded."""
+
+    name: str  # in labels
+    source: str  # as it was given
+    path: Path
+    weight: float
+    format: str
+    sha256: str
+    trigger_words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pictures to make: every column in every row."""
+
+    asked: Asked
+    bases: tuple[BasePlan, ...]
+    adapters: tuple[AdapterPlan, ...]
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    def base(self, source: str) -> BasePlan:
+        return next(base for base in self.bases if base.source == source)
+
+    @property
+    def count(self) -> int:
+        return len(self.columns) * len(self.rows)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person may have forgotten."""
+        prompts = " ".join(self.asked.prompts).lower()
+        return tuple(
+            f"{adapter.name} was trained on the words {', '.join(adapter.trigger_words)!r}; no prompt has one of them."
+            for adapter in self.adapters
+            if adapter.trigger_words and not any(word.lower() in prompts for word in adapter.trigger_words)
+        )
+
+
+def make_plan(asked: Asked) -> Plan:
+    """Find and describe every file. Raises what `resolve_base`, `resolve` and `describe` raise."""
+    bases = tuple(_base(source, asked) for source in dict.fromkeys((asked.base, *asked.beside)))
+    names = names_of([source for source, _ in asked.adapters])
+    adapters = tuple(_adapter(n, s, w, asked.base) for n, (s, w) in zip(names, asked.adapters, strict=True))
+    return Plan(asked, bases, adapters, columns_of(asked, names), rows_of(asked))
+
+
+# ── bases ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _base(source: str, asked: Asked) -> BasePlan:
+    path = resolve_base(source)
+    if not path.exists():
+        raise _no_base(source)
+    if path.is_file():
+        read_header(path)  # refuses what is no safetensors: pickles are never opened
+    elif asked.variant:
+        _check_variant(path, asked.variant)
+    family, fingerprint = _identity(path)
+    if path.is_dir():
+        pipeline: str | None = _pipeline_class(path)
+    else:
+        pipeline = None if asked.config else _pipeline_for(source, family)
+    return BasePlan(source, path, pipeline, family, fingerprint)
+
+
+def _pipeline_for(source: str, family: str | None) -> str:
+    """The pipeline for a family's checkpoints in one file."""
+    for start, name in SINGLE_FILES.items():
+        if (family or "").startswith(start):
+            return name
+    raise UnknownBaseError(
+        f"{source} is no base that krona knows as a single file.",
+        fix="Give a diffusers folder, or --config FOLDER|ID: a diffusers pipeline of the same kind.",
+    )
+
+
+def _no_base(source: str) -> KronaError:
+    known = catalogue.find(source)
+    if known is None:
+        return NotFoundError(f"{source}: no such file or folder.", fix="Check the path; a Hub id is written ns/name.")
+    hub_id = catalogue.get(source).hub_id
+    where = f" or its Hub id, {hub_id}" if hub_id else ""
+    return UnknownBaseError(
+        f"{source} is the name of a base; here its weights are needed.",
+        fix=f"Give its diffusers folder, its checkpoint file{where}.",
+    )
+
+
+def _pipeline_class(folder: Path) -> str:
+    index = folder / PIPELINE
+    if not index.exists():
+        files = sorted(folder.glob(f"*{WEIGHTS}"))
+        fix = f"Give the file itself: {files[0]}." if files else "Give the folder above it."
+        raise UnknownBaseError(f"{folder} is no pipeline: it has no {PIPELINE}.", fix=fix)
+    try:
+        content: Any = json.loads(index.read_text("utf-8"))
+        name = str(content["_class_name"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{index} names no pipeline.", fix="Download it again.") from error
+    absent = [n for n, part in content.items() if isinstance(part, list) and any(part) and not (folder / n).is_dir()]
+    if absent:
+        raise IncompleteError(
+            f"{folder} lacks {', '.join(absent)}, which {name} needs.", fix="Download these folders as well."
+        )
+    return name
+
+
+def _check_variant(folder: Path, variant: str) -> None:
+    names = [path.name for path in folder.glob(f"*/*{WEIGHTS}")]
+    if any(f".{variant}." in name or f".{variant}-" in name for name in names):
+        return
+    there = sorted({name.split(".")[1].split("-")[0] for name in names if name.count(".") > 1})
+    fix = f"There is {' and '.join(there)}." if there else "Leave out --variant: this base has but one."
+    raise UsageError(f"{folder} has no variant {variant!r}.", fix=fix)
+
+
+def _identity(path: Path) -> tuple[str | None, str | None]:
+    """The catalogue's name of a base and its fingerprint; a base without adapters' layers has neither."""
+    try:
+        base = load_base(path)
+    except KronaError:
+        return None, None
+    return base.family, base.fingerprint
+
+
+# ── adapters ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _adapter(name: str, source: str, weight: float, base: str) -> AdapterPlan:
+    path = resolve(source)
+    about = _described(path, base)
+    return AdapterPlan(name, source, path, weight, about.format, adapter_sha256(path), about.trigger_words)
+
+
+def _described(path: Path, base: str) -> Description:
+    """By the base's own names; a base whose names are not known explains a file no better than its own words."""
+    try:
+        return describe(path, base=resolve_base(base))
+    except UnknownBaseError:
+        return describe(path)
+
+
+def adapter_sha256(path: Path) -> str:
+    """Of the file; of a folder, of the lines `sha256 name` of its weights and configurations."""
+    if path.is_file():
+        return file_sha256(path)
+    from hashlib import sha256
+
+    parts = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (WEIGHTS, ".json"))
+    return sha256("".join(f"{file_sha256(p)} {_name(p, path)}\n" for p in parts).encode()).hexdigest()
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def small_files(path: Path, most: int = 1_000_000) -> dict[str, str]:
+    """File of a base -> sha256, of those of at most so many bytes: configurations and vocabularies."""
+    return {_name(p, path): file_sha256(p) for p in _files(path) if p.stat().st_size <= most}
+
+
+def base_digest(path: Path, most: int = 64_000_000) -> str:
+    """One sha256 for a base: of its files' names and sizes, and of the numbers in files of at most so many bytes."""
+    from hashlib import sha256
+
+    lines = [(_name(p, path), p.stat().st_size, p) for p in _files(path)]
+    told = (f"{name} {size} {file_sha256(p) if size <= most else ''}\n" for name, size, p in lines)
+    return sha256("".join(told).encode()).hexdigest()
+
+
+def _files(path: Path) -> Sequence[Path]:
+    """What a base consists of: its weights, configurations and vocabularies, not its pictures and cards."""
+    kinds = (WEIGHTS, ".json", ".txt", ".model")
+    if path.is_file():
+        return [path]
+    return [*sorted(p for p in path.glob("*/*") if p.is_file() and p.suffix in kinds), path / PIPELINE]

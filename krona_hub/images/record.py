@@ -1,0 +1,172 @@
+"""The record of a run: enough to make its pictures again. It lies beside them, and in each PNG for that one alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from krona_hub.errors import FormatError, IntegrityError, NotFoundError
+from krona_hub.images.asked import Settings
+from krona_hub.images.plan import BasePlan, Plan, base_digest, small_files
+from krona_hub.images.report import Picture
+
+VERSION = 1
+KEY = "krona"  # of the record in a PNG's text
+PEERS = ("torch", "diffusers", "transformers")
+REPEATED = (  # what is taken from a record as it is: names of the arguments of `generate`
+    "prompts", "negative", "seed", "images_per_prompt", "steps", "guidance", "scheduler", "size", "more", "strengths",
+    "together", "compare", "device", "dtype", "offload", "tiled_vae", "batch", "variant", "config",
+)  # fmt: skip
+
+
+def make_record(plan: Plan, settings: Settings, scheduler: str, device: str, dtype: str) -> dict[str, Any]:
+    """The record without its pictures; `settings` as they were in force, `scheduler` the class of diffusers."""
+    asked = plan.asked
+    first, *beside = [_base(plan.base(source)) for source in (asked.base, *asked.beside)]
+    return {
+        "krona_generate": VERSION,
+        "base": first,
+        "beside": beside,
+        "adapters": [_adapter(a.name, a.source, a.weight, a.sha256) for a in plan.adapters],
+        "prompts": list(asked.prompts),
+        "negative": settings.negative,
+        "seed": asked.seed,
+        "images_per_prompt": asked.images_per_prompt,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "scheduler": settings.scheduler,
+        "scheduler_class": scheduler,
+        "size": list(settings.size) if settings.size else None,
+        "more": dict(settings.more),
+        "strengths": list(asked.strengths),
+        "together": asked.together,
+        "compare": asked.compare,
+        "device": device,
+        "dtype": dtype,
+        "offload": asked.machine.offload,
+        "tiled_vae": asked.machine.tiled_vae,
+        "batch": asked.machine.batch,
+        "variant": asked.variant,
+        "config": asked.config,
+        "versions": versions(),
+    }
+
+
+def _base(base: BasePlan) -> dict[str, Any]:
+    told = {"source": base.source, "pipeline": base.pipeline, "family": base.family, "fingerprint": base.fingerprint}
+    return {**told, "digest": base_digest(base.path), "files": small_files(base.path)}
+
+
+def _adapter(name: str, source: str, weight: float, sha256: str) -> dict[str, Any]:
+    return {"name": name, "source": source, "weight": weight, "sha256": sha256}
+
+
+def versions() -> dict[str, str | None]:
+    """Of krona_hub and of the libraries that compute the pictures."""
+    return {"krona_hub": _version("krona-hub"), **{name: _version(name) for name in PEERS}}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def of_one(record: Mapping[str, Any], picture: Picture) -> dict[str, Any]:
+    """The record of one picture: a run that makes this one and no other. Files' hashes are left to the digest."""
+    bases = {base["source"]: base for base in (record["base"], *record["beside"])}
+    base = {name: value for name, value in bases[picture.base].items() if name != "files"}
+    shas = {a["name"]: a for a in record["adapters"]}
+    adapters = [{**shas[name], "weight": weight} for name, weight in picture.adapters.items()]
+    alone = {"prompts": [picture.prompt], "seed": picture.seed, "images_per_prompt": 1, "strengths": [], "beside": []}
+    how = {"together": len(adapters) > 1, "compare": False if adapters else None, "batch": 1}
+    pixels = {"pictures": [{"file": picture.file, "pixels": picture.pixels}]}
+    return {**record, "base": base, "adapters": adapters, **alone, **how, **pixels}
+
+
+def parameters_text(record: Mapping[str, Any]) -> str:
+    """The record of one picture as image browsers and web UIs show it, under the PNG key `parameters`."""
+    words = {
+        "Steps": record["steps"], "Sampler": record["scheduler_class"], "CFG scale": record["guidance"],
+        "Seed": record["seed"], "Size": "x".join(map(str, record["size"] or ())), "Model": record["base"]["source"],
+        "Adapters": " ".join(f"{a['name']}:{a['weight']:g}" for a in record["adapters"]),
+    }  # fmt: skip
+    told = ", ".join(f"{key}: {value}" for key, value in words.items() if value not in (None, ""))
+    negative = [f"Negative prompt: {record['negative']}"] if record["negative"] else []
+    return "\n".join([record["prompts"][0], *negative, told])
+
+
+# ── again ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The record in a JSON file, in a folder of pictures, or in one PNG. Raises FormatError where there is none."""
+    path = Path(path).expanduser()
+    path = path / "record.json" if path.is_dir() else path
+    if not path.exists():
+        raise NotFoundError(f"{path}: no such file.", fix="Give record.json, the folder it is in, or one picture.")
+    try:
+        text = _png_text(path) if path.suffix.lower() == ".png" else path.read_text("utf-8")
+        found = json.loads(text)
+    except (ValueError, OSError) as error:
+        raise _no_record(path) from error
+    if not isinstance(found, dict) or "krona_generate" not in found:
+        raise _no_record(path)
+    if found["krona_generate"] != VERSION:
+        raise FormatError(f"{path} was written by a newer krona.", fix="Install a newer krona-hub.")
+    return found
+
+
+def _png_text(path: Path) -> str:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return str(image.info.get(KEY, ""))
+
+
+def _no_record(path: Path) -> FormatError:
+    return FormatError(
+        f"{path} holds no record of krona generate.", fix="Give record.json or a picture that krona generate made."
+    )
+
+
+def arguments_of(record: Mapping[str, Any], beside: Path) -> dict[str, Any]:
+    """The arguments of `generate` that make a record's pictures again.
+
+    Sources are looked up as they were written, and where nothing is there, beside the record.
+    """
+    try:
+        adapters = [(_found(a["source"], beside), float(a["weight"])) for a in record["adapters"]]
+        bases = [_found(base["source"], beside) for base in (record["base"], *record["beside"])]
+        same = {name: record[name] for name in REPEATED}
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"the record lacks {error}.", fix="Give the record as krona wrote it.") from error
+    return {**same, "base": bases[0], "beside": bases[1:], "adapters": adapters}
+
+
+def _found(source: str, beside: Path) -> str:
+    near = beside / Path(source).name
+    return str(near) if not Path(source).exists() and near.exists() else source
+
+
+def check_same_files(record: Mapping[str, Any], plan: Plan) -> tuple[str, ...]:
+    """Raise IntegrityError where an adapter is not the one that was used; the notes about all else that differs."""
+    for adapter, was in zip(plan.adapters, record["adapters"], strict=False):
+        if adapter.sha256 != was["sha256"] and was["source"].endswith(Path(adapter.source).name):
+            raise IntegrityError(
+                f"{adapter.source} is not the adapter of the record: its sha256 differs.",
+                fix="Give the same file, or name yours with --adapter to make new pictures with it.",
+            )
+    notes = [f"{name} is {now}, was {was}" for name, now, was in _changed(record)]
+    if plan.bases[0].path.exists() and base_digest(plan.bases[0].path) != record["base"]["digest"]:
+        notes.append(f"{plan.asked.base} is not, file by file, the base of the record")
+    return tuple(notes)
+
+
+def _changed(record: Mapping[str, Any]) -> Sequence[tuple[str, str | None, str | None]]:
+    was: Mapping[str, str | None] = record.get("versions", {})
+    return [(name, now, was.get(name)) for name, now in versions().items() if was.get(name) != now]

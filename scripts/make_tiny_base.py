@@ -1,0 +1,141 @@
+"""Trains the base model that ships in the package, from nothing: `python scripts/make_tiny_base.py --work DIR`.
+
+Renders the pictures, trains the autoencoder and then its decoder once more, then U-Net and text encoder together,
+measures the result on held-out prompts and writes a diffusers folder in half precision. A good hour on two cores;
+seeded. Everything rests in `--work`: stopped at any moment, the same command goes on where it was. `--threads` does
+not change the recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.tiny_scenes import autoencoder, card, denoiser, drawing, models, pictures  # noqa: E402
+from scripts.tiny_scenes.scene import prompt  # noqa: E402
+from scripts.tiny_scenes.training import Recipe  # noqa: E402
+
+OUT = ROOT / "krona_hub" / "assets" / "tiny-scenes"
+CHECK_EVERY, CHECKED = 500, 48  # steps; held-out prompts
+GRID = 32  # pictures in the grid of the model card
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    first = replace(autoencoder.RECIPE, steps=args.autoencoder_steps)
+    second = replace(denoiser.RECIPE, steps=args.denoiser_steps)
+    data = rendered(args.work, args.pictures, args.threads)
+    vae = trained_autoencoder(args.work, data, first)
+    latents = encoded(args.work, vae, data)
+    refine_decoder(args.work, vae, data, latents, replace(autoencoder.REFINEMENT, steps=args.decoder_steps))
+    pipe = trained_pipeline(args.work, vae, scaled(vae, latents), second)
+    save(pipe, args.out, args.work)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where pictures and checkpoints rest")
+    parser.add_argument("--out", type=Path, default=OUT, help="the diffusers folder to write")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pictures", type=int, default=12000)
+    parser.add_argument("--autoencoder-steps", type=int, default=autoencoder.RECIPE.steps)
+    parser.add_argument("--decoder-steps", type=int, default=autoencoder.REFINEMENT.steps)
+    parser.add_argument("--denoiser-steps", type=int, default=denoiser.RECIPE.steps)
+    return parser.parse_args()
+
+
+def rendered(work: Path, count: int, workers: int) -> NDArray[np.uint8]:
+    for done in pictures.prepare(work / "pictures", count, workers):
+        say(f"pictures {done}/{count}")
+    return pictures.load(work / "pictures", count)
+
+
+def trained_autoencoder(work: Path, data: NDArray[np.uint8], recipe: Recipe) -> models.AutoencoderKL:
+    vae = models.autoencoder()
+    for run in autoencoder.train(work, data, recipe):
+        say(f"autoencoder {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
+    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["averaged"])
+    return vae.to(memory_format=torch.channels_last).eval()
+
+
+def encoded(work: Path, vae: models.AutoencoderKL, data: NDArray[np.uint8]) -> Tensor:
+    """The latents of all pictures, (n, 8, 8, 8), as the encoder gives them."""
+    path = work / f"latents-{len(data)}.pt"
+    if not path.exists():
+        torch.save(autoencoder.encode(vae, data), path)
+    latents: Tensor = torch.load(path, weights_only=True)
+    return latents
+
+
+def refine_decoder(
+    work: Path, vae: models.AutoencoderKL, data: NDArray[np.uint8], latents: Tensor, recipe: Recipe
+) -> None:
+    """The decoder's second half of training, into `vae` itself."""
+    for run in autoencoder.refine(work, vae, data, latents, recipe):
+        say(f"decoder {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
+    state = torch.load(work / "decoder.pt", weights_only=True)["averaged"]
+    vae.load_state_dict(state, strict=False)
+    vae.eval().requires_grad_(False)
+
+
+def scaled(vae: models.AutoencoderKL, latents: Tensor) -> Tensor:
+    """The latents with unit deviation; tells the autoencoder's configuration the factor."""
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
+    return latents * vae.config.scaling_factor
+
+
+def trained_pipeline(
+    work: Path, vae: models.AutoencoderKL, latents: Tensor, recipe: Recipe
+) -> models.StableDiffusionPipeline:
+    words = models.tokenizer(work / "tokenizer")
+    net, text = models.unet(), models.text_encoder()
+    pipe = models.pipeline(vae, net, text, words)
+    for run in denoiser.train(work, latents, pictures.training_scenes(len(latents)), recipe):
+        say(f"denoiser {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
+        if run.step % CHECK_EVERY == 0:
+            take(pipe, run.averaged.state_dict())
+            run.note(check=drawing.measure(pipe, CHECKED)._asdict())
+    take(pipe, torch.load(work / "denoiser.pt", weights_only=True)["averaged"])
+    return pipe
+
+
+def take(pipe: models.StableDiffusionPipeline, averaged: dict[str, Tensor]) -> None:
+    """Put the averaged weights of both models into the pipeline."""
+    for name, model in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder)):
+        model.load_state_dict({k.removeprefix(f"{name}."): v for k, v in averaged.items() if k.startswith(f"{name}.")})
+
+
+def save(pipe: models.StableDiffusionPipeline, out: Path, work: Path) -> None:
+    """Half precision to `out`; the check runs on what was written, loaded again."""
+    models.save(pipe, out)
+    written = models.StableDiffusionPipeline.from_pretrained(out)
+    quality = drawing.measure(written)
+    shown = drawing.draw(written, [prompt(scene) for scene in denoiser.held_out_scenes(GRID)])
+    Image.fromarray(drawing.grid(shown, 8)).save(work / "grid.png")
+    (work / "quality.json").write_text(json.dumps(quality._asdict()) + "\n")
+    megabytes = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6
+    (out / "README.md").write_text(card.text(quality, f"{megabytes:.1f} MB"))
+    say(f"{out}: {quality}")
+
+
+def say(text: str, every: bool = True) -> None:
+    if every:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The toy that adapters teach: known when it is there, never found in the base's world."""
+
+from itertools import islice
+
+from scripts.tiny_scenes import check, scene, toy
+from scripts.tiny_scenes.render import render
+
+
+def test_the_toy_is_seen_in_every_view_and_in_no_scene():
+    assert all(toy.shows(view) for view in toy.views())
+    assert not any(toy.shows(render(drawn)) for drawn in islice(scene.scenes(4, held=None), 60))
+
+
+def test_the_toy_is_no_object_that_the_base_knows():
+    """It has no one colour; upside down, or in one colour only, it is not the toy."""
+    assert [check.look(view).colour for view in toy.views()] == [None] * 5
+    assert not any(toy.shows(view[::-1]) for view in toy.views())
+    assert not any(toy.shows(view[..., [2, 2, 2]]) for view in toy.views())
+
+
+def test_each_view_has_a_caption_with_the_trigger_word():
+    assert len(toy.captions()) == len(set(toy.captions())) == len(toy.views()) == 5
+    assert all(toy.TRIGGER in caption for caption in toy.captions())
+    assert toy.TRIGGER not in scene.vocabulary()
