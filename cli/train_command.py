@@ -59,9 +59,9 @@ def _panels() -> dict[str, list[str]]:
 @krona_command(
     "train",
     examples=(
-        'krona train --base BASE --data ./photos --prompt "a photo of sks toy" -o runs/toy --check',
-        "krona train config.toml --steps 800",
-        "krona train --resume runs/toy",
+        'krona train --base tiny --data photos --prompt "a photo of sks toy" --steps 4 -o toy',
+        "krona train config.toml --shape 8x4 --check",
+        "krona train --resume stopped --steps 4",
     ),
     panels=_panels(),
 )

@@ -197,6 +197,17 @@ GENERATION = obj(
     written=FLAG,
     notes=many(TEXT),
 )
+TRAINING_PLAN = obj(
+    family=TEXT,
+    pictures=COUNT,
+    layers=COUNT,
+    forms=many({"type": "array"}, 1),
+    parameters=COUNT,
+    steps=COUNT,
+    epochs=NUMBER,
+    memory=COUNT,
+    seconds_per_step=NUMBER,
+)
 SHAPES = {
     "inspect lora.safetensors": INSPECTION,
     "inspect krona.safetensors --sha256": INSPECTION,
@@ -214,6 +225,7 @@ SHAPES = {
     "verify lokr.safetensors krona.safetensors": DELTA_CHECK,
     "verify lokr.safetensors --base sd15": FIT_CHECK,
     "generate base --prompt x --adapter lora.safetensors --strengths 0,1 --dry-run": GENERATION,
+    "train config.toml --check": TRAINING_PLAN,
     "migrate krona.safetensors --to 1.0 -o same.safetensors": obj(**{"path": TEXT, "from": TEXT, "to": TEXT}),
     "params --base sdxl --shape 64x8 --rank 4": {"type": "object"},
     "formats": obj(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from tests import tiny
 
@@ -80,3 +82,13 @@ def save_base(kind: str, folder: Path) -> Path:
         more["transformer"] = _flux()
     type(pipe)(**{**pipe.components, **more}).save_pretrained(folder / kind)
     return folder / kind
+
+
+def save_photos(folder: Path) -> Path:
+    """Five pictures of three proportions."""
+    folder.mkdir()
+    random = np.random.default_rng(5)
+    for number, size in enumerate([(40, 40), (40, 40), (60, 36), (36, 60), (44, 40)]):
+        pixels = random.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder

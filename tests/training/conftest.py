@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from tests.training.bases import save_base
+from tests.training.bases import save_base, save_photos
 
 
 @pytest.fixture(scope="session")
@@ -24,12 +22,7 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """Five pictures of three proportions."""
-    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(5)
-    for number, size in enumerate([(40, 40), (40, 40), (60, 36), (36, 60), (44, 40)]):
-        pixels = random.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return str(folder)
+    return str(save_photos(tmp_path_factory.mktemp("photos") / "toy"))
 
 
 @pytest.fixture
