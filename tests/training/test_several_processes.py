@@ -26,7 +26,7 @@ def command(settings, *more):
 
 
 def test_two_processes_give_the_result_of_one_at_the_same_global_batch(quick, tmp_path):
-    quick |= {"steps": 20, "learning_rate": 0.01}
+    quick |= {"steps": 20}
     alone = train(quick, batch_size=4, output=str(tmp_path / "one"))
     line = command(quick | {"batch_size": 2}, "--num-processes", "2", "-q")
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False)
