@@ -160,7 +160,6 @@ def _show(report: Any) -> None:
             ("left out", f"{report.skipped} batches whose loss was no number" if report.skipped else None),
             ("most memory", human_bytes(report.memory)),
             ("also", ", ".join(str(path) for path in report.exports)),
-            ("report", report.report),
         ]
     )
 

@@ -149,8 +149,11 @@ def _check_together(settings: TrainingSettings) -> None:
         raise UsageError("caption_template has no {caption}.", fix='Write, for example, "a photo, {caption}".')
     if settings.budget is not None and settings.shape != "auto":
         raise UsageError("a budget is for --shape auto.", fix="Leave out --shape or --budget.")
-    if settings.prior_count and not (settings.prior_prompt or settings.prior_data):
-        raise UsageError("prior_count needs to know the class.", fix="Give --prior-prompt, or --prior-data.")
+    if settings.prior_prompt and not settings.prior_data:
+        raise UsageError(
+            "a prompt for the class needs pictures of it.",
+            fix="Draw them with krona generate, and give the folder: --prior-data.",
+        )
 
 
 def to_toml(settings: TrainingSettings) -> str:

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from krona_hub.bases.base import Base
-from krona_hub.errors import DataError, UsageError
+from krona_hub.errors import UsageError
 from krona_hub.training.buckets import Size, bucket_sizes, nearest_bucket
 from krona_hub.training.dataset import Data, Example, read_folder, split_held_out
 from krona_hub.training.draws import permutation
@@ -88,12 +88,7 @@ def read_pictures(pipe: Any, family: ModelFamily, settings: TrainingSettings) ->
 def _prior(settings: TrainingSettings) -> tuple[Example, ...]:
     if not settings.prior_data or not settings.prior_weight:
         return ()
-    try:
-        return read_folder(settings.prior_data, settings.prior_prompt, skip_bad=settings.skip_bad).examples
-    except DataError:
-        if settings.prior_count:  # the base will draw them
-            return ()
-        raise
+    return read_folder(settings.prior_data, settings.prior_prompt, skip_bad=settings.skip_bad).examples
 
 
 def sizes_for(examples: tuple[Example, ...], resolution: int, multiple: int, buckets: bool) -> tuple[Size, ...]:

@@ -72,7 +72,6 @@ class TrainingReport:
     run: Path
     adapter: Path
     exports: tuple[Path, ...]
-    report: Path
     steps: int
     layers: int
     parameters: int
@@ -92,7 +91,7 @@ def train(
     encoding: Encoding | None = None,
     **given: Any,
 ) -> TrainingReport:
-    """Train a Kronecker adapter; its run folder gets the adapter, checkpoints, metrics, samples and a report.
+    """Train a Kronecker adapter; its run folder gets the adapter, checkpoints, metrics and samples.
 
     Settings are those of `TrainingSettings`: as a value, a mapping, a TOML file, or keywords, which win. With
     `resume_from`, a run folder, the training goes on from its newest checkpoint. Raises what its parts raise: DataError
@@ -144,7 +143,7 @@ def _seconds_per_step(settings: TrainingSettings) -> float:
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
-        alone = replace(settings, output=folder, trackers=(), sample_every=0, prior_count=0)
+        alone = replace(settings, output=folder, trackers=(), sample_every=0)
         training, _ = _prepared(alone, Path(folder), _silent)
         one_step(training, Stop())
         started = time.perf_counter()
@@ -300,7 +299,7 @@ def _finished(training: Training, session: _Session) -> TrainingReport:
         write(adapter, adapter_file, overwrite=True, base=session.base)
         exports = tuple(_export(adapter, settings, name, session.base) for name in settings.export)
     report = TrainingReport(
-        run, adapter_file, exports, run / "report.html", training.step, len(adapter.layers), adapter.parameters,
+        run, adapter_file, exports, training.step, len(adapter.layers), adapter.parameters,
         smooth[0][1] if smooth else None, smooth[-1][1] if smooth else None,
         tuple(series(rows, "validation_loss")), training.skipped, memory_used(training),
     )  # fmt: skip

@@ -68,8 +68,7 @@ class TrainingSettings:
     held_out: int = setting(0, "Pictures that only the validation sees.", panel="Data", least=0)
     validation_data: str | None = setting(None, "A folder of pictures for the validation.", panel="Data")
     prior_data: str | None = setting(None, "A folder of pictures of the class, to keep it.", panel="Data")
-    prior_prompt: str = setting("", "The class in words; the base draws what --prior-data lacks.", panel="Data")
-    prior_count: int = setting(0, "Pictures of the class to have.", panel="Data", least=0)
+    prior_prompt: str = setting("", "The caption of pictures of the class that have none.", panel="Data")
     prior_weight: float = setting(1.0, "Of their loss.", panel="Data", least=0.0)
 
     # the loss
