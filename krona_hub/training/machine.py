@@ -154,7 +154,7 @@ def _quantised(settings: TrainingSettings) -> dict[str, Any]:
             f"--quantize {settings.quantize} needs the package {package}, which is not installed.",
             fix=f"pip install {package}, or leave out --quantize.",
         )
-    from diffusers.quantizers import PipelineQuantizationConfig
+    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     backends: dict[str, tuple[str, dict[str, Any]]] = {
