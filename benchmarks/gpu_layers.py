@@ -67,11 +67,13 @@ def stepping(
 ) -> Callable[[], None]:
     """One forward and backward pass, with the gradients of the one before dropped."""
 
+    run = layer if call is None else call
+
     def work() -> None:
         layer.zero_grad(set_to_none=True)
         for x in inputs:
             x.grad = None
-        (call or layer)(*inputs).float().square().mean().backward()
+        run(*inputs).float().square().mean().backward()
 
     return work
 
@@ -81,15 +83,18 @@ def table(device: torch.device, shapes: Mapping[str, tuple[int, int, int]], roun
     clock, made = Clock(device), {}
     for (dtype, kind), (shape, (out, in_, rows)), compiled in product(DTYPES.items(), shapes.items(), (False, True)):
         x = torch.randn(1, rows, in_, device=device, dtype=kind, requires_grad=True)
-        works = {}
+        works, found = {}, {}
         for way in WAYS:
             layer = build(way, out, in_).to(device, kind)
-            works[way] = stepping(layer, (x,), torch.compile(layer) if compiled else None)
-        for work in works.values():
-            for _ in range(3):
-                work()
+            work = stepping(layer, (x,), torch.compile(layer) if compiled else None)
+            try:
+                for _ in range(3):
+                    work()
+                works[way] = work
+            except Exception as error:  # a peer that cannot be compiled ends no run of an hour
+                found[way] = f"{type(error).__name__}: {str(error)[:100]}"
         taken = [{way: clock.time(work) for way, work in works.items()} for _ in range(rounds)]
-        found = {way: summary([one[way] for one in taken]) for way in WAYS}
+        found |= {way: summary([one[way] for one in taken]) for way in works}
         made[f"{shape} {dtype} {'compiled' if compiled else 'eager'}"] = found
     return made
 
@@ -150,6 +155,8 @@ def whole_unet(
                 row[way] = unet_step(config, device, way, batch, side, rounds, **how)
             except torch.cuda.OutOfMemoryError:
                 row[way] = None
+            except Exception as error:
+                row[way] = f"{type(error).__name__}: {str(error)[:100]}"
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return made

@@ -31,9 +31,10 @@ CONFIG_STATUS = {
     "recalled, total verified": "R",
     "recalled, not verified": "R",
     "class defaults": "D",
-    "of this package": "F",
+    "of this package": "O",
 }
 TOTAL_STATUS = {  # where the total is not W: the same number beside the named model in a public source
+    **dict.fromkeys(("tiny-scenes.unet", "tiny-scenes.text"), "O"),
     **dict.fromkeys(("sd21-base.unet", "sd21.unet", "sdxl-refiner.unet", "pixart-sigma-xl.transformer"), "A"),
     **dict.fromkeys(("flux2-dev.transformer", "flux2-klein-4b.transformer", "flux2-klein-9b.transformer"), "A"),
     **dict.fromkeys(("clip-l-proj.text", "openclip-h.text", "umt5-xxl.text", "qwen3-8b.text"), "A"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -48,18 +48,24 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    shares = {"base": shown(opened(args.base))}
-    shares["lora"] = train_lora(opened(args.base), args.out, args.steps)
-    shares["lokr"] = train_lokr(opened(args.base), args.out, args.steps)
-    (args.out / "zorbi.json").write_text(json.dumps({"trigger": toy.TRIGGER, "shows_the_toy": shares}, indent=1) + "\n")
+    pictures = {
+        "base": asked(opened(args.base)),
+        "lora": train_lora(opened(args.base), args.out, args.steps),
+        "lokr": train_lokr(opened(args.base), args.out, args.steps),
+    }
+    save_record(pictures, args.out / "zorbi.json")
     save_views(args.out / "zorbi")
-    print(shares)
+    if args.grid:
+        Image.fromarray(drawing.grid([p for row in pictures.values() for p in row[::2]], len(ASKED) // 2)).save(
+            args.grid
+        )
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=ASSETS / "tiny-scenes")
     parser.add_argument("--out", type=Path, default=ASSETS)
+    parser.add_argument("--grid", type=Path, help="a picture to write: the base's answers, the LoRA's, the LoKr's")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
@@ -73,8 +79,8 @@ def opened(base: Path) -> StableDiffusionPipeline:
     return pipe
 
 
-def train_lora(pipe: StableDiffusionPipeline, out: Path, steps: int) -> float:
-    """peft's LoRA in both models; the share of pictures that show the toy afterwards."""
+def train_lora(pipe: StableDiffusionPipeline, out: Path, steps: int) -> list[render.Image]:
+    """peft's LoRA in both models; what it draws afterwards."""
     torch.manual_seed(0)
     rank = {"r": LORA_RANK, "lora_alpha": LORA_ALPHA, "init_lora_weights": "gaussian"}
     pipe.unet.add_adapter(LoraConfig(target_modules=ATTENTION, **rank))
@@ -82,8 +88,8 @@ def train_lora(pipe: StableDiffusionPipeline, out: Path, steps: int) -> float:
     models = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     teach(pipe, [p for model in models.values() for p in model.parameters() if p.requires_grad], steps)
     save_diffusers(models, out)
-    save_kohya(models, out)
-    return shown(pipe)
+    save_kohya(models, out, steps)
+    return asked(pipe)
 
 
 def save_diffusers(models: dict[str, nn.Module], out: Path) -> None:
@@ -98,14 +104,16 @@ def save_diffusers(models: dict[str, nn.Module], out: Path) -> None:
     )
 
 
-def save_kohya(models: dict[str, nn.Module], out: Path) -> None:
+def save_kohya(models: dict[str, nn.Module], out: Path, steps: int) -> None:
     """In kohya's names by diffusers' converter, which writes the rank as alpha, whatever alpha was: put right here."""
     state: dict[str, Tensor] = {}
     for name, model in models.items():
         named = {f"{name}.{key}": tensor for key, tensor in halved(get_peft_model_state_dict(model)).items()}
         state |= convert_state_dict_to_kohya(named)
     alphas = {key: torch.tensor(LORA_ALPHA, dtype=torch.float16) for key in state if key.endswith(".alpha")}
-    save_file(as_sd_scripts(state | alphas), out / FILES["lora kohya"], told("networks.lora", LORA_RANK, LORA_ALPHA))
+    save_file(
+        as_sd_scripts(state | alphas), out / FILES["lora kohya"], told("networks.lora", LORA_RANK, LORA_ALPHA, steps)
+    )
 
 
 def as_sd_scripts(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,8 +126,8 @@ def as_sd_scripts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name(key): tensor for key, tensor in state.items()}
 
 
-def train_lokr(pipe: StableDiffusionPipeline, out: Path, steps: int) -> float:
-    """lycoris-lora's LoKr in both models, as sd-scripts would run it."""
+def train_lokr(pipe: StableDiffusionPipeline, out: Path, steps: int) -> list[render.Image]:
+    """lycoris-lora's LoKr in both models, as sd-scripts would run it; what it draws afterwards."""
     torch.manual_seed(0)
     parts = None, pipe.text_encoder, pipe.unet
     network: LycorisNetworkKohya = create_network(
@@ -129,19 +137,19 @@ def train_lokr(pipe: StableDiffusionPipeline, out: Path, steps: int) -> float:
     network.requires_grad_(True)
     teach(pipe, list(network.parameters()), steps)
     told_more = {"ss_network_args": json.dumps({"algo": "lokr", "factor": str(LOKR_FACTOR), "preset": PRESET.name})}
-    metadata = told("lycoris.kohya", LOKR_RANK, LOKR_ALPHA) | told_more
+    metadata = told("lycoris.kohya", LOKR_RANK, LOKR_ALPHA, steps) | told_more
     save_file(as_sd_scripts(halved(network.state_dict())), out / FILES["lokr"], metadata)
-    return shown(pipe)
+    return asked(pipe)
 
 
-def told(module: str, rank: int, alpha: float) -> dict[str, str]:
+def told(module: str, rank: int, alpha: float, steps: int) -> dict[str, str]:
     """What sd-scripts writes about a training run, as far as it is true of this one."""
     return {
         "ss_network_module": module,
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(alpha),
         "ss_sd_model_name": "tiny-scenes",
-        "ss_steps": str(STEPS),
+        "ss_steps": str(steps),
         "ss_tag_frequency": json.dumps({"5_zorbi": {toy.TRIGGER: len(toy.VIEWS)}}),
         "modelspec.trigger_phrase": toy.TRIGGER,
         "format": "pt",
@@ -195,9 +203,16 @@ def ids_of(pipe: StableDiffusionPipeline, captions: Iterable[str]) -> Tensor:
     return padded["input_ids"]
 
 
-def shown(pipe: StableDiffusionPipeline) -> float:
-    """The share of 18 pictures, of tables and places mostly not among the views, that show the toy."""
-    return round(float(np.mean([toy.shows(picture) for picture in drawing.draw(pipe, ASKED)])), 3)
+def asked(pipe: StableDiffusionPipeline) -> list[render.Image]:
+    """A picture of the toy for every table and place, most of which are not among the views."""
+    return drawing.draw(pipe, ASKED)
+
+
+def save_record(pictures: Mapping[str, list[render.Image]], path: Path) -> None:
+    """The trigger word, and the share of each row of pictures that show the toy."""
+    shares = {name: round(float(np.mean([toy.shows(picture) for picture in row])), 3) for name, row in pictures.items()}
+    path.write_text(json.dumps({"trigger": toy.TRIGGER, "shows_the_toy": shares}, indent=1) + "\n")
+    print(shares)
 
 
 def save_views(folder: Path) -> None:

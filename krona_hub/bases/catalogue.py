@@ -25,11 +25,13 @@ CONFIG_STATUS: Mapping[str, str] = {  # how far the configuration is checked
     "P1": "one public source",
     "R": "recalled, not checked",
     "D": "defaults of the class",
+    "O": "our own: scripts/make_tiny_base.py",
 }
 TOTAL_STATUS: Mapping[str, str] = {  # how far the total number of parameters is checked
     "W": "the same number stands beside the named model in a public source",
     "A": "a public source computes the same number",
     "N": "no source found",
+    "O": "our own: counted in the model",
 }
 
 
