@@ -71,6 +71,8 @@ def run_loop(training: Training) -> None:
     """All steps that are left. Raises DivergedError for a loss that is no number, StoppedError after Ctrl-C; what was
     done until then is saved.
     """
+    if has_own_mode(training.optimizer):
+        training.optimizer.train()  # type: ignore[attr-defined]
     with stoppable() as stop:
         if training.step == 0:
             _watch(training)

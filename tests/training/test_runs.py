@@ -13,6 +13,7 @@ from krona_hub.training.configuration import read_toml
 from krona_hub.training.metrics import read_metrics, series
 from krona_hub.training.runs import check_training, train
 from krona_hub.training.state import saved_states
+from tests.shared import shared
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux"])
@@ -223,6 +224,14 @@ def test_a_check_says_what_a_training_does_and_writes_nothing(quick):
 def test_what_cannot_be_is_told_before_it_starts(given, error, words, quick):
     with pytest.raises(error, match=words):
         train(quick | given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resolution", [64, 128])
+def test_real_photographs_train_through_the_whole_path(resolution, quick):
+    photographs = str(shared("real", "photos", "duck_toy"))
+    report = train(quick | {"data": photographs, "resolution": resolution, "steps": 2, "flip": True})
+    assert report.steps == 2 and report.last_loss > 0
 
 
 def test_metrics_are_whole_lines_even_after_a_crash(tmp_path):
