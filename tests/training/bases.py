@@ -68,10 +68,23 @@ def _sd3():
     )  # fmt: skip
 
 
+def _autoencoder():
+    """Eight pixels to a latent along each side, as in the real ones: for photographs."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(7)
+    return AutoencoderKL(
+        block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=2, sample_size=64,
+    )  # fmt: skip
+
+
 def save_base(kind: str, folder: Path) -> Path:
-    """A pipeline of that kind, with everything a prompt needs."""
-    pipe = getattr(tiny, kind)()
+    """A pipeline of that kind, with everything a prompt needs; `photographs` is sd15 with a real one's autoencoder."""
+    pipe = getattr(tiny, "sd15" if kind == "photographs" else kind)()
     more = {"tokenizer": clip_tokenizer(folder / "words")}
+    if kind == "photographs":
+        more["vae"] = _autoencoder()
     if kind in ("sdxl", "sd3"):
         more["tokenizer_2"] = more["tokenizer"]
     if kind == "sd3":

@@ -226,11 +226,10 @@ def test_what_cannot_be_is_told_before_it_starts(given, error, words, quick):
         train(quick | given)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("resolution", [64, 128])
-def test_real_photographs_train_through_the_whole_path(resolution, quick):
-    photographs = str(shared("real", "photos", "duck_toy"))
-    report = train(quick | {"data": photographs, "resolution": resolution, "steps": 2, "flip": True})
+def test_real_photographs_train_through_the_whole_path(resolution, bases, quick):
+    own = {"base": bases("photographs"), "data": str(shared("real", "photos", "duck_toy"))}
+    report = train(quick | own | {"resolution": resolution, "steps": 2, "flip": True})
     assert report.steps == 2 and report.last_loss > 0
 
 
