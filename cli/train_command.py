@@ -134,8 +134,8 @@ def _without(arguments: list[str], option: str) -> list[str]:
 
 
 def _train(config: str | None, preset: str | None, resume_from: str | None, given: dict[str, Any]) -> None:
-    from krona_hub.training.loop import Progress
     from krona_hub.training.runs import train
+    from krona_hub.training.training import Progress
 
     lead = os.environ.get("RANK", "0") == "0"
     with noted_progress("training") as step:

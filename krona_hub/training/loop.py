@@ -3,68 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from math import isfinite
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor
-from torch.optim import Optimizer
 
-from krona_hub.errors import DivergedError, IntegrityError, StoppedError
-from krona_hub.training.batches import Batches
-from krona_hub.training.encoding import Source
+from krona_hub.errors import DivergedError, StoppedError
 from krona_hub.training.interruptions import Stop, stoppable
-from krona_hub.training.metrics import Metrics, smoothed
-from krona_hub.training.objective import Objective
-from krona_hub.training.optimisers import Average, has_own_mode, rate_at
-from krona_hub.training.settings import TrainingSettings
-from krona_hub.training.state import load_state, random_states, save_state, saved_states, set_random_states
+from krona_hub.training.metrics import smoothed
+from krona_hub.training.optimisers import has_own_mode, rate_at
+from krona_hub.training.saving import save
+from krona_hub.training.state import saved_states
+from krona_hub.training.training import Progress, Training
+from krona_hub.training.watching import due, watch
 
 PRIOR = 1_000_000  # samples of the prior are numbered from here on
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a person sees while it runs."""
-
-    step: int  # that are done
-    steps: int
-    loss: float
-    smooth_loss: float
-    seconds: float  # of the last step
-    memory: int  # bytes: the most that the device, or the process, has held
-
-
-@dataclass
-class Training:
-    """A training in progress."""
-
-    settings: TrainingSettings
-    run: Path
-    accelerator: Accelerator
-    objective: Objective
-    source: Source
-    batches: Batches
-    parameters: list[Tensor]
-    optimizer: Optimizer
-    metrics: Metrics
-    fingerprint: str  # of settings and data: what a checkpoint must have been made with
-    validation: Source | None = None
-    prior: tuple[Source, Batches] | None = None
-    average: Average | None = None
-    step: int = 0  # steps that are done
-    smooth_loss: float | None = None
-    skipped: int = 0  # batches whose loss was no number
-    sample: Callable[[int], None] | None = None
-    tell: Callable[[Progress], None] = field(default=lambda _progress: None)
-
-    @property
-    def is_main(self) -> bool:
-        return bool(self.accelerator.is_main_process)
 
 
 def run_loop(training: Training) -> None:
@@ -75,7 +28,7 @@ def run_loop(training: Training) -> None:
         training.optimizer.train()  # type: ignore[attr-defined]
     with stoppable() as stop:
         if training.step == 0:
-            _watch(training)
+            watch(training)
         while training.step < training.settings.steps:
             started = time.perf_counter()
             values, stopped = one_step(training, stop)
@@ -197,102 +150,7 @@ def memory_used(training: Training) -> int:
 def _between(training: Training, stopped: bool) -> None:
     """Checkpoint, validation and samples, each at its own interval."""
     s, step = training.settings, training.step
-    if step == s.steps or stopped or _due(step, s.checkpoint_every):
+    if step == s.steps or stopped or due(step, s.checkpoint_every):
         save(training)
-    if step == s.steps or _due(step, s.validate_every) or _due(step, s.sample_every):
-        _watch(training)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _watch(training: Training) -> None:
-    """Validation and samples of the adapter as it would be handed out; by the main process, the others wait."""
-    s, step, last = training.settings, training.step, training.step == training.settings.steps
-    with as_handed_out(training):
-        if training.is_main and s.validate_every and (last or step == 0 or _due(step, s.validate_every)):
-            training.metrics.add(step, validation_loss=validate(training))
-        wanted = s.sample_every and (last or step == 0 or _due(step, s.sample_every))
-        if training.is_main and wanted and training.sample is not None:
-            training.sample(step)
-    training.accelerator.wait_for_everyone()
-
-
-def validate(training: Training) -> float:
-    """Mean loss of the held-out pictures at fixed noise and times."""
-    source = training.validation
-    if source is None:
-        return float("nan")
-    seed, losses = training.settings.seed, []
-    for i in range(len(source.examples)):
-        latents, given = source.fixed(i, seed)
-        losses.append(training.objective.validation_loss(latents, given, i))
-    return sum(losses) / len(losses)
-
-
-class as_handed_out:
-    """The factors as the final adapter has them, while the block runs: averaged, where there is an average."""
-
-    def __init__(self, training: Training) -> None:
-        self.training = training
-
-    def __enter__(self) -> None:
-        if has_own_mode(self.training.optimizer):
-            self.training.optimizer.eval()  # type: ignore[attr-defined]
-        if self.training.average is not None:
-            self.training.average.exchange()
-
-    def __exit__(self, *_: object) -> None:
-        if self.training.average is not None:
-            self.training.average.exchange()
-        if has_own_mode(self.training.optimizer):
-            self.training.optimizer.train()  # type: ignore[attr-defined]
-
-
-# ── saving and going on ──────────────────────────────────────────────────────────────────────────
-
-
-def save(training: Training) -> None:
-    """A checkpoint of this step, by the main process."""
-    if training.is_main:
-        average = training.average.values if training.average is not None else []
-        tree = {
-            "fingerprint": training.fingerprint,
-            "factors": list(training.parameters),
-            "optimizer": training.optimizer.state_dict(),
-            "average": list(average),
-            "random": random_states(),
-            "smooth_loss": training.smooth_loss,
-            "skipped": training.skipped,
-        }
-        save_state(training.run, training.step, tree, training.settings.keep_checkpoints)
-    training.accelerator.wait_for_everyone()
-
-
-def resume(training: Training) -> None:
-    """Set everything to what it was at the newest checkpoint. Raises IntegrityError where the data is another."""
-    step, tree = load_state(training.run)
-    if tree["fingerprint"] != training.fingerprint:
-        raise IntegrityError(
-            f"{training.run} was trained with other pictures, captions or settings than there are now.",
-            fix="Put them back as they were, or start a new run.",
-        )
-    with torch.no_grad():
-        for parameter, value in zip(training.parameters, tree["factors"], strict=True):
-            parameter.copy_(value)
-        if training.average is not None:
-            for kept, value in zip(training.average.values, tree["average"], strict=True):
-                kept.copy_(value)
-    training.optimizer.load_state_dict(tree["optimizer"])
-    training.step, training.smooth_loss, training.skipped = step, tree["smooth_loss"], tree["skipped"]
-    set_random_states(tree["random"])
-    if training.is_main:
-        training.metrics.cut(step)
-
-
-def same_everywhere(training: Training) -> None:
-    """The factors of the main process, in all: they start equal, unless a process read other numbers."""
-    if training.accelerator.num_processes > 1:
-        for parameter in training.parameters:
-            parameter.data.copy_(broadcast(parameter.data))
+    if step == s.steps or due(step, s.validate_every) or due(step, s.sample_every):
+        watch(training)

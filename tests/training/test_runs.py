@@ -8,9 +8,9 @@ import torch
 
 from krona_hub import read
 from krona_hub.errors import ConflictError, DivergedError, IntegrityError, NoDeviceError, StoppedError, UsageError
-from krona_hub.training import loop
 from krona_hub.training.configuration import read_toml
 from krona_hub.training.metrics import read_metrics, series
+from krona_hub.training.objective import Objective
 from krona_hub.training.runs import check_training, train
 from krona_hub.training.state import saved_states
 from tests.shared import shared
@@ -129,9 +129,9 @@ def test_a_batch_without_a_number_is_left_out_on_request(quick, monkeypatch):
 
 
 def broken_at(monkeypatch, step):
-    plain = loop.Objective.loss
+    plain = Objective.loss
     monkeypatch.setattr(
-        loop.Objective, "loss", lambda self, x, given, at, samples: plain(self, x, given, at, samples) * (
+        Objective, "loss", lambda self, x, given, at, samples: plain(self, x, given, at, samples) * (
             float("nan") if at == step - 1 else 1.0)
     )  # fmt: skip
 
