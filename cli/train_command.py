@@ -142,7 +142,11 @@ def _train(config: str | None, preset: str | None, resume_from: str | None, give
 
         def tell(now: Progress) -> None:
             if lead:
-                step(now.step, now.steps, f"loss {now.smooth_loss:.4f}  {human_bytes(now.memory)}")
+                step(
+                    now.step,
+                    now.steps,
+                    f"loss {now.loss:.4f}, smoothed {now.smooth_loss:.4f}  {human_bytes(now.memory)}",
+                )
 
         report = train(config, preset=preset, resume_from=resume_from, progress=tell, **given)
     if lead:

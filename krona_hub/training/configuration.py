@@ -20,6 +20,7 @@ from krona_hub.training.settings import KINDS, Kind, TrainingSettings
 PATHS = ("base", "data", "validation_data", "prior_data", "init", "output")  # relative to the TOML file
 ECHO = "config.toml"  # in the run folder
 NUMBERS = (int, float)
+PRODIGY_LEAST = 0.1  # its learning rate is a factor
 
 
 def settings_of(
@@ -149,10 +150,21 @@ def _check_together(settings: TrainingSettings) -> None:
         raise UsageError("caption_template has no {caption}.", fix='Write, for example, "a photo, {caption}".')
     if settings.budget is not None and settings.shape != "auto":
         raise UsageError("a budget is for --shape auto.", fix="Leave out --shape or --budget.")
-    if settings.prior_prompt and not settings.prior_data:
+    if settings.prior_prompt and not (settings.prior_data or settings.prior_pictures):
         raise UsageError(
             "a prompt for the class needs pictures of it.",
-            fix="Draw them with krona generate, and give the folder: --prior-data.",
+            fix="Give --prior-pictures N, which are drawn, or --prior-data.",
+        )
+    if settings.prior_pictures and not settings.prior_prompt:
+        raise UsageError(
+            "pictures of the class need a prompt.", fix='Give, for example, --prior-prompt "a photo of a toy".'
+        )
+    if settings.optimizer == "schedule-free" and settings.schedule != "constant":
+        raise UsageError(f"schedule-free takes no {settings.schedule} schedule.", fix="Leave out --schedule.")
+    if settings.optimizer == "prodigy" and settings.learning_rate < PRODIGY_LEAST:
+        raise UsageError(
+            f"Prodigy finds the learning rate itself; {settings.learning_rate:g} would divide it.",
+            fix="Give --learning-rate 1.",
         )
 
 

@@ -49,14 +49,16 @@ def one_step(training: Training, stop: Stop) -> tuple[dict[str, float], bool]:
     training.optimizer.zero_grad(set_to_none=True)
     loss = _gradients(training)
     loss, stopped = _shared(training, loss, stop.wanted)
+    training.precision.unscale(training.optimizer)
     norm = _norm(training.parameters)
-    if isfinite(loss) and isfinite(norm):
+    finite = isfinite(loss) and isfinite(norm)
+    if finite:
         _clip(training.parameters, norm, s.clip)
-        training.optimizer.step()
-        if training.average is not None:
-            training.average.update(training.step)
-    else:
+    elif not (isfinite(loss) and training.precision.expects_overflow):
         _not_finite(training)
+    training.precision.step(training.optimizer, finite=finite)
+    if finite and training.average is not None:
+        training.average.update(training.step)
     training.step += 1
     return {"loss": loss, "learning_rate": rate, "gradient_norm": norm}, stopped
 
@@ -67,10 +69,10 @@ def _gradients(training: Training) -> float:
     rank = training.accelerator.process_index
     for number, part in enumerate(training.batches.parts(training.step, rank)):
         latents, given = training.source.batch(part.examples, training.step, part.samples)
-        with training.accelerator.autocast():
+        with training.precision.autocast():
             loss = training.objective.loss(latents, given, training.step, part.samples)
             both = loss if training.prior is None else loss + s.prior_weight * _prior_loss(training, number, rank)
-        training.accelerator.backward(both / s.accumulation)
+        training.precision.backward(both / s.accumulation)
         total += float(loss.detach()) / s.accumulation
     return total
 

@@ -17,6 +17,8 @@ from krona_hub.images.plan import no_base, pipeline_for
 from krona_hub.sources import resolve_base
 from krona_hub.training.settings import TrainingSettings
 
+AUTOCASTS = {"bfloat16": "bf16", "float16": "fp16"}  # of a base in that type
+CONFIGS: Any = diffusers  # whose classes for quantised models are not typed
 QUANTISED = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8-torchao": "torchao"}  # -> package
 
 
@@ -26,7 +28,7 @@ class Machine:
 
     device: torch.device
     base_dtype: torch.dtype  # of the frozen weights
-    autocast: str  # "no" or "bf16", as accelerate calls them
+    autocast: str  # "no", "bf16" or "fp16"
 
     @property
     def is_gpu(self) -> bool:
@@ -39,9 +41,9 @@ def machine_for(settings: TrainingSettings) -> Machine:
     dtype = settings.base_dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    autocast = settings.mixed_precision
+    autocast: str = settings.mixed_precision
     if autocast == "auto":
-        autocast = "bf16" if dtype == "bfloat16" and device.type == "cuda" else "no"
+        autocast = AUTOCASTS.get(dtype, "no") if device.type == "cuda" else "no"
     return Machine(device, getattr(torch, dtype), autocast)
 
 
@@ -85,19 +87,22 @@ def _quantised(settings: TrainingSettings) -> dict[str, Any]:
             f"--quantize {settings.quantize} needs the package {package}, which is not installed.",
             fix=f"pip install {package}, or leave out --quantize.",
         )
-    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+    config = _configuration(settings.quantize)
+    denoisers = CONFIGS.PipelineQuantizationConfig(quant_mapping={"unet": config, "transformer": config})
+    return {"quantization_config": denoisers}
 
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-    backends: dict[str, tuple[str, dict[str, Any]]] = {
-        "nf4": ("bitsandbytes_4bit", four),
-        "int8": ("bitsandbytes_8bit", {"load_in_8bit": True}),
-        "int8-torchao": ("torchao", {"quant_type": "int8wo"}),
-    }
-    backend, arguments = backends[settings.quantize]
-    config = PipelineQuantizationConfig(
-        quant_backend=backend, quant_kwargs=arguments, components_to_quantize=["unet", "transformer"]
+
+def _configuration(how: str) -> Any:
+    """What the package of a quantisation is told."""
+    if how == "int8-torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return CONFIGS.TorchAoConfig(Int8WeightOnlyConfig())
+    if how == "int8":
+        return CONFIGS.BitsAndBytesConfig(load_in_8bit=True)
+    return CONFIGS.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
-    return {"quantization_config": config}
 
 
 def models_of(pipe: Any) -> dict[str, torch.nn.Module]:

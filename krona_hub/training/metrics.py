@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from krona_hub.checkpoints.atomic import atomic_text
+from krona_hub.checkpoints.faults import fault
 
 FILE = "metrics.jsonl"  # in the run folder
 SMOOTH = 0.95  # share of the past in the smoothed loss
 
 
 class Metrics:
-    """Appends to the run's file; a line is on disk when `add` returns."""
+    """Appends to the run's file; a line is written when `add` returns."""
 
     def __init__(self, run: Path) -> None:
         self.path = run / FILE
 
     def add(self, step: int, **values: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise fault(error, self.path) from error
 
     def cut(self, step: int) -> None:
         """Forget what lies behind a step: a resumed run measures it again."""
@@ -54,8 +57,3 @@ def series(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
 def smoothed(last: float | None, value: float) -> float:
     """The exponential mean after one more value."""
     return value if last is None else SMOOTH * last + (1 - SMOOTH) * value
-
-
-def losses_of(values: Mapping[str, float]) -> float:
-    """The mean of a validation's losses."""
-    return sum(values.values()) / max(1, len(values))

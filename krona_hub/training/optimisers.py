@@ -37,9 +37,7 @@ OPTIMIZERS: Mapping[str, Kind] = {
     "adamw": Kind("torch.optim", "AdamW", None, _adam),
     "adamw-8bit": Kind("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", _adam),
     "prodigy": Kind("prodigyopt", "Prodigy", "prodigyopt", _prodigy),
-    "schedule-free": Kind(
-        "schedulefree", "AdamWScheduleFree", "schedulefree", lambda s: {**_adam(s), "warmup_steps": s.warmup}
-    ),
+    "schedule-free": Kind("schedulefree", "AdamWScheduleFree", "schedulefree", _adam),  # warmed up by `rate_at`
 }
 SCHEDULES: Mapping[str, Callable[[float], float]] = {  # share of the steps that are done -> factor
     "constant": lambda done: 1.0,
@@ -106,9 +104,7 @@ class Average:
             value.lerp_(parameter.detach(), 1 - decay)
 
     @torch.no_grad()
-    def exchange(self) -> None:
-        """The average into the model and the factors into the average; again, and all is as it was."""
+    def give(self) -> None:
+        """The average into the model."""
         for value, parameter in zip(self.values, self.parameters, strict=True):
-            kept = parameter.detach().clone()
             parameter.copy_(value)
-            value.copy_(kept)

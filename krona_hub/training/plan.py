@@ -13,8 +13,10 @@ from krona_hub.training.dataset import Data, Example, read_folder, split_held_ou
 from krona_hub.training.draws import permutation
 from krona_hub.training.families import ModelFamily, own_resolution, size_multiple
 from krona_hub.training.optimisers import OPTIMIZERS, check_schedule
+from krona_hub.training.prior import pictures_there, prior_folder
 from krona_hub.training.settings import TrainingSettings
 from krona_hub.training.targets import Target
+from krona_hub.training.tracking import trackers_of
 
 FLOAT = 4  # bytes
 ADAM = 4  # numbers kept per factor: itself, its gradient, two moments
@@ -74,21 +76,33 @@ def read_pictures(pipe: Any, family: ModelFamily, settings: TrainingSettings) ->
         data, validation = split_held_out(data, settings.held_out, lambda n: permutation(n, settings.seed, "held out"))
     if settings.validation_data:
         validation += read_folder(settings.validation_data, settings.prompt, skip_bad=settings.skip_bad).examples
-    prior = _prior(settings)
-    resolution = settings.resolution or own_resolution(pipe, family)
-    multiple = size_multiple(pipe, family)
+    resolution, multiple = _resolution(pipe, family, settings)
+    sizes = sizes_for(data.examples, resolution, multiple, settings.buckets)
+    return Pictures(data, validation, _prior(settings), resolution, sizes, multiple)
+
+
+def _resolution(pipe: Any, family: ModelFamily, settings: TrainingSettings) -> tuple[int, int]:
+    """In pixels, and what sides are multiples of. Raises UsageError for too few."""
+    resolution, multiple = settings.resolution or own_resolution(pipe, family), size_multiple(pipe, family)
     if resolution < multiple:
         raise UsageError(
             f"{resolution} pixels are too few for this base.", fix=f"Give --resolution {multiple} or more."
         )
-    sizes = sizes_for(data.examples, resolution, multiple, settings.buckets)
-    return Pictures(data, validation, prior, resolution, sizes, multiple)
+    return resolution, multiple
+
+
+def square_side(pipe: Any, family: ModelFamily, settings: TrainingSettings) -> int:
+    """Pixels of a square picture of the training's resolution."""
+    resolution, multiple = _resolution(pipe, family, settings)
+    return resolution // multiple * multiple
 
 
 def _prior(settings: TrainingSettings) -> tuple[Example, ...]:
-    if not settings.prior_data or not settings.prior_weight:
+    """Pictures of the class that are there; those that will be drawn are not, before a training."""
+    folder = prior_folder(settings)
+    if folder is None or (settings.prior_pictures and not pictures_there(settings)):
         return ()
-    return read_folder(settings.prior_data, settings.prior_prompt, skip_bad=settings.skip_bad).examples
+    return read_folder(folder, settings.prior_prompt, skip_bad=settings.skip_bad).examples
 
 
 def sizes_for(examples: tuple[Example, ...], resolution: int, multiple: int, buckets: bool) -> tuple[Size, ...]:
@@ -101,6 +115,7 @@ def sizes_for(examples: tuple[Example, ...], resolution: int, multiple: int, buc
 def check_settings(settings: TrainingSettings) -> None:
     """What can be wrong before anything is opened."""
     check_schedule(settings.schedule)
+    trackers_of(settings)
     if settings.optimizer not in OPTIMIZERS:
         from krona_hub.training.optimisers import make_optimizer
 

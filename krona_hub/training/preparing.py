@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from PIL.Image import Image
 from torch import Tensor
 
 from krona_hub.adapter import Adapter
@@ -22,17 +23,21 @@ from krona_hub.runtime import base_of
 from krona_hub.sources import resolve
 from krona_hub.training.batches import Batches
 from krona_hub.training.configuration import ECHO, to_toml
+from krona_hub.training.dataset import Example
 from krona_hub.training.encoding import Encoder, Source
 from krona_hub.training.families import ModelFamily, family_of
 from krona_hub.training.machine import Machine, machine_for, open_base
 from krona_hub.training.metrics import Metrics
 from krona_hub.training.objective import Objective
 from krona_hub.training.optimisers import Average, make_optimizer
-from krona_hub.training.plan import Pictures, check_settings, read_pictures
+from krona_hub.training.plan import Pictures, check_settings, read_pictures, square_side
+from krona_hub.training.precision import Precision
+from krona_hub.training.prior import draw_prior
 from krona_hub.training.record import ELSEWHERE, base_name, recorded
 from krona_hub.training.sampling import draw_samples, encode_prompts, save_samples
 from krona_hub.training.settings import TrainingSettings
 from krona_hub.training.targets import fresh_adapter, plan_targets, started_from
+from krona_hub.training.tracking import trackers_of
 from krona_hub.training.training import Training
 
 FREE = ("steps", "checkpoint_every", "keep_checkpoints", "validate_every", "sample_every", "sample_prompts", "export",
@@ -49,7 +54,17 @@ class Session:
     facts: dict[str, Any]
 
 
+class Seen(NamedTuple):
+    """The pictures of a training, encoded or to be encoded."""
+
+    source: Source
+    validation: Source | None
+    prior: Source | None
+    fingerprint: str
+
+
 def prepared(settings: TrainingSettings, run: Path, encoding: Encoding) -> tuple[Training, Session]:
+    """A training that can begin, and its pipeline with the adapter attached. Raises what its parts raise."""
     check_settings(settings)
     torch.manual_seed(settings.seed)
     machine = machine_for(settings)
@@ -57,43 +72,27 @@ def prepared(settings: TrainingSettings, run: Path, encoding: Encoding) -> tuple
     machine = replace(machine, device=accelerator.device)
     pipe = open_base(settings, machine)
     family, base = family_of(pipe), base_of(pipe)
-    start = _start(base, settings)
-    pictures = read_pictures(pipe, family, settings)
+    start, side = _start(base, settings), square_side(pipe, family, settings)
+    with accelerator.main_process_first():
+        draw_prior(pipe, family, settings, machine.device, side)
     encoder = Encoder(pipe, family, settings, machine.device, machine.base_dtype)
-    source = Source(encoder, pictures.train.examples, pictures.sizes)
-    validation = _beside(encoder, pictures, pictures.validation, settings)
-    prior = _beside(encoder, pictures, pictures.prior, settings)
-    told = encode_prompts(pipe, family, _sample_prompts(settings), machine.device) if settings.sample_every else None
-    for each in (source, validation, prior):
-        if each is not None and settings.cache:
-            encoder.fill(each.examples, each.sizes, each.captions(settings), encoding)
-    encoder.free(keep_vae=told is not None)
+    sampler = _sampler(pipe, family, settings, machine, side)
+    seen = _seen(encoder, settings, encoding)
+    encoder.free(keep_vae=sampler is not None)
     attach(pipe, start, trainable=True)
-    parameters: list[Tensor] = [p for branch in branches_of(pipe) for p in branch.parameters() if p.requires_grad]
-    model = _denoiser(pipe, family, settings, machine)
-    objective = Objective(model, family, family.process(pipe.scheduler), settings, machine.device, machine.base_dtype)
-    training = Training(
-        settings, run, accelerator, objective, source, _batches(settings, source, accelerator), parameters,
-        make_optimizer(parameters, settings), Metrics(run), _fingerprint(settings, pictures), validation,
-        None if prior is None else (prior, _batches(settings, prior, accelerator)),
-        Average(parameters, settings.ema) if settings.ema else None,
-    )  # fmt: skip
-    if told is not None:
-        training.sample = lambda step: save_samples(
-            run, step, draw_samples(pipe, told, settings, machine.device, _side(pictures), step)
-        )
-    facts = {"base": base_name(settings), "family": family.name, "pictures": len(pictures.train.examples)}
+    training = _training(pipe, family, settings, run, accelerator, machine, seen)
+    if sampler is not None:
+        training.sample = lambda step: save_samples(run, step, sampler())
     if accelerator.is_main_process:
         atomic_text(run / ECHO, to_toml(settings), overwrite=True)
+    facts = {"base": base_name(settings), "family": family.name, "pictures": len(seen.source.examples)}
     return training, Session(pipe, base, facts)
 
 
 def _accelerator(settings: TrainingSettings, machine: Machine, run: Path) -> Accelerator:
-    accelerator = Accelerator(
-        cpu=machine.device.type == "cpu", mixed_precision=machine.autocast, log_with=list(settings.trackers) or None,
-        project_dir=str(run),
-    )  # fmt: skip
-    if settings.trackers:
+    trackers = list(trackers_of(settings))
+    accelerator = Accelerator(cpu=machine.device.type == "cpu", log_with=trackers or None, project_dir=str(run))
+    if trackers:
         accelerator.init_trackers("krona", config={k: str(v) for k, v in recorded(settings).items()})
     return accelerator
 
@@ -105,21 +104,64 @@ def _start(base: Base, settings: TrainingSettings) -> Adapter:
     return fresh_adapter(plan_targets(base, settings), settings)
 
 
-def _beside(encoder: Encoder, pictures: Pictures, examples: Any, settings: TrainingSettings) -> Source | None:
-    return Source(encoder, examples, pictures.sizes_of(examples, settings.buckets)) if examples else None
+# ── pictures ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Encoding) -> Seen:
+    """Every picture found, and encoded where that is kept."""
+    pictures = read_pictures(encoder.pipe, encoder.family, settings)
+    source = Source(encoder, pictures.train.examples, pictures.sizes)
+    validation, prior = (_beside(encoder, pictures, group) for group in (pictures.validation, pictures.prior))
+    for each in (source, validation, prior):
+        if each is not None and settings.cache:
+            encoder.fill(each.examples, each.sizes, each.captions(settings), encoding)
+    return Seen(source, validation, prior, _fingerprint(settings, pictures))
+
+
+def _beside(encoder: Encoder, pictures: Pictures, examples: tuple[Example, ...]) -> Source | None:
+    return Source(encoder, examples, pictures.sizes_of(examples, encoder.settings.buckets)) if examples else None
+
+
+def _sampler(
+    pipe: Any, family: ModelFamily, settings: TrainingSettings, machine: Machine, side: int
+) -> Callable[[], list[Image]] | None:
+    """What draws the samples; their prompts are encoded while there are text encoders."""
+    if not settings.sample_every:
+        return None
+    told = encode_prompts(pipe, family, settings.sample_prompts or (settings.prompt,), machine.device)
+    return lambda: draw_samples(pipe, told, settings, machine.device, side)
+
+
+# ── the loop's own ───────────────────────────────────────────────────────────────────────────────
+
+
+def _training(
+    pipe: Any, family: ModelFamily, settings: TrainingSettings, run: Path, accelerator: Accelerator, machine: Machine,
+    seen: Seen,
+) -> Training:  # fmt: skip
+    parameters: list[Tensor] = [p for branch in branches_of(pipe) for p in branch.parameters() if p.requires_grad]
+    model = _denoiser(pipe, family, settings, machine)
+    objective = Objective(model, family, family.process(pipe.scheduler), settings, machine.device, machine.base_dtype)
+    return Training(
+        settings=settings,
+        run=run,
+        accelerator=accelerator,
+        precision=Precision(machine.autocast, machine.device),
+        objective=objective,
+        source=seen.source,
+        batches=_batches(settings, seen.source, accelerator),
+        parameters=parameters,
+        optimizer=make_optimizer(parameters, settings),
+        metrics=Metrics(run),
+        fingerprint=seen.fingerprint,
+        validation=seen.validation,
+        prior=None if seen.prior is None else (seen.prior, _batches(settings, seen.prior, accelerator)),
+        average=Average(parameters, settings.ema) if settings.ema else None,
+    )
 
 
 def _batches(settings: TrainingSettings, source: Source, accelerator: Accelerator) -> Batches:
     return Batches(source.sizes, settings.batch_size, settings.accumulation, accelerator.num_processes, settings.seed)
-
-
-def _sample_prompts(settings: TrainingSettings) -> tuple[str, ...]:
-    return settings.sample_prompts or (settings.prompt,)
-
-
-def _side(pictures: Pictures) -> int:
-    """Of a square sample, pixels."""
-    return pictures.resolution // pictures.multiple * pictures.multiple
 
 
 def _denoiser(pipe: Any, family: ModelFamily, settings: TrainingSettings, machine: Machine) -> Any:

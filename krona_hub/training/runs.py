@@ -19,6 +19,7 @@ from krona_hub.training.loop import one_step, run_loop
 from krona_hub.training.machine import machine_for, open_base
 from krona_hub.training.plan import TrainingPlan, check_settings, counted, forms_of, memory_of, read_pictures
 from krona_hub.training.preparing import FREE, Encoding, prepared
+from krona_hub.training.prior import prior_folder
 from krona_hub.training.record import base_name
 from krona_hub.training.sampling import forget_samples
 from krona_hub.training.saving import resume, same_everywhere
@@ -82,7 +83,8 @@ def check_training(
     count = len(pictures.train.examples)
     return TrainingPlan(
         base_name(wanted), family.name, family.process(pipe.scheduler).prediction, str(machine.device),
-        str(machine.base_dtype).removeprefix("torch."), count, len(pictures.validation), len(pictures.prior),
+        str(machine.base_dtype).removeprefix("torch."), count, len(pictures.validation),
+        max(len(pictures.prior), wanted.prior_pictures if prior_folder(wanted) else 0),
         tuple(pictures.train.bad), counted(pictures.sizes), len(targets), forms_of(targets),
         sum(t.parameters for t in targets), wanted.steps, 1, per_step, wanted.steps * per_step / count,
         memory_of(base, pipe, targets, wanted), seconds,
@@ -93,6 +95,10 @@ def _seconds_per_step(settings: TrainingSettings) -> float:
     """Of the second step, in a folder that is thrown away: the first one also warms up."""
     with TemporaryDirectory() as folder:
         alone = replace(settings, output=folder, trackers=(), sample_every=0)
+        if prior_folder(settings):  # nothing is drawn: the pictures themselves take the place of the class
+            alone = replace(
+                alone, prior_data=settings.data, prior_prompt=settings.prior_prompt or "x", prior_pictures=0
+            )
         training, _ = prepared(alone, Path(folder), _silent)
         one_step(training, Stop())
         started = time.perf_counter()

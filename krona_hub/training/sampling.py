@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -28,31 +29,53 @@ def encode_prompts(
         return [family.encode(pipe, [p], device) for p in prompts], family.encode(pipe, [""], device)
 
 
+class Drawing(NamedTuple):
+    """How a picture is drawn."""
+
+    size: int  # of its sides, pixels
+    steps: int  # of denoising
+    guidance: float
+
+
 def draw_samples(
-    pipe: Any, told: tuple[list[Told], Told], settings: TrainingSettings, device: torch.device, size: int, step: int
+    pipe: Any, told: tuple[list[Told], Told], settings: TrainingSettings, device: torch.device, size: int
 ) -> list[Image.Image]:
-    """A picture of each prompt. The autoencoder comes to the device for the moment; nothing random is disturbed."""
-    states = torch.get_rng_state()
-    place, scheduler = pipe.vae.device, pipe.scheduler
-    pipe.vae.to(device)
-    try:
-        with torch.no_grad():
-            return [_drawn(pipe, given, told[1], settings, size, i) for i, given in enumerate(told[0])]
-    finally:
-        pipe.vae.to(place)
-        pipe.scheduler = type(scheduler).from_config(scheduler.config)
-        torch.set_rng_state(states)
+    """A picture of each prompt, at every call from the same seeds."""
+    how = Drawing(size, settings.sample_steps, settings.sample_guidance)
+    with undisturbed(pipe, device):
+        seeds = (generator(settings.seed, "sample", number) for number in range(len(told[0])))
+        return [drawn(pipe, given, told[1], how, seed) for given, seed in zip(told[0], seeds, strict=True)]
 
 
-def _drawn(pipe: Any, given: Told, empty: Told, settings: TrainingSettings, size: int, number: int) -> Image.Image:
+def drawn(pipe: Any, given: Told, empty: Told, how: Drawing, seed: torch.Generator) -> Image.Image:
+    """One picture, of conditions."""
     arguments = {NAMES[name]: tensor for name, tensor in given.items()}
     if type(pipe).__name__ != "FluxPipeline":  # which has no negative prompt
         arguments |= {f"negative_{NAMES[name]}": tensor for name, tensor in empty.items()}
     image: Image.Image = pipe(
-        **arguments, num_inference_steps=settings.sample_steps, guidance_scale=settings.sample_guidance,
-        height=size, width=size, generator=generator(settings.seed, "sample", number),
+        **arguments, num_inference_steps=how.steps, guidance_scale=how.guidance, height=how.size, width=how.size,
+        generator=seed,
     ).images[0]  # fmt: skip
     return image
+
+
+@contextmanager
+def undisturbed(pipe: Any, device: torch.device) -> Iterator[None]:
+    """The autoencoder comes to the device for the block, and takes what is in the denoiser's type; scheduler and random
+    numbers are afterwards as before.
+    """
+    states, scheduler, vae = torch.get_rng_state(), pipe.scheduler, pipe.vae
+    place, decode = vae.device, vae.decode
+    vae.to(device)
+    vae.decode = lambda latents, *more, **named: decode(latents.to(vae.dtype), *more, **named)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        del vae.decode
+        vae.to(place)
+        pipe.scheduler = type(scheduler).from_config(scheduler.config)
+        torch.set_rng_state(states)
 
 
 def save_samples(run: Path, step: int, images: Sequence[Image.Image]) -> None:
@@ -60,8 +83,8 @@ def save_samples(run: Path, step: int, images: Sequence[Image.Image]) -> None:
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     for number, image in enumerate(images):
-        _save(image, folder / f"step-{step:07d}-{number}.png")
-    _save(grid(run), folder / GRID)
+        save_picture(image, folder / f"step-{step:07d}-{number}.png")
+    save_picture(grid(run), folder / GRID)
 
 
 def sample_files(run: Path) -> dict[int, list[Path]]:
@@ -92,6 +115,7 @@ def forget_samples(run: Path, step: int) -> None:
                 path.unlink()
 
 
-def _save(image: Image.Image, path: Path) -> None:
+def save_picture(image: Image.Image, path: Path) -> None:
+    """As PNG, whole or not at all."""
     with atomic_file(path, overwrite=True) as file:
         image.save(file, "PNG")

@@ -19,6 +19,7 @@ def save(training: Training) -> None:
             "factors": list(training.parameters),
             "optimizer": training.optimizer.state_dict(),
             "average": list(average),
+            "scaler": training.precision.state,
             "random": random_states(),
             "smooth_loss": training.smooth_loss,
             "skipped": training.skipped,
@@ -43,6 +44,7 @@ def resume(training: Training) -> None:
                 kept.copy_(value)
     training.optimizer.load_state_dict(tree["optimizer"])
     training.step, training.smooth_loss, training.skipped = step, tree["smooth_loss"], tree["skipped"]
+    training.precision.restore(tree["scaler"])
     set_random_states(tree["random"])
     if training.is_main:
         training.metrics.cut(step)

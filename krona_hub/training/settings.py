@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 Rows = Literal["kron", "shuffled"]
-Mixed = Literal["auto", "no", "bf16"]
+Mixed = Literal["auto", "no", "bf16", "fp16"]
 TypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Quantised = Literal["none", "nf4", "int8", "int8-torchao"]
 TimestepSampling = Literal["auto", "uniform", "logit-normal"]
@@ -69,6 +69,9 @@ class TrainingSettings:
     validation_data: str | None = setting(None, "A folder of pictures for the validation.", panel="Data")
     prior_data: str | None = setting(None, "A folder of pictures of the class, to keep it.", panel="Data")
     prior_prompt: str = setting("", "The caption of pictures of the class that have none.", panel="Data")
+    prior_pictures: int = setting(
+        0, "Have so many of the class: the base draws what is missing.", panel="Data", least=0
+    )
     prior_weight: float = setting(1.0, "Of their loss.", panel="Data", least=0.0)
 
     # the loss
@@ -109,7 +112,9 @@ class TrainingSettings:
     sample_steps: int = setting(25, "Denoising steps of a sample.", panel="Output", least=1)
     sample_guidance: float = setting(5.0, "Guidance of the samples.", panel="Output", least=0.0)
     export: tuple[str, ...] = setting((), "Formats to write the adapter in, too: lora, lycoris, …", panel="Output")
-    trackers: tuple[str, ...] = setting((), "tensorboard, wandb, trackio.", panel="Output")
+    trackers: tuple[str, ...] = setting(
+        ("auto",), "tensorboard, wandb, trackio; auto: TensorBoard where it is installed; none.", panel="Output"
+    )
     licence: str | None = setting(None, "Of the adapter.", panel="Output")
 
     @property

@@ -15,6 +15,7 @@ from krona_hub.training.encoding import Source
 from krona_hub.training.metrics import Metrics
 from krona_hub.training.objective import Objective
 from krona_hub.training.optimisers import Average
+from krona_hub.training.precision import Precision
 from krona_hub.training.settings import TrainingSettings
 
 
@@ -37,6 +38,7 @@ class Training:
     settings: TrainingSettings
     run: Path
     accelerator: Accelerator
+    precision: Precision
     objective: Objective
     source: Source
     batches: Batches

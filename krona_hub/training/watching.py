@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from krona_hub.training.optimisers import has_own_mode
 from krona_hub.training.training import Training
 
@@ -40,16 +42,21 @@ def validate(training: Training) -> float:
 
 @contextmanager
 def as_handed_out(training: Training) -> Iterator[None]:
-    """The factors as the final adapter has them, while the block runs: averaged, where there is an average."""
+    """The factors as the final adapter has them, while the block runs: averaged, where there is an average.
+
+    Afterwards they are what they were, bit by bit: an optimizer that computes its way to the average and back rounds.
+    """
+    before = [p.detach().clone() for p in training.parameters]
     own_mode = has_own_mode(training.optimizer)
     if own_mode:
         training.optimizer.eval()  # type: ignore[attr-defined]
     if training.average is not None:
-        training.average.exchange()
+        training.average.give()
     try:
         yield
     finally:
-        if training.average is not None:
-            training.average.exchange()
         if own_mode:
             training.optimizer.train()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for parameter, value in zip(training.parameters, before, strict=True):
+                parameter.copy_(value)

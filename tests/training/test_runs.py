@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from krona_hub import read
-from krona_hub.errors import ConflictError, DivergedError, IntegrityError, NoDeviceError, StoppedError, UsageError
+from krona_hub.errors import (
+    ConflictError,
+    DataError,
+    DivergedError,
+    IntegrityError,
+    NoDeviceError,
+    StoppedError,
+    UsageError,
+)
 from krona_hub.training.configuration import read_toml
 from krona_hub.training.metrics import read_metrics, series
 from krona_hub.training.objective import Objective
@@ -177,6 +185,30 @@ def test_prior_pictures_change_what_is_learned(quick, photos, tmp_path):
     assert both.adapter.read_bytes() != plain
 
 
+PRIOR = {"prior_pictures": 3, "prior_prompt": "a toy", "sample_steps": 2}
+
+
+def test_the_base_draws_pictures_of_the_class_once(quick, tmp_path):
+    run, folder = Path(quick["output"]), tmp_path / "class"
+    train(quick | PRIOR)
+    drawn = {path.name: path.read_bytes() for path in (run / "prior").iterdir()}
+    assert len(drawn) == 3 and check_training(quick | PRIOR, timed=True).prior_pictures == 3
+    train(quick | PRIOR, prior_data=str(folder), output=str(tmp_path / "two"))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == drawn
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    train(quick | PRIOR, prior_data=str(folder), output=str(tmp_path / "three"), steps=2)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    with pytest.raises(DataError, match="another base, prompt"):
+        train(quick | PRIOR, prior_data=str(folder), prior_prompt="a cat", output=str(tmp_path / "four"))
+
+
+def test_a_stopped_run_keeps_its_pictures_of_the_class(quick, tmp_path):
+    whole = train(quick | PRIOR, output=str(tmp_path / "whole")).adapter.read_bytes()
+    with pytest.raises(StoppedError):
+        train(quick | PRIOR, progress=stop_after(1))
+    assert train(resume_from=quick["output"]).adapter.read_bytes() == whole
+
+
 def test_samples_are_drawn_with_fixed_seeds_into_a_grid(quick):
     from PIL import Image
 
@@ -215,7 +247,10 @@ def test_a_check_says_what_a_training_does_and_writes_nothing(quick):
     [
         ({"device": "cuda:7"}, NoDeviceError, "cuda:7"),
         ({"optimizer": "adamm"}, UsageError, "adamw"),
-        ({"optimizer": "prodigy"}, NoDeviceError, "prodigyopt"),
+        ({"optimizer": "prodigy"}, UsageError, "--learning-rate 1"),
+        ({"optimizer": "schedule-free", "schedule": "cosine"}, UsageError, "--schedule"),
+        ({"trackers": ["tensorbord"]}, UsageError, "tensorboard"),
+        ({"prior_pictures": 3}, UsageError, "--prior-prompt"),
         ({"schedule": "cosin"}, UsageError, "cosine"),
         ({"quantize": "nf4"}, NoDeviceError, "bitsandbytes"),
         ({"validate_every": 2}, UsageError, "held-out"),
