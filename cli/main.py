@@ -25,7 +25,7 @@ rich_click.rich_click.COMMAND_GROUPS = {
         {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate"]},
         {"name": "Adapters and models", "commands": ["merge", "unmerge", "extract", "verify"]},
         {"name": "Training", "commands": ["train", "params", "formats"]},
-        {"name": "Pictures", "commands": ["generate"]},
+        {"name": "Pictures", "commands": ["generate", "evaluate"]},
         {"name": "Krona itself", "commands": ["demo", "completion"]},
     ]
 }
@@ -52,6 +52,7 @@ COMMANDS = {
     ),
     "train": Entry("krona_hub.cli.train_command", "Train a Kronecker adapter on pictures."),
     "generate": Entry("krona_hub.cli.generate_command", "Draw pictures with a base and adapters, side by side."),
+    "evaluate": Entry("krona_hub.cli.evaluate_command", "Score pictures: the subject, and the prompt."),
     "params": Entry("krona_hub.cli.params_command", "Count an adapter's parameters before training it."),
     "formats": Entry("krona_hub.cli.formats_command", "List the formats, and which tools load them."),
     "demo": Entry("krona_hub.cli.demo_command", "Run the main job on an adapter that comes with krona, offline."),

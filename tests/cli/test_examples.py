@@ -226,6 +226,9 @@ SHAPES = {
     "verify lokr.safetensors --base sd15": FIT_CHECK,
     "generate base --prompt x --adapter lora.safetensors --strengths 0,1 --dry-run": GENERATION,
     "train config.toml --check": TRAINING_PLAN,
+    "evaluate photos --like photos": obj(
+        pictures=many(TEXT), references=many(TEXT), measures=many(obj(name=TEXT)), columns=each(each(NUMBER))
+    ),
     "migrate krona.safetensors --to 1.0 -o same.safetensors": obj(**{"path": TEXT, "from": TEXT, "to": TEXT}),
     "params --base sdxl --shape 64x8 --rank 4": {"type": "object"},
     "formats": obj(
