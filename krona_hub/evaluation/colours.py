@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 SIDE = 64  # pixels along the longer side when it is looked at
-HUES, BANDS = 12, 3  # bins of 30 degrees; bands of height
+HUES, BANDS = 24, 2  # bins of hue; bands of height: above and below
+NEAR = 60.0  # degrees: a hue counts for all bins that are nearer, most for the nearest
+SHOWN = 0.7  # what the renders of a toy exceed, and no wrong toy reaches
 SATURATION, BRIGHTNESS = 0.55, 60  # of vivid pixels: at least, and of 255
 LEAST = 0.01  # share of all pixels that is vivid where there is a subject
 Histogram = NDArray[np.float64]  # (BANDS, HUES), sums to 1; zeros without a subject
@@ -34,7 +36,7 @@ def identity(picture: Image.Image, references: Sequence[Image.Image]) -> float:
 
 
 def histogram(picture: Image.Image) -> Histogram:
-    """Shares of hues by height. A hue counts for the two bins whose middles it lies between."""
+    """Shares of hues by height. Neighbouring hues overlap: orange in another light is still nearly orange."""
     pixels = _small(picture)
     high, low = pixels.max(2), pixels.min(2)
     vivid = (high - low > SATURATION * high) & (high > BRIGHTNESS)
@@ -43,11 +45,16 @@ def histogram(picture: Image.Image) -> Histogram:
     if len(rows) < LEAST * vivid.size:
         return counts
     band = (rows - rows.min()) * BANDS // (rows.max() - rows.min() + 1)
-    place = _hues(pixels[vivid]) / 360 * HUES
-    first, share = np.floor(place).astype(int), place % 1
-    np.add.at(counts, (band, first % HUES), 1 - share)
-    np.add.at(counts, (band, (first + 1) % HUES), share)
+    np.add.at(counts, band, _bins(_hues(pixels[vivid])))
     shares: Histogram = counts / counts.sum()
+    return shares
+
+
+def _bins(hues: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, HUES) shares of (n,) degrees."""
+    apart = np.abs((hues[:, None] - np.arange(HUES) * 360 / HUES + 180) % 360 - 180)
+    near = np.maximum(0, 1 - apart / NEAR)
+    shares: NDArray[np.float64] = near / near.sum(1, keepdims=True)
     return shares
 
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from krona_hub.evaluation.colours import identity
+from krona_hub.evaluation.colours import SHOWN, identity
 from scripts.tiny_scenes import render, scene, toy
 from scripts.tiny_scenes.scene import POSITIONS
 
-SHOWN = 0.8  # the toy is in a picture that scores more
 LIGHTS = ("left", "right")
 
 
