@@ -116,16 +116,20 @@ def _start(base: Base, settings: TrainingSettings) -> Adapter:
 def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Encoding) -> Seen:
     """Every picture found, and encoded where that is kept."""
     pictures = read_pictures(encoder.pipe, encoder.family, settings)
-    source = Source(encoder, pictures.train.examples, pictures.sizes)
-    validation, prior = (_beside(encoder, pictures, group) for group in (pictures.validation, pictures.prior))
+    plain = replace(settings, trigger_word="", caption_template="{caption}")  # the class is not the subject
+    source = Source(encoder, pictures.train.examples, pictures.sizes, settings)
+    validation = _beside(encoder, pictures, pictures.validation, settings)
+    prior = _beside(encoder, pictures, pictures.prior, plain)
     for each in (source, validation, prior):
         if each is not None and settings.cache:
-            encoder.fill(each.examples, each.sizes, each.captions(settings), encoding)
+            encoder.fill(each.examples, each.sizes, each.captions, encoding)
     return Seen(source, validation, prior, _fingerprint(settings, pictures))
 
 
-def _beside(encoder: Encoder, pictures: Pictures, examples: tuple[Example, ...]) -> Source | None:
-    return Source(encoder, examples, pictures.sizes_of(examples, encoder.settings.buckets)) if examples else None
+def _beside(
+    encoder: Encoder, pictures: Pictures, examples: tuple[Example, ...], settings: TrainingSettings
+) -> Source | None:
+    return Source(encoder, examples, pictures.sizes_of(examples, settings.buckets), settings) if examples else None
 
 
 def _sampler(

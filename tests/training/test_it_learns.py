@@ -70,7 +70,14 @@ def test_five_views_teach_a_toy_and_a_control_stays(seed, folders, tmp_path):
 
 def loss_of(folder: Path, adapter, output: Path) -> float:
     """The validation loss of the base, with an adapter or without, on a folder of pictures."""
-    still = {"steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, "batch_size": 1, "validate_every": 1}
+    still = {
+        "trigger_word": "",
+        "steps": 1,
+        "learning_rate": 0.0,
+        "weight_decay": 0.0,
+        "batch_size": 1,
+        "validate_every": 1,
+    }
     start = {"init": str(adapter)} if adapter else {}
     own = {"data": str(folder), "validation_data": str(folder), "output": str(output)}
     return train(SETTINGS | still | start | own).validation[0][1]
