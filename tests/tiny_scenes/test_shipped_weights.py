@@ -58,7 +58,7 @@ def test_the_base_draws_what_held_out_prompts_say(pipe):
 def test_every_module_of_the_adapters_is_the_base_s_and_alpha_is_not_rank():
     for path in adapters().values():
         told = describe(path)
-        assert told.candidates[0].base == "tiny-scenes", path.name
+        assert told.candidates == ("tiny-scenes",), path.name
         assert not told.unmatched
         assert all(module.alpha != module.rank for module in told.modules if module.alpha is not None), path.name
     assert {module.kind for module in describe(adapters()["lokr"]).modules} == {"lokr"}
