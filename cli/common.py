@@ -255,6 +255,25 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
+def noted_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """The same for work that has more to tell at every step: `(done, total, note)`."""
+    note = ""
+
+    def words(done: int, total: int | None, speed: float) -> str:
+        rate = f"  {speed:.2f}/s" if speed else ""
+        return f"{_bar(label, done, total or 0)} {done:,}/{total or 0:,}{rate}{_left(done, total or 0, speed)}  {note}"
+
+    with _drawn(words) as step:
+
+        def noted(done: int, total: int, text: str) -> None:
+            nonlocal note
+            note = text
+            step(done, total)
+
+        yield noted
+
+
+@contextmanager
 def byte_progress(label: str) -> Iterator[Callable[[int, int | None], None]]:
     """The same for work that reports bytes: with the rate, and without a bar where the total is unknown."""
 

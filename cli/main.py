@@ -24,9 +24,9 @@ rich_click.rich_click.COMMAND_GROUPS = {
     "krona": [
         {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate"]},
         {"name": "Adapters and models", "commands": ["merge", "unmerge", "extract", "verify"]},
-        {"name": "Pictures", "commands": ["generate"]},
+        {"name": "Training", "commands": ["train", "params", "formats"]},
+        {"name": "Pictures", "commands": ["generate", "evaluate"]},
         {"name": "The Hugging Face Hub", "commands": ["push", "pull", "hub"]},
-        {"name": "Before training", "commands": ["params", "formats"]},
         {"name": "Krona itself", "commands": ["demo", "completion"]},
     ]
 }
@@ -51,7 +51,9 @@ COMMANDS = {
     "verify": Entry(
         "krona_hub.cli.verify_command", "Compare: merged model and adapters, two adapters, adapter and base."
     ),
+    "train": Entry("krona_hub.cli.train_command", "Train a Kronecker adapter on pictures."),
     "generate": Entry("krona_hub.cli.generate_command", "Draw pictures with a base and adapters, side by side."),
+    "evaluate": Entry("krona_hub.cli.evaluate_command", "Score pictures: the subject, and the prompt."),
     "params": Entry("krona_hub.cli.params_command", "Count an adapter's parameters before training it."),
     "push": Entry("krona_hub.cli.push_command", "Publish an adapter on the Hugging Face Hub."),
     "pull": Entry("krona_hub.cli.pull_command", "Download an adapter from the Hub, and check it."),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from krona_hub.origin import BaseModel as BaseModel
     from krona_hub.runtime import load_into as load_into
     from krona_hub.runtime import unload as unload
+    from krona_hub.training.runs import train as train
     from krona_hub.verification import verify as verify
 
 __version__ = "0.1.0"
@@ -51,6 +52,7 @@ PUBLIC = {  # name -> the module that defines it
     "extract": "krona_hub.extraction",
     "combine": "krona_hub.combining",
     "verify": "krona_hub.verification",
+    "train": "krona_hub.training.runs",
     "generate": "krona_hub.images",
     "attach": "krona_hub.layers",
     "detach": "krona_hub.layers",

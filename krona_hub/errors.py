@@ -219,3 +219,27 @@ class RateLimitError(KronaError):
     """The Hub wants fewer requests."""
 
     code, exit_code = "KH230", 9
+
+
+class DataError(KronaError):
+    """Training pictures or captions that cannot be used: each bad file is named."""
+
+    code = "KH240"
+
+
+class DivergedError(KronaError):
+    """A training whose loss is no number any more."""
+
+    code, exit_code = "KH241", 8
+
+
+class NoDeviceError(KronaError):
+    """A device that this machine does not have, or a package for it that is not installed."""
+
+    code, exit_code = "KH242", 8
+
+
+class StoppedError(KronaError):
+    """A training that was stopped on purpose; its last state is saved."""
+
+    code, exit_code = "KH243", 130

@@ -3,6 +3,8 @@
 import doctest
 import inspect
 import re
+import shlex
+import tomllib
 
 import pytest
 
@@ -52,13 +54,41 @@ def test_the_sessions_of_the_runtime_page_run(tmp_path, monkeypatch):
     style = made.lora(tiny.layers(pipe, "to_q", "to_k", "to_v"))
     write(style, tmp_path / "style.safetensors", format="kohya-lora", base=base)
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs/runtime.md").read_text()
-    session = "\n".join(re.findall(r"```pycon\n(.*?)```", page, re.DOTALL))
     names = {"pipe": pipe, "toy": toy, "toy_of_yesterday": yesterday}
-    test = doctest.DocTestParser().get_doctest(session, names, "docs/runtime.md", None, None)
+    assert run_sessions("docs/runtime.md", names) > 20
+
+
+def test_the_sessions_of_the_training_page_run(tmp_path, monkeypatch):
+    from tests.training.bases import save_base, save_photos
+
+    save_base("sd15", tmp_path).rename(tmp_path / "tiny")
+    save_photos(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    assert run_sessions("docs/training.md", {}) > 10
+
+
+def run_sessions(page, names):
+    """The `pycon` blocks of a page as one session; how many lines it has."""
+    session = "\n".join(re.findall(r"```pycon\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+    test = doctest.DocTestParser().get_doctest(session, names, page, None, None)
     told = []
     failed, tried = doctest.DocTestRunner().run(test, out=told.append)
-    assert tried > 20 and not failed, "".join(told)
+    assert not failed, "".join(told)
+    return tried
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_training_commands_and_files_of_a_page_are_understood(page):
+    from krona_hub.cli.train_command import command
+    from krona_hub.training.configuration import checked
+
+    text = (ROOT / page).read_text()
+    lines = re.findall(r"^krona train (.*)", "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)), re.MULTILINE)
+    assert lines
+    for line in lines:
+        command.make_context("train", shlex.split(line, comments=True))
+    for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL):
+        checked(tomllib.loads(block))
 
 
 def test_every_error_class_has_a_code_of_its_own():

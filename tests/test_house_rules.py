@@ -11,7 +11,7 @@ RINGS = [  # a file may import from its own ring and from rings above it in this
     {"schema", "checkpoints", "sources", "bases", "layers"},
     {"formats"},
     {"conversion", "accounting", "merging", "extraction", "combining", "verification", "runtime"},
-    {"images", "training"},
+    {"images", "training", "evaluation"},
     {"report", "model_card", "demo", "hub"},
 ]
 RING = {name: depth for depth, ring in enumerate(RINGS) for name in ring}

@@ -10,7 +10,15 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from krona_hub.errors import FormatError, IncompleteError, KronaError, ResourceError, UnknownBaseError, UsageError
+from krona_hub.errors import (
+    FormatError,
+    IncompleteError,
+    KronaError,
+    NoDeviceError,
+    ResourceError,
+    UnknownBaseError,
+    UsageError,
+)
 from krona_hub.images.asked import Machine, Settings, check_multiple
 from krona_hub.images.plan import BasePlan
 from krona_hub.images.samplers import SAMPLERS
@@ -19,7 +27,7 @@ OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "not enough memory")
 
 
 def device_for(asked: str | None) -> str:
-    """The device that was asked for, or the best that there is. Raises UsageError where there is none such."""
+    """The device that was asked for, or the best that there is. Raises NoDeviceError where there is none such."""
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -31,7 +39,7 @@ def device_for(asked: str | None) -> str:
     if here and (not number or (number.isdigit() and int(number) < count)):
         return asked
     found = ", ".join(name for name, here in there.items() if here)
-    raise UsageError(f"this machine has no device {asked} that torch can use.", fix=f"Give --device {found}.")
+    raise NoDeviceError(f"this machine has no device {asked} that torch can use.", fix=f"Give --device {found}.")
 
 
 def open_pipeline(base: BasePlan, machine: Machine, variant: str | None, config: str | None) -> Any:
@@ -39,7 +47,7 @@ def open_pipeline(base: BasePlan, machine: Machine, variant: str | None, config:
     import torch
 
     dtype = getattr(torch, dtype_for(base, machine))
-    with quiet(), _told(base.source):
+    with quiet(), told(base.source):
         pipe = _loaded(base, dtype, variant, config)
         _place(pipe, machine)
     pipe.set_progress_bar_config(disable=True)
@@ -117,7 +125,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _told(source: str) -> Iterator[None]:
+def told(source: str) -> Iterator[None]:
     """What diffusers says of a broken or incomplete base, as an error of ours."""
     try:
         yield

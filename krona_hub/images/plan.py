@@ -22,7 +22,7 @@ from krona_hub.sources.names import WEIGHTS
 PREFERRED = {"tiny-scenes": (20, 3.0), "flux1-schnell": (4, 0.0)}  # family -> steps and guidance that suit it
 
 SINGLE_FILES: Mapping[str, str] = {  # start of a family's name -> the pipeline for its checkpoints in one file
-    "sd15": "StableDiffusionPipeline", "sd21": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline",
+    "sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline",
     "sd3": "StableDiffusion3Pipeline", "flux1": "FluxPipeline", "flux2-klein": "Flux2KleinPipeline",
     "flux2": "Flux2Pipeline", "chroma": "ChromaPipeline", "z-image": "ZImagePipeline",
     "qwen-image": "QwenImagePipeline", "lumina2": "Lumina2Pipeline", "auraflow": "AuraFlowPipeline",
@@ -100,7 +100,7 @@ def make_plan(asked: Asked) -> Plan:
 def _base(source: str, asked: Asked) -> BasePlan:
     path = resolve_base(source)
     if not path.exists():
-        raise _no_base(source)
+        raise no_base(source)
     if path.is_file():
         read_header(path)  # refuses what is no safetensors: pickles are never opened
     elif asked.variant:
@@ -109,11 +109,11 @@ def _base(source: str, asked: Asked) -> BasePlan:
     if path.is_dir():
         pipeline: str | None = _pipeline_class(path)
     else:
-        pipeline = None if asked.config else _pipeline_for(source, family)
+        pipeline = None if asked.config else pipeline_for(source, family)
     return BasePlan(source, path, pipeline, family, fingerprint)
 
 
-def _pipeline_for(source: str, family: str | None) -> str:
+def pipeline_for(source: str, family: str | None) -> str:
     """The pipeline for a family's checkpoints in one file."""
     for start, name in SINGLE_FILES.items():
         if (family or "").startswith(start):
@@ -124,7 +124,8 @@ def _pipeline_for(source: str, family: str | None) -> str:
     )
 
 
-def _no_base(source: str) -> KronaError:
+def no_base(source: str) -> KronaError:
+    """Why a source that leads to no file is no base: a name without weights, or nothing at all."""
     known = catalogue.find(source)
     if known is None:
         return NotFoundError(f"{source}: no such file or folder.", fix="Check the path; a Hub id is written ns/name.")

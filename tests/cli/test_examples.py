@@ -206,6 +206,17 @@ GENERATION = obj(
     written=FLAG,
     notes=many(TEXT),
 )
+TRAINING_PLAN = obj(
+    family=TEXT,
+    pictures=COUNT,
+    layers=COUNT,
+    forms=many({"type": "array"}, 1),
+    parameters=COUNT,
+    steps=COUNT,
+    epochs=NUMBER,
+    memory=COUNT,
+    seconds_per_step=NUMBER,
+)
 SHAPES = {
     "inspect lora.safetensors": INSPECTION,
     "inspect krona.safetensors --sha256": INSPECTION,
@@ -239,6 +250,10 @@ SHAPES = {
     "hub search": many(obj(repo=TEXT, base_models=many(TEXT)), 1),
     "hub ls": many(obj(repo=TEXT, commit=TEXT, files=many(TEXT, 1), bytes=COUNT)),
     "generate base --prompt x --adapter lora.safetensors --strengths 0,1 --dry-run": GENERATION,
+    "train config.toml --check": TRAINING_PLAN,
+    "evaluate photos --like photos": obj(
+        pictures=many(TEXT), references=many(TEXT), measures=many(obj(name=TEXT)), columns=each(each(NUMBER))
+    ),
     "migrate krona.safetensors --to 1.0 -o same.safetensors": obj(**{"path": TEXT, "from": TEXT, "to": TEXT}),
     "params --base sdxl --shape 64x8 --rank 4": {"type": "object"},
     "formats": obj(

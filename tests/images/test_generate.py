@@ -14,6 +14,7 @@ from krona_hub.errors import (
     FormatError,
     IncompleteError,
     IntegrityError,
+    NoDeviceError,
     NotFoundError,
     UnknownBaseError,
     UsageError,
@@ -279,7 +280,7 @@ def test_nothing_is_written_by_a_dry_run_or_where_the_base_is_wrong(base, style,
         generate(Path(base) / "unet", PROMPT, out=tmp_path / "out")
     with pytest.raises(UsageError, match="variant"):
         generate(base, PROMPT, variant="fp16", out=tmp_path / "out")
-    with pytest.raises(UsageError, match="no device cuda:77"):
+    with pytest.raises(NoDeviceError, match="no device cuda:77"):
         generate(base, PROMPT, device="cuda:77", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

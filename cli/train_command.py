@@ -1,0 +1,197 @@
+"""`krona train`: an adapter from pictures. Its flags are the fields of the settings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from krona_hub.cli.common import asked_for, emit, krona_command, noted_progress, say, show_facts, show_table, show_text
+from krona_hub.errors import UsageError
+from krona_hub.report import human_bytes
+from krona_hub.training.presets import PRESETS
+from krona_hub.training.settings import KINDS, Kind
+
+HIDDEN = ("shapes",)  # declared by hand: REGEX=a1xa2, several times
+WORLD = "WORLD_SIZE"  # set by a launcher: this process is one of several already
+PANELS = tuple(dict.fromkeys(kind.metadata["panel"] for kind in KINDS.values()))
+OWN = ("--preset", "--resume", "--check", "--num-processes")
+
+
+def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An option for each field, in the order of the fields."""
+    for kind in reversed(KINDS.values()):
+        if kind.name not in HIDDEN:
+            function = _option(kind)(function)
+    return function
+
+
+def _option(kind: Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    names = ["-o", kind.flag] if kind.name == "output" else [kind.flag]
+    about: dict[str, Any] = {"default": None, "help": _help(kind)}
+    if kind.type is bool:
+        return click.option(f"{kind.flag}/--no-{kind.flag[2:]}", kind.name, **about)
+    if kind.choices:
+        return click.option(*names, kind.name, type=click.Choice(kind.choices), **about)
+    if kind.type is tuple:
+        return click.option(*names, kind.name, metavar="TEXT", multiple=kind.name == "sample_prompts", **about)
+    return click.option(*names, kind.name, type=kind.type, metavar=_metavar(kind), **about)
+
+
+def _metavar(kind: Kind) -> str:
+    return {int: "N", float: "X"}.get(kind.type, kind.name.rsplit("_", 1)[-1].upper())
+
+
+def _help(kind: Kind) -> str:
+    shown = kind.default if isinstance(kind.default, int | float | str) and kind.default not in ("", 0, False) else None
+    return kind.metadata["help"] + (f" [{shown}]" if shown is not None and kind.type is not bool else "")
+
+
+def _panels() -> dict[str, list[str]]:
+    grouped = {panel: [k.flag for k in KINDS.values() if k.metadata["panel"] == panel] for panel in PANELS}
+    return {"Run": list(OWN), **grouped}
+
+
+@krona_command(
+    "train",
+    examples=(
+        'krona train --base tiny --data photos --prompt "a photo of sks toy" --steps 4 -o toy',
+        "krona train config.toml --shape 8x4 --check",
+        "krona train --resume stopped --steps 4",
+    ),
+    panels=_panels(),
+)
+@click.argument("config", required=False, type=click.Path())
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings to start from; flags and the file win.")
+@click.option("--resume", "resume_from", metavar="RUN", type=click.Path(), help="Go on with a run that was stopped.")
+@click.option("--check", is_flag=True, help="Check data, base and shapes, print the plan, and stop.")
+@click.option("--num-processes", type=click.IntRange(1), metavar="N", help="Train with N processes on this machine.")
+@_setting_options
+@click.option("--shapes", multiple=True, metavar="REGEX=a1xa2", help="The shape of the modules that REGEX finds.")
+def command(
+    config: str | None,
+    preset: str | None,
+    resume_from: str | None,
+    check: bool,
+    num_processes: int | None,
+    **flags: Any,
+) -> None:
+    """Train a Kronecker adapter of a base model on a folder of pictures.
+
+    CONFIG is a TOML file of the same settings as the flags, which win over it. The run folder gets adapter.safetensors,
+    checkpoints to go on from, metrics.jsonl, samples and config.toml.
+    """
+    given = _given(flags)
+    if num_processes and num_processes > 1 and WORLD not in os.environ:
+        sys.stdout.flush()
+        raise SystemExit(_launch(num_processes))
+    if check:
+        _check(config, preset, given)
+    else:
+        _train(config, preset, resume_from, given)
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were on the command line."""
+    given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    if "shapes" in given:
+        given["shapes"] = dict(map(_pair, given["shapes"]))
+    return given
+
+
+def _pair(text: str) -> tuple[str, str]:
+    pattern, equals, shape = text.rpartition("=")
+    if not (equals and pattern):
+        raise UsageError(f"{text!r} is no REGEX=a1xa2.", fix='Write, for example, --shapes "attn2.to_[kv]=32x8".')
+    return pattern, shape
+
+
+def _launch(processes: int) -> int:
+    """The same command line in several processes, started by torchrun; its status.
+
+    `accelerate launch` starts a single process on a CPU, whatever number it is given.
+    """
+    rest = _without(sys.argv[1:], "--num-processes")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run([*launcher, "-m", "krona_hub.cli", *rest], check=False).returncode
+
+
+def _without(arguments: list[str], option: str) -> list[str]:
+    """
+    >>> _without(["train", "--num-processes", "2", "--steps", "3", "--num-processes=4"], "--num-processes")
+    ['train', '--steps', '3']
+    """
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument != option and not argument.startswith(f"{option}="):
+            kept.append(argument)
+        skip = argument == option
+    return kept
+
+
+def _train(config: str | None, preset: str | None, resume_from: str | None, given: dict[str, Any]) -> None:
+    from krona_hub.training.runs import train
+    from krona_hub.training.training import Progress
+
+    lead = os.environ.get("RANK", "0") == "0"
+    with noted_progress("training") as step:
+
+        def tell(now: Progress) -> None:
+            if lead:
+                step(
+                    now.step,
+                    now.steps,
+                    f"loss {now.loss:.4f}, smoothed {now.smooth_loss:.4f}  {human_bytes(now.memory)}",
+                )
+
+        report = train(config, preset=preset, resume_from=resume_from, progress=tell, **given)
+    if lead:
+        emit(report, lambda: _show(report))
+
+
+def _show(report: Any) -> None:
+    show_text(f"{report.adapter}: {report.layers} layers, {report.parameters:,} parameters", "bold")
+    validation = [loss for _, loss in report.validation]
+    show_facts(
+        [
+            ("steps", report.steps),
+            ("loss", f"{report.first_loss:.4f} → {report.last_loss:.4f} (smoothed)" if report.last_loss else None),
+            ("validation loss", f"{validation[0]:.4f} → {validation[-1]:.4f}" if validation else None),
+            ("left out", f"{report.skipped} batches whose loss was no number" if report.skipped else None),
+            ("most memory", human_bytes(report.memory)),
+            ("also", ", ".join(str(path) for path in report.exports)),
+        ]
+    )
+
+
+def _check(config: str | None, preset: str | None, given: dict[str, Any]) -> None:
+    from krona_hub.training.runs import check_training
+
+    if not asked_for("json"):
+        say("Opening the base and reading every picture …")
+    plan = check_training(config, preset=preset, timed=True, **given)
+    emit(plan, lambda: _show_plan(plan))
+
+
+def _show_plan(plan: Any) -> None:
+    sizes = ", ".join(f"{count} at {w}x{h}" for (w, h), count in plan.sizes)
+    time = None if plan.seconds is None else f"{plan.seconds / 60:.1f} min ({plan.seconds_per_step:.2f} s per step)"
+    show_facts(
+        [
+            ("base", f"{plan.base} ({plan.family}, {plan.prediction}), {plan.dtype} on {plan.device}"),
+            ("pictures", f"{plan.pictures}: {sizes}"),
+            ("left out", ", ".join(plan.bad_pictures)),
+            ("for validation", plan.validation_pictures or None),
+            ("of the class", plan.prior_pictures or None),
+            ("layers", plan.layers),
+            ("parameters", plan.parameters),
+            ("steps", f"{plan.steps:,} of {plan.pictures_per_step} pictures: {plan.epochs:.3g} epochs"),
+            ("memory", f"{human_bytes(plan.memory)} of weights and optimizer, and activations"),
+            ("time", time),
+        ]
+    )
+    show_table(("form of the delta", ">layers"), plan.forms)

@@ -1,0 +1,195 @@
+"""Settings from a TOML file, a preset and flags; checked, and written back into the run folder. Torch-free."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from importlib.util import find_spec
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from krona_hub.errors import NotFoundError, UsageError
+from krona_hub.kron.shapes import parse_shape
+from krona_hub.training.presets import INSTEAD, PRESETS
+from krona_hub.training.settings import KINDS, Kind, TrainingSettings
+
+PATHS = ("base", "data", "validation_data", "prior_data", "init", "output")  # relative to the TOML file
+ECHO = "config.toml"  # in the run folder
+NUMBERS = (int, float)
+PRODIGY_LEAST = 0.1  # its learning rate is a factor
+
+
+def settings_of(
+    given: Mapping[str, Any], *, file: str | Path | None = None, preset: str | None = None
+) -> TrainingSettings:
+    """A preset's settings, over them those of a TOML file, over them those `given`; all checked.
+
+    Raises UsageError for an unknown field, a value of a wrong type or out of its range, and an unknown preset.
+
+    >>> settings_of({"steps": 20}, preset="paper-sd").steps, settings_of({}, preset="paper-sd").shape
+    (20, '64x4')
+    """
+    written = read_toml(Path(file)) if file else {}
+    name = preset or written.pop("preset", None) or "default"
+    written.pop("preset", None)
+    return checked({**preset_values(name), **written, **given})
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The settings of a preset; what needs a package that is missing is replaced by what does not."""
+    if name not in PRESETS:
+        raise UsageError(f"there is no preset {name!r}.", fix=_nearest(name, PRESETS))
+    values = dict(PRESETS[name])
+    if values.get("optimizer") in INSTEAD and find_spec("bitsandbytes") is None:
+        values["optimizer"] = INSTEAD[values["optimizer"]]
+    return values
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The fields of a TOML file; its paths are relative to the file."""
+    if not path.is_file():
+        raise NotFoundError(f"there is no file {str(path)!r}.", fix="Check the spelling of the path.")
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no TOML: {error}.", fix="Write lines of the form  steps = 500.") from error
+    for name in PATHS:
+        if isinstance(values.get(name), str):
+            values[name] = _beside(path.parent, values[name])
+    return values
+
+
+def _beside(folder: Path, text: str) -> str:
+    """A path relative to the file; a Hub id or a catalogue name, which is no path there, stays as it is."""
+    candidate = folder / text
+    return str(candidate) if text and candidate.exists() and not Path(text).is_absolute() else text
+
+
+def at_home(settings: TrainingSettings) -> TrainingSettings:
+    """With absolute paths: a run goes on from whatever folder it is called in. What is no path stays as it is."""
+    found = {name: value for name in PATHS if (value := getattr(settings, name)) and Path(value).expanduser().exists()}
+    whole: dict[str, Any] = {name: str(Path(value).expanduser().resolve()) for name, value in found.items()}
+    return replace(settings, **whole)
+
+
+def checked(values: Mapping[str, Any]) -> TrainingSettings:
+    """The settings, each of its type and in its range."""
+    unknown = [name for name in values if name not in KINDS]
+    if unknown:
+        raise UsageError(f"there is no setting {unknown[0]!r}.", fix=_nearest(unknown[0], KINDS))
+    settings = TrainingSettings(**{name: _value(KINDS[name], value) for name, value in values.items()})
+    _check_together(settings)
+    return settings
+
+
+def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
+
+
+def _value(kind: Kind, value: Any) -> Any:
+    if value is None and kind.optional:
+        return None
+    if kind.type is tuple:
+        return _texts(kind, value)
+    if kind.type is Mapping:
+        return _shapes(kind, value)
+    if kind.type is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind.type:
+        raise UsageError(f"{kind.name} = {value!r} is no {_word(kind.type)}.", fix=str(kind.metadata["help"]))
+    if kind.choices and value not in kind.choices:
+        near = get_close_matches(str(value), kind.choices, n=1)
+        fix = f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(kind.choices)}."
+        raise UsageError(f"{kind.name} = {value!r} is no choice.", fix=fix)
+    return _in_range(kind, value) if isinstance(value, NUMBERS) else value
+
+
+def _word(kind: type) -> str:
+    return {int: "whole number", float: "number", bool: "true or false", str: "text"}.get(kind, kind.__name__)
+
+
+def _in_range(kind: Kind, value: Any) -> Any:
+    least, most = kind.metadata["least"], kind.metadata["most"]
+    if not isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
+        allowed = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+        raise UsageError(f"{kind.name} = {value} is out of range.", fix=f"Give {allowed}.")
+    return value
+
+
+def _texts(kind: Kind, value: Any) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) and kind.name != "sample_prompts" else value
+    parts = [parts] if isinstance(parts, str) else parts
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise UsageError(f"{kind.name} = {value!r} is no list of texts.", fix=str(kind.metadata["help"]))
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _shapes(kind: Kind, value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
+        raise UsageError(f"{kind.name} is no table of texts.", fix='Write  "attn2.to_[kv]" = "32x8"  under [shapes].')
+    for pattern, shape in value.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is no regular expression: {error}.", fix="Quote special signs.") from error
+        if shape != "auto":
+            parse_shape(shape)
+    return dict(value)
+
+
+def _check_together(settings: TrainingSettings) -> None:
+    """What no field alone can tell."""
+    if settings.shape != "auto":
+        parse_shape(settings.shape)
+    if "{caption}" not in settings.caption_template:
+        raise UsageError("caption_template has no {caption}.", fix='Write, for example, "a photo, {caption}".')
+    if settings.budget is not None and settings.shape != "auto":
+        raise UsageError("a budget is for --shape auto.", fix="Leave out --shape or --budget.")
+    if settings.prior_prompt and not (settings.prior_data or settings.prior_pictures):
+        raise UsageError(
+            "a prompt for the class needs pictures of it.",
+            fix="Give --prior-pictures N, which are drawn, or --prior-data.",
+        )
+    if settings.prior_pictures and not settings.prior_prompt:
+        raise UsageError(
+            "pictures of the class need a prompt.", fix='Give, for example, --prior-prompt "a photo of a toy".'
+        )
+    if settings.optimizer == "schedule-free" and settings.schedule != "constant":
+        raise UsageError(f"schedule-free takes no {settings.schedule} schedule.", fix="Leave out --schedule.")
+    if settings.optimizer == "prodigy" and settings.learning_rate < PRODIGY_LEAST:
+        raise UsageError(
+            f"Prodigy finds the learning rate itself; {settings.learning_rate:g} would divide it.",
+            fix="Give --learning-rate 1.",
+        )
+
+
+def to_toml(settings: TrainingSettings) -> str:
+    """The settings as TOML that `read_toml` reads back to the same; those that are None are left out.
+
+    >>> tomllib.loads(to_toml(checked({"shapes": {"to_[kv]$": "32x8"}})))["shapes"]
+    {'to_[kv]$': '32x8'}
+    """
+    values = {name: value for name, value in settings.named.items() if value is not None}
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if not isinstance(value, Mapping)]
+    for name, table in values.items():
+        if isinstance(table, Mapping) and table:
+            lines += ["", f"[{name}]", *(f"{_toml(k)} = {_toml(v)}" for k, v in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return _quoted(value)
+    return f"[{', '.join(map(_toml, value))}]" if isinstance(value, tuple) else repr(value)
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m[0]):04x}", escaped) + '"'

@@ -1,0 +1,158 @@
+"""The loop: steps, and what happens between them. A step is a function of the state before it and of its number."""
+
+from __future__ import annotations
+
+import time
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from krona_hub.errors import DivergedError, StoppedError
+from krona_hub.training.interruptions import Stop, stoppable
+from krona_hub.training.metrics import smoothed
+from krona_hub.training.optimisers import has_own_mode, rate_at
+from krona_hub.training.saving import save
+from krona_hub.training.state import saved_states
+from krona_hub.training.training import Progress, Training
+from krona_hub.training.watching import due, watch
+
+PRIOR = 1_000_000  # samples of the prior are numbered from here on
+
+
+def run_loop(training: Training) -> None:
+    """All steps that are left. Raises DivergedError for a loss that is no number, StoppedError after Ctrl-C; what was
+    done until then is saved.
+    """
+    if has_own_mode(training.optimizer):
+        training.optimizer.train()  # type: ignore[attr-defined]
+    with stoppable() as stop:
+        if training.step == 0:
+            watch(training)
+        while training.step < training.settings.steps:
+            started = time.perf_counter()
+            values, stopped = one_step(training, stop)
+            _note(training, values, time.perf_counter() - started)
+            _between(training, stopped)
+            if stopped:
+                raise StoppedError(
+                    f"stopped after step {training.step} of {training.settings.steps}; it is saved.",
+                    fix=f"Go on with: krona train --resume {training.run}",
+                )
+
+
+def one_step(training: Training, stop: Stop) -> tuple[dict[str, float], bool]:
+    """One optimizer step: its measures, and whether any process was asked to stop."""
+    s, rate = training.settings, rate_at(training.step, training.settings)
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate
+    training.optimizer.zero_grad(set_to_none=True)
+    loss = _gradients(training)
+    loss, stopped = _shared(training, loss, stop.wanted)
+    training.precision.unscale(training.optimizer)
+    norm = _norm(training.parameters)
+    finite = isfinite(loss) and isfinite(norm)
+    if finite:
+        _clip(training.parameters, norm, s.clip)
+    elif not (isfinite(loss) and training.precision.expects_overflow):
+        _not_finite(training)
+    training.precision.step(training.optimizer, finite=finite)
+    if finite and training.average is not None:
+        training.average.update(training.step)
+    training.step += 1
+    return {"loss": loss, "learning_rate": rate, "gradient_norm": norm}, stopped
+
+
+def _gradients(training: Training) -> float:
+    """Of every forward pass of this process; the loss of its pictures, without the prior's."""
+    s, total = training.settings, 0.0
+    rank = training.accelerator.process_index
+    for number, part in enumerate(training.batches.parts(training.step, rank)):
+        latents, given = training.source.batch(part.examples, training.step, part.samples)
+        with training.precision.autocast():
+            loss = training.objective.loss(latents, given, training.step, part.samples)
+            both = loss if training.prior is None else loss + s.prior_weight * _prior_loss(training, number, rank)
+        training.precision.backward(both / s.accumulation)
+        total += float(loss.detach()) / s.accumulation
+    return total
+
+
+def _prior_loss(training: Training, number: int, rank: int) -> Tensor | float:
+    if training.prior is None:
+        return 0.0
+    source, batches = training.prior
+    part = batches.parts(training.step, rank)[number]
+    samples = tuple(PRIOR + i for i in part.samples)
+    latents, given = source.batch(part.examples, training.step, samples)
+    return training.objective.loss(latents, given, training.step, samples)
+
+
+def _shared(training: Training, loss: float, stop: bool) -> tuple[float, bool]:
+    """Mean gradients and loss over the processes, in one message; whether one of them is to stop."""
+    if training.accelerator.num_processes == 1:
+        return loss, stop
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in training.parameters]
+    flat = torch.cat([*(g.flatten() for g in grads), torch.tensor([loss, float(stop)]).to(grads[0])])
+    flat = training.accelerator.reduce(flat, "mean")
+    pieces = flat[:-2].split([p.numel() for p in training.parameters])
+    for parameter, piece in zip(training.parameters, pieces, strict=True):
+        parameter.grad = piece.reshape(parameter.shape)
+    return float(flat[-2]), bool(flat[-1] > 0)
+
+
+def _norm(parameters: list[Tensor]) -> float:
+    norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+def _clip(parameters: list[Tensor], norm: float, most: float) -> None:
+    if most and norm > most:
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.mul_(most / norm)
+
+
+def _not_finite(training: Training) -> None:
+    """The step is left out, or the training ends."""
+    if training.settings.nan == "skip":
+        training.skipped += 1
+        return
+    steps = sorted(saved_states(training.run))
+    last = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
+    raise DivergedError(
+        f"the loss of step {training.step + 1} is no number; {last}.",
+        fix="Lower --learning-rate, or leave such batches out with --nan skip; then --resume.",
+    )
+
+
+def _note(training: Training, values: dict[str, float], seconds: float) -> None:
+    loss = values["loss"]
+    if isfinite(loss):
+        training.smooth_loss = smoothed(training.smooth_loss, loss)
+    smooth = training.smooth_loss if training.smooth_loss is not None else loss
+    if training.is_main:
+        plain = {k: v if isfinite(v) else None for k, v in values.items()}
+        epoch = round(training.batches.epoch_of(training.step), 4)
+        training.metrics.add(training.step, **plain, smooth_loss=smooth, epoch=epoch, seconds=round(seconds, 4))
+    if training.accelerator.trackers:
+        training.accelerator.log({**values, "smooth_loss": smooth}, step=training.step)
+    progress = Progress(training.step, training.settings.steps, loss, smooth, seconds, memory_used(training))
+    training.tell(progress)
+
+
+def memory_used(training: Training) -> int:
+    device = training.accelerator.device
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    from resource import RUSAGE_SELF, getrusage
+
+    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _between(training: Training, stopped: bool) -> None:
+    """Checkpoint, validation and samples, each at its own interval."""
+    s, step = training.settings, training.step
+    if step == s.steps or stopped or due(step, s.checkpoint_every):
+        save(training)
+    if step == s.steps or due(step, s.validate_every) or due(step, s.sample_every):
+        watch(training)

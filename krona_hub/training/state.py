@@ -1,0 +1,118 @@
+"""A training at one step, as a folder: whole or not there, without pickles."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from krona_hub.checkpoints import reader
+from krona_hub.checkpoints.atomic import atomic_folder
+from krona_hub.checkpoints.header import read_header
+from krona_hub.checkpoints.writer import write_tensors
+from krona_hub.errors import KronaError, NotFoundError, StructureError
+
+FOLDER = "checkpoints"  # in the run folder
+NAME = re.compile(r"step-(\d{7,})$")
+TENSOR, TUPLE, PAIRS = "__tensor__", "__tuple__", "__pairs__"
+
+
+def save_state(run: Path, step: int, tree: Mapping[str, Any], keep: int) -> Path:
+    """Write `tree` (numbers, texts, tensors in dicts and lists) as checkpoint of a step; older ones than `keep` go."""
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:07d}"
+    tensors: dict[str, Tensor] = {}
+    plain = _packed(tree, tensors)
+    if not path.exists():
+        with atomic_folder(path) as place:
+            write_tensors(place / "state.safetensors", tensors)
+            (place / "state.json").write_text(json.dumps(plain), "utf-8")
+    for old in sorted(saved_states(run))[:-keep]:
+        shutil.rmtree(saved_states(run)[old], ignore_errors=True)
+    return path
+
+
+def saved_states(run: Path) -> dict[int, Path]:
+    """Step -> folder of every whole checkpoint."""
+    folder = run / FOLDER
+    found = {p: NAME.match(p.name) for p in folder.iterdir()} if folder.is_dir() else {}
+    return {int(match[1]): path for path, match in found.items() if match}
+
+
+def load_state(run: Path) -> tuple[int, dict[str, Any]]:
+    """(step, tree) of the newest checkpoint that can be read. Raises NotFoundError where there is none."""
+    problem: KronaError | None = None
+    for step, path in sorted(saved_states(run).items(), reverse=True):
+        try:
+            return step, _read(path)
+        except KronaError as error:
+            problem = problem or error
+    if problem is not None:
+        raise problem
+    raise NotFoundError(f"{run} has no checkpoint to go on from.", fix="Start the training anew, without --resume.")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        plain = json.loads((path / "state.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise StructureError(f"{path}/state.json cannot be read: {error}.", fix="Delete this checkpoint.") from error
+    tensors = reader.load(read_header(path / "state.safetensors"))
+    tree: dict[str, Any] = _unpacked(plain, tensors)
+    return tree
+
+
+def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The tree as JSON, its tensors under numbers."""
+    if isinstance(value, Tensor):
+        name = f"{len(tensors):06d}"
+        tensors[name] = value.detach().cpu().contiguous()
+        return {TENSOR: name}
+    if isinstance(value, tuple):
+        return {TUPLE: [_packed(v, tensors) for v in value]}
+    if isinstance(value, Mapping):
+        return {PAIRS: [[_packed(k, tensors), _packed(v, tensors)] for k, v in value.items()]}
+    return [_packed(v, tensors) for v in value] if isinstance(value, list) else value
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_packed`; every tensor is a copy of its own."""
+    if isinstance(value, list):
+        return [_unpacked(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, inner), *_ = value.items()
+    if kind == TENSOR:
+        return tensors[inner].clone()
+    if kind == TUPLE:
+        return tuple(_unpacked(v, tensors) for v in inner)
+    return {_unpacked(k, tensors): _unpacked(v, tensors) for k, v in inner}
+
+
+def random_states() -> dict[str, Any]:
+    """Of torch, CUDA, numpy and Python."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    random.setstate(states["python"])

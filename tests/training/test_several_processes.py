@@ -1,0 +1,79 @@
+"""Trainings in processes of their own: two that must equal one, and one that is killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from krona_hub import read
+from krona_hub.training.metrics import read_metrics, series
+from krona_hub.training.runs import train
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+PATIENCE = 300  # seconds until a hanging process is given up
+
+
+def command(settings, *more):
+    flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return [sys.executable, "-m", "krona_hub.cli", "train", *flags, *more]
+
+
+def test_two_processes_give_the_result_of_one_at_the_same_global_batch(quick, tmp_path):
+    quick |= {"steps": 20}
+    alone = train(quick, batch_size=4, output=str(tmp_path / "one"))
+    line = command(quick | {"batch_size": 2}, "--num-processes", "2", "-q")
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read(Path(run) / "adapter.safetensors", base=quick["base"]) for run in (alone.run, quick["output"]))
+    assert differing(one, two, "right") <= 1e-5  # B began at zero: all of it was learned
+    assert differing(one, two, "left") <= 1e-5
+
+
+@pytest.mark.parametrize(("kind", "samples"), [("sd15", 2), ("flux", 0)])  # a tiny FLUX cannot decode
+def test_a_base_in_pieces_trains_to_the_same_adapter(kind, samples, bases, quick, tmp_path):
+    quick |= {"steps": 6, "base": bases(kind), "validate_every": 3, "held_out": 1, "sample_every": 3 * samples}
+    quick |= {"sample_steps": 2}
+    alone = train(quick, batch_size=2, output=str(tmp_path / "one"))
+    flags = command(quick)[3:]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [*launcher, "-m", "tests.training.spread", *flags, "-q"]
+    done = subprocess.run(
+        line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read(Path(run) / "adapter.safetensors", base=quick["base"]) for run in (alone.run, quick["output"]))
+    assert differing(one, two, "right") <= 1e-5
+    validated = [series(read_metrics(Path(run)), "validation_loss") for run in (alone.run, quick["output"])]
+    assert [step for step, _ in validated[0]] == [step for step, _ in validated[1]] == [0, 3, 6]
+    assert validated[0][-1][1] == pytest.approx(validated[1][-1][1], rel=1e-4)
+    assert len(list(Path(quick["output"], "samples").glob("step-*.png"))) == samples
+
+
+def differing(one, two, side):
+    """Relative to all layers together: Adam divides a gradient by its own size, and so makes the rounding of the few
+    layers whose gradient is hardly more than rounding as large as what the others learn."""
+    pairs = [(getattr(d.sums[0], side), getattr(two[n].sums[0], side)) for n, d in one.layers.items()]
+    apart = sum(float((a - b).square().sum()) for a, b in pairs)
+    size = sum(float(a.square().sum()) for a, _ in pairs)
+    return (apart / size) ** 0.5
+
+
+def test_a_killed_training_goes_on_to_the_same_bytes(quick, tmp_path):
+    quick |= {"steps": 40, "checkpoint_every": 3, "ema": 0.9, "caption_dropout": 0.2}
+    whole = train(quick, output=str(tmp_path / "whole")).adapter.read_bytes()
+    run, last = Path(quick["output"]), random.Random(os.getpid()).randint(4, 30)
+    process = subprocess.Popen(command(quick, "-q"), env=ENVIRONMENT)
+    started = time.monotonic()
+    while len(read_metrics(run)) < last and process.poll() is None and time.monotonic() - started < PATIENCE:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the training was over before it was killed"
+    assert not (run / "adapter.safetensors").exists()
+    assert train(resume_from=run).adapter.read_bytes() == whole, f"killed after step {last}"
