@@ -56,14 +56,14 @@ def numbers_of(adapter: Adapter) -> Markup:
     halves = {s.layer: s.error(s.half) for s in spectra}
     heat = heat_map(halves, "Error with half the values", "The relative error of each module if half of its singular "
                     "values, rounded up, were kept.")  # fmt: skip
-    return section("Singular values", pair(size, _spectrum_chart(spectra)), *_one_layer(adapter, spectra), heat)
+    return section("Singular values", pair(size, spectrum_chart(spectra)), *_one_layer(adapter, spectra), heat)
 
 
 def _size(adapter: Adapter) -> int:
     return sum(size_of(delta)[0] for delta in adapter.layers.values())
 
 
-def _spectrum_chart(spectra: Sequence[LayerSpectrum]) -> Markup:
+def spectrum_chart(spectra: Sequence[LayerSpectrum]) -> Markup:
     """Median and extremes of σₖ/σ₁ over the layers, of every layer that has a k-th value."""
     relative = [[v / s.sigma[0] for v in s.sigma[:SHOWN]] for s in spectra if s.sigma[0] > 0]
     ranks = range(max(map(len, relative), default=0))

@@ -174,7 +174,7 @@ def _drawn(line: Line, across: _Scale, down: _Scale) -> str:
 
 
 def _colour(line: Line) -> str:
-    return "var(--dot)" if line.dot else f"var(--c{line.colour % 4})"
+    return "var(--dot)" if line.dot and not line.colour else f"var(--c{line.colour % 4})"
 
 
 def _stroke(line: Line) -> str:
