@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from krona_hub.adapter import Adapter
 from krona_hub.conversion import ConversionReport
 from krona_hub.conversion.report import LayerReport
@@ -18,7 +20,7 @@ def conversion_page(report: ConversionReport, before: Adapter) -> str:
     errors = {x.layer: x.relative_error for x in report.layers}
     told = "‖ΔW′ − ΔW‖ / ‖ΔW‖ of each module, measured on what is written."
     return page(
-        f"{report.source} → {report.target_format}",
+        f"{Path(report.source).name} → {report.target_format}",
         report.verdict,
         section("In total", facts(_facts(report), "Before and after"), *map(paragraph, report.notes)),
         section("Error against size", _curves(report, before)),
@@ -52,7 +54,7 @@ def _facts(report: ConversionReport) -> list[tuple[str, object]]:
         ("relative error", relative(report.relative_error)),
         ("energy kept", percent(report.energy_kept)),
         ("read back", report.checked.removeprefix("checked: ") or "a dry run: nothing was written"),
-        ("file", str(report.out) if report.written else None),
+        ("file", report.out.name if report.written else None),
         *(("also", text) for text in report.alternatives),
     ]
 

@@ -40,10 +40,10 @@ def heat_map(values: Mapping[str, float], title: str, told: str) -> Markup:
         f'<tr><th scope="row">{text(b)}' + "".join(_cell(cells.get((b, p))) for p in projections) for b in blocks
     )
     return Markup(
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{text(title)}"><table class="heat">'
-        f"<caption><strong>{text(title)}.</strong> {text(told)} In percent, on a fixed scale from 0 (no colour) to "
-        f'100 (full colour); an empty cell is no module.</caption><thead><tr><th scope="col">block</th>{heads}</tr>'
-        f"</thead><tbody>\n{rows}</tbody></table></div>"
+        f'<p class="soft"><strong>{text(title)}.</strong> {text(told)} In percent, on a fixed scale from 0 (no colour) '
+        f'to 100 (full colour); an empty cell is no module.</p><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{text(title)}"><table class="heat"><thead><tr><th scope="col">block</th>{heads}</tr></thead>'
+        f"<tbody>\n{rows}</tbody></table></div>"
     )
 
 

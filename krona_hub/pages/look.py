@@ -21,9 +21,10 @@ caption{text-align:left;padding:.2rem 0}th,td{padding:.2rem .6rem;text-align:lef
 border-bottom:1px solid var(--line);overflow-wrap:normal}th{background:var(--card)}.n{text-align:right}
 th button{all:unset;cursor:pointer;font-weight:600}th button:focus-visible{outline:2px solid var(--c0)}
 th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
+.sortable td{white-space:nowrap}.sortable td:last-child{white-space:normal;min-width:8rem}
 .facts th{white-space:nowrap;font-weight:600}.facts td{overflow-wrap:anywhere}
-.heat td{text-align:right;padding:.1rem .4rem;background:rgba(var(--heat),calc(var(--e)*.0055))}
-.heat th{font-weight:400;padding:.1rem .4rem}.heat td:not([style]){background:none;color:var(--soft)}
+.heat{font-size:.8rem}.heat td{text-align:right;padding:.1rem .3rem;background:rgba(var(--heat),calc(var(--e)*.0055))}
+.heat th{font-weight:400;padding:.1rem .3rem}.heat td:not([style]){background:none;color:var(--soft)}
 .samples td{border:0;padding:.2rem}.samples img{display:block;max-width:8rem;height:auto}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;margin:.2rem 0;list-style:none;font-size:.9rem}
 .key svg{display:inline-block;width:1.6rem;height:.8rem;margin-right:.3rem}
