@@ -34,7 +34,7 @@ def _curves(report: ConversionReport, before: Adapter) -> Markup:
     curve = truncated(spectra, "the input with fewer singular values per layer")
     dots = [
         Line("the input", ((float(report.parameters_before), 0.0),), dot=True),
-        Line("the result", ((float(report.parameters_after), report.relative_error),), 1, dot=True),
+        Line("the result", ((float(report.parameters_after), report.relative_error),), 2, dot=True),
     ]
     missing = f"; {len(without):,} layers of several shapes are not in the curve" if without else ""
     told = (

@@ -77,10 +77,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str) -> 
     heads = "".join(
         f'<th scope="col"{c}>{text(column.removeprefix(">"))}</th>' for c, column in zip(classes, columns, strict=True)
     )
-    # </td> and </tr> may be left out in HTML; with hundreds of modules that is a tenth of the page
-    lines = "\n".join("<tr>" + "".join(f"<td{c}>{text(v)}" for c, v in zip(classes, row, strict=True)) for row in rows)
+    # hundreds of modules: </td> and </tr> may be left out in HTML, and columns are aligned by the class of the table
+    lines = "\n".join("<tr>" + "".join(f"<td>{text(value)}" for value in row) for row in rows)
+    right = "".join(f" r{i}" for i, column in enumerate(columns, 1) if column.startswith(">"))
     return Markup(
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{text(title)}"><table class="sortable">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{text(title)}"><table class="sortable{right}">'
         f"<caption>{text(title)}</caption><thead><tr>{heads}</tr></thead><tbody>\n{lines}</tbody></table></div>"
     )
 

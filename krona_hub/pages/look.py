@@ -33,6 +33,8 @@ footer{margin:2rem 0 1rem;border-top:1px solid var(--line);padding-top:.5rem}
 .scroll{overflow:visible}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}tr{break-inside:avoid}}
 """
 
+STYLE += ",".join(f".r{i} td:nth-child({i})" for i in range(1, 10)) + "{text-align:right}\n"
+
 SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
