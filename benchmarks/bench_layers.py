@@ -1,10 +1,10 @@
 """Forward and backward of one linear layer with an adapter, against PEFT and LyCORIS, side by side in one process.
 
-One thread and its process CPU time, the ways in turn in every round (float32: the fastest of five steps, as other
-programs on the machine disturb steps this short); the best and the median of the nine rounds. The cost
+One thread and its process CPU time, the ways in turn in every round, each round from another one on, and the fastest of
+a few steps of each, as other programs disturb steps this short; the best and the median of the nine rounds. The cost
 of an adapter is its step less that of the bare layer, whose input needs a gradient and whose weight is frozen. The
 ways of one split (8x8, w2 whole) have equal parameters; 64x4 has fewer, and PEFT's LoRA of rank 4 more than 64x4.
-`--dtype float32`, `--rounds N` and `--shape 640` make it shorter: bfloat16 is slow on a CPU that does not know it.
+`--dtype float32`, `--rounds N` and `--shape 640x640` make it shorter: bfloat16 is slow on a CPU that does not know it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from collections import deque
 from collections.abc import Mapping
 from statistics import median
 from time import process_time
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 SHAPES = {"1280x1280": (1280, 1280, 1024), "640x640": (640, 640, 4096), "1280x2048": (1280, 2048, 77)}  # out, in, N
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-STEPS_PER_ROUND = {torch.float32: 5, torch.bfloat16: 1}
+SECONDS_PER_ROUND = 0.5  # of each way, and at most MOST steps
+MOST = 20
 # ours / theirs: the most allowed, for each shape where it is asked
 COSTS = {
     "krona 8x8 / peft lokr": {"1280x1280": 0.2, "640x640": 0.5},
@@ -34,8 +36,8 @@ COSTS = {
 STEPS = {"krona 64x4 / peft lora r=4": dict.fromkeys(SHAPES, 1.15)}
 
 
-def fastest(layer: nn.Module, x: Tensor, g: Tensor) -> float:
-    return min(step(layer, x, g) for _ in range(STEPS_PER_ROUND[x.dtype]))
+def fastest(layer: nn.Module, x: Tensor, g: Tensor, steps: int) -> float:
+    return min(step(layer, x, g) for _ in range(steps))
 
 
 def step(layer: nn.Module, x: Tensor, g: Tensor) -> float:
@@ -51,12 +53,17 @@ def measure(out: int, in_: int, rows: int, dtype: torch.dtype, rounds: int) -> d
     layers = {way: build(way, out, in_).to(dtype) for way in WAYS}
     x = torch.randn(1, rows, in_, dtype=dtype, requires_grad=True)
     g = torch.randn(1, rows, out, dtype=dtype)
-    for layer in layers.values():
-        step(layer, x, g)
+    first = [step(layer, x, g) for layer in layers.values()]
+    steps = max(1, min(MOST, round(SECONDS_PER_ROUND / min(first))))
+    taken: dict[str, list[float]] = {way: [] for way in WAYS}
     gc.disable()
-    taken = [{way: fastest(layer, x, g) for way, layer in layers.items()} for _ in range(rounds)]
+    for i in range(rounds):
+        order = deque(WAYS)
+        order.rotate(-i)
+        for way in order:
+            taken[way].append(fastest(layers[way], x, g, steps))
     gc.enable()
-    return {way: [one[way] for one in taken] for way in WAYS}
+    return taken
 
 
 def ratios(seconds: Mapping[str, float]) -> dict[str, float]:

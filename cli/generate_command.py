@@ -72,6 +72,7 @@ def settings(_context: click.Context, _parameter: click.Parameter, texts: tuple[
     "generate",
     panels=PANELS,
     examples=(
+        'krona generate tiny-scenes --prompt "a photo of a large red cube on a blue table"',
         'krona generate base --prompt "a harbour" --adapter lora.safetensors --adapter lokr.safetensors:0.8 --dry-run',
         'krona generate base --prompt "a harbour" --adapter lora.safetensors --strengths 0,0.5,1 --dry-run',
     ),

@@ -42,10 +42,13 @@ def output_of(command: str, folder: Path) -> str:
 def example_folder(folder: Path, *, bf16: bool = False) -> Path:
     """lora, lokr and krona.safetensors; base and merged, two pipeline folders; undo.safetensors and blocks.txt.
 
+    zorbi-lora and zorbi-lokr.safetensors are for tiny-scenes, the others for Stable Diffusion 1.5.
     With `bf16` the base in bfloat16 as well, `base-bf16`.
     """
     for name in ("lora", "lokr"):
         shutil.copyfile(Path(assets).parent / f"demo_{name}.safetensors", folder / f"{name}.safetensors")
+    for name, trained in TRAINED.items():
+        shutil.copyfile(Path(assets).parent / trained, folder / name)
     (folder / "blocks.txt").write_text(BLOCK_WEIGHTS)
     write_base(folder / "base", torch.float16)
     if bf16:
@@ -55,6 +58,7 @@ def example_folder(folder: Path, *, bf16: bool = False) -> Path:
     return folder
 
 
+TRAINED = {"zorbi-lora.safetensors": "zorbi_lora_kohya.safetensors", "zorbi-lokr.safetensors": "zorbi_lokr.safetensors"}
 BLOCK_WEIGHTS = """# the first block at half strength, no change of the cross attention's values
 down_blocks\\.0\\. = 0.5
 attn2\\.to_v$ = 0

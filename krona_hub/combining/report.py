@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from krona_hub.conversion.report import LayerReport, total_error, verdict
+from krona_hub.conversion.report import LayerReport, Totals
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class CombineReport:
-    """What `combine` did, or would do. In `layers`, "before" is the exact sum of the parts."""
+class CombineReport(Totals):
+    """What `combine` did, or would do. In `layers`, "before" is the exact sum of the parts; errors are against it."""
 
     parts: tuple[Part, ...]
     target_format: str
@@ -32,34 +32,3 @@ class CombineReport:
     checked: str = ""  # the read-back check, in words
     written: bool = False
     files: tuple[Path, ...] = ()
-
-    @property
-    def parameters_before(self) -> int:
-        """Of the exact sum."""
-        return sum(x.parameters_before for x in self.layers)
-
-    @property
-    def parameters_after(self) -> int:
-        return sum(x.parameters_after for x in self.layers)
-
-    @property
-    def bytes_before(self) -> int:
-        return sum(x.bytes_before for x in self.layers)
-
-    @property
-    def bytes_after(self) -> int:
-        return sum(x.bytes_after for x in self.layers)
-
-    @property
-    def relative_error(self) -> float:
-        """Against the exact sum, over all layers together; 0.0 where nothing was recompressed or cast."""
-        return total_error(self.layers)
-
-    @property
-    def energy_kept(self) -> float:
-        """1 − relative_error²: the share of ‖ΔW‖² that is still there, for an orthogonal projection."""
-        return max(0.0, 1 - self.relative_error**2)
-
-    @property
-    def verdict(self) -> str:
-        return verdict(self)

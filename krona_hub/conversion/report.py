@@ -28,21 +28,10 @@ class LayerReport:
     best_other: str | None = None  # where the LoRA itself wins: the smallest other form
 
 
-@dataclass(frozen=True)
-class ConversionReport:
-    """What `convert` did, or would do."""
+class Totals:
+    """Of a report that has `layers`: their sums, the error of all together, and the verdict."""
 
-    source: str
-    source_format: str
-    target_format: str
-    tool: str | None
-    out: Path
     layers: tuple[LayerReport, ...]
-    alternatives: tuple[str, ...] = ()  # measured: other ways to go
-    notes: tuple[str, ...] = ()
-    checked: str = ""  # the read-back check, in words
-    written: bool = False
-    files: tuple[Path, ...] = field(default=())
 
     @property
     def parameters_before(self) -> int:
@@ -62,7 +51,7 @@ class ConversionReport:
 
     @property
     def relative_error(self) -> float:
-        """Over all layers together: √Σ‖errorₗ‖² / √Σ‖ΔWₗ‖²."""
+        """Over all layers together: √Σ‖errorₗ‖² / √Σ‖ΔWₗ‖²; 0.0 where nothing was lost."""
         return total_error(self.layers)
 
     @property
@@ -73,6 +62,23 @@ class ConversionReport:
     @property
     def verdict(self) -> str:
         return verdict(self)
+
+
+@dataclass(frozen=True)
+class ConversionReport(Totals):
+    """What `convert` did, or would do."""
+
+    source: str
+    source_format: str
+    target_format: str
+    tool: str | None
+    out: Path
+    layers: tuple[LayerReport, ...]
+    alternatives: tuple[str, ...] = ()  # measured: other ways to go
+    notes: tuple[str, ...] = ()
+    checked: str = ""  # the read-back check, in words
+    written: bool = False
+    files: tuple[Path, ...] = field(default=())
 
 
 def total_error(layers: Sequence[LayerReport]) -> float:

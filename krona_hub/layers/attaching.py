@@ -12,6 +12,7 @@ from krona_hub.adapter import Adapter, LayerDelta
 from krona_hub.errors import BaseMismatchError, ConflictError, KronaError, ShapeError, UnsupportedError
 from krona_hub.layers.conv import KronConv1d, KronConv2d, KronConv3d
 from krona_hub.layers.fusing import restore
+from krona_hub.layers.guard import guard, release
 from krona_hub.layers.held import branch_at, check_not_fused, check_scale, held, names_of, unknown_name
 from krona_hub.layers.layer import DEFAULT, KronLayer, check_name, core
 from krona_hub.layers.linear import KronLinear
@@ -88,6 +89,7 @@ def attach(
     _check_free(name, parts)
     _check_matched(own, missing, parts, allow_missing)
     _carry_out(found, name, scale, trainable)
+    guard(parts.values())
     return _report(name, adapter, own, missing)
 
 
@@ -121,12 +123,15 @@ def detach(model: Any, name: str | None = None, *, component: str | None = None)
     What is fused is taken out of the weights first, for all adapters. Layers that you made yourself stay, unless
     `name` is theirs. Raises NotFoundError where no adapter has this name.
     """
-    slots = kron_layers(models_of(model, component)).values()
+    models = models_of(model, component)
+    slots = kron_layers(models).values()
     if name is not None and name not in names_of(slots):
         raise unknown_name(name, slots)
     restore(slots)
     for slot in slots:
         _strip(slot, name)
+    if not kron_layers(models):
+        release(models.values())
 
 
 def swap(model: Any, adapter: Adapter, name: str = DEFAULT, *, component: str | None = None) -> None:

@@ -384,6 +384,29 @@ def test_fused_projections_get_their_rows(name):
     assert modules(pipe) == before
 
 
+@pytest.mark.parametrize("name", ["sd15", "flux", "sd3"])
+def test_projections_are_neither_fused_nor_split_around_adapters(name):
+    """diffusers copies base weights alone, and would leave the adapters out without a word."""
+    pipe, adapter = PIPELINES[name](), lokr(PIPELINES[name](), "to_q", "to_k")
+    model = pipe.unet if name == "sd15" else pipe.transformer
+    attach(pipe, adapter, "toy")
+    attach(pipe, adapter, "second")
+    for carrier in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ConflictError, match="adapters are attached"):
+            carrier.fuse_qkv_projections()
+        detach(carrier, "toy")
+        with pytest.raises(ConflictError, match="adapters are attached"):
+            carrier.fuse_qkv_projections()
+        detach(carrier)
+        carrier.fuse_qkv_projections()
+        assert "fuse_qkv_projections" not in vars(carrier)
+    attach(pipe, adapter)
+    with pytest.raises(ConflictError, match="adapters are attached"):
+        model.unfuse_qkv_projections()
+    detach(pipe)
+    model.unfuse_qkv_projections()
+
+
 def test_interleaved_rows_and_dora_in_fused_projections():
     pipe = tiny.sd15()
     shapes = tiny.layers(pipe, "to_q", "to_k", "to_v")

@@ -1,0 +1,83 @@
+"""The base and the adapters that ship are what their card and the README say of them."""
+
+import json
+import re
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+import krona_hub
+from krona_hub.bases.locate import load_base
+from krona_hub.bases.shipped import folder_of
+from krona_hub.formats.describe import describe
+from scripts.make_tiny_adapters import ASKED, FILES
+from scripts.tiny_scenes import drawing, toy
+
+BASE = folder_of("tiny-scenes")
+SHOWN = 0.6  # share of pictures in which an adapter's toy is seen, at least; the base alone shows it in none
+
+
+def adapters() -> dict[str, Path]:
+    with as_file(files("krona_hub.assets")) as folder:
+        return {name: folder / file for name, file in FILES.items()}
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(BASE)
+
+
+def test_base_and_adapters_are_small():
+    assert size(BASE) <= 12_000_000
+    assert sum(path.stat().st_size for path in adapters().values()) < 1_000_000
+
+
+def test_the_base_is_known_by_its_name():
+    named, placed = load_base("tiny-scenes"), load_base(BASE)
+    assert placed.family == named.family == "tiny-scenes"
+    assert dict(named.layers()) == dict(placed.layers())
+
+
+@pytest.mark.slow
+def test_the_base_draws_what_held_out_prompts_say(pipe):
+    """And the card tells what is measured here, up to two pictures: another processor rounds otherwise."""
+    score = drawing.measure(pipe, 200)
+    assert score.shape >= 0.80
+    assert score.colour >= 0.90
+    told = re.search(r"^\| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \|$", (BASE / "README.md").read_text(), re.M)
+    assert told is not None
+    assert [float(share) / 100 for share in told.groups()] == pytest.approx(score[:3], abs=0.011)
+
+
+def test_every_module_of_the_adapters_is_the_base_s_and_alpha_is_not_rank():
+    for path in adapters().values():
+        told = describe(path)
+        assert told.candidates == ("tiny-scenes",), path.name
+        assert not told.unmatched
+        assert all(module.alpha != module.rank for module in told.modules if module.alpha is not None), path.name
+    assert {module.kind for module in describe(adapters()["lokr"]).modules} == {"lokr"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora diffusers", "lokr"])
+def test_adapters_teach_the_toy_and_leave_the_base_as_it_was(pipe, name):
+    plain = drawing.draw(pipe, ASKED)
+    assert not any(toy.shows(picture) for picture in plain)
+    krona_hub.load_into(pipe, adapters()[name], name="toy")
+    taught = drawing.draw(pipe, ASKED)
+    krona_hub.unload(pipe, "toy")
+    assert sum(map(toy.shows, taught)) >= SHOWN * len(ASKED)
+    assert (drawing.draw(pipe, ASKED[:2])[0] == plain[0]).all()
+
+
+def test_the_record_of_the_training_says_the_trigger_word():
+    with as_file(files("krona_hub.assets") / "zorbi.json") as record:
+        told = json.loads(record.read_text())
+    assert told["trigger"] == toy.TRIGGER
+    assert told["shows_the_toy"]["base"] == 0
