@@ -146,6 +146,9 @@ to_option = click.option(
 )
 threads_option = click.option("--threads", type=click.IntRange(1, 64), default=2, metavar="N", help="Threads [2].")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Do everything but write.")
+report_option = click.option(
+    "--report", type=click.Path(dir_okay=False), metavar="FILE.html", help="Write a page with tables and charts, too."
+)
 open_option = click.option("--open", "show_grid", is_flag=True, help="Open the grid in the system's viewer.")
 
 

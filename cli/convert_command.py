@@ -20,6 +20,7 @@ from krona_hub.cli.common import (
     output_option,
     overwrite_option,
     progress,
+    report_option,
     say,
     show_facts,
     show_table,
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 FEW = 12  # layers that are listed without --layers
 PANELS = {  # how --help groups the options; what is in none of them comes last
     "Reading": ("--from", "--base", "--component", "--allow-missing"),
-    "Where to": ("--to", "--for", "--output", "--dtype", "--split-qkv", "--overwrite", "--dry-run"),
+    "Where to": ("--to", "--for", "--output", "--dtype", "--split-qkv", "--overwrite", "--dry-run",
+                 "--report"),
     "How (at most one way)": (
         "--max-error", "--budget", "--shape", "--terms", "--shape-fallback", "--exact", "--rank", "--allow-loss",
     ),
@@ -48,6 +50,7 @@ PANELS = {  # how --help groups the options; what is in none of them comes last
         "krona convert lora.safetensors --for comfyui --max-error 0.1",
         "krona convert lokr.safetensors --to lora --rank 16",
         "krona convert lora.safetensors --shape 64x4 --terms 8 --dry-run --allow-loss",
+        "krona convert lora.safetensors --budget 50% -o half.safetensors --report half.html",
     ),
 )
 @file_argument
@@ -86,7 +89,8 @@ PANELS = {  # how --help groups the options; what is in none of them comes last
 @overwrite_option
 @dry_run_option
 @click.option("--layers", is_flag=True, help="List every layer.")
-def command(file: str, layers: bool, **options: Any) -> None:
+@report_option
+def command(file: str, layers: bool, report: str | None, **options: Any) -> None:
     """Write an adapter in another format, form or size.
 
     Without options a LoRA becomes the smallest Kronecker adapter within 5 % relative error per layer, in krona's
@@ -94,12 +98,19 @@ def command(file: str, layers: bool, **options: Any) -> None:
     and in total, what it cost; a result whose total error exceeds 0.5 is refused unless --allow-loss.
     """
     from krona_hub.conversion import convert
+    from krona_hub.pages.html import check_page
 
     announce(file)
+    if report:
+        check_page(report)
     with progress("layers") as step:
-        report = convert(file, progress=step, **options)
-    emit(as_document(report), lambda: show(report, every_layer=layers))
-    _say_where(report)
+        done = convert(file, progress=step, **options)
+    emit(as_document(done), lambda: show(done, every_layer=layers))
+    _say_where(done)
+    if report:
+        from krona_hub.pages.converting import report_conversion
+
+        say(f"page: {report_conversion(report, file, done, options)}")
 
 
 def as_document(report: ConversionReport) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from krona_hub.cli.common import (
     file_argument,
     from_option,
     krona_command,
+    report_option,
+    say,
     show_facts,
     show_table,
     show_text,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         "krona inspect lora.safetensors",
         "krona inspect lokr.safetensors --layers",
         "krona inspect krona.safetensors --json",
+        "krona inspect lora.safetensors --report lora.html",
     ),
 )
 @file_argument
@@ -40,24 +43,38 @@ if TYPE_CHECKING:
 @component_option
 @click.option("--layers", is_flag=True, help="List every module.")
 @click.option("--sha256", "hashed", is_flag=True, help="Hash the whole file as well.")
+@report_option
 def command(
-    file: str, from_format: str | None, base: str | None, component: str | None, layers: bool, hashed: bool
+    file: str,
+    from_format: str | None,
+    base: str | None,
+    component: str | None,
+    layers: bool,
+    hashed: bool,
+    report: str | None,
 ) -> None:
     """Say what an adapter file is: format, base model, modules, ranks, scale, size, and which tools load it.
 
-    Only the header of the file is read.
+    Only the header of the file is read; a page (--report) needs the numbers, too.
     """
     from krona_hub.checkpoints.digest import file_sha256
     from krona_hub.formats.describe import describe
     from krona_hub.formats.tools import loads_in
+    from krona_hub.pages.html import check_page
     from krona_hub.sources import resolve
 
     announce(file)
     path = resolve(file)
+    if report:
+        check_page(report)
     about = describe(path, format=from_format, base=base, component=component)
     verdicts = loads_in(about)
     sha256 = file_sha256(about.header.path) if hashed else None
     emit(as_document(file, about, verdicts, sha256), lambda: _show(file, about, verdicts, sha256, every=layers))
+    if report:
+        from krona_hub.pages.inspecting import report_file
+
+        say(f"page: {report_file(report, about, verdicts)}")
 
 
 def as_document(file: str, about: Description, verdicts: Mapping[str, Verdict], sha256: str | None) -> dict[str, Any]:

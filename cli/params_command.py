@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import base_option, emit, krona_command, show_facts, show_table, show_text
+from krona_hub.cli.common import base_option, emit, krona_command, report_option, say, show_facts, show_table, show_text
 
 if TYPE_CHECKING:
     from krona_hub.accounting import Accounting, Row
@@ -22,6 +22,7 @@ NAMED = 3  # layers named before "and N more"
         "krona params --base flux1-dev --targets attn+ff --factor 8,16",
         "krona params --base sdxl --targets 'mid_block.*attn2' --json",
         "krona params lora.safetensors",
+        "krona params --base sdxl --report sdxl.html",
     ),
 )
 @click.argument("file", required=False, type=click.Path())
@@ -45,6 +46,7 @@ NAMED = 3  # layers named before "and N more"
 )
 @click.option("--rank", "ranks", default="4,16", show_default=True, metavar="N,…", help="Ranks of LoRA and LoKr.")
 @click.option("--terms", default=1, show_default=True, metavar="K", help="Kronecker terms per layer.")
+@report_option
 def command(
     file: str | None,
     base: str | None,
@@ -54,6 +56,7 @@ def command(
     factors: str,
     ranks: str,
     terms: int,
+    report: str | None,
 ) -> None:
     """Count an adapter's parameters before training it, or those of a FILE beside other forms of the same layers.
 
@@ -62,7 +65,11 @@ def command(
     layers costs the same.
     """
     from krona_hub import accounting
+    from krona_hub.pages.count_page import count_page
+    from krona_hub.pages.html import check_page, write_page
 
+    if report:
+        check_page(report)
     forms: dict[str, Any] = {
         "shapes": _words(shapes),
         "factors": _numbers("--factor", factors),
@@ -76,6 +83,8 @@ def command(
         _no_targets(targets)
         found = accounting.account_file(file, base=base, component=next(iter(components), None), **forms)
     emit(found, lambda: _show(found))
+    if report:
+        say(f"page: {write_page(report, count_page(found))}")
 
 
 def _no_targets(targets: str | None) -> None:

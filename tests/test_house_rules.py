@@ -10,8 +10,8 @@ RINGS = [  # a file may import from its own ring and from rings above it in this
     {"adapter", "origin"},
     {"schema", "checkpoints", "sources", "bases", "layers"},
     {"formats"},
-    {"conversion", "accounting", "merging", "extraction", "combining", "verification", "runtime"},
-    {"images", "training", "evaluation"},
+    {"conversion", "accounting", "merging", "extraction", "combining", "verification", "runtime", "words"},
+    {"images", "pages", "training", "evaluation"},
     {"report", "model_card", "demo", "hub"},
 ]
 RING = {name: depth for depth, ring in enumerate(RINGS) for name in ring}

@@ -12,6 +12,7 @@ from krona_hub.training.loop import memory_used
 from krona_hub.training.metrics import read_metrics, series
 from krona_hub.training.preparing import Session
 from krona_hub.training.record import trained_adapter
+from krona_hub.training.reporting import write_report
 from krona_hub.training.settings import TrainingSettings
 from krona_hub.training.training import Training
 from krona_hub.training.watching import as_handed_out
@@ -47,6 +48,7 @@ def finished(training: Training, session: Session) -> TrainingReport:
     if training.is_main:
         write(adapter, adapter_file, overwrite=True, base=session.base)
         exports = tuple(_export(adapter, settings, name, session.base) for name in settings.export)
+        write_report(run, adapter_file)
     report = TrainingReport(
         run, adapter_file, exports, training.step, len(adapter.layers), adapter.parameters,
         smooth[0][1] if smooth else None, smooth[-1][1] if smooth else None,

@@ -1,0 +1,76 @@
+"""The page of a conversion: the verdict, its error against its size, and the error of every module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from krona_hub.adapter import Adapter
+from krona_hub.conversion import ConversionReport
+from krona_hub.conversion.report import LayerReport
+from krona_hub.pages.adapter_page import ERROR, SIZE, spectrum_chart
+from krona_hub.pages.charts import Line, chart
+from krona_hub.pages.heat import heat_map
+from krona_hub.pages.html import Markup, facts, page, pair, paragraph, section, table
+from krona_hub.pages.spectra import spectra_of, truncated
+from krona_hub.words import human_bytes, percent, relative
+
+
+def conversion_page(report: ConversionReport, before: Adapter) -> str:
+    """The page of `krona convert --report`; `before` is the adapter that was converted."""
+    errors = {x.layer: x.relative_error for x in report.layers}
+    told = "‖ΔW′ − ΔW‖ / ‖ΔW‖ of each module, measured on what is written."
+    return page(
+        f"{Path(report.source).name} → {report.target_format}",
+        report.verdict,
+        section("In total", facts(_facts(report), "Before and after"), *map(paragraph, report.notes)),
+        section("Error against size", _curves(report, before)),
+        section("Where the error is", heat_map(errors, "Relative error", told)),
+        section("Modules", _modules(report)),
+    )
+
+
+def _curves(report: ConversionReport, before: Adapter) -> Markup:
+    spectra, without = spectra_of(before.layers)
+    curve = truncated(spectra, "the input with fewer singular values per layer")
+    dots = [
+        Line("the input", ((float(report.parameters_before), 0.0),), dot=True),
+        Line("the result", ((float(report.parameters_after), report.relative_error),), 2, dot=True),
+    ]
+    missing = f"; {len(without):,} layers of several shapes are not in the curve" if without else ""
+    told = (
+        f"What cutting the input down loses: every layer keeps its 1, 2, … largest singular values, computed for "
+        f"{len(spectra):,} layers{missing}. A result below the curve is better than that."
+    )
+    size = chart("Error against size", told, SIZE, ERROR, [Line(curve.name, curve.points), *dots])
+    return pair(size, spectrum_chart(spectra) if spectra else Markup(""))
+
+
+def _facts(report: ConversionReport) -> list[tuple[str, object]]:
+    return [
+        ("layers", len(report.layers)),
+        ("format", f"{report.source_format} → {report.target_format}" + (f" for {report.tool}" if report.tool else "")),
+        ("parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"),
+        ("size of the tensors", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),
+        ("relative error", relative(report.relative_error)),
+        ("energy kept", percent(report.energy_kept)),
+        ("read back", report.checked.removeprefix("checked: ") or "a dry run: nothing was written"),
+        ("file", report.out.name if report.written else None),
+        *(("also", text) for text in report.alternatives),
+    ]
+
+
+def _modules(report: ConversionReport) -> Markup:
+    return table(
+        ("module", "before", "now", ">parameters", ">now", ">error, %", "note"),
+        (
+            (x.layer, x.before, x.after, x.parameters_before, x.parameters_after, f"{100 * x.relative_error:.3g}",
+             _note(x))
+            for x in report.layers
+        ),
+        f"{len(report.layers):,} modules; a click on a header sorts",
+    )  # fmt: skip
+
+
+def _note(layer: LayerReport) -> str:
+    best = f"best other: {layer.best_other}" if layer.best_other else ""
+    return "; ".join(filter(None, (layer.note, best)))

@@ -1,0 +1,66 @@
+"""Pictures inside a page: shrunk, few colours, as data addresses."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from krona_hub.pages.html import Markup, text
+
+SIDE = 128  # pixels of the longer side
+COLOURS = 128
+ROWS = 12  # steps that are shown
+
+
+def embedded(path: Path, told: str) -> Markup:
+    """The picture as `<img>`, at most SIDE pixels wide and high."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    stream = BytesIO()
+    image.quantize(COLOURS).save(stream, "PNG", optimize=True)
+    data = b64encode(stream.getvalue()).decode()
+    return Markup(
+        f'<img src="data:image/png;base64,{data}" width="{image.width}" height="{image.height}" alt="{text(told)}">'
+    )
+
+
+def spread(steps: Sequence[int], most: int = ROWS) -> list[int]:
+    """The first, the last, and some between, evenly.
+
+    >>> spread(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+
+
+def samples_table(samples: Mapping[int, Sequence[Path]], prompts: Sequence[str]) -> Markup:
+    """A row per step, a column per prompt; says so where some steps are left out."""
+    if not samples:
+        return Markup("")
+    shown = spread(sorted(samples))
+    most = f"{len(shown)} of {len(samples)} steps are shown; all are in the run folder. "
+    left_out = most if len(shown) < len(samples) else ""
+    heads = "".join(f'<th scope="col">{text(p)}</th>' for p in prompts)
+    rows = "\n".join(
+        f'<tr><th scope="row">{step:,}'
+        + "".join(f"<td>{embedded(path, f'step {step}: {told}')}" for path, told in _told(samples[step], prompts))
+        for step in shown
+    )
+    return Markup(
+        f'<p class="soft">{left_out}The seeds are the same at every step. Shrunk to {SIDE} pixels and {COLOURS} '
+        f'colours.</p><div class="scroll"><table class="samples"><thead><tr><th scope="col">step</th>{heads}'
+        f"</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _told(paths: Sequence[Path], prompts: Sequence[str]) -> list[tuple[Path, str]]:
+    """A run that went on with other prompts has pictures without one."""
+    named = [*prompts, *([""] * len(paths))]
+    return list(zip(paths, named, strict=False))
