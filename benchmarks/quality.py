@@ -151,10 +151,10 @@ def lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def missing(seeds: tuple[int, ...]) -> Iterator[tuple[str, float, int]]:
+def missing(seeds: tuple[int, ...], rates: tuple[float, ...]) -> Iterator[tuple[str, float, int]]:
     """Runs that have no line; the base alone, way "", comes first. Seed by seed, so that a part is already a grid."""
     done = {(row["way"], row["rate"], row["seed"]) for row in lines() if row["steps"] == STEPS}
-    wanted = [("", 0.0, 0), *((way, rate, seed) for seed, rate, way in product(seeds, RATES, WAYS))]
+    wanted = [("", 0.0, 0), *((way, rate, seed) for seed, rate, way in product(seeds, rates, WAYS))]
     return (each for each in wanted if each not in done)
 
 
@@ -162,12 +162,13 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--base", type=Path, default=folder_of("tiny-scenes"))
     options.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    options.add_argument("--rates", type=float, nargs="*", default=RATES)
     options.add_argument("--most", type=int, default=10**6, help="Runs to do now.")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--table", action="store_true", help="No runs.")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
-    todo = [] if given.table else list(missing(tuple(given.seeds)))[: given.most]
+    todo = [] if given.table else list(missing(tuple(given.seeds), tuple(given.rates)))[: given.most]
     for way, rate, seed in todo:
         row = run(given.base, way, rate, seed)
         with RESULTS.open("a") as file:

@@ -13,7 +13,7 @@ from krona_hub.errors import DataError, KronaError, NotFoundError
 from krona_hub.evaluation.colours import identity
 from krona_hub.evaluation.models import CLIP, DINO, Embedder, agreement, likeness
 from krona_hub.images.record import read_record
-from krona_hub.training.dataset import picture_files
+from krona_hub.training.dataset import picture_files, pictures_of
 from krona_hub.training.pictures import open_picture
 
 GRID = "grid.png"  # all pictures in one, which is none of them
@@ -106,7 +106,7 @@ def _embedder(name: str, asked: str | None, usual: str, device: str, left_out: l
 
 def _files(source: str | Path) -> tuple[Path, ...]:
     """The pictures of a folder, or the one that is named."""
-    place = Path(source).expanduser()
+    place = pictures_of(source)
     if place.is_file():
         return (place,)
     if not place.is_dir():

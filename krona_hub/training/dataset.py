@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 
 from krona_hub.errors import DataError, NotFoundError
 from krona_hub.training.pictures import ENDINGS, open_picture
 
+SHIPPED = ("zorbi",)  # folders of krona_hub.assets
 METADATA = "metadata.jsonl"
 CAPTION_FIELDS = ("text", "caption", "prompt")  # of metadata.jsonl: what `datasets` calls it, and two usual names
 SHOWN = 5  # names in a message
@@ -50,7 +52,7 @@ def read_folder(folder: str | Path, prompt: str = "", *, skip_bad: bool = False,
     without the folder, DataError where there is no picture, where one has no caption, and, unless `skip_bad`, where
     one cannot be read: all such files are named.
     """
-    place = Path(folder).expanduser()
+    place = pictures_of(folder)
     if not place.is_dir():
         raise NotFoundError(f"there is no folder {str(folder)!r}.", fix="Give the folder with the pictures: --data.")
     told = _metadata(place)
@@ -67,10 +69,20 @@ def read_folder(folder: str | Path, prompt: str = "", *, skip_bad: bool = False,
     return Data(tuple(examples), bad)
 
 
+def pictures_of(source: str | Path) -> Path:
+    """The folder of the pictures that ship in the package, by name; any other source as a path, which comes first.
+
+    >>> pictures_of("zorbi").name, str(pictures_of("photos/mine"))
+    ('zorbi', 'photos/mine')
+    """
+    path = Path(source).expanduser()
+    return Path(str(files("krona_hub.assets"))) / str(source) if str(source) in SHIPPED and not path.exists() else path
+
+
 def picture_files(folder: Path) -> list[Path]:
     """Every file that looks like a picture, in the order of their names."""
-    files = (p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-    return sorted((p for p in files if not _hidden(p.relative_to(folder))), key=lambda p: p.as_posix())
+    pictures = (p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    return sorted((p for p in pictures if not _hidden(p.relative_to(folder))), key=lambda p: p.as_posix())
 
 
 def _hidden(path: Path) -> bool:

@@ -121,15 +121,17 @@ class Source:
     encoder: Encoder
     examples: tuple[Example, ...]
     sizes: tuple[Size, ...]
+    settings: TrainingSettings  # of their captions
 
-    def captions(self, settings: TrainingSettings) -> list[str]:
+    @property
+    def captions(self) -> list[str]:
         """Every caption that a training may ask for, unless it shuffles."""
-        fixed = [fixed_caption(e.caption, settings) for e in self.examples]
-        return [*fixed, ""] if settings.caption_dropout else fixed
+        fixed = [fixed_caption(e.caption, self.settings) for e in self.examples]
+        return [*fixed, ""] if self.settings.caption_dropout else fixed
 
     def batch(self, chosen: Sequence[int], step: int, samples: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """(n, channels, height, width) latents and the conditions, as the step and the sample numbers draw them."""
-        settings = self.encoder.settings
+        settings = self.settings
         flips = [drawn_flip(settings, step, i) for i in samples]
         encoded = [self.encoder.picture(self.examples[e], self.sizes[e], f) for e, f in zip(chosen, flips, strict=True)]
         latents = self.encoder.latents(encoded, [generator(settings.seed, "latent", step, i) for i in samples])
@@ -142,7 +144,7 @@ class Source:
         """One example, the same at every call: for the validation."""
         encoded = [self.encoder.picture(self.examples[chosen], self.sizes[chosen], False)]
         latents = self.encoder.latents(encoded, [generator(seed, "validation latent", chosen)])
-        text = fixed_caption(self.examples[chosen].caption, self.encoder.settings)
+        text = fixed_caption(self.examples[chosen].caption, self.settings)
         return latents, {**self.encoder.text([text]), **_stacked(encoded)}
 
 

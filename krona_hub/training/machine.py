@@ -18,6 +18,7 @@ from krona_hub.sources import resolve_base
 from krona_hub.training.settings import TrainingSettings
 
 AUTOCASTS = {"bfloat16": "bf16", "float16": "fp16"}  # of a base in that type
+DENOISERS = ("unet", "transformer")
 CONFIGS: Any = diffusers  # whose classes for quantised models are not typed
 QUANTISED = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8-torchao": "torchao"}  # -> package
 
@@ -47,9 +48,10 @@ def machine_for(settings: TrainingSettings) -> Machine:
     return Machine(device, getattr(torch, dtype), autocast)
 
 
-def open_base(settings: TrainingSettings, machine: Machine) -> Any:
+def open_base(settings: TrainingSettings, machine: Machine, *, denoiser_waits: bool = False) -> Any:
     """The pipeline of the base, frozen, on the device; the autoencoder in float32, which some need.
 
+    A denoiser that waits stays on the CPU: it is spread over several devices later.
     Raises NotFoundError, UnknownBaseError or IncompleteError where there is no whole pipeline.
     """
     if not settings.base:
@@ -59,9 +61,9 @@ def open_base(settings: TrainingSettings, machine: Machine) -> Any:
         raise no_base(settings.base)
     with quiet(), told(settings.base):
         pipe = _loaded(settings, path, machine)
-        for model in models_of(pipe).values():
+        for name, model in models_of(pipe).items():
             model.requires_grad_(False).eval()
-            if not getattr(model, "is_quantized", False):
+            if not (getattr(model, "is_quantized", False) or (denoiser_waits and name in DENOISERS)):
                 model.to(machine.device)
         if getattr(pipe, "vae", None) is not None:
             pipe.vae.to(torch.float32)
@@ -88,7 +90,7 @@ def _quantised(settings: TrainingSettings) -> dict[str, Any]:
             fix=f"pip install {package}, or leave out --quantize.",
         )
     config = _configuration(settings.quantize)
-    denoisers = CONFIGS.PipelineQuantizationConfig(quant_mapping={"unet": config, "transformer": config})
+    denoisers = CONFIGS.PipelineQuantizationConfig(quant_mapping=dict.fromkeys(DENOISERS, config))
     return {"quantization_config": denoisers}
 
 

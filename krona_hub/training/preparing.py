@@ -17,6 +17,7 @@ from torch import Tensor
 from krona_hub.adapter import Adapter
 from krona_hub.bases.base import Base
 from krona_hub.checkpoints.atomic import atomic_text
+from krona_hub.errors import UsageError
 from krona_hub.formats.files import read
 from krona_hub.layers import attach, branches_of
 from krona_hub.runtime import base_of
@@ -32,10 +33,11 @@ from krona_hub.training.objective import Objective
 from krona_hub.training.optimisers import Average, make_optimizer
 from krona_hub.training.plan import Pictures, check_settings, read_pictures, square_side
 from krona_hub.training.precision import Precision
-from krona_hub.training.prior import draw_prior
+from krona_hub.training.prior import draw_prior, missing_pictures
 from krona_hub.training.record import ELSEWHERE, base_name, recorded
-from krona_hub.training.sampling import draw_samples, encode_prompts, save_samples
+from krona_hub.training.sampling import draw_samples, encode_prompts
 from krona_hub.training.settings import TrainingSettings
+from krona_hub.training.sharding import is_wanted, shard
 from krona_hub.training.targets import fresh_adapter, plan_targets, started_from
 from krona_hub.training.tracking import trackers_of
 from krona_hub.training.training import Training
@@ -70,9 +72,12 @@ def prepared(settings: TrainingSettings, run: Path, encoding: Encoding) -> tuple
     machine = machine_for(settings)
     accelerator = _accelerator(settings, machine, run)
     machine = replace(machine, device=accelerator.device)
-    pipe = open_base(settings, machine)
+    spread = is_wanted(accelerator)
+    pipe = open_base(settings, machine, denoiser_waits=spread)
     family, base = family_of(pipe), base_of(pipe)
     start, side = _start(base, settings), square_side(pipe, family, settings)
+    if spread and missing_pictures(settings):
+        raise UsageError("with FSDP, nothing can be drawn before the training.", fix="Draw them first, on one device.")
     with accelerator.main_process_first():
         draw_prior(pipe, family, settings, machine.device, side)
     encoder = Encoder(pipe, family, settings, machine.device, machine.base_dtype)
@@ -81,8 +86,9 @@ def prepared(settings: TrainingSettings, run: Path, encoding: Encoding) -> tuple
     encoder.free(keep_vae=sampler is not None)
     attach(pipe, start, trainable=True)
     training = _training(pipe, family, settings, run, accelerator, machine, seen)
-    if sampler is not None:
-        training.sample = lambda step: save_samples(run, step, sampler())
+    if spread:
+        shard(getattr(pipe, family.denoiser), accelerator, training.parameters)
+    training.sampler = sampler
     if accelerator.is_main_process:
         atomic_text(run / ECHO, to_toml(settings), overwrite=True)
     facts = {"base": base_name(settings), "family": family.name, "pictures": len(seen.source.examples)}
@@ -110,16 +116,20 @@ def _start(base: Base, settings: TrainingSettings) -> Adapter:
 def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Encoding) -> Seen:
     """Every picture found, and encoded where that is kept."""
     pictures = read_pictures(encoder.pipe, encoder.family, settings)
-    source = Source(encoder, pictures.train.examples, pictures.sizes)
-    validation, prior = (_beside(encoder, pictures, group) for group in (pictures.validation, pictures.prior))
+    plain = replace(settings, trigger_word="", caption_template="{caption}")  # the class is not the subject
+    source = Source(encoder, pictures.train.examples, pictures.sizes, settings)
+    validation = _beside(encoder, pictures, pictures.validation, settings)
+    prior = _beside(encoder, pictures, pictures.prior, plain)
     for each in (source, validation, prior):
         if each is not None and settings.cache:
-            encoder.fill(each.examples, each.sizes, each.captions(settings), encoding)
+            encoder.fill(each.examples, each.sizes, each.captions, encoding)
     return Seen(source, validation, prior, _fingerprint(settings, pictures))
 
 
-def _beside(encoder: Encoder, pictures: Pictures, examples: tuple[Example, ...]) -> Source | None:
-    return Source(encoder, examples, pictures.sizes_of(examples, encoder.settings.buckets)) if examples else None
+def _beside(
+    encoder: Encoder, pictures: Pictures, examples: tuple[Example, ...], settings: TrainingSettings
+) -> Source | None:
+    return Source(encoder, examples, pictures.sizes_of(examples, settings.buckets), settings) if examples else None
 
 
 def _sampler(
@@ -157,6 +167,7 @@ def _training(
         validation=seen.validation,
         prior=None if seen.prior is None else (seen.prior, _batches(settings, seen.prior, accelerator)),
         average=Average(parameters, settings.ema) if settings.ema else None,
+        spread=is_wanted(accelerator),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
+from PIL.Image import Image
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -52,7 +53,8 @@ class Training:
     step: int = 0  # steps that are done
     smooth_loss: float | None = None
     skipped: int = 0  # batches whose loss was no number
-    sample: Callable[[int], None] | None = None
+    sampler: Callable[[], list[Image]] | None = None  # draws the samples
+    spread: bool = False  # the denoiser is in pieces: every process must take part where it is called
     tell: Callable[[Progress], None] = field(default=lambda _progress: None)
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from PIL.Image import Image
 
 from krona_hub.training.optimisers import has_own_mode
+from krona_hub.training.sampling import save_samples
 from krona_hub.training.training import Training
 
 
@@ -17,15 +19,32 @@ def due(step: int, every: int) -> bool:
 
 
 def watch(training: Training) -> None:
-    """Validation and samples of the adapter as it would be handed out; by the main process, the others wait."""
-    s, step, last = training.settings, training.step, training.step == training.settings.steps
+    """Validation and samples of the adapter as it would be handed out; written by the main process, the others wait."""
+    s = training.settings
     with as_handed_out(training):
-        if training.is_main and s.validate_every and (last or step == 0 or due(step, s.validate_every)):
-            training.metrics.add(step, validation_loss=validate(training))
-        wanted = s.sample_every and (last or step == 0 or due(step, s.sample_every))
-        if training.is_main and wanted and training.sample is not None:
-            training.sample(step)
+        if training.is_main or training.spread:
+            if s.validate_every and _now(training, s.validate_every):
+                _validated(training)
+            if training.sampler is not None and _now(training, s.sample_every):
+                _sampled(training, training.sampler)
     training.accelerator.wait_for_everyone()
+
+
+def _now(training: Training, every: int) -> bool:
+    """At the beginning, at the end, and at every so many steps."""
+    return training.step in (0, training.settings.steps) or due(training.step, every)
+
+
+def _validated(training: Training) -> None:
+    loss = validate(training)
+    if training.is_main:
+        training.metrics.add(training.step, validation_loss=loss)
+
+
+def _sampled(training: Training, draw: Callable[[], list[Image]]) -> None:
+    images = draw()
+    if training.is_main:
+        save_samples(training.run, training.step, images)
 
 
 def validate(training: Training) -> float:

@@ -202,6 +202,15 @@ def test_the_base_draws_pictures_of_the_class_once(quick, tmp_path):
         train(quick | PRIOR, prior_data=str(folder), prior_prompt="a cat", output=str(tmp_path / "four"))
 
 
+def test_the_trigger_word_is_not_put_in_front_of_the_class(quick, photos, tmp_path, monkeypatch):
+    from krona_hub.training.encoding import Encoder
+
+    asked, text = [], Encoder.text
+    monkeypatch.setattr(Encoder, "text", lambda self, captions: asked.extend(captions) or text(self, captions))
+    train(quick, trigger_word="sks", caption_template="art: {caption}", prior_data=photos, prior_prompt="a toy")
+    assert set(asked) == {"sks, art: a photo", "a toy"}
+
+
 def test_a_stopped_run_keeps_its_pictures_of_the_class(quick, tmp_path):
     whole = train(quick | PRIOR, output=str(tmp_path / "whole")).adapter.read_bytes()
     with pytest.raises(StoppedError):

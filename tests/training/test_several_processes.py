@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from krona_hub import read
-from krona_hub.training.metrics import read_metrics
+from krona_hub.training.metrics import read_metrics, series
 from krona_hub.training.runs import train
 
 pytestmark = pytest.mark.slow
@@ -34,6 +34,26 @@ def test_two_processes_give_the_result_of_one_at_the_same_global_batch(quick, tm
     one, two = (read(Path(run) / "adapter.safetensors", base=quick["base"]) for run in (alone.run, quick["output"]))
     assert differing(one, two, "right") <= 1e-5  # B began at zero: all of it was learned
     assert differing(one, two, "left") <= 1e-5
+
+
+@pytest.mark.parametrize(("kind", "samples"), [("sd15", 2), ("flux", 0)])  # a tiny FLUX cannot decode
+def test_a_base_in_pieces_trains_to_the_same_adapter(kind, samples, bases, quick, tmp_path):
+    quick |= {"steps": 6, "base": bases(kind), "validate_every": 3, "held_out": 1, "sample_every": 3 * samples}
+    quick |= {"sample_steps": 2}
+    alone = train(quick, batch_size=2, output=str(tmp_path / "one"))
+    flags = command(quick)[3:]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [*launcher, "-m", "tests.training.spread", *flags, "-q"]
+    done = subprocess.run(
+        line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read(Path(run) / "adapter.safetensors", base=quick["base"]) for run in (alone.run, quick["output"]))
+    assert differing(one, two, "right") <= 1e-5
+    validated = [series(read_metrics(Path(run)), "validation_loss") for run in (alone.run, quick["output"])]
+    assert [step for step, _ in validated[0]] == [step for step, _ in validated[1]] == [0, 3, 6]
+    assert validated[0][-1][1] == pytest.approx(validated[1][-1][1], rel=1e-4)
+    assert len(list(Path(quick["output"], "samples").glob("step-*.png"))) == samples
 
 
 def differing(one, two, side):

@@ -1,0 +1,9 @@
+"""`krona train` with the denoiser in pieces, on CPUs: what accelerate's configuration asks for on GPUs alone."""
+
+from krona_hub.cli import start
+from krona_hub.training import preparing
+
+preparing.is_wanted = lambda accelerator: True
+
+if __name__ == "__main__":
+    start()
