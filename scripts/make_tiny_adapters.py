@@ -87,6 +87,8 @@ def train_lora(pipe: StableDiffusionPipeline, out: Path, steps: int) -> list[ren
     pipe.unet.add_adapter(LoraConfig(target_modules=ATTENTION, **rank))
     pipe.text_encoder.add_adapter(LoraConfig(target_modules=TEXT, **rank))
     models = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    for model in models.values():  # peft would record the folder of this machine
+        model.peft_config["default"].base_model_name_or_path = "tiny-scenes"
     teach(pipe, [p for model in models.values() for p in model.parameters() if p.requires_grad], steps)
     save_diffusers(models, out)
     save_kohya(models, out, steps)

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 import krona_hub
 from krona_hub.bases.locate import load_base
 from krona_hub.bases.shipped import folder_of
+from krona_hub.checkpoints.header import read_header
 from krona_hub.formats.describe import describe
 from scripts.make_tiny_adapters import ASKED, FILES
 from scripts.tiny_scenes import drawing, toy
@@ -74,6 +75,11 @@ def test_adapters_teach_the_toy_and_leave_the_base_as_it_was(pipe, name):
     krona_hub.unload(pipe, "toy")
     assert sum(map(toy.shows, taught)) >= SHOWN * len(ASKED)
     assert (drawing.draw(pipe, ASKED[:2])[0] == plain[0]).all()
+
+
+def test_no_file_names_a_folder_of_the_machine_that_made_it():
+    for path in adapters().values():
+        assert not re.search(r'"/|:/', "".join(read_header(path).metadata.values())), path.name
 
 
 def test_the_record_of_the_training_says_the_trigger_word():
