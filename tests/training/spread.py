@@ -3,7 +3,6 @@
 from krona_hub.cli import start
 from krona_hub.training import preparing
 
-preparing.is_wanted = lambda accelerator: True
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # not where this file is only collected
+    preparing.is_wanted = lambda accelerator: True
     start()
