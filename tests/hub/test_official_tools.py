@@ -106,3 +106,22 @@ def test_push_pull_load_gives_the_same_picture_and_so_does_the_lora_export_in_di
     os.environ["HF_ENDPOINT"] = hub.url
     other.load_lora_weights(str(resolve("ana/tiny/pytorch_lora_weights.safetensors")))
     assert torch.allclose(picture(other), meant, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_push_pull_generate_draws_the_same_pixels(hub, tmp_path):
+    """The trained LoKr of the package, from its file, from the pulled folder, and straight from the Hub."""
+    from importlib.resources import as_file, files
+
+    import krona_hub
+
+    def drawn(source):
+        report = krona_hub.generate("tiny-scenes", ["a photo of a zorbi on a blue table"], adapters=[source], steps=4)
+        return report.images[0].tobytes()
+
+    with as_file(files("krona_hub.assets") / "zorbi_lokr.safetensors") as path:
+        push(path, "ana/zorbi", base="tiny-scenes", base_model="ana/tiny-scenes", with_lora=True)
+        pulled = pull("ana/zorbi", tmp_path / "pulled")
+        meant = drawn(path)
+    assert drawn(pulled.out / "krona_adapter.safetensors") == meant
+    assert drawn("ana/zorbi") == meant
