@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,24 +14,25 @@ from krona_hub.sources.faults import hub_errors
 from krona_hub.sources.listing import Listing, RemoteFile, cache_folder, remember_revision
 from krona_hub.sources.retry import retrying
 
+IsRight = Callable[[Path, RemoteFile], bool]
 CHUNK = 1 << 22  # bytes
 ROOM = 2  # times the bytes of a download that must be free: the cache's copy and the user's
 
 
-def fetch(listing: Listing, name: str, *, endpoint: str | None = None) -> Path:
+def fetch(listing: Listing, name: str, *, endpoint: str | None = None, is_right: IsRight | None = None) -> Path:
     """The path of a file in the client's cache, downloaded where it is not there, its digest checked.
 
-    A file that is not what the Hub says is removed and downloaded once more. Raises IntegrityError where it is wrong
-    again, and what the network brings.
+    `is_right` does the looking where it can be done on the way. A file that is not what the Hub says is removed and
+    downloaded once more. Raises IntegrityError where it is wrong again, and what the network brings.
     """
-    known = listing.files[name]
+    known, is_right = listing.files[name], is_right or is_intact
     path = _download(listing, name, endpoint)
-    if is_intact(path, known):
+    if is_right(path, known):
         return path
     _remove(path)
     if not listing.cached:
         path = _download(listing, name, endpoint, force=True)
-        if is_intact(path, known):
+        if is_right(path, known):
             return path
         _remove(path)
     raise IntegrityError(
@@ -94,6 +95,11 @@ def is_intact(path: Path, known: RemoteFile) -> bool:
     return not known.git_sha1 or git_sha1_of(path) == known.git_sha1
 
 
+def digest_for(path: Path, known: RemoteFile) -> hashlib._Hash:
+    """What has to be fed with the bytes of a file to get the digest that the Hub names: sha256, or the sha1 of git."""
+    return hashlib.sha256() if known.sha256 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -112,7 +118,7 @@ def _remembered(path: Path, size: int, changed: int, inode: int) -> str:
 
 def git_sha1_of(path: Path) -> str:
     """The digest that git gives a file: of its length and its bytes."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    digest = digest_for(path, RemoteFile(path.name, None))
     with path.open("rb") as file:
         while piece := file.read(CHUNK):
             digest.update(piece)
