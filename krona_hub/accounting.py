@@ -18,7 +18,7 @@ from krona_hub.bases.base import Base, Module
 from krona_hub.bases.families import FAMILIES
 from krona_hub.bases.targets import choose, sets_of
 from krona_hub.errors import ShapeError, UsageError
-from krona_hub.formats.describe import ModuleInfo, describe
+from krona_hub.formats.describe import Description, ModuleInfo, describe
 from krona_hub.kron.shapes import lycoris_factors, parse_shape, smallest_split, split
 
 BOTH = "all"  # as a component: every one of the base
@@ -130,9 +130,14 @@ def account_file(
     """
     about = describe(source, base=base, component=component)
     layers = {m.name: Module(m.weight_shape) for m in about.modules}
-    own = Row(f"this file, {about.format}", about.parameters, len(layers), _as_lora(about.parameters, layers.values()))
+    own = Row(f"this file, {about.format}", about.parameters, len(layers), lora_rank_of(about))
     rows = (own, *(_row(method, layers) for method in methods(shapes, factors, ranks, terms)))
     return Accounting(about.base or "unknown", f"the layers of {about.path.name}", _file_parts(about.modules), rows, ())
+
+
+def lora_rank_of(about: Description) -> float:
+    """The rank of a LoRA on the layers of a file that would have as many parameters; 0 for no layers."""
+    return _as_lora(about.parameters, [Module(m.weight_shape) for m in about.modules])
 
 
 def _file_parts(modules: Iterable[ModuleInfo]) -> tuple[Part, ...]:

@@ -18,30 +18,26 @@ LORA_TAGS = ("lora", "template:sd-lora")  # the Hub's snippet for them needs a L
 _FRONT = re.compile(r"\A---\r?\n(.*?\r?\n)?---\r?\n?", re.DOTALL)
 _SECTION = re.compile(r"<!-- krona:begin (?P<name>[\w-]+) -->\n.*?<!-- krona:end (?P=name) -->\n?", re.DOTALL)
 
-LICENCES: Mapping[str, tuple[str, str, str]] = {  # family -> the Hub's licence id, name, link
-    "sd15": ("creativeml-openrail-m", "", ""),
-    "sd21": ("openrail++", "", ""),
-    "sd21-base": ("openrail++", "", ""),
-    "sdxl": ("openrail++", "", ""),
-    "sdxl-refiner": ("openrail++", "", ""),
-    "sd3-medium": (
-        "other", "stabilityai-ai-community",
-        "https://huggingface.co/stabilityai/stable-diffusion-3-medium/blob/main/LICENSE.md",
-    ),
-    "sd35-medium": (
-        "other", "stabilityai-ai-community",
-        "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md",
-    ),
-    "sd35-large": (
-        "other", "stabilityai-ai-community",
-        "https://huggingface.co/stabilityai/stable-diffusion-3.5-large/blob/main/LICENSE.md",
-    ),
-    "flux1-dev": (
-        "other", "flux-1-dev-non-commercial-license",
-        "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
-    ),
-    "flux1-schnell": ("apache-2.0", "", ""),
-}  # fmt: skip
+LICENCES: Mapping[str, tuple[str, str]] = {  # base -> the Hub's licence id, and a name where that id is "other"
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", ""),
+    "stabilityai/stable-diffusion-2-1": ("openrail++", ""),
+    "stabilityai/stable-diffusion-2-1-base": ("openrail++", ""),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("openrail++", ""),
+    "stabilityai/stable-diffusion-xl-refiner-1.0": ("openrail++", ""),
+    "stabilityai/stable-diffusion-3.5-medium": ("other", "stabilityai-ai-community"),
+    "stabilityai/stable-diffusion-3.5-large": ("other", "stabilityai-ai-community"),
+    "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license"),
+    "black-forest-labs/FLUX.1-schnell": ("apache-2.0", ""),
+}  # as the cards of these very models say; of fine-tunes and of all others their own pages tell
+HUB_LICENCES = (
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "
+    "afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 "
+    "cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
+    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
+    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl "
+    "gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql "
+    "ofl-1.1 ncsa unlicense zlib pddl unknown other"
+)  # https://huggingface.co/docs/hub/repositories-licenses: it refuses cards with any other
 
 
 @dataclass(frozen=True)
@@ -99,12 +95,23 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
 
 def _licence(facts: CardFacts) -> dict[str, str]:
     if facts.licence:
-        return {"license": facts.licence.lower().replace(" ", "-")}
-    known = LICENCES.get(facts.family or "")
-    if known is None:
-        return {}
-    named = {"license": known[0], "license_name": known[1], "license_link": known[2]}
+        return _named(facts.licence)
+    licence, name = LICENCES.get(facts.base_model, ("", ""))
+    link = f"https://huggingface.co/{facts.base_model}/blob/main/LICENSE.md" if name else ""
+    named = {"license": licence, "license_name": name, "license_link": link}
     return {key: value for key, value in named.items() if value}
+
+
+def _named(licence: str) -> dict[str, str]:
+    """A licence in the Hub's words; one that it does not know is "other", with its name.
+
+    >>> _named("CreativeML OpenRAIL-M"), _named("My own terms")
+    ({'license': 'creativeml-openrail-m'}, {'license': 'other', 'license_name': 'my-own-terms'})
+    """
+    name = re.sub(r"[^a-z0-9.+]+", "-", licence.lower()).strip("-")
+    if name in HUB_LICENCES.split():
+        return {"license": name}
+    return {"license": "other", "license_name": name or "see-the-card"}
 
 
 def merged_front_matter(
@@ -238,10 +245,13 @@ def _loads(f: CardFacts) -> str:
 
 
 def _licence_section(f: CardFacts) -> str:
-    own = f"The adapter's own licence: {f.licence}. " if f.licence else ""
+    own = f"The adapter's own licence: {_cell(f.licence)}. " if f.licence else ""
+    page = f"[{f.base_model}](https://huggingface.co/{f.base_model})"
+    licence, name = LICENCES.get(f.base_model, ("", ""))
+    which = f", {name or licence}," if licence else ", which its page names,"
     return (
         "## Licence and limits\n\n"
-        f"{own}The licence of [{f.base_model}](https://huggingface.co/{f.base_model}) applies to what is made with it. "
+        f"{own}The licence of {page}{which} applies to what is made with it. "
         "An adapter has the limits and the biases of its base and of the pictures that it was trained on."
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from krona_hub.accounting import account_file
+from krona_hub.accounting import lora_rank_of
 from krona_hub.bases import catalogue
 from krona_hub.bases.families import FAMILIES
 from krona_hub.formats.describe import Description
@@ -101,10 +101,9 @@ def card_facts(
 
 def _sizes(adapter: LocalAdapter) -> list[tuple[str, str]]:
     d = adapter.description
-    rank = account_file(adapter.path, shapes=(), factors=(), ranks=()).rows[0].lora_rank
     rows = [
         ("parameters", f"{d.parameters:,}"),
-        ("as many as a LoRA of rank", f"{rank:.2f}"),
+        ("as many as a LoRA of rank", f"{lora_rank_of(d):.2f}"),
         ("adapted layers", f"{len(d.modules)}"),
         ("file", human_bytes(d.bytes)),
         ("stored as", ", ".join(d.dtypes)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from krona_hub.schema.layout import examine
 from krona_hub.sources import resolve
 from krona_hub.sources.fetch import sha256_once
 from krona_hub.verification import validate
+from krona_hub.verification.validate_file import ValidationReport
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -44,11 +46,13 @@ def check_adapter(source: str | Path, scratch: Path, base_model: str | None, bas
     Raises the first finding of `validate`, ResourceError beyond the limits, UsageError without a Hub id of the base.
     """
     given = resolve(source)
-    path = given if describe(given).format == "krona" else _native(given, scratch, base)
-    report = validate(path)
+    path, description = given, describe(given)
+    if description.format != "krona":
+        path = _native(given, scratch, base)
+        description = describe(path)
+    report, sha256 = _validated(path)
     if report.errors:
         raise report.errors[0].error().within(str(given))
-    description = describe(path)
     check_limits(description.header)
     known, _ = examine(description.header)
     fitted = known.header.base or BaseModel()
@@ -59,8 +63,15 @@ def check_adapter(source: str | Path, scratch: Path, base_model: str | None, bas
         base=fitted,
         base_model=base_model_id(fitted, base_model),
         provenance=known.provenance(description.header.metadata),
-        sha256=sha256_once(path),
+        sha256=sha256,
     )
+
+
+def _validated(path: Path) -> tuple[ValidationReport, str]:
+    """What is wrong with a file, and its sha256: hashed while its numbers are looked at."""
+    with ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(sha256_once, path)
+        return validate(path), digest.result()
 
 
 def _native(given: Path, scratch: Path, base: str | Path | None) -> Path:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from krona_hub.checkpoints import strict_json
 from krona_hub.errors import IntegrityError, KronaError
-from krona_hub.hub.layout import CARD, MANIFEST, SIGNATURE
+from krona_hub.hub.layout import CARD, IMAGES, MANIFEST, PLOTS, SIGNATURE
 from krona_hub.sources.fetch import sha256_of
 from krona_hub.sources.names import printable
 
@@ -66,6 +66,8 @@ def check(manifest: Manifest, paths: Mapping[str, Path], known: Mapping[str, str
         entry = manifest.files.get(name)
         if name in UNLISTED:
             continue
+        if entry is None and name.startswith((IMAGES, PLOTS)):
+            continue  # a picture that the owner has added on the web
         if entry is None:
             raise IntegrityError(f"{printable(name)} is not in {MANIFEST}.", fix=_ASK)
         if path.stat().st_size != entry.size or (known.get(name) or sha256_of(path)) != entry.sha256:

@@ -92,21 +92,21 @@ def finish(package: Package, repo: str, there: There) -> tuple[Mapping[str, Path
     record = Manifest(entries, known, *written)
     (package.folder / MANIFEST).write_text(record.text(), encoding="utf-8")
     paths[MANIFEST] = package.folder / MANIFEST
-    if package.wanted.card_only:
-        paths = {name: path for name, path in paths.items() if name in (CARD, MANIFEST, CONFIG)}
-    return paths, () if package.wanted.card_only else gone
+    return paths, gone
 
 
 def _kept(package: Package, there: There) -> dict[str, Entry]:
-    """Files of an earlier push that stay: pictures unless new ones come, exports while the weights are the same."""
+    """Files of an earlier push that stay: pictures unless new ones come, what the weights gave while they are the same.
+
+    As the Hub holds them now: their owner may have exchanged one on the web.
+    """
     same = there.manifest.files.get(WEIGHTS) == package.entries[WEIGHTS]
     kept = {}
     for name, entry in there.manifest.files.items():
-        stays = (
-            (name in EXPORTS and same) or name.startswith(PLOTS) or (name.startswith(IMAGES) and not package.samples)
-        )
+        stays = same if name in EXPORTS or name.startswith(PLOTS) else name.startswith(IMAGES) and not package.samples
         if stays and name not in package.paths and _is_there(name, there):
-            kept[name] = entry
+            now = there.listing.files[name] if there.listing else None
+            kept[name] = Entry(now.size, now.sha256) if now and now.sha256 and now.size else entry
     return kept
 
 

@@ -14,11 +14,11 @@ from krona_hub.checkpoints import strict_json
 from krona_hub.errors import ConflictError, KronaError, NotFoundError, OfflineError, UsageError
 from krona_hub.hub import manifest as manifests
 from krona_hub.hub.commit import commit, verify
-from krona_hub.hub.layout import CARD, CONFIG, MANIFEST, SIGNATURE
+from krona_hub.hub.layout import CARD, CONFIG, MANIFEST, SIGNATURE, WEIGHTS
 from krona_hub.hub.local import HUB_NAME, check_adapter
 from krona_hub.hub.manifest import Manifest
 from krona_hub.hub.package import Package, There, Wanted, finish, pack
-from krona_hub.hub.plan import PushPlan, check_theirs, rows_of
+from krona_hub.hub.plan import PushPlan, check_theirs, is_same, rows_of
 from krona_hub.hub.signing import is_still_signed, sign_folder
 from krona_hub.sources.client import client, endpoint_of, is_offline, quiet
 from krona_hub.sources.faults import hub_errors
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MAX_REPLANS = 3
+ABOUT = (CARD, CONFIG, MANIFEST, SIGNATURE)  # what `card_only` writes
 Confirm = Callable[[PushPlan], bool]
 
 
@@ -96,6 +97,8 @@ def push(
     if not HUB_NAME.fullmatch(repo):
         raise UsageError(f"{repo!r} is no name of a repository.", fix="Write namespace/name.")
     asked = Request(repo, revision, private, create_pr, tag, message, force, endpoint)
+    if card_only and (with_lora or with_lokr or images or not card):
+        raise UsageError("--card-only writes the card and nothing else.", fix="Leave it out to push other files too.")
     wanted = Wanted(with_lora, with_lokr, Path(images) if images else None, card, card_only, base)
     if is_offline() and not dry_run:
         raise OfflineError("pushing needs the Hub, and HF_HUB_OFFLINE is set.", fix="Unset it, or use --dry-run.")
@@ -224,6 +227,19 @@ def _object(data: bytes | None) -> dict[str, object] | None:
 def _check_repo(package: Package, asked: Request, there: There) -> None:
     if not asked.force:
         check_theirs(there, package.adapter.base_model)
+    if package.wanted.card_only:
+        _check_weights(package, asked, there)
+
+
+def _check_weights(package: Package, asked: Request, there: There) -> None:
+    """Raise ConflictError unless the weights there are those that the card and the manifest are about."""
+    known = there.listing.files.get(WEIGHTS) if there.listing else None
+    if known is None or not is_same(package.paths[WEIGHTS], known):
+        held = "other weights" if known else "no weights"
+        raise ConflictError(
+            f"{asked.repo} holds {held}: the card would be that of {package.adapter.source.name}.",
+            fix="Push without --card-only, or name the adapter that is there.",
+        )
 
 
 def _check_tag(api: HfApi, asked: Request, plan: PushPlan) -> None:
@@ -249,11 +265,14 @@ def _planned(
     paths, gone = finish(package, asked.repo, there)
     paths = dict(paths)
     signed = there.listing is not None and SIGNATURE in there.listing.files
-    if not is_still_signed(paths, there) and not package.wanted.card_only:
+    if not is_still_signed(paths, there):
         if sign_key is not None:
             paths |= sign_folder(paths, package.folder, Path(sign_key))
         elif signed:
             gone = (*gone, SIGNATURE)  # it would be one of other files
+    if package.wanted.card_only:
+        paths = {name: path for name, path in paths.items() if name in ABOUT}
+        gone = tuple(name for name in gone if name in ABOUT)
     visibility = "as it is" if there.listing else "public" if asked.private is False else "private"
     plan = PushPlan(
         repo=asked.repo,
@@ -263,9 +282,17 @@ def _planned(
         rows=rows_of(paths, gone, there, _has_xet()),
         create_pr=asked.create_pr,
         tag=asked.tag,
-        notes=there.listing.notes if there.listing else (),
+        notes=_notes(asked, there.listing),
     )
     return plan, paths
+
+
+def _notes(asked: Request, listing: Listing | None) -> tuple[str, ...]:
+    """What has to be said about the repository that is there."""
+    if listing is None or asked.private in (None, listing.private):
+        return listing.notes if listing else ()
+    stays = "private" if listing.private else "public"
+    return (*listing.notes, f"{asked.repo} exists and stays {stays}: its settings on the Hub change that.")
 
 
 def _has_xet() -> bool:

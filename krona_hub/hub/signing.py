@@ -23,7 +23,7 @@ SIGNED = (WEIGHTS, CONFIG, MANIFEST)
 def is_still_signed(paths: Mapping[str, Path], there: There) -> bool:
     """Whether the repository has a signature of exactly these files: signing twice never gives the same bytes."""
     files = there.listing.files if there.listing else {}
-    return SIGNATURE in files and all(n in files and n in paths and is_same(paths[n], files[n]) for n in SIGNED)
+    return SIGNATURE in files and all(n in files and is_same(paths[n], files[n]) for n in SIGNED)
 
 
 def sign_folder(paths: Mapping[str, Path], folder: Path, key: Path) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from krona_hub.bases.shipped import folder_of
-from krona_hub.errors import NotFoundError
+from krona_hub.errors import NotFoundError, OfflineError
 from krona_hub.sources.choose import choose, with_companions
 from krona_hub.sources.faults import hub_errors
 from krona_hub.sources.fetch import fetch_all
@@ -72,7 +72,11 @@ def resolve(source: str | Path) -> Path:
     hub_id = _remote(source)
     if hub_id is None:
         raise NotFoundError(f"{source}: no such file or folder.", fix=_similar(path))
-    return _download(hub_id)
+    try:
+        return _download(hub_id)
+    except OfflineError as error:
+        error.cause = f"no such local path, and {error.cause}"
+        raise
 
 
 def _similar(path: Path) -> str:

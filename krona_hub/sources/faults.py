@@ -67,12 +67,7 @@ def as_ours(error: BaseException, what: str) -> KronaError | None:
 
 def unreachable(what: str) -> OfflineError:
     """The Hub does not answer."""
-    return OfflineError(
-        f"{what}: no such local path, and the Hub cannot be reached."
-        if "/" in what
-        else f"{what}: the Hub cannot be reached.",
-        fix="Check the connection, or give the path of a local file.",
-    )
+    return OfflineError(f"{what}: the Hub cannot be reached.", fix="Check the connection, or name a local file.")
 
 
 def is_xet(error: BaseException) -> bool:

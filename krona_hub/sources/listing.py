@@ -107,7 +107,7 @@ def cached_listing(repo: str, revision: str | None, *, why: str) -> Listing:
     place = folder / "snapshots" / (commit or "-")
     if commit is None or not place.is_dir():
         raise OfflineError(
-            f"{repo}: no such local path, and no copy of it is in the cache, and the Hub is not asked: offline.",
+            f"{repo}: no copy of it is in the cache, and the Hub is not asked: offline.",
             fix="Connect once: krona pull keeps a copy. HF_HUB_OFFLINE=0 asks the Hub.",
         )
     files = [_cached_file(p, place) for p in sorted(place.rglob("*")) if p.is_file()]

@@ -6,8 +6,8 @@ import re
 import pytest
 import yaml
 
-from krona_hub.errors import FormatError, UsageError
-from krona_hub.hub import push
+from krona_hub.errors import ConflictError, FormatError, UsageError
+from krona_hub.hub import pull, push
 from krona_hub.model_card import LORA_TAGS, split
 
 REPO = "ana/style"
@@ -100,9 +100,52 @@ def test_no_card_leaves_the_card_alone_and_card_only_the_rest(hub, style, other)
     assert "README.md" not in hub.state.repos[REPO].head().files
     push(style, REPO, card_only=True)
     assert "krona:begin about" in card(hub)
-    report = push(other, REPO, card_only=True)
-    assert "krona_adapter.safetensors" not in {r.file for r in report.plan.rows}
     assert hub.state.content(REPO, "krona_adapter.safetensors") == style.read_bytes()
+
+
+def test_a_card_alone_is_written_only_for_the_weights_that_are_there(hub, style, other, tmp_path):
+    with pytest.raises(ConflictError, match="holds no weights"):
+        push(style, REPO, card_only=True)
+    push(style, REPO)
+    edit(hub, "<!-- krona:begin about -->", "Gone.\n\n<!-- krona:begin about -->")
+    with pytest.raises(ConflictError, match="holds other weights: the card would be that of other"):
+        push(other, REPO, card_only=True)
+    push(style, REPO, card_only=True, base_model="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert pull(REPO, tmp_path / "out").written
+
+
+@pytest.mark.parametrize("more", [{"with_lora": True}, {"with_lokr": True}, {"images": "."}, {"card": False}])
+def test_a_card_alone_goes_with_nothing_else(more, hub, style):
+    with pytest.raises(UsageError, match="card-only writes the card and nothing else"):
+        push(style, REPO, card_only=True, **more)
+    assert not hub.log
+
+
+def with_licence(style, folder, licence):
+    from dataclasses import replace
+
+    from krona_hub.formats.files import read
+    from krona_hub.formats.writing import write
+
+    adapter = read(style)
+    write(replace(adapter, provenance=replace(adapter.provenance, licence=licence)), folder / "licensed.safetensors")
+    return folder / "licensed.safetensors"
+
+
+def test_a_licence_that_the_hub_does_not_know_is_another_one_with_its_name(hub, style, tmp_path):
+    push(with_licence(style, tmp_path, "My own terms, v2"), REPO)
+    assert front(hub)["license"] == "other" and front(hub)["license_name"] == "my-own-terms-v2"
+    assert "The adapter's own licence: My own terms, v2." in card(hub)
+
+
+@pytest.mark.parametrize(
+    ("base", "licence"),
+    [("stabilityai/stable-diffusion-xl-base-1.0", "openrail++"), ("somebody/a-fine-tune-of-sdxl", None)],
+)
+def test_the_licence_of_a_base_is_told_only_where_it_is_known(base, licence, hub, style, tmp_path):
+    push(with_licence(style, tmp_path, None), REPO, base_model=base)
+    assert front(hub).get("license") == licence
+    assert ("which its page names" in card(hub)) == (licence is None)
 
 
 def test_a_card_that_the_hub_refuses_is_told_with_its_reason(hub, style):

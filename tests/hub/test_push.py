@@ -146,6 +146,22 @@ def test_public_is_public_only_when_asked_for(hub, style):
     assert not hub.state.repos[REPO].private
 
 
+def test_a_repository_that_is_there_stays_as_public_as_it_is_and_that_is_said(hub, style, other):
+    push(style, REPO)
+    report = push(other, REPO, private=False)
+    assert hub.state.repos[REPO].private
+    assert "ana/style exists and stays private: its settings on the Hub change that." in report.notes
+
+
+def test_pictures_that_the_owner_changed_on_the_web_are_no_reason_to_refuse(hub, style, other, pictures, tmp_path):
+    push(style, REPO, images=pictures)
+    data = hub.state.content(REPO, "images/01-a-cat.png")
+    hub.state.put(REPO, {"images/extra.png": data, "images/02-dog.png": data})
+    push(other, REPO)
+    assert "images/extra.png" in pull(REPO, tmp_path / "out").files
+    assert (tmp_path / "out/images/02-dog.png").read_bytes() == data
+
+
 def test_pictures_become_a_gallery(hub, style, pictures):
     push(style, REPO, images=pictures)
     assert {"images/01-a-cat.png", "images/02-dog.png"} <= files(hub)
