@@ -84,8 +84,8 @@ def of_one(record: Mapping[str, Any], picture: Picture) -> dict[str, Any]:
     adapters = [{**shas[name], "weight": weight} for name, weight in picture.adapters.items()]
     alone = {"prompts": [picture.prompt], "seed": picture.seed, "images_per_prompt": 1, "strengths": [], "beside": []}
     how = {"together": len(adapters) > 1, "compare": False if adapters else None, "batch": 1}
-    pixels = {"pictures": [{"file": picture.file, "pixels": picture.pixels}]}
-    return {**record, "base": base, "adapters": adapters, **alone, **how, **pixels}
+    itself = {"file": picture.file, "prompt": picture.prompt, "column": picture.column, "pixels": picture.pixels}
+    return {**record, "base": base, "adapters": adapters, **alone, **how, "pictures": [itself]}
 
 
 def parameters_text(record: Mapping[str, Any]) -> str:

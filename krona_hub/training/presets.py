@@ -12,7 +12,7 @@ PAPER: Mapping[str, Any] = {  # Marjit et al., DiffuseKronA (2024): 64×4 on q, 
 }  # fmt: skip
 TINY_SCENES: Mapping[str, Any] = {  # what teaches the shipped base its toy in minutes on a CPU
     "base": "tiny-scenes", "data": "zorbi", "trigger_word": "zorbi", "targets": "attn+ff", "text_encoders": "attn",
-    "steps": 300, "batch_size": 5, "learning_rate": 5e-3, "schedule": "cosine", "min_snr": 0.0,
+    "steps": 500, "batch_size": 5, "learning_rate": 5e-3, "schedule": "cosine", "min_snr": 0.0,
 }  # fmt: skip
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},

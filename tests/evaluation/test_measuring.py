@@ -8,11 +8,15 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from krona_hub import generate
+from krona_hub.bases.shipped import folder_of
 from krona_hub.cli.main import main
 from krona_hub.errors import DataError, NotFoundError
 from krona_hub.evaluation import evaluate
 from krona_hub.evaluation.models import Embedder
 from tests.training.bases import clip_tokenizer, save_photos
+
+FILES = folder_of("tiny-scenes").parent
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,16 @@ def dino(tmp_path_factory):
     ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.mark.slow
+def test_what_generate_drew_is_told_apart_by_column_and_prompt(tmp_path):
+    lokr, prompt = FILES / "zorbi_lokr.safetensors", "a photo of a zorbi on a blue table, in the middle"
+    generate("tiny-scenes", [prompt], adapters=[lokr], compare=True, out=tmp_path / "drawn", device="cpu")
+    report = evaluate(tmp_path / "drawn", FILES / "zorbi")
+    assert {told.prompt for told in report.told} == {prompt}
+    assert list(report.columns) == ["base", "zorbi_lokr"]
+    assert report.columns["zorbi_lokr"]["identity"] > 0.5 > 0.3 > report.columns["base"]["identity"]
 
 
 def test_columns_of_a_comparison_are_told_apart(folders):
