@@ -11,7 +11,7 @@ from pathlib import Path
 from krona_hub.errors import IntegrityError, OfflineError, ResourceError
 from krona_hub.sources.client import client, quiet
 from krona_hub.sources.faults import hub_errors
-from krona_hub.sources.listing import Listing, RemoteFile, cache_folder, remember_revision
+from krona_hub.sources.listing import Listing, RemoteFile, remember_revision, snapshot_of
 from krona_hub.sources.retry import retrying
 
 IsRight = Callable[[Path, RemoteFile], bool]
@@ -42,14 +42,30 @@ def fetch(listing: Listing, name: str, *, endpoint: str | None = None, is_right:
 
 
 def fetch_all(
-    listing: Listing, names: Iterable[str], *, revision: str | None = None, endpoint: str | None = None
+    listing: Listing,
+    names: Iterable[str],
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    again: bool = True,
 ) -> dict[str, Path]:
-    """Name -> path of several files. Checks that the disk has room for them first."""
-    names = list(names)
-    check_room(sum(listing.files[n].size or 0 for n in names))
-    paths = {name: fetch(listing, name, endpoint=endpoint) for name in names}
+    """Name -> path of several files. Checks that the disk has room for those that are to come.
+
+    `again=False` hashes only those: of what lies in the cache already, the size is compared.
+    """
+    names, place = list(names), snapshot_of(listing)
+    here = {n: place / n for n in names if _is_here(place / n, listing.files[n])}
+    check_room(sum(listing.files[n].size or 0 for n in names if n not in here))
+    paths = here if not again else {}
+    for name in names:
+        if name not in paths:
+            paths[name] = fetch(listing, name, endpoint=endpoint)
     remember_revision(listing, revision)
     return paths
+
+
+def _is_here(path: Path, known: RemoteFile) -> bool:
+    return path.is_file() and path.stat().st_size == known.size
 
 
 def check_room(nbytes: int) -> None:
@@ -69,12 +85,12 @@ def check_room(nbytes: int) -> None:
 
 def _download(listing: Listing, name: str, endpoint: str | None, *, force: bool = False) -> Path:
     if listing.cached:
-        path = cache_folder(listing.repo) / "snapshots" / listing.commit / name
+        path = snapshot_of(listing) / name
         if not path.is_file():
             raise OfflineError(f"{listing.repo}/{name} is not in the cache.", fix="Connect and pull again.")
         return path
     api = client(endpoint)
-    with hub_errors(f"{listing.repo}/{name}"), quiet():
+    with hub_errors(f"{listing.repo}/{name}"), quiet(listing.files[name].size or 0):
         return Path(
             retrying(lambda: api.hf_hub_download(listing.repo, name, revision=listing.commit, force_download=force))
         )
