@@ -15,6 +15,7 @@ A command file exposes `command`, declared so:
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,6 +73,8 @@ def krona_command(
 def _remember(context: click.Context, option: click.Parameter, value: bool) -> None:
     """Keep --json and --quiet where `emit` and `say` find them, so that no command passes them around."""
     context.meta[f"krona.{option.name}"] = value
+    if value:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of the Hub's client, where it is used
 
 
 _json_option = click.option(

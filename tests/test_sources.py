@@ -1,10 +1,12 @@
 """Paths, Hub ids, and what is said when neither leads anywhere."""
 
 import pytest
-from huggingface_hub.utils import httpx
 
-from krona_hub.errors import NotFoundError, OfflineError
+from krona_hub.errors import IntegrityError, NotFoundError, OfflineError
 from krona_hub.sources import HubId, is_remote, parse_hub_id, resolve, resolve_base
+from tests.hub.fixtures import client_home, hub, no_waiting
+
+__all__ = ["client_home", "hub", "no_waiting"]
 
 
 def test_an_existing_path_wins_over_a_hub_id(tmp_path, monkeypatch):
@@ -53,47 +55,61 @@ def test_without_a_network_a_hub_id_says_so(monkeypatch):
 PIPELINE = (
     "model_index.json", "README.md", "sd15.safetensors", "sd15.ckpt", "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin", "tokenizer/merges.txt",
+    "text_encoder/../../escaped.json",
 )  # fmt: skip
+COMPONENTS = {
+    "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt"
+}  # fmt: skip
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub of one repository; what was downloaded of it is collected."""
-    asked = {}
-
-    def download(repo, *, revision, allow_patterns):
-        asked.update(repo=repo, revision=revision, files=allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: list(PIPELINE))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    return asked
+def pipeline(hub):
+    """A hub with one pipeline, tagged v1."""
+    repo = hub.state.create("ben/name", files={name: name.encode() * 9 for name in PIPELINE})
+    repo.tags["v1"] = repo.head().sha
+    return hub
 
 
-def test_of_a_pipeline_on_the_hub_its_components_are_downloaded_and_no_pickle(hub, tmp_path):
-    assert resolve_base("ns/name@v1") == tmp_path
-    assert hub["repo"] == "ns/name" and hub["revision"] == "v1"
-    assert hub["files"] == [
-        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt"
-    ]  # fmt: skip
+def below(folder):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_component_of_a_repository_is_a_base_too(hub, tmp_path):
-    assert resolve_base("ns/name/unet") == tmp_path / "unet"
-    assert hub["files"] == ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+def test_of_a_pipeline_on_the_hub_its_components_are_downloaded_and_no_pickle(pipeline):
+    folder = resolve_base("ben/name@v1")
+    assert below(folder) == COMPONENTS
+    assert (folder / "unet/config.json").read_bytes() == b"unet/config.json" * 9
+
+
+def test_a_component_of_a_repository_is_a_base_too(pipeline):
+    folder = resolve_base("ben/name/unet")
+    assert folder.name == "unet" and below(folder) == {"config.json", "diffusion_pytorch_model.safetensors"}
     with pytest.raises(NotFoundError, match="no safetensors in vae"):
-        resolve_base("ns/name/vae")
+        resolve_base("ben/name/vae")
 
 
-def test_a_base_that_is_in_the_cache_needs_no_network(hub, tmp_path, monkeypatch):
-    def unreachable(*_, **__):
-        raise httpx.ConnectError("no route")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", unreachable)
-    assert resolve_base("ns/name") == tmp_path and "*.safetensors" in hub["files"] and "*.ckpt" not in hub["files"]
-    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+def test_a_base_that_is_in_the_cache_needs_no_network_and_is_not_hashed_again(pipeline, monkeypatch):
+    folder = resolve_base("ben/name")
+    monkeypatch.setattr("krona_hub.sources.fetch.sha256_of", lambda path: pytest.fail(f"{path} is read again"))
+    pipeline.log.clear()
+    assert resolve_base("ben/name") == folder
+    assert [r.method for r in pipeline.log] == ["GET"], "where it stands is asked, and nothing else"
+    pipeline.stop()
+    assert resolve_base("ben/name") == folder and below(folder) == COMPONENTS
     with pytest.raises(OfflineError, match="cannot be reached"):
-        resolve_base("ns/name")
+        resolve_base("ben/other")
+
+
+def test_weights_of_a_base_that_arrive_damaged_are_downloaded_again_or_refused(pipeline):
+    from tests.hub.loopback.server import flipped
+
+    once = pipeline.change("^GET /blobs/", flipped)
+    folder = resolve_base("ben/name@v1")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    assert once.seen and weights.read_bytes() == b"unet/diffusion_pytorch_model.safetensors" * 9
+    pipeline.state.put("ben/name", {"unet/diffusion_pytorch_model.safetensors": b"others"})
+    pipeline.change("^GET /blobs/", flipped, times=9)
+    with pytest.raises(IntegrityError, match="is not what the Hub says"):
+        resolve_base("ben/name")
 
 
 def test_a_path_is_no_hub_id_of_a_base(tmp_path):

@@ -30,7 +30,7 @@ def commit(api: HfApi, plan: PushPlan, paths: Mapping[str, Path], message: str) 
     Tried again after answers that pass; a commit whose answer was lost is recognised by what the Hub then holds.
     Raises ConflictError where the parent is no longer the head.
     """
-    with hub_errors(plan.repo), quiet():
+    with hub_errors(plan.repo), quiet(plan.bytes_to_send):
         _make_branch(api, plan)
         for attempt in range(TRIES):
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from krona_hub.checkpoints import strict_json
 from krona_hub.errors import IntegrityError, KronaError
 from krona_hub.hub.layout import CARD, IMAGES, MANIFEST, PLOTS, SIGNATURE
 from krona_hub.sources.fetch import sha256_of
+from krona_hub.sources.listing import RemoteFile
 from krona_hub.sources.names import printable
 
 VERSION = 1
@@ -57,24 +58,29 @@ def parse(data: bytes) -> Manifest:
         raise IntegrityError(f"{MANIFEST} is broken.", fix="Ask the owner to push again.") from error
 
 
-def check(manifest: Manifest, paths: Mapping[str, Path], known: Mapping[str, str | None]) -> None:
-    """Raise IntegrityError where a file is not what the manifest says.
+def check(manifest: Manifest, names: Iterable[str], files: Mapping[str, RemoteFile], here: Mapping[str, Path]) -> None:
+    """Raise IntegrityError where a file is not what the manifest says: by the sha256 that the Hub names.
 
-    `known` are digests that are checked already, so that nothing large is read twice.
+    Files without one are compared by what is `here` of them, so that this goes before anything large is downloaded.
     """
-    for name, path in paths.items():
-        entry = manifest.files.get(name)
+    for name in names:
+        entry, known = manifest.files.get(name), files[name]
         if name in UNLISTED:
             continue
         if entry is None and name.startswith((IMAGES, PLOTS)):
             continue  # a picture that the owner has added on the web
         if entry is None:
             raise IntegrityError(f"{printable(name)} is not in {MANIFEST}.", fix=_ASK)
-        if path.stat().st_size != entry.size or (known.get(name) or sha256_of(path)) != entry.sha256:
+        found = Entry(known.size or 0, known.sha256) if known.sha256 else _entry_of(here[name])
+        if found != entry:
             raise IntegrityError(
                 f"{printable(name)} is not the file that {MANIFEST} describes.",
                 fix="The repository was changed after the push: ask its owner, or pull an earlier commit.",
             )
+
+
+def _entry_of(path: Path) -> Entry:
+    return Entry(path.stat().st_size, sha256_of(path))
 
 
 _ASK = "Ask the owner to push again."

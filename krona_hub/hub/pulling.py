@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from krona_hub.checkpoints import finite
-from krona_hub.checkpoints.atomic import atomic_file, atomic_folder, check_folder, check_output
-from krona_hub.checkpoints.header import read_header
-from krona_hub.errors import FormatError, IntegrityError, KronaError, NonFiniteError, ResourceError, UsageError
+from krona_hub.checkpoints.atomic import check_folder, check_output
+from krona_hub.errors import FormatError, IntegrityError, ResourceError, UsageError
 from krona_hub.hub import manifest as manifests
 from krona_hub.hub.layout import CARD, MANIFEST, MAX_FILE, MAX_TEXT, WEIGHTS, is_ours
 from krona_hub.hub.local import check_limits
+from krona_hub.hub.placing import SUFFIX, Place, is_read_first, put_in_place
 from krona_hub.hub.preview import Preview, preview
-from krona_hub.hub.signing import check_signature
 from krona_hub.report import human_bytes
 from krona_hub.schema.header import HEADER_KEY
 from krona_hub.schema.layout import is_native
-from krona_hub.schema.validate import native_findings
 from krona_hub.sources import HubId, parse_hub_id
 from krona_hub.sources.choose import choose, with_companions
 from krona_hub.sources.fetch import check_room, fetch, sha256_of
-from krona_hub.sources.listing import Listing, list_repo, remember_revision
+from krona_hub.sources.listing import Listing, RemoteFile, list_repo, remember_revision
 from krona_hub.sources.names import check_collisions, is_safe, printable
-
-SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -87,14 +79,6 @@ def pull(
     if dry_run:
         return report
     return _carry_out(report, listing, hub_id, place, expect_sha, verify_key, overwrite, endpoint)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the files go."""
-
-    path: Path
-    is_file: bool
 
 
 def _place(hub_id: HubId, out: str | Path | None) -> Place:
@@ -182,14 +166,11 @@ def _carry_out(
         return _done(report, listing, hub_id, ("already here, file by file.",))
     (check_output if place.is_file else check_folder)(place.path, overwrite=overwrite)
     check_room(report.bytes)
-    paths = {name: fetch(listing, name, endpoint=endpoint) for name in report.files}
-    digests = {name: listing.files[name].sha256 for name in report.files}
-    _check_expected(expect_sha, report.preview.name, paths, digests)
-    if MANIFEST in paths:
-        manifests.check(manifests.parse(paths[MANIFEST].read_bytes()), paths, digests)
-    if verify_key is not None:
-        check_signature(paths, Path(verify_key))
-    _move(paths, place, overwrite, report.preview)
+    small = {name: fetch(listing, name, endpoint=endpoint) for name in report.files if is_read_first(listing, name)}
+    _check_expected(expect_sha, listing.files[report.preview.name], small)
+    if MANIFEST in small:
+        manifests.check(manifests.parse(small[MANIFEST].read_bytes()), report.files, listing.files, small)
+    put_in_place(listing, report.files, place, overwrite=overwrite, verify_key=verify_key, endpoint=endpoint)
     return _done(report, listing, hub_id, ())
 
 
@@ -208,75 +189,9 @@ def _is_here_already(report: PullReport, listing: Listing, place: Place) -> bool
     return all(path.is_file() and known.digest is not None and is_intact(path, known) for path, known in here)
 
 
-def _check_expected(
-    expected: str | None, name: str, paths: Mapping[str, Path], digests: Mapping[str, str | None]
-) -> None:
+def _check_expected(expected: str | None, known: RemoteFile, small: Mapping[str, Path]) -> None:
     if expected is None:
         return
-    found = digests.get(name) or sha256_of(paths[name])
+    found = known.sha256 or sha256_of(small[known.name])
     if found != expected.lower():
-        raise IntegrityError(f"{name} has the sha256 {found}, not {expected}.", fix="It is not the file you expect.")
-
-
-def _move(paths: Mapping[str, Path], place: Place, overwrite: bool, seen: Preview) -> None:
-    """Check the weights and copy everything, side by side; nothing appears unless all of it is sound."""
-    with ThreadPoolExecutor(2) as pool:
-        checks = [pool.submit(check_file, path, name) for name, path in paths.items() if name.endswith(SUFFIX)]
-        if place.is_file:
-            with atomic_file(place.path, overwrite=overwrite) as file:
-                _copy_into(next(iter(paths.values())), file.fileno())
-                _finish(checks)
-            return
-        with atomic_folder(place.path, overwrite=overwrite) as folder:
-            for name, path in paths.items():
-                target = folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _copy(path, target)
-            _finish(checks)
-
-
-def _finish(checks: list) -> None:  # type: ignore[type-arg]
-    for check in checks:
-        check.result()
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A copy of its own: the user may edit it, the cache must not notice."""
-    with target.open("wb") as file:
-        _copy_into(source, file.fileno())
-
-
-def _copy_into(source: Path, target: int) -> None:
-    with source.open("rb") as file:
-        if not hasattr(os, "copy_file_range"):
-            with os.fdopen(os.dup(target), "wb") as out:
-                shutil.copyfileobj(file, out, 1 << 22)
-            return
-        left = os.fstat(file.fileno()).st_size
-        while left > 0:
-            try:
-                done = os.copy_file_range(file.fileno(), target, left)
-            except OSError:  # two kinds of disk
-                done = os.sendfile(target, file.fileno(), None, left)
-            if done == 0:
-                raise ResourceError(f"{source} became shorter while it was copied.", fix="Pull again.")
-            left -= done
-
-
-def check_file(path: Path, name: str) -> None:
-    """Raise what is wrong with a downloaded safetensors file: structure, schema, limits, NaN and infinity."""
-    try:
-        header = read_header(path)
-        if is_native(header.metadata):
-            errors = [f for f in native_findings(header) if f.severity == "error"]
-            if errors:
-                raise errors[0].error()
-        counts = finite.scan(header)
-    except KronaError as error:
-        error.cause = error.cause.replace(str(path), name)
-        raise
-    if counts:
-        tensor, count = next(iter(counts.items()))
-        raise NonFiniteError(
-            f"{name}: {count:,} numbers of {printable(tensor)} are NaN or infinite.", fix="Ask its owner to repair it."
-        )
+        raise IntegrityError(f"{known.name} has the sha256 {found}, not {expected}.", fix="It is not what you expect.")

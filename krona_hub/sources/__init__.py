@@ -13,10 +13,9 @@ from typing import NamedTuple
 from krona_hub.bases.shipped import folder_of
 from krona_hub.errors import NotFoundError, OfflineError
 from krona_hub.sources.choose import choose, with_companions
-from krona_hub.sources.faults import hub_errors
 from krona_hub.sources.fetch import fetch_all
-from krona_hub.sources.listing import list_repo
-from krona_hub.sources.names import WEIGHTS
+from krona_hub.sources.listing import Listing, list_repo, snapshot_of
+from krona_hub.sources.names import WEIGHTS, is_inside
 
 HUB_ID = re.compile(
     r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(?:/(?P<file>.+))?$"
@@ -105,33 +104,27 @@ def resolve_base(source: str | Path) -> Path:
     """The local path of a base with its weights: a path, or the Hub id of a model, of a folder or a file in it.
 
     Of a repository the safetensors, configurations and tokenizers are downloaded, into the Hub's own cache; of a
-    pipeline not the whole model in one file that often lies beside its components. Raises NotFoundError, AuthError or
-    OfflineError with the fix for each; catalogue names are no weights, and not found here, but for the base that ships.
+    pipeline not the whole model in one file that often lies beside its components. Each is compared with the digest
+    that the Hub names when it arrives; later only its size is, since bases have gigabytes. Raises NotFoundError,
+    AuthError or OfflineError with the fix for each; catalogue names are no weights, and not found here, but for the
+    base that ships.
     """
     hub_id = _remote(source)
     if hub_id is None:
         return folder_of(Path(source).expanduser())
     if hub_id.file is not None and hub_id.file.endswith(WEIGHTS):
         return _download(hub_id)
-    with hub_errors(hub_id.repo):
-        from huggingface_hub import snapshot_download
-
-        folder = str(snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=_base_files(hub_id)))
-        return Path(folder) / (hub_id.file or "")
+    listing = list_repo(hub_id.repo, hub_id.revision)
+    fetch_all(listing, _base_files(listing, hub_id.file), revision=hub_id.revision, again=False)
+    return snapshot_of(listing) / (hub_id.file or "")
 
 
-def _base_files(hub_id: HubId) -> list[str]:
-    """The files of a base; without a network, patterns for what the cache holds."""
-    from huggingface_hub import HfApi, errors
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
-
-    try:
-        names = HfApi().list_repo_files(hub_id.repo, revision=hub_id.revision)
-    except (errors.OfflineModeIsEnabled, httpx.TransportError):
-        return list(BASE_FILES)
-    below = f"{hub_id.file}/" if hub_id.file else ""
-    wanted = [n for n in names if n.startswith(below) and any(fnmatch(n, p) for p in BASE_FILES)]
-    if not wanted:
-        raise NotFoundError(f"{hub_id.repo} has no safetensors in {hub_id.file or 'it'}.", fix="Check the name.")
-    beside = PIPELINE in names
+def _base_files(listing: Listing, folder: str | None) -> list[str]:
+    """The files of a base, or of one folder of it."""
+    below = f"{folder}/" if folder else ""
+    wanted = [n for n in listing.files if n.startswith(below) and any(fnmatch(n, p) for p in BASE_FILES)]
+    wanted = [n for n in wanted if is_inside(n)]
+    if not any(n.endswith(WEIGHTS) for n in wanted):
+        raise NotFoundError(f"{listing.repo} has no safetensors in {folder or 'it'}.", fix="Check the name.")
+    beside = PIPELINE in listing.files
     return [name for name in wanted if not (beside and "/" not in name and name.endswith(WEIGHTS))]

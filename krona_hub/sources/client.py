@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from krona_hub.errors import IntegrityError
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 CONNECT, READ = 10.0, 60.0  # seconds that a server may take to accept, and to say the next thing
 DEFAULT_ENDPOINT = "https://huggingface.co"
+CLIENT = "huggingface_hub"  # its logger
+LARGE = 20_000_000  # bytes that take long enough to be watched
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _lock, _installed = threading.Lock(), False
@@ -46,25 +49,51 @@ def is_offline() -> bool:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without the client's own bars and warnings: krona says in its own words what matters of them."""
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+def quiet(nbytes: int = 0) -> Iterator[None]:
+    """Without the client's own warnings: krona says in its own words what matters of them.
 
-    log, had_bars = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
-    level = log.level
-    log.setLevel(logging.ERROR)
-    if had_bars:
-        disable_progress_bars()
+    Its bars stay where so many bytes take their time and somebody sits before a terminal. Several threads may be in
+    here: the first one in remembers how things were, the last one out puts them back.
+    """
+    global _before
+    with _lock:
+        _inside.append(nbytes)
+        _before = _before or _as_it_is()
+        _set_bars(_before.bars and max(_inside) >= LARGE and sys.stderr.isatty())
+        logging.getLogger(CLIENT).setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(level)
-        if had_bars:
-            enable_progress_bars()
+        with _lock:
+            _inside.remove(nbytes)
+            if not _inside:
+                logging.getLogger(CLIENT).setLevel(_before.level)
+                _set_bars(_before.bars)
+                _before = None
+
+
+class _Talk(NamedTuple):
+    """How much the client says."""
+
+    level: int
+    bars: bool
+
+
+_inside: list[int] = []  # bytes that the threads in `quiet` move
+_before: _Talk | None = None
+
+
+def _as_it_is() -> _Talk:
+    from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
+
+    return _Talk(logging.getLogger(CLIENT).level, not are_progress_bars_disabled())
+
+
+def _set_bars(wanted: bool) -> None:
+    from huggingface_hub import utils
+
+    if wanted == utils.are_progress_bars_disabled():  # type: ignore[attr-defined]
+        (utils.enable_progress_bars if wanted else utils.disable_progress_bars)()  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
 from krona_hub.errors import IntegrityError, OfflineError, ResourceError
 from krona_hub.sources.client import client, quiet
 from krona_hub.sources.faults import hub_errors
-from krona_hub.sources.listing import Listing, RemoteFile, cache_folder, remember_revision
+from krona_hub.sources.listing import Listing, RemoteFile, remember_revision, snapshot_of
 from krona_hub.sources.retry import retrying
 
+IsRight = Callable[[Path, RemoteFile], bool]
 CHUNK = 1 << 22  # bytes
 ROOM = 2  # times the bytes of a download that must be free: the cache's copy and the user's
 
 
-def fetch(listing: Listing, name: str, *, endpoint: str | None = None) -> Path:
+def fetch(listing: Listing, name: str, *, endpoint: str | None = None, is_right: IsRight | None = None) -> Path:
     """The path of a file in the client's cache, downloaded where it is not there, its digest checked.
 
-    A file that is not what the Hub says is removed and downloaded once more. Raises IntegrityError where it is wrong
-    again, and what the network brings.
+    `is_right` does the looking where it can be done on the way. A file that is not what the Hub says is removed and
+    downloaded once more. Raises IntegrityError where it is wrong again, and what the network brings.
     """
-    known = listing.files[name]
+    known, is_right = listing.files[name], is_right or is_intact
     path = _download(listing, name, endpoint)
-    if is_intact(path, known):
+    if is_right(path, known):
         return path
     _remove(path)
     if not listing.cached:
         path = _download(listing, name, endpoint, force=True)
-        if is_intact(path, known):
+        if is_right(path, known):
             return path
         _remove(path)
     raise IntegrityError(
@@ -41,14 +42,30 @@ def fetch(listing: Listing, name: str, *, endpoint: str | None = None) -> Path:
 
 
 def fetch_all(
-    listing: Listing, names: Iterable[str], *, revision: str | None = None, endpoint: str | None = None
+    listing: Listing,
+    names: Iterable[str],
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    again: bool = True,
 ) -> dict[str, Path]:
-    """Name -> path of several files. Checks that the disk has room for them first."""
-    names = list(names)
-    check_room(sum(listing.files[n].size or 0 for n in names))
-    paths = {name: fetch(listing, name, endpoint=endpoint) for name in names}
+    """Name -> path of several files. Checks that the disk has room for those that are to come.
+
+    `again=False` hashes only those: of what lies in the cache already, the size is compared.
+    """
+    names, place = list(names), snapshot_of(listing)
+    here = {n: place / n for n in names if _is_here(place / n, listing.files[n])}
+    check_room(sum(listing.files[n].size or 0 for n in names if n not in here))
+    paths = here if not again else {}
+    for name in names:
+        if name not in paths:
+            paths[name] = fetch(listing, name, endpoint=endpoint)
     remember_revision(listing, revision)
     return paths
+
+
+def _is_here(path: Path, known: RemoteFile) -> bool:
+    return path.is_file() and path.stat().st_size == known.size
 
 
 def check_room(nbytes: int) -> None:
@@ -68,12 +85,12 @@ def check_room(nbytes: int) -> None:
 
 def _download(listing: Listing, name: str, endpoint: str | None, *, force: bool = False) -> Path:
     if listing.cached:
-        path = cache_folder(listing.repo) / "snapshots" / listing.commit / name
+        path = snapshot_of(listing) / name
         if not path.is_file():
             raise OfflineError(f"{listing.repo}/{name} is not in the cache.", fix="Connect and pull again.")
         return path
     api = client(endpoint)
-    with hub_errors(f"{listing.repo}/{name}"), quiet():
+    with hub_errors(f"{listing.repo}/{name}"), quiet(listing.files[name].size or 0):
         return Path(
             retrying(lambda: api.hf_hub_download(listing.repo, name, revision=listing.commit, force_download=force))
         )
@@ -94,6 +111,11 @@ def is_intact(path: Path, known: RemoteFile) -> bool:
     return not known.git_sha1 or git_sha1_of(path) == known.git_sha1
 
 
+def digest_for(path: Path, known: RemoteFile) -> hashlib._Hash:
+    """What has to be fed with the bytes of a file to get the digest that the Hub names: sha256, or the sha1 of git."""
+    return hashlib.sha256() if known.sha256 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -112,7 +134,7 @@ def _remembered(path: Path, size: int, changed: int, inode: int) -> str:
 
 def git_sha1_of(path: Path) -> str:
     """The digest that git gives a file: of its length and its bytes."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    digest = digest_for(path, RemoteFile(path.name, None))
     with path.open("rb") as file:
         while piece := file.read(CHUNK):
             digest.update(piece)

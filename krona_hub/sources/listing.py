@@ -121,6 +121,11 @@ def cache_folder(repo: str) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"
 
 
+def snapshot_of(listing: Listing) -> Path:
+    """The folder of the client's cache that the files of a commit are in, those that were downloaded."""
+    return cache_folder(listing.repo) / "snapshots" / listing.commit
+
+
 def _cached_commit(folder: Path, revision: str | None) -> str | None:
     if revision and COMMIT.fullmatch(revision):
         return revision

@@ -33,6 +33,15 @@ def _is_safe_part(part: str) -> bool:
     return not _ODD.search(part) and not _DEVICES.fullmatch(part)
 
 
+def is_inside(name: str) -> bool:
+    """Whether a name stays inside the folder that it is put into. Bases have tokenizers of many suffixes.
+
+    >>> is_inside("tokenizer/spiece.model"), is_inside("../x.json"), is_inside(".git/config.json")
+    (True, False, False)
+    """
+    return all(map(_is_safe_part, name.split("/")))
+
+
 def check_collisions(names: Iterable[str]) -> None:
     """Raise ConflictError where two names are one on a system that does not tell capitals from small letters."""
     seen: dict[str, str] = {}

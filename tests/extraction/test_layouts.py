@@ -11,6 +11,9 @@ from krona_hub.errors import BaseMismatchError, NotFoundError, UnknownBaseError,
 from krona_hub.extraction import extract
 from tests import tiny
 from tests.extraction.made import lora, pair
+from tests.hub.fixtures import client_home, hub, no_waiting
+
+__all__ = ["client_home", "hub", "no_waiting"]
 
 
 def tuned_copy(pipe, rank=2):
@@ -149,10 +152,11 @@ def test_layers_that_one_of_both_lacks_are_told(tmp_path):
     assert "the tuned checkpoint lacks 1 layers of the other, such as unet.conv_in" in report.notes[0]
 
 
-def test_both_checkpoints_may_be_models_on_the_hub(folders, tmp_path, monkeypatch):
-    names = [str(p.relative_to(folders / "base")) for p in (folders / "base").rglob("*") if p.is_file()]
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: names)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(folders / repo.split("/")[1]))
+def test_both_checkpoints_may_be_models_on_the_hub(folders, hub, tmp_path):
+    for name in ("base", "tuned"):
+        files = {p.relative_to(folders / name).as_posix(): p.read_bytes() for p in (folders / name).rglob("*.*")}
+        repo = hub.state.create(f"somebody/{name}", files=files)
+        repo.tags["v1"] = repo.head().sha
     report = extract("somebody/base", "somebody/tuned@v1", tmp_path / "x.safetensors")
     local = extract(folders / "base", folders / "tuned", tmp_path / "y.safetensors")
     assert layers(report) == layers(local)
