@@ -45,7 +45,8 @@ def run(way: str, size: str) -> dict[str, float]:
     before = held("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is held now
     for _ in range(2):
-        latents, text = torch.randn(batch, 4, side, side), torch.randn(batch, tokens, model.config.cross_attention_dim)
+        latents = torch.randn(batch, model.config.in_channels, side, side)
+        text = torch.randn(batch, tokens, model.config.cross_attention_dim)
         model(latents, 500, text).sample.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
