@@ -1,9 +1,9 @@
-"""Where it is better to form the weight of a layer: a training step of one layer, both ways in turn.
+"""Up to which size it is better to form the weight of a layer: a training step of one layer, both ways in turn.
 
     python benchmarks/bench_formed.py
 
-Forward and backward of KronLinear in float32 on one thread, as `layers.formed` computes it and as the chain of
-`layers.contraction` does; process CPU time, what the bare layer takes is subtracted. Best of the rounds.
+Forward and backward of KronLinear in float32 on one thread, through W + ΔW and through the chain of products of
+`layers.contraction`; process CPU time, what the bare layer takes is subtracted. Best of the rounds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A base layer with adapters around it.
 
-The base is only called; its weight is read for DoRA, for fusing, and to train a small linear layer (`formed`).
+The base is only called; its weight is read for DoRA, for fusing, and to train a small linear layer.
 """
 
 from __future__ import annotations

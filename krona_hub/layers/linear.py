@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from krona_hub.errors import UnsupportedError
 from krona_hub.layers.branch import Branch
 from krona_hub.layers.factors import KronSum
-from krona_hub.layers.formed import SMALL, with_formed_weight
 from krona_hub.layers.layer import DEFAULT, KronLayer, core
+
+# Numbers of a weight up to which W + ΔW is formed in training, on a CPU. The chain of products makes fewer
+# multiply-adds at any size, but more and smaller products, whose overhead is more than they save in a small layer:
+# about here both cost the same (benchmarks/results/formed.json).
+SMALL = 2**17
 
 
 class KronLinear(KronLayer):
@@ -44,16 +50,15 @@ class KronLinear(KronLayer):
             return self._traced_sum(_rows(out), _rows(x)).reshape(out.shape)
         ours = self._makes_new_output(nn.Linear)
         if ours and isinstance(self.base, nn.Linear) and (sums := self._sums_to_form(x, self.base)):
-            return with_formed_weight(x, self.base.weight, self.base.bias, sums)
+            return functional.linear(x, _formed(self.base.weight, sums), self.base.bias)
         # Of more than two dimensions a linear layer returns a view, and autograd copies the gradient of a view that is
         # written into.
         out = self.base(_rows(x) if ours else x, *args, **kwargs)
         return self._sum(_rows(out), x, ours).reshape(*x.shape[:-1], out.shape[-1])
 
     def _sums_to_form(self, x: Tensor, base: nn.Linear) -> list[tuple[KronSum, float]]:
-        """The sums of which W + ΔW is made, with their scales; none where the chain of products is better.
-
-        It is for training a small weight on a CPU, where everything is of one type, so that nothing is rounded.
+        """The sums of which W + ΔW is made, with their scales; none where the chain of products is better, or where
+        the weight would be rounded to another type.
         """
         if not (torch.is_grad_enabled() and x.is_cpu and _is_small_and_frozen(base)):
             return []
@@ -81,6 +86,13 @@ def _features(linear: nn.Module) -> tuple[int, int]:
             fix="Give features=(out, in).",
         )
     return out, in_
+
+
+def _formed(weight: Tensor, sums: Sequence[tuple[KronSum, float]]) -> Tensor:
+    """W + Σ scale · ΔW."""
+    for kron, scale in sums:
+        weight = torch.add(weight, kron.value.dense(), alpha=scale)
+    return weight
 
 
 def _is_small_and_frozen(linear: nn.Linear) -> bool:

@@ -11,7 +11,7 @@ from krona_hub.adapter import LayerDelta
 from krona_hub.kron.terms import KronTerms, LowRank
 from krona_hub.layers import KronConv2d, KronLinear, linear
 
-# A small weight is formed for a moment, a large one never: what holds for one must hold for the other.
+# A small weight is formed, a large one never: what holds for one must hold for the other.
 WAYS = {"formed": 2**17, "chain": 0}
 SHAPES = {"square": (8, 8), "tall": (64, 4), "wide": (4, 64), "one row": (1, 16)}
 
@@ -160,7 +160,8 @@ def test_peft_keeps_the_whole_delta_for_backward():
     assert kept_bytes(holder["layer"], x) >= 256 * 256 * 4
 
 
-def test_q_k_and_v_share_the_input_that_is_kept():
+def test_q_k_and_v_share_the_input_that_is_kept(monkeypatch):
+    monkeypatch.setattr(linear, "SMALL", 0)
     layers = [KronLinear(nn.Linear(256, 256).requires_grad_(False), shape=(16, 4)) for _ in "qkv"]
     x = torch.randn(64, 256, requires_grad=True)
     assert sum(kept_bytes(layer, x) for layer in layers) < x.nbytes // 2
