@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from krona_hub.errors import ConflictError, NotFoundError, UsageError
+from krona_hub.errors import ConflictError, DivergedError, NotFoundError, StoppedError, UsageError
 from krona_hub.runtime import base_of
 from krona_hub.training.configuration import ECHO, at_home, checked, read_toml, settings_of
 from krona_hub.training.families import family_of
@@ -21,6 +21,7 @@ from krona_hub.training.plan import TrainingPlan, check_settings, counted, forms
 from krona_hub.training.preparing import FREE, Encoding, prepared
 from krona_hub.training.prior import prior_folder
 from krona_hub.training.record import base_name
+from krona_hub.training.reporting import write_report
 from krona_hub.training.sampling import forget_samples
 from krona_hub.training.saving import resume, same_everywhere
 from krona_hub.training.settings import TrainingSettings
@@ -59,7 +60,12 @@ def train(
         if training.is_main:
             forget_samples(run, training.step)
     same_everywhere(training)
-    run_loop(training)
+    try:
+        run_loop(training)
+    except (StoppedError, DivergedError):
+        if training.is_main:
+            write_report(run, run / ADAPTER)
+        raise
     return finished(training, session)
 
 
