@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from math import isfinite
 from typing import Any, NamedTuple
@@ -39,6 +40,19 @@ def set_scales(model: Any, scales: Mapping[str, float], *, component: str | None
         for name, branch in layer.adapters():
             if name in scales:
                 branch.set_scale(scales[name])
+
+
+@contextmanager
+def without(branches: Sequence[Branch]) -> Iterator[None]:
+    """The model as if these were not attached, while the block runs."""
+    before = [branch.scale for branch in branches]
+    for branch in branches:
+        branch.set_scale(0.0)
+    try:
+        yield
+    finally:
+        for branch, scale in zip(branches, before, strict=True):
+            branch.set_scale(scale)
 
 
 def extract_adapter(model: Any, name: str = DEFAULT, *, component: str | None = None) -> Adapter:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from krona_hub.errors import DivergedError, StoppedError
+from krona_hub.layers.held import without
+from krona_hub.training.encoding import Source
 from krona_hub.training.interruptions import Stop, stoppable
 from krona_hub.training.metrics import smoothed
 from krona_hub.training.optimisers import has_own_mode, rate_at
@@ -83,8 +85,17 @@ def _prior_loss(training: Training, number: int, rank: int) -> Tensor | float:
     source, batches = training.prior
     part = batches.parts(training.step, rank)[number]
     samples = tuple(PRIOR + i for i in part.samples)
+    of_base = training.settings.prior_target == "base"
+    target = _base_says(training, source, part.examples, samples) if of_base else None
     latents, given = source.batch(part.examples, training.step, samples)
-    return training.objective.loss(latents, given, training.step, samples)
+    return training.objective.loss(latents, given, training.step, samples, target)
+
+
+@torch.no_grad()
+def _base_says(training: Training, source: Source, examples: tuple[int, ...], samples: tuple[int, ...]) -> Tensor:
+    """What the base, without the adapter, says of pictures at the noise of this step."""
+    with without(training.branches):
+        return training.objective.answer(*source.batch(examples, training.step, samples), training.step, samples)
 
 
 def _shared(training: Training, loss: float, stop: bool) -> tuple[float, bool]:

@@ -80,7 +80,9 @@ def _loaded(settings: TrainingSettings, path: Path, machine: Machine) -> Any:
 
 
 def _quantised(settings: TrainingSettings) -> dict[str, Any]:
-    """What from_pretrained is told for a denoiser in fewer bits. Raises NoDeviceError without the package."""
+    """What from_pretrained is told for a denoiser in fewer bits. Raises NoDeviceError without the package, and where
+    diffusers would refuse to use it: its bitsandbytes wants a GPU.
+    """
     if settings.quantize == "none":
         return {}
     package = QUANTISED[settings.quantize]
@@ -89,9 +91,19 @@ def _quantised(settings: TrainingSettings) -> dict[str, Any]:
             f"--quantize {settings.quantize} needs the package {package}, which is not installed.",
             fix=f"pip install {package}, or leave out --quantize.",
         )
+    if package == "bitsandbytes" and not has_gpu():
+        raise NoDeviceError(
+            f"--quantize {settings.quantize} needs a GPU, and there is none.",
+            fix="Leave it out, or take int8-torchao, which works on a CPU.",
+        )
     config = _configuration(settings.quantize)
     denoisers = CONFIGS.PipelineQuantizationConfig(quant_mapping=dict.fromkeys(DENOISERS, config))
     return {"quantization_config": denoisers}
+
+
+def has_gpu() -> bool:
+    """Whether there is one that bitsandbytes knows."""
+    return torch.cuda.is_available() or torch.xpu.is_available()
 
 
 def _configuration(how: str) -> Any:

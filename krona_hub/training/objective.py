@@ -11,7 +11,7 @@ from torch import Tensor
 
 from krona_hub.training.draws import generator, noise
 from krona_hub.training.families import ModelFamily
-from krona_hub.training.processes import Process, drawn_times, loss_weights
+from krona_hub.training.processes import Noised, Process, drawn_times, loss_weights
 from krona_hub.training.settings import TrainingSettings
 
 LEVELS = 4  # noise levels that the validation sees of each picture
@@ -28,13 +28,21 @@ class Objective:
     device: torch.device
     dtype: torch.dtype  # of the denoiser's input
 
-    def loss(self, latents: Tensor, given: Mapping[str, Tensor], step: int, samples: Sequence[int]) -> Tensor:
-        """Mean over the samples, with noise and times drawn for them; ()."""
-        s = self.settings
-        drawn = noise(latents.shape[1:], s.seed, step, samples, s.noise_offset)
-        times = drawn_times(s, self.process, step, tuple(samples))
-        gamma = s.min_snr or 0.0
-        return self._errors(latents, given, drawn, times, gamma).mean()
+    def loss(
+        self, latents: Tensor, given: Mapping[str, Tensor], step: int, samples: Sequence[int],
+        target: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Mean over the samples, with noise and times drawn for them; (). `target` takes the place of what the noisy
+        pictures themselves ask for.
+        """
+        noised = self._noised(latents, step, samples)
+        wanted = noised.target if target is None else target
+        return self._errors(noised, given, wanted, self.settings.min_snr or 0.0).mean()
+
+    @torch.no_grad()
+    def answer(self, latents: Tensor, given: Mapping[str, Tensor], step: int, samples: Sequence[int]) -> Tensor:
+        """What the denoiser says, as it is now, at the noise and the times that `loss` draws; as the latents."""
+        return self._said(self._noised(latents, step, samples), given).float()
 
     @torch.no_grad()
     def validation_loss(self, latents: Tensor, given: Mapping[str, Tensor], chosen: int) -> float:
@@ -44,17 +52,23 @@ class Objective:
             source = generator(self.settings.seed, "validation", chosen, level)
             drawn = torch.randn(latents.shape, generator=source)
             times = torch.tensor([(level + 0.5) / LEVELS])
-            total += float(self._errors(latents, given, drawn, times, 0.0).mean())
+            noised = self.process.noised(latents.to(self.device), drawn.to(self.device), times)
+            total += float(self._errors(noised, given, noised.target, 0.0).mean())
         return total / LEVELS
 
-    def _errors(
-        self, latents: Tensor, given: Mapping[str, Tensor], drawn: Tensor, times: Tensor, gamma: float
-    ) -> Tensor:
-        """(n,) weighted mean square errors, float32."""
-        noised = self.process.noised(latents.to(self.device), drawn.to(self.device), times)
+    def _noised(self, latents: Tensor, step: int, samples: Sequence[int]) -> Noised:
+        s = self.settings
+        drawn = noise(latents.shape[1:], s.seed, step, samples, s.noise_offset)
+        times = drawn_times(s, self.process, step, tuple(samples))
+        return self.process.noised(latents.to(self.device), drawn.to(self.device), times)
+
+    def _said(self, noised: Noised, given: Mapping[str, Tensor]) -> Tensor:
         told = {name: t.to(self.device, self.dtype) if t.is_floating_point() else t for name, t in given.items()}
-        said = self.family.predict(
+        return self.family.predict(
             self.model, noised.noisy.to(self.dtype), noised.timesteps, told, self.settings.guidance
         )
-        errors = (said.float() - noised.target.float()).square().flatten(1).mean(1)
+
+    def _errors(self, noised: Noised, given: Mapping[str, Tensor], target: Tensor, gamma: float) -> Tensor:
+        """(n,) weighted mean square errors, float32."""
+        errors = (self._said(noised, given).float() - target.float()).square().flatten(1).mean(1)
         return errors * loss_weights(noised.snr, self.process.prediction, gamma)

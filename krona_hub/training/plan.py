@@ -17,6 +17,7 @@ from krona_hub.training.prior import pictures_there, prior_folder
 from krona_hub.training.settings import TrainingSettings
 from krona_hub.training.targets import Target
 from krona_hub.training.tracking import trackers_of
+from krona_hub.training.wording import has_alternatives
 
 FLOAT = 4  # bytes
 ADAM = 4  # numbers kept per factor: itself, its gradient, two moments
@@ -102,7 +103,8 @@ def _prior(settings: TrainingSettings) -> tuple[Example, ...]:
     folder = prior_folder(settings)
     if folder is None or (settings.prior_pictures and not pictures_there(settings)):
         return ()
-    return read_folder(folder, settings.prior_prompt, skip_bad=settings.skip_bad).examples
+    caption = "" if has_alternatives(settings.prior_prompt) else settings.prior_prompt
+    return read_folder(folder, caption, skip_bad=settings.skip_bad).examples
 
 
 def sizes_for(examples: tuple[Example, ...], resolution: int, multiple: int, buckets: bool) -> tuple[Size, ...]:

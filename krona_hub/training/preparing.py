@@ -44,6 +44,7 @@ from krona_hub.training.training import Training
 
 FREE = ("steps", "checkpoint_every", "keep_checkpoints", "validate_every", "sample_every", "sample_prompts", "export",
         "sample_steps", "sample_guidance", "licence", *ELSEWHERE)  # what a resumed run may change  # fmt: skip
+EMPTY = 0.25  # share of the class that is shown without a caption
 Encoding = Callable[[int, int], None]  # done, total
 
 
@@ -116,7 +117,7 @@ def _start(base: Base, settings: TrainingSettings) -> Adapter:
 def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Encoding) -> Seen:
     """Every picture found, and encoded where that is kept."""
     pictures = read_pictures(encoder.pipe, encoder.family, settings)
-    plain = replace(settings, trigger_word="", caption_template="{caption}")  # the class is not the subject
+    plain = of_the_class(settings)
     source = Source(encoder, pictures.train.examples, pictures.sizes, settings)
     validation = _beside(encoder, pictures, pictures.validation, settings)
     prior = _beside(encoder, pictures, pictures.prior, plain)
@@ -124,6 +125,15 @@ def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Encoding) -> S
         if each is not None and settings.cache:
             encoder.fill(each.examples, each.sizes, each.captions, encoding)
     return Seen(source, validation, prior, _fingerprint(settings, pictures))
+
+
+def of_the_class(settings: TrainingSettings) -> TrainingSettings:
+    """How captions of the class are told: without what names the subject. Where the base is to stay as it is, some are
+    empty, too: guidance leads away from what it says then.
+    """
+    empty = EMPTY if settings.prior_target == "base" else 0.0
+    dropout = max(settings.caption_dropout, empty)
+    return replace(settings, trigger_word="", caption_template="{caption}", caption_dropout=dropout)
 
 
 def _beside(
@@ -149,7 +159,8 @@ def _training(
     pipe: Any, family: ModelFamily, settings: TrainingSettings, run: Path, accelerator: Accelerator, machine: Machine,
     seen: Seen,
 ) -> Training:  # fmt: skip
-    parameters: list[Tensor] = [p for branch in branches_of(pipe) for p in branch.parameters() if p.requires_grad]
+    branches = branches_of(pipe)
+    parameters: list[Tensor] = [p for branch in branches for p in branch.parameters() if p.requires_grad]
     model = _denoiser(pipe, family, settings, machine)
     objective = Objective(model, family, family.process(pipe.scheduler), settings, machine.device, machine.base_dtype)
     return Training(
@@ -160,6 +171,7 @@ def _training(
         objective=objective,
         source=seen.source,
         batches=_batches(settings, seen.source, accelerator),
+        branches=branches,
         parameters=parameters,
         optimizer=make_optimizer(parameters, settings),
         metrics=Metrics(run),

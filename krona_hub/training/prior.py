@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from krona_hub.checkpoints.atomic import atomic_text
 from krona_hub.errors import DataError
 from krona_hub.training.dataset import picture_files
 from krona_hub.training.draws import generator
 from krona_hub.training.families import ModelFamily
 from krona_hub.training.sampling import Drawing, drawn, encode_prompts, save_picture, undisturbed
 from krona_hub.training.settings import TrainingSettings
+from krona_hub.training.wording import wording
 
 FOLDER = "prior"  # in the run folder, where --prior-data names no other
 START = "drawn-"  # of the names of drawn pictures
@@ -39,8 +41,8 @@ def missing_pictures(settings: TrainingSettings) -> range:
 
 
 def draw_prior(pipe: Any, family: ModelFamily, settings: TrainingSettings, device: torch.device, size: int) -> None:
-    """Draw those that are missing, each with a seed of its own. Raises DataError for a folder that another base, prompt
-    or setting has begun to fill.
+    """Draw those that are missing, each with a seed of its own and its prompt beside it. Raises DataError for a folder
+    that another base, prompt or setting has begun to fill.
     """
     folder, missing = prior_folder(settings), missing_pictures(settings)
     if folder is None or not settings.prior_pictures:
@@ -50,12 +52,15 @@ def draw_prior(pipe: Any, family: ModelFamily, settings: TrainingSettings, devic
     _check_marks(folder, mark)
     if not missing:
         return
-    (given,), empty = encode_prompts(pipe, family, [settings.prior_prompt], device)
     how = Drawing(size, settings.sample_steps, settings.sample_guidance)
     with undisturbed(pipe, device):
         for number in missing:
+            prompt = wording(settings.prior_prompt, settings.seed, number)
+            (given,), empty = encode_prompts(pipe, family, [prompt], device)
             image = drawn(pipe, given, empty, how, generator(settings.seed, "prior", number))
-            save_picture(image, folder / f"{mark}{number:05d}.png")
+            path = folder / f"{mark}{number:05d}.png"
+            atomic_text(path.with_suffix(".txt"), f"{prompt}\n", overwrite=True)
+            save_picture(image, path)
 
 
 def _mark(settings: TrainingSettings, size: int) -> str:

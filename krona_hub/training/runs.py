@@ -102,9 +102,7 @@ def _seconds_per_step(settings: TrainingSettings) -> float:
     with TemporaryDirectory() as folder:
         alone = replace(settings, output=folder, trackers=(), sample_every=0)
         if prior_folder(settings):  # nothing is drawn: the pictures themselves take the place of the class
-            alone = replace(
-                alone, prior_data=settings.data, prior_prompt=settings.prior_prompt or "x", prior_pictures=0
-            )
+            alone = replace(alone, prior_data=settings.data, prior_prompt="x", prior_pictures=0)
         training, _ = prepared(alone, Path(folder), _silent)
         one_step(training, Stop())
         started = time.perf_counter()

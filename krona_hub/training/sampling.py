@@ -24,9 +24,12 @@ Told = Mapping[str, Tensor]
 def encode_prompts(
     pipe: Any, family: ModelFamily, prompts: Sequence[str], device: torch.device
 ) -> tuple[list[Told], Told]:
-    """Conditions of each prompt, and of the empty one: encoded before the text encoders go."""
+    """Conditions of each prompt, and of none: encoded before the text encoders go."""
     with torch.no_grad():
-        return [family.encode(pipe, [p], device) for p in prompts], family.encode(pipe, [""], device)
+        empty = family.encode(pipe, [""], device)
+        if getattr(pipe.config, "force_zeros_for_empty_prompt", False):  # what SDXL is guided away from
+            empty = {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
+        return [family.encode(pipe, [p], device) for p in prompts], empty
 
 
 class Drawing(NamedTuple):

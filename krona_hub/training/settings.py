@@ -16,6 +16,7 @@ Mixed = Literal["auto", "no", "bf16", "fp16"]
 TypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Quantised = Literal["none", "nf4", "int8", "int8-torchao"]
 TimestepSampling = Literal["auto", "uniform", "logit-normal"]
+PriorTarget = Literal["pictures", "base"]
 OnNan = Literal["stop", "skip"]
 BIG_SEED = 2**63 - 1
 
@@ -68,10 +69,11 @@ class TrainingSettings:
     held_out: int = setting(0, "Pictures that only the validation sees.", panel="Data", least=0)
     validation_data: str | None = setting(None, "A folder of pictures for the validation.", panel="Data")
     prior_data: str | None = setting(None, "A folder of pictures of the class, to keep it.", panel="Data")
-    prior_prompt: str = setting("", "The caption of pictures of the class that have none.", panel="Data")
+    prior_prompt: str = setting("", "Their caption; {a|b} takes each in turn where they are drawn.", panel="Data")
     prior_pictures: int = setting(
         0, "Have so many of the class: the base draws what is missing.", panel="Data", least=0
     )
+    prior_target: PriorTarget = setting("pictures", "What they teach: themselves, or the base's answers.", panel="Data")
     prior_weight: float = setting(1.0, "Of their loss.", panel="Data", least=0.0)
 
     # the loss

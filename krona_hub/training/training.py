@@ -11,6 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.optim import Optimizer
 
+from krona_hub.layers.branch import Branch
 from krona_hub.training.batches import Batches
 from krona_hub.training.encoding import Source
 from krona_hub.training.metrics import Metrics
@@ -43,7 +44,8 @@ class Training:
     objective: Objective
     source: Source
     batches: Batches
-    parameters: list[Tensor]
+    branches: list[Branch]  # of the adapter, all over the pipeline
+    parameters: list[Tensor]  # theirs, that are trained
     optimizer: Optimizer
     metrics: Metrics
     fingerprint: str  # of settings and data: what a checkpoint must have been made with

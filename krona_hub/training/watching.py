@@ -39,6 +39,8 @@ def _validated(training: Training) -> None:
     loss = validate(training)
     if training.is_main:
         training.metrics.add(training.step, validation_loss=loss)
+    if training.accelerator.trackers:
+        training.accelerator.log({"validation_loss": loss}, step=training.step)
 
 
 def _sampled(training: Training, draw: Callable[[], list[Image]]) -> None:

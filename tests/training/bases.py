@@ -85,6 +85,8 @@ def save_base(kind: str, folder: Path) -> Path:
     more = {"tokenizer": clip_tokenizer(folder / "words")}
     if kind == "photographs":
         more["vae"] = _autoencoder()
+    if kind in ("sd3", "flux"):
+        pipe.vae.register_to_config(shift_factor=0.1)  # as theirs have, and their pipelines want
     if kind in ("sdxl", "sd3"):
         more["tokenizer_2"] = more["tokenizer"]
     if kind == "sd3":

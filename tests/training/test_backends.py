@@ -15,7 +15,7 @@ from krona_hub import read
 from krona_hub.errors import NoDeviceError, ResourceError, StoppedError
 from krona_hub.training import machine, metrics, preparing, state
 from krona_hub.training.configuration import checked, preset_values
-from krona_hub.training.metrics import read_metrics
+from krona_hub.training.metrics import read_metrics, series
 from krona_hub.training.precision import Precision
 from krona_hub.training.runs import train
 from krona_hub.training.tracking import trackers_of
@@ -74,7 +74,9 @@ def pretend(monkeypatch, name, **content):
 
 
 def test_the_paper_presets_take_eight_bit_adam_where_it_is_installed(monkeypatch, quick):
-    assert preset_values("paper-sd")["optimizer"] == "adamw"
+    with monkeypatch.context() as without:
+        without.setattr("krona_hub.training.configuration.find_spec", lambda name: None)
+        assert preset_values("paper-sd")["optimizer"] == "adamw"
     made = []
 
     class AdamW8bit(torch.optim.AdamW):
@@ -94,6 +96,15 @@ def test_an_optimizer_of_another_package_goes_on_to_the_same_bytes(name, package
     more = {"optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 1e-2, "validate_every": 2, "held_out": 1}
     whole = train(quick | more, output=str(tmp_path / "whole"))
     assert any(d.low_rank_delta().any() for d in read(whole.adapter, base=quick["base"]).layers.values())
+    with pytest.raises(StoppedError):
+        train(quick | more, progress=stop_after(1))
+    assert train(resume_from=quick["output"]).adapter.read_bytes() == whole.adapter.read_bytes()
+
+
+def test_eight_bit_adam_goes_on_to_the_same_bytes(quick, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    more = {"optimizer": "adamw-8bit", "shape": "2x2", "targets": "all"}  # B of 4,096 numbers and more is in eight bits
+    whole = train(quick | more, output=str(tmp_path / "whole"))
     with pytest.raises(StoppedError):
         train(quick | more, progress=stop_after(1))
     assert train(resume_from=quick["output"]).adapter.read_bytes() == whole.adapter.read_bytes()
@@ -158,8 +169,30 @@ def test_a_quantised_base_trains(how, monkeypatch, quick):
         "importlib.metadata.version", lambda name: "0.49.0" if name == "bitsandbytes" else version(name)
     )
     monkeypatch.setattr(machine.diffusers.DiffusionPipeline, "from_pretrained", loaded)
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    with pytest.raises(NoDeviceError, match="int8-torchao"):
+        train(quick, quantize=how)
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
     report = train(quick, quantize=how)
     assert set(asked[0].quant_mapping) == {"unet", "transformer"}
+    assert any(d.low_rank_delta().any() for d in read(report.adapter, base=quick["base"]).layers.values())
+
+
+@pytest.mark.parametrize(("how", "layer"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_layers_of_bitsandbytes_train(how, layer, monkeypatch, quick):
+    """The real ones, on whatever there is: diffusers makes them on a GPU only, although they work without."""
+    pytest.importorskip("bitsandbytes")
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    for kind in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(kind, "validate_environment", lambda *_, **__: None)
+        monkeypatch.setattr(kind, "update_device_map", lambda *_: {"": "cpu"})
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    settings = checked(quick | {"quantize": how})
+    assert layer in {
+        type(m).__name__ for m in machine.open_base(settings, machine.machine_for(settings)).unet.modules()
+    }
+    report = train(settings)
     assert any(d.low_rank_delta().any() for d in read(report.adapter, base=quick["base"]).layers.values())
 
 
@@ -198,10 +231,20 @@ def test_a_tracker_is_told_every_step(monkeypatch, quick):
             self.rows.append((step, values))
 
     monkeypatch.setattr(preparing, "trackers_of", lambda settings: (Remembers(),))
-    train(quick, learning_rate=2e-3)
+    report = train(quick, learning_rate=2e-3, held_out=1, validate_every=4)
     config, *rows = Remembers.rows
-    assert config["learning_rate"] == "0.002" and [step for step, _ in rows] == [1, 2, 3, 4]
-    assert {"loss", "smooth_loss", "learning_rate"} <= set(rows[0][1])
+    assert config["learning_rate"] == "0.002" and [step for step, _ in rows] == [0, 1, 2, 3, 4, 4]
+    assert {"loss", "smooth_loss", "learning_rate"} <= set(rows[1][1])
+    assert [(step, row["validation_loss"]) for step, row in (rows[0], rows[-1])] == list(report.validation)
+
+
+def test_tensorboard_can_read_what_it_is_told(quick):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    report = train(quick, trackers=["tensorboard"])
+    book = events.EventAccumulator(str(report.run / "krona"))
+    book.Reload()
+    told = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in book.Scalars("loss")]
+    assert series(read_metrics(report.run), "loss") == told
 
 
 # ── a full disk ──────────────────────────────────────────────────────────────────────────────────

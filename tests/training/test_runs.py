@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from krona_hub import read
+from krona_hub import load_into, read
 from krona_hub.errors import (
     ConflictError,
     DataError,
@@ -17,6 +19,7 @@ from krona_hub.errors import (
     UsageError,
 )
 from krona_hub.training.configuration import read_toml
+from krona_hub.training.draws import generator
 from krona_hub.training.metrics import read_metrics, series
 from krona_hub.training.objective import Objective
 from krona_hub.training.runs import check_training, train
@@ -192,7 +195,7 @@ def test_the_base_draws_pictures_of_the_class_once(quick, tmp_path):
     run, folder = Path(quick["output"]), tmp_path / "class"
     train(quick | PRIOR)
     drawn = {path.name: path.read_bytes() for path in (run / "prior").iterdir()}
-    assert len(drawn) == 3 and check_training(quick | PRIOR, timed=True).prior_pictures == 3
+    assert len(drawn) == 6 and check_training(quick | PRIOR, timed=True).prior_pictures == 3
     train(quick | PRIOR, prior_data=str(folder), output=str(tmp_path / "two"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == drawn
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -200,6 +203,34 @@ def test_the_base_draws_pictures_of_the_class_once(quick, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     with pytest.raises(DataError, match="another base, prompt"):
         train(quick | PRIOR, prior_data=str(folder), prior_prompt="a cat", output=str(tmp_path / "four"))
+
+
+def test_pictures_of_the_class_take_the_alternatives_of_their_prompt_in_turn(quick):
+    more = {"prior_pictures": 6, "prior_prompt": "a {red|blue} {cat|dog|cow}", "sample_steps": 2}
+    run = train(quick | more, steps=1).run
+    captions = [path.read_text().split() for path in (run / "prior").glob("*.txt")]
+    assert sorted(c for _, c, _ in captions) == ["blue"] * 3 + ["red"] * 3
+    assert sorted(a for _, _, a in captions) == ["cat"] * 2 + ["cow"] * 2 + ["dog"] * 2
+
+
+def test_a_prompt_with_alternatives_is_no_caption(quick, photos):
+    with pytest.raises(DataError, match="5 pictures have no caption"):
+        train(quick, prior_data=photos, prior_prompt="a {red|blue} toy")
+
+
+def test_the_base_itself_can_be_the_class(quick, photos, tmp_path):
+    """What it says already is nothing to learn: until something else has moved the adapter."""
+    alone = train(quick, steps=1, output=str(tmp_path / "alone"))
+    more = {"prior_data": photos, "prior_prompt": "a toy", "prior_target": "base", "prior_weight": 50.0}
+    kept = train(quick | more, steps=1, output=str(tmp_path / "kept"))
+    assert same(alone, kept, quick["base"])
+    longer = [train(quick | extra, steps=4, output=str(tmp_path / str(n))) for n, extra in enumerate(({}, more))]
+    assert not same(*longer, quick["base"])
+
+
+def same(one, other, base):
+    one, other = (read(report.adapter, base=base).layers for report in (one, other))
+    return all(torch.allclose(d.dense(), other[name].dense(), atol=1e-7) for name, d in one.items())
 
 
 def test_the_trigger_word_is_not_put_in_front_of_the_class(quick, photos, tmp_path, monkeypatch):
@@ -218,13 +249,32 @@ def test_a_stopped_run_keeps_its_pictures_of_the_class(quick, tmp_path):
     assert train(resume_from=quick["output"]).adapter.read_bytes() == whole
 
 
-def test_samples_are_drawn_with_fixed_seeds_into_a_grid(quick):
-    from PIL import Image
-
-    train(quick | {"sample_every": 2, "sample_prompts": ["a", "b"], "sample_steps": 2})
-    folder = Path(quick["output"]) / "samples"
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux"])
+def test_samples_are_drawn_with_fixed_seeds_into_a_grid(kind, bases, quick):
+    own = {"base": bases(kind), "learning_rate": 0.05, "sample_prompts": ["a", "b"], "sample_steps": 2}
+    report = train(quick | own | {"sample_every": 2})
+    folder = report.run / "samples"
     assert len(list(folder.glob("step-*.png"))) == 6
     assert Image.open(folder / "grid.png").size == (2 * 16 + 4, 3 * 16 + 2 * 4)
+    assert pixels(folder / "step-0000000-1.png") != pixels(folder / "step-0000004-1.png")
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux"])
+def test_the_last_sample_is_what_the_written_adapter_draws(kind, bases, quick):
+    from diffusers import DiffusionPipeline
+
+    own = {"base": bases(kind), "learning_rate": 0.05, "sample_prompts": ["a", "b"], "sample_steps": 2}
+    report = train(quick | own | {"sample_every": 4, "sample_guidance": 3.0})
+    pipe = DiffusionPipeline.from_pretrained(own["base"])
+    load_into(pipe, report.adapter)
+    drawn = pipe("b", num_inference_steps=2, guidance_scale=3.0, height=16, width=16,
+                 generator=generator(0, "sample", 1)).images[0]  # fmt: skip
+    apart = np.subtract(drawn, Image.open(report.run / "samples" / "step-0000004-1.png"), dtype=int)
+    assert abs(apart).max() <= 1
+
+
+def pixels(path):
+    return Image.open(path).tobytes()
 
 
 def test_exports_hold_the_same_delta(quick):
