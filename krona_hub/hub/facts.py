@@ -8,13 +8,16 @@ from typing import Any
 from krona_hub.accounting import lora_rank_of
 from krona_hub.bases import catalogue
 from krona_hub.bases.families import FAMILIES
+from krona_hub.bases.shipped import SHIPPED
 from krona_hub.formats.describe import Description
 from krona_hub.formats.tools import TOOLS, loads_in
-from krona_hub.hub.layout import CONFIG, LORA_EXPORT, MODEL_TYPE, PLOTS, WEIGHTS
+from krona_hub.hub.layout import LORA_EXPORT, MODEL_TYPE, PLOTS, WEIGHTS
 from krona_hub.hub.local import LocalAdapter
 from krona_hub.hub.manifest import Entry
 from krona_hub.model_card import CardFacts, Sample
 from krona_hub.report import form_in_words, human_bytes, percent, relative
+from krona_hub.training.configuration import as_toml
+from krona_hub.training.settings import KINDS
 
 MOST_LAYERS = 8
 
@@ -91,9 +94,10 @@ def card_facts(
         layers=_layers(d),
         conversions=[_conversion(e) for e in exports],
         training=[(k, str(v)) for k, v in adapter.provenance.training.items() if isinstance(v, (str, int, float))],
-        files=[(n, human_bytes(e.size), e.sha256) for n, e in sorted(files.items()) if n != CONFIG],
+        files=[(n, human_bytes(e.size), e.sha256) for n, e in sorted(files.items())],
         loads=_loads(d, exports),
         provenance=_provenance(adapter),
+        again=_again(adapter),
         samples=tuple(samples),
         plots=tuple(n for n in files if n.startswith(PLOTS)),
     )
@@ -152,3 +156,26 @@ def _provenance(adapter: LocalAdapter) -> list[tuple[str, str]]:
         ("fingerprint of the base", adapter.base.fingerprint),
     )
     return [(what, str(value)) for what, value in rows if value is not None]
+
+
+def _again(adapter: LocalAdapter) -> str:
+    """The settings of its training as TOML, as far as the file tells them; "" for one that krona has not trained.
+
+    Anybody may have written them: what is no setting, or no plain value, is left out.
+    """
+    if adapter.provenance.method != "trained":
+        return ""
+    known = {name: value for name, value in adapter.provenance.training.items() if name in KINDS and _is_plain(value)}
+    base = known.get("base")
+    known |= {"base": base if base in SHIPPED else adapter.base_model, "data": "pictures"}
+    if adapter.description.licence:
+        known["licence"] = adapter.description.licence
+    return as_toml(known).replace("<", "\\u003c").strip()
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and isinstance(one, str) for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(one, str) for one in value)
+    return isinstance(value, (bool, int, float, str))

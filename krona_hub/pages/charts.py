@@ -58,8 +58,8 @@ def chart(title: str, told: str, x: Axis, y: Axis, lines: Sequence[Line]) -> Mar
     lines = [line for line in lines if line.points]
     if not lines:
         return Markup("")
-    across = _Scale.of([p[0] for s in lines for p in s.points], x, LEFT, WIDTH - RIGHT)
-    down = _Scale.of([p[1] for s in lines for p in s.points], y, HEIGHT - BOTTOM, TOP)
+    across = Scale.of([p[0] for s in lines for p in s.points], x, LEFT, WIDTH - RIGHT)
+    down = Scale.of([p[1] for s in lines for p in s.points], y, HEIGHT - BOTTOM, TOP)
     drawing = _grid(across, down, x, y) + "".join(_drawn(line, across, down) for line in lines)
     return figure(title, told, drawing, HEIGHT, _key(lines))
 
@@ -87,7 +87,7 @@ def figure(title: str, told: str, drawing: str, height: int, key: Markup) -> Mar
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
     """From values to user units."""
 
     low: float
@@ -97,7 +97,8 @@ class _Scale:
     log: bool
 
     @classmethod
-    def of(cls, values: Sequence[float], axis: Axis, start: float, end: float) -> _Scale:
+    def of(cls, values: Sequence[float], axis: Axis, start: float, end: float) -> Scale:
+        """A scale that shows all values, with a little room where the axis does not fix its ends."""
         low = min(values) if axis.lowest is None else axis.lowest
         high = max(values) if axis.highest is None else max(axis.highest, max(values))
         if axis.log:
@@ -141,7 +142,7 @@ def _drawable(points: Sequence[Point], x: Axis, y: Axis) -> list[Point]:
     return [(a, b) for a, b in points if isfinite(a) and isfinite(b) and (a > 0 or not x.log) and (b > 0 or not y.log)]
 
 
-def _grid(across: _Scale, down: _Scale, x: Axis, y: Axis) -> str:
+def _grid(across: Scale, down: Scale, x: Axis, y: Axis) -> str:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
     for value in across.ticks():
@@ -160,7 +161,7 @@ def _grid(across: _Scale, down: _Scale, x: Axis, y: Axis) -> str:
     return "".join(parts)
 
 
-def _drawn(line: Line, across: _Scale, down: _Scale) -> str:
+def _drawn(line: Line, across: Scale, down: Scale) -> str:
     at = [(f"{across(a):.1f}", f"{down(b):.1f}") for a, b in line.points]
     if line.dot:
         return "".join(
