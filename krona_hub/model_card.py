@@ -300,7 +300,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def _cell(text: str) -> str:
     """Text of a cell: what would end it, start HTML or another line is taken out of action."""
-    return re.sub(r"\s+", " ", str(text)).replace("|", "\\|").replace("<", "&lt;").strip()
+    return re.sub(r"[^\S\u00a0]+", " ", str(text)).replace("|", "\\|").replace("<", "&lt;").strip()
 
 
 # --- the card --------------------------------------------------------------------------------------------------------

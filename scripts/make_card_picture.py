@@ -19,16 +19,19 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 REPO, BASE = "ana/zorbi", "ana/tiny-scenes"
-WIDTH, HEIGHT = 860, 6000  # pixels of the page; what is empty below the card is cut off
+WIDTH, HEIGHT = 920, 6000  # pixels of the page; what is empty below the card is cut off
 STYLE = """
 body { font: 16px/1.5 sans-serif; color: #1f2328; background: #fff; margin: 24px 32px; }
 h1, h2 { border-bottom: 1px solid #d1d9e0; padding-bottom: 6px; line-height: 1.25; margin: 24px 0 14px; }
 h1 { font-size: 30px; margin-top: 0; } h2 { font-size: 22px; }
-table { border-collapse: collapse; display: block; overflow: hidden; margin: 0 0 16px; font-size: 14px; }
+table { border-collapse: collapse; display: block; width: max-content; max-width: 100%; overflow: hidden; }
+table { margin: 0 0 16px; font-size: 14px; }
 th, td { border: 1px solid #d1d9e0; padding: 5px 12px; } tr:nth-child(2n) td { background: #f6f8fa; }
 code { font: 13px monospace; background: #eff1f3; padding: 2px 5px; border-radius: 5px; }
 pre { background: #f6f8fa; padding: 14px; border-radius: 6px; overflow: hidden; }
 pre code { background: none; padding: 0; }
+p.tags span { background: #eef4ff; border: 1px solid #d1d9e0; border-radius: 12px; padding: 2px 10px; font-size: 13px;
+  margin-right: 6px; display: inline-block; margin-bottom: 4px; }
 a { color: #0969da; text-decoration: none; } img { max-width: 100%; }
 """
 
@@ -61,8 +64,11 @@ def as_html(card: str) -> str:
 
     from krona_hub.model_card import split
 
-    body = MarkdownIt("commonmark", {"html": True}).enable("table").render(split(card)[1])
-    return f'<!DOCTYPE html><meta charset="utf-8"><style>{STYLE}</style>{body}'
+    front, text = split(card)
+    body = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    shown = [front["pipeline_tag"], front["library_name"], *front["tags"], f"adapter of {front['base_model']}"]
+    tags = "".join(f"<span>{tag}</span>" for tag in dict.fromkeys([*shown, f"license: {front.get('license', 'none')}"]))
+    return f'<!DOCTYPE html><meta charset="utf-8"><style>{STYLE}</style><p class="tags">{tags}</p>{body}'
 
 
 def photograph(page: Path, out: Path) -> None:

@@ -20,6 +20,9 @@ from krona_hub.training.configuration import as_toml
 from krona_hub.training.settings import KINDS
 
 MOST_LAYERS = 8
+NO_BREAK = "\u00a0"  # a space that no line ends at
+TRAINED = "trained"  # the method in the header of an adapter that `krona train` has made
+HEADLINES = ("base", "steps", "batch_size", "learning_rate", "resolution")  # of its settings
 
 
 def config(adapter: LocalAdapter) -> dict[str, Any]:
@@ -93,8 +96,8 @@ def card_facts(
         parameters=_sizes(adapter),
         layers=_layers(d),
         conversions=[_conversion(e) for e in exports],
-        training=[(k, str(v)) for k, v in adapter.provenance.training.items() if isinstance(v, (str, int, float))],
-        files=[(n, human_bytes(e.size), e.sha256) for n, e in sorted(files.items())],
+        training=_training(adapter),
+        files=[(n, human_bytes(e.size).replace(" ", NO_BREAK), e.sha256) for n, e in sorted(files.items())],
         loads=_loads(d, exports),
         provenance=_provenance(adapter),
         again=_again(adapter),
@@ -139,7 +142,8 @@ def _loads(d: Description, exports: Sequence[Mapping[str, Any]]) -> list[tuple[s
     rows: list[tuple[str, ...]] = [("krona", f"`{WEIGHTS}`")]
     for tool in TOOLS.values():
         good = [f"`{e['name']}`" for e in exports if tool.name in e.get("loads_in", ())]
-        rows.append((tool.title, ", ".join(good) or f"none: {native[tool.name].why}"))
+        why = f"none of these: see `krona convert --for {tool.name}`" if exports else f"none: {native[tool.name].why}"
+        rows.append((tool.title, ", ".join(good) or why))
     return rows
 
 
@@ -158,12 +162,19 @@ def _provenance(adapter: LocalAdapter) -> list[tuple[str, str]]:
     return [(what, str(value)) for what, value in rows if value is not None]
 
 
+def _training(adapter: LocalAdapter) -> list[tuple[str, str]]:
+    """What is known of the training, without the settings that the card gives as a file of their own."""
+    told = {k: v for k, v in adapter.provenance.training.items() if isinstance(v, (str, int, float))}
+    own = adapter.provenance.method == TRAINED
+    return [(k.replace("_", " "), str(v)) for k, v in told.items() if not own or k in HEADLINES or k not in KINDS]
+
+
 def _again(adapter: LocalAdapter) -> str:
     """The settings of its training as TOML, as far as the file tells them; "" for one that krona has not trained.
 
     Anybody may have written them: what is no setting, or no plain value, is left out.
     """
-    if adapter.provenance.method != "trained":
+    if adapter.provenance.method != TRAINED:
         return ""
     known = {name: value for name, value in adapter.provenance.training.items() if name in KINDS and _is_plain(value)}
     base = known.get("base")
