@@ -11,7 +11,7 @@ from krona_hub.bases.families import FAMILIES
 from krona_hub.bases.shipped import SHIPPED
 from krona_hub.formats.describe import Description
 from krona_hub.formats.tools import TOOLS, loads_in
-from krona_hub.hub.layout import LORA_EXPORT, MODEL_TYPE, PLOTS, WEIGHTS
+from krona_hub.hub.layout import HEADER_SIZE, LORA_EXPORT, MODEL_TYPE, PLOTS, WEIGHTS
 from krona_hub.hub.local import LocalAdapter
 from krona_hub.hub.manifest import Entry
 from krona_hub.model_card import CardFacts, Sample
@@ -36,6 +36,7 @@ def config(adapter: LocalAdapter) -> dict[str, Any]:
         "base_model_revision": adapter.base.revision,
         "base_fingerprint": adapter.base.fingerprint,
         "weights": WEIGHTS,
+        HEADER_SIZE: d.header.data_start,
         "components": list(d.components),
         "layers": len(d.modules),
         "parameters": d.parameters,
