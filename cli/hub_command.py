@@ -79,6 +79,7 @@ def show_info(info: RepoInfo) -> None:
 def show_found(hits: tuple[Found, ...]) -> None:
     if not hits:
         say("nothing was found.")
+        return
     show_table(
         ("repository", "base", ">downloads", ">likes", "updated"),
         ((h.repo, ", ".join(h.base_models), h.downloads, h.likes, h.updated) for h in hits),
@@ -88,6 +89,7 @@ def show_found(hits: tuple[Found, ...]) -> None:
 def show_cached(here: tuple[Cached, ...]) -> None:
     if not here:
         say("no adapter is in the cache.")
+        return
     show_table(
         ("repository", "commit", "of", "base", ">size", "files"),
         (

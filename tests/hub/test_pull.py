@@ -103,7 +103,7 @@ def test_a_foreign_lora_is_recognised_and_offered_to_convert(hub, tmp_path):
     hub.state.create("ben/lora", files={"my lora (v2).safetensors": LORA, "README.md": b"# Hi", "train.py": b"x"})
     report = pull("ben/lora", tmp_path / "out")
     assert not report.native and report.preview.description.format == "kohya-lora"
-    assert report.next == f"krona convert {tmp_path / 'out' / 'my lora (v2).safetensors'}"
+    assert report.next == f"krona convert '{tmp_path / 'out' / 'my lora (v2).safetensors'}'"
     assert report.skipped == ("train.py",)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "my lora (v2).safetensors"}
 
