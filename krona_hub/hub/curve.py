@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import BytesIO
+from math import isfinite
 from typing import Any
 
-from krona_hub.images.grid import FAINT, INK, PAPER, font_of
-from krona_hub.pages.charts import Axis, Line, Point, Scale, short
-from krona_hub.pages.training_page import series, thinned
+from krona_hub.pages.charts import Axis, Line, Point, Scale, short, thinned
+from krona_hub.training.metrics import series
 
 WIDTH, HEIGHT = 760, 320  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 44  # margins around the plot
 FINER = 3  # drawn so many times larger and shrunk: Pillow's own lines have steps
 POINTS = 150  # of a curve
-GRID = "#e4e4e4"
+PAPER, INK, FAINT, GRID = "#ffffff", "#1a1a1a", "#6b6b6b", "#e4e4e4"
 COLOURS = ("#a8c4e6", "#1f5fae", "#d1660f")
 
 
-def loss_curve(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
+def loss_curve(rows: list[dict[str, Any]]) -> bytes | None:
     """The picture of the metrics of a run; None where they are too few to be a curve."""
-    measured = [series(rows, name) for name in ("loss", "smooth_loss", "validation_loss")]
+    measured = [
+        [p for p in series(rows, name) if isfinite(p[1])] for name in ("loss", "smooth_loss", "validation_loss")
+    ]
     names = ("each step", "smoothed", "validation")
     lines = [Line(n, thinned(p, POINTS), c) for c, (n, p) in enumerate(zip(names, measured, strict=True)) if len(p) > 1]
     if not lines:
@@ -50,7 +52,7 @@ def _draw(paper: Any, lines: Sequence[Line]) -> None:
 
 
 def _draw_axes(pen: Any, across: Scale, down: Scale) -> None:
-    font = font_of(12 * FINER)
+    font = _font(12)
     for value in across.ticks():
         _stroke(pen, [(across(value), TOP), (across(value), HEIGHT - BOTTOM)])
         _write(pen, (across(value), HEIGHT - BOTTOM + 6), short(value), font, "ma")
@@ -63,13 +65,19 @@ def _draw_axes(pen: Any, across: Scale, down: Scale) -> None:
 
 def _draw_key(pen: Any, lines: Sequence[Line]) -> None:
     """What the curves are, with where each begins and ends."""
-    font, x = font_of(13 * FINER), float(LEFT)
+    font, x = _font(13), float(LEFT)
     for line in lines:
         (_, first), (_, last) = line.points[0], line.points[-1]
         words = f"{line.name}: {first:.3g} to {last:.3g}"
         _stroke(pen, [(x, TOP - 20), (x + 22, TOP - 20)], COLOURS[line.colour], 3)
         _write(pen, (x + 28, TOP - 20), words, font, "lm", INK)
         x += 28 + font.getlength(words) / FINER + 24
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size * FINER)
 
 
 def _stroke(pen: Any, points: Sequence[Point], colour: str = GRID, width: int = 1) -> None:

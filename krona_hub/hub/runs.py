@@ -11,6 +11,7 @@ from krona_hub.hub.layout import IMAGES, MAX_IMAGE, MAX_IMAGES, PLOTS
 from krona_hub.hub.pictures import Picture
 from krona_hub.training.configuration import ECHO, read_toml
 from krona_hub.training.metrics import FILE, read_metrics
+from krona_hub.training.samples import sample_files
 
 CURVE = f"{PLOTS}loss.png"
 SAMPLE = f"{IMAGES}run-"  # how names of samples begin, so that they never take the place of pictures that were chosen
@@ -36,8 +37,6 @@ def draw_curve(run: Path, folder: Path) -> tuple[str, ...]:
 
 def last_samples(run: Path, folder: Path) -> tuple[Picture, ...]:
     """Copy the samples of the last step that has any into `folder`/images, each with its prompt."""
-    from krona_hub.training.sampling import sample_files
-
     steps = sample_files(run)
     if not steps:
         return ()

@@ -28,10 +28,7 @@ def labelled_grid(
     columns, title, footer = [_plain(label) for label in columns], _plain(title), _plain(footer)
     cell = _cell_size(images, len(columns))
     letter = max(13, min(28, cell[0] // 16))
-    font, small = (
-        font_of(letter, "".join((*columns, *(r.text for r in rows), title))),
-        font_of(max(12, letter * 5 // 6)),
-    )
+    font, small = _font(letter, "".join((*columns, *(r.text for r in rows), title))), _font(max(12, letter * 5 // 6))
     left = _label_width(rows, cell[0]) if any(any(row) for row in rows) else 0
     heads = [_wrapped(label, font, cell[0]) for label in columns]
     line = letter * 5 // 4
@@ -114,7 +111,7 @@ def _plain(text: str) -> str:
     return text.replace("×", "x")
 
 
-def font_of(size: int, text: str = "") -> Any:
+def _font(size: int, text: str = "") -> Any:
     """Pillow's own font, or one of the system's where the text has letters that it lacks."""
     from PIL import ImageFont
 

@@ -12,6 +12,7 @@ from krona_hub.pages.html import Markup, text
 WIDTH, HEIGHT = 460, 280  # user units
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 44  # margins around the plot
 DASHES = ("", "7 4", "2 3", "9 3 2 3")  # lines differ by more than colour
+MOST = 300  # points of a curve; more are put together in their mean
 
 Point = tuple[float, float]
 Words = Callable[[float], str]
@@ -50,6 +51,17 @@ def short(value: float) -> str:
         if size >= unit:
             return f"{value / unit:.3g}{word}"
     return f"{value:.0e}" if 0 < size < 1e-3 else f"{value:.3g}"
+
+
+def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:
+    """At most so many points, each the mean of its neighbours; nothing is left out.
+
+    >>> thinned([(1, 2.0), (2, 4.0), (3, 6.0)], 2)
+    [(1.5, 3.0), (3.0, 6.0)]
+    """
+    per = max(1, -(-len(points) // most))
+    groups = [points[i : i + per] for i in range(0, len(points), per)] if per > 1 else []
+    return [(sum(p[0] for p in g) / len(g), sum(p[1] for p in g) / len(g)) for g in groups] or list(points)
 
 
 def chart(title: str, told: str, x: Axis, y: Axis, lines: Sequence[Line]) -> Markup:

@@ -1,7 +1,10 @@
 """What a training leaves in its folder goes into the repository: the curve of the loss, samples, settings."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 
@@ -123,3 +126,16 @@ def test_the_curve_falls_where_the_loss_falls(run):
     rows, columns = rows[rows > 40], columns[rows > 40]  # the key is above
     left, right = rows[columns < columns.min() + 20].min(), rows[columns > columns.max() - 20].min()
     assert left + 100 < right
+
+
+def test_all_of_it_goes_without_torch(run):
+    """A push of a finished run takes a second, and not the several that torch takes to load."""
+    code = (
+        "import sys; from krona_hub.hub import push;"
+        "report = push(sys.argv[1], 'ana/style', dry_run=True);"
+        "print([row.file for row in report.plan.rows], 'torch' in sys.modules)"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(run / "adapter.safetensors")], env=env, capture_output=True)
+    assert b"plots/loss.png" in done.stdout and b"images/run-02.png" in done.stdout, done.stderr
+    assert done.stdout.strip().endswith(b"False")
