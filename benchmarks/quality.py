@@ -42,7 +42,7 @@ from scripts.tiny_scenes import autoencoder, check, drawing, scene, toy  # noqa:
 from scripts.tiny_scenes.denoiser import held_out_scenes  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
-RATES, SEEDS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0, 1, 2)
+RATES, SEEDS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0, 1, 2)
 STEPS, PROMPTS = 150, 36
 SHAPE, FACTOR = (16, 4), 8  # of KronA; of LyCORIS
 ASKED = [f"a photo of a {toy.TRIGGER} on a {t} table, {p}" for t in scene.TABLES for p in scene.POSITIONS]

@@ -1,16 +1,22 @@
-"""Table and SVG of the runs of quality.py: each measure over the learning rate, a line per kind of adapter."""
+"""Table and SVG of the runs of quality.py: each measure over the learning rate, and what the toy costs elsewhere.
+
+A line per kind of adapter; the band goes from the lowest to the highest seed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import log10
 from pathlib import Path
 from typing import Any
 
 MEASURES = ("identity", "shown", "prompt")
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd")
-WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 200, 46, 34, 64  # of a panel, pixels; edges
+WIDTH, HEIGHT, LEFT, TOP = 330, 200, 46, 34  # of the plot in a panel, pixels
+WIDE, HIGH = LEFT + WIDTH + 24, TOP + HEIGHT + 36  # of a panel
 USEFUL = 0.9  # of the best identity of all: rates that reach it count as working
+KEPT = 0.75  # a prompt score: what is learned of the toy before other prompts fall below it
 
 
 def mean(values: Sequence[float]) -> float:
@@ -35,12 +41,13 @@ def table(rows: list[dict[str, Any]], ways: Sequence[str], rates: Sequence[float
     cells = [of(rows, way, rate, "identity") for way in ways for rate in rates]
     top = max((mean(cell) for cell in cells if cell), default=0.0)
     lines = [
-        f"| adapter | parameters | best rate | identity | toy shown | prompt | rates within {USEFUL:.0%} | runs |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| adapter | parameters | best rate | identity | toy shown | prompt | rates within {USEFUL:.0%} of the best "
+        f"identity | identity where prompt is {KEPT:.0%} | runs |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     if base:
         lines.append(
-            f"| the base alone | 0 | | {base['identity']:.3f} | {base['shown']:.0%} | {base['prompt']:.0%} | | 1 |"
+            f"| the base alone | 0 | | {base['identity']:.3f} | {base['shown']:.0%} | {base['prompt']:.0%} | | | 1 |"
         )
     lines += [_line(rows, way, rates, top) for way in ways if any(row["way"] == way for row in rows)]
     return "\n".join(lines) + "\n"
@@ -54,43 +61,75 @@ def _line(rows: list[dict[str, Any]], way: str, rates: Sequence[float], top: flo
     found = {measure: mean(of(rows, way, best, measure)) for measure in MEASURES}
     return (
         f"| {way} | {own[0]['parameters']:,} | {best:g} | {found['identity']:.3f} | {found['shown']:.0%} | "
-        f"{found['prompt']:.0%} | {near} of {len(tried)} | {len(own)} |"
+        f"{found['prompt']:.0%} | {near} of {len(tried)} | {identity_at(rows, way, rates):.3f} | {len(own)} |"
     )
+
+
+def identity_at(rows: list[dict[str, Any]], way: str, rates: Sequence[float], kept: float = KEPT) -> float:
+    """Mean identity at the lowest rate where the mean prompt score falls to `kept`, between two rates interpolated."""
+    path = _means(rows, way, rates)
+    for (before, low), (after, high) in pairwise(path):
+        if before >= kept > after:
+            return low + (high - low) * (before - kept) / (before - after)
+    return float("nan")
+
+
+def _means(rows: list[dict[str, Any]], way: str, rates: Sequence[float]) -> list[tuple[float, float]]:
+    """(prompt score, identity) of each rate that was tried."""
+    cells = [(of(rows, way, rate, "prompt"), of(rows, way, rate, "identity")) for rate in rates]
+    return [(mean(prompt), mean(identity)) for prompt, identity in cells if prompt]
 
 
 def svg(rows: list[dict[str, Any]], ways: Sequence[str], rates: Sequence[float]) -> str:
-    """A panel for each measure; the line is the mean over seeds, the band from the lowest to the highest."""
-    panels = [_panel(rows, ways, rates, measure, number) for number, measure in enumerate(MEASURES)]
+    """Four panels, two in a row: the measures over the rate, and identity over prompt score."""
+    panels = [_panel(rows, ways, rates, measure) for measure in MEASURES] + [_cost_panel(rows, ways, rates)]
+    placed = [f'<g transform="translate({n % 2 * WIDE} {n // 2 * HIGH})">{panel}</g>' for n, panel in enumerate(panels)]
+    bottom = 2 * HIGH + 16
     legend = [
-        f'<text x="{LEFT + 190 * n}" y="{TOP + HEIGHT + 58}" fill="{COLOURS[n]}">— {way}</text>'
-        for n, way in enumerate(ways)
+        f'<text x="{LEFT + 152 * n}" y="{bottom}" fill="{COLOURS[n]}">— {way}</text>' for n, way in enumerate(ways)
     ]
-    wide, high = LEFT + len(MEASURES) * (WIDTH + GAP), TOP + HEIGHT + 74
-    style = "text{font:13px sans-serif}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}"><style>{style}</style>'
-        f'<rect width="100%" height="100%" fill="white"/>{"".join(panels)}{"".join(legend)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDE} {bottom + 20}" width="{2 * WIDE}">'
+        "<style>text{font:13px sans-serif}</style>"
+        f'<rect width="100%" height="100%" fill="white"/>{"".join(placed)}{"".join(legend)}</svg>\n'
     )
 
 
-def _panel(rows: list[dict[str, Any]], ways: Sequence[str], rates: Sequence[float], measure: str, number: int) -> str:
-    left = LEFT + number * (WIDTH + GAP)
-    parts = [f'<text x="{left}" y="{TOP - 14}" font-weight="bold">{measure} over learning rate</text>']
-    for share in (0, 0.5, 1):
-        y = TOP + HEIGHT * (1 - share)
-        parts.append(f'<path d="M{left} {y}h{WIDTH}" stroke="#ddd"/><text x="{left - 30}" y="{y + 4}">{share:g}</text>')
-    parts += [f'<text x="{_x(left, r, rates) - 14:.0f}" y="{TOP + HEIGHT + 20}">{r:g}</text>' for r in rates]
-    parts += [_curve(rows, way, rates, measure, left, COLOURS[n]) for n, way in enumerate(ways)]
+def _panel(rows: list[dict[str, Any]], ways: Sequence[str], rates: Sequence[float], measure: str) -> str:
+    parts = _frame(f"{measure} over learning rate")
+    parts += [f'<text x="{_x(rate, rates) - 14:.0f}" y="{TOP + HEIGHT + 20}">{rate:g}</text>' for rate in rates]
+    parts += [_curve(rows, way, rates, measure, colour) for way, colour in zip(ways, COLOURS, strict=True)]
     return "".join(parts)
 
 
-def _x(left: float, rate: float, rates: Sequence[float]) -> float:
+def _cost_panel(rows: list[dict[str, Any]], ways: Sequence[str], rates: Sequence[float]) -> str:
+    """Identity over prompt score: a point per rate, from the lowest rate at the right to the highest at the left."""
+    parts = _frame("identity over prompt")
+    parts += [f'<text x="{LEFT + WIDTH * s - 8:.0f}" y="{TOP + HEIGHT + 20}">{s:g}</text>' for s in (0, 0.5, 1)]
+    for colour, way in zip(COLOURS, ways, strict=True):
+        points = [(LEFT + WIDTH * prompt, _y(identity)) for prompt, identity in _means(rows, way, rates)]
+        line = " ".join(f"{x:.0f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.0f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+    return "".join(parts)
+
+
+def _frame(title: str) -> list[str]:
+    """The title of a panel, and lines at 0, ½ and 1."""
+    parts = [f'<text x="{LEFT}" y="{TOP - 14}" font-weight="bold">{title}</text>']
+    for share in (0, 0.5, 1):
+        y = _y(share)
+        parts.append(f'<path d="M{LEFT} {y}h{WIDTH}" stroke="#ddd"/><text x="{LEFT - 30}" y="{y + 4}">{share:g}</text>')
+    return parts
+
+
+def _x(rate: float, rates: Sequence[float]) -> float:
     first, last = log10(rates[0]), log10(rates[-1])
-    return left + WIDTH * (log10(rate) - first) / (last - first)
+    return LEFT + WIDTH * (log10(rate) - first) / (last - first)
 
 
-def _curve(rows: list[dict[str, Any]], way: str, rates: Sequence[float], measure: str, left: float, colour: str) -> str:
-    found = [(_x(left, rate, rates), of(rows, way, rate, measure)) for rate in rates]
+def _curve(rows: list[dict[str, Any]], way: str, rates: Sequence[float], measure: str, colour: str) -> str:
+    found = [(_x(rate, rates), of(rows, way, rate, measure)) for rate in rates]
     found = [(x, values) for x, values in found if values]
     if not found:
         return ""

@@ -106,10 +106,10 @@ class KronTerms:
     def dense(self) -> Tensor:
         """The (out, in) matrix itself, in float32 at least. For small matrices and tests: it is out·in numbers."""
         a, b = _wide_alike(dense_factor(self.left), dense_factor(self.right))
-        blocks = torch.einsum("kac,kbd->abcd", a, b)  # (a1, b1, a2, b2)
-        if self.rows == "shuffled":
-            blocks = blocks.transpose(0, 1)
-        return blocks.reshape(self.shape.full)
+        shape = self.shape
+        blocks = (a.flatten(1).mT @ b.flatten(1)).view(shape.a1, shape.a2, shape.b1, shape.b2)  # R(W), see rearrange
+        order = (2, 0, 1, 3) if self.rows == "shuffled" else (0, 2, 1, 3)
+        return blocks.permute(order).reshape(shape.full)
 
     def apply(self, x: Tensor) -> Tensor:
         """W x along the last axis, without forming W: (..., in) -> (..., out).

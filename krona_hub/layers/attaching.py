@@ -58,7 +58,7 @@ def attach(
     allow_missing: bool = False,
     trainable: bool = False,
 ) -> AttachReport:
-    """Let a model compute base(x) + scale · ΔW x wherever the adapter changes it: ΔW is never formed, W not touched.
+    """Let a model compute base(x) + scale · ΔW x wherever the adapter changes it; W is not touched.
 
     `model` is a diffusers pipeline or a model; of an adapter for several components, a lone model gets the layers of
     its own (`component` says which, where its class does not). Adapters under several names add up. Models that are

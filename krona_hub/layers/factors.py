@@ -60,6 +60,10 @@ class KronSum(nn.Module):
         return tuple(getattr(self, name) for name in self.names)
 
     @property
+    def is_trained(self) -> bool:
+        return any(factor.requires_grad for factor in self.factors)
+
+    @property
     def value(self) -> KronTerms:
         """The sum, with ones for a side that `essential` dropped. Its tensors are the module's own."""
         return KronTerms(self._side("left"), self._side("right"), self.rows)

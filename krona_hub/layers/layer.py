@@ -1,4 +1,7 @@
-"""A base layer with adapters around it. The base is only called; its weight is read for DoRA and for fusing alone."""
+"""A base layer with adapters around it.
+
+The base is only called; its weight is read for DoRA, for fusing, and to train a small linear layer.
+"""
 
 from __future__ import annotations
 
@@ -182,7 +185,8 @@ class KronLayer(nn.Module):
     def _makes_new_output(self, kind: type[nn.Module]) -> bool:
         """Whether the base's output belongs to us: an ordinary layer, with nobody listening."""
         base = self.base
-        return type(base) is kind and not base._forward_hooks and "forward" not in vars(base)
+        heard = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return type(base) is kind and not heard and "forward" not in vars(base)
 
     # state_dict: the base under its own names, and the factors that are stored beside it
 

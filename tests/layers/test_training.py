@@ -8,10 +8,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from krona_hub.adapter import LayerDelta
-from krona_hub.kron.terms import KronTerms
-from krona_hub.layers import KronConv2d, KronLinear
+from krona_hub.kron.terms import KronTerms, LowRank
+from krona_hub.layers import KronConv2d, KronLinear, linear
 
+# A small weight is formed, a large one never: what holds for one must hold for the other.
+WAYS = {"formed": 2**17, "chain": 0}
 SHAPES = {"square": (8, 8), "tall": (64, 4), "wide": (4, 64), "one row": (1, 16)}
+
+
+@pytest.fixture(autouse=True, params=WAYS.values(), ids=WAYS)
+def way(request, monkeypatch):
+    monkeypatch.setattr(linear, "SMALL", request.param)
 
 
 def layer_of(shape, *, terms=1, rows="kron", size=(128, 192), dtype=torch.float64):
@@ -52,6 +59,54 @@ def test_gradients_in_every_order_are_those_of_the_dense_delta(shape, terms, row
     x = torch.randn(2, 7, 192, dtype=torch.float64)
     for ours, theirs in zip(gradients(layer, x), dense_gradients(layer, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # the dense sum is float32 in part
+
+
+B, C = torch.randn(3, 16, 2), torch.randn(3, 2, 24)
+FORMS = {
+    "B low-rank": KronTerms(torch.randn(3, 8, 8), LowRank(B, C)),
+    "both low-rank": KronTerms(LowRank(torch.randn(3, 8, 1), torch.randn(3, 1, 8)), LowRank(B, C), "shuffled"),
+    "LoRA": KronTerms(torch.ones(1, 1, 1), LowRank(torch.randn(1, 128, 4), torch.randn(1, 4, 192))),
+    "dense": KronTerms(torch.randn(1, 128, 192), torch.ones(1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("terms", FORMS.values(), ids=FORMS)
+def test_gradients_of_every_form_are_those_of_the_dense_delta(terms):
+    layer = KronLinear(nn.Linear(192, 128).requires_grad_(False))
+    layer.add("x", LayerDelta((terms,), (128, 192)), scale=0.5, trainable=True)
+    layer.double()
+    x = torch.randn(2, 7, 192, dtype=torch.float64)
+    for ours, theirs in zip(gradients(layer, x), dense_gradients(layer, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_adapter_beside_the_trained_one_adds_its_part_and_gets_no_gradient():
+    layer = layer_of((8, 8), terms=2, rows="shuffled")
+    x = torch.randn(2, 7, 192, dtype=torch.float64)
+    frozen = LayerDelta((KronTerms(torch.randn(1, 4, 4).double(), torch.randn(1, 32, 48).double()),), (128, 192))
+    layer.base.weight += -0.7 * frozen.dense()
+    wanted = gradients(layer, x)
+    layer.base.weight += 0.7 * frozen.dense()
+    layer.add("y", frozen, scale=-0.7)
+    for ours, theirs in zip(gradients(layer, x), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_listens_to_the_base_hears_it_while_factors_are_trained():
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        layer, heard = layer_of((8, 8)), []
+        getattr(layer.base, register)(lambda *_, heard=heard: heard.append(1))
+        gradients(layer, torch.randn(2, 7, 192, dtype=torch.float64))
+        assert heard
+
+
+def test_a_base_that_is_trained_too_gets_its_gradients():
+    layer, x = layer_of((8, 8)), torch.randn(5, 192, dtype=torch.float64)
+    layer.base.requires_grad_()
+    gradients(layer, x)
+    layer.zero_grad()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.base.weight.grad, x.sum(0).expand(128, 192))
 
 
 def test_both_ways_back_are_taken_by_some_shape():
@@ -105,7 +160,8 @@ def test_peft_keeps_the_whole_delta_for_backward():
     assert kept_bytes(holder["layer"], x) >= 256 * 256 * 4
 
 
-def test_q_k_and_v_share_the_input_that_is_kept():
+def test_q_k_and_v_share_the_input_that_is_kept(monkeypatch):
+    monkeypatch.setattr(linear, "SMALL", 0)
     layers = [KronLinear(nn.Linear(256, 256).requires_grad_(False), shape=(16, 4)) for _ in "qkv"]
     x = torch.randn(64, 256, requires_grad=True)
     assert sum(kept_bytes(layer, x) for layer in layers) < x.nbytes // 2
