@@ -20,7 +20,8 @@ PAUSE = 0.005  # seconds between two looks at a file that has not grown
 class Follower:
     """`with Follower(folder, digest, take):` around a download gives `take` its bytes, from the first on, as they come.
 
-    Nothing happens where the file does not grow from its start to its end, or is not downloaded at all.
+    Nothing happens where the file does not grow from its start to its end, or is not downloaded at all; nor on systems
+    where the client could not rename a file that is open here.
     """
 
     def __init__(self, folder: Path, digest: str, take: Callable[[memoryview], object]) -> None:
@@ -55,7 +56,7 @@ class Follower:
             self._inode = -1
 
     def _found(self) -> BinaryIO | None:
-        while not self._done.is_set():
+        while os.name == "posix" and not self._done.is_set():
             for path in set(self._folder.glob(self._pattern)) - self._before:
                 return path.open("rb", buffering=0)
             self._done.wait(PAUSE)
