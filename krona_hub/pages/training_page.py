@@ -10,12 +10,11 @@ from typing import Any
 
 from krona_hub.formats.describe import Description
 from krona_hub.pages.adapter_page import modules_of
-from krona_hub.pages.charts import Axis, Line, Point, chart
+from krona_hub.pages.charts import MOST, Axis, Line, Point, chart, thinned
 from krona_hub.pages.html import Markup, facts, page, pair, paragraph, section
 from krona_hub.pages.pictures import samples_table
 from krona_hub.words import human_bytes
 
-MOST = 300  # points of a curve; more steps are put together in their mean
 Row = Mapping[str, Any]
 
 
@@ -110,17 +109,6 @@ def _validation_chart(validation: Sequence[Point]) -> Markup:
     dot = Line("first", validation[:1], dot=True)
     told = "Fixed pictures, noise and timesteps: two points can be compared."
     return chart("Validation loss", told, Axis("step"), Axis("loss"), [Line("validation", thinned(validation), 0), dot])
-
-
-def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:
-    """At most so many points, each the mean of its neighbours; nothing is left out.
-
-    >>> thinned([(1, 2.0), (2, 4.0), (3, 6.0)], 2)
-    [(1.5, 3.0), (3.0, 6.0)]
-    """
-    per = max(1, -(-len(points) // most))
-    groups = [points[i : i + per] for i in range(0, len(points), per)] if per > 1 else []
-    return [(sum(p[0] for p in g) / len(g), sum(p[1] for p in g) / len(g)) for g in groups] or list(points)
 
 
 def _rest(rows: Sequence[Row]) -> Markup:
