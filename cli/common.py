@@ -15,6 +15,7 @@ A command file exposes `command`, declared so:
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -170,6 +171,24 @@ def say(text: str) -> None:
     """Chatter for a person, on stderr; silent under --quiet and --json."""
     if not (asked_for("quiet") or asked_for("json")):
         print(text, file=sys.stderr)
+
+
+class _Aloud(logging.Handler):
+    """Says what the library only notes, since it never prints: once, though a command may open a source twice."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        context, text = click.get_current_context(silent=True), record.getMessage()
+        said = context.meta.setdefault("krona.said", set()) if context else set()
+        if text not in said:
+            said.add(text)
+            say(text)
+
+
+def hear_the_library() -> None:
+    """From now on, notes of the library are said aloud, such as that an offline copy is used."""
+    log = logging.getLogger("krona_hub")
+    if not any(isinstance(handler, _Aloud) for handler in log.handlers):
+        log.addHandler(_Aloud())
 
 
 def announce(*sources: str | None) -> None:

@@ -26,7 +26,8 @@ from krona_hub.cli.common import (
     show_table,
     show_text,
 )
-from krona_hub.report import form_groups, human_bytes, percent, relative, worst_layers
+from krona_hub.errors import LossyError
+from krona_hub.report import form_groups, human_bytes, percent, relative
 
 if TYPE_CHECKING:
     from krona_hub.conversion import ConversionReport
@@ -103,14 +104,24 @@ def command(file: str, layers: bool, report: str | None, **options: Any) -> None
     announce(file)
     if report:
         check_page(report)
-    with progress("layers") as step:
-        done = convert(file, progress=step, **options)
+    try:
+        with progress("layers") as step:
+            done = convert(file, progress=step, **options)
+    except LossyError as refused:
+        if report and refused.report:
+            _say_page(report, file, refused.report, options, refused.fix)
+        raise
     emit(as_document(done), lambda: show(done, every_layer=layers))
     _say_where(done)
     if report:
-        from krona_hub.pages.converting import report_conversion
+        _say_page(report, file, done, options)
 
-        say(f"page: {report_conversion(report, file, done, options)}")
+
+def _say_page(page: str, file: str, report: ConversionReport, options: dict[str, Any], instead: str = "") -> None:
+    """Write the page; `instead` is what a refusal advises."""
+    from krona_hub.pages.converting import report_conversion
+
+    say(f"page: {report_conversion(page, file, report, options, instead)}")
 
 
 def as_document(report: ConversionReport) -> dict[str, Any]:
@@ -156,6 +167,8 @@ def _note(layer: Any) -> str:
 
 
 def _show_groups(report: ConversionReport) -> None:
+    from krona_hub.conversion.report import worst_layers
+
     show_table(
         (">layers", "before", "now", ">parameters", ">now", ">worst error", "note"),
         (

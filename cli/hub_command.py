@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import complete_bases, emit, krona_command, say, show_facts, show_table
+from krona_hub.cli.common import complete_bases, emit, krona_command, say, show_facts, show_table, show_text
 from krona_hub.errors import UsageError
 from krona_hub.hub.preview import describe_preview
 from krona_hub.report import human_bytes
@@ -78,7 +78,8 @@ def show_info(info: RepoInfo) -> None:
 
 def show_found(hits: tuple[Found, ...]) -> None:
     if not hits:
-        say("nothing was found.")
+        show_text("nothing was found.")
+        return
     show_table(
         ("repository", "base", ">downloads", ">likes", "updated"),
         ((h.repo, ", ".join(h.base_models), h.downloads, h.likes, h.updated) for h in hits),
@@ -87,7 +88,8 @@ def show_found(hits: tuple[Found, ...]) -> None:
 
 def show_cached(here: tuple[Cached, ...]) -> None:
     if not here:
-        say("no adapter is in the cache.")
+        show_text("no adapter is in the cache.")
+        return
     show_table(
         ("repository", "commit", "of", "base", ">size", "files"),
         (

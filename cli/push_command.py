@@ -136,13 +136,15 @@ def show_plan(plan: PushPlan) -> None:
 
 
 def show(report: PushReport, *, shown: bool) -> None:
-    if not shown:
+    if not shown and not report.up_to_date:
         show_plan(report.plan)
+        show_text()
+    same = f"already up to date: {len(report.plan.rows)} files" if report.up_to_date else None
     show_facts(
         (
-            ("result", "already up to date" if report.up_to_date else None),
+            ("result", same),
             ("url", report.url),
-            ("commit", report.commit),
+            ("commit", report.plan.parent if report.up_to_date else report.commit),
             ("pull request", report.pull_request),
             ("tag", report.tag),
             ("verified", f"{report.verified} files, by digest" if report.verified else None),

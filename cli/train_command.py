@@ -177,9 +177,25 @@ def _check(config: str | None, preset: str | None, given: dict[str, Any]) -> Non
     emit(plan, lambda: _show_plan(plan))
 
 
+def _memory(plan: Any) -> str:
+    """Measured where steps were tried; else the part that can be counted."""
+    counted = human_bytes(plan.memory)
+    if plan.peak_memory is None:
+        return f"{counted} of weights and optimizer, and activations"
+    return f"{human_bytes(plan.peak_memory)} at most while it trains; weights and optimizer are {counted} of that"
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(75), _duration(5400)
+    ('1.2 min', '1.5 h')
+    """
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
 def _show_plan(plan: Any) -> None:
     sizes = ", ".join(f"{count} at {w}x{h}" for (w, h), count in plan.sizes)
-    time = None if plan.seconds is None else f"{plan.seconds / 60:.1f} min ({plan.seconds_per_step:.2f} s per step)"
+    time = None if plan.seconds is None else f"{_duration(plan.seconds)} ({plan.seconds_per_step:.2f} s per step)"
     show_facts(
         [
             ("base", f"{plan.base} ({plan.family}, {plan.prediction}), {plan.dtype} on {plan.device}"),
@@ -190,7 +206,7 @@ def _show_plan(plan: Any) -> None:
             ("layers", plan.layers),
             ("parameters", plan.parameters),
             ("steps", f"{plan.steps:,} of {plan.pictures_per_step} pictures: {plan.epochs:.3g} epochs"),
-            ("memory", f"{human_bytes(plan.memory)} of weights and optimizer, and activations"),
+            ("memory", _memory(plan)),
             ("time", time),
         ]
     )

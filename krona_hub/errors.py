@@ -132,6 +132,7 @@ class LossyError(KronaError):
     """A conversion that would lose something the caller did not agree to lose."""
 
     code, exit_code = "KH140", 3
+    report: Any = None  # the ConversionReport of what was not written, where it was measured
 
 
 class InexpressibleError(LossyError):

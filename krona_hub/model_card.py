@@ -7,13 +7,14 @@ except for the keys that say what the repository is.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from krona_hub.errors import FormatError
 
 OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag")  # keys of the front matter
+ABREAST, PICTURE = 4, 192  # samples in a row, and how wide they are shown, in pixels
 LORA_TAGS = ("lora", "template:sd-lora")  # the Hub's snippet for them needs a LoRA in the repository
 _FRONT = re.compile(r"\A---\r?\n(.*?\r?\n)?---\r?\n?", re.DOTALL)
 _SECTION = re.compile(r"<!-- krona:begin (?P<name>[\w-]+) -->\n.*?<!-- krona:end (?P=name) -->\n?", re.DOTALL)
@@ -68,6 +69,7 @@ class CardFacts:
     files: Sequence[tuple[str, ...]]  # name, size, sha256
     loads: Sequence[tuple[str, ...]]  # tool, files that it loads or why none
     provenance: Sequence[tuple[str, str]]
+    again: str = ""  # the settings that train it again, as TOML
     samples: tuple[Sample, ...] = ()
     plots: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)  # further front matter
@@ -209,12 +211,24 @@ def _use(f: CardFacts) -> str:
 def _samples(f: CardFacts) -> str:
     if not f.samples:
         return ""
-    rows = "\n".join(f"![{_alt(s)}]({s.file})" for s in f.samples)
-    return f"## Samples\n\n<Gallery />\n\n{rows}"
+    return "## Samples\n\n" + "\n".join(_picture_rows(f.samples))
 
 
-def _alt(sample: Sample) -> str:
-    return re.sub(r"[\[\]\n]", " ", sample.prompt) or "sample"
+def _picture_rows(samples: Sequence[Sample]) -> Iterator[str]:
+    """A grid: rows of a few pictures, each with its prompt below. The first row is the table's head."""
+    wide = min(ABREAST, len(samples))
+    for start in range(0, len(samples), wide):
+        row = samples[start : start + wide]
+        pictures = [f'<img src="{s.file}" alt="{_attribute(s.prompt or "a sample")}" width="{PICTURE}">' for s in row]
+        blank = [""] * (wide - len(row))
+        yield _line([*pictures, *blank])
+        if not start:
+            yield "|" + ":---:|" * wide
+        yield _line([*(_cell(s.prompt) for s in row), *blank])
+
+
+def _attribute(text: str) -> str:
+    return _cell(text).replace("&lt;", "<").replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
 
 
 def _parameters(f: CardFacts) -> str:
@@ -232,8 +246,8 @@ def _conversion(f: CardFacts) -> str:
 def _training(f: CardFacts) -> str:
     if not f.training and not f.plots:
         return ""
-    plots = "\n".join(f"\n![{p.rpartition('/')[2]}]({p})" for p in f.plots)
-    return f"## Training\n\n{table(('setting', 'value'), f.training)}\n{plots}".rstrip()
+    plots = "".join(f"![The loss over the steps]({p})\n\n" for p in f.plots)
+    return f"## Training\n\n{plots}{table(('setting', 'value'), f.training) if f.training else ''}".rstrip()
 
 
 def _files(f: CardFacts) -> str:
@@ -257,7 +271,15 @@ def _licence_section(f: CardFacts) -> str:
 
 
 def _reproduce(f: CardFacts) -> str:
-    return "## How it was made\n\n" + table(("what", "value"), f.provenance) if f.provenance else ""
+    if not f.provenance:
+        return ""
+    text = "## How it was made\n\n" + table(("what", "value"), f.provenance)
+    if not f.again:
+        return text
+    return (
+        f"{text}\n\nTo train it again, put pictures with their captions into `pictures/` and these lines into "
+        f"`train.toml`, then run `krona train train.toml --output run`:\n\n```toml\n{f.again}\n```"
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -268,14 +290,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     |---|---|
     | 1 | x\\|y |
     """
-    lines = [head, *rows]
-    told = [f"| {' | '.join(_cell(c) for c in line)} |" for line in lines]
+    told = [_line([_cell(c) for c in cells]) for cells in (head, *rows)]
     return "\n".join([told[0], "|" + "---|" * len(head), *told[1:]])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _cell(text: str) -> str:
     """Text of a cell: what would end it, start HTML or another line is taken out of action."""
-    return re.sub(r"\s+", " ", str(text)).replace("|", "\\|").replace("<", "&lt;").strip()
+    return re.sub(r"[^\S\u00a0]+", " ", str(text)).replace("|", "\\|").replace("<", "&lt;").strip()
 
 
 # --- the card --------------------------------------------------------------------------------------------------------

@@ -75,14 +75,6 @@ def _group(before: str, after: str, members: Sequence[LayerReport]) -> FormGroup
     return FormGroup(len(members), before, after, *parameters, max(x.relative_error for x in members), note)
 
 
-def worst_layers(layers: Sequence[LayerReport], most: int = 3) -> tuple[LayerReport, ...]:
-    """The layers with the largest relative error, worst first; none where nothing was lost."""
-    from krona_hub.conversion.report import EXACT_BELOW
-
-    lossy = [x for x in layers if x.relative_error > EXACT_BELOW]
-    return tuple(sorted(lossy, key=lambda x: (-x.relative_error, x.layer))[:most])
-
-
 class FormatFacts(NamedTuple):
     """A format as `krona formats` lists it."""
 

@@ -1,17 +1,15 @@
-"""Finding NaN and infinity by their bits, over a memory map: numpy knows no bfloat16. Torch-free."""
+"""Finding NaN and infinity by their bits, piece by piece: numpy knows no bfloat16. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from io import BufferedReader
+from typing import NamedTuple
 
 from krona_hub.checkpoints.faults import fault
 from krona_hub.checkpoints.header import Header, TensorInfo
 
-if TYPE_CHECKING:
-    import numpy as np
-
-CHUNK = 1 << 20  # numbers looked at in one go: small enough to stay in the cache
+PIECE = 1 << 20  # bytes looked at in one go: small enough to stay in the cache
 
 
 class Exponent(NamedTuple):
@@ -32,28 +30,40 @@ _IEEE = {
 
 def scan(header: Header) -> dict[str, int]:
     """The tensors that hold NaN or infinity -> how many such numbers; integers cannot. Reads the file once."""
-    import numpy as np
-
     suspects = {name: info for name, info in header.tensors.items() if info.dtype in _IEEE and info.numel}
     if not suspects:
         return {}
+    buffer = memoryview(bytearray(PIECE))
     try:
-        data = np.memmap(header.path, dtype=np.uint8, mode="r", offset=header.data_start)
-    except (OSError, ValueError) as error:
+        with header.path.open("rb") as file:
+            counts = {n: _count_in(file, header.data_start, info, buffer) for n, info in suspects.items()}
+    except OSError as error:
         raise fault(error, header.path) from None
-    counts = {name: count_non_finite(data[info.start : info.end], info) for name, info in suspects.items()}
     return {name: count for name, count in counts.items() if count}
 
 
-def count_non_finite(raw: np.ndarray[Any, Any], info: TensorInfo) -> int:
-    """How many of the numbers in the bytes `raw` are NaN or infinite."""
-    view, mask = _IEEE[info.dtype]
-    return sum(_count(bits & mask, mask) for bits in _chunks(raw.view(view)))
+def _count_in(file: BufferedReader, data_start: int, info: TensorInfo, buffer: memoryview) -> int:
+    """How many numbers of one tensor are NaN or infinite."""
+    exponent = _IEEE[info.dtype]
+    return sum(
+        _count(piece, exponent) for piece in _pieces(file, data_start + info.start, info.end - info.start, buffer)
+    )
 
 
-def _chunks(bits: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    return (bits[i : i + CHUNK] for i in range(0, len(bits), CHUNK))
+def _pieces(file: BufferedReader, start: int, left: int, buffer: memoryview) -> Iterator[memoryview]:
+    """Bytes of a file, read into the buffer again and again: a map of the file would in the end be in memory whole."""
+    file.seek(start)
+    while left:
+        piece = buffer[: min(left, len(buffer))]
+        if file.readinto(piece) < len(piece):
+            raise OSError("the file was cut short meanwhile")
+        yield piece
+        left -= len(piece)
 
 
-def _count(exponents: np.ndarray[Any, Any], mask: int) -> int:
-    return 0 if int(exponents.max()) < mask else int((exponents == mask).sum())
+def _count(raw: memoryview, exponent: Exponent) -> int:
+    """How many of the numbers in some bytes are NaN or infinite."""
+    import numpy as np
+
+    exponents = np.frombuffer(raw, exponent.view) & exponent.mask
+    return 0 if int(exponents.max()) < exponent.mask else int((exponents == exponent.mask).sum())

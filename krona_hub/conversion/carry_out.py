@@ -161,10 +161,12 @@ def _offer(target: Target, delta: LayerDelta) -> str:
 def _too_lossy(report: ConversionReport, layers: Mapping[str, LayerDelta]) -> LossyError:
     """The refusal, with what else could be had, measured."""
     size = report.parameters_after
-    return LossyError(
+    error = LossyError(
         f"the result would be {report.relative_error:.1%} error, with {report.energy_kept:.1%} of the delta's energy "
         "kept; nothing was written.",
         fix=f"A LoRA of the same {size:,} parameters has {lora_error_within(layers, size):.1%} error (--to lora "
         f"--budget {size}); --exact keeps everything in {report.parameters_before:,} parameters; --max-error 0.05 "
         "finds the smallest form within 5 % per layer; --allow-loss writes this one anyway.",
     )
+    error.report = report
+    return error

@@ -81,6 +81,12 @@ class ConversionReport(Totals):
     files: tuple[Path, ...] = field(default=())
 
 
+def worst_layers(layers: Sequence[LayerReport], most: int = 3) -> tuple[LayerReport, ...]:
+    """The layers with the largest relative error, worst first; none where nothing was lost."""
+    lossy = [x for x in layers if x.relative_error > EXACT_BELOW]
+    return tuple(sorted(lossy, key=lambda x: (-x.relative_error, x.layer))[:most])
+
+
 def total_error(layers: Sequence[LayerReport]) -> float:
     """√Σ(eₗ·nₗ)² / √Σnₗ²; 0.0 where every delta is zero.
 

@@ -8,15 +8,21 @@ from typing import Any
 from krona_hub.accounting import lora_rank_of
 from krona_hub.bases import catalogue
 from krona_hub.bases.families import FAMILIES
+from krona_hub.bases.shipped import SHIPPED
 from krona_hub.formats.describe import Description
 from krona_hub.formats.tools import TOOLS, loads_in
-from krona_hub.hub.layout import CONFIG, LORA_EXPORT, MODEL_TYPE, PLOTS, WEIGHTS
+from krona_hub.hub.layout import HEADER_SIZE, LORA_EXPORT, MODEL_TYPE, PLOTS, WEIGHTS
 from krona_hub.hub.local import LocalAdapter
 from krona_hub.hub.manifest import Entry
 from krona_hub.model_card import CardFacts, Sample
 from krona_hub.report import form_in_words, human_bytes, percent, relative
+from krona_hub.training.configuration import as_toml
+from krona_hub.training.settings import KINDS
 
 MOST_LAYERS = 8
+NO_BREAK = "\u00a0"  # a space that no line ends at
+TRAINED = "trained"  # the method in the header of an adapter that `krona train` has made
+HEADLINES = ("base", "steps", "batch_size", "learning_rate", "resolution")  # of its settings
 
 
 def config(adapter: LocalAdapter) -> dict[str, Any]:
@@ -30,6 +36,7 @@ def config(adapter: LocalAdapter) -> dict[str, Any]:
         "base_model_revision": adapter.base.revision,
         "base_fingerprint": adapter.base.fingerprint,
         "weights": WEIGHTS,
+        HEADER_SIZE: d.header.data_start,
         "components": list(d.components),
         "layers": len(d.modules),
         "parameters": d.parameters,
@@ -90,10 +97,11 @@ def card_facts(
         parameters=_sizes(adapter),
         layers=_layers(d),
         conversions=[_conversion(e) for e in exports],
-        training=[(k, str(v)) for k, v in adapter.provenance.training.items() if isinstance(v, (str, int, float))],
-        files=[(n, human_bytes(e.size), e.sha256) for n, e in sorted(files.items()) if n != CONFIG],
+        training=_training(adapter),
+        files=[(n, human_bytes(e.size).replace(" ", NO_BREAK), e.sha256) for n, e in sorted(files.items())],
         loads=_loads(d, exports),
         provenance=_provenance(adapter),
+        again=_again(adapter),
         samples=tuple(samples),
         plots=tuple(n for n in files if n.startswith(PLOTS)),
     )
@@ -135,7 +143,8 @@ def _loads(d: Description, exports: Sequence[Mapping[str, Any]]) -> list[tuple[s
     rows: list[tuple[str, ...]] = [("krona", f"`{WEIGHTS}`")]
     for tool in TOOLS.values():
         good = [f"`{e['name']}`" for e in exports if tool.name in e.get("loads_in", ())]
-        rows.append((tool.title, ", ".join(good) or f"none: {native[tool.name].why}"))
+        why = f"none of these: see `krona convert --for {tool.name}`" if exports else f"none: {native[tool.name].why}"
+        rows.append((tool.title, ", ".join(good) or why))
     return rows
 
 
@@ -152,3 +161,33 @@ def _provenance(adapter: LocalAdapter) -> list[tuple[str, str]]:
         ("fingerprint of the base", adapter.base.fingerprint),
     )
     return [(what, str(value)) for what, value in rows if value is not None]
+
+
+def _training(adapter: LocalAdapter) -> list[tuple[str, str]]:
+    """What is known of the training, without the settings that the card gives as a file of their own."""
+    told = {k: v for k, v in adapter.provenance.training.items() if isinstance(v, (str, int, float))}
+    own = adapter.provenance.method == TRAINED
+    return [(k.replace("_", " "), str(v)) for k, v in told.items() if not own or k in HEADLINES or k not in KINDS]
+
+
+def _again(adapter: LocalAdapter) -> str:
+    """The settings of its training as TOML, as far as the file tells them; "" for one that krona has not trained.
+
+    Anybody may have written them: what is no setting, or no plain value, is left out.
+    """
+    if adapter.provenance.method != TRAINED:
+        return ""
+    known = {name: value for name, value in adapter.provenance.training.items() if name in KINDS and _is_plain(value)}
+    base = known.get("base")
+    known |= {"base": base if base in SHIPPED else adapter.base_model, "data": "pictures"}
+    if adapter.description.licence:
+        known["licence"] = adapter.description.licence
+    return as_toml(known).replace("<", "\\u003c").strip()
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and isinstance(one, str) for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(one, str) for one in value)
+    return isinstance(value, (bool, int, float, str))

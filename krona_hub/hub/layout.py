@@ -11,6 +11,7 @@ EXPORTS = (LORA_EXPORT, LOKR_EXPORT)
 IMAGES, PLOTS = "images/", "plots/"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MODEL_TYPE = "krona"
+HEADER_SIZE = "header_size"  # key of the config: bytes of the weights that tell all but their numbers
 
 MAX_IMAGES, MAX_IMAGE = 12, 1_000_000  # pictures, and bytes of each
 MAX_HEADER = 8 << 20  # bytes

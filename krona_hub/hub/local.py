@@ -20,6 +20,7 @@ from krona_hub.sources.fetch import sha256_once
 from krona_hub.verification import validate
 from krona_hub.verification.validate_file import ValidationReport
 
+_NO_BASE = "the file does not say which base it is for."
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -102,7 +103,8 @@ def base_model_id(base: BaseModel, asked: str | None) -> str:
     family = catalogue.get(base.family).hub_id if base.family in catalogue.names() else None
     name = asked or base.hub_id or family
     if name is None:
-        raise UsageError("the file does not say which base it is for.", fix="Name it: --base-model ns/name.")
+        known = f"the adapter is for {base.family}, of which no Hub id is known." if base.family else _NO_BASE
+        raise UsageError(known, fix="Name it as others find it: --base-model ns/name.")
     if not HUB_NAME.fullmatch(name) or Path(name).expanduser().exists():
         raise UsageError(
             f"the base {name!r} is no model on the Hub.", fix="Name it as others find it: --base-model ns/name."

@@ -15,7 +15,7 @@ from krona_hub.hub.preview import Preview, preview
 from krona_hub.sources import parse_hub_id
 from krona_hub.sources.choose import DIFFUSERS_WEIGHTS, choose
 from krona_hub.sources.client import client, quiet
-from krona_hub.sources.faults import hub_errors
+from krona_hub.sources.faults import THE_HUB, hub_errors
 from krona_hub.sources.listing import RemoteFile, list_repo
 from krona_hub.sources.names import PEFT_WEIGHTS, is_safe, printable
 from krona_hub.sources.names import WEIGHTS as SUFFIX
@@ -79,7 +79,7 @@ def search(
     """Krona adapters on the Hub, of one base where one is named, with the most downloads first."""
     filters = ["krona", *([f"base_model:adapter:{_base_id(base)}"] if base else [])]
     api = client(endpoint)
-    with hub_errors("the Hub"), quiet():
+    with hub_errors(THE_HUB), quiet():
         found = retrying(lambda: list(api.list_models(filter=filters, search=text, limit=limit, sort="downloads")))
     return tuple(_found(m) for m in found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from krona_hub.hub.layout import CARD, CONFIG, EXPORTS, IMAGES, MANIFEST, PLOTS,
 from krona_hub.hub.local import LocalAdapter
 from krona_hub.hub.manifest import Entry, Manifest
 from krona_hub.hub.pictures import gather
+from krona_hub.hub.runs import SAMPLE, draw_curve, last_samples, run_of
 from krona_hub.model_card import Sample, front_matter, render, sections
 from krona_hub.sources.fetch import sha256_once
 from krona_hub.sources.listing import Listing
@@ -58,9 +59,11 @@ class There:
 def pack(adapter: LocalAdapter, folder: Path, wanted: Wanted) -> Package:
     """Put everything that does not depend on the repository into `folder`."""
     exports = make_exports(adapter, folder, wanted.with_lora, wanted.with_lokr, wanted.base)
-    pictures = gather(wanted.images, folder) if wanted.images else ()
+    run = run_of(adapter.source)
+    plots = draw_curve(run, folder) if run else ()
+    pictures = gather(wanted.images, folder) if wanted.images else last_samples(run, folder) if run else ()
     (folder / CONFIG).write_text(_json(config(adapter)))
-    made = [*(e.name for e in exports), *(p.name for p in pictures), CONFIG]
+    made = [*(e.name for e in exports), *plots, *(p.name for p in pictures), CONFIG]
     paths = {WEIGHTS: adapter.path, **{name: folder / name for name in made}}
     entries = {name: Entry(path.stat().st_size, sha256_once(path)) for name, path in paths.items() if name != WEIGHTS}
     entries[WEIGHTS] = Entry(adapter.size, adapter.sha256)
@@ -70,6 +73,7 @@ def pack(adapter: LocalAdapter, folder: Path, wanted: Wanted) -> Package:
 
 def finish(package: Package, repo: str, there: There) -> tuple[Mapping[str, Path], tuple[str, ...]]:
     """(name -> file of all that is to be there, names that go away), with card and manifest written for `there`."""
+    package = _modest(package, there)
     kept = _kept(package, there)
     gone = tuple(
         sorted(n for n in there.manifest.files if n not in kept and n not in package.paths and _is_there(n, there))
@@ -93,6 +97,17 @@ def finish(package: Package, repo: str, there: There) -> tuple[Mapping[str, Path
     (package.folder / MANIFEST).write_text(record.text(), encoding="utf-8")
     paths[MANIFEST] = package.folder / MANIFEST
     return paths, gone
+
+
+def _modest(package: Package, there: There) -> Package:
+    """The package without the samples of the training, where the repository has pictures that its owner chose."""
+    known = [s.get("file") for s in there.document.get("samples") or [] if isinstance(s, Mapping)]
+    chosen = [n for n in known if isinstance(n, str) and not n.startswith(SAMPLE) and _is_there(n, there)]
+    ours = [s.file for s in package.samples if s.file.startswith(SAMPLE)]
+    if not chosen or not ours:
+        return package
+    paths = {name: path for name, path in package.paths.items() if name not in ours}
+    return replace(package, paths=paths, entries={n: package.entries[n] for n in paths}, samples=())
 
 
 def _kept(package: Package, there: There) -> dict[str, Entry]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import cycle
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,11 +18,12 @@ from krona_hub.hub.signing import check_signature
 from krona_hub.schema.layout import is_native
 from krona_hub.schema.validate import native_findings
 from krona_hub.sources.fetch import digest_for, fetch
-from krona_hub.sources.listing import Listing, RemoteFile
+from krona_hub.sources.following import PIECE, Follower
+from krona_hub.sources.listing import Listing, RemoteFile, blobs_of
 from krona_hub.sources.names import printable
 
 SUFFIX = ".safetensors"
-PIECE = 1 << 20  # bytes
+AT_ONCE = 32 << 20  # bytes that wait for the disk at most
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,16 @@ class _Copies:
 
     def write(self, name: str, out: BinaryIO) -> None:
         """Copy a file into `out`: a copy of its own, since the user may edit it and the cache must not notice."""
+        known = self.listing.files[name]
+        copy = _Copy(out, known)
 
         def is_right(path: Path, known: RemoteFile) -> bool:
             if name.endswith(SUFFIX):
                 self.checks[name] = self.beside.submit(check_file, path, name)
-            return copied_intact(path, known, out)
+            return (follower.has_taken(path) and copy.is_right()) or copy.of(path).is_right()
 
-        fetch(self.listing, name, endpoint=self.endpoint, is_right=is_right)
+        with Follower(blobs_of(self.listing), known.digest or "none", copy.take) as follower:
+            fetch(self.listing, name, endpoint=self.endpoint, is_right=is_right)
 
     def finish(self, paths: Mapping[str, Path], verify_key: str | Path | None) -> None:
         """Raise what the checks have found, and what is wrong with the signature where a key is given."""
@@ -93,25 +97,34 @@ class _Copies:
             check_signature(paths, Path(verify_key))
 
 
-def copied_intact(source: Path, known: RemoteFile, out: BinaryIO) -> bool:
-    """Copy a file over what `out` holds; whether the bytes that were written are those that the Hub names.
+class _Copy:
+    """A copy of a file, and the digest of the bytes that were written."""
 
-    Two buffers, used again and again: one is hashed while the other is filled. New ones cost more than the copying.
-    """
-    out.seek(0)
-    out.truncate()
-    digest, size, hashed = digest_for(source, known), 0, Future[None]()
-    hashed.set_result(None)
-    with source.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-        for buffer in cycle((memoryview(bytearray(PIECE)), memoryview(bytearray(PIECE)))):
-            piece = buffer[: file.readinto(buffer)]
-            hashed.result()
-            if not piece:
-                break
-            hashed = beside.submit(digest.update, piece)
-            out.write(piece)
-            size += len(piece)
-    return known.digest in (None, digest.hexdigest()) and known.size in (None, size)
+    def __init__(self, out: BinaryIO, known: RemoteFile) -> None:
+        self.out, self.known = out, known
+        self.digest, self.size = digest_for(known), 0
+
+    def take(self, piece: memoryview) -> None:
+        self.digest.update(piece)
+        self.out.write(piece)
+        self.size += len(piece)
+        if self.size % AT_ONCE < len(piece):
+            os.fsync(self.out.fileno())  # while the next ones are on their way, so that there is little to wait for
+
+    def of(self, source: Path) -> _Copy:
+        """A copy of this file over whatever was written so far."""
+        self.out.seek(0)
+        self.out.truncate()
+        self.digest, self.size = digest_for(replace(self.known, size=source.stat().st_size)), 0
+        buffer = memoryview(bytearray(PIECE))  # one, used again and again: new ones cost more than the copying
+        with source.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                self.take(buffer[:count])
+        return self
+
+    def is_right(self) -> bool:
+        """Whether size and digest are those that the Hub names."""
+        return self.known.digest in (None, self.digest.hexdigest()) and self.known.size in (None, self.size)
 
 
 def check_file(path: Path, name: str) -> None:

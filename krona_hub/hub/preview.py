@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from urllib.parse import quote
 from krona_hub.checkpoints import strict_json
 from krona_hub.errors import IntegrityError, KronaError, ResourceError
 from krona_hub.formats.describe import Description, describe
-from krona_hub.hub.layout import CONFIG, MAX_HEADER
+from krona_hub.hub.layout import CONFIG, HEADER_SIZE, MAX_HEADER, WEIGHTS
 from krona_hub.sources.client import client, quiet
 from krona_hub.sources.faults import hub_errors
 from krona_hub.sources.fetch import fetch
@@ -44,8 +44,8 @@ def preview(listing: Listing, name: str, *, endpoint: str | None = None) -> Prev
     limits.
     """
     size = listing.files[name].size or 0
-    config = _config(listing, endpoint)
-    with twin(listing, name, endpoint=endpoint) as path:
+    config = _config(listing, endpoint) if name == WEIGHTS else None
+    with twin(listing, name, endpoint=endpoint, guess=_header_size(config)) as path:
         try:
             return Preview(name, size, describe(path), config)
         except KronaError as error:
@@ -53,15 +53,15 @@ def preview(listing: Listing, name: str, *, endpoint: str | None = None) -> Prev
 
 
 @contextmanager
-def twin(listing: Listing, name: str, *, endpoint: str | None = None) -> Iterator[Path]:
+def twin(listing: Listing, name: str, *, endpoint: str | None = None, guess: int = FIRST) -> Iterator[Path]:
     """A file with the header of the one on the Hub and its length, but holes for numbers: what headers tell, it tells.
 
-    Of a listing of the cache it is the file itself.
+    Of a listing of the cache it is the file itself. `guess` is how many bytes the header may have.
     """
     if listing.cached:
         yield fetch(listing, name)
         return
-    header = _header(listing, name, endpoint)
+    header = _header(listing, name, endpoint, guess)
     with TemporaryDirectory(prefix="krona-preview-") as folder:
         path = Path(folder) / name.rpartition("/")[2]
         with path.open("wb") as file:
@@ -70,10 +70,18 @@ def twin(listing: Listing, name: str, *, endpoint: str | None = None) -> Iterato
         yield path
 
 
-def _header(listing: Listing, name: str, endpoint: str | None) -> bytes:
+def _header_size(config: Mapping[str, Any] | None) -> int:
+    """Bytes up to the end of the header: as config.json tells, if that is reasonable, else enough for most."""
+    told = (config or {}).get(HEADER_SIZE)
+    return told if isinstance(told, int) and FIRST < told <= MAX_HEADER else FIRST
+
+
+def _header(listing: Listing, name: str, endpoint: str | None, guess: int) -> bytes:
     """The first bytes of a safetensors file up to the end of its header; of anything else, the first few."""
     size = listing.files[name].size or 0
-    first = read_range(listing, name, 0, min(FIRST, size), endpoint) if size else b""
+    if not size:
+        return b""
+    first, place = read_range(listing, name, 0, min(guess, size), endpoint)
     length = int.from_bytes(first[:8], "little")
     if first[8:9] != b"{" or 8 + length > size:
         return first
@@ -81,25 +89,29 @@ def _header(listing: Listing, name: str, endpoint: str | None) -> bytes:
         fix = "No adapter needs that: do not trust it."
         raise ResourceError(f"{listing.repo}/{name} has a header of {length:,} bytes.", fix=fix)
     rest = 8 + length - len(first)
-    return (
-        (first + read_range(listing, name, len(first), rest, endpoint))[: 8 + length]
-        if rest > 0
-        else first[: 8 + length]
-    )
+    more = read_range(listing, name, len(first), rest, endpoint, place)[0] if rest > 0 else b""
+    return (first + more)[: 8 + length]
 
 
-def read_range(listing: Listing, name: str, start: int, count: int, endpoint: str | None) -> bytes:
-    """`count` bytes of a file on the Hub from `start` on; the token goes to the Hub and nowhere else."""
+def read_range(
+    listing: Listing, name: str, start: int, count: int, endpoint: str | None, place: str | None = None
+) -> tuple[bytes, str]:
+    """`count` bytes of a file on the Hub from `start` on, and the address that they came from in the end.
+
+    The token goes to the Hub and nowhere else. `place` is such an address, where another part of the file was read.
+    """
     with hub_errors(f"{listing.repo}/{name}"), quiet():
-        return retrying(lambda: _read_once(listing, name, start, count, endpoint))
+        return retrying(lambda: _read_once(listing, name, start, count, endpoint, place))
 
 
-def _read_once(listing: Listing, name: str, start: int, count: int, endpoint: str | None) -> bytes:
+def _read_once(
+    listing: Listing, name: str, start: int, count: int, endpoint: str | None, place: str | None
+) -> tuple[bytes, str]:
     from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
     api = client(endpoint)
-    url = f"{api.endpoint}/{listing.repo}/resolve/{listing.commit}/{quote(name)}"
-    headers = api._build_hf_headers()
+    url = place or f"{api.endpoint}/{listing.repo}/resolve/{listing.commit}/{quote(name)}"
+    headers = api._build_hf_headers() if url.startswith(f"{api.endpoint}/") else {}
     wanted = {**headers, "Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
     with get_session().stream("GET", url, headers=wanted) as answer:
         if answer.is_error:
@@ -112,7 +124,7 @@ def _read_once(listing: Listing, name: str, start: int, count: int, endpoint: st
             data += piece
             if len(data) >= skip + count:
                 break
-    return bytes(data[skip : skip + count])
+    return bytes(data[skip : skip + count]), str(answer.url)
 
 
 def _checked_start(content_range: str, start: int, name: str) -> int:
@@ -130,7 +142,7 @@ def _config(listing: Listing, endpoint: str | None) -> dict[str, Any] | None:
     if listing.cached:
         data = fetch(listing, CONFIG).read_bytes()
     else:
-        data = read_range(listing, CONFIG, 0, known.size or 0, endpoint)
+        data = read_range(listing, CONFIG, 0, known.size or 0, endpoint)[0]
     try:
         return strict_json.parse(data)
     except KronaError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,9 @@ def _check_sizes(listing: Listing, names: tuple[str, ...], max_size: int) -> Non
 def _check_header(seen: Preview, max_size: int) -> None:
     """Raise before any weight is downloaded what its header makes certain."""
     if seen.name.endswith(SUFFIX) and seen.description is None:
-        raise FormatError(f"{printable(seen.name)}: {seen.why_not}", fix="Nothing was downloaded. Ask its owner.")
+        name = printable(seen.name)
+        told = seen.why_not if name in seen.why_not else f"{name}: {seen.why_not}"
+        raise FormatError(told, fix="Nothing was downloaded. Ask its owner.")
     if seen.description is not None:
         header = seen.description.header
         check_limits(header, max_size)
@@ -146,7 +149,7 @@ def _next(seen: Preview, place: Place) -> str | None:
         return None
     folder = seen.description.format.startswith("peft")
     path = place.path if place.is_file or folder else place.path / seen.name
-    return f"krona convert {path}"
+    return f"krona convert {shlex.quote(str(path))}"
 
 
 # --- carrying it out -------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from krona_hub.formats.describe import Description
 from krona_hub.formats.tools import Verdict
 from krona_hub.pages.charts import Axis, Line, Point, chart
 from krona_hub.pages.heat import heat_map
-from krona_hub.pages.html import Markup, facts, join, page, pair, paragraph, section, table
+from krona_hub.pages.html import Markup, facts, page, pair, paragraph, section, table
+from krona_hub.pages.modules import modules_table
 from krona_hub.pages.spectra import (
     LARGEST,
     SHOWN,
@@ -35,7 +36,7 @@ def adapter_page(about: Description, loads: Mapping[str, Verdict], adapter: Adap
         section("The file", facts(_facts(about), "What the file says of itself"), *map(paragraph, about.warnings)),
         section("Which tools load it", _loads(loads)),
         numbers_of(adapter) if adapter else section("Singular values", paragraph(f"Not shown: {unread}")),
-        section("Modules", modules_table(about)),
+        section("Modules", modules_of(about)),
     )
 
 
@@ -44,6 +45,11 @@ def numbers_of(adapter: Adapter) -> Markup:
     spectra, without = spectra_of(adapter.layers)
     if not spectra:
         return section("Singular values", paragraph("No layer is of a form whose singular values come cheaply."))
+    if all(len(s.sigma) == 1 for s in spectra):
+        told = (
+            f"Each of {len(spectra):,} layers has a single singular value: nothing smaller is left to cut it down to."
+        )
+        return section("Singular values", paragraph(told), *_one_layer(adapter, spectra))
     curve = truncated(spectra, "the best adapter with fewer values per layer")
     dot = Line("this file", ((float(_size(adapter)), 0.0),), dot=True)
     what = "Every layer keeps its 1, 2, … largest singular values (of ΔW, or of R(ΔW) where it has several terms); "
@@ -154,18 +160,11 @@ def _loads(loads: Mapping[str, Verdict]) -> Markup:
                  "Tools")  # fmt: skip
 
 
-def modules_table(about: Description) -> Markup:
-    """Every module of a file; what all modules have alike is said once."""
+def modules_of(about: Description) -> Markup:
+    """Every module of a file."""
     rows = [
-        (" + ".join(m.layers) or m.name, m.kind + (" + DoRA" if m.dora_axis else ""), form_in_words(m),
-         scale_in_words(m), m.parameters)
+        (m.layers or (m.name,), (m.kind + (" + DoRA" if m.dora_axis else ""), form_in_words(m), scale_in_words(m),
+                                 m.parameters))
         for m in about.modules
     ]  # fmt: skip
-    names = ("module", "kind", "form", "scale", ">parameters")
-    alike = [i for i in (1, 3) if len(rows) > 1 and len({row[i] for row in rows}) == 1]
-    said = "".join(f" {names[i]} of all: {rows[0][i]}." for i in alike)
-    shown = [i for i in range(len(names)) if i not in alike]
-    return join(
-        table([names[i] for i in shown], ([row[i] for i in shown] for row in rows),
-              f"{len(rows):,} modules; a click on a header sorts.{said}")
-    )  # fmt: skip
+    return modules_table(("kind", "form", "scale", ">parameters"), rows)

@@ -12,6 +12,7 @@ from krona_hub.pages.html import Markup, text
 WIDTH, HEIGHT = 460, 280  # user units
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 44  # margins around the plot
 DASHES = ("", "7 4", "2 3", "9 3 2 3")  # lines differ by more than colour
+MOST = 300  # points of a curve; more are put together in their mean
 
 Point = tuple[float, float]
 Words = Callable[[float], str]
@@ -52,14 +53,25 @@ def short(value: float) -> str:
     return f"{value:.0e}" if 0 < size < 1e-3 else f"{value:.3g}"
 
 
+def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:
+    """At most so many points, each the mean of its neighbours; nothing is left out.
+
+    >>> thinned([(1, 2.0), (2, 4.0), (3, 6.0)], 2)
+    [(1.5, 3.0), (3.0, 6.0)]
+    """
+    per = max(1, -(-len(points) // most))
+    groups = [points[i : i + per] for i in range(0, len(points), per)] if per > 1 else []
+    return [(sum(p[0] for p in g) / len(g), sum(p[1] for p in g) / len(g)) for g in groups] or list(points)
+
+
 def chart(title: str, told: str, x: Axis, y: Axis, lines: Sequence[Line]) -> Markup:
     """A figure with its key and a sentence below it; nothing where no line has a point."""
     lines = [Line(s.name, _drawable(s.points, x, y), s.colour, s.thin, s.dot) for s in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return Markup("")
-    across = _Scale.of([p[0] for s in lines for p in s.points], x, LEFT, WIDTH - RIGHT)
-    down = _Scale.of([p[1] for s in lines for p in s.points], y, HEIGHT - BOTTOM, TOP)
+    across = Scale.of([p[0] for s in lines for p in s.points], x, LEFT, WIDTH - RIGHT)
+    down = Scale.of([p[1] for s in lines for p in s.points], y, HEIGHT - BOTTOM, TOP)
     drawing = _grid(across, down, x, y) + "".join(_drawn(line, across, down) for line in lines)
     return figure(title, told, drawing, HEIGHT, _key(lines))
 
@@ -87,7 +99,7 @@ def figure(title: str, told: str, drawing: str, height: int, key: Markup) -> Mar
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
     """From values to user units."""
 
     low: float
@@ -97,7 +109,8 @@ class _Scale:
     log: bool
 
     @classmethod
-    def of(cls, values: Sequence[float], axis: Axis, start: float, end: float) -> _Scale:
+    def of(cls, values: Sequence[float], axis: Axis, start: float, end: float) -> Scale:
+        """A scale that shows all values, with a little room where the axis does not fix its ends."""
         low = min(values) if axis.lowest is None else axis.lowest
         high = max(values) if axis.highest is None else max(axis.highest, max(values))
         if axis.log:
@@ -141,7 +154,7 @@ def _drawable(points: Sequence[Point], x: Axis, y: Axis) -> list[Point]:
     return [(a, b) for a, b in points if isfinite(a) and isfinite(b) and (a > 0 or not x.log) and (b > 0 or not y.log)]
 
 
-def _grid(across: _Scale, down: _Scale, x: Axis, y: Axis) -> str:
+def _grid(across: Scale, down: Scale, x: Axis, y: Axis) -> str:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
     for value in across.ticks():
@@ -160,7 +173,7 @@ def _grid(across: _Scale, down: _Scale, x: Axis, y: Axis) -> str:
     return "".join(parts)
 
 
-def _drawn(line: Line, across: _Scale, down: _Scale) -> str:
+def _drawn(line: Line, across: Scale, down: Scale) -> str:
     at = [(f"{across(a):.1f}", f"{down(b):.1f}") for a, b in line.points]
     if line.dot:
         return "".join(

@@ -6,25 +6,31 @@ from pathlib import Path
 
 from krona_hub.adapter import Adapter
 from krona_hub.conversion import ConversionReport
-from krona_hub.conversion.report import LayerReport
+from krona_hub.conversion.report import worst_layers
 from krona_hub.pages.adapter_page import ERROR, SIZE, spectrum_chart
 from krona_hub.pages.charts import Line, chart
 from krona_hub.pages.heat import heat_map
 from krona_hub.pages.html import Markup, facts, page, pair, paragraph, section, table
+from krona_hub.pages.modules import modules_table
 from krona_hub.pages.spectra import spectra_of, truncated
 from krona_hub.words import human_bytes, percent, relative
 
+MOST = 20  # layers with the largest errors
 
-def conversion_page(report: ConversionReport, before: Adapter) -> str:
-    """The page of `krona convert --report`; `before` is the adapter that was converted."""
+
+def conversion_page(report: ConversionReport, before: Adapter, instead: str = "") -> str:
+    """The page of `krona convert --report`; `before` is the adapter that was converted, or was not: then `instead` is
+    the advice of the refusal.
+    """
     errors = {x.layer: x.relative_error for x in report.layers}
     told = "‖ΔW′ − ΔW‖ / ‖ΔW‖ of each module, measured on what is written."
     return page(
         f"{Path(report.source).name} → {report.target_format}",
-        report.verdict,
+        f"Refused, nothing was written. {report.verdict}" if instead else report.verdict,
+        section("What to do instead", paragraph(instead)),
         section("In total", facts(_facts(report), "Before and after"), *map(paragraph, report.notes)),
         section("Error against size", _curves(report, before)),
-        section("Where the error is", heat_map(errors, "Relative error", told)),
+        section("Where the error is", heat_map(errors, "Relative error", told), _worst(report)),
         section("Modules", _modules(report)),
     )
 
@@ -53,24 +59,28 @@ def _facts(report: ConversionReport) -> list[tuple[str, object]]:
         ("size of the tensors", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),
         ("relative error", relative(report.relative_error)),
         ("energy kept", percent(report.energy_kept)),
-        ("read back", report.checked.removeprefix("checked: ") or "a dry run: nothing was written"),
+        ("read back", report.checked.removeprefix("checked: ") or "nothing was written"),
         ("file", report.out.name if report.written else None),
         *(("also", text) for text in report.alternatives),
     ]
 
 
 def _modules(report: ConversionReport) -> Markup:
-    return table(
-        ("module", "before", "now", ">parameters", ">now", ">error, %", "note"),
+    rows = [
         (
-            (x.layer, x.before, x.after, x.parameters_before, x.parameters_after, f"{100 * x.relative_error:.3g}",
-             _note(x))
-            for x in report.layers
-        ),
-        f"{len(report.layers):,} modules; a click on a header sorts",
-    )  # fmt: skip
+            (x.layer,),
+            (x.before, x.after, x.parameters_before, x.parameters_after, f"{100 * x.relative_error:.3g}", x.note),
+        )
+        for x in report.layers
+    ]
+    return modules_table(("before", "now", ">parameters", ">now", ">error, %", "note"), rows)
 
 
-def _note(layer: LayerReport) -> str:
-    best = f"best other: {layer.best_other}" if layer.best_other else ""
-    return "; ".join(filter(None, (layer.note, best)))
+def _worst(report: ConversionReport) -> Markup:
+    """The layers with the largest errors, and what else they could be: of all layers that would be most of the page."""
+    worst = worst_layers(report.layers, MOST)
+    rows = [(x.layer, x.after, f"{100 * x.relative_error:.3g}", x.best_other) for x in worst]
+    others = any(x.best_other for x in worst)
+    names = ("module", "now", ">error, %", "best other form")
+    shown = len(names) if others else len(names) - 1
+    return table(names[:shown], [row[:shown] for row in rows], "The largest errors") if rows else Markup("")

@@ -1,4 +1,4 @@
-"""The page of a conversion that was done: what `krona convert --report` writes."""
+"""The page of a conversion that was done or refused: what `krona convert --report` writes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from krona_hub.pages.html import write_page
 from krona_hub.sources import resolve
 
 
-def report_conversion(out: str | Path, source: str, report: ConversionReport, options: Mapping[str, Any]) -> Path:
-    """Read the source once more, as the conversion with these options did, and write the page."""
+def report_conversion(
+    out: str | Path, source: str, report: ConversionReport, options: Mapping[str, Any], instead: str = ""
+) -> Path:
+    """Read the source once more, as the conversion with these options did, and write the page.
+
+    Of a conversion that was refused, `instead` is the advice.
+    """
     before = read(
         resolve(source),
         base=options.get("base"),
@@ -22,4 +27,4 @@ def report_conversion(out: str | Path, source: str, report: ConversionReport, op
         component=options.get("component"),
         allow_missing=bool(options.get("allow_missing")),
     )
-    return write_page(out, conversion_page(report, before))
+    return write_page(out, conversion_page(report, before, instead))

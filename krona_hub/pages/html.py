@@ -73,16 +73,28 @@ def facts(rows: Iterable[tuple[str, Any]], title: str) -> Markup:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str) -> Markup:
     """A table that a click on a header sorts. A column named `>parameters` holds numbers and is right-aligned."""
+    return sortable(columns, "\n".join(row_of(row) for row in rows), title)
+
+
+def row_of(values: Sequence[Any]) -> str:
+    """There are hundreds: </td> and </tr> may be left out in HTML, and so may empty cells at the end; the class of the
+    table aligns columns.
+    """
+    filled = [i for i, value in enumerate(values, 1) if value not in (None, "")]
+    return "<tr>" + "".join(f"<td>{text(value)}" for value in values[: max(filled, default=0)])
+
+
+def sortable(columns: Sequence[str], body: str, title: str, told: str = "") -> Markup:
+    """The frame of a table: `body` are its rows as HTML, `told` stands behind the title."""
     classes = [_class("n" if column.startswith(">") else "") for column in columns]
     heads = "".join(
         f'<th scope="col"{c}>{text(column.removeprefix(">"))}</th>' for c, column in zip(classes, columns, strict=True)
     )
-    # hundreds of modules: </td> and </tr> may be left out in HTML, and columns are aligned by the class of the table
-    lines = "\n".join("<tr>" + "".join(f"<td>{text(value)}" for value in row) for row in rows)
     right = "".join(f" r{i}" for i, column in enumerate(columns, 1) if column.startswith(">"))
+    caption = text(title) + text(told) if told else text(title)
     return Markup(
         f'<div class="scroll" tabindex="0" role="region" aria-label="{text(title)}"><table class="sortable{right}">'
-        f"<caption>{text(title)}</caption><thead><tr>{heads}</tr></thead><tbody>\n{lines}</tbody></table></div>"
+        f"<caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>\n{body}</tbody></table></div>"
     )
 
 

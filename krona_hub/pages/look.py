@@ -22,10 +22,14 @@ border-bottom:1px solid var(--line);overflow-wrap:normal}th{background:var(--car
 th button{all:unset;cursor:pointer;font-weight:600}th button:focus-visible{outline:2px solid var(--c0)}
 th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
 .sortable td{white-space:nowrap}.sortable td:last-child{white-space:normal;min-width:8rem}
+.sortable td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:9rem}
+.block th{font-weight:400;color:var(--soft);background:none;padding-top:.7rem;white-space:normal;overflow-wrap:anywhere}
 .facts th{white-space:nowrap;font-weight:600}.facts td{overflow-wrap:anywhere}
-.heat{font-size:.8rem}.heat td{text-align:right;padding:.1rem .3rem;background:rgba(var(--heat),calc(var(--e)*.0055))}
+.heat{font-size:.8rem;margin-bottom:.8rem}
+.heat td{text-align:right;padding:.1rem .3rem;background:rgba(var(--heat),calc(var(--e)*.0055))}
 .heat th{font-weight:400;padding:.1rem .3rem}.heat td:not([style]){background:none;color:var(--soft)}
-.samples td{border:0;padding:.2rem}.samples img{display:block;max-width:8rem;height:auto}
+.samples td{border:0;padding:.2rem}.samples img{display:block;width:8rem;height:auto}
+.samples thead th+th{width:8.4rem;font-weight:400;font-size:.8rem}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;margin:.2rem 0;list-style:none;font-size:.9rem}
 .key svg{display:inline-block;width:1.6rem;height:.8rem;margin-right:.3rem}
 footer{margin:2rem 0 1rem;border-top:1px solid var(--line);padding-top:.5rem}
@@ -38,16 +42,27 @@ STYLE += ",".join(f".r{i} td:nth-child({i})" for i in range(1, 10)) + "{text-ali
 SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
+  const join = () => {
+    let block = "";
+    for (const row of [...body.rows]) {
+      if (!row.matches(".block")) row.cells[0].prepend(block);
+      else {
+        block = row.querySelector(".none") ? "" : row.textContent.trim() + ".";
+        row.remove();
+      }
+    }
+  };
   table.querySelectorAll("thead th").forEach((head, column) => {
     const button = document.createElement("button");
     button.type = "button";
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
+      if (body.querySelector(".block")) join();
       const up = head.getAttribute("aria-sort") !== "ascending";
       for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const text = (row) => row.cells[column].textContent;
+      const text = (row) => row.cells[column]?.textContent ?? "";
       const number = (row) => parseFloat(text(row).replaceAll(",", ""));
       const order = head.classList.contains("n")
         ? (a, b) => (number(a) || 0) - (number(b) || 0)

@@ -11,16 +11,17 @@ from PIL import Image
 
 from krona_hub.pages.html import Markup, text
 
-SIDE = 128  # pixels of the longer side
+# (pixels of the longer side, steps that are shown), the first of them whose pictures fit into a page
+SIZES = ((128, 12), (96, 10), (64, 8), (48, 6))
+ROOM = 90_000  # bytes for all of them
 COLOURS = 128
-ROWS = 12  # steps that are shown
 
 
-def embedded(path: Path, told: str) -> Markup:
-    """The picture as `<img>`, at most SIDE pixels wide and high."""
+def embedded(path: Path, told: str, side: int) -> Markup:
+    """The picture as `<img>`, at most `side` pixels wide and high."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     stream = BytesIO()
     image.quantize(COLOURS).save(stream, "PNG", optimize=True)
     data = b64encode(stream.getvalue()).decode()
@@ -29,7 +30,7 @@ def embedded(path: Path, told: str) -> Markup:
     )
 
 
-def spread(steps: Sequence[int], most: int = ROWS) -> list[int]:
+def spread(steps: Sequence[int], most: int) -> list[int]:
     """The first, the last, and some between, evenly.
 
     >>> spread(range(10), 4)
@@ -44,17 +45,25 @@ def samples_table(samples: Mapping[int, Sequence[Path]], prompts: Sequence[str])
     """A row per step, a column per prompt; says so where some steps are left out."""
     if not samples:
         return Markup("")
-    shown = spread(sorted(samples))
+    made = Markup("")
+    for side, most in SIZES:
+        made = _table(samples, prompts, side, spread(sorted(samples), most))
+        if len(made) <= ROOM:
+            break
+    return made
+
+
+def _table(samples: Mapping[int, Sequence[Path]], prompts: Sequence[str], side: int, shown: Sequence[int]) -> Markup:
     most = f"{len(shown)} of {len(samples)} steps are shown; all are in the run folder. "
     left_out = most if len(shown) < len(samples) else ""
     heads = "".join(f'<th scope="col">{text(p)}</th>' for p in prompts)
     rows = "\n".join(
         f'<tr><th scope="row">{step:,}'
-        + "".join(f"<td>{embedded(path, f'step {step}: {told}')}" for path, told in _told(samples[step], prompts))
+        + "".join(f"<td>{embedded(path, f'step {step}: {told}', side)}" for path, told in _told(samples[step], prompts))
         for step in shown
     )
     return Markup(
-        f'<p class="soft">{left_out}The seeds are the same at every step. Shrunk to {SIDE} pixels and {COLOURS} '
+        f'<p class="soft">{left_out}The seeds are the same at every step. Shrunk to {side} pixels and {COLOURS} '
         f'colours.</p><div class="scroll"><table class="samples"><thead><tr><th scope="col">step</th>{heads}'
         f"</tr></thead><tbody>{rows}</tbody></table></div>"
     )

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.formats.describe import Description
-from krona_hub.pages.adapter_page import modules_table
-from krona_hub.pages.charts import Axis, Line, Point, chart
+from krona_hub.pages.adapter_page import modules_of
+from krona_hub.pages.charts import MOST, Axis, Line, Point, chart, thinned
 from krona_hub.pages.html import Markup, facts, page, pair, paragraph, section
 from krona_hub.pages.pictures import samples_table
 from krona_hub.words import human_bytes
 
-MOST = 300  # points of a curve; more steps are put together in their mean
 Row = Mapping[str, Any]
 
 
@@ -64,7 +63,7 @@ def _is_number(value: Any) -> bool:
 def verdict(run: Run) -> str:
     """How far the losses moved, computed; the validation first, as it is drawn from the same noise every time."""
     steps = max((int(row["step"]) for row in run.rows), default=0)
-    told = [f"{steps:,} steps."]
+    told = [f"{steps:,}{_of_planned(run, steps)} steps."]
     validation, smooth = series(run.rows, "validation_loss"), series(run.rows, "smooth_loss")
     if len(validation) > 1:
         told.append(_moved("The validation loss", validation) + _best(validation))
@@ -74,6 +73,12 @@ def verdict(run: Run) -> str:
     if run.adapter:
         told.append(f"The adapter has {run.adapter.parameters:,} parameters in {len(run.adapter.modules):,} modules.")
     return " ".join(told)
+
+
+def _of_planned(run: Run, steps: int) -> str:
+    """How many there were to be, where the run was stopped before."""
+    planned = str(run.settings.get("steps", ""))
+    return f" of {int(planned):,}" if planned.isdigit() and int(planned) > steps else ""
 
 
 def _moved(name: str, values: Sequence[Point]) -> str:
@@ -95,8 +100,8 @@ def _best(values: Sequence[Point]) -> str:
 def _loss_chart(loss: Sequence[Point], smooth: Sequence[Point]) -> Markup:
     lines = [Line("loss", thinned(loss), 1, thin=True), Line("smoothed", thinned(smooth), 0)]
     per = -(-len(loss) // MOST)
-    each = f"A point is the mean of {per:,} steps; " if per > 1 else ""
-    told = f"{each}the smoothed line is an exponential mean. Noise and timesteps are new at every step."
+    each = f"A point is the mean of {per:,} steps. " if per > 1 else ""
+    told = f"{each}The smoothed line is an exponential mean. Noise and timesteps are new at every step."
     return chart("Training loss", told, Axis("step"), Axis("loss"), lines)
 
 
@@ -104,17 +109,6 @@ def _validation_chart(validation: Sequence[Point]) -> Markup:
     dot = Line("first", validation[:1], dot=True)
     told = "Fixed pictures, noise and timesteps: two points can be compared."
     return chart("Validation loss", told, Axis("step"), Axis("loss"), [Line("validation", thinned(validation), 0), dot])
-
-
-def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:
-    """At most so many points, each the mean of its neighbours; nothing is left out.
-
-    >>> thinned([(1, 2.0), (2, 4.0), (3, 6.0)], 2)
-    [(1.5, 3.0), (3.0, 6.0)]
-    """
-    per = max(1, -(-len(points) // most))
-    groups = [points[i : i + per] for i in range(0, len(points), per)] if per > 1 else []
-    return [(sum(p[0] for p in g) / len(g), sum(p[1] for p in g) / len(g)) for g in groups] or list(points)
 
 
 def _rest(rows: Sequence[Row]) -> Markup:
@@ -130,7 +124,7 @@ def _rest(rows: Sequence[Row]) -> Markup:
 
 def _adapter(about: Description | None) -> tuple[Markup, ...]:
     if about is None:
-        return (paragraph("The run has no adapter yet."),)
+        return (paragraph("The run has not ended, and has no adapter yet: krona train --resume goes on."),)
     told = [
         ("file", about.path.name),
         ("base", about.base or " or ".join(about.candidates)),
@@ -139,4 +133,4 @@ def _adapter(about: Description | None) -> tuple[Markup, ...]:
         ("trigger words", ", ".join(about.trigger_words)),
         ("licence", about.licence),
     ]
-    return facts(told, "What was written"), modules_table(about)
+    return facts(told, "What was written"), modules_of(about)

@@ -5,6 +5,7 @@ A source is a path if it exists; otherwise `hf://ns/name[@revision][/file]` or `
 
 from __future__ import annotations
 
+import logging
 import re
 from fnmatch import fnmatch
 from pathlib import Path
@@ -88,10 +89,18 @@ def _similar(path: Path) -> str:
 
 def _download(hub_id: HubId) -> Path:
     """The adapter of a repository, in the client's cache, its digest checked; a folder where it is one of PEFT's."""
-    listing = list_repo(hub_id.repo, hub_id.revision)
+    listing = _listed(hub_id)
     name = choose(listing.files, listing.repo, hub_id.file)
     paths = fetch_all(listing, with_companions(name, listing.files), revision=hub_id.revision)
     return paths[name].parent if len(paths) > 1 else paths[name]
+
+
+def _listed(hub_id: HubId) -> Listing:
+    """What the repository holds; that a copy is used, or another name, is noted in the log of `krona_hub`."""
+    listing = list_repo(hub_id.repo, hub_id.revision)
+    for note in listing.notes:
+        logging.getLogger("krona_hub").warning(note)
+    return listing
 
 
 # ── bases ────────────────────────────────────────────────────────────────────────────────────────
@@ -114,7 +123,7 @@ def resolve_base(source: str | Path) -> Path:
         return folder_of(Path(source).expanduser())
     if hub_id.file is not None and hub_id.file.endswith(WEIGHTS):
         return _download(hub_id)
-    listing = list_repo(hub_id.repo, hub_id.revision)
+    listing = _listed(hub_id)
     fetch_all(listing, _base_files(listing, hub_id.file), revision=hub_id.revision, again=False)
     return snapshot_of(listing) / (hub_id.file or "")
 

@@ -21,6 +21,7 @@ from krona_hub.errors import (
 )
 
 LOGIN = "Run `hf auth login`, or set HF_TOKEN."
+THE_HUB = "the Hub"  # where no repository is meant
 _AGAIN = "Try again: what has arrived is not sent again."
 
 
@@ -57,7 +58,9 @@ def as_ours(error: BaseException, what: str) -> KronaError | None:
         return IntegrityError(f"{what}: {_first_line(error)}", fix="Check HF_ENDPOINT and the proxy.")
     if is_xet(error):
         return _of_xet(error, what)
-    offline = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return OfflineError(f"{_about(what)}HF_HUB_OFFLINE is set, so the Hub is not asked.", fix="Unset it.")
+    offline = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
     if isinstance(error, (*offline, httpx.HTTPError, httpx.StreamError, builtins.ConnectionError, TimeoutError)):
         return unreachable(what)
     if isinstance(error, OSError):
@@ -67,7 +70,12 @@ def as_ours(error: BaseException, what: str) -> KronaError | None:
 
 def unreachable(what: str) -> OfflineError:
     """The Hub does not answer."""
-    return OfflineError(f"{what}: the Hub cannot be reached.", fix="Check the connection, or name a local file.")
+    fix = "Check the connection, and HF_ENDPOINT where it is set."
+    return OfflineError(f"{_about(what)}the Hub cannot be reached.", fix=fix)
+
+
+def _about(what: str) -> str:
+    return "" if what == THE_HUB else f"{what}: "
 
 
 def is_xet(error: BaseException) -> bool:
@@ -92,9 +100,10 @@ def _of_answer(error: Any, what: str) -> KronaError:
 
     status = error.response.status_code
     if isinstance(error, errors.GatedRepoError):
-        return AuthError(f"{what} is gated: its owner wants consent.", fix=f"Accept its terms on its page. {LOGIN}")
+        fix = f"Accept its terms on its page, with the account of your token. {LOGIN}"
+        return AuthError(f"{_repo(what)} is gated: its owner wants consent.", fix=fix)
     if isinstance(error, errors.DisabledRepoError):
-        return AuthError(f"{what} was disabled by the Hub.", fix="Only its owner or the Hub can lift that.")
+        return AuthError(f"{_repo(what)} was disabled by the Hub.", fix="Only its owner or the Hub can lift that.")
     if isinstance(error, errors.RevisionNotFoundError):
         return NotFoundError(f"{what} has no such branch, tag or commit.", fix="Check what follows the @.")
     if isinstance(error, errors.EntryNotFoundError):
@@ -104,9 +113,19 @@ def _of_answer(error: Any, what: str) -> KronaError:
     return _of_status(status, error, what)
 
 
+def _repo(what: str) -> str:
+    """The repository that a file or a revision is of.
+
+    >>> _repo("ana/style/x.safetensors"), _repo("ana/style@v1")
+    ('ana/style', 'ana/style')
+    """
+    return "/".join(what.split("@")[0].split("/")[:2])
+
+
 def _missing(status: int, what: str) -> KronaError:
     if status == 401:
-        return AuthError(f"{what} does not exist, or is private, and nobody is logged in.", fix=f"{LOGIN} Or check it.")
+        told = f"{what} does not exist, or is private, and nobody is logged in."
+        return AuthError(told, fix=f"Check the name. {LOGIN}")
     return NotFoundError(
         f"{what} does not exist on the Hub, or is private and the token may not see it.",
         fix="Check the name, and the account: `hf auth whoami`.",

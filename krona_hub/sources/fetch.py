@@ -111,9 +111,9 @@ def is_intact(path: Path, known: RemoteFile) -> bool:
     return not known.git_sha1 or git_sha1_of(path) == known.git_sha1
 
 
-def digest_for(path: Path, known: RemoteFile) -> hashlib._Hash:
+def digest_for(known: RemoteFile) -> hashlib._Hash:
     """What has to be fed with the bytes of a file to get the digest that the Hub names: sha256, or the sha1 of git."""
-    return hashlib.sha256() if known.sha256 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    return hashlib.sha256() if known.sha256 else hashlib.sha1(b"blob %d\0" % (known.size or 0))
 
 
 def sha256_of(path: Path) -> str:
@@ -134,7 +134,7 @@ def _remembered(path: Path, size: int, changed: int, inode: int) -> str:
 
 def git_sha1_of(path: Path) -> str:
     """The digest that git gives a file: of its length and its bytes."""
-    digest = digest_for(path, RemoteFile(path.name, None))
+    digest = digest_for(RemoteFile(path.name, path.stat().st_size))
     with path.open("rb") as file:
         while piece := file.read(CHUNK):
             digest.update(piece)

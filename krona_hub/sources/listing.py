@@ -126,6 +126,11 @@ def snapshot_of(listing: Listing) -> Path:
     return cache_folder(listing.repo) / "snapshots" / listing.commit
 
 
+def blobs_of(listing: Listing) -> Path:
+    """The folder of the client's cache that the contents of files are in, under their digests."""
+    return cache_folder(listing.repo) / "blobs"
+
+
 def _cached_commit(folder: Path, revision: str | None) -> str | None:
     if revision and COMMIT.fullmatch(revision):
         return revision

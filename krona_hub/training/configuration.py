@@ -174,7 +174,11 @@ def to_toml(settings: TrainingSettings) -> str:
     >>> tomllib.loads(to_toml(checked({"shapes": {"to_[kv]$": "32x8"}})))["shapes"]
     {'to_[kv]$': '32x8'}
     """
-    values = {name: value for name, value in settings.named.items() if value is not None}
+    return as_toml({name: value for name, value in settings.named.items() if value is not None})
+
+
+def as_toml(values: Mapping[str, Any]) -> str:
+    """Plain values and tables of them as TOML, the tables last."""
     lines = [f"{name} = {_toml(value)}" for name, value in values.items() if not isinstance(value, Mapping)]
     for name, table in values.items():
         if isinstance(table, Mapping) and table:
@@ -187,7 +191,7 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return _quoted(value)
-    return f"[{', '.join(map(_toml, value))}]" if isinstance(value, tuple) else repr(value)
+    return f"[{', '.join(map(_toml, value))}]" if isinstance(value, tuple | list) else repr(value)
 
 
 def _quoted(text: str) -> str:

@@ -60,7 +60,8 @@ class TrainingPlan:
     pictures_per_step: int
     epochs: float
     memory: int  # bytes, estimated: weights, factors, their optimizer; without activations
-    seconds_per_step: float | None = None  # measured by one step that is thrown away, where that was asked for
+    seconds_per_step: float | None = None  # measured by steps that are thrown away, where that was asked for
+    peak_memory: int | None = None  # bytes, in these steps: of the GPU, or of the whole process
 
     @property
     def seconds(self) -> float | None:

@@ -10,7 +10,7 @@ from krona_hub.pages.training_page import Run, training_page
 from krona_hub.training.configuration import ECHO, read_toml
 from krona_hub.training.metrics import read_metrics
 from krona_hub.training.record import ELSEWHERE
-from krona_hub.training.sampling import sample_files
+from krona_hub.training.samples import sample_files
 
 PAGE = "report.html"  # in the run folder
 

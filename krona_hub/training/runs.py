@@ -7,20 +7,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
-from krona_hub.errors import ConflictError, NotFoundError, UsageError
+from krona_hub.errors import ConflictError, DivergedError, NotFoundError, StoppedError, UsageError
 from krona_hub.runtime import base_of
 from krona_hub.training.configuration import ECHO, at_home, checked, read_toml, settings_of
 from krona_hub.training.families import family_of
 from krona_hub.training.finishing import ADAPTER, TrainingReport, finished
 from krona_hub.training.interruptions import Stop
-from krona_hub.training.loop import one_step, run_loop
+from krona_hub.training.loop import memory_used, one_step, run_loop
 from krona_hub.training.machine import machine_for, open_base
 from krona_hub.training.plan import TrainingPlan, check_settings, counted, forms_of, memory_of, read_pictures
 from krona_hub.training.preparing import FREE, Encoding, prepared
 from krona_hub.training.prior import prior_folder
 from krona_hub.training.record import base_name
+from krona_hub.training.reporting import write_report
 from krona_hub.training.sampling import forget_samples
 from krona_hub.training.saving import resume, same_everywhere
 from krona_hub.training.settings import TrainingSettings
@@ -29,6 +30,7 @@ from krona_hub.training.targets import plan_targets
 from krona_hub.training.training import Progress
 
 Tell = Callable[[Progress], None]
+MOST_TRIED, LONG_ENOUGH = 5, 10.0  # steps of a check, seconds
 
 
 def _silent(*_: Any) -> None:
@@ -59,7 +61,12 @@ def train(
         if training.is_main:
             forget_samples(run, training.step)
     same_everywhere(training)
-    run_loop(training)
+    try:
+        run_loop(training)
+    except (StoppedError, DivergedError):
+        if training.is_main:
+            write_report(run, run / ADAPTER)
+        raise
     return finished(training, session)
 
 
@@ -78,7 +85,7 @@ def check_training(
     family, base = family_of(pipe), base_of(pipe)
     targets = plan_targets(base, wanted)
     pictures = read_pictures(pipe, family, wanted)
-    seconds = _seconds_per_step(wanted) if timed else None
+    tried = _tried(wanted) if timed else None
     per_step = wanted.batch_size * wanted.accumulation
     count = len(pictures.train.examples)
     return TrainingPlan(
@@ -87,21 +94,33 @@ def check_training(
         max(len(pictures.prior), wanted.prior_pictures if prior_folder(wanted) else 0),
         tuple(pictures.train.bad), counted(pictures.sizes), len(targets), forms_of(targets),
         sum(t.parameters for t in targets), wanted.steps, 1, per_step, wanted.steps * per_step / count,
-        memory_of(base, pipe, targets, wanted), seconds,
+        memory_of(base, pipe, targets, wanted), tried.seconds if tried else None, tried.memory if tried else None,
     )  # fmt: skip
 
 
-def _seconds_per_step(settings: TrainingSettings) -> float:
-    """Of the second step, in a folder that is thrown away: the first one also warms up."""
+class Tried(NamedTuple):
+    """What a few steps took."""
+
+    seconds: float  # of one
+    memory: int  # bytes that the process has held at most, or the GPU
+
+
+def _tried(settings: TrainingSettings) -> Tried:
+    """Steps in a folder that is thrown away: the first one warms up, and the fastest of some says what the others would
+    take on a machine with nothing else to do.
+    """
     with TemporaryDirectory() as folder:
         alone = replace(settings, output=folder, trackers=(), sample_every=0)
         if prior_folder(settings):  # nothing is drawn: the pictures themselves take the place of the class
             alone = replace(alone, prior_data=settings.data, prior_prompt="x", prior_pictures=0)
         training, _ = prepared(alone, Path(folder), _silent)
         one_step(training, Stop())
-        started = time.perf_counter()
-        one_step(training, Stop())
-        return time.perf_counter() - started
+        taken: list[float] = []
+        while len(taken) < MOST_TRIED and sum(taken) < LONG_ENOUGH:
+            started = time.perf_counter()
+            one_step(training, Stop())
+            taken.append(time.perf_counter() - started)
+        return Tried(min(taken), memory_used(training))
 
 
 def _settings(given: Any, preset: str | None, more: Mapping[str, Any]) -> TrainingSettings:

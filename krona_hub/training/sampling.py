@@ -14,9 +14,9 @@ from torch import Tensor
 from krona_hub.checkpoints.atomic import atomic_file
 from krona_hub.training.draws import generator
 from krona_hub.training.families import ModelFamily
+from krona_hub.training.samples import FOLDER, GRID, sample_files
 from krona_hub.training.settings import TrainingSettings
 
-FOLDER, GRID = "samples", "grid.png"  # in the run folder
 NAMES = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}  # condition -> argument of the pipeline
 Told = Mapping[str, Tensor]
 
@@ -88,14 +88,6 @@ def save_samples(run: Path, step: int, images: Sequence[Image.Image]) -> None:
     for number, image in enumerate(images):
         save_picture(image, folder / f"step-{step:07d}-{number}.png")
     save_picture(grid(run), folder / GRID)
-
-
-def sample_files(run: Path) -> dict[int, list[Path]]:
-    """Step -> the pictures of its samples, in the order of the prompts."""
-    found: dict[int, list[Path]] = {}
-    for path in sorted((run / FOLDER).glob("step-*-*.png")):
-        found.setdefault(int(path.stem.split("-")[1]), []).append(path)
-    return found
 
 
 def grid(run: Path) -> Image.Image:

@@ -42,7 +42,7 @@ def test_every_pattern_of_bits_is_judged_as_torch_judges_it(tmp_path, dtype):
 
 
 def test_a_single_nan_is_found_in_any_chunk_and_at_any_offset(tmp_path, monkeypatch):
-    monkeypatch.setattr(finite, "CHUNK", 7)
+    monkeypatch.setattr(finite, "PIECE", 14)  # bytes: seven numbers
     for place in range(30):
         tensor = torch.ones(30).bfloat16()
         tensor[place] = float("nan")

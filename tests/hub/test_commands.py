@@ -74,6 +74,7 @@ def test_json_is_one_document(line, run):
         ("pull ana/taken/nothing.safetensors", 7, "KH190"),
         ("pull ana/pickle", 2, "KH121"),
         ("pull ana/taken --max-size 1", 8, "KH200"),
+        ("pull ana/mine --expect-sha 00", 6, "KH180"),
         ("pull ana/taken --max-size much", 2, "KH101"),
         ("pull nothing.safetensors", 2, "KH101"),
         ("hub info", 2, "KH101"),
@@ -82,6 +83,7 @@ def test_json_is_one_document(line, run):
 )
 def test_failures_have_their_codes(line, status, code, run, hub):
     hub.state.create("ana/taken", files={"model.safetensors": b"theirs"})
+    run("push STYLE ana/mine")
     hub.state.create("ana/pickle", files={"model.ckpt": b"\x80"})
     assert f"error {code}: " in run(line, status).err
 
@@ -92,6 +94,17 @@ def test_a_busy_hub_is_status_nine_and_one_that_is_away_ten(run, hub):
     hub.stop()
     run("pull ana/style", 10)
     run("push STYLE ana/style", 10)
+
+
+@pytest.mark.parametrize("line", ["pull ana/style -o again", "inspect ana/style", "validate ana/style@main"])
+def test_that_a_copy_serves_while_the_hub_is_down_is_said_aloud(line, run, hub, tmp_path):
+    run("push STYLE ana/style")
+    run("pull ana/style -o here")
+    commit = hub.state.repos["ana/style"].head().sha
+    hub.refuse("^GET /api/models", 503, times=99)
+    told = f"offline copy {commit[:7]} of ana/style used (the Hub does not answer)."
+    assert told in run(line).err
+    assert not run(f"{line}{'2' if line.startswith('pull') else ''} --json").err
 
 
 def test_offline_a_push_is_refused_at_once_and_a_dry_run_shows_the_files(run, hub, monkeypatch):

@@ -1,13 +1,16 @@
 """What others do with our repositories: the client's own commands, and diffusers."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from krona_hub.hub import pull, push
 from krona_hub.sources import resolve
+from krona_hub.verification import verify
 
 REPO = "ana/style"
 
@@ -36,16 +39,6 @@ def test_hf_cache_verify_accepts_what_krona_pulled(hub, style, tmp_path):
     pull(REPO, tmp_path / "out")
     done = hf(hub, "cache", "verify", REPO, "--local-dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    """A pipeline of tiny models, an adapter for it, and what makes a picture of both."""
-    import torch
-
-    from tests import tiny
-
-    return tiny, torch
 
 
 def picture(pipe):
@@ -82,46 +75,105 @@ def native(pipe, path):
 
 
 @pytest.mark.slow
-def test_push_pull_load_gives_the_same_picture_and_so_does_the_lora_export_in_diffusers(hub, tmp_path):
+def test_an_id_loads_and_merges_as_its_file_does(hub, tmp_path):
     import torch
+    from safetensors.torch import load_file
 
     import krona_hub
     from tests import tiny
 
     pipe = tiny.sd15()
+    base = tiny.save(pipe, tmp_path / "base")
     plain = picture(pipe)
-    path = native(pipe, tmp_path / "native.safetensors")
+    path = native(pipe, tmp_path / "krona_adapter.safetensors")
     krona_hub.load_into(pipe, path)
     meant = picture(pipe)
     assert (meant - plain).abs().max() > 1e-2
-    push(path, "ana/tiny", with_lora=True, base_model="ana/tiny-base")
-    pull("ana/tiny", tmp_path / "pulled")
+    push(path, "ana/tiny", base_model="ana/tiny-base")
+    again = tiny.sd15()
+    krona_hub.load_into(again, "ana/tiny")
+    assert torch.equal(picture(again), meant)
+    for source, out in ((path, "of-the-file"), ("ana/tiny@main", "of-the-hub")):
+        krona_hub.merge(base, [(source, 1.0)], tmp_path / out)
+    one, two, before = (
+        load_file(Path(folder) / "unet/diffusion_pytorch_model.safetensors")
+        for folder in (tmp_path / "of-the-file", tmp_path / "of-the-hub", base)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one) and one.keys() == two.keys()
+    assert any(not torch.equal(one[name], before[name]) for name in one)
 
-    for source in (tmp_path / "pulled" / "krona_adapter.safetensors", "ana/tiny"):
-        again = tiny.sd15()
-        krona_hub.load_into(again, source)
-        assert torch.equal(picture(again), meant)
 
-    other = tiny.sd15()
-    os.environ["HF_ENDPOINT"] = hub.url
-    other.load_lora_weights(str(resolve("ana/tiny/pytorch_lora_weights.safetensors")))
-    assert torch.allclose(picture(other), meant, atol=1e-4)
+@pytest.mark.slow
+def test_a_training_starts_from_an_id(hub, tmp_path):
+    from krona_hub import train
+    from tests.training.bases import save_base, save_photos
+
+    quick = {
+        "base": str(save_base("sd15", tmp_path / "base")), "data": str(save_photos(tmp_path / "photos")), "steps": 2,
+        "prompt": "a photo", "resolution": 16, "device": "cpu", "output": str(tmp_path / "first"),
+    }  # fmt: skip
+    first = train(quick).adapter
+    push(first, "ana/toy", base_model="ana/tiny-base")
+    assert "images/run-01.png" not in hub.state.repos["ana/toy"].head().files, "it drew none"
+    assert "plots/loss.png" in hub.state.repos["ana/toy"].head().files
+    again = train(quick, init="ana/toy", learning_rate=0.0, weight_decay=0.0, output=str(tmp_path / "second")).adapter
+    assert verify(first, again).same
 
 
 @pytest.mark.slow
 def test_push_pull_generate_draws_the_same_pixels(hub, tmp_path):
-    """The trained LoKr of the package, from its file, from the pulled folder, and straight from the Hub."""
+    """The trained LoKr of the package, from its file and from the pulled folder."""
     from importlib.resources import as_file, files
 
     import krona_hub
 
     def drawn(source):
-        report = krona_hub.generate("tiny-scenes", ["a photo of a zorbi on a blue table"], adapters=[source], steps=4)
+        report = krona_hub.generate("tiny-scenes", ["a photo of a zorbi on a blue table"], adapters=[source], steps=2)
         return report.images[0].tobytes()
 
     with as_file(files("krona_hub.assets") / "zorbi_lokr.safetensors") as path:
-        push(path, "ana/zorbi", base="tiny-scenes", base_model="ana/tiny-scenes", with_lora=True)
+        push(path, "ana/zorbi", base="tiny-scenes", base_model="ana/tiny-scenes")
         pulled = pull("ana/zorbi", tmp_path / "pulled")
-        meant = drawn(path)
-    assert drawn(pulled.out / "krona_adapter.safetensors") == meant
-    assert drawn("ana/zorbi") == meant
+        assert drawn(pulled.out / "krona_adapter.safetensors") == drawn(path)
+
+
+SNIPPETS = """
+import sys, torch
+from pathlib import Path
+
+for number, code in enumerate(sys.argv[2:]):
+    names = {}
+    exec(code, names)
+    pipe = names["pipe"]
+    pipe.set_progress_bar_config(disable=True)
+    seed = torch.Generator().manual_seed(0)
+    image = pipe("a photo of a zorbi", num_inference_steps=2, generator=seed).images[0]
+    image.save(Path(sys.argv[1]) / f"{number}.png")
+"""
+
+
+@pytest.mark.slow
+def test_the_snippets_of_the_card_run_and_the_lora_in_diffusers_draws_what_the_native_adapter_draws(hub, tmp_path):
+    """Word for word, in a new process, all from the Hub: base, adapter, and the LoRA by `load_lora_weights(repo)`."""
+    from importlib.resources import as_file, files
+
+    import numpy as np
+    from PIL import Image
+
+    with as_file(files("krona_hub.assets")) as assets:
+        base = {p.relative_to(assets / "tiny-scenes").as_posix(): p for p in (assets / "tiny-scenes").rglob("*.*")}
+        hub.state.create("ana/tiny-scenes", files={n: p.read_bytes() for n, p in base.items() if p.is_file()})
+        push(assets / "zorbi_lokr.safetensors", "ana/zorbi", base="tiny-scenes", base_model="ana/tiny-scenes",
+             with_lora=True)  # fmt: skip
+    card = hub.state.content("ana/zorbi", "README.md").decode()
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(code) == 2 and "load_into" in code[0] and "load_lora_weights" in code[1]
+    plain = code[1].replace("pipe.load_lora_weights", "# ")
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SNIPPETS, str(tmp_path), *code, plain], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    native, lora, without = (np.asarray(Image.open(tmp_path / f"{n}.png")).astype(int) for n in range(3))
+    assert np.abs(native - without).max() > 20, "the adapter is seen"
+    assert np.abs(native - lora).max() <= 2, "of 255"

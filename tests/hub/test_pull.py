@@ -41,6 +41,8 @@ def test_one_file_is_taken_alone_and_may_be_named(hub, style, tmp_path):
 def test_the_address_of_a_page_is_a_source(hub, style):
     push(style, REPO)
     assert pull(f"https://huggingface.co/{REPO}/tree/main", dry_run=True).repo == REPO
+    page = f"https://huggingface.co/{REPO}/blob/main/krona_adapter.safetensors?download=true"
+    assert pull(page, dry_run=True).files == ("krona_adapter.safetensors",)
 
 
 def test_a_dry_run_downloads_no_weights(hub, style, tmp_path):
@@ -101,7 +103,7 @@ def test_a_foreign_lora_is_recognised_and_offered_to_convert(hub, tmp_path):
     hub.state.create("ben/lora", files={"my lora (v2).safetensors": LORA, "README.md": b"# Hi", "train.py": b"x"})
     report = pull("ben/lora", tmp_path / "out")
     assert not report.native and report.preview.description.format == "kohya-lora"
-    assert report.next == f"krona convert {tmp_path / 'out' / 'my lora (v2).safetensors'}"
+    assert report.next == f"krona convert '{tmp_path / 'out' / 'my lora (v2).safetensors'}'"
     assert report.skipped == ("train.py",)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "my lora (v2).safetensors"}
 
@@ -162,6 +164,16 @@ def test_private_gated_missing_disabled_and_renamed_are_told_apart(hub, style, m
         pull(REPO)
 
 
+def test_a_token_that_was_revoked_is_told_apart_from_a_missing_repository(hub, style, tmp_path, monkeypatch):
+    commit = push(style, REPO).commit
+    pull(REPO, tmp_path / "first")
+    monkeypatch.setenv("HF_TOKEN", "hf_revoked")
+    with pytest.raises(AuthError, match="does not accept the token") as told:
+        pull(REPO, tmp_path / "out")
+    assert "hf auth login" in told.value.fix and f"copy of commit {commit[:7]}" in told.value.fix
+    assert "hf_revoked" not in str(told.value)
+
+
 def test_a_renamed_repository_is_followed_and_named(hub, style):
     push(style, REPO)
     hub.state.repos["ana/new"] = hub.state.repos.pop(REPO)
@@ -175,14 +187,24 @@ def test_a_renamed_repository_is_followed_and_named(hub, style):
 
 
 def test_a_hub_id_is_accepted_where_a_file_is(hub, style, tmp_path):
-    from krona_hub import convert, read
+    from krona_hub import combine, convert, read
     from krona_hub.verification import verify
 
     push(style, REPO, with_lora=True, tag="v1")
     assert resolve(f"{REPO}@v1").read_bytes() == style.read_bytes()
     assert len(read(resolve(REPO)).layers) == 24
+    mixed = combine([(REPO, 1.0), (style, -0.5)], tmp_path / "half.safetensors")
+    assert mixed.written and len(read(tmp_path / "half.safetensors").layers) == 24
     report = convert(REPO, tmp_path / "lokr.safetensors", to="lokr", exact=True)
     assert report.written and verify(REPO, tmp_path / "lokr.safetensors").same
+
+
+def bytes_asked_for(hub):
+    """Of files, by ranges; a file that was asked for whole is too much."""
+    gets = [r for r in hub.asked("^GET") if "/resolve/" in r.path or "/blobs/" in r.path]
+    ends = [tuple(map(int, r.headers["range"].removeprefix("bytes=").split("-"))) for r in gets if r.origin == "cdn"]
+    assert all("range" in r.headers for r in gets)
+    return sum(end - start + 1 for start, end in ends)
 
 
 def test_info_takes_four_requests_and_little_more_than_the_header(hub, style):
@@ -191,11 +213,38 @@ def test_info_takes_four_requests_and_little_more_than_the_header(hub, style):
     about = info(REPO)
     assert len(hub.log) <= 4
     assert about.preview.description.parameters == 12_800 and about.base_model.startswith("stable-diffusion-v1-5/")
-    ranges = [r.headers["range"] for r in hub.asked("/blobs/")]
-    assert all(int(r.rpartition("-")[2]) <= 100_000 for r in ranges)
+    assert bytes_asked_for(hub) <= 100_000 + about.preview.description.header.data_start
 
 
-def test_info_reads_a_header_longer_than_the_first_range(hub, tmp_path):
+@pytest.mark.parametrize("size", ["told", "untold", "too small", "too large", "no number"])
+def test_a_long_header_takes_no_more_requests_and_is_believed_only_as_far_as_it_is_true(size, hub, tmp_path):
+    """Of a native adapter, whose config.json tells how long the header is; anybody may have written that."""
+    import torch
+
+    from krona_hub.adapter import Adapter, LayerDelta
+    from krona_hub.checkpoints.header import read_header
+    from krona_hub.formats.writing import write
+    from krona_hub.kron.terms import as_lora
+
+    layers = {
+        f"unet.{'long.' * 20}{n}.to_q": LayerDelta((as_lora(torch.ones(4, 1), torch.ones(1, 4)),), (4, 4))
+        for n in range(400)
+    }
+    write(Adapter(layers), tmp_path / "long.safetensors")
+    push(tmp_path / "long.safetensors", REPO, base_model="ana/base")
+    start = read_header(tmp_path / "long.safetensors").data_start
+    config = json.loads(hub.state.content(REPO, "config.json"))
+    assert config["header_size"] == start > 110_000
+    lies = {"untold": None, "too small": 1, "too large": 10**12, "no number": "7"}
+    if size != "told":
+        hub.state.put(REPO, {"config.json": json.dumps(config | {"header_size": lies[size]}).encode()})
+    hub.log.clear()
+    about = info(REPO)
+    assert about.preview.description.parameters == 400 * 8
+    assert len(hub.log) <= (4 if size == "told" else 5) and bytes_asked_for(hub) <= start
+
+
+def test_the_header_of_a_foreign_adapter_is_read_where_the_first_part_of_it_was(hub, tmp_path):
     import numpy as np
     from safetensors.numpy import save
 
@@ -204,11 +253,11 @@ def test_info_reads_a_header_longer_than_the_first_range(hub, tmp_path):
     tensors = {f"lora_unet_{'x' * 200}_{i}.lora_up.weight": np.zeros((1, 1), np.float32) for i in range(500)}
     data = save(tensors)
     (tmp_path / "x.safetensors").write_bytes(data)
-    hub.state.create("ben/long", files={"x.safetensors": data})
-    about = info("ben/long")
-    assert about.preview.name == "x.safetensors"
-    asked = [r.headers["range"] for r in hub.asked("/blobs/")]
-    assert len(asked) == 2 and int(asked[1].rpartition("-")[2]) < read_header(tmp_path / "x.safetensors").data_start
+    hub.state.create("ben/long", files={"x.safetensors": data, "config.json": b"{}"})
+    assert info("ben/long").preview.name == "x.safetensors"
+    assert len(hub.asked("/blobs/")) == 2 and len(hub.log) == 4
+    assert not [r for r in hub.asked("/blobs/") if "authorization" in r.headers]
+    assert bytes_asked_for(hub) <= read_header(tmp_path / "x.safetensors").data_start
 
 
 def test_a_copy_serves_without_the_hub_and_that_is_said_aloud(hub, style, tmp_path, monkeypatch):

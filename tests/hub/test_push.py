@@ -71,11 +71,34 @@ def test_an_update_sends_only_what_changed(hub, style, other):
     assert pull(REPO, dry_run=True).sha256 == hashlib.sha256(other.read_bytes()).hexdigest()
 
 
-def test_a_large_file_goes_in_parts(hub, style):
-    hub.multipart = 10_000
-    push(style, REPO)
-    assert len(hub.asked("^PUT /parts/")) == 5 and len(hub.asked("^POST /complete/")) == 1
-    assert hub.state.content(REPO, "krona_adapter.safetensors") == style.read_bytes()
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """An adapter of 24 MB."""
+    import torch
+
+    from krona_hub.adapter import Adapter, LayerDelta
+    from krona_hub.formats.writing import write
+    from krona_hub.kron.terms import as_lora
+
+    random = torch.Generator().manual_seed(0)
+    layers = {
+        f"unet.block{n}.attn.to_q": LayerDelta(
+            (as_lora(torch.randn(1280, 88, generator=random), torch.randn(88, 2048, generator=random)),), (1280, 2048)
+        )
+        for n in range(20)
+    }
+    write(Adapter(layers), tmp_path_factory.mktemp("large") / "large.safetensors")
+    return tmp_path_factory.getbasetemp() / "large0" / "large.safetensors"
+
+
+def test_a_large_file_goes_in_parts_of_ten_megabytes_and_a_part_that_fails_goes_again(hub, large, tmp_path):
+    hub.multipart = 10_000_000
+    hub.refuse("^PUT /parts/.*/2$", 500)
+    push(large, REPO, base_model="ana/base")
+    assert len(hub.asked("^PUT /parts/")) == 3 + 1 and len(hub.asked("^POST /complete/")) == 1
+    pull(REPO, tmp_path / "out")
+    assert (tmp_path / "out/krona_adapter.safetensors").read_bytes() == large.read_bytes()
+    assert not [r for r in hub.log if r.origin == "cdn" and "authorization" in r.headers]
 
 
 def test_exports_are_there_and_tagged_only_while_they_are_true(hub, style, other):

@@ -21,11 +21,15 @@ def test_without_the_extra_the_fix_names_it(hub, style, tmp_path):
 
 @pytest.fixture
 def keys(tmp_path):
+    return new_keys(tmp_path)
+
+
+def new_keys(folder):
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP256R1())
-    private, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    private, public = folder / "key.pem", folder / "key.pub"
     none, pem = serialization.NoEncryption(), serialization.Encoding.PEM
     private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, none))
     public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
@@ -46,14 +50,25 @@ def test_signing_the_same_again_commits_nothing(hub, style, keys):
 
 
 @signing
-def test_other_files_and_other_keys_are_found_out(hub, style, other, keys, tmp_path):
+def test_weights_that_were_exchanged_with_their_manifest_are_found_out(hub, style, other, keys, tmp_path):
+    """Whoever may write can make everything fit but the signature."""
     push(style, REPO, sign_key=keys[0])
-    config = hub.state.content(REPO, "config.json")
-    manifest = hub.state.content(REPO, "krona_manifest.json")
-    hub.state.put(REPO, {"krona_manifest.json": manifest + b"\n"})
+    push(other, "ana/forged")
+    names = ("krona_adapter.safetensors", "krona_manifest.json", "config.json")
+    hub.state.put(REPO, {name: hub.state.content("ana/forged", name) for name in names})
+    assert pull(REPO, tmp_path / "unsigned").written, "all digests fit"
     with pytest.raises(IntegrityError, match="signature does not fit"):
         pull(REPO, tmp_path / "out", verify_key=keys[1])
-    assert not (tmp_path / "out").exists() and config
+    assert not (tmp_path / "out").exists()
+
+
+@signing
+def test_the_key_of_somebody_else_is_found_out(hub, style, keys, tmp_path):
+    push(style, REPO, sign_key=keys[0])
+    (tmp_path / "other").mkdir()
+    with pytest.raises(IntegrityError, match="signature does not fit"):
+        pull(REPO, tmp_path / "out", verify_key=new_keys(tmp_path / "other")[1])
+    assert not (tmp_path / "out").exists()
 
 
 @signing

@@ -20,6 +20,20 @@ def test_json_stays_one_document_beside_a_page(adapters, tmp_path, capsys):
     assert (tmp_path / "a.html").exists()
 
 
+def test_a_conversion_that_is_refused_has_a_page_too(adapters, tmp_path, capsys):
+    """It is when a result is refused that one wants to see where the error is."""
+    page, out = tmp_path / "refused.html", tmp_path / "o.safetensors"
+    code = main(
+        ["convert", str(adapters / "lora.safetensors"), "--shape", "2x2", "-o", str(out), "--report", str(page)]
+    )
+    assert code == 3 and not out.exists()
+    document = page.read_text()
+    assert "Refused, nothing was written." in document and "--allow-loss writes this one anyway" in document
+    assert "Relative error" in document
+    said = capsys.readouterr()
+    assert str(page) in said.out + said.err and "KH140" in said.err
+
+
 def test_a_file_that_is_no_page_is_refused_before_any_work(adapters, tmp_path, capsys):
     path = tmp_path / "notes.html"
     path.write_text("mine")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from krona_hub.errors import DivergedError
 from krona_hub.pages.html import MARK
-from krona_hub.pages.pictures import SIDE, samples_table
+from krona_hub.pages.pictures import SIZES, samples_table
 from krona_hub.pages.training_page import Run, thinned, training_page, verdict
 from krona_hub.training.runs import train
 from tests.training.bases import save_base, save_photos
@@ -49,7 +50,7 @@ def test_hostile_prompts_and_settings_are_escaped(tmp_path):
     run = Run(evil, rows_of([1.0, 2.0]), {evil: evil}, None, {3: [tmp_path / "a.png"]}, [evil])
     document = training_page(run)
     assert document.count("<script") == 1
-    assert f'width="{SIDE}"' in document
+    assert f'width="{SIZES[0][0]}"' in document
 
 
 def test_left_out_steps_of_samples_are_said(tmp_path):
@@ -73,3 +74,15 @@ def test_a_training_ends_with_a_page_that_holds_no_place_of_the_machine(tmp_path
     assert str(tmp_path) not in document
     assert not re.findall(r"https?://", document)
     assert Path(run / "adapter.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_training_that_ends_before_its_last_step_has_a_page(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(DivergedError):
+        train(
+            base=str(save_base("sd15", tmp_path)), data=str(save_photos(tmp_path / "photos")), prompt="a toy",
+            output=str(run), steps=40, resolution=16, device="cpu", learning_rate=1e30, clip=0.0,
+        )  # fmt: skip
+    document = (run / "report.html").read_text("utf-8")
+    assert re.search(r"\d+ of 40 steps\.", document) and "has no adapter yet" in document

@@ -1,0 +1,75 @@
+"""Reading a file while the client still writes it, so that hashing and copying are done when the download is.
+
+The client writes `<digest>.<chance>.incomplete` beside the blobs of its cache and renames it at the end. Nothing here
+has to be trusted: what was read counts only if it has the digest that the Hub names, and is read again otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
+from typing import BinaryIO
+
+PIECE = 1 << 20  # bytes
+PAUSE = 0.005  # seconds between two looks at a file that has not grown
+
+
+class Follower:
+    """`with Follower(folder, digest, take):` around a download gives `take` its bytes, from the first on, as they come.
+
+    Nothing happens where the file does not grow from its start to its end, or is not downloaded at all; nor on systems
+    where the client could not rename a file that is open here.
+    """
+
+    def __init__(self, folder: Path, digest: str, take: Callable[[memoryview], object]) -> None:
+        self._pattern, self._folder, self._take = f"{digest}*.incomplete", folder, take
+        self._done, self._inode = Event(), -1
+        self._before = set(folder.glob(self._pattern))  # of other processes
+        self._thread = Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._end()
+
+    def has_taken(self, path: Path) -> bool:
+        """Whether all bytes of this file, which is complete now, were given away. It is not followed any more."""
+        self._end()
+        return self._inode == path.stat().st_ino
+
+    def _end(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        try:
+            file = self._found()
+            if file is not None:
+                with file:
+                    self._read(file)
+        except OSError:  # the plain copy that follows meets it again, and says so
+            self._inode = -1
+
+    def _found(self) -> BinaryIO | None:
+        while os.name == "posix" and not self._done.is_set():
+            for path in set(self._folder.glob(self._pattern)) - self._before:
+                return path.open("rb", buffering=0)
+            self._done.wait(PAUSE)
+        return None
+
+    def _read(self, file: BinaryIO) -> None:
+        buffer = memoryview(bytearray(PIECE))
+        while True:
+            is_last = self._done.is_set()
+            if count := file.readinto(buffer):  # type: ignore[attr-defined]
+                self._take(buffer[:count])
+            elif is_last:
+                break
+            else:
+                self._done.wait(PAUSE)
+        self._inode = os.fstat(file.fileno()).st_ino
