@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from krona_hub.errors import DataError, NotFoundError
+from krona_hub.training.configuration import ECHO
 from krona_hub.training.pictures import ENDINGS, open_picture
 
 SHIPPED = ("zorbi",)  # folders of krona_hub.assets
@@ -76,7 +77,14 @@ def pictures_of(source: str | Path) -> Path:
     ('zorbi', 'photos/mine')
     """
     path = Path(source).expanduser()
-    return Path(str(files("krona_hub.assets"))) / str(source) if str(source) in SHIPPED and not path.exists() else path
+    if str(source) not in SHIPPED or _holds_pictures(path):
+        return path
+    return Path(str(files("krona_hub.assets"))) / str(source)
+
+
+def _holds_pictures(path: Path) -> bool:
+    """Pictures to learn from: the run folder of a training that was named after them has samples at most."""
+    return not (path / ECHO).is_file() and bool(picture_files(path))
 
 
 def picture_files(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from krona_hub.training.batches import Batches
 from krona_hub.training.buckets import bucket_sizes, nearest_bucket
 from krona_hub.training.captions import drawn_caption, fixed_caption
 from krona_hub.training.configuration import checked
-from krona_hub.training.dataset import read_folder, split_held_out
+from krona_hub.training.dataset import pictures_of, read_folder, split_held_out
 from krona_hub.training.draws import noise, permutation
 from krona_hub.training.pictures import fitted, open_picture
 from tests.shared import shared
@@ -201,3 +202,16 @@ def test_noise_belongs_to_the_sample_and_not_to_the_batch():
     together, alone = noise((2, 3, 3), 7, 5, [0, 1], 0.1), noise((2, 3, 3), 7, 5, [1], 0.1)
     assert (together[1] == alone[0]).all() and (together[0] != together[1]).any()
     assert (noise((2, 3, 3), 7, 6, [1], 0.1) != alone).any()
+
+
+def test_a_run_that_is_named_as_the_shipped_pictures_does_not_hide_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = pictures_of("zorbi")
+    run = tmp_path / "zorbi"
+    run.mkdir()
+    assert pictures_of("zorbi") == shipped  # it is empty yet
+    Image.new("RGB", (8, 8)).save(run / "sample.png")
+    (run / "config.toml").touch()
+    assert pictures_of("zorbi") == shipped
+    (run / "config.toml").unlink()
+    assert pictures_of("zorbi") == Path("zorbi")
