@@ -38,7 +38,7 @@ def _option(kind: Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     if kind.choices:
         return click.option(*names, kind.name, type=click.Choice(kind.choices), **about)
     if kind.type is tuple:
-        return click.option(*names, kind.name, metavar="TEXT", multiple=kind.name == "sample_prompts", **about)
+        return click.option(*names, kind.name, metavar="TEXT", multiple=True, **about)
     return click.option(*names, kind.name, type=kind.type, metavar=_metavar(kind), **about)
 
 
@@ -86,6 +86,8 @@ def command(
     checkpoints to go on from, metrics.jsonl, samples and config.toml.
     """
     given = _given(flags)
+    if check and resume_from:
+        raise UsageError("--check is of a new training.", fix="Leave out --check, or --resume.")
     if num_processes and num_processes > 1 and WORLD not in os.environ:
         sys.stdout.flush()
         raise SystemExit(_launch(num_processes))
@@ -98,6 +100,9 @@ def command(
 def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were on the command line."""
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    for name in given:
+        if KINDS[name].type is tuple and name != "sample_prompts":  # with commas, one by one, or both
+            given[name] = ",".join(given[name])
     if "shapes" in given:
         given["shapes"] = dict(map(_pair, given["shapes"]))
     return given

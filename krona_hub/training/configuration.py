@@ -60,6 +60,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     for name in PATHS:
         if isinstance(values.get(name), str):
             values[name] = _beside(path.parent, values[name])
+    if isinstance(output := values.get("output"), str) and output:  # is no path yet before a first training
+        values["output"] = str(path.parent / Path(output).expanduser())
     return values
 
 

@@ -57,6 +57,8 @@ def read_folder(folder: str | Path, prompt: str = "", *, skip_bad: bool = False,
     if not place.is_dir():
         raise NotFoundError(f"there is no folder {str(folder)!r}.", fix="Give the folder with the pictures: --data.")
     told = _metadata(place)
+    if captions and not skip_bad:
+        _check_table(place, told)
     examples, bad = [], {}
     for path in picture_files(place):
         name = path.relative_to(place).as_posix()
@@ -124,10 +126,15 @@ def _caption(path: Path, told: str | None, prompt: str, wanted: bool) -> str:
         return (told or prompt).strip()
     if not beside.is_file():
         return prompt
+    return " ".join(_text(beside).split()) or prompt
+
+
+def _text(file: Path) -> str:
+    """Of a file that may begin with the mark that Windows puts there."""
     try:
-        return " ".join(beside.read_text("utf-8-sig").split()) or prompt
+        return file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{beside.name} is no UTF-8 text.", fix="Save the caption as UTF-8.") from error
+        raise DataError(f"{file.name} is no UTF-8 text.", fix="Save the captions as UTF-8.") from error
 
 
 def _metadata(folder: Path) -> dict[str, str]:
@@ -135,11 +142,21 @@ def _metadata(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for file in sorted(folder.rglob(METADATA)):
         prefix = file.parent.relative_to(folder)
-        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(_text(file).split("\n"), 1):
             if line.strip():
                 name, caption = _line(file, number, line)
                 found[(prefix / name).as_posix()] = caption
     return found
+
+
+def _check_table(folder: Path, told: Mapping[str, str]) -> None:
+    """A misspelt name would leave its picture with another caption."""
+    missing = [name for name in told if not (folder / name).is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} pictures of {METADATA} are not there: {', '.join(missing[:SHOWN])}.",
+            fix="Correct these lines, or continue without them: --skip-bad.",
+        )
 
 
 def _line(file: Path, number: int, line: str) -> tuple[str, str]:

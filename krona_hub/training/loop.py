@@ -130,9 +130,10 @@ def _not_finite(training: Training) -> None:
         return
     steps = sorted(saved_states(training.run))
     last = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
+    skip = f"go on without such batches: krona train --resume {training.run} --nan skip" if steps else "add --nan skip"
     raise DivergedError(
         f"the loss of step {training.step + 1} is no number; {last}.",
-        fix="Lower --learning-rate, or leave such batches out with --nan skip; then --resume.",
+        fix=f"Start anew with a lower --learning-rate; or {skip}",
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from krona_hub.errors import DataError
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 BACKGROUND = (255, 255, 255)  # behind what is transparent
 DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # modes of more than 8 bits, which convert() would clip
+BROKEN = (  # what broken files, or broken EXIF in them, make decoders raise
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error, zlib.error
+)  # fmt: skip
 Picture = NDArray[np.uint8]  # (height, width, 3)
 
 
@@ -30,7 +35,7 @@ def open_picture(path: Path) -> Image.Image:
                 return _rgb(ImageOps.exif_transpose(image))
     except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path.name} is no picture that can be read: {_line(error, path)}.", fix=_FIX) from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:  # what broken files make decoders raise
+    except BROKEN as error:
         raise DataError(f"{path.name} is broken: {_line(error, path)}.", fix=_FIX) from error
 
 

@@ -24,7 +24,7 @@ from krona_hub.runtime import base_of
 from krona_hub.sources import resolve
 from krona_hub.training.batches import Batches
 from krona_hub.training.configuration import ECHO, to_toml
-from krona_hub.training.dataset import Example
+from krona_hub.training.dataset import Data, Example
 from krona_hub.training.encoding import Encoder, Source
 from krona_hub.training.families import ModelFamily, family_of
 from krona_hub.training.machine import Machine, machine_for, open_base
@@ -43,7 +43,7 @@ from krona_hub.training.tracking import trackers_of
 from krona_hub.training.training import Training
 
 FREE = ("steps", "checkpoint_every", "keep_checkpoints", "validate_every", "sample_every", "sample_prompts", "export",
-        "sample_steps", "sample_guidance", "licence", *ELSEWHERE)  # what a resumed run may change  # fmt: skip
+        "sample_steps", "sample_guidance", "licence", "nan", *ELSEWHERE)  # what a resumed run may change  # fmt: skip
 EMPTY = 0.25  # share of the class that is shown without a caption
 Encoding = Callable[[int, int], None]  # done, total
 
@@ -83,7 +83,7 @@ def prepared(settings: TrainingSettings, run: Path, encoding: Encoding) -> tuple
         draw_prior(pipe, family, settings, machine.device, side)
     encoder = Encoder(pipe, family, settings, machine.device, machine.base_dtype)
     sampler = _sampler(pipe, family, settings, machine, side)
-    seen = _seen(encoder, settings, encoding)
+    seen = _seen(encoder, settings, encoding, accelerator.num_processes)
     encoder.free(keep_vae=sampler is not None)
     attach(pipe, start, trainable=True)
     training = _training(pipe, family, settings, run, accelerator, machine, seen)
@@ -91,7 +91,7 @@ def prepared(settings: TrainingSettings, run: Path, encoding: Encoding) -> tuple
         shard(getattr(pipe, family.denoiser), accelerator, training.parameters)
     training.sampler = sampler
     if accelerator.is_main_process:
-        atomic_text(run / ECHO, to_toml(settings), overwrite=True)
+        atomic_text(run / ECHO, to_toml(replace(settings, output=str(run.resolve()))), overwrite=True)
     facts = {"base": base_name(settings), "family": family.name, "pictures": len(seen.source.examples)}
     return training, Session(pipe, base, facts)
 
@@ -114,7 +114,7 @@ def _start(base: Base, settings: TrainingSettings) -> Adapter:
 # ── pictures ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Encoding) -> Seen:
+def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Encoding, processes: int) -> Seen:
     """Every picture found, and encoded where that is kept."""
     pictures = read_pictures(encoder.pipe, encoder.family, settings)
     plain = of_the_class(settings)
@@ -124,7 +124,7 @@ def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Encoding) -> S
     for each in (source, validation, prior):
         if each is not None and settings.cache:
             encoder.fill(each.examples, each.sizes, each.captions, encoding)
-    return Seen(source, validation, prior, _fingerprint(settings, pictures))
+    return Seen(source, validation, prior, _fingerprint(settings, pictures, processes))
 
 
 def of_the_class(settings: TrainingSettings) -> TrainingSettings:
@@ -195,9 +195,9 @@ def _denoiser(pipe: Any, family: ModelFamily, settings: TrainingSettings, machin
     return torch.compile(model) if settings.compile else model
 
 
-def _fingerprint(settings: TrainingSettings, pictures: Pictures) -> str:
+def _fingerprint(settings: TrainingSettings, pictures: Pictures, processes: int) -> str:
     """Of everything that decides a training's numbers and may not change when it goes on."""
     fixed = {name: value for name, value in settings.named.items() if name not in FREE}
-    prior = [e.path.name for e in (*pictures.prior, *pictures.validation)]
-    text = json.dumps([fixed, pictures.train.fingerprint, prior], sort_keys=True, default=str)
+    others = Data((*pictures.prior, *pictures.validation), {}).fingerprint
+    text = json.dumps([fixed, pictures.train.fingerprint, others, processes], sort_keys=True, default=str)
     return sha256(text.encode()).hexdigest()

@@ -52,6 +52,11 @@ def train(
     `resume_from`, a run folder, the training goes on from its newest checkpoint. Raises what its parts raise: DataError
     for the pictures, ShapeError for the shapes, UnknownBaseError for the base, DivergedError, StoppedError.
     """
+    if resume_from and (settings or preset):
+        raise UsageError(
+            f"a run that goes on has its own settings; {str(settings or preset)!r} would be a second set of them.",
+            fix="Leave it out; what may change can be given by itself, such as --steps.",
+        )
     wanted = resumed_settings(resume_from, given) if resume_from else _settings(settings, preset, given)
     run = _run_folder(wanted, resuming=resume_from is not None)
     training, session = prepared(wanted, run, encoding or _silent)
@@ -140,13 +145,18 @@ def resumed_settings(run: str | Path, given: Mapping[str, Any]) -> TrainingSetti
     fixed = [name for name, value in given.items() if name not in FREE and value != getattr(old, name)]
     if fixed:
         raise UsageError(f"{fixed[0]} cannot change in a run that goes on.", fix="Start a new run with --init instead.")
-    return checked({**old.named, **given, "output": str(place)})
+    wanted, done = checked({**old.named, **given, "output": str(place)}), max(saved_states(place), default=0)
+    if wanted.steps < done:
+        raise UsageError(f"{run} has done {done} steps already.", fix=f"Give --steps {done} or more.")
+    return wanted
 
 
 def _run_folder(settings: TrainingSettings, *, resuming: bool) -> Path:
     if not settings.output:
         raise UsageError("no run folder was given.", fix="Give -o runs/NAME.")
     run = Path(settings.output).expanduser()
+    if run.exists() and not run.is_dir():
+        raise ConflictError(f"{str(run)!r} is no folder.", fix="Choose another -o.")
     run.mkdir(parents=True, exist_ok=True)
     if not resuming and (saved_states(run) or (run / ADAPTER).exists()):
         raise ConflictError(f"{run} holds a training already.", fix=f"Go on with --resume {run}, or choose another -o.")

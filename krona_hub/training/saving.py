@@ -33,7 +33,7 @@ def resume(training: Training) -> None:
     step, tree = load_state(training.run)
     if tree["fingerprint"] != training.fingerprint:
         raise IntegrityError(
-            f"{training.run} was trained with other pictures, captions or settings than there are now.",
+            f"{training.run} was trained with other pictures, captions or settings, or another number of processes.",
             fix="Put them back as they were, or start a new run.",
         )
     with torch.no_grad():

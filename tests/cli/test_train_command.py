@@ -34,6 +34,17 @@ def test_a_training_prints_what_it_made_and_flags_win_over_the_file(line, tmp_pa
     assert "batch_size = 2" in written and "flip = true" in written and '"attn2\\\\.to_k" = "8x4"' in written
 
 
+def test_lists_are_given_with_commas_or_one_by_one(line, tmp_path, capsys):
+    assert main([*line, "--export", "lycoris", "--export", "lora,krona", "--json"]) == 0
+    names = [path.rsplit("/", 1)[1] for path in json.loads(capsys.readouterr().out)["exports"]]
+    assert names == ["adapter.lycoris.safetensors", "adapter.lora.safetensors", "adapter.krona.safetensors"]
+
+
+def test_a_check_is_of_a_new_training(tmp_path, capsys):
+    assert main(["train", "--resume", str(tmp_path), "--check"]) == 2
+    assert "--check" in capsys.readouterr().err
+
+
 def test_a_check_prints_the_plan(line, tmp_path, capsys):
     assert main([*line, "--check"]) == 0
     out = capsys.readouterr().out

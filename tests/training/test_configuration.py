@@ -84,5 +84,13 @@ def test_paths_of_a_file_are_beside_it(tmp_path):
     assert (settings.data, settings.base) == (str(tmp_path / "photos"), "org/model")
 
 
+def test_the_run_folder_of_a_file_is_beside_it_before_there_is_one(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('output = "runs/toy"\n')
+    assert settings_of({}, file=path).output == str(tmp_path / "runs/toy")
+    path.write_text(f'output = "{tmp_path}/elsewhere"\n')
+    assert settings_of({}, file=path).output == f"{tmp_path}/elsewhere"
+
+
 def test_every_field_has_help_and_a_panel():
     assert all(kind.metadata["help"].endswith((".", "]", "…")) and kind.metadata["panel"] for kind in KINDS.values())

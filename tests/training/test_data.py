@@ -73,6 +73,20 @@ def test_a_broken_picture_is_named(tmp_path):
             open_picture(path)
 
 
+def test_a_picture_whose_exif_is_broken_is_named(tmp_path, monkeypatch):
+    import struct
+
+    from PIL import ImageOps
+
+    def broken(image):
+        raise struct.error("required argument is not an integer")
+
+    path = saved(tmp_path, Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(ImageOps, "exif_transpose", broken)
+    with pytest.raises(DataError, match=r"a\.png is broken"):
+        open_picture(path)
+
+
 def test_a_decompression_bomb_is_refused(tmp_path):
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     import zlib
@@ -125,6 +139,25 @@ def test_a_picture_without_a_caption_and_a_broken_table_are_told(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}')
     with pytest.raises(DataError, match=r"line 1 of metadata\.jsonl"):
         read_folder(tmp_path, "x")
+
+
+def test_a_table_as_windows_and_other_tools_write_it_is_read(tmp_path):
+    saved(tmp_path, Image.new("RGB", (8, 8)))
+    row = json.dumps({"file_name": "a.png", "text": "one\u2028line"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(f"\ufeff{row}\r\n".encode())
+    assert [e.caption for e in read_folder(tmp_path).examples] == ["one line"]
+
+
+def test_a_table_that_is_no_utf8_or_names_what_is_not_there_is_told(tmp_path):
+    saved(tmp_path, Image.new("RGB", (8, 8)))
+    table = tmp_path / "metadata.jsonl"
+    table.write_bytes('{"file_name": "a.png", "text": "café"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"metadata\.jsonl is no UTF-8"):
+        read_folder(tmp_path, "x")
+    table.write_text('{"file_name": "b.png", "text": "a toy"}')
+    with pytest.raises(DataError, match=r"not there: b\.png"):
+        read_folder(tmp_path, "x")
+    assert [e.caption for e in read_folder(tmp_path, "x", skip_bad=True).examples] == ["x"]
 
 
 def test_a_missing_and_an_empty_folder_are_told(tmp_path):

@@ -139,6 +139,49 @@ def test_a_batch_without_a_number_is_left_out_on_request(quick, monkeypatch):
     assert read_metrics(report.run)[2]["loss"] is None
 
 
+def test_a_run_that_was_stopped_by_such_a_batch_goes_on_without_it(quick, monkeypatch):
+    broken_at(monkeypatch, 3)
+    with pytest.raises(DivergedError, match=r"--resume .* --nan skip") as stopped:
+        train(quick | {"checkpoint_every": 1})
+    assert quick["output"] in str(stopped.value)
+    report = train(resume_from=quick["output"], nan="skip")
+    assert (report.steps, report.skipped) == (4, 1)
+
+
+def test_a_run_does_not_go_back_and_stays_as_it_was(quick):
+    run = train(quick).run
+    before = (run / "config.toml").read_bytes()
+    with pytest.raises(UsageError, match="4 steps"):
+        train(resume_from=run, steps=2)
+    assert (run / "config.toml").read_bytes() == before
+
+
+def test_a_run_goes_on_with_no_second_set_of_settings(quick, tmp_path):
+    run = train(quick).run
+    (tmp_path / "other.toml").write_text("steps = 6")
+    with pytest.raises(UsageError, match=r"other\.toml"):
+        train(tmp_path / "other.toml", resume_from=run)
+    with pytest.raises(UsageError, match="paper-sd"):
+        train(preset="paper-sd", resume_from=run)
+
+
+def test_a_run_does_not_go_on_with_other_pictures_of_the_class(quick, photos, tmp_path):
+    import shutil
+
+    own = tmp_path / "class"
+    shutil.copytree(photos, own)
+    run = train(quick | {"prior_data": str(own), "prior_prompt": "a toy"}).run
+    Image.new("RGB", (16, 16), "red").save(own / "0.png")
+    with pytest.raises(IntegrityError, match="pictures"):
+        train(resume_from=run, steps=5)
+
+
+def test_a_run_folder_that_is_a_file_is_told(quick, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConflictError, match="no folder"):
+        train(quick | {"output": str(tmp_path / "file")})
+
+
 def broken_at(monkeypatch, step):
     plain = Objective.loss
     monkeypatch.setattr(
