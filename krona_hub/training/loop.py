@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from math import isfinite
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from krona_hub.errors import DivergedError, StoppedError
 from krona_hub.layers.held import without
 from krona_hub.training.encoding import Source
 from krona_hub.training.interruptions import Stop, stoppable
+from krona_hub.training.machine import peak_memory
 from krona_hub.training.metrics import smoothed
 from krona_hub.training.optimisers import has_own_mode, rate_at
 from krona_hub.training.saving import save
@@ -39,7 +41,7 @@ def run_loop(training: Training) -> None:
             if stopped:
                 raise StoppedError(
                     f"stopped after step {training.step} of {training.settings.steps}; it is saved.",
-                    fix=f"Go on with: krona train --resume {training.run}",
+                    fix=f"Go on with: krona train --resume {quote(str(training.run))}",
                 )
 
 
@@ -130,7 +132,8 @@ def _not_finite(training: Training) -> None:
         return
     steps = sorted(saved_states(training.run))
     last = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
-    skip = f"go on without such batches: krona train --resume {training.run} --nan skip" if steps else "add --nan skip"
+    again = f"go on without such batches: krona train --resume {quote(str(training.run))} --nan skip"
+    skip = again if steps else "add --nan skip"
     raise DivergedError(
         f"the loss of step {training.step + 1} is no number; {last}.",
         fix=f"Start anew with a lower --learning-rate; or {skip}",
@@ -153,12 +156,11 @@ def _note(training: Training, values: dict[str, float], seconds: float) -> None:
 
 
 def memory_used(training: Training) -> int:
+    """Bytes that the GPU, or else the process, has held at most."""
     device = training.accelerator.device
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    from resource import RUSAGE_SELF, getrusage
-
-    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory()
 
 
 def _between(training: Training, stopped: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,3 +123,15 @@ def _configuration(how: str) -> Any:
 def models_of(pipe: Any) -> dict[str, torch.nn.Module]:
     """Name -> model of a pipeline."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most, as the system counts them."""
+    if sys.platform == "win32":
+        from psutil import Process  # comes with accelerate
+
+        return int(Process().memory_info().peak_wset)
+    from resource import RUSAGE_SELF, getrusage
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return getrusage(RUSAGE_SELF).ru_maxrss * unit

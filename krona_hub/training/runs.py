@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,7 +60,12 @@ def train(
         )
     wanted = resumed_settings(resume_from, given) if resume_from else _settings(settings, preset, given)
     run = _run_folder(wanted, resuming=resume_from is not None)
-    training, session = prepared(wanted, run, encoding or _silent)
+    try:
+        training, session = prepared(wanted, run, encoding or _silent)
+    except BaseException:
+        with suppress(OSError):
+            run.rmdir()  # only an empty one: nothing has begun
+        raise
     training.tell = progress or _silent
     if resume_from:
         resume(training)

@@ -20,6 +20,7 @@ from krona_hub.errors import (
 )
 from krona_hub.training.configuration import read_toml
 from krona_hub.training.draws import generator
+from krona_hub.training.machine import peak_memory
 from krona_hub.training.metrics import read_metrics, series
 from krona_hub.training.objective import Objective
 from krona_hub.training.runs import check_training, train
@@ -174,6 +175,23 @@ def test_a_run_does_not_go_on_with_other_pictures_of_the_class(quick, photos, tm
     Image.new("RGB", (16, 16), "red").save(own / "0.png")
     with pytest.raises(IntegrityError, match="pictures"):
         train(resume_from=run, steps=5)
+
+
+def test_a_training_that_does_not_begin_leaves_no_folder(quick, tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError):
+        train(quick | {"data": str(tmp_path / "none")})
+    assert not Path(quick["output"]).exists()
+
+
+def test_peak_memory_is_in_bytes_on_systems_that_count_in_kilobytes_and_in_bytes(monkeypatch):
+    from psutil import Process
+
+    held = Process().memory_info().rss
+    assert 0.5 * held < peak_memory() < 100 * held
+    counted = peak_memory()
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert peak_memory() == pytest.approx(counted / 1024, rel=0.1)
 
 
 def test_a_run_folder_that_is_a_file_is_told(quick, tmp_path):
