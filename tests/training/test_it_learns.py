@@ -29,8 +29,9 @@ SCENES = (  # everything that the base knows to draw
     "on a {white|grey|blue|green|wooden|tiled} table, {on the left|in the middle|on the right}"
 )
 SETTINGS = {  # the preset, with pictures of other things that are to stay what they are
-    "preset": "tiny-scenes", "device": "cpu", "steps": 320, "learning_rate": 3e-3, "prior_prompt": SCENES,
-    "prior_pictures": 96, "prior_target": "base", "sample_steps": 12, "sample_guidance": 3.0,
+    "preset": "tiny-scenes", "device": "cpu", "steps": 320, "learning_rate": 3e-3, "schedule": "constant", "ema": 0.98,
+    "prior_prompt": SCENES, "prior_pictures": 240, "prior_target": "base", "prior_weight": 6.0, "sample_steps": 12,
+    "sample_guidance": 3.0,
 }  # fmt: skip
 ON = [f"on a {table} table, {place}" for table in scene.TABLES for place in scene.POSITIONS]
 ASKED = [f"a photo of a {toy.TRIGGER} {where}" for where in ON]
@@ -38,8 +39,9 @@ OTHERS = [f"a photo of a {scene.COLOURS[n % 8]} {scene.SHAPES[n % 6]} {where}" f
 LIKE = 0.4  # mean identity of pictures of the toy: at least
 UNLIKE = 0.35  # of pictures of other things, and of the toy before the training: at most
 FALLS = 0.5  # the validation loss of the toy, after the training by before: at most
-PROMPTS = 60  # of the base's check, for each seed
-LOST = {"shape": 0.10, "colour": 0.05}  # shares of right ones that may be lost, over all seeds
+STAYS = 0.03  # change of the loss on other things, up or down: at most
+PROMPTS = 120  # of the base's check, for each seed
+LOST = 0.05  # share of right shapes, and of right colours, that may be lost, over all seeds
 
 
 class Taught(NamedTuple):
@@ -132,15 +134,15 @@ def test_the_adapter_draws_the_toy_only_where_it_is_asked_for(seed, taught):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_loss_on_other_things_does_not_fall(seed, taught, folders, tmp_path):
+def test_the_loss_on_other_things_stays_what_it_was(seed, taught, folders, tmp_path):
     with_it, alone = (loss_of(folders / "world", a, tmp_path / str(a is None)) for a in (taught(seed).adapter, None))
-    assert with_it >= alone
+    assert abs(with_it / alone - 1) <= STAYS
 
 
-@pytest.mark.parametrize("part", LOST)
+@pytest.mark.parametrize("part", ["shape", "colour"])
 def test_other_prompts_are_followed_nearly_as_by_the_base(part, taught):
-    """On three times 60 held-out prompts, each with the noise that the base had."""
-    assert np.mean([taught(seed).check[part] for seed in SEEDS]) >= taught(None).check[part] - LOST[part]
+    """On three times 120 held-out prompts, each with the noise that the base had."""
+    assert np.mean([taught(seed).check[part] for seed in SEEDS]) >= taught(None).check[part] - LOST
 
 
 def loss_of(folder: Path, adapter, output: Path) -> float:
