@@ -109,6 +109,9 @@ def _temporary(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     try:
         yield temporary
+    except KronaError as error:
+        error.cause = error.cause.replace(str(temporary), str(path))  # nobody else knows that name
+        raise
     finally:
         remove(temporary)
 

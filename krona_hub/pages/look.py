@@ -14,6 +14,7 @@ h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0}h2{font-size:1.2rem;margin:2r
 p{margin:.4rem 0;max-width:48rem}.soft,figcaption,caption{color:var(--soft);font-size:.9rem}
 .verdict{font-size:1.15rem;border-left:.3rem solid var(--c0);padding:.3rem .9rem;background:var(--card)}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}
+.pair>:only-child{max-width:40rem}
 figure{margin:0;break-inside:avoid}svg{width:100%;height:auto;display:block}
 svg text{fill:var(--ink);font:12px system-ui,sans-serif}svg .grid{stroke:var(--line)}svg .tick{fill:var(--soft)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
@@ -30,6 +31,8 @@ th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] bu
 .heat th{font-weight:400;padding:.1rem .3rem}.heat td:not([style]){background:none;color:var(--soft)}
 .samples td{border:0;padding:.2rem}.samples img{display:block;width:8rem;height:auto}
 .samples thead th+th{width:8.4rem;font-weight:400;font-size:.8rem}
+.strip{display:flex;flex-wrap:wrap;gap:.6rem;padding:0;margin:.2rem 0;list-style:none;font-size:.8rem}
+.strip img{display:block;width:8rem;height:auto}.strip li{break-inside:avoid}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;margin:.2rem 0;list-style:none;font-size:.9rem}
 .key svg{display:inline-block;width:1.6rem;height:.8rem;margin-right:.3rem}
 footer{margin:2rem 0 1rem;border-top:1px solid var(--line);padding-top:.5rem}

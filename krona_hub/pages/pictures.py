@@ -15,6 +15,7 @@ from krona_hub.pages.html import Markup, text
 SIZES = ((128, 12), (96, 10), (64, 8), (48, 6))
 ROOM = 90_000  # bytes for all of them
 COLOURS = 128
+FEW = 2  # prompts whose pictures stand side by side; of more, each is a column
 
 
 def embedded(path: Path, told: str, side: int) -> Markup:
@@ -42,7 +43,7 @@ def spread(steps: Sequence[int], most: int) -> list[int]:
 
 
 def samples_table(samples: Mapping[int, Sequence[Path]], prompts: Sequence[str]) -> Markup:
-    """A row per step, a column per prompt; says so where some steps are left out."""
+    """The pictures of a training over time; says so where some steps are left out."""
     if not samples:
         return Markup("")
     made = Markup("")
@@ -56,17 +57,39 @@ def samples_table(samples: Mapping[int, Sequence[Path]], prompts: Sequence[str])
 def _table(samples: Mapping[int, Sequence[Path]], prompts: Sequence[str], side: int, shown: Sequence[int]) -> Markup:
     most = f"{len(shown)} of {len(samples)} steps are shown; all are in the run folder. "
     left_out = most if len(shown) < len(samples) else ""
+    layout = _strips if max(len(samples[step]) for step in shown) <= FEW else _columns
+    return Markup(
+        f'<p class="soft">{left_out}The seeds are the same at every step. Shrunk to {side} pixels and {COLOURS} '
+        f"colours.</p>{layout({step: _told(samples[step], prompts) for step in shown}, prompts, side)}"
+    )
+
+
+def _columns(shown: Mapping[int, Sequence[tuple[Path, str]]], prompts: Sequence[str], side: int) -> str:
+    """A row per step, a column per prompt."""
     heads = "".join(f'<th scope="col">{text(p)}</th>' for p in prompts)
     rows = "\n".join(
         f'<tr><th scope="row">{step:,}'
-        + "".join(f"<td>{embedded(path, f'step {step}: {told}', side)}" for path, told in _told(samples[step], prompts))
-        for step in shown
+        + "".join(f"<td>{embedded(path, f'step {step}: {told}', side)}" for path, told in pictures)
+        for step, pictures in shown.items()
     )
-    return Markup(
-        f'<p class="soft">{left_out}The seeds are the same at every step. Shrunk to {side} pixels and {COLOURS} '
-        f'colours.</p><div class="scroll"><table class="samples"><thead><tr><th scope="col">step</th>{heads}'
+    return (
+        f'<div class="scroll"><table class="samples"><thead><tr><th scope="col">step</th>{heads}'
         f"</tr></thead><tbody>{rows}</tbody></table></div>"
     )
+
+
+def _strips(shown: Mapping[int, Sequence[tuple[Path, str]]], prompts: Sequence[str], side: int) -> str:
+    """For each prompt, step after step from left to right, as many in a line as the window holds."""
+    strips = []
+    for place in range(max(map(len, shown.values()))):
+        items = "".join(
+            f"<li>{embedded(pictures[place][0], f'step {step}: {pictures[place][1]}', side)}step {step:,}"
+            for step, pictures in shown.items()
+            if place < len(pictures)
+        )
+        told = prompts[place] if place < len(prompts) else ""
+        strips.append(f'<p class="soft">{text(told)}</p><ol class="strip">{items}</ol>')
+    return "\n".join(strips)
 
 
 def _told(paths: Sequence[Path], prompts: Sequence[str]) -> list[tuple[Path, str]]:

@@ -177,7 +177,7 @@ def split_held_out(data: Data, count: int, order: Callable[[int], list[int]]) ->
     """The data without `count` examples, and those; `order(n)` is a shuffled range(n). Raises DataError for too few."""
     if count >= len(data.examples):
         raise DataError(
-            f"{count} pictures are to be held out, and there are {len(data.examples)}.",
+            f"--held-out {count} of {len(data.examples)} pictures leaves none to learn from.",
             fix="Give a smaller --held-out.",
         )
     held = set(order(len(data.examples))[:count])

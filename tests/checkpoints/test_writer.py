@@ -121,6 +121,16 @@ def test_a_full_disk_is_a_coded_error_and_leaves_nothing(tmp_path, monkeypatch):
     assert caught.value.fix and not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_in_the_middle_of_a_folder_names_the_folder_that_was_asked_for(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(ResourceError) as caught, atomic_folder(tmp_path / "run") as place:
+        write_tensors(place / "x", {"t": torch.ones(3)})
+    assert repr(str(tmp_path / "run" / "x")) in caught.value.cause and not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")  # noqa: PTH110
 def test_a_truly_full_device_is_told(tmp_path):
     with open("/dev/full", "wb") as real, pytest.raises(OSError) as caught:  # noqa: PTH123

@@ -60,6 +60,22 @@ def test_left_out_steps_of_samples_are_said(tmp_path):
     assert drawn.count("<img") == 12
 
 
+@pytest.mark.parametrize("prompts", [1, 2, 3, 4])
+def test_every_sample_is_shown_with_its_step_and_its_prompt(prompts, tmp_path):
+    names = [f"a photo of toy {n}" for n in range(prompts)]
+    for n in range(prompts):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{n}.png")
+    drawn = samples_table({step: [tmp_path / f"{n}.png" for n in range(prompts)] for step in (0, 50)}, names)
+    assert all(drawn.count(f'alt="step {step}: {name}"') == 1 for step in (0, 50) for name in names)
+    assert all(drawn.count(f">{name}<") == 1 for name in names)
+
+
+def test_a_run_that_went_on_with_fewer_prompts_shows_what_there_is(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    drawn = samples_table({0: [tmp_path / "a.png"] * 2, 50: [tmp_path / "a.png"]}, ["a toy"])
+    assert drawn.count("<img") == 3 and drawn.count("a toy") == 3
+
+
 @pytest.mark.slow
 def test_a_training_ends_with_a_page_that_holds_no_place_of_the_machine(tmp_path):
     base, run = save_base("sd15", tmp_path), tmp_path / "run"
