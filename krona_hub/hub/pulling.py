@@ -12,8 +12,9 @@ from krona_hub.errors import FormatError, IntegrityError, ResourceError, UsageEr
 from krona_hub.hub import manifest as manifests
 from krona_hub.hub.layout import CARD, MANIFEST, MAX_FILE, MAX_TEXT, WEIGHTS, is_ours
 from krona_hub.hub.local import check_limits
-from krona_hub.hub.placing import SUFFIX, Place, is_read_first, put_in_place
+from krona_hub.hub.placing import SUFFIX, Place, check_file, is_read_first, put_in_place
 from krona_hub.hub.preview import Preview, preview
+from krona_hub.hub.signing import check_can_verify, check_signature
 from krona_hub.report import human_bytes
 from krona_hub.schema.header import HEADER_KEY
 from krona_hub.schema.layout import is_native
@@ -77,6 +78,9 @@ def pull(
     seen = preview(listing, weights, endpoint=endpoint) if weights.endswith(SUFFIX) else Preview(weights, 0, None, None)
     _check_header(seen, max_size)
     report = _report(hub_id, listing, names, seen, place)
+    _check_expected(expect_sha, listing.files[weights], {})
+    if verify_key is not None:
+        _check_can_verify(hub_id, names, Path(verify_key))
     if dry_run:
         return report
     return _carry_out(report, listing, hub_id, place, expect_sha, verify_key, overwrite, endpoint)
@@ -106,6 +110,13 @@ def _check_sizes(listing: Listing, names: tuple[str, ...], max_size: int) -> Non
         if size is not None and size > max_size:
             told = f"{printable(name)} has {human_bytes(size)}; the limit is {human_bytes(max_size)}."
             raise ResourceError(told, fix="Raise --max-size if you want it.")
+
+
+def _check_can_verify(hub_id: HubId, names: tuple[str, ...], key: Path) -> None:
+    if hub_id.file is not None:
+        fix = f"Pull all of it: krona pull {hub_id.repo} --verify-key {shlex.quote(str(key))}."
+        raise UsageError("a signature is one of the whole repository, not of one file.", fix=fix)
+    check_can_verify(names, key)
 
 
 def _check_header(seen: Preview, max_size: int) -> None:
@@ -166,6 +177,7 @@ def _carry_out(
     endpoint: str | None,
 ) -> PullReport:
     if not place.is_file and _is_here_already(report, listing, place):
+        _check_here(report, listing, place, expect_sha, verify_key)
         return _done(report, listing, hub_id, ("already here, file by file.",))
     (check_output if place.is_file else check_folder)(place.path, overwrite=overwrite)
     check_room(report.bytes)
@@ -192,9 +204,25 @@ def _is_here_already(report: PullReport, listing: Listing, place: Place) -> bool
     return all(path.is_file() and known.digest is not None and is_intact(path, known) for path, known in here)
 
 
-def _check_expected(expected: str | None, known: RemoteFile, small: Mapping[str, Path]) -> None:
-    if expected is None:
+def _check_here(
+    report: PullReport, listing: Listing, place: Place, expect_sha: str | None, verify_key: str | Path | None
+) -> None:
+    """Raise what pulling the files would raise that are here already: they may have come in another way."""
+    here = {name: place.path / name for name in report.files}
+    _check_expected(expect_sha, listing.files[report.preview.name], here)
+    if MANIFEST in here:
+        manifests.check(manifests.parse(here[MANIFEST].read_bytes()), report.files, listing.files, here)
+    for name, path in here.items():
+        if name.endswith(SUFFIX):
+            check_file(path, name)
+    if verify_key is not None:
+        check_signature(here, Path(verify_key))
+
+
+def _check_expected(expected: str | None, known: RemoteFile, here: Mapping[str, Path]) -> None:
+    """Compare with what the Hub names, or with what is here; where there is neither, it is not known yet."""
+    if expected is None or not (known.sha256 or known.name in here):
         return
-    found = known.sha256 or sha256_of(small[known.name])
+    found = known.sha256 or sha256_of(here[known.name])
     if found != expected.lower():
         raise IntegrityError(f"{known.name} has the sha256 {found}, not {expected}.", fix="It is not what you expect.")

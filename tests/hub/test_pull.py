@@ -13,9 +13,11 @@ from krona_hub.errors import (
     AuthError,
     ConflictError,
     IntegrityError,
+    NonFiniteError,
     NotFoundError,
     PickleError,
     ResourceError,
+    UsageError,
 )
 from krona_hub.hub import info, pull, push
 from krona_hub.sources import resolve
@@ -80,6 +82,51 @@ def test_the_sha_that_is_expected_must_be_the_one_that_comes(hub, style, tmp_pat
     with pytest.raises(IntegrityError, match="not 0000"):
         pull(REPO, tmp_path / "b", expect_sha="0" * 64)
     assert not (tmp_path / "b").exists()
+
+
+def test_what_is_here_already_is_checked_like_what_comes(hub, style, tmp_path):
+    push(style, REPO)
+    pull(REPO, tmp_path / "out")
+    with pytest.raises(IntegrityError, match="not 0000"):
+        pull(REPO, tmp_path / "out", expect_sha="0" * 64)
+    with pytest.raises(IntegrityError, match="has no signature"):
+        pull(REPO, tmp_path / "out", verify_key=style)
+    hub.state.put(REPO, {"krona_manifest.json": b'{"files": {}}'})
+    (tmp_path / "out/krona_manifest.json").write_bytes(b'{"files": {}}')
+    with pytest.raises(IntegrityError, match=r"is not in krona_manifest\.json"):
+        pull(REPO, tmp_path / "out")
+
+
+def test_numbers_of_what_is_here_already_are_looked_at(hub, tmp_path):
+    import torch
+    from safetensors.torch import load, save
+
+    tensors = load(LORA)
+    tensors[next(k for k in tensors if "lora_up" in k)].fill_(torch.nan)
+    hub.state.create("ben/nan", files={"x.safetensors": save(tensors)})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/x.safetensors").write_bytes(save(tensors))
+    with pytest.raises(NonFiniteError):
+        pull("ben/nan", tmp_path / "out")
+
+
+def test_a_dry_run_tells_another_sha_too(hub, style, tmp_path):
+    push(style, REPO)
+    with pytest.raises(IntegrityError, match="not 0000"):
+        pull(REPO, tmp_path / "out", expect_sha="0" * 64, dry_run=True)
+    with pytest.raises(IntegrityError, match="not 0000"):
+        pull(f"{REPO}/config.json", tmp_path / "out", expect_sha="0" * 64)  # a file that the Hub names no sha256 of
+
+
+def test_a_signature_is_asked_for_before_the_weights_are(hub, style, tmp_path):
+    push(style, REPO)
+    hub.log.clear()
+    with pytest.raises(IntegrityError, match="has no signature"):
+        pull(REPO, tmp_path / "out", verify_key=style)
+    with pytest.raises(UsageError, match="signature is one of the whole repository") as told:
+        pull(f"{REPO}/krona_adapter.safetensors", tmp_path / "x", verify_key=style)
+    assert f"krona pull {REPO} --verify-key" in told.value.fix
+    assert not hub.asked("^HEAD")
 
 
 def test_weights_that_were_exchanged_after_the_push_do_not_fit_the_manifest(hub, style, other, tmp_path):
