@@ -320,11 +320,16 @@ def render(
     import yaml
 
     new, parts = front_matter(facts), sections(facts)
-    data, body = split(theirs) if theirs is not None else ({}, "")
+    data, body = split(_as_on_unix(theirs)) if theirs is not None else ({}, "")
     data = merged_front_matter(new, data, generated_before or {})
     body = body if body.strip() else f"# {facts.title}\n"
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000)
     return f"---\n{head}---\n\n{_with_sections(body, parts, sections_before).strip()}\n"
+
+
+def _as_on_unix(text: str) -> str:
+    """A card without what editors on Windows put into it, which hides where its sections begin."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def _with_sections(body: str, parts: Mapping[str, str], before: Sequence[str]) -> str:

@@ -60,6 +60,18 @@ def test_words_of_the_owner_survive_between_and_around_the_sections(hub, style, 
     assert card(hub).count("krona:begin about") == 1
 
 
+@pytest.mark.parametrize("ends", [(b"\n", b"\r\n"), (b"---\n", b"\xef\xbb\xbf---\n")])
+def test_a_card_that_was_saved_on_windows_is_made_anew_like_any_other(ends, hub, style, other):
+    push(style, REPO)
+    edit(hub, "# Krona demo LoKr (generated, not trained)", "# My style")
+    hub.state.put(REPO, {"README.md": hub.state.content(REPO, "README.md").replace(*ends, *[1] * (len(ends[0]) > 1))})
+    push(other, REPO)
+    assert "# My style" in card(hub) and card(hub).count("krona:begin files") == 1
+    assert hub.state.repos[REPO].head().files["krona_adapter.safetensors"].sha256 in card(hub)
+    assert card(hub).count("license: apache-2.0") == 1 and "\r" not in card(hub)
+    assert push(other, REPO).up_to_date
+
+
 def test_words_inside_a_section_are_krona_s_and_made_anew(hub, style, other):
     push(style, REPO)
     edit(hub, "| parameters | 12,800 |", "| parameters | 7 |")
