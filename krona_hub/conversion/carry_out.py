@@ -54,7 +54,7 @@ def carry_out(asked: Request, progress: Progress | None = None) -> ConversionRep
         source_format=asked.from_format or format_of(asked.path, asked.base),
         target_format=target.format,
         tool=asked.tool,
-        out=asked.out if asked.out is not None else default_out(asked.path, target.format),
+        out=asked.out if asked.out is not None else default_out(asked.source, target.format),
         layers=_layer_reports(adapter.layers, meant, outcomes),
         notes=_dora_note(baked),
     )

@@ -3,6 +3,7 @@
 import pytest
 
 from krona_hub.conversion import convert
+from krona_hub.conversion.naming import default_out
 from krona_hub.errors import InexpressibleError, KronaError, LossyError, UnknownBaseError
 from krona_hub.formats.describe import describe
 from krona_hub.formats.files import read
@@ -104,3 +105,10 @@ def test_the_report_says_what_a_native_file_is_and_not_what_it_once_was(tmp_path
     assert (native.source_format, native.target_format) == ("lycoris-lokr", "krona")
     back = convert(native.out, tmp_path / "back.safetensors", to="lokr", base=shared("golden", "base"))
     assert (back.source_format, back.target_format) == ("krona", "lycoris-lokr")
+
+
+def test_the_folder_that_one_is_in_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "peft" / "unet").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "peft" / "unet")
+    assert default_out(".", "krona") == tmp_path / "peft" / "unet.krona.safetensors"
+    assert default_out("..", "peft-lora") == tmp_path / "peft.peft-lora"
