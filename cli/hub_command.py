@@ -60,7 +60,7 @@ def show_info(info: RepoInfo) -> None:
         (
             ("repository", info.repo),
             ("commit", info.commit),
-            ("access", ", ".join(access) or "public"),
+            ("access", None if info.private is None else ", ".join(access) or "public"),
             ("base", info.base_model or about["base"]),
             ("licence", info.licence),
             ("adapter", f"{info.preview.name}, {human_bytes(info.preview.size)}"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from krona_hub.checkpoints.atomic import check_folder, check_output
@@ -20,7 +21,7 @@ from krona_hub.schema.header import HEADER_KEY
 from krona_hub.schema.layout import is_native
 from krona_hub.sources import HubId, parse_hub_id
 from krona_hub.sources.choose import choose, with_companions
-from krona_hub.sources.fetch import check_room, fetch, sha256_of
+from krona_hub.sources.fetch import check_room, fetch, is_intact, sha256_of
 from krona_hub.sources.listing import Listing, RemoteFile, list_repo, remember_revision
 from krona_hub.sources.names import check_collisions, is_safe, printable
 
@@ -66,7 +67,7 @@ def pull(
     Raises AuthError, NotFoundError, PickleError, IntegrityError, ResourceError beyond `max_size` bytes, OfflineError
     where neither the Hub nor the cache has it, ConflictError where `out` exists and `overwrite` is not given.
     """
-    hub_id = parse_hub_id(source)
+    hub_id = parse_hub_id(source, endpoint)
     if hub_id is None:
         raise UsageError(f"{source!r} is no Hub id.", fix="Write ns/name, ns/name@revision or ns/name/file.")
     listing = list_repo(hub_id.repo, hub_id.revision, offline=offline, endpoint=endpoint)
@@ -91,7 +92,8 @@ def _place(hub_id: HubId, out: str | Path | None) -> Place:
         return Place(Path(out) if out is not None else Path(hub_id.repo.split("/")[1]), False)
     name = Path(hub_id.file).name
     path = Path(out) if out is not None else Path(name)
-    return Place(path / name if path.is_dir() else path, True)
+    is_folder = path.is_dir() or str(out).endswith(("/", os.sep))
+    return Place(path / name if is_folder else path, True)
 
 
 def _names(listing: Listing, weights: str, wanted: str | None) -> tuple[str, ...]:
@@ -190,16 +192,12 @@ def _carry_out(
 
 
 def _done(report: PullReport, listing: Listing, hub_id: HubId, notes: tuple[str, ...]) -> PullReport:
-    from dataclasses import replace
-
     remember_revision(listing, hub_id.revision)
     return replace(report, written=True, notes=(*report.notes, *notes))
 
 
 def _is_here_already(report: PullReport, listing: Listing, place: Place) -> bool:
     """Whether every file lies in the folder, digest for digest."""
-    from krona_hub.sources.fetch import is_intact
-
     here = ((place.path / name, listing.files[name]) for name in report.files)
     return all(path.is_file() and known.digest is not None and is_intact(path, known) for path, known in here)
 

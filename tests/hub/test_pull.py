@@ -23,6 +23,7 @@ from krona_hub.hub import info, pull, push
 from krona_hub.sources import resolve
 
 REPO = "ana/style"
+LOKR = (Path(assets).parent / "demo_lokr.safetensors").read_bytes()
 LORA = (Path(assets).parent / "demo_lora.safetensors").read_bytes()
 
 
@@ -38,6 +39,15 @@ def test_one_file_is_taken_alone_and_may_be_named(hub, style, tmp_path):
     report = pull(f"hf://{REPO}@main/pytorch_lora_weights.safetensors", tmp_path / "mine.safetensors")
     assert report.files == ("pytorch_lora_weights.safetensors",)
     assert (tmp_path / "mine.safetensors").read_bytes() == hub.state.content(REPO, report.files[0])
+
+
+def test_a_place_that_ends_with_a_slash_is_a_folder(hub, style, tmp_path):
+    push(style, REPO)
+    with pytest.raises(NotFoundError, match="does not exist"):
+        pull(f"{REPO}/krona_adapter.safetensors", f"{tmp_path}/mine/")
+    (tmp_path / "mine").mkdir()
+    pull(f"{REPO}/krona_adapter.safetensors", f"{tmp_path}/mine/")
+    assert (tmp_path / "mine/krona_adapter.safetensors").is_file()
 
 
 def test_the_address_of_a_page_is_a_source(hub, style):
@@ -246,6 +256,20 @@ def test_a_hub_id_is_accepted_where_a_file_is(hub, style, tmp_path):
     assert report.written and verify(REPO, tmp_path / "lokr.safetensors").same
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("ben/style", "style.krona.safetensors"), ("ben/style@main/my_lokr.safetensors", "my_lokr.krona.safetensors"),
+     ("hf://ben/style", "style.krona.safetensors")],
+)  # fmt: skip
+def test_what_is_made_of_an_id_lies_here_and_not_in_the_cache(source, name, hub, client_home, tmp_path, monkeypatch):
+    from krona_hub import convert
+
+    hub.state.create("ben/style", files={"my_lokr.safetensors": LOKR})
+    monkeypatch.chdir(tmp_path)
+    assert convert(source).out == Path(name) and (tmp_path / name).is_file()
+    assert [p.name for p in client_home.rglob("snapshots/*/*")] == ["my_lokr.safetensors"]
+
+
 def bytes_asked_for(hub):
     """Of files, by ranges; a file that was asked for whole is too much."""
     gets = [r for r in hub.asked("^GET") if "/resolve/" in r.path or "/blobs/" in r.path]
@@ -321,6 +345,12 @@ def test_a_copy_serves_without_the_hub_and_that_is_said_aloud(hub, style, tmp_pa
     report = pull(REPO, tmp_path / "c")
     assert report.notes == (f"offline copy {commit[:7]} of {REPO} used (the Hub does not answer).",)
     assert (tmp_path / "c/krona_adapter.safetensors").read_bytes() == style.read_bytes()
+
+
+def test_of_a_copy_nobody_knows_who_may_see_it(hub, style, tmp_path):
+    push(style, REPO)
+    pull(REPO, tmp_path / "first")
+    assert info(REPO).private is True and info(REPO, offline=True).private is None
 
 
 def test_a_damaged_copy_is_not_used_offline(hub, style, tmp_path):
