@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from krona_hub.checkpoints import strict_json
-from krona_hub.errors import ConflictError, KronaError, NotFoundError, OfflineError, UsageError
+from krona_hub.errors import AuthError, ConflictError, KronaError, NotFoundError, OfflineError, UsageError
 from krona_hub.hub import manifest as manifests
 from krona_hub.hub.commit import commit, verify
 from krona_hub.hub.layout import CARD, CONFIG, MANIFEST, SIGNATURE, WEIGHTS
@@ -21,7 +21,7 @@ from krona_hub.hub.package import Package, There, Wanted, finish, pack
 from krona_hub.hub.plan import PushPlan, check_theirs, is_same, rows_of
 from krona_hub.hub.signing import is_still_signed, sign_folder
 from krona_hub.sources.client import client, endpoint_of, is_offline, quiet
-from krona_hub.sources.faults import hub_errors
+from krona_hub.sources.faults import LOGIN, hub_errors
 from krona_hub.sources.fetch import fetch
 from krona_hub.sources.listing import Listing, ask
 from krona_hub.sources.retry import retrying
@@ -100,6 +100,9 @@ def push(
     if card_only and (with_lora or with_lokr or images or not card):
         raise UsageError("--card-only writes the card and nothing else.", fix="Leave it out to push other files too.")
     wanted = Wanted(with_lora, with_lokr, Path(images) if images else None, card, card_only, base)
+    if create_pr and tag:
+        told = "a pull request has no commit of the branch yet that a tag could name."
+        raise UsageError(told, fix="Push again with --tag when it is merged.")
     if is_offline() and not dry_run:
         raise OfflineError("pushing needs the Hub, and HF_HUB_OFFLINE is set.", fix="Unset it, or use --dry-run.")
     with tempfile.TemporaryDirectory(prefix="krona-push-") as name:
@@ -169,9 +172,9 @@ def _after_a_race(
 
 
 def check_account(api: HfApi, asked: Request) -> None:
-    """Raise AuthError without a valid token, or without the right to write there."""
+    """Raise AuthError without a valid token, or without the right to write there, or to make it."""
     with hub_errors(asked.repo), quiet():
-        retrying(api.whoami)
+        me = retrying(api.whoami)
         try:
             retrying(lambda: api.auth_check(asked.repo, write=not asked.create_pr))
         except Exception as error:
@@ -181,6 +184,20 @@ def check_account(api: HfApi, asked: Request) -> None:
                 raise NotFoundError(
                     f"{asked.repo} does not exist.", fix="Push without --create-pr to make it."
                 ) from error
+            _check_may_make(me, asked.repo)
+
+
+def _check_may_make(me: Mapping[str, Any], repo: str) -> None:
+    """Raise AuthError where it is known before that this account, or this token, makes no such repository."""
+    namespace, name = repo.split("/")
+    known = [str(one.get("name")) for one in (me, *(me.get("orgs") or ()))]
+    if namespace.casefold() not in map(str.casefold, known):
+        raise AuthError(
+            f"{known[0]} may not make a repository of {namespace}.", fix=f"Push to {known[0]}/{name}. {LOGIN}"
+        )
+    token = (me.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise AuthError(f"{repo}: the token may only read.", fix=f"Use a token with write access. {LOGIN}")
 
 
 def _is_missing(error: BaseException) -> bool:
@@ -333,6 +350,10 @@ def _tagged(api: HfApi, asked: Request, report: PushReport, dry_run: bool = Fals
         return report
     tag = asked.tag
     if _tags(api, asked).get(tag) != target:
-        with hub_errors(f"{asked.repo}@{tag}"), quiet():
-            retrying(lambda: api.create_tag(asked.repo, tag=tag, revision=target, exist_ok=False))
+        try:
+            with hub_errors(f"{asked.repo}@{tag}"), quiet():
+                retrying(lambda: api.create_tag(asked.repo, tag=tag, revision=target, exist_ok=False))
+        except ConflictError:
+            if _tags(api, asked).get(tag) != target:  # else only the answer of the first try was lost
+                raise
     return replace(report, tag=tag)

@@ -37,6 +37,9 @@ PASSING = {  # what goes wrong once or twice -> success all the same
     "commit done, answer lost": lambda h: h.close("/commit/", after_work=True),
     "commit done, answer 504": lambda h: h.change("/commit/", lambda a: replace(a, status=504)),
     "paths-info 503": lambda h: h.refuse("/paths-info/", 503),
+    "refs 503": lambda h: h.refuse("/refs", 503),
+    "tag 500": lambda h: h.refuse("/tag/", 500),
+    "tag made, answer lost": lambda h: h.close("/tag/", after_work=True),
     "slow": lambda h: h.change("/commit/", slow(0.3)),
 }
 
@@ -44,8 +47,8 @@ PASSING = {  # what goes wrong once or twice -> success all the same
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_push_survives_what_passes(fault, hub, style):
     rule = PASSING[fault](hub)
-    report = push(style, REPO)
-    assert rule.seen and report.verified == 4
+    report = push(style, REPO, tag="v1")
+    assert rule.seen and report.verified == 4 and hub.state.repos[REPO].tags == {"v1": report.commit}
     assert len(hub.state.repos[REPO].commits) == 2, "one commit, however often it was tried"
     assert hub.state.content(REPO, "krona_adapter.safetensors") == style.read_bytes()
 
@@ -174,3 +177,18 @@ def test_a_digest_that_is_a_path_is_refused_before_anything_is_written(name, val
         pull(REPO, tmp_path / "out")
     assert {p for p in tmp_path.rglob("*") if "hf-home" not in str(p)} == before
     assert not list(tmp_path.rglob("*escaped*"))
+
+
+@pytest.mark.parametrize("sha", ["../../../escaped", "main", "", None, "A" * 40])
+def test_a_listing_of_no_commit_is_refused(sha, hub, style, tmp_path):
+    import json
+
+    def lie(answer):
+        return replace(answer, body=json.dumps(json.loads(answer.body) | {"sha": sha}).encode())
+
+    push(style, REPO)
+    hub.change("^GET /api/models/ana/style$", lie, times=99)
+    for work in (lambda: pull(REPO, tmp_path / "out"), lambda: push(style, REPO, force=True)):
+        with pytest.raises(IntegrityError, match="no commit"):
+            work()
+    assert not (tmp_path / "out").exists()

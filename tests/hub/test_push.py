@@ -6,8 +6,9 @@ import json
 import pytest
 import yaml
 
-from krona_hub.errors import AuthError, ConflictError, NotFoundError, ResourceError, UsageError
+from krona_hub.errors import AuthError, ConflictError, FormatError, NotFoundError, ResourceError, UsageError
 from krona_hub.hub import pull, push
+from tests.hub.loopback.state import User
 
 REPO = "ana/style"
 
@@ -164,6 +165,12 @@ def test_a_pull_request_leaves_the_branch_alone(hub, style, other, monkeypatch):
     assert pull(f"{REPO}@refs/pr/1", dry_run=True).commit == report.commit
 
 
+def test_a_pull_request_has_no_commit_of_the_branch_to_tag(hub, style):
+    with pytest.raises(UsageError, match="no commit of the branch yet"):
+        push(style, REPO, create_pr=True, tag="v1")
+    assert not hub.log
+
+
 def test_public_is_public_only_when_asked_for(hub, style):
     push(style, REPO, private=False)
     assert not hub.state.repos[REPO].private
@@ -198,7 +205,8 @@ def test_pictures_become_a_gallery(hub, style, pictures):
     [
         (lambda d: [(d / f"{i}.png").write_bytes(b"\x89PNG") for i in range(13)], ResourceError),
         (lambda d: (d / "big.png").write_bytes(b"\x89PNG" + bytes(1_000_001)), ResourceError),
-        (lambda d: (d / "no.png").write_bytes(b"<html>"), Exception),
+        (lambda d: (d / "no.png").write_bytes(b"<html>"), FormatError),
+        (lambda d: [(d / "x.png").write_bytes(b"\x89PNG"), (d / "x.txt").write_bytes(b"caf\xe9")], FormatError),
         (lambda d: (d / "words.txt").write_text("no picture"), NotFoundError),
     ],
 )
@@ -257,9 +265,21 @@ def test_without_any_token_the_fix_says_how_to_log_in(hub, style, monkeypatch):
 
 
 def test_a_namespace_of_others_is_refused(hub, style):
-    with pytest.raises(AuthError):
-        push(style, "ben/mine")
-    assert not hub.state.repos
+    for dry_run in (True, False):
+        with pytest.raises(AuthError, match="ana may not make a repository of ben") as told:
+            push(style, "ben/mine", dry_run=dry_run)
+        assert "ana/mine" in told.value.fix and not hub.writes
+
+
+def test_a_token_that_only_reads_is_told_before_there_is_a_repository(hub, style, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    with pytest.raises(AuthError, match="the token may only read"):
+        push(style, REPO, dry_run=True)
+
+
+def test_an_organisation_that_one_belongs_to_is_no_namespace_of_others(hub, style):
+    hub.state.users["hf_owner"] = User("ana", orgs=("Studio",))
+    assert push(style, "studio/style", dry_run=True).plan.is_new
 
 
 @pytest.mark.parametrize("repo", ["style", "a/b/c", "../x/y", "ana/..", "ana/st yle", "", "-a/b"])
@@ -277,8 +297,6 @@ def test_a_base_is_named_as_others_find_it(base, hub, style):
 
 
 def test_a_broken_file_is_not_pushed(hub, style, tmp_path):
-    from krona_hub.errors import FormatError
-
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(style.read_bytes()[:-7])
     with pytest.raises(FormatError):
