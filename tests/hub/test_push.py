@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
-from krona_hub.errors import AuthError, ConflictError, FormatError, NotFoundError, ResourceError, UsageError
+from krona_hub.assets import __file__ as assets
+from krona_hub.errors import AuthError, ConflictError, FormatError, LossyError, NotFoundError, ResourceError, UsageError
 from krona_hub.hub import pull, push
 from tests.hub.loopback.state import User
 
@@ -52,6 +54,28 @@ def test_a_dry_run_sends_no_write_request(hub, style):
     report = push(style, REPO, dry_run=True)
     assert {r.action for r in report.plan.rows} == {"add"} and report.commit is None
     assert not hub.writes and not hub.state.repos
+
+
+def test_an_adapter_of_another_format_names_the_file_that_it_was(hub, tmp_path):
+    source = Path(assets).parent / "demo_lokr.safetensors"
+    push(source, REPO)
+    told = json.loads(hub.state.content(REPO, "krona_manifest.json"))["provenance"]
+    assert told["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert told["source_format"] == "lycoris-lokr" and told["created_by"].startswith("krona_hub ")
+
+
+def test_an_export_that_cannot_be_is_refused_in_words_of_a_push(hub, style, tmp_path):
+    from krona_hub import convert
+
+    convert(
+        Path(assets).parent / "demo_lora.safetensors", tmp_path / "many.safetensors",
+        to="krona", shape="64x4", terms=2, allow_loss=True,
+    )  # fmt: skip
+    for options, words in (({"with_lora": 1}, "--with-lora=2"), ({"with_lokr": True}, "--with-lokr")):
+        with pytest.raises(LossyError, match=r"pytorch_lora_weights|lycoris_lokr") as told:
+            push(tmp_path / "many.safetensors", REPO, **options)
+        assert words in told.value.fix and "--to" not in told.value.fix and "--allow" not in told.value.fix
+    assert not hub.writes
 
 
 def test_a_plan_that_is_declined_sends_nothing(hub, style):
