@@ -322,7 +322,7 @@ def render(
     new, parts = front_matter(facts), sections(facts)
     data, body = split(_as_on_unix(theirs)) if theirs is not None else ({}, "")
     data = merged_front_matter(new, data, generated_before or {})
-    body = body if body.strip() else f"# {facts.title}\n"
+    body = body if body.strip() else f"# {_cell(facts.title)}\n"
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000)
     return f"---\n{head}---\n\n{_with_sections(body, parts, sections_before).strip()}\n"
 

@@ -51,6 +51,22 @@ def test_there_is_no_picture_in_a_card_without_pictures(hub, style):
     assert "![" not in card(hub) and "Gallery" not in card(hub) and "widget" not in front(hub)
 
 
+@pytest.mark.parametrize(
+    ("title", "head"),
+    [(None, "# style"), ("Two\nlines <b>", "# Two lines &lt;b>")],
+)
+def test_a_card_is_headed_by_the_title_of_the_file_or_the_name_of_the_repository(title, head, hub, style, tmp_path):
+    from dataclasses import replace
+
+    from krona_hub import read, write
+
+    adapter = read(style)
+    named = {"modelspec.title": title} if title else {}
+    write(replace(adapter, provenance=replace(adapter.provenance, metadata=named)), tmp_path / "x.safetensors")
+    push(tmp_path / "x.safetensors", REPO)
+    assert card(hub).split("---\n")[2].strip().splitlines()[0] == head
+
+
 def test_words_of_the_owner_survive_between_and_around_the_sections(hub, style, other):
     push(style, REPO)
     edit(hub, "<!-- krona:end about -->\n", "<!-- krona:end about -->\n\nMade of *my* pictures.\n")
