@@ -152,15 +152,17 @@ def _report(hub_id: HubId, listing: Listing, names: tuple[str, ...], seen: Previ
         skipped=skipped,
         written=False,
         notes=tuple(notes),
-        next=_next(seen, place),
+        next=_next(hub_id, seen, place),
     )
 
 
-def _next(seen: Preview, place: Place) -> str | None:
+def _next(hub_id: HubId, seen: Preview, place: Place) -> str | None:
     """For a foreign adapter: the command that makes it one of krona's."""
     if seen.description is None or seen.description.format == "krona":
         return None
     folder = seen.description.format.startswith("peft")
+    if folder and place.is_file:  # without its config it cannot be read
+        return f"krona pull {hub_id.repo}{f'@{hub_id.revision}' if hub_id.revision else ''}"
     path = place.path if place.is_file or folder else place.path / seen.name
     return f"krona convert {shlex.quote(str(path))}"
 

@@ -166,9 +166,20 @@ def test_a_foreign_lora_is_recognised_and_offered_to_convert(hub, tmp_path):
 
 
 def test_a_peft_adapter_comes_with_its_config(hub, tmp_path):
-    config = json.dumps({"peft_type": "LORA", "r": 4}).encode()
-    hub.state.create("ben/peft", files={"adapter_model.safetensors": LORA, "adapter_config.json": config})
-    assert set(pull("ben/peft", dry_run=True).files) == {"adapter_model.safetensors", "adapter_config.json"}
+    from krona_hub import convert
+
+    convert(Path(assets).parent / "demo_lora.safetensors", tmp_path / "peft", to="peft-lora")
+    names = {"adapter_model.safetensors", "adapter_config.json"}
+    hub.state.create("ben/peft", files={name: (tmp_path / "peft" / name).read_bytes() for name in names})
+    report = pull("ben/peft", tmp_path / "out")
+    assert set(report.files) == names == {p.name for p in (tmp_path / "out").iterdir()}
+    assert report.preview.description.format == "peft-lora" and report.next == f"krona convert {tmp_path / 'out'}"
+    assert convert(tmp_path / "out", tmp_path / "x.safetensors", exact=True).written
+    hub.log.clear()
+    assert info("ben/peft").preview.description.parameters == report.preview.description.parameters
+    assert len(hub.log) <= 4
+    alone = pull("ben/peft@main/adapter_model.safetensors", tmp_path / "alone.safetensors")
+    assert alone.next == "krona pull ben/peft@main", "without its config it cannot be read"
 
 
 def test_several_files_want_a_choice(hub):
