@@ -139,7 +139,7 @@ def _missing(status: int, what: str) -> KronaError:
 def _of_status(status: int, error: Any, what: str) -> KronaError:
     if status == 401:
         return AuthError(f"{what}: the Hub does not accept the token.", fix=LOGIN)
-    if status == 403 and error.response.request.method in ("GET", "HEAD"):
+    if status == 403 and _only_reads(error.response.request):
         return AuthError(f"{what}: the token may not read that.", fix=f"Ask its owner for access. {LOGIN}")
     if status == 403:
         return AuthError(f"{what}: the token may not do that.", fix=f"Use a token with write access. {LOGIN}")
@@ -157,6 +157,11 @@ def _of_status(status: int, error: Any, what: str) -> KronaError:
         return OfflineError(f"{what}: the Hub answers with error {status}.", fix="It is not your fault: try later.")
     told = getattr(error, "server_message", None) or "it does not say why"
     return UsageError(f"{what}: the Hub refuses the request ({status}): {told}", fix="Check what was asked for.")
+
+
+def _only_reads(request: Any) -> bool:
+    asks_to_write = request.url.path.endswith("/auth-check/write") or "/xet-write-token/" in request.url.path
+    return request.method in ("GET", "HEAD") and not asks_to_write
 
 
 def wait_of(error: Any) -> float | None:

@@ -103,6 +103,16 @@ def test_a_section_that_the_owner_removed_stays_away(hub, style, other):
     assert "krona:begin loads" not in card(hub) and "krona:begin files" in card(hub)
 
 
+@pytest.mark.parametrize("edge", ["begin", "end"])
+def test_a_section_that_lost_one_of_its_ends_is_told_and_not_left_as_it_was(edge, hub, style, other):
+    push(style, REPO)
+    edit(hub, f"<!-- krona:{edge} files -->\n", "")
+    before = hub.state.repos[REPO].head()
+    with pytest.raises(FormatError, match=f"section files of the card .* its {edge}") as told:
+        push(other, REPO)
+    assert f"<!-- krona:{edge} files -->" in told.value.fix and hub.state.repos[REPO].head() is before
+
+
 def test_in_the_front_matter_the_owner_wins_but_for_what_the_repository_is(hub, style, other):
     push(style, REPO)
     edit(hub, "license: apache-2.0", "license: mit\nlanguage: en")
