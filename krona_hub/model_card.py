@@ -204,7 +204,8 @@ def _use(f: CardFacts) -> str:
     name = f.repo.split("/")[1]
     lines += [
         "\nTo keep a copy, checked against the digests of the Hub and of the manifest:\n",
-        f"```sh\nkrona pull {f.repo} -o {name}\n```",
+        f"```sh\nkrona pull {f.repo} -o {name}\n```\n",
+        f'Without a network, `krona_hub.load_into(pipe, "{name}/{f.weights}")` loads that copy.',
     ]
     return "\n".join(lines)
 

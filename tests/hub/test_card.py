@@ -6,6 +6,7 @@ import re
 import pytest
 import yaml
 
+from krona_hub.cli.main import main
 from krona_hub.errors import ConflictError, FormatError, UsageError
 from krona_hub.hub import pull, push
 from krona_hub.model_card import LORA_TAGS, split
@@ -36,6 +37,13 @@ def test_the_card_is_valid_and_says_what_the_repository_is(hub, style):
     assert not set(LORA_TAGS) & set(data["tags"])
     assert hub.asked("validate-yaml")
     assert yaml.safe_load(card(hub).split("---\n")[1]) == data
+
+
+def test_the_card_says_how_to_load_a_copy_without_a_network(hub, style, tmp_path, monkeypatch):
+    push(style, REPO)
+    monkeypatch.chdir(tmp_path)
+    command, path = re.findall(r"krona (pull .*)\n```|load_into\(pipe, \"(style/.*)\"\)` loads", card(hub))
+    assert main(command[0].split()) == 0 and (tmp_path / path[1]).read_bytes() == style.read_bytes()
 
 
 def test_the_digests_and_numbers_in_the_card_are_those_of_the_files(hub, style):
