@@ -161,8 +161,9 @@ def _next(hub_id: HubId, seen: Preview, place: Place) -> str | None:
     if seen.description is None or seen.description.format == "krona":
         return None
     folder = seen.description.format.startswith("peft")
-    if folder and place.is_file:  # without its config it cannot be read
-        return f"krona pull {hub_id.repo}{f'@{hub_id.revision}' if hub_id.revision else ''}"
+    if folder and place.is_file:  # alone it says no scale; from the Hub its config comes along
+        revision = f"@{hub_id.revision}" if hub_id.revision else ""
+        return f"krona convert {shlex.quote(f'{hub_id.repo}{revision}/{hub_id.file}')}"
     path = place.path if place.is_file or folder else place.path / seen.name
     return f"krona convert {shlex.quote(str(path))}"
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from krona_hub.checkpoints import strict_json
-from krona_hub.errors import AuthError, ConflictError, KronaError, NotFoundError, OfflineError, UsageError
+from krona_hub.errors import ConflictError, KronaError, NotFoundError, OfflineError, UsageError
 from krona_hub.hub import manifest as manifests
+from krona_hub.hub.account import check_account, is_missing
 from krona_hub.hub.commit import commit, verify
 from krona_hub.hub.layout import CARD, CONFIG, MANIFEST, SIGNATURE, WEIGHTS
 from krona_hub.hub.local import HUB_NAME, check_adapter
@@ -21,7 +23,7 @@ from krona_hub.hub.package import Package, There, Wanted, finish, pack
 from krona_hub.hub.plan import PushPlan, check_theirs, is_same, rows_of
 from krona_hub.hub.signing import is_still_signed, sign_folder
 from krona_hub.sources.client import client, endpoint_of, is_offline, quiet
-from krona_hub.sources.faults import LOGIN, hub_errors
+from krona_hub.sources.faults import hub_errors
 from krona_hub.sources.fetch import fetch
 from krona_hub.sources.listing import Listing, ask
 from krona_hub.sources.retry import retrying
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_REPLANS = 3
 ABOUT = (CARD, CONFIG, MANIFEST, SIGNATURE)  # what `card_only` writes
+_REFERENCE = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*")
 Confirm = Callable[[PushPlan], bool]
 
 
@@ -96,6 +99,9 @@ def push(
     """
     if not HUB_NAME.fullmatch(repo):
         raise UsageError(f"{repo!r} is no name of a repository.", fix="Write namespace/name.")
+    _check_reference("branch", revision)
+    if tag is not None:
+        _check_reference("tag", tag)
     asked = Request(repo, revision, private, create_pr, tag, message, force, endpoint)
     if card_only and (with_lora or with_lokr or images or not card):
         raise UsageError("--card-only writes the card and nothing else.", fix="Leave it out to push other files too.")
@@ -113,11 +119,17 @@ def push(
         return _push(package, asked, sign_key, dry_run, confirm)
 
 
+def _check_reference(kind: str, name: str) -> None:
+    """Raise UsageError for what git takes for no branch or tag: to be known before anything is committed."""
+    if not _REFERENCE.fullmatch(name) or ".." in name or name.endswith((".", ".lock")):
+        raise UsageError(f"{name!r} is no name of a {kind}.", fix="Write letters, digits, dots and dashes: v1.0.")
+
+
 def _push(
     package: Package, asked: Request, sign_key: str | Path | None, dry_run: bool, confirm: Confirm | None
 ) -> PushReport:
     api = client(asked.endpoint)
-    check_account(api, asked)
+    check_account(api, asked.repo, create_pr=asked.create_pr)
     there = look(api, asked)
     _check_repo(package, asked, there)
     plan = _planned(package, asked, there, sign_key)[0]
@@ -171,47 +183,12 @@ def _after_a_race(
 # --- before anything is sent -----------------------------------------------------------------------------------------
 
 
-def check_account(api: HfApi, asked: Request) -> None:
-    """Raise AuthError without a valid token, or without the right to write there, or to make it."""
-    with hub_errors(asked.repo), quiet():
-        me = retrying(api.whoami)
-        try:
-            retrying(lambda: api.auth_check(asked.repo, write=not asked.create_pr))
-        except Exception as error:
-            if not _is_missing(error):
-                raise
-            if asked.create_pr:
-                raise NotFoundError(
-                    f"{asked.repo} does not exist.", fix="Push without --create-pr to make it."
-                ) from error
-            _check_may_make(me, asked.repo)
-
-
-def _check_may_make(me: Mapping[str, Any], repo: str) -> None:
-    """Raise AuthError where it is known before that this account, or this token, makes no such repository."""
-    namespace, name = repo.split("/")
-    known = [str(one.get("name")) for one in (me, *(me.get("orgs") or ()))]
-    if namespace.casefold() not in map(str.casefold, known):
-        raise AuthError(
-            f"{known[0]} may not make a repository of {namespace}.", fix=f"Push to {known[0]}/{name}. {LOGIN}"
-        )
-    token = (me.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") == "read":
-        raise AuthError(f"{repo}: the token may only read.", fix=f"Use a token with write access. {LOGIN}")
-
-
-def _is_missing(error: BaseException) -> bool:
-    from huggingface_hub import errors
-
-    return isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError)
-
-
 def look(api: HfApi, asked: Request) -> There:
     """What the repository holds at the revision that is to be written."""
     try:
         listing = ask(api, asked.repo, None if asked.revision == "main" else asked.revision)
     except NotFoundError as error:
-        if _is_missing(error.__cause__ or error):
+        if is_missing(error.__cause__ or error):
             return There()
         listing = _new_branch(api, asked)
     names = (n for n in (CARD, CONFIG, MANIFEST) if n in listing.files)

@@ -179,7 +179,7 @@ def test_a_peft_adapter_comes_with_its_config(hub, tmp_path):
     assert info("ben/peft").preview.description.parameters == report.preview.description.parameters
     assert len(hub.log) <= 4
     alone = pull("ben/peft@main/adapter_model.safetensors", tmp_path / "alone.safetensors")
-    assert alone.next == "krona pull ben/peft@main", "without its config it cannot be read"
+    assert alone.next == "krona convert ben/peft@main/adapter_model.safetensors", "alone it says no scale"
 
 
 def test_several_files_want_a_choice(hub):

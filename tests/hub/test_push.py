@@ -313,6 +313,14 @@ def test_names_that_are_no_repository_are_told_at_once(repo, hub, style):
     assert not hub.log
 
 
+@pytest.mark.parametrize("name", ["a b", "", "../x", "v1..v2", "-v", "v1:", "x.lock", "a//b", "v1/"])
+def test_names_that_are_no_tag_or_branch_are_told_at_once(name, hub, style):
+    for what in ("tag", "revision"):
+        with pytest.raises(UsageError, match=r"is no name of a (tag|branch)"):
+            push(style, REPO, **{what: name})
+    assert not hub.log
+
+
 @pytest.mark.parametrize("base", ["/home/ana/sd15", "./sd15", "sd15", "a/b/c"])
 def test_a_base_is_named_as_others_find_it(base, hub, style):
     with pytest.raises(UsageError, match="no model on the Hub"):
