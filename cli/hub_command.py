@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from krona_hub.hub import Cached, Found, RepoInfo
 
 
+KNOWS = {"info": ("name", "--offline"), "search": ("name", "--base"), "ls": ("--offline",)}
+
+
 @krona_command(
     "hub",
     examples=("krona hub info ana/style", "krona hub search style --base sd15", "krona hub ls"),
@@ -33,6 +36,7 @@ def command(action: str, what: str | None, base: str | None, limit: int, offline
     """
     from krona_hub import hub
 
+    _check(action, {"name": what, "--base": base, "--offline": offline})
     if action == "info":
         if what is None:
             raise UsageError("krona hub info wants a repository.", fix="Write krona hub info ns/name.")
@@ -48,6 +52,13 @@ def command(action: str, what: str | None, base: str | None, limit: int, offline
         emit(here, lambda: show_cached(here))
 
 
+def _check(action: str, given: dict[str, object]) -> None:
+    """Raise UsageError for what this action would pass over."""
+    for name, value in given.items():
+        if value and name not in KNOWS[action]:
+            raise UsageError(f"krona hub {action} takes no {name}.", fix="Leave it out.")
+
+
 def as_document(info: RepoInfo) -> dict[str, Any]:
     fields = {name: getattr(info, name) for name in info.__dataclass_fields__ if name != "preview"}
     return {**fields, "adapter": describe_preview(info.preview)}
@@ -60,7 +71,7 @@ def show_info(info: RepoInfo) -> None:
         (
             ("repository", info.repo),
             ("commit", info.commit),
-            ("access", ", ".join(access) or "public"),
+            ("access", None if info.private is None else ", ".join(access) or "public"),
             ("base", info.base_model or about["base"]),
             ("licence", info.licence),
             ("adapter", f"{info.preview.name}, {human_bytes(info.preview.size)}"),

@@ -86,7 +86,8 @@ def command(file: str, repo: str, public: bool | None, with_lora: str | None, ye
         confirm=None if yes else _ask,
         **options,
     )
-    emit(as_document(report), lambda: show(report, shown=not yes and _on_a_terminal() and report.commit is not None))
+    shown = not (yes or options["dry_run"]) and _on_a_terminal()
+    emit(as_document(report), lambda: show(report, shown=shown))
     if options["dry_run"]:
         say("dry run: nothing was sent.")
 
@@ -130,7 +131,10 @@ def show_plan(plan: PushPlan) -> None:
             ("repository", f"{plan.repo}, new, {plan.visibility}" if plan.is_new else plan.repo),
             ("on top of", None if plan.is_new or plan.parent is None else plan.parent[:7]),
             ("branch", plan.revision if plan.revision != "main" else None),
+            ("as", "a pull request" if plan.create_pr else None),
+            ("with the tag", plan.tag),
             ("sends", human_bytes(plan.bytes_to_send)),
+            *(("note", note) for note in plan.notes),
         )
     )
 
@@ -139,6 +143,7 @@ def show(report: PushReport, *, shown: bool) -> None:
     if not shown and not report.up_to_date:
         show_plan(report.plan)
         show_text()
+    notes = report.notes if report.up_to_date else [n for n in report.notes if n not in report.plan.notes]
     same = f"already up to date: {len(report.plan.rows)} files" if report.up_to_date else None
     show_facts(
         (
@@ -148,6 +153,6 @@ def show(report: PushReport, *, shown: bool) -> None:
             ("pull request", report.pull_request),
             ("tag", report.tag),
             ("verified", f"{report.verified} files, by digest" if report.verified else None),
-            *(("note", note) for note in report.notes),
+            *(("note", note) for note in notes),
         )
     )

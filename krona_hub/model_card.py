@@ -18,6 +18,7 @@ ABREAST, PICTURE = 4, 192  # samples in a row, and how wide they are shown, in p
 LORA_TAGS = ("lora", "template:sd-lora")  # the Hub's snippet for them needs a LoRA in the repository
 _FRONT = re.compile(r"\A---\r?\n(.*?\r?\n)?---\r?\n?", re.DOTALL)
 _SECTION = re.compile(r"<!-- krona:begin (?P<name>[\w-]+) -->\n.*?<!-- krona:end (?P=name) -->\n?", re.DOTALL)
+_EDGE = re.compile(r"^<!-- krona:(begin|end) ([\w-]+) -->", re.MULTILINE)
 
 LICENCES: Mapping[str, tuple[str, str]] = {  # base -> the Hub's licence id, and a name where that id is "other"
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", ""),
@@ -203,7 +204,8 @@ def _use(f: CardFacts) -> str:
     name = f.repo.split("/")[1]
     lines += [
         "\nTo keep a copy, checked against the digests of the Hub and of the manifest:\n",
-        f"```sh\nkrona pull {f.repo} -o {name}\n```",
+        f"```sh\nkrona pull {f.repo} -o {name}\n```\n",
+        f'Without a network, `krona_hub.load_into(pipe, "{name}/{f.weights}")` loads that copy.',
     ]
     return "\n".join(lines)
 
@@ -320,11 +322,16 @@ def render(
     import yaml
 
     new, parts = front_matter(facts), sections(facts)
-    data, body = split(theirs) if theirs is not None else ({}, "")
+    data, body = split(_as_on_unix(theirs)) if theirs is not None else ({}, "")
     data = merged_front_matter(new, data, generated_before or {})
-    body = body if body.strip() else f"# {facts.title}\n"
+    body = body if body.strip() else f"# {_cell(facts.title)}\n"
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000)
     return f"---\n{head}---\n\n{_with_sections(body, parts, sections_before).strip()}\n"
+
+
+def _as_on_unix(text: str) -> str:
+    """A card without what editors on Windows put into it, which hides where its sections begin."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def _with_sections(body: str, parts: Mapping[str, str], before: Sequence[str]) -> str:
@@ -335,9 +342,21 @@ def _with_sections(body: str, parts: Mapping[str, str], before: Sequence[str]) -
         present.add(name)
         return _marked(name, parts[name]) if name in parts else ""
 
+    _check_ends(_SECTION.sub("", body))
     body = _SECTION.sub(again, body)
     added = [_marked(n, text) for n, text in parts.items() if n not in present and n not in before]
     return "\n\n".join([body.strip("\n"), *(a.strip("\n") for a in added)]) + "\n"
+
+
+def _check_ends(rest: str) -> None:
+    """Raise FormatError for a begin or an end in what no section is: what stands there would never be made anew."""
+    if found := _EDGE.search(rest):
+        edge, name = found.groups()
+        missing = "end" if edge == "begin" else "begin"
+        raise FormatError(
+            f"the section {name} of the card on the Hub has lost its {missing}.",
+            fix=f"Put <!-- krona:{missing} {name} --> back there, or remove the other one too.",
+        )
 
 
 def _marked(name: str, text: str) -> str:

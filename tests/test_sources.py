@@ -23,12 +23,23 @@ def test_an_existing_path_wins_over_a_hub_id(tmp_path, monkeypatch):
         ("ns/name", HubId("ns/name", None, None)),
         ("hf://ns/name@v1.0", HubId("ns/name", "v1.0", None)),
         ("ns/name@main/sub/x.safetensors", HubId("ns/name", "main", "sub/x.safetensors")),
+        ("https://huggingface.co/ns/name/blob/v1/x.safetensors", HubId("ns/name", "v1", "x.safetensors")),
+        ("https://hf.co/ns/name", HubId("ns/name", None, None)),
+        ("https://civitai.com/models/123", None),
+        ("https://huggingface.co.evil.org/ns/name", None),
         ("/abs/file", None),
         ("name", None),
     ],
 )
 def test_hub_ids_are_read(text, expected):
     assert parse_hub_id(text) == expected
+
+
+def test_a_page_is_one_of_the_hub_that_is_asked(monkeypatch):
+    page, found = "http://hub.studio.org:8080/ns/name", HubId("ns/name", None, None)
+    assert parse_hub_id(page) is None and parse_hub_id(page, "http://hub.studio.org:8080/") == found
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.studio.org:8080")
+    assert parse_hub_id(page) == found
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from krona_hub.conversion.convert_file import Progress, Request
 from krona_hub.conversion.dora import bake_dora
 from krona_hub.conversion.forms import is_lora, size_of, words_of
 from krona_hub.conversion.layers import Outcome, apply_way, check_kind, lora_error_within
+from krona_hub.conversion.made_of import made_of
 from krona_hub.conversion.naming import default_out
 from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, LayerReport
 from krona_hub.conversion.target import Target, choose_target, default_way
@@ -54,7 +56,7 @@ def carry_out(asked: Request, progress: Progress | None = None) -> ConversionRep
         source_format=asked.from_format or format_of(asked.path, asked.base),
         target_format=target.format,
         tool=asked.tool,
-        out=asked.out if asked.out is not None else default_out(asked.path, target.format),
+        out=asked.out if asked.out is not None else default_out(asked.source, target.format),
         layers=_layer_reports(adapter.layers, meant, outcomes),
         notes=_dora_note(baked),
     )
@@ -64,7 +66,7 @@ def carry_out(asked: Request, progress: Progress | None = None) -> ConversionRep
     if asked.dry_run:
         return report
     written = write(
-        _converted(adapter, outcomes, report, way),
+        _converted(adapter, outcomes, report, way, asked.path),
         report.out,
         format=target.format,
         base=asked.base,
@@ -117,11 +119,14 @@ def _layer_report(name: str, before: LayerDelta, meant: LayerDelta, outcome: Out
     )
 
 
-def _converted(adapter: Adapter, outcomes: Mapping[str, Outcome], report: ConversionReport, way: Way) -> Adapter:
-    """The adapter to write, with what was measured in its provenance."""
+def _converted(
+    adapter: Adapter, outcomes: Mapping[str, Outcome], report: ConversionReport, way: Way, source: Path
+) -> Adapter:
+    """The adapter to write, with what it was made of and what was measured in its provenance."""
     errors = {x.layer: x.relative_error for x in report.layers if x.relative_error > 0}
+    is_native, known = report.source_format == "krona", adapter.provenance
     provenance = replace(
-        adapter.provenance,
+        known if is_native else made_of(source, known),
         method=None if isinstance(way, Keep) else str(way),
         relative_error=report.relative_error if errors else None,
         layer_errors=errors,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from krona_hub.errors import UsageError
 from krona_hub.formats.registry import by_name
+from krona_hub.sources import is_remote, parse_hub_id
 
 ALIASES = {"lora": "kohya-lora", "lokr": "lycoris-lokr", "native": "krona"}
 FOLDERS = ("peft-lora", "peft-lokr")  # formats that are a folder of files
@@ -31,15 +32,26 @@ def format_named(name: str) -> str:
     return str(spoke.NAME)
 
 
-def default_out(source: Path, format_name: str) -> Path:
+def default_out(source: str | Path, format_name: str) -> Path:
     """`<stem>.<format>.safetensors` beside the source; a folder without the suffix for PEFT.
 
-    >>> str(default_out(Path("a/style.safetensors"), "kohya-lora"))
-    'a/style.kohya-lora.safetensors'
+    Of a Hub id it lies in the current folder: the cache of the client is no place for what we make.
+
+    >>> str(default_out("a/style.safetensors", "kohya-lora")), str(default_out("hf://ana/style@v1", "krona"))
+    ('a/style.kohya-lora.safetensors', 'style.krona.safetensors')
     """
-    stem = source.name.removesuffix(".safetensors")
+    path = _named(source)
+    stem = path.name.removesuffix(".safetensors")
     suffix = "" if format_name in FOLDERS else ".safetensors"
-    return source.with_name(f"{stem}.{format_name}{suffix}")
+    return path.with_name(f"{stem}.{format_name}{suffix}")
+
+
+def _named(source: str | Path) -> Path:
+    hub_id = parse_hub_id(str(source)) if is_remote(source) else None
+    if hub_id is not None:
+        return Path((hub_id.file or hub_id.repo).rpartition("/")[2])
+    path = Path(source).expanduser()
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 def dtype_named(name: str) -> str:

@@ -1,4 +1,7 @@
-"""The ways a conversion can go, as plain values: what was asked for, checked before any file is read. Torch-free."""
+"""The ways a conversion can go, as plain values: what was asked for, checked before any file is read. Torch-free.
+
+As text each is the command that asks for it: so the file that is made tells how.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,16 @@ DEFAULT_MAX_ERROR = 0.05  # relative Frobenius error per layer
 class Keep:
     """No new factors: the delta as it is, under other names."""
 
+    def __str__(self) -> str:
+        return "convert"
+
 
 @dataclass(frozen=True)
 class Exact:
     """Equal up to rounding, in the target's kind."""
+
+    def __str__(self) -> str:
+        return "convert --exact"
 
 
 @dataclass(frozen=True)
@@ -29,12 +38,19 @@ class FixedShape:
     terms: int = 1
     fallback: bool = False  # layers that it does not divide take the nearest shape that does
 
+    def __str__(self) -> str:
+        terms = f" --terms {self.terms}" if self.terms > 1 else ""
+        return f"convert --shape {self.a1}x{self.a2}{terms}{' --shape-fallback nearest' if self.fallback else ''}"
+
 
 @dataclass(frozen=True)
 class MaxError:
     """Per layer, the smallest form whose relative error is at most `value`."""
 
     value: float = DEFAULT_MAX_ERROR
+
+    def __str__(self) -> str:
+        return f"convert --max-error {self.value:g}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,10 @@ class Budget:
 
     parameters: int | None = None
     share: float | None = None
+
+    def __str__(self) -> str:
+        size = f"{self.parameters}" if self.parameters is not None else f"{100 * (self.share or 0):.6g}%"
+        return f"convert --budget {size}"
 
     def of(self, parameters: int) -> int:
         """The budget in parameters, for a source that has `parameters`."""
@@ -54,6 +74,9 @@ class Rank:
     """The best LoRA of that rank per layer."""
 
     value: int
+
+    def __str__(self) -> str:
+        return f"convert --rank {self.value}"
 
 
 Way = Keep | Exact | FixedShape | MaxError | Budget | Rank

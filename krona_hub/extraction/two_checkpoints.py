@@ -69,7 +69,7 @@ def extract(
     target = _target(to, asked.shape is not None)
     plan = Plan(asked, target, _dtype(dtype), threads)
     before, after = _checkpoint(base), _checkpoint(tuned)
-    path = Path(out) if out is not None else default_out(after, target.format)
+    path = Path(out) if out is not None else default_out(tuned, target.format)
     if target.format not in FOLDERS and not dry_run:
         check_output(path, overwrite=overwrite)
     pairs = pair_up(before, after, component=component, targets=targets, base_name=base_name)

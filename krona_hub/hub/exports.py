@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from krona_hub.conversion import convert
+from krona_hub.errors import LossyError
 from krona_hub.formats.describe import describe
 from krona_hub.formats.tools import loads_in
 from krona_hub.hub.layout import LOKR_EXPORT, LORA_EXPORT
@@ -49,8 +50,19 @@ def make_exports(
 
 
 def _export(adapter: LocalAdapter, path: Path, to: str, words: str, base: str | Path | None, **how: Any) -> Export:
-    report = convert(adapter.path, path, to=to, base=base, overwrite=True, **how)
+    try:
+        report = convert(adapter.path, path, to=to, base=base, overwrite=True, **how)
+    except LossyError as refused:
+        refused.fix = _instead(path.name, how.get("rank"))
+        raise refused.within(path.name) from None
     return Export(path.name, to, words, report.relative_error, report.parameters_after, _tools(path))
+
+
+def _instead(name: str, rank: int | None) -> str:
+    """What a push can do where an export is refused: the advice of a conversion names options that it has not."""
+    if rank is not None:
+        return f"Take a higher rank, such as --with-lora={2 * rank}, or --with-lora for an equal one."
+    return "Leave --with-lokr out; --with-lora adds an equal LoRA." if name == LOKR_EXPORT else "Leave --with-lora out."
 
 
 def _tools(path: Path) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from krona_hub.hub.local import LocalAdapter
 from krona_hub.hub.manifest import Entry
 from krona_hub.model_card import CardFacts, Sample
 from krona_hub.report import form_in_words, human_bytes, percent, relative
+from krona_hub.schema.modelspec import TITLE, UNTITLED
 from krona_hub.training.configuration import as_toml
 from krona_hub.training.settings import KINDS
 
@@ -86,7 +87,7 @@ def card_facts(
     tags = ["krona", "kronecker", *kinds, "text-to-image", *([family] if family else [])]
     return CardFacts(
         repo=repo,
-        title=d.header.metadata.get("modelspec.title") or repo.split("/")[1],
+        title=_title(d) or repo.split("/")[1],
         base_model=adapter.base_model,
         family=family,
         tags=tuple(tags),
@@ -105,6 +106,12 @@ def card_facts(
         samples=tuple(samples),
         plots=tuple(n for n in files if n.startswith(PLOTS)),
     )
+
+
+def _title(d: Description) -> str:
+    """The title in the file; "" where nobody has given it one."""
+    told = d.header.metadata.get(TITLE, "")
+    return "" if told.startswith(UNTITLED) else told.strip()
 
 
 def _sizes(adapter: LocalAdapter) -> list[tuple[str, str]]:

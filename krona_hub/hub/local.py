@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from krona_hub.bases import catalogue
 from krona_hub.checkpoints.header import Header
+from krona_hub.conversion.made_of import made_of
 from krona_hub.errors import ResourceError, UsageError
 from krona_hub.formats.describe import Description, describe
 from krona_hub.hub.layout import MAX_FILE, MAX_HEADER, MAX_TENSORS
@@ -79,8 +80,8 @@ def _native(given: Path, scratch: Path, base: str | Path | None) -> Path:
     from krona_hub.formats.files import read
     from krona_hub.formats.writing import write
 
-    path = scratch / "native.safetensors"
-    write(read(given, base=base), path, base=base)
+    path, adapter = scratch / "native.safetensors", read(given, base=base)
+    write(replace(adapter, provenance=made_of(given, adapter.provenance)), path, base=base)
     return path
 
 

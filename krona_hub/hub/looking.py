@@ -28,8 +28,8 @@ class RepoInfo:
 
     repo: str
     commit: str
-    private: bool
-    gated: bool
+    private: bool | None  # None: of a copy in the cache, of which nobody knows
+    gated: bool | None
     base_model: str | None
     licence: str | None
     tags: tuple[str, ...]
@@ -41,7 +41,7 @@ class RepoInfo:
 
 def info(source: str, *, offline: bool = False, endpoint: str | None = None) -> RepoInfo:
     """What `ns/name[@revision][/file]` is, in at most four requests and without its weights."""
-    hub_id = parse_hub_id(source)
+    hub_id = parse_hub_id(source, endpoint)
     if hub_id is None:
         raise UsageError(f"{source!r} is no Hub id.", fix="Write ns/name or ns/name@revision.")
     listing = list_repo(hub_id.repo, hub_id.revision, offline=offline, endpoint=endpoint)
@@ -50,8 +50,8 @@ def info(source: str, *, offline: bool = False, endpoint: str | None = None) -> 
     return RepoInfo(
         repo=listing.repo,
         commit=listing.commit,
-        private=listing.private,
-        gated=listing.gated,
+        private=None if listing.cached else listing.private,
+        gated=None if listing.cached else listing.gated,
         base_model=printable(str(base)) if base else None,
         licence=printable(str(listing.card.get("license"))) if listing.card.get("license") else None,
         tags=tuple(map(printable, listing.tags)),

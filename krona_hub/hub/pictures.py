@@ -47,5 +47,11 @@ def _taken(path: Path, folder: Path, number: int) -> Picture:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-") or "sample"
     name = f"{IMAGES}{number:02d}-{stem[:60]}{path.suffix.lower()}"
     shutil.copyfile(path, folder / name)
-    words = path.with_suffix(".txt")
-    return Picture(name, words.read_text(encoding="utf-8").strip() if words.is_file() else "")
+    return Picture(name, _prompt(path.with_suffix(".txt")))
+
+
+def _prompt(words: Path) -> str:
+    try:
+        return words.read_text(encoding="utf-8-sig").strip() if words.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{words} is no text in UTF-8.", fix="Save it as UTF-8.") from error

@@ -15,6 +15,7 @@ from krona_hub.checkpoints import strict_json
 from krona_hub.errors import IntegrityError, KronaError, ResourceError
 from krona_hub.formats.describe import Description, describe
 from krona_hub.hub.layout import CONFIG, HEADER_SIZE, MAX_HEADER, WEIGHTS
+from krona_hub.sources.choose import with_companions
 from krona_hub.sources.client import client, quiet
 from krona_hub.sources.faults import hub_errors
 from krona_hub.sources.fetch import fetch
@@ -56,13 +57,16 @@ def preview(listing: Listing, name: str, *, endpoint: str | None = None) -> Prev
 def twin(listing: Listing, name: str, *, endpoint: str | None = None, guess: int = FIRST) -> Iterator[Path]:
     """A file with the header of the one on the Hub and its length, but holes for numbers: what headers tell, it tells.
 
-    Of a listing of the cache it is the file itself. `guess` is how many bytes the header may have.
+    Beside it lies the configuration without which it means nothing. Of a listing of the cache it is the file itself.
+    `guess` is how many bytes the header may have.
     """
     if listing.cached:
         yield fetch(listing, name)
         return
     header = _header(listing, name, endpoint, guess)
     with TemporaryDirectory(prefix="krona-preview-") as folder:
+        for beside in with_companions(name, listing.files)[1:]:
+            (Path(folder) / beside.rpartition("/")[2]).write_bytes(_small(listing, beside, endpoint))
         path = Path(folder) / name.rpartition("/")[2]
         with path.open("wb") as file:
             file.write(header)
@@ -136,17 +140,21 @@ def _checked_start(content_range: str, start: int, name: str) -> int:
 
 
 def _config(listing: Listing, endpoint: str | None) -> dict[str, Any] | None:
-    known = listing.files.get(CONFIG)
-    if known is None or not 0 < (known.size or 0) <= MAX_CONFIG:
-        return None
-    if listing.cached:
-        data = fetch(listing, CONFIG).read_bytes()
-    else:
-        data = read_range(listing, CONFIG, 0, known.size or 0, endpoint)[0]
+    data = _small(listing, CONFIG, endpoint)
     try:
-        return strict_json.parse(data)
+        return strict_json.parse(data) if data else None
     except KronaError:
         return None
+
+
+def _small(listing: Listing, name: str, endpoint: str | None) -> bytes:
+    """A small file of a repository; nothing of one that is not there, or that is not small."""
+    known = listing.files.get(name)
+    if known is None or not 0 < (known.size or 0) <= MAX_CONFIG:
+        return b""
+    if listing.cached:
+        return fetch(listing, name).read_bytes()
+    return read_range(listing, name, 0, known.size or 0, endpoint)[0]
 
 
 def describe_preview(seen: Preview) -> dict[str, Any]:

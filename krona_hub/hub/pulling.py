@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from krona_hub.checkpoints.atomic import check_folder, check_output
@@ -12,14 +13,15 @@ from krona_hub.errors import FormatError, IntegrityError, ResourceError, UsageEr
 from krona_hub.hub import manifest as manifests
 from krona_hub.hub.layout import CARD, MANIFEST, MAX_FILE, MAX_TEXT, WEIGHTS, is_ours
 from krona_hub.hub.local import check_limits
-from krona_hub.hub.placing import SUFFIX, Place, is_read_first, put_in_place
+from krona_hub.hub.placing import SUFFIX, Place, check_file, is_read_first, put_in_place
 from krona_hub.hub.preview import Preview, preview
+from krona_hub.hub.signing import check_can_verify, check_signature
 from krona_hub.report import human_bytes
 from krona_hub.schema.header import HEADER_KEY
 from krona_hub.schema.layout import is_native
 from krona_hub.sources import HubId, parse_hub_id
 from krona_hub.sources.choose import choose, with_companions
-from krona_hub.sources.fetch import check_room, fetch, sha256_of
+from krona_hub.sources.fetch import check_room, fetch, is_intact, sha256_of
 from krona_hub.sources.listing import Listing, RemoteFile, list_repo, remember_revision
 from krona_hub.sources.names import check_collisions, is_safe, printable
 
@@ -65,7 +67,7 @@ def pull(
     Raises AuthError, NotFoundError, PickleError, IntegrityError, ResourceError beyond `max_size` bytes, OfflineError
     where neither the Hub nor the cache has it, ConflictError where `out` exists and `overwrite` is not given.
     """
-    hub_id = parse_hub_id(source)
+    hub_id = parse_hub_id(source, endpoint)
     if hub_id is None:
         raise UsageError(f"{source!r} is no Hub id.", fix="Write ns/name, ns/name@revision or ns/name/file.")
     listing = list_repo(hub_id.repo, hub_id.revision, offline=offline, endpoint=endpoint)
@@ -77,6 +79,9 @@ def pull(
     seen = preview(listing, weights, endpoint=endpoint) if weights.endswith(SUFFIX) else Preview(weights, 0, None, None)
     _check_header(seen, max_size)
     report = _report(hub_id, listing, names, seen, place)
+    _check_expected(expect_sha, listing.files[weights], {})
+    if verify_key is not None:
+        _check_can_verify(hub_id, names, Path(verify_key))
     if dry_run:
         return report
     return _carry_out(report, listing, hub_id, place, expect_sha, verify_key, overwrite, endpoint)
@@ -87,7 +92,8 @@ def _place(hub_id: HubId, out: str | Path | None) -> Place:
         return Place(Path(out) if out is not None else Path(hub_id.repo.split("/")[1]), False)
     name = Path(hub_id.file).name
     path = Path(out) if out is not None else Path(name)
-    return Place(path / name if path.is_dir() else path, True)
+    is_folder = path.is_dir() or str(out).endswith(("/", os.sep))
+    return Place(path / name if is_folder else path, True)
 
 
 def _names(listing: Listing, weights: str, wanted: str | None) -> tuple[str, ...]:
@@ -106,6 +112,13 @@ def _check_sizes(listing: Listing, names: tuple[str, ...], max_size: int) -> Non
         if size is not None and size > max_size:
             told = f"{printable(name)} has {human_bytes(size)}; the limit is {human_bytes(max_size)}."
             raise ResourceError(told, fix="Raise --max-size if you want it.")
+
+
+def _check_can_verify(hub_id: HubId, names: tuple[str, ...], key: Path) -> None:
+    if hub_id.file is not None:
+        fix = f"Pull all of it: krona pull {hub_id.repo} --verify-key {shlex.quote(str(key))}."
+        raise UsageError("a signature is one of the whole repository, not of one file.", fix=fix)
+    check_can_verify(names, key)
 
 
 def _check_header(seen: Preview, max_size: int) -> None:
@@ -139,15 +152,18 @@ def _report(hub_id: HubId, listing: Listing, names: tuple[str, ...], seen: Previ
         skipped=skipped,
         written=False,
         notes=tuple(notes),
-        next=_next(seen, place),
+        next=_next(hub_id, seen, place),
     )
 
 
-def _next(seen: Preview, place: Place) -> str | None:
+def _next(hub_id: HubId, seen: Preview, place: Place) -> str | None:
     """For a foreign adapter: the command that makes it one of krona's."""
     if seen.description is None or seen.description.format == "krona":
         return None
     folder = seen.description.format.startswith("peft")
+    if folder and place.is_file:  # alone it says no scale; from the Hub its config comes along
+        revision = f"@{hub_id.revision}" if hub_id.revision else ""
+        return f"krona convert {shlex.quote(f'{hub_id.repo}{revision}/{hub_id.file}')}"
     path = place.path if place.is_file or folder else place.path / seen.name
     return f"krona convert {shlex.quote(str(path))}"
 
@@ -166,6 +182,7 @@ def _carry_out(
     endpoint: str | None,
 ) -> PullReport:
     if not place.is_file and _is_here_already(report, listing, place):
+        _check_here(report, listing, place, expect_sha, verify_key)
         return _done(report, listing, hub_id, ("already here, file by file.",))
     (check_output if place.is_file else check_folder)(place.path, overwrite=overwrite)
     check_room(report.bytes)
@@ -178,23 +195,35 @@ def _carry_out(
 
 
 def _done(report: PullReport, listing: Listing, hub_id: HubId, notes: tuple[str, ...]) -> PullReport:
-    from dataclasses import replace
-
     remember_revision(listing, hub_id.revision)
     return replace(report, written=True, notes=(*report.notes, *notes))
 
 
 def _is_here_already(report: PullReport, listing: Listing, place: Place) -> bool:
     """Whether every file lies in the folder, digest for digest."""
-    from krona_hub.sources.fetch import is_intact
-
     here = ((place.path / name, listing.files[name]) for name in report.files)
     return all(path.is_file() and known.digest is not None and is_intact(path, known) for path, known in here)
 
 
-def _check_expected(expected: str | None, known: RemoteFile, small: Mapping[str, Path]) -> None:
-    if expected is None:
+def _check_here(
+    report: PullReport, listing: Listing, place: Place, expect_sha: str | None, verify_key: str | Path | None
+) -> None:
+    """Raise what pulling the files would raise that are here already: they may have come in another way."""
+    here = {name: place.path / name for name in report.files}
+    _check_expected(expect_sha, listing.files[report.preview.name], here)
+    if MANIFEST in here:
+        manifests.check(manifests.parse(here[MANIFEST].read_bytes()), report.files, listing.files, here)
+    for name, path in here.items():
+        if name.endswith(SUFFIX):
+            check_file(path, name)
+    if verify_key is not None:
+        check_signature(here, Path(verify_key))
+
+
+def _check_expected(expected: str | None, known: RemoteFile, here: Mapping[str, Path]) -> None:
+    """Compare with what the Hub names, or with what is here; where there is neither, it is not known yet."""
+    if expected is None or not (known.sha256 or known.name in here):
         return
-    found = known.sha256 or sha256_of(small[known.name])
+    found = known.sha256 or sha256_of(here[known.name])
     if found != expected.lower():
         raise IntegrityError(f"{known.name} has the sha256 {found}, not {expected}.", fix="It is not what you expect.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from krona_hub.checkpoints import strict_json
 from krona_hub.errors import ConflictError, KronaError, NotFoundError, OfflineError, UsageError
 from krona_hub.hub import manifest as manifests
+from krona_hub.hub.account import check_account, is_missing
 from krona_hub.hub.commit import commit, verify
 from krona_hub.hub.layout import CARD, CONFIG, MANIFEST, SIGNATURE, WEIGHTS
 from krona_hub.hub.local import HUB_NAME, check_adapter
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_REPLANS = 3
 ABOUT = (CARD, CONFIG, MANIFEST, SIGNATURE)  # what `card_only` writes
+_REFERENCE = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*")
 Confirm = Callable[[PushPlan], bool]
 
 
@@ -96,10 +99,16 @@ def push(
     """
     if not HUB_NAME.fullmatch(repo):
         raise UsageError(f"{repo!r} is no name of a repository.", fix="Write namespace/name.")
+    _check_reference("branch", revision)
+    if tag is not None:
+        _check_reference("tag", tag)
     asked = Request(repo, revision, private, create_pr, tag, message, force, endpoint)
     if card_only and (with_lora or with_lokr or images or not card):
         raise UsageError("--card-only writes the card and nothing else.", fix="Leave it out to push other files too.")
     wanted = Wanted(with_lora, with_lokr, Path(images) if images else None, card, card_only, base)
+    if create_pr and tag:
+        told = "a pull request has no commit of the branch yet that a tag could name."
+        raise UsageError(told, fix="Push again with --tag when it is merged.")
     if is_offline() and not dry_run:
         raise OfflineError("pushing needs the Hub, and HF_HUB_OFFLINE is set.", fix="Unset it, or use --dry-run.")
     with tempfile.TemporaryDirectory(prefix="krona-push-") as name:
@@ -110,11 +119,17 @@ def push(
         return _push(package, asked, sign_key, dry_run, confirm)
 
 
+def _check_reference(kind: str, name: str) -> None:
+    """Raise UsageError for what git takes for no branch or tag: to be known before anything is committed."""
+    if not _REFERENCE.fullmatch(name) or ".." in name or name.endswith((".", ".lock")):
+        raise UsageError(f"{name!r} is no name of a {kind}.", fix="Write letters, digits, dots and dashes: v1.0.")
+
+
 def _push(
     package: Package, asked: Request, sign_key: str | Path | None, dry_run: bool, confirm: Confirm | None
 ) -> PushReport:
     api = client(asked.endpoint)
-    check_account(api, asked)
+    check_account(api, asked.repo, create_pr=asked.create_pr)
     there = look(api, asked)
     _check_repo(package, asked, there)
     plan = _planned(package, asked, there, sign_key)[0]
@@ -168,33 +183,12 @@ def _after_a_race(
 # --- before anything is sent -----------------------------------------------------------------------------------------
 
 
-def check_account(api: HfApi, asked: Request) -> None:
-    """Raise AuthError without a valid token, or without the right to write there."""
-    with hub_errors(asked.repo), quiet():
-        retrying(api.whoami)
-        try:
-            retrying(lambda: api.auth_check(asked.repo, write=not asked.create_pr))
-        except Exception as error:
-            if not _is_missing(error):
-                raise
-            if asked.create_pr:
-                raise NotFoundError(
-                    f"{asked.repo} does not exist.", fix="Push without --create-pr to make it."
-                ) from error
-
-
-def _is_missing(error: BaseException) -> bool:
-    from huggingface_hub import errors
-
-    return isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError)
-
-
 def look(api: HfApi, asked: Request) -> There:
     """What the repository holds at the revision that is to be written."""
     try:
         listing = ask(api, asked.repo, None if asked.revision == "main" else asked.revision)
     except NotFoundError as error:
-        if _is_missing(error.__cause__ or error):
+        if is_missing(error.__cause__ or error):
             return There()
         listing = _new_branch(api, asked)
     names = (n for n in (CARD, CONFIG, MANIFEST) if n in listing.files)
@@ -333,6 +327,10 @@ def _tagged(api: HfApi, asked: Request, report: PushReport, dry_run: bool = Fals
         return report
     tag = asked.tag
     if _tags(api, asked).get(tag) != target:
-        with hub_errors(f"{asked.repo}@{tag}"), quiet():
-            retrying(lambda: api.create_tag(asked.repo, tag=tag, revision=target, exist_ok=False))
+        try:
+            with hub_errors(f"{asked.repo}@{tag}"), quiet():
+                retrying(lambda: api.create_tag(asked.repo, tag=tag, revision=target, exist_ok=False))
+        except ConflictError:
+            if _tags(api, asked).get(tag) != target:  # else only the answer of the first try was lost
+                raise
     return replace(report, tag=tag)

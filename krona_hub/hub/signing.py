@@ -6,7 +6,7 @@ Signed are weights, config and manifest; the card is not, so that its owner may 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,14 +41,20 @@ def sign(paths: Mapping[str, Path], key: Path, out: Path) -> Path:
     return out
 
 
-def check_signature(paths: Mapping[str, Path], key: Path) -> None:
-    """Raise IntegrityError unless `model.sig` among the files is a signature of the others by the owner of `key`."""
-    if SIGNATURE not in paths:
+def check_can_verify(names: Collection[str], key: Path) -> None:
+    """Raise what makes a check of the signature impossible, whatever the files hold: to be known before they come."""
+    if SIGNATURE not in names:
         raise IntegrityError(
             "the repository has no signature.", fix="Ask its owner for one, or leave --verify-key out."
         )
     if not key.is_file():
         raise NotFoundError(f"{key}: no such key.", fix="Give the owner's public key, a PEM file.")
+    _library()
+
+
+def check_signature(paths: Mapping[str, Path], key: Path) -> None:
+    """Raise IntegrityError unless `model.sig` among the files is a signature of the others by the owner of `key`."""
+    check_can_verify(paths, key)
     with _alone(paths) as folder, _told():
         _library().verifying.Config().use_elliptic_key_verifier(public_key=key).verify(folder, paths[SIGNATURE])
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from krona_hub.origin import BaseModel, Provenance
 
 PREFIX = "modelspec."
+TITLE, UNTITLED = f"{PREFIX}title", "Krona adapter for "  # and how the titles begin that nobody has given
 ARCHITECTURES = {  # catalogue name -> architecture id; families that are not listed go by their own name
     "sd15": "stable-diffusion-v1",
     "sd21-base": "stable-diffusion-v2-512",
@@ -38,7 +39,7 @@ def keys(base: BaseModel | None, provenance: Provenance) -> dict[str, str]:
         "sai_model_spec": "1.0.0",
         "architecture": _architecture(family, kept),
         "implementation": "krona-hub",
-        "title": kept.get(f"{PREFIX}title") or f"Krona adapter for {family or 'an unknown base'}",
+        "title": kept.get(TITLE) or f"{UNTITLED}{family or 'an unknown base'}",
         "license": provenance.licence or "",
         "trigger_phrase": ", ".join(provenance.trigger_words),
     }

@@ -10,10 +10,12 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from krona_hub.bases.shipped import folder_of
 from krona_hub.errors import NotFoundError, OfflineError
 from krona_hub.sources.choose import choose, with_companions
+from krona_hub.sources.client import endpoint_of
 from krona_hub.sources.fetch import fetch_all
 from krona_hub.sources.listing import Listing, list_repo, snapshot_of
 from krona_hub.sources.names import WEIGHTS, is_inside
@@ -22,7 +24,7 @@ HUB_ID = re.compile(
     r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(?:/(?P<file>.+))?$"
 )
 PAGE = re.compile(
-    r"https?://[^/]+/(?P<repo>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/(?P<revision>[\w.-]+)(?:/(?P<file>.+))?)?/?$"
+    r"https?://(?P<host>[^/]+)/(?P<repo>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/(?P<revision>[\w.-]+)(?:/(?P<file>.+))?)?/?$"
 )
 
 
@@ -32,8 +34,13 @@ class HubId(NamedTuple):
     file: str | None
 
 
-def parse_hub_id(source: str) -> HubId | None:
+HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+
+
+def parse_hub_id(source: str, endpoint: str | None = None) -> HubId | None:
     """Read `hf://ns/name@rev/file`, or the address of its page; None for what cannot be a Hub id.
+
+    A page is one of the Hub that is asked: addresses of other sites are none of ours.
 
     >>> parse_hub_id("hf://ns/name@v1/sub/x.safetensors")
     HubId(repo='ns/name', revision='v1', file='sub/x.safetensors')
@@ -42,8 +49,12 @@ def parse_hub_id(source: str) -> HubId | None:
     """
     if source.startswith((".", "/", "~")):
         return None
-    found = PAGE.match(source.partition("?")[0]) if "://" in source and not source.startswith("hf://") else None
-    found = found or HUB_ID.match(source)
+    if "://" in source and not source.startswith("hf://"):
+        found = PAGE.match(source.partition("?")[0])
+        ours = (*HOSTS, urlsplit(endpoint_of(endpoint)).netloc)
+        found = found if found and found["host"].lower() in ours else None
+    else:
+        found = HUB_ID.match(source)
     return HubId(*found.group("repo", "revision", "file")) if found else None
 
 

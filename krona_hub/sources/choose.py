@@ -41,14 +41,21 @@ def _asked_for(names: Collection[str], repo: str, wanted: str) -> str:
     if wanted not in names:
         raise NotFoundError(f"{repo} has no file {printable(wanted)}.", fix=f"krona hub info {repo} lists its files.")
     if not is_safe(wanted):
-        raise NotFoundError(f"{printable(wanted)} is no name that krona downloads.", fix="Ask its owner to rename it.")
+        raise _no_name(wanted)
     return wanted
+
+
+def _no_name(name: str) -> NotFoundError:
+    return NotFoundError(f"{printable(name)} is no name that krona downloads.", fix="Ask its owner to rename it.")
 
 
 _ASK = "Ask its owner for a safetensors file."
 
 
 def _none(names: Collection[str], repo: str) -> NotFoundError | PickleError:
+    odd = next((n for n in sorted(names) if n.endswith(WEIGHTS)), None)
+    if odd is not None:
+        return _no_name(odd)
     if any(n.lower().endswith(PICKLES) for n in names):
         return PickleError(f"{repo} has no safetensors file, only pickles, which may run programs.", fix=_ASK)
     return NotFoundError(f"{repo} has no safetensors file.", fix="Is that the right repository?")

@@ -9,9 +9,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import krona_hub
 from krona_hub.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def client(endpoint: str | None = None) -> HfApi:
     from huggingface_hub import HfApi
 
     _install()
-    return HfApi(endpoint=endpoint_of(endpoint), library_name="krona-hub", library_version=version("krona-hub"))
+    return HfApi(endpoint=endpoint_of(endpoint), library_name="krona-hub", library_version=krona_hub.__version__)
 
 
 def endpoint_of(endpoint: str | None = None) -> str:

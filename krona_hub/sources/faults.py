@@ -22,7 +22,7 @@ from krona_hub.errors import (
 
 LOGIN = "Run `hf auth login`, or set HF_TOKEN."
 THE_HUB = "the Hub"  # where no repository is meant
-_AGAIN = "Try again: what has arrived is not sent again."
+_AGAIN = "Try again: what the Hub has got is not sent again, a download starts over."
 
 
 @contextmanager
@@ -61,8 +61,12 @@ def as_ours(error: BaseException, what: str) -> KronaError | None:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return OfflineError(f"{_about(what)}HF_HUB_OFFLINE is set, so the Hub is not asked.", fix="Unset it.")
     offline = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
-    if isinstance(error, (*offline, httpx.HTTPError, httpx.StreamError, builtins.ConnectionError, TimeoutError)):
+    if isinstance(error, offline):  # "cannot find the file on the Hub, nor in the cache" hides the reason too
+        return (as_ours(error.__cause__, what) if error.__cause__ else None) or unreachable(what)
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)):
         return unreachable(what)
+    if isinstance(error, (httpx.HTTPError, httpx.StreamError, builtins.ConnectionError, TimeoutError)):
+        return OfflineError(f"{_about(what)}the connection broke off.", fix=_AGAIN)
     if isinstance(error, OSError):
         return _of_the_system(error, what)
     return _of_nonsense(error, what) if isinstance(error, ValueError) else None
@@ -135,8 +139,14 @@ def _missing(status: int, what: str) -> KronaError:
 def _of_status(status: int, error: Any, what: str) -> KronaError:
     if status == 401:
         return AuthError(f"{what}: the Hub does not accept the token.", fix=LOGIN)
+    if status == 403 and _only_reads(error.response.request):
+        return AuthError(f"{what}: the token may not read that.", fix=f"Ask its owner for access. {LOGIN}")
     if status == 403:
         return AuthError(f"{what}: the token may not do that.", fix=f"Use a token with write access. {LOGIN}")
+    if status == 404:
+        return NotFoundError(f"{what}: the Hub names it, and does not have it.", fix="Try later, or ask its owner.")
+    if status == 422:
+        return IntegrityError(f"{what}: what has arrived is not what was sent.", fix="Try again.")
     if status in (409, 412):
         return ConflictError(f"{what} was changed meanwhile.", fix="Look at it, and push again.")
     if status == 429:
@@ -145,7 +155,13 @@ def _of_status(status: int, error: Any, what: str) -> KronaError:
         return ResourceError(f"{what}: the Hub does not take files of that size.", fix="Make it smaller.")
     if status >= 500:
         return OfflineError(f"{what}: the Hub answers with error {status}.", fix="It is not your fault: try later.")
-    return UsageError(f"{what}: the Hub refuses the request ({status}).", fix=_first_line(error))
+    told = getattr(error, "server_message", None) or "it does not say why"
+    return UsageError(f"{what}: the Hub refuses the request ({status}): {told}", fix="Check what was asked for.")
+
+
+def _only_reads(request: Any) -> bool:
+    asks_to_write = request.url.path.endswith("/auth-check/write") or "/xet-write-token/" in request.url.path
+    return request.method in ("GET", "HEAD") and not asks_to_write
 
 
 def wait_of(error: Any) -> float | None:

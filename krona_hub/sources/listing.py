@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from krona_hub.errors import AuthError, KronaError, NotFoundError, OfflineError
+from krona_hub.errors import AuthError, IntegrityError, KronaError, NotFoundError, OfflineError
 from krona_hub.sources.client import client, is_offline, quiet
 from krona_hub.sources.faults import hub_errors
 from krona_hub.sources.retry import retrying
@@ -74,6 +74,10 @@ def ask(api: HfApi, repo: str, revision: str | None = None) -> Listing:
         info = retrying(
             lambda: api.model_info(repo, revision=revision, files_metadata=True, securityStatus=revision is None)
         )
+    commit = str(info.sha)
+    if not COMMIT.fullmatch(commit):  # folders of the cache are called like it
+        told = f"{what}: the server names no commit, but {commit[:80]!r}."
+        raise IntegrityError(told, fix="This is not the Hub, or somebody is in between: check HF_ENDPOINT.")
     files = {s.rfilename: _file(s) for s in info.siblings or ()}
     notes = () if info.id == repo else (f"{repo} is now called {info.id}.",)
     card = dict(vars(info.card_data)) if info.card_data else {}
@@ -81,7 +85,7 @@ def ask(api: HfApi, repo: str, revision: str | None = None) -> Listing:
     issues = tuple(str(f.get("path", "")) for f in status.get("filesWithIssues") or ())
     gated = bool(info.gated)
     tags = tuple(info.tags or ())
-    return Listing(info.id, str(info.sha), files, bool(info.private), gated, tags, card, issues, notes)
+    return Listing(info.id, commit, files, bool(info.private), gated, tags, card, issues, notes)
 
 
 def _file(sibling: Any) -> RemoteFile:

@@ -1,8 +1,11 @@
 """Whole conversions of reference files: what is chosen, what is refused, what is written."""
 
+import hashlib
+
 import pytest
 
 from krona_hub.conversion import convert
+from krona_hub.conversion.naming import default_out
 from krona_hub.errors import InexpressibleError, KronaError, LossyError, UnknownBaseError
 from krona_hub.formats.describe import describe
 from krona_hub.formats.files import read
@@ -104,3 +107,20 @@ def test_the_report_says_what_a_native_file_is_and_not_what_it_once_was(tmp_path
     assert (native.source_format, native.target_format) == ("lycoris-lokr", "krona")
     back = convert(native.out, tmp_path / "back.safetensors", to="lokr", base=shared("golden", "base"))
     assert (back.source_format, back.target_format) == ("krona", "lycoris-lokr")
+
+
+def test_what_is_written_names_what_it_was_made_of(tmp_path):
+    source = golden("lyc_decompose_both_f8_dim3_a2")
+    convert(**source, out=tmp_path / "a.safetensors", shape="2x2", shape_fallback="nearest", allow_loss=True)
+    made = read(tmp_path / "a.safetensors").provenance
+    assert made.source_sha256 == hashlib.sha256(source["source"].read_bytes()).hexdigest()
+    assert made.method == "convert --shape 2x2 --shape-fallback nearest" and made.created_by.startswith("krona_hub ")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", exact=True)
+    assert read(tmp_path / "b.safetensors").provenance.source_sha256 == made.source_sha256, "it began with that file"
+
+
+def test_the_folder_that_one_is_in_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "peft" / "unet").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "peft" / "unet")
+    assert default_out(".", "krona") == tmp_path / "peft" / "unet.krona.safetensors"
+    assert default_out("..", "peft-lora") == tmp_path / "peft.peft-lora"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from krona_hub.conversion.ways import Budget, Exact, FixedShape, MaxError, Rank, choose_way, parse_budget
+from krona_hub.conversion.ways import Budget, Exact, FixedShape, Keep, MaxError, Rank, choose_way, parse_budget
 from krona_hub.errors import UsageError
 
 
@@ -21,6 +21,23 @@ from krona_hub.errors import UsageError
 )
 def test_each_option_names_one_way(options, way):
     assert choose_way(**options) == way
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        (Keep(), "convert"),
+        (Exact(), "convert --exact"),
+        (FixedShape(64, 4), "convert --shape 64x4"),
+        (FixedShape(8, 2, 3, True), "convert --shape 8x2 --terms 3 --shape-fallback nearest"),
+        (MaxError(0.05), "convert --max-error 0.05"),
+        (Budget(share=0.125), "convert --budget 12.5%"),
+        (Budget(parameters=2_000_000), "convert --budget 2000000"),
+        (Rank(8), "convert --rank 8"),
+    ],
+)
+def test_a_way_is_named_as_one_asks_for_it(way, words):
+    assert str(way) == words
 
 
 @pytest.mark.parametrize(

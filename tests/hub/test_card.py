@@ -6,6 +6,7 @@ import re
 import pytest
 import yaml
 
+from krona_hub.cli.main import main
 from krona_hub.errors import ConflictError, FormatError, UsageError
 from krona_hub.hub import pull, push
 from krona_hub.model_card import LORA_TAGS, split
@@ -38,6 +39,13 @@ def test_the_card_is_valid_and_says_what_the_repository_is(hub, style):
     assert yaml.safe_load(card(hub).split("---\n")[1]) == data
 
 
+def test_the_card_says_how_to_load_a_copy_without_a_network(hub, style, tmp_path, monkeypatch):
+    push(style, REPO)
+    monkeypatch.chdir(tmp_path)
+    command, path = re.findall(r"krona (pull .*)\n```|load_into\(pipe, \"(style/.*)\"\)` loads", card(hub))
+    assert main(command[0].split()) == 0 and (tmp_path / path[1]).read_bytes() == style.read_bytes()
+
+
 def test_the_digests_and_numbers_in_the_card_are_those_of_the_files(hub, style):
     push(style, REPO, with_lora=True)
     manifest = json.loads(hub.state.content(REPO, "krona_manifest.json"))
@@ -51,6 +59,22 @@ def test_there_is_no_picture_in_a_card_without_pictures(hub, style):
     assert "![" not in card(hub) and "Gallery" not in card(hub) and "widget" not in front(hub)
 
 
+@pytest.mark.parametrize(
+    ("title", "head"),
+    [(None, "# style"), ("Two\nlines <b>", "# Two lines &lt;b>")],
+)
+def test_a_card_is_headed_by_the_title_of_the_file_or_the_name_of_the_repository(title, head, hub, style, tmp_path):
+    from dataclasses import replace
+
+    from krona_hub import read, write
+
+    adapter = read(style)
+    named = {"modelspec.title": title} if title else {}
+    write(replace(adapter, provenance=replace(adapter.provenance, metadata=named)), tmp_path / "x.safetensors")
+    push(tmp_path / "x.safetensors", REPO)
+    assert card(hub).split("---\n")[2].strip().splitlines()[0] == head
+
+
 def test_words_of_the_owner_survive_between_and_around_the_sections(hub, style, other):
     push(style, REPO)
     edit(hub, "<!-- krona:end about -->\n", "<!-- krona:end about -->\n\nMade of *my* pictures.\n")
@@ -58,6 +82,18 @@ def test_words_of_the_owner_survive_between_and_around_the_sections(hub, style, 
     push(other, REPO)
     assert "# My style" in card(hub) and "Made of *my* pictures." in card(hub)
     assert card(hub).count("krona:begin about") == 1
+
+
+@pytest.mark.parametrize("ends", [(b"\n", b"\r\n"), (b"---\n", b"\xef\xbb\xbf---\n")])
+def test_a_card_that_was_saved_on_windows_is_made_anew_like_any_other(ends, hub, style, other):
+    push(style, REPO)
+    edit(hub, "# Krona demo LoKr (generated, not trained)", "# My style")
+    hub.state.put(REPO, {"README.md": hub.state.content(REPO, "README.md").replace(*ends, *[1] * (len(ends[0]) > 1))})
+    push(other, REPO)
+    assert "# My style" in card(hub) and card(hub).count("krona:begin files") == 1
+    assert hub.state.repos[REPO].head().files["krona_adapter.safetensors"].sha256 in card(hub)
+    assert card(hub).count("license: apache-2.0") == 1 and "\r" not in card(hub)
+    assert push(other, REPO).up_to_date
 
 
 def test_words_inside_a_section_are_krona_s_and_made_anew(hub, style, other):
@@ -73,6 +109,16 @@ def test_a_section_that_the_owner_removed_stays_away(hub, style, other):
     edit(hub, found[0], "")
     push(other, REPO)
     assert "krona:begin loads" not in card(hub) and "krona:begin files" in card(hub)
+
+
+@pytest.mark.parametrize("edge", ["begin", "end"])
+def test_a_section_that_lost_one_of_its_ends_is_told_and_not_left_as_it_was(edge, hub, style, other):
+    push(style, REPO)
+    edit(hub, f"<!-- krona:{edge} files -->\n", "")
+    before = hub.state.repos[REPO].head()
+    with pytest.raises(FormatError, match=f"section files of the card .* its {edge}") as told:
+        push(other, REPO)
+    assert f"<!-- krona:{edge} files -->" in told.value.fix and hub.state.repos[REPO].head() is before
 
 
 def test_in_the_front_matter_the_owner_wins_but_for_what_the_repository_is(hub, style, other):

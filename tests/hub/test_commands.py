@@ -34,6 +34,29 @@ def test_push_pull_and_look(run, hub, tmp_path):
     assert "ana/style" in run("hub ls").out
 
 
+@pytest.mark.parametrize("answer", [True, False])
+def test_what_is_asked_is_shown_once_and_with_all_that_has_to_be_said(answer, run, monkeypatch):
+    run("push STYLE ana/style")
+    seen = []
+    monkeypatch.setattr("krona_hub.cli.push_command._on_a_terminal", lambda: True)
+    monkeypatch.setattr("click.confirm", lambda text, **_: seen.append(text) or answer)
+    shown = run("push STYLE ana/style --with-lora --public --revision dev --tag v1").out
+    assert seen == ["Push to ana/style?"] and shown.count("pytorch_lora_weights.safetensors") == 1
+    before = shown[: shown.index("url")]
+    assert "exists and stays private" in before and "branch dev will be created" in before and "v1" in before
+    assert shown.count("exists and stays private") == 1
+    assert ("stopped: nothing was sent." in shown) is not answer
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("hub ls style", "takes no name"), ("hub info ana/style --base sd15", "--base"), ("hub ls --base sd15", "--base"),
+     ("hub search --offline", "--offline")],
+)  # fmt: skip
+def test_what_an_action_does_not_know_is_not_passed_over(line, words, run, hub):
+    assert words in run(line, 2).err and not hub.log
+
+
 def test_a_search_reads_all_pages(run, hub):
     for n in range(5):
         run(f"push STYLE ana/style{n} --public")

@@ -7,10 +7,11 @@ import pytest
 from krona_hub.errors import (
     AuthError,
     IntegrityError,
-    KronaError,
+    NotFoundError,
     OfflineError,
     RateLimitError,
     ResourceError,
+    UsageError,
 )
 from krona_hub.hub import info, pull, push
 from tests.hub.loopback.server import cut, flipped, header, slow
@@ -37,6 +38,9 @@ PASSING = {  # what goes wrong once or twice -> success all the same
     "commit done, answer lost": lambda h: h.close("/commit/", after_work=True),
     "commit done, answer 504": lambda h: h.change("/commit/", lambda a: replace(a, status=504)),
     "paths-info 503": lambda h: h.refuse("/paths-info/", 503),
+    "refs 503": lambda h: h.refuse("/refs", 503),
+    "tag 500": lambda h: h.refuse("/tag/", 500),
+    "tag made, answer lost": lambda h: h.close("/tag/", after_work=True),
     "slow": lambda h: h.change("/commit/", slow(0.3)),
 }
 
@@ -44,8 +48,8 @@ PASSING = {  # what goes wrong once or twice -> success all the same
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_push_survives_what_passes(fault, hub, style):
     rule = PASSING[fault](hub)
-    report = push(style, REPO)
-    assert rule.seen and report.verified == 4
+    report = push(style, REPO, tag="v1")
+    assert rule.seen and report.verified == 4 and hub.state.repos[REPO].tags == {"v1": report.commit}
     assert len(hub.state.repos[REPO].commits) == 2, "one commit, however often it was tried"
     assert hub.state.content(REPO, "krona_adapter.safetensors") == style.read_bytes()
 
@@ -59,8 +63,11 @@ LASTING = {  # what goes on going wrong -> the error
     "PUT 500": (lambda h: h.refuse("^PUT", 500, times=99), OfflineError),
     "PUT 413": (lambda h: h.refuse("^PUT", 413, times=99), ResourceError),
     "PUT closed": (lambda h: h.close("^PUT", times=99), OfflineError),
-    "verify 422": (lambda h: h.refuse("lfs/verify", 422, times=99), KronaError),
-    "preupload nonsense": (lambda h: h.change("/preupload/", lambda a: replace(a, body=b"{}"), times=99), KronaError),
+    "verify 422": (lambda h: h.refuse("lfs/verify", 422, times=99), IntegrityError),
+    "preupload nonsense": (
+        lambda h: h.change("/preupload/", lambda a: replace(a, body=b"{}"), times=99),
+        IntegrityError,
+    ),
 }
 
 
@@ -120,26 +127,28 @@ def test_a_pull_survives_what_passes(fault, hub, style, tmp_path):
 
 
 BROKEN = {
-    "always cut": (lambda h: h.change(BLOB, cut, times=99), OfflineError),
-    "always flipped": (lambda h: h.change(BLOB, flipped, times=99), KronaError),
-    "shorter": (lambda h: h.change(BLOB, lambda a: replace(a, body=a.body[:-8]), times=99), KronaError),
-    "longer": (lambda h: h.change(BLOB, lambda a: replace(a, body=a.body + b"x"), times=99), KronaError),
-    "size lie": (lambda h: h.change("^HEAD", header("X-Linked-Size", "7"), times=99), KronaError),
-    "no commit": (lambda h: h.change("^HEAD", header("X-Repo-Commit", None), times=99), KronaError),
-    "429": (lambda h: h.refuse("^GET /api/models", 429, times=99, headers=LONG_RATE), RateLimitError),
-    "blob 404": (lambda h: h.refuse(BLOB, 404, times=99), KronaError),
-    "blob 403": (lambda h: h.refuse(BLOB, 403, times=99), AuthError),
+    "always cut": (lambda h: h.change(BLOB, cut, times=99), OfflineError, "broke off.*starts over"),
+    "always flipped": (lambda h: h.change(BLOB, flipped, times=99), IntegrityError, "its sha256 differs"),
+    "shorter": (lambda h: h.change(BLOB, lambda a: replace(a, body=a.body[:-8]), times=99), IntegrityError, "as long"),
+    "longer": (lambda h: h.change(BLOB, lambda a: replace(a, body=a.body + b"x"), times=99), IntegrityError, "as long"),
+    "size lie": (lambda h: h.change("^HEAD", header("X-Linked-Size", "7"), times=99), IntegrityError, "as long"),
+    "no commit": (lambda h: h.change("^HEAD", header("X-Repo-Commit", None), times=99), IntegrityError, "HF_ENDPOINT"),
+    "head 503": (lambda h: h.refuse("^HEAD", 503, times=99), OfflineError, "answers with error 503"),
+    "429": (lambda h: h.refuse("^GET /api/models", 429, times=99, headers=LONG_RATE), RateLimitError, "290 seconds"),
+    "blob 404": (lambda h: h.refuse(BLOB, 404, times=99), NotFoundError, "names it, and does not have it"),
+    "blob 403": (lambda h: h.refuse(BLOB, 403, times=99), AuthError, "may not read"),
+    "blob 418": (lambda h: h.refuse(BLOB, 418, times=99), UsageError, r"refuses the request \(418\)"),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_pull_that_cannot_go_on_leaves_nothing(fault, hub, style, tmp_path):
     push(style, REPO)
-    cause, error = BROKEN[fault]
+    cause, error, words = BROKEN[fault]
     rule = cause(hub)
-    with pytest.raises(error) as told:
+    with pytest.raises(error, match=words) as told:
         pull(REPO, tmp_path / "out")
-    assert rule.seen and told.value.fix and not list(tmp_path.glob("out*"))
+    assert rule.seen and told.value.fix and "write access" not in told.value.fix and not list(tmp_path.glob("out*"))
     hub.faults.clear()
     assert pull(REPO, tmp_path / "out").written
 
@@ -174,3 +183,18 @@ def test_a_digest_that_is_a_path_is_refused_before_anything_is_written(name, val
         pull(REPO, tmp_path / "out")
     assert {p for p in tmp_path.rglob("*") if "hf-home" not in str(p)} == before
     assert not list(tmp_path.rglob("*escaped*"))
+
+
+@pytest.mark.parametrize("sha", ["../../../escaped", "main", "", None, "A" * 40])
+def test_a_listing_of_no_commit_is_refused(sha, hub, style, tmp_path):
+    import json
+
+    def lie(answer):
+        return replace(answer, body=json.dumps(json.loads(answer.body) | {"sha": sha}).encode())
+
+    push(style, REPO)
+    hub.change("^GET /api/models/ana/style$", lie, times=99)
+    for work in (lambda: pull(REPO, tmp_path / "out"), lambda: push(style, REPO, force=True)):
+        with pytest.raises(IntegrityError, match="no commit"):
+            work()
+    assert not (tmp_path / "out").exists()

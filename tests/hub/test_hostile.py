@@ -170,6 +170,14 @@ def test_a_cache_full_of_strange_things_can_be_listed(hub, style, client_home, t
     assert [c.repo for c in cached()] == [REPO]
 
 
+@pytest.mark.parametrize("name", ["con.safetensors", "x" * 200 + ".safetensors", "a/b/c/d/e.safetensors"])
+def test_an_adapter_whose_name_is_none_that_krona_writes_is_told_as_such(name, hub):
+    hub.state.create("ben/odd", files={name: b"x"})
+    with pytest.raises(NotFoundError, match="no name that krona downloads") as told:
+        pull("ben/odd")
+    assert "rename" in told.value.fix
+
+
 def test_a_repository_without_files_has_no_adapter(hub):
     hub.state.create("ben/empty")
     with pytest.raises(NotFoundError, match="has no safetensors file"):

@@ -13,14 +13,17 @@ from krona_hub.errors import (
     AuthError,
     ConflictError,
     IntegrityError,
+    NonFiniteError,
     NotFoundError,
     PickleError,
     ResourceError,
+    UsageError,
 )
 from krona_hub.hub import info, pull, push
 from krona_hub.sources import resolve
 
 REPO = "ana/style"
+LOKR = (Path(assets).parent / "demo_lokr.safetensors").read_bytes()
 LORA = (Path(assets).parent / "demo_lora.safetensors").read_bytes()
 
 
@@ -36,6 +39,15 @@ def test_one_file_is_taken_alone_and_may_be_named(hub, style, tmp_path):
     report = pull(f"hf://{REPO}@main/pytorch_lora_weights.safetensors", tmp_path / "mine.safetensors")
     assert report.files == ("pytorch_lora_weights.safetensors",)
     assert (tmp_path / "mine.safetensors").read_bytes() == hub.state.content(REPO, report.files[0])
+
+
+def test_a_place_that_ends_with_a_slash_is_a_folder(hub, style, tmp_path):
+    push(style, REPO)
+    with pytest.raises(NotFoundError, match="does not exist"):
+        pull(f"{REPO}/krona_adapter.safetensors", f"{tmp_path}/mine/")
+    (tmp_path / "mine").mkdir()
+    pull(f"{REPO}/krona_adapter.safetensors", f"{tmp_path}/mine/")
+    assert (tmp_path / "mine/krona_adapter.safetensors").is_file()
 
 
 def test_the_address_of_a_page_is_a_source(hub, style):
@@ -82,6 +94,51 @@ def test_the_sha_that_is_expected_must_be_the_one_that_comes(hub, style, tmp_pat
     assert not (tmp_path / "b").exists()
 
 
+def test_what_is_here_already_is_checked_like_what_comes(hub, style, tmp_path):
+    push(style, REPO)
+    pull(REPO, tmp_path / "out")
+    with pytest.raises(IntegrityError, match="not 0000"):
+        pull(REPO, tmp_path / "out", expect_sha="0" * 64)
+    with pytest.raises(IntegrityError, match="has no signature"):
+        pull(REPO, tmp_path / "out", verify_key=style)
+    hub.state.put(REPO, {"krona_manifest.json": b'{"files": {}}'})
+    (tmp_path / "out/krona_manifest.json").write_bytes(b'{"files": {}}')
+    with pytest.raises(IntegrityError, match=r"is not in krona_manifest\.json"):
+        pull(REPO, tmp_path / "out")
+
+
+def test_numbers_of_what_is_here_already_are_looked_at(hub, tmp_path):
+    import torch
+    from safetensors.torch import load, save
+
+    tensors = load(LORA)
+    tensors[next(k for k in tensors if "lora_up" in k)].fill_(torch.nan)
+    hub.state.create("ben/nan", files={"x.safetensors": save(tensors)})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/x.safetensors").write_bytes(save(tensors))
+    with pytest.raises(NonFiniteError):
+        pull("ben/nan", tmp_path / "out")
+
+
+def test_a_dry_run_tells_another_sha_too(hub, style, tmp_path):
+    push(style, REPO)
+    with pytest.raises(IntegrityError, match="not 0000"):
+        pull(REPO, tmp_path / "out", expect_sha="0" * 64, dry_run=True)
+    with pytest.raises(IntegrityError, match="not 0000"):
+        pull(f"{REPO}/config.json", tmp_path / "out", expect_sha="0" * 64)  # a file that the Hub names no sha256 of
+
+
+def test_a_signature_is_asked_for_before_the_weights_are(hub, style, tmp_path):
+    push(style, REPO)
+    hub.log.clear()
+    with pytest.raises(IntegrityError, match="has no signature"):
+        pull(REPO, tmp_path / "out", verify_key=style)
+    with pytest.raises(UsageError, match="signature is one of the whole repository") as told:
+        pull(f"{REPO}/krona_adapter.safetensors", tmp_path / "x", verify_key=style)
+    assert f"krona pull {REPO} --verify-key" in told.value.fix
+    assert not hub.asked("^HEAD")
+
+
 def test_weights_that_were_exchanged_after_the_push_do_not_fit_the_manifest(hub, style, other, tmp_path):
     push(style, REPO)
     hub.state.put(REPO, {"krona_adapter.safetensors": other.read_bytes()})
@@ -109,9 +166,20 @@ def test_a_foreign_lora_is_recognised_and_offered_to_convert(hub, tmp_path):
 
 
 def test_a_peft_adapter_comes_with_its_config(hub, tmp_path):
-    config = json.dumps({"peft_type": "LORA", "r": 4}).encode()
-    hub.state.create("ben/peft", files={"adapter_model.safetensors": LORA, "adapter_config.json": config})
-    assert set(pull("ben/peft", dry_run=True).files) == {"adapter_model.safetensors", "adapter_config.json"}
+    from krona_hub import convert
+
+    convert(Path(assets).parent / "demo_lora.safetensors", tmp_path / "peft", to="peft-lora")
+    names = {"adapter_model.safetensors", "adapter_config.json"}
+    hub.state.create("ben/peft", files={name: (tmp_path / "peft" / name).read_bytes() for name in names})
+    report = pull("ben/peft", tmp_path / "out")
+    assert set(report.files) == names == {p.name for p in (tmp_path / "out").iterdir()}
+    assert report.preview.description.format == "peft-lora" and report.next == f"krona convert {tmp_path / 'out'}"
+    assert convert(tmp_path / "out", tmp_path / "x.safetensors", exact=True).written
+    hub.log.clear()
+    assert info("ben/peft").preview.description.parameters == report.preview.description.parameters
+    assert len(hub.log) <= 4
+    alone = pull("ben/peft@main/adapter_model.safetensors", tmp_path / "alone.safetensors")
+    assert alone.next == "krona convert ben/peft@main/adapter_model.safetensors", "alone it says no scale"
 
 
 def test_several_files_want_a_choice(hub):
@@ -199,6 +267,20 @@ def test_a_hub_id_is_accepted_where_a_file_is(hub, style, tmp_path):
     assert report.written and verify(REPO, tmp_path / "lokr.safetensors").same
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("ben/style", "style.krona.safetensors"), ("ben/style@main/my_lokr.safetensors", "my_lokr.krona.safetensors"),
+     ("hf://ben/style", "style.krona.safetensors")],
+)  # fmt: skip
+def test_what_is_made_of_an_id_lies_here_and_not_in_the_cache(source, name, hub, client_home, tmp_path, monkeypatch):
+    from krona_hub import convert
+
+    hub.state.create("ben/style", files={"my_lokr.safetensors": LOKR})
+    monkeypatch.chdir(tmp_path)
+    assert convert(source).out == Path(name) and (tmp_path / name).is_file()
+    assert [p.name for p in client_home.rglob("snapshots/*/*")] == ["my_lokr.safetensors"]
+
+
 def bytes_asked_for(hub):
     """Of files, by ranges; a file that was asked for whole is too much."""
     gets = [r for r in hub.asked("^GET") if "/resolve/" in r.path or "/blobs/" in r.path]
@@ -274,6 +356,12 @@ def test_a_copy_serves_without_the_hub_and_that_is_said_aloud(hub, style, tmp_pa
     report = pull(REPO, tmp_path / "c")
     assert report.notes == (f"offline copy {commit[:7]} of {REPO} used (the Hub does not answer).",)
     assert (tmp_path / "c/krona_adapter.safetensors").read_bytes() == style.read_bytes()
+
+
+def test_of_a_copy_nobody_knows_who_may_see_it(hub, style, tmp_path):
+    push(style, REPO)
+    pull(REPO, tmp_path / "first")
+    assert info(REPO).private is True and info(REPO, offline=True).private is None
 
 
 def test_a_damaged_copy_is_not_used_offline(hub, style, tmp_path):

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
-from krona_hub.errors import AuthError, ConflictError, NotFoundError, ResourceError, UsageError
+from krona_hub.assets import __file__ as assets
+from krona_hub.errors import AuthError, ConflictError, FormatError, LossyError, NotFoundError, ResourceError, UsageError
 from krona_hub.hub import pull, push
+from tests.hub.loopback.state import User
 
 REPO = "ana/style"
 
@@ -51,6 +54,28 @@ def test_a_dry_run_sends_no_write_request(hub, style):
     report = push(style, REPO, dry_run=True)
     assert {r.action for r in report.plan.rows} == {"add"} and report.commit is None
     assert not hub.writes and not hub.state.repos
+
+
+def test_an_adapter_of_another_format_names_the_file_that_it_was(hub, tmp_path):
+    source = Path(assets).parent / "demo_lokr.safetensors"
+    push(source, REPO)
+    told = json.loads(hub.state.content(REPO, "krona_manifest.json"))["provenance"]
+    assert told["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert told["source_format"] == "lycoris-lokr" and told["created_by"].startswith("krona_hub ")
+
+
+def test_an_export_that_cannot_be_is_refused_in_words_of_a_push(hub, style, tmp_path):
+    from krona_hub import convert
+
+    convert(
+        Path(assets).parent / "demo_lora.safetensors", tmp_path / "many.safetensors",
+        to="krona", shape="64x4", terms=2, allow_loss=True,
+    )  # fmt: skip
+    for options, words in (({"with_lora": 1}, "--with-lora=2"), ({"with_lokr": True}, "--with-lokr")):
+        with pytest.raises(LossyError, match=r"pytorch_lora_weights|lycoris_lokr") as told:
+            push(tmp_path / "many.safetensors", REPO, **options)
+        assert words in told.value.fix and "--to" not in told.value.fix and "--allow" not in told.value.fix
+    assert not hub.writes
 
 
 def test_a_plan_that_is_declined_sends_nothing(hub, style):
@@ -164,6 +189,12 @@ def test_a_pull_request_leaves_the_branch_alone(hub, style, other, monkeypatch):
     assert pull(f"{REPO}@refs/pr/1", dry_run=True).commit == report.commit
 
 
+def test_a_pull_request_has_no_commit_of_the_branch_to_tag(hub, style):
+    with pytest.raises(UsageError, match="no commit of the branch yet"):
+        push(style, REPO, create_pr=True, tag="v1")
+    assert not hub.log
+
+
 def test_public_is_public_only_when_asked_for(hub, style):
     push(style, REPO, private=False)
     assert not hub.state.repos[REPO].private
@@ -198,7 +229,8 @@ def test_pictures_become_a_gallery(hub, style, pictures):
     [
         (lambda d: [(d / f"{i}.png").write_bytes(b"\x89PNG") for i in range(13)], ResourceError),
         (lambda d: (d / "big.png").write_bytes(b"\x89PNG" + bytes(1_000_001)), ResourceError),
-        (lambda d: (d / "no.png").write_bytes(b"<html>"), Exception),
+        (lambda d: (d / "no.png").write_bytes(b"<html>"), FormatError),
+        (lambda d: [(d / "x.png").write_bytes(b"\x89PNG"), (d / "x.txt").write_bytes(b"caf\xe9")], FormatError),
         (lambda d: (d / "words.txt").write_text("no picture"), NotFoundError),
     ],
 )
@@ -257,15 +289,35 @@ def test_without_any_token_the_fix_says_how_to_log_in(hub, style, monkeypatch):
 
 
 def test_a_namespace_of_others_is_refused(hub, style):
-    with pytest.raises(AuthError):
-        push(style, "ben/mine")
-    assert not hub.state.repos
+    for dry_run in (True, False):
+        with pytest.raises(AuthError, match="ana may not make a repository of ben") as told:
+            push(style, "ben/mine", dry_run=dry_run)
+        assert "ana/mine" in told.value.fix and not hub.writes
+
+
+def test_a_token_that_only_reads_is_told_before_there_is_a_repository(hub, style, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    with pytest.raises(AuthError, match="the token may only read"):
+        push(style, REPO, dry_run=True)
+
+
+def test_an_organisation_that_one_belongs_to_is_no_namespace_of_others(hub, style):
+    hub.state.users["hf_owner"] = User("ana", orgs=("Studio",))
+    assert push(style, "studio/style", dry_run=True).plan.is_new
 
 
 @pytest.mark.parametrize("repo", ["style", "a/b/c", "../x/y", "ana/..", "ana/st yle", "", "-a/b"])
 def test_names_that_are_no_repository_are_told_at_once(repo, hub, style):
     with pytest.raises(UsageError, match="no name of a repository"):
         push(style, repo)
+    assert not hub.log
+
+
+@pytest.mark.parametrize("name", ["a b", "", "../x", "v1..v2", "-v", "v1:", "x.lock", "a//b", "v1/"])
+def test_names_that_are_no_tag_or_branch_are_told_at_once(name, hub, style):
+    for what in ("tag", "revision"):
+        with pytest.raises(UsageError, match=r"is no name of a (tag|branch)"):
+            push(style, REPO, **{what: name})
     assert not hub.log
 
 
@@ -277,8 +329,6 @@ def test_a_base_is_named_as_others_find_it(base, hub, style):
 
 
 def test_a_broken_file_is_not_pushed(hub, style, tmp_path):
-    from krona_hub.errors import FormatError
-
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(style.read_bytes()[:-7])
     with pytest.raises(FormatError):

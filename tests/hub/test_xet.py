@@ -51,7 +51,7 @@ def test_a_token_that_may_not_write_is_told(store, style):
 def test_a_corrupted_store_is_found_by_the_digest(store, style, tmp_path):
     from pathlib import Path
 
-    from krona_hub.errors import KronaError
+    from krona_hub.errors import IntegrityError
 
     push(style, REPO)
     for xorb in Path(store.xet, "xet/xorbs/xorbs").glob("default.*"):
@@ -60,6 +60,6 @@ def test_a_corrupted_store_is_found_by_the_digest(store, style, tmp_path):
             data[len(data) // 3] ^= 1
             xorb.chmod(0o644)
             xorb.write_bytes(bytes(data))
-    with pytest.raises(KronaError):
+    with pytest.raises(IntegrityError):
         pull(REPO, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -103,7 +103,9 @@ def whoami(hub: Loopback, request: Request) -> Answer:
     if user is None:
         raise Refusal(401, "Invalid credentials in Authorization header")
     role = {"displayName": "token", "role": user.role}
-    return as_json({"name": user.name, "type": "user", "orgs": [], "auth": {"accessToken": role}})
+    return as_json(
+        {"name": user.name, "type": "user", "orgs": [{"name": o} for o in user.orgs], "auth": {"accessToken": role}}
+    )
 
 
 @on("GET", "/api/agent-harnesses")

@@ -22,6 +22,7 @@ class Refusal(Exception):
 class User:
     name: str
     role: str = "write"
+    orgs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
