@@ -31,14 +31,16 @@ def check_account(api: HfApi, repo: str, *, create_pr: bool) -> None:
 def _check_may_make(me: Mapping[str, Any], repo: str) -> None:
     """Raise AuthError where it is known before that this account, or this token, makes no such repository."""
     namespace, name = repo.split("/")
+    role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        raise AuthError(f"{repo}: the token may only read.", fix=f"Use a token with write access. {LOGIN}")
+    if role != "write":  # a token for some things alone may hide organisations: the Hub will say what it may
+        return
     known = [str(one.get("name")) for one in (me, *(me.get("orgs") or ()))]
     if namespace.casefold() not in map(str.casefold, known):
         raise AuthError(
             f"{known[0]} may not make a repository of {namespace}.", fix=f"Push to {known[0]}/{name}. {LOGIN}"
         )
-    token = (me.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") == "read":
-        raise AuthError(f"{repo}: the token may only read.", fix=f"Use a token with write access. {LOGIN}")
 
 
 def is_missing(error: BaseException) -> bool:

@@ -306,6 +306,11 @@ def test_an_organisation_that_one_belongs_to_is_no_namespace_of_others(hub, styl
     assert push(style, "studio/style", dry_run=True).plan.is_new
 
 
+def test_a_token_that_may_hide_organisations_is_left_to_the_hub(hub, style):
+    hub.state.users["hf_owner"] = User("ana", role="fineGrained")
+    assert push(style, "studio/style", dry_run=True).plan.is_new
+
+
 @pytest.mark.parametrize("repo", ["style", "a/b/c", "../x/y", "ana/..", "ana/st yle", "", "-a/b"])
 def test_names_that_are_no_repository_are_told_at_once(repo, hub, style):
     with pytest.raises(UsageError, match="no name of a repository"):
