@@ -185,7 +185,11 @@ class _Aloud(logging.Handler):
 
 
 def hear_the_library() -> None:
-    """From now on, notes of the library are said aloud, such as that an offline copy is used."""
+    """From now on, notes of the library are said aloud, such as that an offline copy is used; and what torch and
+    torchao tell developers, wherever diffusers looks whether torchao is there, is not.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     log = logging.getLogger("krona_hub")
     if not any(isinstance(handler, _Aloud) for handler in log.handlers):
         log.addHandler(_Aloud())

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import rich_click
+from PIL import Image
 
 from krona_hub.cli.failures import describe
 from krona_hub.cli.main import COMMANDS, cli, main
@@ -99,3 +100,13 @@ def test_a_terminal_of_another_encoding_is_no_error():
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, env=ascii_only)
     assert done.returncode == 0 and b"?" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_command_says_nothing_that_torch_and_torchao_tell_developers(tmp_path):
+    (tmp_path / "a.txt").write_text("a toy")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    line = ["train", "--base", "tiny-scenes", "--data", str(tmp_path), "--check", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-m", "krona_hub.cli", *line], capture_output=True, text=True, check=True)
+    assert "pictures" in done.stdout
+    assert done.stderr.splitlines() == ["Opening the base and reading every picture …"]
