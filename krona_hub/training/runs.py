@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -165,5 +166,7 @@ def _run_folder(settings: TrainingSettings, *, resuming: bool) -> Path:
         raise ConflictError(f"{str(run)!r} is no folder.", fix="Choose another -o.")
     run.mkdir(parents=True, exist_ok=True)
     if not resuming and (saved_states(run) or (run / ADAPTER).exists()):
-        raise ConflictError(f"{run} holds a training already.", fix=f"Go on with --resume {run}, or choose another -o.")
+        raise ConflictError(
+            f"{run} holds a training already.", fix=f"Go on with --resume {quote(str(run))}, or choose another -o."
+        )
     return run

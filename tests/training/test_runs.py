@@ -194,6 +194,14 @@ def test_peak_memory_is_in_bytes_on_systems_that_count_in_kilobytes_and_in_bytes
     assert peak_memory() == pytest.approx(counted / 1024, rel=0.1)
 
 
+def test_the_command_that_goes_on_with_a_run_can_be_pasted_into_a_shell(quick, tmp_path):
+    quick |= {"output": str(tmp_path / "my toy")}
+    train(quick)
+    with pytest.raises(ConflictError) as told:
+        train(quick)
+    assert f"--resume '{tmp_path}/my toy'," in told.value.fix
+
+
 def test_a_run_folder_that_is_a_file_is_told(quick, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConflictError, match="no folder"):
