@@ -185,14 +185,16 @@ class _Aloud(logging.Handler):
 
 
 def hear_the_library() -> None:
-    """From now on, notes of the library are said aloud, such as that an offline copy is used; and what torch and
-    torchao tell developers, wherever diffusers looks whether torchao is there, is not.
-    """
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """From now on, notes of the library are said aloud, such as that an offline copy is used."""
     log = logging.getLogger("krona_hub")
     if not any(isinstance(handler, _Aloud) for handler in log.handlers):
         log.addHandler(_Aloud())
+
+
+def hush_the_others() -> None:
+    """What torch and torchao tell developers, wherever diffusers looks whether torchao is there, is not said."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def announce(*sources: str | None) -> None:

@@ -101,7 +101,7 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were on the command line."""
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
     for name in given:
-        if KINDS[name].type is tuple and name != "sample_prompts":  # with commas, one by one, or both
+        if KINDS[name].has_commas:  # given with commas, one by one, or both
             given[name] = ",".join(given[name])
     if "shapes" in given:
         given["shapes"] = dict(map(_pair, given["shapes"]))

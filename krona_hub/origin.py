@@ -6,6 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import krona_hub
+
+
+def this_krona() -> str:
+    """What `created_by` says of a file that is made now."""
+    return f"krona_hub {krona_hub.__version__}"
+
 
 @dataclass(frozen=True)
 class BaseModel:

@@ -124,9 +124,9 @@ def _converted(
 ) -> Adapter:
     """The adapter to write, with what it was made of and what was measured in its provenance."""
     errors = {x.layer: x.relative_error for x in report.layers if x.relative_error > 0}
-    is_native, known = report.source_format == "krona", adapter.provenance
+    known, becomes_native = adapter.provenance, report.target_format == "krona" != report.source_format
     provenance = replace(
-        known if is_native else made_of(source, known),
+        made_of(source, known) if becomes_native else known,  # no other format has a place for it
         method=None if isinstance(way, Keep) else str(way),
         relative_error=report.relative_error if errors else None,
         layer_errors=errors,

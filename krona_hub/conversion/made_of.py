@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import krona_hub
-from krona_hub.origin import Provenance
+from krona_hub.origin import Provenance, this_krona
 from krona_hub.sources.fetch import sha256_of
 from krona_hub.sources.names import PEFT_WEIGHTS
 
@@ -18,4 +17,4 @@ def made_of(source: Path, known: Provenance) -> Provenance:
     """
     weights = source / PEFT_WEIGHTS if source.is_dir() else source
     sha256 = sha256_of(weights) if weights.is_file() else None
-    return replace(known, created_by=f"krona_hub {krona_hub.__version__}", source_sha256=sha256)
+    return replace(known, created_by=this_krona(), source_sha256=sha256)

@@ -187,9 +187,7 @@ def _carry_out(
     (check_output if place.is_file else check_folder)(place.path, overwrite=overwrite)
     check_room(report.bytes)
     small = {name: fetch(listing, name, endpoint=endpoint) for name in report.files if is_read_first(listing, name)}
-    _check_expected(expect_sha, listing.files[report.preview.name], small)
-    if MANIFEST in small:
-        manifests.check(manifests.parse(small[MANIFEST].read_bytes()), report.files, listing.files, small)
+    _check_digests(report, listing, small, expect_sha)
     put_in_place(listing, report.files, place, overwrite=overwrite, verify_key=verify_key, endpoint=endpoint)
     return _done(report, listing, hub_id, ())
 
@@ -210,14 +208,19 @@ def _check_here(
 ) -> None:
     """Raise what pulling the files would raise that are here already: they may have come in another way."""
     here = {name: place.path / name for name in report.files}
-    _check_expected(expect_sha, listing.files[report.preview.name], here)
-    if MANIFEST in here:
-        manifests.check(manifests.parse(here[MANIFEST].read_bytes()), report.files, listing.files, here)
+    _check_digests(report, listing, here, expect_sha)
     for name, path in here.items():
         if name.endswith(SUFFIX):
             check_file(path, name)
     if verify_key is not None:
         check_signature(here, Path(verify_key))
+
+
+def _check_digests(report: PullReport, listing: Listing, here: Mapping[str, Path], expect_sha: str | None) -> None:
+    """Compare what the Hub names, or what is `here`, with the digest that is expected and those of the manifest."""
+    _check_expected(expect_sha, listing.files[report.preview.name], here)
+    if MANIFEST in here:
+        manifests.check(manifests.parse(here[MANIFEST].read_bytes()), report.files, listing.files, here)
 
 
 def _check_expected(expected: str | None, known: RemoteFile, here: Mapping[str, Path]) -> None:

@@ -57,20 +57,22 @@ def samples_table(samples: Mapping[int, Sequence[Path]], prompts: Sequence[str])
 def _table(samples: Mapping[int, Sequence[Path]], prompts: Sequence[str], side: int, shown: Sequence[int]) -> Markup:
     most = f"{len(shown)} of {len(samples)} steps are shown; all are in the run folder. "
     left_out = most if len(shown) < len(samples) else ""
-    layout = _strips if max(len(samples[step]) for step in shown) <= FEW else _columns
+    images = {
+        step: [embedded(path, f"step {step}: {told}", side) for path, told in _told(samples[step], prompts)]
+        for step in shown
+    }
+    layout = _strips if max(map(len, images.values())) <= FEW else _columns
     return Markup(
         f'<p class="soft">{left_out}The seeds are the same at every step. Shrunk to {side} pixels and {COLOURS} '
-        f"colours.</p>{layout({step: _told(samples[step], prompts) for step in shown}, prompts, side)}"
+        f"colours.</p>{layout(images, prompts)}"
     )
 
 
-def _columns(shown: Mapping[int, Sequence[tuple[Path, str]]], prompts: Sequence[str], side: int) -> str:
+def _columns(images: Mapping[int, Sequence[Markup]], prompts: Sequence[str]) -> str:
     """A row per step, a column per prompt."""
     heads = "".join(f'<th scope="col">{text(p)}</th>' for p in prompts)
     rows = "\n".join(
-        f'<tr><th scope="row">{step:,}'
-        + "".join(f"<td>{embedded(path, f'step {step}: {told}', side)}" for path, told in pictures)
-        for step, pictures in shown.items()
+        f'<tr><th scope="row">{step:,}' + "".join(f"<td>{image}" for image in row) for step, row in images.items()
     )
     return (
         f'<div class="scroll"><table class="samples"><thead><tr><th scope="col">step</th>{heads}'
@@ -78,15 +80,11 @@ def _columns(shown: Mapping[int, Sequence[tuple[Path, str]]], prompts: Sequence[
     )
 
 
-def _strips(shown: Mapping[int, Sequence[tuple[Path, str]]], prompts: Sequence[str], side: int) -> str:
+def _strips(images: Mapping[int, Sequence[Markup]], prompts: Sequence[str]) -> str:
     """For each prompt, step after step from left to right, as many in a line as the window holds."""
     strips = []
-    for place in range(max(map(len, shown.values()))):
-        items = "".join(
-            f"<li>{embedded(pictures[place][0], f'step {step}: {pictures[place][1]}', side)}step {step:,}"
-            for step, pictures in shown.items()
-            if place < len(pictures)
-        )
+    for place in range(max(map(len, images.values()))):
+        items = "".join(f"<li>{row[place]}step {step:,}" for step, row in images.items() if place < len(row))
         told = prompts[place] if place < len(prompts) else ""
         strips.append(f'<p class="soft">{text(told)}</p><ol class="strip">{items}</ol>')
     return "\n".join(strips)

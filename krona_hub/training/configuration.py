@@ -124,7 +124,7 @@ def _in_range(kind: Kind, value: Any) -> Any:
 
 
 def _texts(kind: Kind, value: Any) -> tuple[str, ...]:
-    parts = value.split(",") if isinstance(value, str) and kind.name != "sample_prompts" else value
+    parts = value.split(",") if isinstance(value, str) and kind.has_commas else value
     parts = [parts] if isinstance(parts, str) else parts
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
         raise UsageError(f"{kind.name} = {value!r} is no list of texts.", fix=str(kind.metadata["help"]))

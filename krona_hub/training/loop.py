@@ -41,7 +41,7 @@ def run_loop(training: Training) -> None:
             if stopped:
                 raise StoppedError(
                     f"stopped after step {training.step} of {training.settings.steps}; it is saved.",
-                    fix=f"Go on with: krona train --resume {quote(str(training.run))}",
+                    fix=f"Go on with: {_going_on(training)}",
                 )
 
 
@@ -132,12 +132,16 @@ def _not_finite(training: Training) -> None:
         return
     steps = sorted(saved_states(training.run))
     last = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
-    again = f"go on without such batches: krona train --resume {quote(str(training.run))} --nan skip"
-    skip = again if steps else "add --nan skip"
+    skip = f"go on without such batches: {_going_on(training)} --nan skip" if steps else "add --nan skip"
     raise DivergedError(
         f"the loss of step {training.step + 1} is no number; {last}.",
         fix=f"Start anew with a lower --learning-rate; or {skip}",
     )
+
+
+def _going_on(training: Training) -> str:
+    """The command, as a shell reads it."""
+    return f"krona train --resume {quote(str(training.run))}"
 
 
 def _note(training: Training, values: dict[str, float], seconds: float) -> None:

@@ -6,10 +6,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import krona_hub
 from krona_hub.adapter import Adapter, BaseModel, Provenance
 from krona_hub.bases.base import Base
 from krona_hub.layers import extract_adapter
+from krona_hub.origin import this_krona
 from krona_hub.training.settings import TrainingSettings
 
 ELSEWHERE = ("output", "device", "data", "validation_data", "prior_data", "init", "trackers")  # no part of a result
@@ -21,7 +21,7 @@ def trained_adapter(pipe: Any, base: Base, settings: TrainingSettings, facts: di
     adapter = extract_adapter(pipe)
     words = (settings.trigger_word,) if settings.trigger_word else ()
     origin = Provenance(
-        created_by=f"krona_hub {krona_hub.__version__}",
+        created_by=this_krona(),
         method="trained",
         training={**recorded(settings), **facts},
         licence=settings.licence,

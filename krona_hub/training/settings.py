@@ -135,6 +135,8 @@ class Kind:
         self.choices: tuple[str, ...] = get_args(parts[0]) if getattr(parts[0], "__origin__", None) is Literal else ()
         origin = getattr(parts[0], "__origin__", parts[0])
         self.type: type = str if self.choices else Mapping if origin is Mapping else origin
+        # between texts; prompts have commas of their own
+        self.has_commas = self.type is tuple and self.name != "sample_prompts"
 
     @property
     def flag(self) -> str:

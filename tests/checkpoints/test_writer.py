@@ -111,21 +111,21 @@ def test_an_interrupted_write_leaves_nothing_and_the_old_file_as_it_was(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "old"
 
 
-def test_a_full_disk_is_a_coded_error_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.fixture
+def full_disk(monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(atomic.os, "fsync", full)
+
+
+def test_a_full_disk_is_a_coded_error_and_leaves_nothing(tmp_path, full_disk):
     with pytest.raises(ResourceError, match="disk is full") as caught:
         write_tensors(tmp_path / "x", {"t": torch.ones(3)})
     assert caught.value.fix and not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_in_the_middle_of_a_folder_names_the_folder_that_was_asked_for(tmp_path, monkeypatch):
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(atomic.os, "fsync", full)
+def test_a_full_disk_in_the_middle_of_a_folder_names_the_folder_that_was_asked_for(tmp_path, full_disk):
     with pytest.raises(ResourceError) as caught, atomic_folder(tmp_path / "run") as place:
         write_tensors(place / "x", {"t": torch.ones(3)})
     assert repr(str(tmp_path / "run" / "x")) in caught.value.cause and not list(tmp_path.iterdir())

@@ -74,8 +74,6 @@ def test_a_broken_picture_is_named(tmp_path):
 
 
 def test_a_picture_whose_exif_is_broken_is_named(tmp_path, monkeypatch):
-    import struct
-
     from PIL import ImageOps
 
     def broken(image):
