@@ -20,14 +20,14 @@ from torch import Tensor
 
 from krona_hub.bases import catalogue
 from krona_hub.bases.base import Placement
-from krona_hub.bases.weights import WeightPlace
+from krona_hub.bases.weight_files import WeightPlace
 from krona_hub.conversion.target import Target
-from krona_hub.extraction.asked import Asked
-from krona_hub.extraction.differences import Difference
-from krona_hub.extraction.fitting import fit_difference
-from krona_hub.extraction.pairs import Pair
-from krona_hub.extraction.plan import Plan
-from krona_hub.kron.dense import nearest_kron_of_dense
+from krona_hub.extraction.fit_layers import fit_difference
+from krona_hub.extraction.fit_plan import Plan
+from krona_hub.extraction.layer_difference import Difference
+from krona_hub.extraction.request import Asked
+from krona_hub.extraction.tensor_pairs import Pair
+from krona_hub.kron.from_dense import nearest_kron_of_dense
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.terms import nearest_kron
 

@@ -17,7 +17,7 @@ from common import report
 from torch import Tensor, nn
 
 from krona_hub import KronLinear
-from krona_hub.layers import linear
+from krona_hub.layers import kron_linear
 
 SIZES = [  # rows of x, out, in
     (64, 80, 80), (320, 80, 80), (80, 128, 128), (1024, 160, 160), (64, 320, 320), (1024, 320, 320), (77, 320, 768),
@@ -33,8 +33,11 @@ def main() -> None:
     rows = [
         _row(n, out, in_, shape) for n, out, in_ in SIZES for shape in SHAPES if out % shape[0] == in_ % shape[1] == 0
     ]
-    right = sum((row["formed / chain"] < 1) == (row["weight"] <= linear.SMALL) for row in rows)
-    report("formed", {"layers": rows, "limit": linear.SMALL, "the limit chooses the faster": f"{right} of {len(rows)}"})
+    right = sum((row["formed / chain"] < 1) == (row["weight"] <= kron_linear.SMALL) for row in rows)
+    report(
+        "formed",
+        {"layers": rows, "limit": kron_linear.SMALL, "the limit chooses the faster": f"{right} of {len(rows)}"},
+    )
 
 
 def _row(n: int, out: int, in_: int, shape: tuple[int, int]) -> dict[str, object]:
@@ -45,7 +48,7 @@ def _row(n: int, out: int, in_: int, shape: tuple[int, int]) -> dict[str, object
     for _ in range(ROUNDS):
         taken["bare"].append(_seconds(bare, x, times))
         for way, limit in WAYS.items():
-            with patch.object(linear, "SMALL", limit):
+            with patch.object(kron_linear, "SMALL", limit):
                 taken[way].append(_seconds(layer, x, times))
     best = {way: min(found) for way, found in taken.items()}
     added = {way: best[way] - best["bare"] for way in WAYS}

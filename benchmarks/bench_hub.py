@@ -153,7 +153,7 @@ def made(path: Path, layers: int) -> Path:
     """A native adapter of random numbers, of about 1.2 MB per layer."""
     import torch
 
-    from krona_hub.adapter import Adapter, LayerDelta
+    from krona_hub.adapters.adapter import Adapter, LayerDelta
     from krona_hub.checkpoints.writer import write_tensors
     from krona_hub.kron.terms import as_lora
     from krona_hub.schema.v1 import to_tensors

@@ -55,7 +55,7 @@ MERGE = """
 import json, re, sys, threading, time
 import torch
 from krona_hub import merge
-import krona_hub.formats.files, krona_hub.merging.tiles
+import krona_hub.formats.reading.reader, krona_hub.merging.arithmetic.tiles
 base, adapter, out, threads, options = *sys.argv[1:4], int(sys.argv[4]), json.loads(sys.argv[5])
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3

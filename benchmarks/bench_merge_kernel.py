@@ -13,13 +13,13 @@ import torch
 from common import report
 from torch import Tensor
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.bases.base import Placement
 from krona_hub.kron.parallel import one_thread
 from krona_hub.kron.terms import KronTerms, as_lora
-from krona_hub.merging.patches import Patch
-from krona_hub.merging.rounding import Rounding
-from krona_hub.merging.tiles import merge_tensor
+from krona_hub.merging.arithmetic.patches import Patch
+from krona_hub.merging.arithmetic.rounding import Rounding
+from krona_hub.merging.arithmetic.tiles import merge_tensor
 
 Size = tuple[int, int]
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 import torch
 from common import SDXL_LAYERS, Layer, report, sdxl_lora, timed
 
-from krona_hub.kron.lowrank import nearest_kron_of_loras
+from krona_hub.kron.from_lora import nearest_kron_of_loras
 from krona_hub.kron.shapes import split
 from krona_hub.kron.terms import KronFit, rearrange
 

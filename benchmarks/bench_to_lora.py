@@ -15,7 +15,7 @@ from peft.tuners.lora.conversion import convert_to_lora
 from torch import nn
 
 from krona_hub.kron.terms import KronTerms
-from krona_hub.kron.tolora import nearest_loras
+from krona_hub.kron.to_lora import nearest_loras
 
 FACTOR, RANK, SAMPLE = 16, 16, 2
 

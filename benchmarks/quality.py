@@ -9,7 +9,7 @@ STEPS steps of AdamW at a constant rate, the same noise for the same seed. LoKr 
 Ranks and shapes are paired by parameters: one KronA term with LoKr and LoRA of rank 1, four terms with LoRA of rank 4.
 A line of results/quality.jsonl per run:
 
-    identity   mean score of the pictures of the toy on every table and place (krona_hub.evaluation.colours)
+    identity   mean score of the pictures of the toy on every table and place (krona_hub.evaluation.colour_identity)
     shown      share of them above SHOWN, which no wrong toy reaches
     prompt     mean share of right shapes and colours in pictures of PROMPTS held-out prompts of the base's own world
 """
@@ -36,8 +36,8 @@ from layer_peers import DENSE, peft, targets  # noqa: E402
 from quality_report import save_report  # noqa: E402
 
 from krona_hub import KronLinear  # noqa: E402
-from krona_hub.bases.shipped import folder_of  # noqa: E402
-from krona_hub.evaluation.colours import SHOWN, identity  # noqa: E402
+from krona_hub.assets.shipped import folder_of  # noqa: E402
+from krona_hub.evaluation.colour_identity import SHOWN, identity  # noqa: E402
 from scripts.tiny_scenes import autoencoder, check, drawing, scene, toy  # noqa: E402
 from scripts.tiny_scenes.denoiser import held_out_scenes  # noqa: E402
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import (
+from krona_hub.cli.console import (
     allow_base_mismatch_option,
     allow_missing_option,
     announce,
@@ -26,8 +26,8 @@ from krona_hub.cli.common import (
     show_text,
     to_option,
 )
-from krona_hub.cli.weighted import Weighted, WeightedSource
-from krona_hub.report import form_groups, human_bytes, percent, relative
+from krona_hub.cli.weighted_source import Weighted, WeightedSource
+from krona_hub.rendering.tables import form_groups, human_bytes, percent, relative
 
 if TYPE_CHECKING:
     from krona_hub.combining import CombineReport

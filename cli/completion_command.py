@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from krona_hub.cli.common import emit, krona_command
+from krona_hub.cli.console import emit, krona_command
 
 SHELLS = {
     "bash": "~/.bashrc",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import (
+from krona_hub.cli.console import (
     announce,
     base_option,
     complete_formats,
@@ -27,7 +27,7 @@ from krona_hub.cli.common import (
     show_text,
 )
 from krona_hub.errors import LossyError
-from krona_hub.report import form_groups, human_bytes, percent, relative
+from krona_hub.rendering.tables import form_groups, human_bytes, percent, relative
 
 if TYPE_CHECKING:
     from krona_hub.conversion import ConversionReport
@@ -99,7 +99,7 @@ def command(file: str, layers: bool, report: str | None, **options: Any) -> None
     and in total, what it cost; a result whose total error exceeds 0.5 is refused unless --allow-loss.
     """
     from krona_hub.conversion import convert
-    from krona_hub.pages.html import check_page
+    from krona_hub.rendering.html.markup import check_page
 
     announce(file)
     if report:

@@ -1,4 +1,4 @@
-"""`krona demo`: runs the commands of `krona_hub.demo` one after the other, and shows what came of them."""
+"""`krona demo`: runs the commands of `krona_hub.assets.demo` one after the other, and shows what came of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from krona_hub import demo
-from krona_hub.cli.common import (
+from krona_hub.assets import demo
+from krona_hub.cli.console import (
     asked_for,
     emit,
     krona_command,
@@ -23,7 +23,7 @@ from krona_hub.cli.common import (
     show_table,
     show_text,
 )
-from krona_hub.report import human_bytes
+from krona_hub.rendering.tables import human_bytes
 
 
 @krona_command("demo", examples=("krona demo",))
@@ -65,8 +65,8 @@ def _run(why: str, line: str) -> dict[str, Any]:
 
 def _facts(path: Path) -> dict[str, Any]:
     """What the last table says about a file."""
-    from krona_hub.formats.describe import describe
-    from krona_hub.formats.tools import loads_in
+    from krona_hub.formats.compatibility.tools import loads_in
+    from krona_hub.formats.reading.describe import describe
 
     about = describe(path)
     return {
@@ -81,7 +81,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _tools(loading: list[str]) -> str:
     """`9 of 10 tools`; the steps above name them."""
-    from krona_hub.formats.tools import TOOLS
+    from krona_hub.formats.compatibility.tools import TOOLS
 
     return f"{len(loading)} of {len(TOOLS)} tools" if loading else "krona; convert it with --for TOOL"
 

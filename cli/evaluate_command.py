@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from krona_hub.cli.common import emit, krona_command, say, show_facts, show_table
+from krona_hub.cli.console import emit, krona_command, say, show_facts, show_table
 
 if TYPE_CHECKING:
     from krona_hub.evaluation import EvaluationReport

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import (
+from krona_hub.cli.console import (
     announce,
     complete_bases,
     component_option,
@@ -25,7 +25,7 @@ from krona_hub.cli.common import (
     threads_option,
     to_option,
 )
-from krona_hub.report import human_bytes, percent, relative
+from krona_hub.rendering.tables import human_bytes, percent, relative
 
 if TYPE_CHECKING:
     from krona_hub.extraction import ExtractedLayer, ExtractionReport

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from krona_hub.cli.common import emit, krona_command, show_table, show_text
-from krona_hub.report import Cell, FormatFacts, format_facts, loads_matrix
+from krona_hub.cli.console import emit, krona_command, show_table, show_text
+from krona_hub.rendering.tables import Cell, FormatFacts, format_facts, loads_matrix
 
 
 @krona_command("formats", examples=("krona formats", "krona formats --json"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import (
+from krona_hub.cli.console import (
     announce,
     dry_run_option,
     emit,
@@ -22,7 +22,7 @@ from krona_hub.cli.common import (
     show_table,
     show_text,
 )
-from krona_hub.cli.weighted import Weighted, WeightedSource
+from krona_hub.cli.weighted_source import Weighted, WeightedSource
 from krona_hub.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ PANELS = {
 
 def complete_schedulers(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
     """Scheduler names for the shell; torch-free."""
-    from krona_hub.images.samplers import SAMPLERS
+    from krona_hub.images.schedulers import SAMPLERS
 
     return [name for name in SAMPLERS if name.startswith(start)]
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import complete_bases, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import complete_bases, emit, krona_command, say, show_facts, show_table, show_text
 from krona_hub.errors import UsageError
 from krona_hub.hub.preview import describe_preview
-from krona_hub.report import human_bytes
+from krona_hub.rendering.tables import human_bytes
 
 if TYPE_CHECKING:
     from krona_hub.hub import Cached, Found, RepoInfo

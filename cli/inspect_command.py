@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import (
+from krona_hub.cli.console import (
     announce,
     base_option,
     component_option,
@@ -21,11 +21,11 @@ from krona_hub.cli.common import (
     show_table,
     show_text,
 )
-from krona_hub.report import form_in_words, human_bytes, module_groups, scale_in_words
+from krona_hub.rendering.tables import form_in_words, human_bytes, module_groups, scale_in_words
 
 if TYPE_CHECKING:
-    from krona_hub.formats.describe import Description
-    from krona_hub.formats.tools import Verdict
+    from krona_hub.formats.compatibility.tools import Verdict
+    from krona_hub.formats.reading.describe import Description
 
 
 @krona_command(
@@ -58,9 +58,9 @@ def command(
     Only the header of the file is read; a page (--report) needs the numbers, too.
     """
     from krona_hub.checkpoints.digest import file_sha256
-    from krona_hub.formats.describe import describe
-    from krona_hub.formats.tools import loads_in
-    from krona_hub.pages.html import check_page
+    from krona_hub.formats.compatibility.tools import loads_in
+    from krona_hub.formats.reading.describe import describe
+    from krona_hub.rendering.html.markup import check_page
     from krona_hub.sources import resolve
 
     announce(file)

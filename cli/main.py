@@ -13,8 +13,8 @@ import rich_click
 from click.shell_completion import shell_complete
 
 from krona_hub import __version__
-from krona_hub.cli.common import hear_the_library, hush_the_others
-from krona_hub.cli.failures import report_failure
+from krona_hub.cli.console import hear_the_library, hush_the_others
+from krona_hub.cli.failure_report import report_failure
 
 COMPLETE_VARIABLE = "_KRONA_COMPLETE"
 rich_click.rich_click.TEXT_PARAGRAPH_LINEBREAKS = "\n\n"

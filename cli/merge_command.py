@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from krona_hub.bases.base import COMPONENTS
-from krona_hub.cli.common import (
+from krona_hub.cli.console import (
     allow_base_mismatch_option,
     allow_missing_option,
     announce,
@@ -26,8 +26,8 @@ from krona_hub.cli.common import (
     show_text,
     threads_option,
 )
-from krona_hub.cli.weighted import Weighted, WeightedSource
-from krona_hub.report import human_bytes, percent, rate
+from krona_hub.cli.weighted_source import Weighted, WeightedSource
+from krona_hub.rendering.tables import human_bytes, percent, rate
 
 if TYPE_CHECKING:
     from krona_hub.merging.plan import AdapterPlan, MergePlan
@@ -130,7 +130,7 @@ def _plan(base: str, adapters: Sequence[Weighted], options: Mapping[str, Any]) -
 def _merge(
     base: str, adapters: Sequence[Weighted], out: str | None, options: Mapping[str, Any], *, every: bool
 ) -> None:
-    from krona_hub.merging.merge_files import merge
+    from krona_hub.merging.api import merge
 
     with byte_progress("merged") as step:
         report = merge(base, list(adapters), out, progress=step, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from krona_hub.cli.common import (
+from krona_hub.cli.console import (
     dry_run_option,
     emit,
     file_argument,

@@ -6,10 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import base_option, emit, krona_command, report_option, say, show_facts, show_table, show_text
+from krona_hub.cli.console import (
+    base_option,
+    emit,
+    krona_command,
+    report_option,
+    say,
+    show_facts,
+    show_table,
+    show_text,
+)
 
 if TYPE_CHECKING:
-    from krona_hub.accounting import Accounting, Row
+    from krona_hub.accounting.counting import Accounting, Row
 
 NAMED = 3  # layers named before "and N more"
 
@@ -64,9 +73,9 @@ def command(
     per layer and term; "by width" is the cheapest split of each layer. The last column says which LoRA of the same
     layers costs the same.
     """
-    from krona_hub import accounting
-    from krona_hub.pages.count_page import count_page
-    from krona_hub.pages.html import check_page, write_page
+    from krona_hub.accounting import counting
+    from krona_hub.rendering.html.count_page import count_page
+    from krona_hub.rendering.html.markup import check_page, write_page
 
     if report:
         check_page(report)
@@ -78,10 +87,10 @@ def command(
     }
     if file is None:
         wanted = {"targets": targets or "attn", "component": components or None}
-        found = accounting.account(base or _missing_base(), **wanted, **forms)
+        found = counting.account(base or _missing_base(), **wanted, **forms)
     else:
         _no_targets(targets)
-        found = accounting.account_file(file, base=base, component=next(iter(components), None), **forms)
+        found = counting.account_file(file, base=base, component=next(iter(components), None), **forms)
     emit(found, lambda: _show(found))
     if report:
         say(f"page: {write_page(report, count_page(found))}")

@@ -7,18 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import (
-    dry_run_option,
-    emit,
-    krona_command,
-    output_option,
-    overwrite_option,
-    say,
-    show_facts,
-)
+from krona_hub.cli.console import dry_run_option, emit, krona_command, output_option, overwrite_option, say, show_facts
 from krona_hub.errors import UsageError
 from krona_hub.hub.preview import describe_preview
-from krona_hub.report import human_bytes
+from krona_hub.rendering.tables import human_bytes
 
 if TYPE_CHECKING:
     from krona_hub.hub import PullReport

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import (
+from krona_hub.cli.console import (
     asked_for,
     base_option,
     dry_run_option,
@@ -20,11 +20,11 @@ from krona_hub.cli.common import (
     show_text,
 )
 from krona_hub.errors import UsageError
-from krona_hub.report import human_bytes
+from krona_hub.rendering.tables import human_bytes
 
 if TYPE_CHECKING:
     from krona_hub.hub import PushReport
-    from krona_hub.hub.plan import PushPlan
+    from krona_hub.hub.push_plan import PushPlan
 
 PANELS = {
     "What goes into it": (

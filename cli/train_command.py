@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from krona_hub.cli.common import asked_for, emit, krona_command, noted_progress, say, show_facts, show_table, show_text
+from krona_hub.cli.console import asked_for, emit, krona_command, noted_progress, say, show_facts, show_table, show_text
 from krona_hub.errors import UsageError
-from krona_hub.report import human_bytes
+from krona_hub.rendering.tables import human_bytes
 from krona_hub.training.presets import PRESETS
 from krona_hub.training.settings import KINDS, Kind
 
@@ -139,8 +139,8 @@ def _without(arguments: list[str], option: str) -> list[str]:
 
 
 def _train(config: str | None, preset: str | None, resume_from: str | None, given: dict[str, Any]) -> None:
-    from krona_hub.training.runs import train
-    from krona_hub.training.training import Progress
+    from krona_hub.training.api import train
+    from krona_hub.training.progress.training_state import Progress
 
     lead = os.environ.get("RANK", "0") == "0"
     with noted_progress("training") as step:
@@ -174,7 +174,7 @@ def _show(report: Any) -> None:
 
 
 def _check(config: str | None, preset: str | None, given: dict[str, Any]) -> None:
-    from krona_hub.training.runs import check_training
+    from krona_hub.training.api import check_training
 
     if not asked_for("json"):
         say("Opening the base and reading every picture …")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import (
+from krona_hub.cli.console import (
     byte_progress,
     counting,
     emit,
@@ -18,7 +18,7 @@ from krona_hub.cli.common import (
     show_text,
     threads_option,
 )
-from krona_hub.report import human_bytes, plain, rate
+from krona_hub.rendering.tables import human_bytes, plain, rate
 
 if TYPE_CHECKING:
     from krona_hub.merging.undo import UnmergeReport

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.common import (
+from krona_hub.cli.console import (
     allow_missing_option,
     announce,
     base_option,
@@ -20,8 +20,8 @@ from krona_hub.cli.common import (
     show_table,
     show_text,
 )
-from krona_hub.cli.weighted import Weighted, WeightedSource
-from krona_hub.report import plain, relative
+from krona_hub.cli.weighted_source import Weighted, WeightedSource
+from krona_hub.rendering.tables import plain, relative
 
 if TYPE_CHECKING:
     from krona_hub.verification import DeltaCheck, FitCheck, MergeCheck, VerifyReport

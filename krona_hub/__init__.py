@@ -7,14 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from krona_hub.adapter import Adapter as Adapter
-    from krona_hub.adapter import LayerDelta as LayerDelta
+    from krona_hub.adapters.adapter import Adapter as Adapter
+    from krona_hub.adapters.adapter import LayerDelta as LayerDelta
+    from krona_hub.adapters.provenance import BaseModel as BaseModel
     from krona_hub.combining import combine as combine
     from krona_hub.conversion import convert as convert
     from krona_hub.errors import KronaError as KronaError
     from krona_hub.extraction import extract as extract
-    from krona_hub.formats.files import read as read
-    from krona_hub.formats.writing import write as write
+    from krona_hub.formats.reading.reader import read as read
+    from krona_hub.formats.writing.writer import write as write
     from krona_hub.hub import pull as pull
     from krona_hub.hub import push as push
     from krona_hub.images import generate as generate
@@ -29,30 +30,29 @@ if TYPE_CHECKING:
     from krona_hub.layers import fuse as fuse
     from krona_hub.layers import set_scales as set_scales
     from krona_hub.layers import unfuse as unfuse
-    from krona_hub.merging.merge_files import merge as merge
+    from krona_hub.merging.api import merge as merge
     from krona_hub.merging.plan import plan_merge as plan_merge
     from krona_hub.merging.state_dict import apply_to_state_dict as apply_to_state_dict
     from krona_hub.merging.undo import unmerge as unmerge
-    from krona_hub.origin import BaseModel as BaseModel
-    from krona_hub.runtime import load_into as load_into
-    from krona_hub.runtime import unload as unload
-    from krona_hub.training.runs import train as train
+    from krona_hub.pipelines.load_adapter import load_into as load_into
+    from krona_hub.pipelines.load_adapter import unload as unload
+    from krona_hub.training.api import train as train
     from krona_hub.verification import verify as verify
 
 __version__ = "0.1.0"
 
 PUBLIC = {  # name -> the module that defines it
-    "read": "krona_hub.formats.files",
-    "write": "krona_hub.formats.writing",
+    "read": "krona_hub.formats.reading.reader",
+    "write": "krona_hub.formats.writing.writer",
     "convert": "krona_hub.conversion",
     "plan_merge": "krona_hub.merging.plan",
-    "merge": "krona_hub.merging.merge_files",
+    "merge": "krona_hub.merging.api",
     "unmerge": "krona_hub.merging.undo",
     "apply_to_state_dict": "krona_hub.merging.state_dict",
     "extract": "krona_hub.extraction",
     "combine": "krona_hub.combining",
     "verify": "krona_hub.verification",
-    "train": "krona_hub.training.runs",
+    "train": "krona_hub.training.api",
     "generate": "krona_hub.images",
     "attach": "krona_hub.layers",
     "detach": "krona_hub.layers",
@@ -60,16 +60,16 @@ PUBLIC = {  # name -> the module that defines it
     "unfuse": "krona_hub.layers",
     "set_scales": "krona_hub.layers",
     "extract_adapter": "krona_hub.layers",
-    "load_into": "krona_hub.runtime",
-    "unload": "krona_hub.runtime",
+    "load_into": "krona_hub.pipelines.load_adapter",
+    "unload": "krona_hub.pipelines.load_adapter",
     "push": "krona_hub.hub",
     "pull": "krona_hub.hub",
     "KronLinear": "krona_hub.layers",
     "KronConv2d": "krona_hub.layers",
     "nearest_kron": "krona_hub.kron.terms",
-    "Adapter": "krona_hub.adapter",
-    "LayerDelta": "krona_hub.adapter",
-    "BaseModel": "krona_hub.origin",
+    "Adapter": "krona_hub.adapters.adapter",
+    "LayerDelta": "krona_hub.adapters.adapter",
+    "BaseModel": "krona_hub.adapters.provenance",
     "KronShape": "krona_hub.kron.shapes",
     "KronTerms": "krona_hub.kron.terms",
     "KronaError": "krona_hub.errors",

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from krona_hub.bases.meta import build, modules_of
-from krona_hub.bases.patterns import encode
+from krona_hub.bases.meta_device import build, modules_of
+from krona_hub.bases.name_patterns import encode
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

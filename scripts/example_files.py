@@ -18,7 +18,7 @@ import torch
 
 from krona_hub.assets import __file__ as assets
 from krona_hub.bases import catalogue
-from krona_hub.bases.names import table
+from krona_hub.bases.name_table import table
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.cli.main import main
 from scripts.make_demo_adapter import normal, projections

@@ -62,7 +62,7 @@ def published(adapter: Path, folder: Path) -> Path:
 def as_html(card: str) -> str:
     from markdown_it import MarkdownIt
 
-    from krona_hub.model_card import split
+    from krona_hub.hub.model_card import split
 
     front, text = split(card)
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)

@@ -19,9 +19,9 @@ from pathlib import Path
 import click
 
 from krona_hub import errors
-from krona_hub.cli import failures
+from krona_hub.cli import failure_report
 from krona_hub.cli.main import COMMANDS, load
-from krona_hub.report import loads_matrix
+from krona_hub.rendering.tables import loads_matrix
 from scripts.example_files import example_folder, output_of
 from scripts.rounding_table import rounding_table
 
@@ -58,8 +58,10 @@ def errors_page() -> str:
     """Every code with its meaning and exit status, by code."""
     classes = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, errors.KronaError)]
     rows = [(e.code, e.__name__, e.exit_code, inspect.getdoc(e).split("\n")[0]) for e in classes]
-    rows.append((failures.BUG, "", 1, "A bug in krona: please report it, with the output under `KRONA_TRACEBACK=1`."))
-    rows.append((failures.STOPPED, "", 130, "Stopped with Ctrl-C."))
+    rows.append(
+        (failure_report.BUG, "", 1, "A bug in krona: please report it, with the output under `KRONA_TRACEBACK=1`.")
+    )
+    rows.append((failure_report.STOPPED, "", 130, "Stopped with Ctrl-C."))
     table = "\n".join(f"| {code} | `{name}` | {status} | {meaning} |" for code, name, status, meaning in sorted(rows))
     return (
         "# Errors\n\nGenerated from `krona_hub/errors.py` by `scripts/make_docs.py`.\n\n"

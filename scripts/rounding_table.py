@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.bases.base import Placement
 from krona_hub.kron.terms import as_lora
-from krona_hub.merging.patches import Patch
-from krona_hub.merging.rounding import Rounding
-from krona_hub.merging.tiles import merge_tensor
+from krona_hub.merging.arithmetic.patches import Patch
+from krona_hub.merging.arithmetic.rounding import Rounding
+from krona_hub.merging.arithmetic.tiles import merge_tensor
 from scripts.make_demo_adapter import normal
 
 SIZE, RANK, SPREAD, SEED = 1280, 16, 0.04, 8

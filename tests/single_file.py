@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from krona_hub.bases import catalogue, ldm, locate
+from krona_hub.bases import catalogue, ldm_names, loading
 from krona_hub.bases.base import Base
 
 UNET = "model.diffusion_model."
@@ -35,17 +35,17 @@ OPENCLIP_REST = {
 @contextmanager
 def known(name: str, folder: str):
     """The base in that diffusers folder as one of the catalogue, so that its single file is recognised."""
-    base = Base(name, name, locate.load_base(folder).components)
+    base = Base(name, name, loading.load_base(folder).components)
     real_names, real_get = catalogue.names, catalogue.get
     with (
         patch.object(catalogue, "names", lambda: (name, *real_names())),
         patch.object(catalogue, "get", lambda wanted: base if wanted == name else real_get(wanted)),
     ):
-        locate._by_fingerprint.cache_clear()
+        loading._by_fingerprint.cache_clear()
         try:
             yield base
         finally:
-            locate._by_fingerprint.cache_clear()
+            loading._by_fingerprint.cache_clear()
 
 
 def save(pipe, path, dtype: torch.dtype | None = None):
@@ -87,8 +87,8 @@ def _tensors(pipe) -> dict[str, Tensor]:
 
 
 def _unet_tensors(unet) -> dict[str, Tensor]:
-    modules = locate.modules_in({k: locate.Stored(None, k, tuple(t.shape)) for k, t in unet.state_dict().items()})
-    homes = {places[0].layer: name for name, places in ldm.names(modules).items()}
+    modules = loading.modules_in({k: loading.Stored(None, k, tuple(t.shape)) for k, t in unet.state_dict().items()})
+    homes = {places[0].layer: name for name, places in ldm_names.names(modules).items()}
     split = {key: key.rpartition(".") for key in unet.state_dict()}
     return {f"{UNET}{_unet_name(split[k][0], homes)}.{split[k][2]}": t for k, t in unet.state_dict().items()}
 

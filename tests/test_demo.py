@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from krona_hub.assets.demo import ASSETS, STEPS, prepare, results
 from krona_hub.checkpoints.header import read_header
 from krona_hub.cli.main import main
-from krona_hub.demo import ASSETS, STEPS, prepare, results
 from krona_hub.errors import NotFoundError, ResourceError
 from scripts import make_demo_adapter
 from scripts.tiny_scenes import toy

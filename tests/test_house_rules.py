@@ -24,7 +24,7 @@ def library_files() -> list[Path]:
 
 
 def part_of(path: Path) -> str:
-    """The room of a file: `krona_hub/formats/peft.py` lives in `formats`."""
+    """The room of a file: `krona_hub/formats/known/peft.py` lives in `formats`."""
     name = path.relative_to(ROOT / "krona_hub").with_suffix("").parts[0]
     assert name in RING, f"{path}: no ring holds {name!r}; add it to RINGS where it belongs"
     return name

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from krona_hub import attach, detach, extract_adapter, fuse, load_into, read, set_scales, unfuse, unload, write
-from krona_hub.adapter import Adapter
+from krona_hub.adapters.adapter import Adapter
 from krona_hub.errors import BaseMismatchError, ConflictError, NotFoundError, UnsupportedError, UsageError
 from krona_hub.layers import attached, swap
-from krona_hub.layers.layer import KronLayer
-from krona_hub.runtime import base_of
+from krona_hub.layers.kron_layer import KronLayer
+from krona_hub.pipelines.load_adapter import base_of
 from tests import tiny
 from tests.formats import made
 from tests.merging.test_pipelines import Golden, assert_computes
@@ -394,7 +394,7 @@ def test_an_adapter_from_the_hub_is_loaded_from_where_it_was_downloaded(two, tmp
     pipe, one, _ = two
     file = write(one, tmp_path / "deep.safetensors", base=tiny.save(pipe, tmp_path / "base")).path
     asked = []
-    monkeypatch.setattr("krona_hub.runtime.resolve", lambda source: asked.append(source) or file)
+    monkeypatch.setattr("krona_hub.pipelines.load_adapter.resolve", lambda source: asked.append(source) or file)
     assert load_into(pipe, "ns/my-style@v1").name == "my_style_v1" and asked == ["ns/my-style@v1"]
 
 

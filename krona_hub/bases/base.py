@@ -9,7 +9,7 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
-from krona_hub.origin import BaseModel
+from krona_hub.adapters.provenance import BaseModel
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 DENOISERS = COMPONENTS[:2]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from krona_hub.bases.base import Base, Module
 from krona_hub.bases.families import ALIASES, FAMILIES
-from krona_hub.bases.patterns import expand
+from krona_hub.bases.name_patterns import expand
 from krona_hub.errors import UnknownBaseError
 
 CONFIG_STATUS: Mapping[str, str] = {  # how far the configuration is checked

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from krona_hub.checkpoints.faults import fault
-from krona_hub.checkpoints.leftovers import lock, remove, remove_leftovers, temporary_name
+from krona_hub.checkpoints.os_errors import fault
+from krona_hub.checkpoints.temporary_files import lock, remove, remove_leftovers, temporary_name
 from krona_hub.errors import ConflictError, KronaError, NotFoundError
 
 _OVERWRITE = "Add --overwrite, or choose another output with -o."

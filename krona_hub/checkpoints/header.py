@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.checkpoints import strict_json
-from krona_hub.checkpoints.entries import DTYPE_BITS, FLOATS, TensorInfo, layout_findings, parse_entry
-from krona_hub.checkpoints.faults import fault
 from krona_hub.checkpoints.findings import Finding, quoted, raise_first
+from krona_hub.checkpoints.os_errors import fault
 from krona_hub.checkpoints.sniff import FIRST_BYTES, sniff
+from krona_hub.checkpoints.tensor_entries import DTYPE_BITS, FLOATS, TensorInfo, layout_findings, parse_entry
 from krona_hub.errors import FormatError, KronaError, StructureError, TruncatedError
 
 __all__ = ["DTYPE_BITS", "FLOATS", "MAX_HEADER", "Header", "TensorInfo", "examine", "read_header"]

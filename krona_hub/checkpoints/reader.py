@@ -6,9 +6,9 @@ import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, BinaryIO
 
-from krona_hub.checkpoints.faults import fault
 from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import Header, TensorInfo
+from krona_hub.checkpoints.os_errors import fault
 from krona_hub.errors import DtypeError, IncompleteError, ShapeError, StructureError
 
 if TYPE_CHECKING:

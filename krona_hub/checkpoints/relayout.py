@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from krona_hub.checkpoints.entries import DTYPE_BITS, TensorInfo
 from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import Header
+from krona_hub.checkpoints.tensor_entries import DTYPE_BITS, TensorInfo
 from krona_hub.checkpoints.writer import ALIGNMENT, Stored, header_bytes
 from krona_hub.errors import IncompleteError
 

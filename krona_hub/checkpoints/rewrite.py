@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from krona_hub.checkpoints.atomic import atomic_file
-from krona_hub.checkpoints.entries import TensorInfo
-from krona_hub.checkpoints.faults import fault
-from krona_hub.checkpoints.filling import Part, copied, fill, open_source
+from krona_hub.checkpoints.byte_ranges import Range, write_at
 from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import Header
-from krona_hub.checkpoints.ranges import Range, write_at
+from krona_hub.checkpoints.os_errors import fault
+from krona_hub.checkpoints.parallel_write import Part, copied, fill, open_source
 from krona_hub.checkpoints.relayout import Layout, new_size
+from krona_hub.checkpoints.tensor_entries import TensorInfo
 from krona_hub.checkpoints.workers import Progress
 from krona_hub.errors import IntegrityError, ResourceError
 

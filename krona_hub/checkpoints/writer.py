@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from krona_hub.checkpoints.atomic import atomic_file
-from krona_hub.checkpoints.entries import DTYPE_BITS
 from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import MAX_HEADER, Header
+from krona_hub.checkpoints.tensor_entries import DTYPE_BITS
 from krona_hub.errors import DtypeError, ResourceError, UsageError
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from krona_hub.adapters.provenance import BaseModel
 from krona_hub.errors import BaseMismatchError
-from krona_hub.origin import BaseModel
 
 
 def common_base(bases: Sequence[BaseModel | None], *, allow_mismatch: bool = False) -> BaseModel | None:

@@ -13,19 +13,19 @@ from typing import NamedTuple
 
 import torch
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.conversion.convert_layers import Outcome, Progress, apply_way
 from krona_hub.conversion.forms import size_of, with_lora
-from krona_hub.conversion.layers import Outcome, Progress, apply_way
+from krona_hub.conversion.methods import MaxError
 from krona_hub.conversion.target import Target
-from krona_hub.conversion.ways import MaxError
-from krona_hub.formats.encode import why_not
-from krona_hub.formats.normal import Lora
-from krona_hub.kron.forms import ROUNDING
+from krona_hub.formats.forms.normal_forms import Lora
+from krona_hub.formats.writing.encode import why_not
+from krona_hub.kron.candidate_forms import ROUNDING
+from krona_hub.kron.norms import recompress
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.shapes import KronShape
-from krona_hub.kron.sums import recompress
 from krona_hub.kron.terms import KronTerms, LowRank, dense_factor
-from krona_hub.kron.tolora import lora_rank_bound, nearest_lora
+from krona_hub.kron.to_lora import lora_rank_bound, nearest_lora
 
 THIN = 4  # a delta whose rank is this many times below its size is searched over all shapes, through its LoRA
 

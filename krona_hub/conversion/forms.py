@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from krona_hub.adapter import LayerDelta
-from krona_hub.formats.normal import Lora, form_of, lora_of
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.formats.forms.normal_forms import Lora, form_of, lora_of
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora, factor_tensors
-from krona_hub.kron.tolora import nearest_lora
+from krona_hub.kron.to_lora import nearest_lora
 
 
 def lora_rank(delta: LayerDelta) -> int | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from krona_hub.origin import Provenance, this_krona
-from krona_hub.sources.fetch import sha256_of
-from krona_hub.sources.names import PEFT_WEIGHTS
+from krona_hub.adapters.provenance import Provenance, this_krona
+from krona_hub.sources.download import sha256_of
+from krona_hub.sources.safe_names import PEFT_WEIGHTS
 
 
 def made_of(source: Path, known: Provenance) -> Provenance:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.conversion.forms import is_lora
-from krona_hub.conversion.naming import format_named
-from krona_hub.conversion.ways import DEFAULT_MAX_ERROR, Exact, Keep, MaxError, Way
+from krona_hub.conversion.methods import DEFAULT_MAX_ERROR, Exact, Keep, MaxError, Way
+from krona_hub.conversion.output_options import format_named
 from krona_hub.errors import InexpressibleError, UsageError
-from krona_hub.formats.encode import why_not
-from krona_hub.formats.forms import LOW_RANK
-from krona_hub.formats.tools import loads_form, target_for, tool_named
+from krona_hub.formats.compatibility.format_limits import LOW_RANK
+from krona_hub.formats.compatibility.tools import loads_form, target_for, tool_named
+from krona_hub.formats.writing.encode import why_not
 from krona_hub.kron.shapes import KronShape, peft_factors
 
 ONE_FACTOR = ("peft-lokr", "diffusers-lokr")  # one decompose_factor must give the shapes of every layer

@@ -1,5 +1,5 @@
 """How well pictures show a subject, and what was asked: measured without a model, and by models that are there."""
 
-from krona_hub.evaluation.measuring import EvaluationReport as EvaluationReport
-from krona_hub.evaluation.measuring import Measure as Measure
-from krona_hub.evaluation.measuring import evaluate as evaluate
+from krona_hub.evaluation.api import EvaluationReport as EvaluationReport
+from krona_hub.evaluation.api import Measure as Measure
+from krona_hub.evaluation.api import evaluate as evaluate

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from krona_hub.formats.scales import ScaleConfig, metadata_configs
-from krona_hub.formats.source import AdapterFile
-from krona_hub.formats.spoke import Rules, verbs
+from krona_hub.formats.known.format import Rules, verbs
+from krona_hub.formats.parsing.adapter_file import AdapterFile
+from krona_hub.formats.parsing.scales import ScaleConfig, metadata_configs
 
 NAME = "diffusers-lokr"
 TRAINERS = ("diffusion_model.", "transformer.")  # ai-toolkit and the authors of FLUX: LyCORIS under dotted names

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from krona_hub.formats.source import AdapterFile
-from krona_hub.formats.spoke import Rules, verbs
+from krona_hub.formats.known.format import Rules, verbs
+from krona_hub.formats.parsing.adapter_file import AdapterFile
 
 NAME = "lycoris-locon"
 RULES = Rules(scale="alpha / rank; 1 without alpha")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from krona_hub.formats.peft import config_notes, configuration, has_type
-from krona_hub.formats.source import AdapterFile
-from krona_hub.formats.spoke import Rules, verbs
+from krona_hub.formats.known.format import Rules, verbs
+from krona_hub.formats.known.peft import config_notes, configuration, has_type
+from krona_hub.formats.parsing.adapter_file import AdapterFile
 
 NAME = "peft-lora"
 RULES = Rules(

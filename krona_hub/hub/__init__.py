@@ -1,6 +1,6 @@
 """Adapters on the Hugging Face Hub: push, pull, info, search, and what lies in the cache."""
 
-from krona_hub.hub.looking import Cached, Found, RepoInfo, cached, info, search
+from krona_hub.hub.browsing import Cached, Found, RepoInfo, cached, info, search
 from krona_hub.hub.pulling import PullReport, pull
 from krona_hub.hub.pushing import PushReport, push
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from krona_hub.conversion import convert
 from krona_hub.errors import LossyError
-from krona_hub.formats.describe import describe
-from krona_hub.formats.tools import loads_in
-from krona_hub.hub.layout import LOKR_EXPORT, LORA_EXPORT
-from krona_hub.hub.local import LocalAdapter
+from krona_hub.formats.compatibility.tools import loads_in
+from krona_hub.formats.reading.describe import describe
+from krona_hub.hub.local_adapter import LocalAdapter
+from krona_hub.hub.repo_layout import LOKR_EXPORT, LORA_EXPORT
 
 
 class Export(NamedTuple):

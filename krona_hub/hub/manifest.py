@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from krona_hub.checkpoints import strict_json
 from krona_hub.errors import IntegrityError, KronaError
-from krona_hub.hub.layout import CARD, IMAGES, MANIFEST, PLOTS, SIGNATURE
-from krona_hub.sources.fetch import sha256_of
-from krona_hub.sources.listing import RemoteFile
-from krona_hub.sources.names import printable
+from krona_hub.hub.repo_layout import CARD, IMAGES, MANIFEST, PLOTS, SIGNATURE
+from krona_hub.sources.download import sha256_of
+from krona_hub.sources.repo_listing import RemoteFile
+from krona_hub.sources.safe_names import printable
 
 VERSION = 1
 UNLISTED = (CARD, MANIFEST, SIGNATURE)  # the owner edits the card on the web; the others would name themselves

@@ -13,15 +13,15 @@ from urllib.parse import quote
 
 from krona_hub.checkpoints import strict_json
 from krona_hub.errors import IntegrityError, KronaError, ResourceError
-from krona_hub.formats.describe import Description, describe
-from krona_hub.hub.layout import CONFIG, HEADER_SIZE, MAX_HEADER, WEIGHTS
-from krona_hub.sources.choose import with_companions
+from krona_hub.formats.reading.describe import Description, describe
+from krona_hub.hub.repo_layout import CONFIG, HEADER_SIZE, MAX_HEADER, WEIGHTS
+from krona_hub.sources.choose_file import with_companions
 from krona_hub.sources.client import client, quiet
-from krona_hub.sources.faults import hub_errors
-from krona_hub.sources.fetch import fetch
-from krona_hub.sources.listing import Listing
-from krona_hub.sources.names import printable
+from krona_hub.sources.client_errors import hub_errors
+from krona_hub.sources.download import fetch
+from krona_hub.sources.repo_listing import Listing
 from krona_hub.sources.retry import retrying
+from krona_hub.sources.safe_names import printable
 
 FIRST = 100_000  # bytes, which hold most headers whole
 MAX_CONFIG = 1 << 20
@@ -159,7 +159,7 @@ def _small(listing: Listing, name: str, endpoint: str | None) -> bytes:
 
 def describe_preview(seen: Preview) -> dict[str, Any]:
     """A preview in plain values, for the screen and for JSON."""
-    from krona_hub.formats.tools import loads_in
+    from krona_hub.formats.compatibility.tools import loads_in
 
     d = seen.description
     if d is None:

@@ -11,19 +11,19 @@ from pathlib import Path
 from krona_hub.checkpoints.atomic import check_folder, check_output
 from krona_hub.errors import FormatError, IntegrityError, ResourceError, UsageError
 from krona_hub.hub import manifest as manifests
-from krona_hub.hub.layout import CARD, MANIFEST, MAX_FILE, MAX_TEXT, WEIGHTS, is_ours
-from krona_hub.hub.local import check_limits
-from krona_hub.hub.placing import SUFFIX, Place, check_file, is_read_first, put_in_place
+from krona_hub.hub.installing import SUFFIX, Place, check_file, is_read_first, put_in_place
+from krona_hub.hub.local_adapter import check_limits
 from krona_hub.hub.preview import Preview, preview
+from krona_hub.hub.repo_layout import CARD, MANIFEST, MAX_FILE, MAX_TEXT, WEIGHTS, is_ours
 from krona_hub.hub.signing import check_can_verify, check_signature
-from krona_hub.report import human_bytes
+from krona_hub.rendering.tables import human_bytes
 from krona_hub.schema.header import HEADER_KEY
-from krona_hub.schema.layout import is_native
+from krona_hub.schema.tensor_layout import is_native
 from krona_hub.sources import HubId, parse_hub_id
-from krona_hub.sources.choose import choose, with_companions
-from krona_hub.sources.fetch import check_room, fetch, is_intact, sha256_of
-from krona_hub.sources.listing import Listing, RemoteFile, list_repo, remember_revision
-from krona_hub.sources.names import check_collisions, is_safe, printable
+from krona_hub.sources.choose_file import choose, with_companions
+from krona_hub.sources.download import check_room, fetch, is_intact, sha256_of
+from krona_hub.sources.repo_listing import Listing, RemoteFile, list_repo, remember_revision
+from krona_hub.sources.safe_names import check_collisions, is_safe, printable
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 from krona_hub.checkpoints import strict_json
 from krona_hub.errors import ConflictError, KronaError, NotFoundError, OfflineError, UsageError
 from krona_hub.hub import manifest as manifests
-from krona_hub.hub.account import check_account, is_missing
 from krona_hub.hub.commit import commit, verify
-from krona_hub.hub.layout import CARD, CONFIG, MANIFEST, SIGNATURE, WEIGHTS
-from krona_hub.hub.local import HUB_NAME, check_adapter
+from krona_hub.hub.local_adapter import HUB_NAME, check_adapter
 from krona_hub.hub.manifest import Manifest
-from krona_hub.hub.package import Package, There, Wanted, finish, pack
-from krona_hub.hub.plan import PushPlan, check_theirs, is_same, rows_of
+from krona_hub.hub.permissions import check_account, is_missing
+from krona_hub.hub.push_package import Package, There, Wanted, finish, pack
+from krona_hub.hub.push_plan import PushPlan, check_theirs, is_same, rows_of
+from krona_hub.hub.repo_layout import CARD, CONFIG, MANIFEST, SIGNATURE, WEIGHTS
 from krona_hub.hub.signing import is_still_signed, sign_folder
 from krona_hub.sources.client import client, endpoint_of, is_offline, quiet
-from krona_hub.sources.faults import hub_errors
-from krona_hub.sources.fetch import fetch
-from krona_hub.sources.listing import Listing, ask
+from krona_hub.sources.client_errors import hub_errors
+from krona_hub.sources.download import fetch
+from krona_hub.sources.repo_listing import Listing, ask
 from krona_hub.sources.retry import retrying
 
 if TYPE_CHECKING:

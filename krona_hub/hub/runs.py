@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from krona_hub.hub.curve import loss_curve
-from krona_hub.hub.layout import IMAGES, MAX_IMAGE, MAX_IMAGES, PLOTS
-from krona_hub.hub.pictures import Picture
+from krona_hub.hub.loss_plot import loss_curve
+from krona_hub.hub.repo_layout import IMAGES, MAX_IMAGE, MAX_IMAGES, PLOTS
+from krona_hub.hub.sample_pictures import Picture
 from krona_hub.training.configuration import ECHO, read_toml
-from krona_hub.training.metrics import FILE, read_metrics
+from krona_hub.training.progress.metrics import FILE, read_metrics
 from krona_hub.training.samples import sample_files
 
 CURVE = f"{PLOTS}loss.png"

@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from krona_hub.errors import IntegrityError, NotFoundError, UsageError
-from krona_hub.hub.layout import CONFIG, MANIFEST, SIGNATURE, WEIGHTS
-from krona_hub.hub.package import There
-from krona_hub.hub.plan import is_same
+from krona_hub.hub.push_package import There
+from krona_hub.hub.push_plan import is_same
+from krona_hub.hub.repo_layout import CONFIG, MANIFEST, SIGNATURE, WEIGHTS
 
 SIGNED = (WEIGHTS, CONFIG, MANIFEST)
 

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.errors import UsageError
-from krona_hub.images.asked import Machine, Settings
-from krona_hub.images.columns import Column, Row
-from krona_hub.images.pipelines import (
+from krona_hub.images.call_pipeline import (
     call_arguments,
     call_with,
     device_for,
@@ -27,7 +25,9 @@ from krona_hub.images.pipelines import (
     set_scheduler,
     settings_in_force,
 )
+from krona_hub.images.grid_cells import Column, Row
 from krona_hub.images.plan import AdapterPlan, BasePlan, Plan
+from krona_hub.images.request import Machine, Settings
 
 SMALL = 20_000_000  # parameters
 Progress = Callable[[int, int], None]
@@ -71,7 +71,7 @@ def prepared(plan: Plan, base: BasePlan, asked_settings: Settings) -> Ready:
 
 def _load_adapters(pipe: Any, adapters: Sequence[AdapterPlan]) -> tuple[str, ...]:
     """Every adapter at strength 0, which costs nothing; what their readers want known."""
-    from krona_hub.runtime import load_into
+    from krona_hub.pipelines.load_adapter import load_into
 
     loaded = {a.name: load_into(pipe, a.path, scale=0.0, name=a.name) for a in adapters}
     return tuple(f"{name}: {note}" for name, report in loaded.items() for note in report.notes)

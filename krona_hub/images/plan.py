@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.bases import catalogue
-from krona_hub.bases.locate import load_base
+from krona_hub.bases.loading import load_base
 from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import FormatError, IncompleteError, KronaError, NotFoundError, UnknownBaseError, UsageError
-from krona_hub.formats.describe import Description, describe
-from krona_hub.images.asked import Asked
-from krona_hub.images.columns import Column, Row, columns_of, names_of, rows_of
+from krona_hub.formats.reading.describe import Description, describe
+from krona_hub.images.grid_cells import Column, Row, columns_of, names_of, rows_of
+from krona_hub.images.request import Asked
 from krona_hub.sources import PIPELINE, resolve, resolve_base
-from krona_hub.sources.names import WEIGHTS
+from krona_hub.sources.safe_names import WEIGHTS
 
 PREFERRED = {"tiny-scenes": (20, 3.0), "flux1-schnell": (4, 0.0)}  # family -> steps and guidance that suit it
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.errors import FormatError, IntegrityError, NotFoundError
-from krona_hub.images.asked import Settings
 from krona_hub.images.plan import BasePlan, Plan, base_digest, small_files
 from krona_hub.images.report import Picture
+from krona_hub.images.request import Settings
 
 VERSION = 1
 KEY = "krona"  # of the record in a PNG's text

@@ -22,7 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from krona_hub.kron.rearranged import LoraSvd
+from krona_hub.kron.rearrangement import LoraSvd
 from krona_hub.kron.shapes import KronShape
 
 SLACK = {torch.float32: 2e-5, torch.float64: 1e-9}  # of the energy: what a spectrum may be wrong by

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from krona_hub.kron.rearranged import Rearranged
+from krona_hub.kron.rearrangement import Rearranged
 
 SMALL = 96  # side of R up to which its SVD costs less than a Gram matrix
 FEW = 4, 20  # Krylov for 4 terms, and for more where R has 20 rows for each: above it the Gram matrix costs less

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.errors import BaseMismatchError, ConflictError, KronaError, ShapeError, UnsupportedError
-from krona_hub.layers.conv import KronConv1d, KronConv2d, KronConv3d
+from krona_hub.layers.attachment import branch_at, check_not_fused, check_scale, held, names_of, unknown_name
 from krona_hub.layers.fusing import restore
 from krona_hub.layers.guard import guard, release
-from krona_hub.layers.held import branch_at, check_not_fused, check_scale, held, names_of, unknown_name
-from krona_hub.layers.layer import DEFAULT, KronLayer, check_name, core
-from krona_hub.layers.linear import KronLinear
-from krona_hub.layers.placing import Deltas, Parts, Placing, Problems, placings
-from krona_hub.layers.tree import Slot, kron_layers, models_of, parts_of, unwrapped
+from krona_hub.layers.kron_conv import KronConv1d, KronConv2d, KronConv3d
+from krona_hub.layers.kron_layer import DEFAULT, KronLayer, check_name, core
+from krona_hub.layers.kron_linear import KronLinear
+from krona_hub.layers.layer_match import Deltas, Parts, Placing, Problems, placings
+from krona_hub.layers.module_tree import Slot, kron_layers, models_of, parts_of, unwrapped
 
 SHOWN = 3  # names in a message
 WRAPPERS: tuple[tuple[type[nn.Module], Callable[[nn.Module], KronLayer]], ...] = (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from krona_hub.kron.terms import Rows
 from krona_hub.layers.chain import Chain, Step
-from krona_hub.layers.steps import Window, arranged, forward, gathered, to_factor, to_input
+from krona_hub.layers.chain_step import Window, arranged, forward, gathered, to_factor, to_input
 
 
 @dataclass(frozen=True)

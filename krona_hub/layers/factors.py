@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, Rows, dense_factor
 from krona_hub.layers.chain import Sizes, cheaper_beside, cheapest_chain
+from krona_hub.layers.chain_step import Window
 from krona_hub.layers.contraction import Contraction
-from krona_hub.layers.steps import Window
 
 
 class KronSum(nn.Module):

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import ConflictError, KronaError, NonFiniteError, UnsupportedError
 from krona_hub.kron.terms import Factor, KronTerms, LowRank
-from krona_hub.layers.held import check_not_fused, layers_of
-from krona_hub.layers.layer import KronLayer
-from krona_hub.layers.tree import Slot, kron_layers, models_of
+from krona_hub.layers.attachment import check_not_fused, layers_of
+from krona_hub.layers.kron_layer import KronLayer
+from krona_hub.layers.module_tree import Slot, kron_layers, models_of
 
 WIDE = (torch.float32, torch.float64)
 

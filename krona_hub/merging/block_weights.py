@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from krona_hub.checkpoints.faults import fault
+from krona_hub.checkpoints.os_errors import fault
 from krona_hub.errors import UsageError
 
 _FORM = "Write lines such as `unet\\.mid_block = 0.5`, or a TOML or JSON table of them."

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from krona_hub.bases.base import Placement
 from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo
 from krona_hub.errors import BaseMismatchError, ConflictError, UsageError
-from krona_hub.merging.base_tree import BaseTree, open_tree, quantised
+from krona_hub.merging.base_weights import BaseTree, open_tree, quantised
 from krona_hub.merging.block_weights import BlockWeights
-from krona_hub.merging.parts import Part, part_of
-from krona_hub.merging.trees import files_below, stale
+from krona_hub.merging.merge_input import Part, part_of
+from krona_hub.merging.output.model_folder import files_below, stale
 from krona_hub.sources import resolve_base
 
 if TYPE_CHECKING:
-    from krona_hub.adapter import Adapter
+    from krona_hub.adapters.adapter import Adapter
 
 OutDtype = Literal["keep", "fp32-touched", "fp16", "bf16"]
 OUT_DTYPES: Mapping[OutDtype, str | None] = {"keep": None, "fp32-touched": "F32", "fp16": "F16", "bf16": "BF16"}

@@ -10,18 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases.base import COMPONENTS, Placement
-from krona_hub.bases.locate import load_base, placed
-from krona_hub.bases.names import table
-from krona_hub.bases.weights import Stored, weights_by_module
+from krona_hub.bases.loading import load_base, placed
+from krona_hub.bases.name_table import table
+from krona_hub.bases.weight_files import Stored, weights_by_module
 from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError
-from krona_hub.formats.files import read
+from krona_hub.formats.reading.reader import read
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.terms import Factor, KronTerms, LowRank
-from krona_hub.merging.patches import Patch
-from krona_hub.merging.rounding import NEAREST, Rounding
-from krona_hub.merging.tiles import merge_tensor
+from krona_hub.merging.arithmetic.patches import Patch
+from krona_hub.merging.arithmetic.rounding import NEAREST, Rounding
+from krona_hub.merging.arithmetic.tiles import merge_tensor
 
 Source = Adapter | str | Path
 

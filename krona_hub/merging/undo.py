@@ -9,17 +9,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import BinaryIO, NamedTuple
 
+from krona_hub.checkpoints.byte_ranges import Range, read_at
 from krona_hub.checkpoints.digest import file_sha256
-from krona_hub.checkpoints.filling import copied, fill, open_source
 from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import Header, read_header
-from krona_hub.checkpoints.ranges import Range, read_at
+from krona_hub.checkpoints.parallel_write import copied, fill, open_source
 from krona_hub.checkpoints.rewrite import check_space
 from krona_hub.checkpoints.workers import Progress, run_tasks
 from krona_hub.errors import ConflictError, IntegrityError, NotFoundError, UsageError
-from krona_hub.merging.places import Place, check_apart, check_changeable, check_new, opened
-from krona_hub.merging.trees import copy_files, files_below
-from krona_hub.merging.undo_file import INDEX, Before, Undo, parsed, read_undo
+from krona_hub.merging.output.destination import Place, check_apart, check_changeable, check_new, opened
+from krona_hub.merging.output.model_folder import copy_files, files_below
+from krona_hub.merging.output.undo_file import INDEX, Before, Undo, parsed, read_undo
 
 _PIECE = 1 << 20  # bytes hashed in one go
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.conversion import ConversionReport
-from krona_hub.formats.files import read
-from krona_hub.pages.conversion_page import conversion_page
-from krona_hub.pages.html import write_page
+from krona_hub.formats.reading.reader import read
+from krona_hub.rendering.html.conversion_page import conversion_page
+from krona_hub.rendering.html.markup import write_page
 from krona_hub.sources import resolve
 
 

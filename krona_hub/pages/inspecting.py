@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from krona_hub.errors import KronaError
-from krona_hub.formats.describe import Description
-from krona_hub.formats.files import read
-from krona_hub.formats.tools import Verdict
-from krona_hub.pages.adapter_page import adapter_page
-from krona_hub.pages.html import write_page
+from krona_hub.formats.compatibility.tools import Verdict
+from krona_hub.formats.reading.describe import Description
+from krona_hub.formats.reading.reader import read
+from krona_hub.rendering.html.adapter_page import adapter_page
+from krona_hub.rendering.html.markup import write_page
 
 
 def report_file(out: str | Path, about: Description, loads: Mapping[str, Verdict]) -> Path:

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from krona_hub.adapters.provenance import BaseModel, Provenance
 from krona_hub.checkpoints import strict_json
 from krona_hub.checkpoints.findings import Finding, quoted
 from krona_hub.errors import SchemaError, StructureError, UsageError
-from krona_hub.origin import BaseModel, Provenance
 from krona_hub.schema import fields as table
 
 Rows = Literal["kron", "shuffled"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from krona_hub.origin import BaseModel, Provenance
+from krona_hub.adapters.provenance import BaseModel, Provenance
 
 PREFIX = "modelspec."
 TITLE, UNTITLED = f"{PREFIX}title", "Krona adapter for "  # and how the titles begin that nobody has given

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.checkpoints.findings import quoted, raise_first
 from krona_hub.checkpoints.header import FLOATS, Header
 from krona_hub.checkpoints.writer import DTYPE_NAMES
 from krona_hub.errors import DtypeError, KronaError, NonFiniteError, ShapeError, UsageError
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, Rows
-from krona_hub.schema import layout, modelspec
+from krona_hub.schema import modelspec, tensor_layout
 from krona_hub.schema.header import HEADER_KEY, SCHEMA_KEY, LayerFacts, NativeHeader, ordered_errors, render
 from krona_hub.schema.migrate import CURRENT
 
@@ -30,8 +30,10 @@ def to_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     numbers that the format does not hold, ShapeError for weights that are no layers, UsageError for bad names.
     """
     layers = {name: _kept_sums(delta) for name, delta in adapter.layers.items()}
-    magnitudes = {f"{n}.{layout.MAGNITUDE}": d.magnitude for n, d in adapter.layers.items() if d.magnitude is not None}
-    extras = {f"{layout.EXTRAS}{name}": tensor for name, tensor in adapter.extras.items()}
+    magnitudes = {
+        f"{n}.{tensor_layout.MAGNITUDE}": d.magnitude for n, d in adapter.layers.items() if d.magnitude is not None
+    }
+    extras = {f"{tensor_layout.EXTRAS}{name}": tensor for name, tensor in adapter.extras.items()}
     tensors = dict(_named(layers)) | magnitudes | extras
     for name, tensor in tensors.items():
         _check_tensor(name, tensor)
@@ -54,7 +56,7 @@ def from_tensors(header: Header, tensors: Mapping[str, Tensor]) -> Adapter:
     schema, NewerSchemaError for one of a newer major version, UnrecognisedError for one of another format.
     """
     try:
-        known, findings = layout.examine(header)
+        known, findings = tensor_layout.examine(header)
     except KronaError as error:
         raise error.within(str(header.path)) from None
     raise_first(findings, str(header.path))
@@ -86,7 +88,7 @@ def _factor_parts(factor: Factor) -> tuple[tuple[str, Tensor], ...]:
 
 def _facts(name: str, delta: LayerDelta, sums: tuple[KronTerms, ...]) -> LayerFacts:
     """What the tensors will not tell."""
-    if name.startswith(layout.EXTRAS) or not all(name.partition(".")[::2]):
+    if name.startswith(tensor_layout.EXTRAS) or not all(name.partition(".")[::2]):
         raise UsageError(f"{quoted(name)} is no name of a layer.", fix="Call layers <component>.<module path>.")
     if not 2 <= len(delta.weight_shape) <= 5 or 0 in delta.weight_shape:
         raise ShapeError(
@@ -115,7 +117,7 @@ def _check_finite(name: str, tensor: Tensor, path: str = "") -> None:
         raise error.within(path) if path else error
 
 
-def _delta(layer: layout.Layer, tensors: Mapping[str, Tensor]) -> LayerDelta:
+def _delta(layer: tensor_layout.Layer, tensors: Mapping[str, Tensor]) -> LayerDelta:
     return LayerDelta(
         tuple(KronTerms(_loaded(s.left, tensors), _loaded(s.right, tensors), s.rows) for s in layer.sums),
         layer.weight_shape,
@@ -124,6 +126,6 @@ def _delta(layer: layout.Layer, tensors: Mapping[str, Tensor]) -> LayerDelta:
     )
 
 
-def _loaded(factor: layout.Factor, tensors: Mapping[str, Tensor]) -> Factor:
+def _loaded(factor: tensor_layout.Factor, tensors: Mapping[str, Tensor]) -> Factor:
     stored = [tensors[name] for name in factor.names]
     return stored[0] if len(stored) == 1 else LowRank(stored[0], stored[1])

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from krona_hub.bases.base import Base
-from krona_hub.checkpoints import finite
+from krona_hub.checkpoints import finite_scan
 from krona_hub.checkpoints.findings import Finding, Severity, quoted
 from krona_hub.checkpoints.header import FLOATS, Header, examine
 from krona_hub.errors import BaseMismatchError, DtypeError, KronaError, NonFiniteError, UnrecognisedError
-from krona_hub.schema import layout
-from krona_hub.schema.layout import Layer, Layout
+from krona_hub.schema import tensor_layout
+from krona_hub.schema.tensor_layout import Layer, Layout
 
 _OTHER_BASE = "Give the base that the adapter was made for, or convert the file again with --base."
 
@@ -28,7 +28,7 @@ def validate(path: Path | str, base: Base | None = None) -> tuple[Finding, ...]:
         return (Finding.of(error),)
     if findings:  # offsets that lie are no place to read numbers from
         return findings
-    native = layout.is_native(header.metadata)
+    native = tensor_layout.is_native(header.metadata)
     own = native_findings(header, base) if native else dtype_findings(header)
     return ordered([*own, *number_findings(header)])
 
@@ -41,7 +41,7 @@ def ordered(findings: list[Finding]) -> tuple[Finding, ...]:
 def number_findings(header: Header) -> Iterator[Finding]:
     """NaN and infinity, by tensor."""
     try:
-        counts = finite.scan(header)
+        counts = finite_scan.scan(header)
     except KronaError as fault:
         yield Finding.of(fault)
         return
@@ -64,7 +64,7 @@ def dtype_findings(header: Header) -> Iterator[Finding]:
 def native_findings(header: Header, base: Base | None = None) -> Iterator[Finding]:
     """What a native file breaks of its schema, and of `base`."""
     try:
-        known, findings = layout.examine(header)
+        known, findings = tensor_layout.examine(header)
     except KronaError as refusal:
         yield Finding.of(refusal)
         return

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from krona_hub.bases.shipped import folder_of
+from krona_hub.assets.shipped import folder_of
 from krona_hub.errors import NotFoundError, OfflineError
-from krona_hub.sources.choose import choose, with_companions
+from krona_hub.sources.choose_file import choose, with_companions
 from krona_hub.sources.client import endpoint_of
-from krona_hub.sources.fetch import fetch_all
-from krona_hub.sources.listing import Listing, list_repo, snapshot_of
-from krona_hub.sources.names import WEIGHTS, is_inside
+from krona_hub.sources.download import fetch_all
+from krona_hub.sources.repo_listing import Listing, list_repo, snapshot_of
+from krona_hub.sources.safe_names import WEIGHTS, is_inside
 
 HUB_ID = re.compile(
     r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(?:/(?P<file>.+))?$"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from krona_hub.sources.faults import wait_of
+from krona_hub.sources.client_errors import wait_of
 
 T = TypeVar("T")
 TRIES = 4

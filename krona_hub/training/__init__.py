@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from krona_hub.training.runs import check_training as check_training
+    from krona_hub.training.api import check_training as check_training
 
 LAZY = ("check_training",)
 
@@ -14,6 +14,6 @@ LAZY = ("check_training",)
 def __getattr__(name: str) -> Any:
     if name not in LAZY:
         raise AttributeError(f"module 'krona_hub.training' has no attribute {name!r}")
-    from krona_hub.training import runs
+    from krona_hub.training import api
 
-    return getattr(runs, name)
+    return getattr(api, name)

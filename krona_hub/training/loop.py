@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from krona_hub.errors import DivergedError, StoppedError
-from krona_hub.layers.held import without
-from krona_hub.training.encoding import Source
+from krona_hub.layers.attachment import without
+from krona_hub.training.data.encoding import Source
 from krona_hub.training.interruptions import Stop, stoppable
-from krona_hub.training.machine import peak_memory
-from krona_hub.training.metrics import smoothed
-from krona_hub.training.optimisers import has_own_mode, rate_at
+from krona_hub.training.model.device import peak_memory
+from krona_hub.training.model.optimisers import has_own_mode, rate_at
+from krona_hub.training.progress.checkpoint import saved_states
+from krona_hub.training.progress.metrics import smoothed
+from krona_hub.training.progress.training_state import Progress, Training
+from krona_hub.training.progress.validation import due, watch
 from krona_hub.training.saving import save
-from krona_hub.training.state import saved_states
-from krona_hub.training.training import Progress, Training
-from krona_hub.training.watching import due, watch
 
 PRIOR = 1_000_000  # samples of the prior are numbered from here on
 

@@ -6,8 +6,8 @@ import torch
 from accelerate.utils import broadcast
 
 from krona_hub.errors import IntegrityError
-from krona_hub.training.state import load_state, random_states, save_state, set_random_states
-from krona_hub.training.training import Training
+from krona_hub.training.progress.checkpoint import load_state, random_states, save_state, set_random_states
+from krona_hub.training.progress.training_state import Training
 
 
 def save(training: Training) -> None:

@@ -23,7 +23,7 @@ def wording(text: str, seed: int, number: int) -> str:
     >>> sorted(wording("a {red|blue} cube", 0, n) for n in range(4))
     ['a blue cube', 'a blue cube', 'a red cube', 'a red cube']
     """
-    from krona_hub.training.draws import permutation
+    from krona_hub.training.randomness import permutation
 
     groups = count()
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from krona_hub.bases import catalogue
 from krona_hub.bases.base import COMPONENTS, Module
 from krona_hub.bases.families import ALIASES, FAMILIES
-from krona_hub.bases.patterns import encode, expand
+from krona_hub.bases.name_patterns import encode, expand
 from krona_hub.errors import UnknownBaseError
 from tests.shared import shared
 
@@ -19,7 +19,7 @@ CATALOGUE = catalogue.component_names()
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_a_component_is_what_the_library_builds_from_its_configuration(name):
-    from krona_hub.bases.meta import build, modules_of
+    from krona_hub.bases.meta_device import build, modules_of
 
     entry = catalogue.component(name)
     assert dict(entry.modules) == modules_of(entry.library, entry.class_name, entry.config)

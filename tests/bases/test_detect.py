@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from krona_hub.bases import catalogue, detect, names
-from krona_hub.bases.metadata import bases_named
+from krona_hub.bases import catalogue, detection, name_table
+from krona_hub.bases.metadata_hints import bases_named
 
 KQVO = r"\.attn\.to_(q|k|v|out\.0)$"
 
@@ -13,7 +13,7 @@ KQVO = r"\.attn\.to_(q|k|v|out\.0)$"
 def modules_of(base: str, pattern: str, dialect: str, component: str | None = None, shapes: bool = True) -> dict:
     """The modules of an adapter of `base` on the layers that `pattern` finds."""
     source, found = catalogue.get(base), {}
-    table = names.table(source)
+    table = name_table.table(source)
     for layer, module in source.layers(component or source.denoiser):
         if re.search(pattern, layer):
             spelled = table.spell(layer, dialect)
@@ -23,7 +23,7 @@ def modules_of(base: str, pattern: str, dialect: str, component: str | None = No
 
 
 def best(modules, metadata=None) -> list[str]:
-    found = detect.candidates(modules, metadata)
+    found = detection.candidates(modules, metadata)
     return [c.base for c in found if c.score == found[0].score]
 
 
@@ -35,7 +35,7 @@ def test_a_whole_denoiser_is_recognised_in_every_dialect(base, dialect):
         "sd21-base": ["sd21-base", "sd21"],
         "flux1-schnell": ["flux1-dev", "flux1-schnell"],
     }
-    found = detect.candidates(modules_of(base, "", dialect))
+    found = detection.candidates(modules_of(base, "", dialect))
     assert best(modules_of(base, "", dialect)) == ties.get(base, [base])
     assert found[0].score == 1
     assert found[0].component == catalogue.get(base).denoiser
@@ -57,14 +57,17 @@ def test_what_no_name_can_tell_apart_ties(base, pattern, ties):
 
 def test_metadata_decide_between_ties_and_are_not_believed_against_names():
     flux = modules_of("flux1-dev", KQVO, "kohya")
-    assert detect.settled(detect.candidates(flux)) is None
-    assert detect.settled(detect.candidates(flux, {"modelspec.architecture": "flux-1-dev/lora"})).base == "flux1-dev"
+    assert detection.settled(detection.candidates(flux)) is None
     assert (
-        detect.settled(detect.candidates(flux, {"base_model_name_or_path": "lodestones/Chroma1-HD"})).base == "chroma"
+        detection.settled(detection.candidates(flux, {"modelspec.architecture": "flux-1-dev/lora"})).base == "flux1-dev"
     )
-    assert detect.settled(detect.candidates(flux, {"ss_base_model_version": "flux1"})) is None  # dev or schnell
+    assert (
+        detection.settled(detection.candidates(flux, {"base_model_name_or_path": "lodestones/Chroma1-HD"})).base
+        == "chroma"
+    )
+    assert detection.settled(detection.candidates(flux, {"ss_base_model_version": "flux1"})) is None  # dev or schnell
     sdxl = modules_of("sdxl", "attn", "kohya")
-    assert detect.settled(detect.candidates(sdxl, {"ss_base_model_version": "sd_v1"})).base == "sdxl"
+    assert detection.settled(detection.candidates(sdxl, {"ss_base_model_version": "sd_v1"})).base == "sdxl"
 
 
 @pytest.mark.parametrize(
@@ -87,16 +90,16 @@ def test_the_words_of_trainers(metadata, expected):
 
 def test_a_text_encoder_without_a_prefix_is_offered_with_its_component():
     """SDXL's two encoders share their names; the shapes tell them apart."""
-    found = detect.candidates(modules_of("sdxl", "encoder", "peft", "text_encoder_2"))
+    found = detection.candidates(modules_of("sdxl", "encoder", "peft", "text_encoder_2"))
     ours = {c.component for c in found if c.base == "sdxl" and c.score == 1}
     assert ours == {"text_encoder_2"}
-    blind = detect.candidates(modules_of("sdxl", r"layers\.[0-9]\.", "peft", "text_encoder", shapes=False))
+    blind = detection.candidates(modules_of("sdxl", r"layers\.[0-9]\.", "peft", "text_encoder", shapes=False))
     assert {c.component for c in blind if c.base == "sdxl"} == {"text_encoder", "text_encoder_2"}
 
 
 def test_two_components_in_one_file_are_one_candidate():
     both = modules_of("sdxl", "attn", "kohya", "unet") | modules_of("sdxl", "mlp", "kohya", "text_encoder")
-    found = detect.candidates(both)
+    found = detection.candidates(both)
     assert (found[0].base, found[0].component, found[0].score) == ("sdxl", None, 1)
 
 
@@ -105,27 +108,27 @@ def test_shapes_decide_where_names_do_not_and_kernels_may_be_flat():
     flat = {name: (shape[0], shape[1] * 9) for name, shape in modules.items()}
     assert best(modules) == best(flat)
     wrong = dict.fromkeys(modules, (7, 7))
-    assert detect.candidates(wrong) == ()
+    assert detection.candidates(wrong) == ()
 
 
 def test_one_base_can_be_asked_alone():
     base = catalogue.get("sdxl")
-    (only,) = detect.fit(base, modules_of("sdxl", "attn", "kohya"))
+    (only,) = detection.fit(base, modules_of("sdxl", "attn", "kohya"))
     assert only.score == 1
-    assert detect.fit(base, {"lora_unet_nothing": None}) == ()
+    assert detection.fit(base, {"lora_unet_nothing": None}) == ()
 
 
 def test_nothing_fits_nothing():
-    assert detect.candidates({}) == ()
-    assert detect.candidates({"model.layers.0.mystery": (3, 4)}) == ()
-    assert detect.settled(()) is None
+    assert detection.candidates({}) == ()
+    assert detection.candidates({"model.layers.0.mystery": (3, 4)}) == ()
+    assert detection.settled(()) is None
 
 
 @pytest.mark.parametrize(("base", "dialect"), [("sdxl", "kohya-ldm"), ("flux1-dev", "peft"), ("hidream-i1", "kohya")])
 def test_few_bases_are_compared_name_by_name(base, dialect, monkeypatch):
     compared = []
-    score = detect._score
-    monkeypatch.setattr(detect, "_score", lambda base, *rest: compared.append(base.name) or score(base, *rest))
-    detect.candidates(modules_of(base, "", dialect))
+    score = detection._score
+    monkeypatch.setattr(detection, "_score", lambda base, *rest: compared.append(base.name) or score(base, *rest))
+    detection.candidates(modules_of(base, "", dialect))
     assert base in compared
     assert len(compared) == len(set(compared)) <= len(catalogue.names()) / 3, "a few names rule the others out"

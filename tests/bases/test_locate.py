@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from krona_hub.bases import catalogue, locate
-from krona_hub.bases.names import table
+from krona_hub.bases import catalogue, loading
+from krona_hub.bases.name_table import table
 from krona_hub.errors import IncompleteError, KronaError, NotFoundError, UnknownBaseError
 from tests.bases.fakes import sparse_checkpoint
 from tests.shared import shared
@@ -54,41 +54,41 @@ def test_a_single_file_in_original_names_is_recognised_whole(name, tmp_path):
     for component in parts:
         shapes |= single_file_names(name, component, CHECKPOINT_PREFIX[name, component])
     path = sparse_checkpoint(tmp_path / "model.safetensors", shapes)
-    base = locate.load_base(path)
+    base = loading.load_base(path)
     assert set(base.components) == set(parts)
     assert base.fingerprint == catalogue.get(name).fingerprint
     assert base.family == name or (name == "sd21" and base.candidates == ("sd21-base", "sd21"))
-    weights = locate.weight_files(path)
+    weights = loading.weight_files(path)
     assert {f"{c}.{p}" for c, m in base.components.items() for p in m} == set(weights)
 
 
 def test_an_inpainting_unet_keeps_its_own_conv_in(tmp_path):
     shapes = single_file_names("sd15", "unet", "model.diffusion_model.{}.weight")
     shapes["model.diffusion_model.input_blocks.0.0.weight"] = (320, 9, 3, 3)
-    base = locate.load_base(sparse_checkpoint(tmp_path / "inpainting.safetensors", shapes))
+    base = loading.load_base(sparse_checkpoint(tmp_path / "inpainting.safetensors", shapes))
     assert base.components["unet"]["conv_in"].shape == (320, 9, 3, 3)
 
 
 @pytest.mark.slow
 def test_headers_and_configs_describe_the_same_base(tmp_path):
     folder = shared("golden", "base")
-    from_weights = locate.load_base(folder)
+    from_weights = loading.load_base(folder)
     for component in from_weights.components:
         (tmp_path / component).mkdir()
         shutil.copy(folder / component / "config.json", tmp_path / component)
-    from_configs = locate.load_base(tmp_path)
+    from_configs = loading.load_base(tmp_path)
     assert dict(from_configs.components) == dict(from_weights.components)
-    assert locate.weight_files(tmp_path) == {}
+    assert loading.weight_files(tmp_path) == {}
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_a_component_folder_under_any_name_is_the_component_of_the_pipeline(part, tmp_path):
     folder = tmp_path / "downloaded"
     shutil.copytree(shared("golden", "base", part), folder)
-    whole = locate.load_base(shared("golden", "base"))
-    assert locate.load_base(folder).components == {part: whole.components[part]}
+    whole = loading.load_base(shared("golden", "base"))
+    assert loading.load_base(folder).components == {part: whole.components[part]}
     (folder / "config.json").unlink()
-    assert locate.load_base(folder).components == {part: whole.components[part]}
+    assert loading.load_base(folder).components == {part: whole.components[part]}
 
 
 def test_shards_are_one_model_and_a_missing_shard_is_named(tmp_path):
@@ -99,17 +99,17 @@ def test_shards_are_one_model_and_a_missing_shard_is_named(tmp_path):
         save_file(half, tmp_path / name)
     index = {"weight_map": {key: name for name, half in halves.items() for key in half}}
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    assert locate.load_base(tmp_path).components == {"unet": locate.load_base(source).components["unet"]}
+    assert loading.load_base(tmp_path).components == {"unet": loading.load_base(source).components["unet"]}
     (tmp_path / "part-1.safetensors").unlink()
     with pytest.raises(IncompleteError, match=r"lacks 1 of 2 shards, such as part-1"):
-        locate.load_base(tmp_path)
+        loading.load_base(tmp_path)
 
 
 def test_base_weights_are_those_of_the_named_layers():
-    places = locate.weight_files(shared("golden", "base"))
+    places = loading.weight_files(shared("golden", "base"))
     expected = load_file(shared("golden", "_base_weights.safetensors"))
     for name, weight in expected.items():
-        assert torch.equal(locate.read(places[name.removesuffix(".weight")]), weight)
+        assert torch.equal(loading.read(places[name.removesuffix(".weight")]), weight)
 
 
 def test_rows_halves_and_axes_are_put_right_on_reading(tmp_path):
@@ -117,7 +117,9 @@ def test_rows_halves_and_axes_are_put_right_on_reading(tmp_path):
     save_file({"qkv.weight": stacked}, tmp_path / "w.safetensors")
 
     def read(**how):
-        return locate.read(locate.WeightPlace(tmp_path / "w.safetensors", "qkv.weight", locate.Placement("x", **how)))
+        return loading.read(
+            loading.WeightPlace(tmp_path / "w.safetensors", "qkv.weight", loading.Placement("x", **how))
+        )
 
     assert torch.equal(read(rows=(4, 8)), stacked[4:8])
     assert torch.equal(read(swap_halves=True), torch.cat([stacked[6:], stacked[:6]]))
@@ -126,29 +128,29 @@ def test_rows_halves_and_axes_are_put_right_on_reading(tmp_path):
 
 def test_what_is_no_base_says_what_to_give(tmp_path):
     with pytest.raises(UnknownBaseError, match="holds no base model"):
-        locate.load_base(tmp_path)
+        loading.load_base(tmp_path)
     with pytest.raises(UnknownBaseError, match="Did you mean 'sdxl'"):
-        locate.load_base("sdlx")
+        loading.load_base("sdlx")
     with pytest.raises(NotFoundError):
-        locate.load_base(tmp_path / "gone.safetensors")
+        loading.load_base(tmp_path / "gone.safetensors")
     vae = tmp_path / "vae"
     vae.mkdir()
     (vae / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(UnknownBaseError, match="AutoencoderKL"):
-        locate.load_base(vae)
+        loading.load_base(vae)
     save_file({"something.weight": torch.ones(2, 2)}, tmp_path / "odd.safetensors")
     with pytest.raises(UnknownBaseError, match="no checkpoint of a base"):
-        locate.load_base(tmp_path / "odd.safetensors")
+        loading.load_base(tmp_path / "odd.safetensors")
     (vae / "config.json").write_text("not json")
     with pytest.raises(KronaError, match="no JSON"):
-        locate.load_base(vae)
+        loading.load_base(vae)
 
 
 def test_names_and_folders_with_weights_never_import_torch():
     import subprocess
 
     code = (
-        "import sys; from krona_hub.bases import locate, detect; from krona_hub.bases.names import table;"
+        "import sys; from krona_hub.bases import locate, detect; from krona_hub.bases.name_table import table;"
         f"table(locate.load_base('sdxl')).find('x'); locate.load_base({str(shared('golden', 'base'))!r});"
         "detect.candidates({'lora_unet_conv_in': None}); sys.exit('torch' in sys.modules)"
     )

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krona_hub.bases import catalogue, locate
+from krona_hub.bases import catalogue, loading
 from krona_hub.bases.base import Placement
-from krona_hub.bases.names import DIALECTS, table
+from krona_hub.bases.name_table import DIALECTS, table
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import AmbiguousError, InexpressibleError, NotFoundError, UsageError
 from tests.shared import shared
@@ -200,7 +200,7 @@ def reference_files():
 
 def test_every_module_of_every_reference_file_is_found():
     """All named reference adapters, against the names of their own deltas."""
-    base = locate.load_base(shared("golden", "base"))
+    base = loading.load_base(shared("golden", "base"))
     entries = list(reference_files())
     assert len(entries) > 30
     for entry in entries:
@@ -216,7 +216,7 @@ def test_every_module_of_every_reference_file_is_found():
 
 def test_a_base_of_any_configuration_has_ldm_names():
     """The tiny reference base has one layer per block and two blocks."""
-    base = locate.load_base(shared("golden", "base"))
+    base = loading.load_base(shared("golden", "base"))
     originals = table(base).parts["unet"].originals
     assert len(originals) == len(base.components["unet"]) == 83
     assert originals["input_blocks.2.0.op"] == (Placement("unet.down_blocks.0.downsamplers.0.conv"),)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from krona_hub.bases import catalogue, ldm
+from krona_hub.bases import catalogue, ldm_names
 from krona_hub.bases.base import Module, Placement
-from krona_hub.bases.names import ComponentNames, table
-from krona_hub.bases.originals import ORIGINALS, original_of
+from krona_hub.bases.name_table import ComponentNames, table
+from krona_hub.bases.original_names import ORIGINALS, original_of
 
 CONVERTERS = {  # base -> function of diffusers.loaders.single_file_utils
     "flux1-dev": "convert_flux_transformer_checkpoint_to_diffusers",
@@ -185,7 +185,7 @@ def test_an_original_table_covers_its_component_once_and_whole(name):
     layers = [place.layer for places in names.values() for place in places]
     assert len(layers) == len(set(layers))
     original = original_of(modules)
-    complete = ldm.is_unet(modules) or (original is not None and original.name not in ("z-image", "wan"))
+    complete = ldm_names.is_unet(modules) or (original is not None and original.name not in ("z-image", "wan"))
     if names and complete:
         assert set(layers) == {f"x.{path}" for path in modules}
     for places in names.values():
@@ -204,7 +204,7 @@ def test_the_published_counts_of_fused_names():
     in_blocks = {n: p for n, p in flux.items() if n.startswith(("double_blocks", "single_blocks"))}
     assert (len(in_blocks), sum(map(len, in_blocks.values()))) == (304, 494)
     for base, count in {"sd15": 282, "sd21": 282, "sdxl": 794, "sdxl-refiner": 554}.items():
-        assert len(ldm.names(catalogue.get(base).components["unet"])) == count
+        assert len(ldm_names.names(catalogue.get(base).components["unet"])) == count
 
 
 def test_only_modulations_of_two_chunks_have_swapped_halves():

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from krona_hub.bases import shipped
-from krona_hub.bases.locate import load_base
+from krona_hub.assets import shipped
+from krona_hub.bases.loading import load_base
 from krona_hub.sources import resolve_base
 
 

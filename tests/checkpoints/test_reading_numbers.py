@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krona_hub.checkpoints import finite
+from krona_hub.checkpoints import finite_scan
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.reader import load, read_scalars
 from krona_hub.checkpoints.writer import DTYPE_NAMES, write_tensors
@@ -27,7 +27,7 @@ def test_the_scan_counts_what_torch_counts(tmp_path_factory, values, dtype, befo
     path = tmp_path_factory.getbasetemp() / "scan.safetensors"
     write_tensors(path, {"t": tensor, "b": torch.ones(before, dtype=torch.float64)}, overwrite=True)
     count = int((~torch.isfinite(tensor)).sum())
-    assert finite.scan(read_header(path)) == ({"t": count} if count else {})
+    assert finite_scan.scan(read_header(path)) == ({"t": count} if count else {})
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *EIGHT_BITS])
@@ -38,16 +38,16 @@ def test_every_pattern_of_bits_is_judged_as_torch_judges_it(tmp_path, dtype):
     bits = upper.to({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
     tensor = bits.view(dtype)
     write_tensors(tmp_path / "x", {"t": tensor})
-    assert finite.scan(read_header(tmp_path / "x"))["t"] == int((~torch.isfinite(tensor.double())).sum())
+    assert finite_scan.scan(read_header(tmp_path / "x"))["t"] == int((~torch.isfinite(tensor.double())).sum())
 
 
 def test_a_single_nan_is_found_in_any_chunk_and_at_any_offset(tmp_path, monkeypatch):
-    monkeypatch.setattr(finite, "PIECE", 14)  # bytes: seven numbers
+    monkeypatch.setattr(finite_scan, "PIECE", 14)  # bytes: seven numbers
     for place in range(30):
         tensor = torch.ones(30).bfloat16()
         tensor[place] = float("nan")
         write_tensors(tmp_path / "x", {"a": torch.ones(1, dtype=torch.uint8), "t": tensor}, overwrite=True)
-        assert finite.scan(read_header(tmp_path / "x")) == {"t": 1}
+        assert finite_scan.scan(read_header(tmp_path / "x")) == {"t": 1}
 
 
 def test_unaligned_data_is_scanned_too(tmp_path):
@@ -55,20 +55,20 @@ def test_unaligned_data_is_scanned_too(tmp_path):
 
     data = b"\0" + np.array([1.0, np.inf], "<f4").tobytes()
     header = {"odd": entry(0, 1, [1], "U8"), "t": entry(1, 9)}
-    assert finite.scan(read_header(put(tmp_path, forged(header, data)))) == {"t": 1}
+    assert finite_scan.scan(read_header(put(tmp_path, forged(header, data)))) == {"t": 1}
 
 
 def test_files_without_numbers_are_finite(tmp_path):
     for name, tensors in {"none": {}, "empty": {"t": torch.ones(0)}, "integers": {"t": torch.full((4,), -1)}}.items():
         write_tensors(tmp_path / name, tensors)
-        assert finite.scan(read_header(tmp_path / name)) == {}
+        assert finite_scan.scan(read_header(tmp_path / name)) == {}
 
 
 def test_a_file_that_vanished_is_told(tmp_path):
     write_tensors(tmp_path / "x", {"t": torch.ones(1)})
     header = read_header(tmp_path / "x")
     (tmp_path / "x").unlink()
-    for attempt in (finite.scan, load, lambda h: read_scalars(h, ["t"])):
+    for attempt in (finite_scan.scan, load, lambda h: read_scalars(h, ["t"])):
         with pytest.raises(NotFoundError):
             attempt(header)
 

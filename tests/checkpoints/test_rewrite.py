@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from krona_hub.checkpoints import ranges
+from krona_hub.checkpoints import byte_ranges
 from krona_hub.checkpoints import rewrite as rewriting
+from krona_hub.checkpoints.byte_ranges import Copier, Range
 from krona_hub.checkpoints.header import read_header
-from krona_hub.checkpoints.ranges import Copier, Range
 from krona_hub.checkpoints.rewrite import Change, check_space, new_size, rewrite
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.errors import ConflictError, IncompleteError, IntegrityError, ResourceError
@@ -209,7 +209,7 @@ def test_too_little_space_is_told_before_anything_is_written(tmp_path, monkeypat
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch, code):
     base = write_base(tmp_path / "base.safetensors")
-    original, calls = ranges.write_at, []
+    original, calls = byte_ranges.write_at, []
 
     def full(file, data, offset):
         calls.append(offset)

@@ -136,7 +136,7 @@ def test_a_truly_full_device_is_told(tmp_path):
     with open("/dev/full", "wb") as real, pytest.raises(OSError) as caught:  # noqa: PTH123
         real.write(b"x" * 100_000)
         real.flush()
-    from krona_hub.checkpoints.faults import fault
+    from krona_hub.checkpoints.os_errors import fault
 
     assert isinstance(fault(caught.value, "x"), ResourceError)
 

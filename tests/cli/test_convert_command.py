@@ -7,7 +7,7 @@ import pytest
 
 from krona_hub.cli.convert_command import as_document, show
 from krona_hub.conversion.report import ConversionReport, LayerReport, worst_layers
-from krona_hub.report import form_groups
+from krona_hub.rendering.tables import form_groups
 
 ONE = LayerReport("unet.a", "LoRA r8", "16x16 ⊗ 20x20", 5120, 656, 10240, 2624, 0.03, 1.0)
 

@@ -8,9 +8,9 @@ import struct
 import pytest
 
 from krona_hub.cli.main import main
-from krona_hub.formats.describe import describe
-from krona_hub.formats.tools import TOOLS
-from krona_hub.report import module_groups
+from krona_hub.formats.compatibility.tools import TOOLS
+from krona_hub.formats.reading.describe import describe
+from krona_hub.rendering.tables import module_groups
 from scripts.make_demo_adapter import ALPHA, ASSETS, RANK, projections
 
 TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

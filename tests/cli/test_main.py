@@ -7,7 +7,7 @@ import pytest
 import rich_click
 from PIL import Image
 
-from krona_hub.cli.failures import describe
+from krona_hub.cli.failure_report import describe
 from krona_hub.cli.main import COMMANDS, cli, main
 from krona_hub.errors import LossyError
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from krona_hub.accounting import account
+from krona_hub.accounting.counting import account
 from krona_hub.cli.main import main
-from krona_hub.formats.describe import describe
-from krona_hub.report import plain
+from krona_hub.formats.reading.describe import describe
+from krona_hub.rendering.tables import plain
 
 
 def told(capsys, *arguments) -> str:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from krona_hub.adapter import Adapter, BaseModel, LayerDelta
+from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.cli.main import main

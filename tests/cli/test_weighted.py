@@ -2,7 +2,7 @@
 
 import pytest
 
-from krona_hub.cli.weighted import Weighted, parse_weighted
+from krona_hub.cli.weighted_source import Weighted, parse_weighted
 from krona_hub.errors import UsageError
 
 READ = {

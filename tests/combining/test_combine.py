@@ -5,17 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.checkpoints.header import read_header
 from krona_hub.combining import combine
 from krona_hub.combining.recompression import to_terms, within
 from krona_hub.conversion.forms import size_of
 from krona_hub.conversion.target import Target
 from krona_hub.errors import ConflictError, InexpressibleError, LossyError, UsageError
-from krona_hub.formats.files import read
-from krona_hub.formats.writing import write
+from krona_hub.formats.reading.reader import read
+from krona_hub.formats.writing.writer import write
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora, nearest_kron
-from krona_hub.kron.tolora import dense_sum
+from krona_hub.kron.to_lora import dense_sum
 from tests.shared import shared
 
 LOKR, LORA = "lyc_f8_dim1_a2.safetensors", "kohya_lora_dim4_a1_conv2_a1.safetensors"

@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from krona_hub.adapter import Adapter, BaseModel, LayerDelta, Provenance
-from krona_hub.combining.weighted import weighted_sum
+from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenance
+from krona_hub.combining.weighted_sum import weighted_sum
 from krona_hub.conversion.forms import size_of
 from krona_hub.errors import BaseMismatchError, UnsupportedError, UsageError
-from krona_hub.formats.files import read
+from krona_hub.formats.reading.reader import read
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
-from krona_hub.kron.tolora import dense_sum
+from krona_hub.kron.to_lora import dense_sum
 from tests.shared import shared
 
 MIXED = (  # formats, shapes, row orders, alpha ≠ rank, half precision; all of the tiny base

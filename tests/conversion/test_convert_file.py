@@ -5,10 +5,10 @@ import hashlib
 import pytest
 
 from krona_hub.conversion import convert
-from krona_hub.conversion.naming import default_out
+from krona_hub.conversion.output_options import default_out
 from krona_hub.errors import InexpressibleError, KronaError, LossyError, UnknownBaseError
-from krona_hub.formats.describe import describe
-from krona_hub.formats.files import read
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.reading.reader import read
 from tests.shared import shared
 
 

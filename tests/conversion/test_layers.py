@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.conversion.convert_layers import apply_way, check_kind
 from krona_hub.conversion.forms import is_lora, size_of, words_of
-from krona_hub.conversion.layers import apply_way, check_kind
+from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Rank
 from krona_hub.conversion.target import Target
-from krona_hub.conversion.ways import Budget, Exact, FixedShape, Keep, MaxError, Rank
 from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.terms import KronTerms, as_lora, nearest_kron

@@ -5,7 +5,7 @@ import torch
 
 from krona_hub.conversion import convert
 from krona_hub.errors import KronaError
-from krona_hub.formats.files import read
+from krona_hub.formats.reading.reader import read
 from tests.shared import shared
 
 FILES = ("weapons_sd15_r4.safetensors", "lora_disney.safetensors")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from krona_hub.conversion.ways import Budget, Exact, FixedShape, Keep, MaxError, Rank, choose_way, parse_budget
+from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Rank, choose_way, parse_budget
 from krona_hub.errors import UsageError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from krona_hub.evaluation.colours import SHOWN, identity
+from krona_hub.evaluation.colour_identity import SHOWN, identity
 from scripts.tiny_scenes import render, scene, toy
 from scripts.tiny_scenes.scene import POSITIONS
 

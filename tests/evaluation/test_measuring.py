@@ -9,11 +9,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from krona_hub import generate
-from krona_hub.bases.shipped import folder_of
+from krona_hub.assets.shipped import folder_of
 from krona_hub.cli.main import main
 from krona_hub.errors import DataError, NotFoundError
 from krona_hub.evaluation import evaluate
-from krona_hub.evaluation.models import Embedder
+from krona_hub.evaluation.embedders import Embedder
 from tests.training.bases import clip_tokenizer, save_photos
 
 FILES = folder_of("tiny-scenes").parent

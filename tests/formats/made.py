@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.kron.shapes import lycoris_factors, peft_factors
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
 

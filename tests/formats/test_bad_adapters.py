@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from krona_hub.bases.locate import load_base
+from krona_hub.bases.loading import load_base
 from krona_hub.errors import (
     AmbiguousError,
     ConflictError,
@@ -20,8 +20,8 @@ from krona_hub.errors import (
     ScaleError,
     ShapeError,
 )
-from krona_hub.formats.describe import describe
-from krona_hub.formats.files import read
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.reading.reader import read
 from tests.formats.files_on_disk import TINY, TO_Q, Q, module, peft_folder, rand, save
 from tests.formats.test_golden_files import SAMPLES
 from tests.shared import shared

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krona_hub.formats.files import read
+from krona_hub.formats.reading.reader import read
 from krona_hub.kron.terms import LowRank
 from tests.formats.files_on_disk import CONV, CONV_LAYER, TINY, TO_Q, Q, module, peft_folder, rand, save
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from krona_hub.errors import KronaError
-from krona_hub.formats.files import read
-from krona_hub.formats.packing import PACKERS
-from krona_hub.formats.writing import write
+from krona_hub.formats.reading.reader import read
+from krona_hub.formats.writing.packing import PACKERS
+from krona_hub.formats.writing.writer import write
 from tests.shared import SHARED, shared
 
 DIGESTS = Path(__file__).with_name("file_digests.json")

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from krona_hub.formats.forms import (
+from krona_hub.formats.compatibility.format_limits import (
     LayerForm,
     Split,
     SumForm,
@@ -16,7 +16,7 @@ from krona_hub.formats.forms import (
     lycoris_resumes,
     refusal,
 )
-from krona_hub.formats.tools import TOOLS, loads_form, tool_named
+from krona_hub.formats.compatibility.tools import TOOLS, loads_form, tool_named
 from krona_hub.kron.shapes import KronShape, choices, divisors
 
 SIZES = [(32, 24), (24, 64), (36, 36), (40, 7)]

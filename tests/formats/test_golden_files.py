@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from krona_hub.formats.describe import describe
-from krona_hub.formats.files import read
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.reading.reader import read
 from tests.shared import SHARED, shared
 
 INDEX = SHARED / "golden" / "index.json"

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from krona_hub.formats.describe import describe
-from krona_hub.formats.files import read
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.reading.reader import read
 from tests.formats.files_on_disk import TINY, TO_Q, Q, module, peft_folder, rand, save
 
 DOTTED = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -21,9 +21,9 @@ from krona_hub.errors import (
     UnsupportedError,
     UsageError,
 )
-from krona_hub.formats import cloneofsimo
-from krona_hub.formats.describe import describe
-from krona_hub.formats.files import read
+from krona_hub.formats.known import cloneofsimo
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.reading.reader import read
 from tests.formats.files_on_disk import TINY, TO_Q, Q, module, peft_folder, rand, save
 from tests.shared import shared
 

@@ -3,9 +3,9 @@
 import pytest
 
 from krona_hub.bases import catalogue
-from krona_hub.formats.describe import describe
-from krona_hub.formats.tools import TOOLS, loads_in
-from krona_hub.formats.writing import write
+from krona_hub.formats.compatibility.tools import TOOLS, loads_in
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.writing.writer import write
 from tests import tiny
 from tests.formats import made
 from tests.shared import shared
@@ -81,8 +81,8 @@ def test_diffusers_loses_the_alphas_that_we_say_it_loses(tmp_path):
 
 
 def test_every_base_is_named_as_the_catalogue_names_it():
-    from krona_hub.formats.reservations import LOKR_PIPELINES
-    from krona_hub.formats.training_metadata import BASES
+    from krona_hub.formats.compatibility.known_failures import LOKR_PIPELINES
+    from krona_hub.formats.writing.kohya_metadata import BASES
 
     assert set(BASES) <= set(catalogue.names())
     assert all(any(name.startswith(family) for name in catalogue.names()) for family in LOKR_PIPELINES)

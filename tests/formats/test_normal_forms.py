@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.bases.base import Placement
 from krona_hub.errors import InexpressibleError, NonFiniteError
-from krona_hub.formats.encode import cast, normalised, tensors_of, why_not
-from krona_hub.formats.normal import lora_of, term_of
-from krona_hub.formats.placing import fused
+from krona_hub.formats.forms.normal_forms import lora_of, term_of
+from krona_hub.formats.writing.encode import cast, normalised, tensors_of, why_not
+from krona_hub.formats.writing.fuse_modules import fused
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
 
 OUT, IN = 12, 30

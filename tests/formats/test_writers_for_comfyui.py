@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 from krona_hub.errors import InexpressibleError
-from krona_hub.formats.files import read
-from krona_hub.formats.writing import write
+from krona_hub.formats.reading.reader import read
+from krona_hub.formats.writing.writer import write
 from tests import tiny
 from tests.formats import made
 

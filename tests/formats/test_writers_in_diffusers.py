@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from krona_hub.errors import InexpressibleError
-from krona_hub.formats.writing import write
+from krona_hub.formats.writing.writer import write
 from tests import tiny
 from tests.formats import made
 

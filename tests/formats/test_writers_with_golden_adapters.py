@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from krona_hub.errors import KronaError
-from krona_hub.formats.files import read
-from krona_hub.formats.packing import PACKERS
-from krona_hub.formats.writing import write
+from krona_hub.formats.reading.reader import read
+from krona_hub.formats.writing.packing import PACKERS
+from krona_hub.formats.writing.writer import write
 from tests.shared import SHARED, shared
 
 OWN = {  # format of the sample -> the formats that must hold it whatever else

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.errors import ConflictError, InexpressibleError, IntegrityError, UnknownBaseError, UsageError
-from krona_hub.formats import checking
-from krona_hub.formats.writing import write
+from krona_hub.formats.writing import readback
+from krona_hub.formats.writing.writer import write
 from krona_hub.kron.terms import KronTerms
 from tests import tiny
 from tests.formats import made
@@ -40,8 +40,8 @@ def test_a_file_that_reads_back_as_something_else_is_not_kept(format_name, damag
             layers[name] = replace(delta, magnitude=torch.ones(delta.weight_shape[0]))
         return adapter.with_layers(layers)
 
-    honest = checking.read
-    monkeypatch.setattr(checking, "read", lambda *args, **options: damaged(honest(*args, **options)))
+    honest = readback.read
+    monkeypatch.setattr(readback, "read", lambda *args, **options: damaged(honest(*args, **options)))
     with pytest.raises(IntegrityError, match="Nothing was kept"):
         write(made.lora(SHAPES), tmp_path / "x.safetensors", format=format_name)
     assert not list(tmp_path.iterdir())
@@ -121,7 +121,7 @@ def test_bfloat16_factors_keep_their_type_and_folded_ones_do_not(tmp_path):
 
 
 def _halved(s):
-    from krona_hub.formats.encode import cast
+    from krona_hub.formats.writing.encode import cast
 
     down = cast(LayerDelta((s,), s.shape.full), torch.bfloat16).sums[0].right
     return replace(s, right=down)

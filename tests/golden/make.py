@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from krona_hub.adapter import Adapter, BaseModel, LayerDelta, Provenance
+from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenance
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.kron.terms import KronTerms, LowRank
 from krona_hub.schema.v1 import to_tensors

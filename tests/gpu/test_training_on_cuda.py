@@ -7,8 +7,8 @@ import torch
 
 from krona_hub import merge, read, verify
 from krona_hub.errors import StoppedError
-from krona_hub.training.metrics import read_metrics, series
-from krona_hub.training.runs import train
+from krona_hub.training.api import train
+from krona_hub.training.progress.metrics import read_metrics, series
 from tests.training.conftest import bases, photos, quick  # noqa: F401  fixtures
 from tests.training.test_runs import stop_after
 

@@ -17,8 +17,8 @@ def made(tmp_path_factory) -> Path:
     """A folder with `style.safetensors` (native, from a LoKr) and `other.safetensors`, the same a little weaker."""
     from dataclasses import replace
 
-    from krona_hub.formats.files import read
-    from krona_hub.formats.writing import write
+    from krona_hub.formats.reading.reader import read
+    from krona_hub.formats.writing.writer import write
 
     folder = tmp_path_factory.mktemp("adapters")
     adapter = read(Path(assets).parent / "demo_lokr.safetensors")

@@ -9,7 +9,7 @@ import yaml
 from krona_hub.cli.main import main
 from krona_hub.errors import ConflictError, FormatError, UsageError
 from krona_hub.hub import pull, push
-from krona_hub.model_card import LORA_TAGS, split
+from krona_hub.hub.model_card import LORA_TAGS, split
 
 REPO = "ana/style"
 
@@ -170,8 +170,8 @@ def test_a_card_alone_goes_with_nothing_else(more, hub, style):
 def with_licence(style, folder, licence):
     from dataclasses import replace
 
-    from krona_hub.formats.files import read
-    from krona_hub.formats.writing import write
+    from krona_hub.formats.reading.reader import read
+    from krona_hub.formats.writing.writer import write
 
     adapter = read(style)
     write(replace(adapter, provenance=replace(adapter.provenance, licence=licence)), folder / "licensed.safetensors")
@@ -207,8 +207,8 @@ def test_a_card_that_the_hub_refuses_is_told_with_its_reason(hub, style):
 def test_text_of_the_file_cannot_break_out_of_a_table(hub, style, tmp_path):
     from dataclasses import replace
 
-    from krona_hub.formats.files import read
-    from krona_hub.formats.writing import write
+    from krona_hub.formats.reading.reader import read
+    from krona_hub.formats.writing.writer import write
 
     adapter = read(style)
     evil = "x | <script>\n## Owned <!-- krona:end training -->"

@@ -7,9 +7,9 @@ from threading import Event
 import pytest
 
 from krona_hub.hub import pull, push
-from krona_hub.hub.placing import _Copy
-from krona_hub.sources.following import Follower
-from krona_hub.sources.listing import RemoteFile
+from krona_hub.hub.installing import _Copy
+from krona_hub.sources.follow_download import Follower
+from krona_hub.sources.repo_listing import RemoteFile
 
 REPO = "ana/style"
 

@@ -8,7 +8,7 @@ import pytest
 from krona_hub.errors import ConflictError, FormatError, KronaError, NonFiniteError, NotFoundError, ResourceError
 from krona_hub.hub import cached, info, pull, push
 from krona_hub.hub.preview import describe_preview
-from krona_hub.sources.names import is_safe
+from krona_hub.sources.safe_names import is_safe
 from tests.hub.loopback.state import File
 
 REPO = "ana/style"

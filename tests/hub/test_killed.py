@@ -79,7 +79,7 @@ def test_a_pull_killed_while_it_copies_leaves_no_half_folder(hub, style, tmp_pat
     push(style, REPO)
     code = PULL.replace(
         "import sys;",
-        "import sys, os, signal; from krona_hub.hub.placing import _Copies;"
+        "import sys, os, signal; from krona_hub.hub.installing import _Copies;"
         "_Copies.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL);",
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], timeout=120)

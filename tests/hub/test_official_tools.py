@@ -58,10 +58,10 @@ def native(pipe, path):
     """A random Kronecker adapter for the attention of the pipeline, its change large enough to be seen."""
     import torch
 
-    from krona_hub.adapter import Adapter, LayerDelta
-    from krona_hub.formats.writing import write
+    from krona_hub.adapters.adapter import Adapter, LayerDelta
+    from krona_hub.formats.writing.writer import write
     from krona_hub.kron.terms import KronTerms
-    from krona_hub.runtime import base_of
+    from krona_hub.pipelines.load_adapter import base_of
 
     random = torch.Generator().manual_seed(3)
     layers = {}

@@ -303,9 +303,9 @@ def test_a_long_header_takes_no_more_requests_and_is_believed_only_as_far_as_it_
     """Of a native adapter, whose config.json tells how long the header is; anybody may have written that."""
     import torch
 
-    from krona_hub.adapter import Adapter, LayerDelta
+    from krona_hub.adapters.adapter import Adapter, LayerDelta
     from krona_hub.checkpoints.header import read_header
-    from krona_hub.formats.writing import write
+    from krona_hub.formats.writing.writer import write
     from krona_hub.kron.terms import as_lora
 
     layers = {

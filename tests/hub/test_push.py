@@ -101,8 +101,8 @@ def large(tmp_path_factory):
     """An adapter of 24 MB."""
     import torch
 
-    from krona_hub.adapter import Adapter, LayerDelta
-    from krona_hub.formats.writing import write
+    from krona_hub.adapters.adapter import Adapter, LayerDelta
+    from krona_hub.formats.writing.writer import write
     from krona_hub.kron.terms import as_lora
 
     random = torch.Generator().manual_seed(0)

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from krona_hub.errors import ConflictError
-from krona_hub.formats.files import read
-from krona_hub.formats.writing import write
+from krona_hub.formats.reading.reader import read
+from krona_hub.formats.writing.writer import write
 from krona_hub.hub import pull, push
 
 REPO = "ana/style"

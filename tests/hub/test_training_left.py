@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from krona_hub.formats.files import read
-from krona_hub.formats.writing import write
+from krona_hub.formats.reading.reader import read
+from krona_hub.formats.writing.writer import write
 from krona_hub.hub import push
-from krona_hub.hub.layout import MAX_IMAGE
-from krona_hub.model_card import split
+from krona_hub.hub.model_card import split
+from krona_hub.hub.repo_layout import MAX_IMAGE
 from krona_hub.training.configuration import settings_of, to_toml
 
 REPO = "ana/style"
@@ -117,8 +117,8 @@ def test_the_curve_falls_where_the_loss_falls(run):
 
     import numpy as np
 
-    from krona_hub.hub.curve import COLOURS, loss_curve
-    from krona_hub.training.metrics import read_metrics
+    from krona_hub.hub.loss_plot import COLOURS, loss_curve
+    from krona_hub.training.progress.metrics import read_metrics
 
     image = Image.open(BytesIO(loss_curve(read_metrics(run)))).convert("RGB")
     wanted = np.array([int(COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)])

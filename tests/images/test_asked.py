@@ -3,8 +3,8 @@
 import pytest
 
 from krona_hub.errors import UsageError
-from krona_hub.images.asked import checked_machine, checked_prompts, checked_settings, parse_size
-from krona_hub.images.samplers import SAMPLERS, sampler_named
+from krona_hub.images.request import checked_machine, checked_prompts, checked_settings, parse_size
+from krona_hub.images.schedulers import SAMPLERS, sampler_named
 
 NOTHING = (None, None, None, None, None, {})
 

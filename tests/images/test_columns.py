@@ -3,12 +3,12 @@
 import pytest
 
 from krona_hub.errors import UsageError
-from krona_hub.images.columns import columns_of, names_of, rows_of
-from krona_hub.images.make_pictures import generate
+from krona_hub.images.api import generate
+from krona_hub.images.grid_cells import columns_of, names_of, rows_of
 
 
 def asked(*adapters, prompts=("p",), images=1, seed=0, strengths=(), together=False, compare=None, beside=()):
-    from krona_hub.images.asked import Asked, Machine, Settings
+    from krona_hub.images.request import Asked, Machine, Settings
 
     return Asked(
         "m", prompts, adapters, seed, images, Settings(), Machine(), strengths, together, compare, beside, None, None

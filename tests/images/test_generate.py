@@ -19,7 +19,7 @@ from krona_hub.errors import (
     UnknownBaseError,
     UsageError,
 )
-from krona_hub.images.samplers import SAMPLERS
+from krona_hub.images.schedulers import SAMPLERS
 from tests import single_file, tiny
 from tests.images import whole
 
@@ -129,7 +129,7 @@ def test_what_a_base_of_flow_matching_does_not_take_is_told(folders):
 
 
 def test_sizes_of_a_packed_latent_are_told_by_their_own_measure(folders):
-    from krona_hub.images.pipelines import size_step
+    from krona_hub.images.call_pipeline import size_step
 
     assert size_step(whole.flux()) == 2 and size_step(whole.sd15()) == 1
     assert size_step(whole.sd3()) == 2

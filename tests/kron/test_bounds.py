@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from krona_hub.kron.best_first import probe, sketch
 from krona_hub.kron.bounds import Bounds, fourth_moment, largest_sums
-from krona_hub.kron.forms import most_right_rank
-from krona_hub.kron.pruning import probe, sketch
-from krona_hub.kron.rearranged import LoraSvd, Rearranged
+from krona_hub.kron.candidate_forms import most_right_rank
+from krona_hub.kron.rearrangement import LoraSvd, Rearranged
 from krona_hub.kron.shapes import choices
 from krona_hub.kron.terms import rearrange
 from tests.kron.test_search import SIZES, lora_layer

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from krona_hub.errors import ShapeError
-from krona_hub.kron.dense import RearrangedDense, dense_rows, nearest_kron_of_dense
+from krona_hub.kron.from_dense import RearrangedDense, dense_rows, nearest_kron_of_dense
 from krona_hub.kron.shapes import KronShape, choices
 from krona_hub.kron.terms import KronTerms, as_lora, nearest_kron
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from krona_hub.errors import ShapeError
 from krona_hub.kron import krylov
-from krona_hub.kron.lowrank import nearest_kron_of_lora, nearest_kron_of_loras
-from krona_hub.kron.rearranged import LoraSvd, Rearranged
+from krona_hub.kron.from_lora import nearest_kron_of_lora, nearest_kron_of_loras
+from krona_hub.kron.rearrangement import LoraSvd, Rearranged
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.terms import KronTerms, as_lora, nearest_kron, rearrange
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from krona_hub.kron.dense import RearrangedDense
-from krona_hub.kron.noise import PRECISIONS, StorageNoise, stored_dtype, tail_share, ulp
+from krona_hub.kron.from_dense import RearrangedDense
+from krona_hub.kron.rounding_noise import PRECISIONS, StorageNoise, stored_dtype, tail_share, ulp
 from krona_hub.kron.shapes import split
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

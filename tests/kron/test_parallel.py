@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from krona_hub.errors import KronaError, ResourceError
+from krona_hub.kron.form_search import smallest_within, within_budget
 from krona_hub.kron.parallel import in_parallel, in_processes
-from krona_hub.kron.search import smallest_within, within_budget
 
 BOTH = pytest.mark.parametrize("side_by_side", [in_parallel, in_processes])
 

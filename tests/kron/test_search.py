@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krona_hub.errors import InexpressibleError, UsageError
-from krona_hub.kron import krylov, pruning
-from krona_hub.kron.forms import Form, is_lora, most_right_rank, parameters_of, realise
-from krona_hub.kron.search import error_of, frontier, smallest_within, within_budget
+from krona_hub.kron import best_first, krylov
+from krona_hub.kron.candidate_forms import Form, is_lora, most_right_rank, parameters_of, realise
+from krona_hub.kron.form_search import error_of, frontier, smallest_within, within_budget
 from krona_hub.kron.shapes import KronShape, choices
 from krona_hub.kron.terms import nearest_kron, rearrange
 
@@ -105,8 +105,8 @@ def thresholds(request, monkeypatch):
     """Small layers take the ways of large ones: Krylov, Gram matrices, sketches."""
     if request.param == "every way forced":
         monkeypatch.setattr(krylov, "SMALL", 0)
-        monkeypatch.setattr(pruning, "DENSE_PROBE", 16)
-        monkeypatch.setattr(pruning, "OVERSAMPLING", 2)
+        monkeypatch.setattr(best_first, "DENSE_PROBE", 16)
+        monkeypatch.setattr(best_first, "OVERSAMPLING", 2)
 
 
 @pytest.mark.slow

@@ -25,9 +25,9 @@ from krona_hub.errors import (
     UsageError,
 )
 from krona_hub.layers.attaching import attach, detach, swap
-from krona_hub.layers.held import attached, extract_adapter, set_scales
-from krona_hub.layers.layer import KronLayer
-from krona_hub.layers.linear import KronLinear
+from krona_hub.layers.attachment import attached, extract_adapter, set_scales
+from krona_hub.layers.kron_layer import KronLayer
+from krona_hub.layers.kron_linear import KronLinear
 from tests import tiny
 from tests.formats import made
 from tests.merging.test_pipelines import Golden

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.kron.terms import KronTerms, LowRank
 from krona_hub.layers import KronConv2d, KronLinear
 

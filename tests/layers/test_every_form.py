@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.layers import KronConv2d, KronLinear
 from tests.merging.cases import FORMS
 

@@ -8,11 +8,11 @@ from torch import nn
 
 from krona_hub import apply_to_state_dict
 from krona_hub.errors import ConflictError, NonFiniteError, UnsupportedError
-from krona_hub.formats.encode import cast
+from krona_hub.formats.writing.encode import cast
 from krona_hub.layers.attaching import attach, detach, swap
+from krona_hub.layers.attachment import attached, extract_adapter, set_scales
 from krona_hub.layers.fusing import fuse, unfuse
-from krona_hub.layers.held import attached, extract_adapter, set_scales
-from krona_hub.merging.rounding import Rounding
+from krona_hub.merging.arithmetic.rounding import Rounding
 from tests import tiny
 from tests.formats import made
 from tests.layers.test_attaching import assert_close, assert_equal, lokr, lora, modules, weights, with_deltas

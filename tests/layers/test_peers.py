@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.kron.terms import KronTerms, as_lora
 from krona_hub.layers import KronLinear
 

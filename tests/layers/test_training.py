@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.kron.terms import KronTerms, LowRank
-from krona_hub.layers import KronConv2d, KronLinear, linear
+from krona_hub.layers import KronConv2d, KronLinear, kron_linear
 
 # A small weight is formed, a large one never: what holds for one must hold for the other.
 WAYS = {"formed": 2**17, "chain": 0}
@@ -18,7 +18,7 @@ SHAPES = {"square": (8, 8), "tall": (64, 4), "wide": (4, 64), "one row": (1, 16)
 
 @pytest.fixture(autouse=True, params=WAYS.values(), ids=WAYS)
 def way(request, monkeypatch):
-    monkeypatch.setattr(linear, "SMALL", request.param)
+    monkeypatch.setattr(kron_linear, "SMALL", request.param)
 
 
 def layer_of(shape, *, terms=1, rows="kron", size=(128, 192), dtype=torch.float64):
@@ -161,7 +161,7 @@ def test_peft_keeps_the_whole_delta_for_backward():
 
 
 def test_q_k_and_v_share_the_input_that_is_kept(monkeypatch):
-    monkeypatch.setattr(linear, "SMALL", 0)
+    monkeypatch.setattr(kron_linear, "SMALL", 0)
     layers = [KronLinear(nn.Linear(256, 256).requires_grad_(False), shape=(16, 4)) for _ in "qkv"]
     x = torch.randn(64, 256, requires_grad=True)
     assert sum(kept_bytes(layer, x) for layer in layers) < x.nbytes // 2

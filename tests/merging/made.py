@@ -11,7 +11,7 @@ import torch
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.rewrite import Change
 from krona_hub.checkpoints.writer import write_tensors
-from krona_hub.merging.folders import MergedFile
+from krona_hub.merging.output.write_model import MergedFile
 
 NUMPY = {"F16": np.float16, "F32": np.float32}
 TILE = 64  # numbers per tile: several in every tensor

@@ -7,11 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.kron.terms import Factor, KronTerms, LowRank
-from krona_hub.merging.patches import Patch
-from krona_hub.merging.rounding import Rounding, Survival
-from krona_hub.merging.tiles import merge_tensor
+from krona_hub.merging.arithmetic.patches import Patch
+from krona_hub.merging.arithmetic.rounding import Rounding, Survival
+from krona_hub.merging.arithmetic.tiles import merge_tensor
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -10,8 +10,8 @@ from types import MappingProxyType
 
 from krona_hub.bases import catalogue
 from krona_hub.bases.base import Placement
-from krona_hub.bases.names import table
-from krona_hub.checkpoints.entries import DTYPE_BITS
+from krona_hub.bases.name_table import table
+from krona_hub.checkpoints.tensor_entries import DTYPE_BITS
 
 Tensors = Mapping[str, tuple[int, ...]]
 VAE = {"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3), "first_stage_model.decoder.conv_in.bias": (512,)}

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from krona_hub.bases import catalogue
-from krona_hub.bases.locate import load_base
+from krona_hub.bases.loading import load_base
 from krona_hub.errors import IncompleteError
-from krona_hub.merging.base_tree import open_tree
+from krona_hub.merging.base_weights import open_tree
 from tests.merging import real_shapes
 
 FILES = {

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import ConflictError, FormatError, NotFoundError, ResourceError, UsageError
-from krona_hub.merging.folders import MergedFile, Place, bytes_to_write, check_place, write_merged
+from krona_hub.merging.output.write_model import MergedFile, Place, bytes_to_write, check_place, write_merged
 from tests.merging.made import contents, merged_file, tensors, write_base, write_pipeline
 
 UNET = ("unet/model-1-of-2.safetensors", "unet/model-2-of-2.safetensors")

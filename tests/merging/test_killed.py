@@ -14,7 +14,7 @@ import pytest
 from krona_hub.checkpoints.atomic import atomic_file, atomic_folder
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import ConflictError, ResourceError
-from krona_hub.merging.folders import Place, write_merged
+from krona_hub.merging.output.write_model import Place, write_merged
 from krona_hub.merging.undo import unmerge
 from tests.merging.made import contents, merged_file, write_base, write_pipeline
 from tests.merging.test_folders import changes
@@ -166,7 +166,7 @@ LARGE = """
 import json, resource, sys
 from pathlib import Path
 from krona_hub.checkpoints.header import read_header
-from krona_hub.merging.folders import MergedFile, Place, write_merged
+from krona_hub.merging.output.write_model import MergedFile, Place, write_merged
 from krona_hub.merging.undo import unmerge
 from krona_hub.checkpoints.rewrite import Change
 assert "torch" not in sys.modules

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from krona_hub import merge, write
 from krona_hub.checkpoints.header import read_header
-from krona_hub.merging import metadata
-from krona_hub.merging.metadata import RECORD
+from krona_hub.merging import merge_record
+from krona_hub.merging.merge_record import RECORD
 from tests import tiny
 from tests.formats import made
 
@@ -83,7 +83,7 @@ def test_equal_merges_have_equal_bytes_whatever_the_threads(base, adapter, tmp_p
 
 
 def test_hashes_are_taken_where_they_are_cheap_asked_for_or_known(base, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(metadata, "SMALL", 10)
+    monkeypatch.setattr(merge_record, "SMALL", 10)
     report = merge(base, [(adapter, 1.0)], tmp_path / "auto")
     assert "sha256" not in json.loads(said(tmp_path / "auto")[RECORD])["base"]
     assert "modelspec.hash_sha256" not in said(tmp_path / "auto")

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from krona_hub import merge, plan_merge, write
 from krona_hub import read as krona_read
 from krona_hub.bases import catalogue
-from krona_hub.bases.locate import load_base, read, weight_files
-from krona_hub.bases.names import table
+from krona_hub.bases.loading import load_base, read, weight_files
+from krona_hub.bases.name_table import table
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import (
     AmbiguousError,
@@ -22,7 +22,7 @@ from krona_hub.errors import (
     UnknownBaseError,
     UsageError,
 )
-from krona_hub.merging.metadata import RECORD
+from krona_hub.merging.merge_record import RECORD
 from tests import tiny
 from tests.formats import made
 from tests.merging import real_shapes

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from krona_hub import apply_to_state_dict, combine, extract, merge, unmerge, verify, write
-from krona_hub.formats.encode import cast
+from krona_hub.formats.writing.encode import cast
 from tests import single_file, tiny
 from tests.formats import made
 from tests.merging.oracle import rounded

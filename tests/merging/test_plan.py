@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from krona_hub import merge, plan_merge, write
-from krona_hub.adapter import Adapter
-from krona_hub.bases.locate import load_base, read, weight_files
+from krona_hub.adapters.adapter import Adapter
+from krona_hub.adapters.provenance import BaseModel
+from krona_hub.bases.loading import load_base, read, weight_files
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.relayout import PAGE
 from krona_hub.errors import (
@@ -26,7 +27,6 @@ from krona_hub.errors import (
     UnsupportedError,
     UsageError,
 )
-from krona_hub.origin import BaseModel
 from tests import tiny
 from tests.formats import made
 

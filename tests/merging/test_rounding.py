@@ -5,10 +5,10 @@ import concurrent.futures
 import pytest
 import torch
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.bases.base import Placement
-from krona_hub.merging.patches import Patch
-from krona_hub.merging.rounding import Rounding, rounder
+from krona_hub.merging.arithmetic.patches import Patch
+from krona_hub.merging.arithmetic.rounding import Rounding, rounder
 from tests.merging.cases import kron, numbers
 from tests.merging.oracle import BRAIN, DOUBLE, E4M3, E5M2, HALF, SINGLE, all_numbers, merged, rounded, summed
 
@@ -114,7 +114,7 @@ def test_the_number_of_threads_is_what_it_was_before() -> None:
     try:
         seen = []
         weight, patches = numbers(64, 64, dtype=HALF), [one_patch((64, 64))]
-        from krona_hub.merging.tiles import merge_tensor
+        from krona_hub.merging.arithmetic.tiles import merge_tensor
 
         merge_tensor(weight, patches, lambda *_: seen.append(torch.get_num_threads()), out_dtype=HALF)
         assert set(seen) == {1} and torch.get_num_threads() == 3

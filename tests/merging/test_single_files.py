@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from krona_hub import merge, plan_merge
-from krona_hub.adapter import Adapter
-from krona_hub.bases.locate import read, weight_files
+from krona_hub.adapters.adapter import Adapter
+from krona_hub.bases.loading import read, weight_files
 from tests import single_file, tiny
 from tests.formats import made
 from tests.merging.oracle import in_double, rounded

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.errors import AmbiguousError, BaseMismatchError, DtypeError
-from krona_hub.formats.files import read
-from krona_hub.formats.writing import write
+from krona_hub.formats.reading.reader import read
+from krona_hub.formats.writing.writer import write
 from krona_hub.kron.terms import KronTerms
-from krona_hub.merging.rounding import Rounding
+from krona_hub.merging.arithmetic.rounding import Rounding
 from krona_hub.merging.state_dict import apply_to_state_dict
 from tests import tiny
 from tests.formats.test_golden_files import LIMITS, SAMPLES

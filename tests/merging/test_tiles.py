@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from krona_hub.adapter import LayerDelta
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.bases.base import Placement
 from krona_hub.errors import BaseMismatchError, ConflictError, NonFiniteError
 from krona_hub.kron.terms import KronTerms
-from krona_hub.merging import tiles, ways
-from krona_hub.merging.patches import Patch
-from krona_hub.merging.rounding import Rounding, Survival
+from krona_hub.merging.arithmetic import kernels, tiles
+from krona_hub.merging.arithmetic.patches import Patch
+from krona_hub.merging.arithmetic.rounding import Rounding, Survival
 from tests.merging.cases import FORMS, kron, lora, numbers
 from tests.merging.oracle import (
     BRAIN,
@@ -36,9 +36,9 @@ def random() -> None:
 @pytest.fixture(params=[64, 500, 1 << 18], ids=["tiny tiles", "odd tiles", "one tile"])
 def tile_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of a few rows, of parts of blocks, and of a whole tensor; factors kept or widened row by row."""
-    for module in (tiles, ways):
+    for module in (tiles, kernels):
         monkeypatch.setattr(module, "TILE", request.param)
-    monkeypatch.setattr(ways, "KEPT", request.param)
+    monkeypatch.setattr(kernels, "KEPT", request.param)
 
 
 def patch(form: str, shape: tuple[int, ...], weight: float = 0.7, **placement: object) -> Patch:
@@ -68,8 +68,8 @@ def test_every_form_is_added_as_its_dense_matrix_would_be(form: str, tile_size: 
 def test_every_way_adds_every_form_right(form: str, monkeypatch: pytest.MonkeyPatch, tile_size: None) -> None:
     weight, patches = numbers(36, 64, dtype=HALF), [patch(form, (36, 64))]
     wanted = rounded(summed(weight, patches), HALF)
-    for way, _ in ways.WAYS:
-        monkeypatch.setattr("krona_hub.merging.patches.cheapest_way", way)
+    for way, _ in kernels.WAYS:
+        monkeypatch.setattr("krona_hub.merging.arithmetic.patches.cheapest_way", way)
         assert torch.equal(merged(weight, patches, rounding=EXACT)[0], wanted), way
 
 

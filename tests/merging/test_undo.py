@@ -15,7 +15,7 @@ from krona_hub.errors import (
     ResourceError,
     UsageError,
 )  # fmt: skip
-from krona_hub.merging.folders import Place, write_merged
+from krona_hub.merging.output.write_model import Place, write_merged
 from krona_hub.merging.undo import unmerge
 from tests.merging.made import contents, merged_file, write_base, write_pipeline
 from tests.merging.test_folders import TEXT, UNET, changes

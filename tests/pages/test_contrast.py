@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from krona_hub.pages.look import STYLE
+from krona_hub.rendering.html.style import STYLE
 
 TEXT, GRAPHIC = 4.5, 3.0  # WCAG 1.4.3 and 1.4.11, level AA
 

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from krona_hub.errors import ConflictError
-from krona_hub.pages.charts import Axis, Line, bars, chart
-from krona_hub.pages.heat import heat_map
-from krona_hub.pages.html import facts, page, paragraph, section, table, write_page
+from krona_hub.rendering.html.charts import Axis, Line, bars, chart
+from krona_hub.rendering.html.heat_map import heat_map
+from krona_hub.rendering.html.markup import facts, page, paragraph, section, table, write_page
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 

@@ -2,7 +2,7 @@
 
 import re
 
-from krona_hub.pages.modules import modules_table
+from krona_hub.rendering.html.module_table import modules_table
 
 ROWS = [
     (("unet.blocks.0.to_q",), ("lora", 3)),

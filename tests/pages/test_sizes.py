@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from krona_hub.adapter import Adapter
+from krona_hub.adapters.adapter import Adapter
 from krona_hub.bases import catalogue
 from krona_hub.conversion.report import ConversionReport, LayerReport
-from krona_hub.pages.conversion_page import conversion_page
-from krona_hub.pages.training_page import Run, training_page
+from krona_hub.rendering.html.conversion_page import conversion_page
+from krona_hub.rendering.html.training_page import Run, training_page
 
 LIMIT = 150_000
 

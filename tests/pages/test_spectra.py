@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from krona_hub.adapter import LayerDelta
-from krona_hub.kron.sums import recompress, relative_difference
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.kron.norms import recompress, relative_difference
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
-from krona_hub.pages.spectra import rearrangements, spectra_of, truncated
+from krona_hub.rendering.html.spectra import rearrangements, spectra_of, truncated
 
 
 @pytest.fixture

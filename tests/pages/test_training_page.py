@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from krona_hub.errors import DivergedError
-from krona_hub.pages.html import MARK
-from krona_hub.pages.pictures import SIZES, samples_table
-from krona_hub.pages.training_page import Run, thinned, training_page, verdict
-from krona_hub.training.runs import train
+from krona_hub.rendering.html.embedded_pictures import SIZES, samples_table
+from krona_hub.rendering.html.markup import MARK
+from krona_hub.rendering.html.training_page import Run, thinned, training_page, verdict
+from krona_hub.training.api import train
 from tests.training.bases import save_base, save_photos
 
 

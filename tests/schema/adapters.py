@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from krona_hub.adapter import Adapter, BaseModel, LayerDelta, Provenance
+from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenance
 from krona_hub.kron.terms import Factor, KronTerms, LowRank
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

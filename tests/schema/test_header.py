@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from krona_hub.origin import BaseModel, Provenance
+from krona_hub.adapters.provenance import BaseModel, Provenance
 from krona_hub.schema.header import NativeHeader, parse, render
 
 

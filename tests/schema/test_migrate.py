@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from krona_hub.adapter import Adapter, BaseModel, LayerDelta
+from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.reader import load
 from krona_hub.checkpoints.writer import write_tensors

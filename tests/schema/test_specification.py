@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from krona_hub.adapter import Adapter, BaseModel
+from krona_hub.adapters.adapter import Adapter, BaseModel
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.reader import load
 from krona_hub.checkpoints.writer import write_tensors
@@ -127,7 +127,7 @@ def test_the_page_lists_every_field():
 
 
 def test_a_layer_of_nothing_is_zero_to_both_readers(tmp_path):
-    from krona_hub.adapter import LayerDelta
+    from krona_hub.adapters.adapter import LayerDelta
 
     write_tensors(tmp_path / "x", *to_tensors(Adapter({"unet.x": LayerDelta((), (2, 3, 1, 1))})))
     assert reader_of_the_page()(tmp_path / "x")["unet.x"].tolist() == np.zeros((2, 3, 1, 1)).tolist()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krona_hub.adapter import Adapter, BaseModel, LayerDelta, Provenance
+from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenance
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.reader import load
 from krona_hub.checkpoints.writer import write_tensors

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import krona_hub
-from krona_hub.formats.describe import describe
-from krona_hub.kron.sums import relative_difference
+from krona_hub.formats.reading.describe import describe
+from krona_hub.kron.norms import relative_difference
 from scripts import make_tiny_adapters
 from scripts.tiny_scenes import drawing, models, toy
 

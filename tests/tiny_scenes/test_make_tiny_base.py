@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from krona_hub.bases.locate import load_base, weight_files
+from krona_hub.bases.loading import load_base, weight_files
 from scripts import make_tiny_base
 from scripts.tiny_scenes import check, drawing
 

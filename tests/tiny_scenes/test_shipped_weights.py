@@ -9,10 +9,10 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 import krona_hub
-from krona_hub.bases.locate import load_base
-from krona_hub.bases.shipped import folder_of
+from krona_hub.assets.shipped import folder_of
+from krona_hub.bases.loading import load_base
 from krona_hub.checkpoints.header import read_header
-from krona_hub.formats.describe import describe
+from krona_hub.formats.reading.describe import describe
 from scripts.make_tiny_adapters import ASKED, FILES
 from scripts.tiny_scenes import drawing, toy
 

@@ -13,11 +13,13 @@ from torch import nn
 
 from krona_hub import read
 from krona_hub.errors import NoDeviceError, ResourceError, StoppedError
-from krona_hub.training import machine, metrics, preparing, state
+from krona_hub.training import setup
+from krona_hub.training.api import train
 from krona_hub.training.configuration import checked, preset_values
-from krona_hub.training.metrics import read_metrics, series
-from krona_hub.training.precision import Precision
-from krona_hub.training.runs import train
+from krona_hub.training.model import device
+from krona_hub.training.model.precision import Precision
+from krona_hub.training.progress import checkpoint, metrics
+from krona_hub.training.progress.metrics import read_metrics, series
 from krona_hub.training.tracking import trackers_of
 from tests.training.test_runs import stop_after
 
@@ -168,11 +170,11 @@ def test_a_quantised_base_trains(how, monkeypatch, quick):
     monkeypatch.setattr(
         "importlib.metadata.version", lambda name: "0.49.0" if name == "bitsandbytes" else version(name)
     )
-    monkeypatch.setattr(machine.diffusers.DiffusionPipeline, "from_pretrained", loaded)
-    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(device.diffusers.DiffusionPipeline, "from_pretrained", loaded)
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
     with pytest.raises(NoDeviceError, match="int8-torchao"):
         train(quick, quantize=how)
-    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
     report = train(quick, quantize=how)
     assert set(asked[0].quant_mapping) == {"unet", "transformer"}
     assert any(d.low_rank_delta().any() for d in read(report.adapter, base=quick["base"]).layers.values())
@@ -187,11 +189,9 @@ def test_layers_of_bitsandbytes_train(how, layer, monkeypatch, quick):
     for kind in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
         monkeypatch.setattr(kind, "validate_environment", lambda *_, **__: None)
         monkeypatch.setattr(kind, "update_device_map", lambda *_: {"": "cpu"})
-    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
     settings = checked(quick | {"quantize": how})
-    assert layer in {
-        type(m).__name__ for m in machine.open_base(settings, machine.machine_for(settings)).unet.modules()
-    }
+    assert layer in {type(m).__name__ for m in device.open_base(settings, device.machine_for(settings)).unet.modules()}
     report = train(settings)
     assert any(d.low_rank_delta().any() for d in read(report.adapter, base=quick["base"]).layers.values())
 
@@ -230,7 +230,7 @@ def test_a_tracker_is_told_every_step(monkeypatch, quick):
         def log(self, values, step, **_):
             self.rows.append((step, values))
 
-    monkeypatch.setattr(preparing, "trackers_of", lambda settings: (Remembers(),))
+    monkeypatch.setattr(setup, "trackers_of", lambda settings: (Remembers(),))
     report = train(quick, learning_rate=2e-3, held_out=1, validate_every=4)
     config, *rows = Remembers.rows
     assert config["learning_rate"] == "0.002" and [step for step, _ in rows] == [0, 1, 2, 3, 4, 4]
@@ -256,13 +256,13 @@ def full(*_, **__):
 
 def test_a_full_disk_is_told_and_the_checkpoint_before_it_is_whole(monkeypatch, quick, tmp_path):
     whole = train(quick, checkpoint_every=1, output=str(tmp_path / "whole")).adapter.read_bytes()
-    written, plain = [], state.write_tensors
+    written, plain = [], checkpoint.write_tensors
 
     def fills_up(path, *arguments, **more):
         written.append(path)
         return full() if len(written) == 3 else plain(path, *arguments, **more)
 
-    monkeypatch.setattr(state, "write_tensors", fills_up)
+    monkeypatch.setattr(checkpoint, "write_tensors", fills_up)
     with pytest.raises(ResourceError, match="disk is full") as caught:
         train(quick, checkpoint_every=1)
     assert caught.value.exit_code == 8

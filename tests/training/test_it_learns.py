@@ -17,8 +17,8 @@ from filelock import FileLock
 from PIL import Image
 
 from krona_hub import load_into, train
-from krona_hub.bases.shipped import folder_of
-from krona_hub.evaluation.colours import SHOWN, identity
+from krona_hub.assets.shipped import folder_of
+from krona_hub.evaluation.colour_identity import SHOWN, identity
 from scripts.tiny_scenes import drawing, render, scene, toy
 
 BASE = folder_of("tiny-scenes")

@@ -6,8 +6,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeli
 
 from krona_hub.errors import UnsupportedError
 from krona_hub.training.configuration import checked
-from krona_hub.training.families import FAMILIES, family_of, packed
-from krona_hub.training.processes import Flow, diffusion_of, drawn_times, flow_of, loss_weights
+from krona_hub.training.model.model_families import FAMILIES, family_of, packed
+from krona_hub.training.model.noise_processes import Flow, diffusion_of, drawn_times, flow_of, loss_weights
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

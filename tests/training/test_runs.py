@@ -18,13 +18,13 @@ from krona_hub.errors import (
     StoppedError,
     UsageError,
 )
+from krona_hub.training.api import check_training, train
 from krona_hub.training.configuration import read_toml
-from krona_hub.training.draws import generator
-from krona_hub.training.machine import peak_memory
-from krona_hub.training.metrics import read_metrics, series
-from krona_hub.training.objective import Objective
-from krona_hub.training.runs import check_training, train
-from krona_hub.training.state import saved_states
+from krona_hub.training.model.device import peak_memory
+from krona_hub.training.model.objective import Objective
+from krona_hub.training.progress.checkpoint import saved_states
+from krona_hub.training.progress.metrics import read_metrics, series
+from krona_hub.training.randomness import generator
 from tests.shared import shared
 
 
@@ -303,7 +303,7 @@ def same(one, other, base):
 
 
 def test_the_trigger_word_is_not_put_in_front_of_the_class(quick, photos, tmp_path, monkeypatch):
-    from krona_hub.training.encoding import Encoder
+    from krona_hub.training.data.encoding import Encoder
 
     asked, text = [], Encoder.text
     monkeypatch.setattr(Encoder, "text", lambda self, captions: asked.extend(captions) or text(self, captions))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from krona_hub import read
-from krona_hub.training.metrics import read_metrics, series
-from krona_hub.training.runs import train
+from krona_hub.training.api import train
+from krona_hub.training.progress.metrics import read_metrics, series
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases.catalogue import get
 from krona_hub.errors import BaseMismatchError, ShapeError, UsageError
 from krona_hub.kron.terms import KronTerms, as_lora
 from krona_hub.training.configuration import checked, settings_of
-from krona_hub.training.targets import fresh_adapter, highest_rank, plan_targets, started_from
+from krona_hub.training.model.trained_layers import fresh_adapter, highest_rank, plan_targets, started_from
 
 
 def targets(base="sd15", **given):

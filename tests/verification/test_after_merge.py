@@ -4,13 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.combining import combine
 from krona_hub.errors import BaseMismatchError
 from krona_hub.kron.terms import as_lora
-from krona_hub.merging.merge_files import merge
+from krona_hub.merging.api import merge
 from krona_hub.verification import verify
-from krona_hub.verification.numbers import units_apart
+from krona_hub.verification.ulps import units_apart
 from tests.verification.test_merged import DORA, LOKR, LORA, TYPES, UNET, base_of
 
 WAYS = {

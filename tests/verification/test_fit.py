@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from krona_hub.adapter import Adapter, BaseModel, LayerDelta
-from krona_hub.bases.locate import load_base
+from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta
+from krona_hub.bases.loading import load_base
 from krona_hub.conversion import convert
 from krona_hub.errors import NotFoundError, UnknownBaseError
-from krona_hub.formats.writing import write
+from krona_hub.formats.writing.writer import write
 from krona_hub.kron.terms import as_lora
 from krona_hub.verification import verify
 from tests.shared import shared

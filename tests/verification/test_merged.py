@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from krona_hub.adapter import Adapter, LayerDelta, dora_weight
-from krona_hub.bases.locate import weight_files
+from krona_hub.adapters.adapter import Adapter, LayerDelta, dora_weight
+from krona_hub.bases.loading import weight_files
 from krona_hub.errors import BaseMismatchError, NotFoundError
-from krona_hub.formats.files import read
+from krona_hub.formats.reading.reader import read
 from krona_hub.kron.terms import as_lora
-from krona_hub.kron.tolora import dense_sum
+from krona_hub.kron.to_lora import dense_sum
 from krona_hub.verification import verify
 from tests.shared import shared
 

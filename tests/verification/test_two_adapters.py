@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from krona_hub.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.checkpoints.header import read_header
 from krona_hub.conversion import convert
 from krona_hub.errors import InexpressibleError, KronaError, NotFoundError, UnknownBaseError, UsageError
-from krona_hub.formats.files import read
-from krona_hub.formats.writing import write
+from krona_hub.formats.reading.reader import read
+from krona_hub.formats.writing.writer import write
 from krona_hub.kron.terms import KronTerms, as_lora
 from krona_hub.verification import verify
 from tests.shared import SHARED, shared

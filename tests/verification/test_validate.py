@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from krona_hub.errors import KronaError, NotFoundError, UnknownBaseError
-from krona_hub.formats.files import read
+from krona_hub.formats.reading.reader import read
 from krona_hub.verification import validate
 from tests.shared import shared
 

@@ -1,0 +1,1 @@
+"""Parameter accounting: what an adapter of given shapes and ranks costs, before any training."""

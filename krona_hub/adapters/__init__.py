@@ -1,0 +1,1 @@
+"""An adapter in memory: its layers, and where it came from."""

@@ -1,0 +1,126 @@
+"""Which base an adapter was made for, from the names and shapes of its modules and what its metadata say.
+
+score = matched / (modules of the adapter + members of every touched pattern that the adapter lacks)
+
+Trainers adapt whole patterns (every `attn.to_q`), so a base whose blocks outnumber the adapter's is the wrong one.
+Some bases cannot be told apart by names at all (FLUX.1 dev and schnell; SD 2.1 and its base): they tie, and only the
+metadata choose between them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from math import prod
+from typing import NamedTuple
+
+from krona_hub.bases import catalogue
+from krona_hub.bases.base import Base, Placement
+from krona_hub.bases.metadata_hints import bases_named
+from krona_hub.bases.name_patterns import NUMBER
+from krona_hub.bases.name_table import NameTable, table
+
+PROBES = 24  # names that decide whether a base is worth scoring
+
+Shapes = Mapping[str, tuple[int, ...] | None]  # module of a file -> shape of its delta, None where unknown
+Landing = Mapping[str, tuple[Placement, ...]]  # component -> placements
+
+
+class Candidate(NamedTuple):
+    base: str  # catalogue name
+    component: str | None  # the one component that every matched module belongs to, None where there are several
+    matched: int  # modules
+    total: int  # modules of the adapter, and those it lacks
+    score: float  # matched / total
+    named: bool = False  # the metadata name this base
+
+
+def candidates(modules: Shapes, metadata: Mapping[str, str] | None = None) -> tuple[Candidate, ...]:
+    """Every base (and component) that some modules fit, best first; equal scores are ties.
+
+    `modules` maps the names of a file, in any dialect, to the (out, in[, k…]) that the delta implies. Of equal scores
+    the base that the metadata name comes first; metadata that contradict names and shapes are not believed.
+
+    >>> best = candidates({"lora_unet_mid_block_attentions_0_proj_in": (1280, 1280)})
+    >>> [c.base for c in best if c.score == best[0].score]
+    ['sd15', 'sd21-base', 'sd21', 'sdxl']
+    """
+    told = bases_named(metadata or {})
+    found = [c for base in _promising(modules) for c in _score(base, modules, base.name in told)]
+    return tuple(sorted(found, key=lambda c: (-c.score, not c.named, -c.matched)))
+
+
+def settled(found: Sequence[Candidate]) -> Candidate | None:
+    """The one candidate to believe: the best, if no other ties with it or the metadata name it alone."""
+    ties = [c for c in found if c.score == found[0].score] if found else []
+    named = [c for c in ties if c.named]
+    only = named or ties
+    return only[0] if len(only) == 1 else None
+
+
+def fit(base: Base, modules: Shapes) -> tuple[Candidate, ...]:
+    """How well the modules fit one base, one candidate per component that they can mean; best first."""
+    return tuple(sorted(_score(base, modules, False), key=lambda c: -c.score))
+
+
+def _promising(modules: Shapes) -> list[Base]:
+    """The bases that know about as many of a few names as the best does; scoring all names in all is too slow."""
+    probes = list(modules)[:: max(1, len(modules) // PROBES)]
+    known = {}
+    for base in map(catalogue.get, catalogue.names()):
+        names = table(base)
+        known[base] = sum(bool(names.candidates(name)) for name in probes)
+    best = max(known.values())
+    return [base for base, count in known.items() if count and 2 * count >= best]
+
+
+def _score(base: Base, modules: Shapes, named: bool) -> Iterator[Candidate]:
+    """One candidate per component that the names can mean; a single one where each name says it."""
+    names = table(base)
+    landings = [_landing(base, names, name, shape) for name, shape in modules.items()]
+    owners = sorted({owner for landing in landings for owner in landing})
+    open_question = any(len(landing) > 1 for landing in landings)
+    for choice in owners if open_question else owners[:1]:
+        chosen = [places for landing in landings if (places := _choose(landing, choice))]
+        layers = {place.layer for places in chosen for place in places}
+        total = len(modules) + _lacking(base, layers)
+        component = choice if open_question or len(owners) == 1 else None
+        yield Candidate(base.name, component, len(chosen), total, len(chosen) / total, named)
+
+
+def _landing(base: Base, names: NameTable, name: str, shape: tuple[int, ...] | None) -> Landing:
+    return {owner: places for owner, places in names.candidates(name) if _fits(base, places, shape)}
+
+
+def _choose(landing: Landing, component: str) -> tuple[Placement, ...] | None:
+    """The placements in the chosen component, or in the only one there is."""
+    if component in landing:
+        return landing[component]
+    return next(iter(landing.values())) if len(landing) == 1 else None
+
+
+def _fits(base: Base, places: tuple[Placement, ...], shape: tuple[int, ...] | None) -> bool:
+    """Whether a delta of this shape can land there; kernels may be flattened into the columns."""
+    if shape is None:
+        return True
+    sizes = [module.matrix for place in places if (module := base.module(place.layer))]
+    expected = sum(out for out, _ in sizes), sizes[0][1]
+    given = shape[0], prod(shape[1:])
+    return given == (expected[::-1] if places[0].transpose else expected)
+
+
+def _lacking(base: Base, layers: set[str]) -> int:
+    """Members of the patterns that `layers` touch, less `layers` themselves."""
+    members = _members(base)
+    touched = {_pattern(layer) for layer in layers}
+    return sum(members[pattern] for pattern in touched) - len(layers)
+
+
+@cache
+def _members(base: Base) -> Counter[str]:
+    return Counter(_pattern(layer) for layer, _ in base.layers())
+
+
+def _pattern(layer: str) -> str:
+    return NUMBER.sub("{}", layer)

@@ -1,0 +1,124 @@
+"""How each dialect writes a canonical layer: a prefix for the component, a path, and dots or underscores.
+
+| dialect | example (SDXL, then FLUX.1) | written for |
+|---|---|---|
+| diffusers | `unet.down_blocks.1…to_q`, `transformer.transformer_blocks.0.attn.to_q` | diffusers pipelines |
+| peft | `down_blocks.1…to_q`: no component, `text_model.` as the class of today has it | PEFT folders |
+| kohya | `lora_unet_down_blocks_1_…`, `lora_te1_text_model_…` | LyCORIS, ComfyUI, Forge, A1111 |
+| kohya-ldm | `lora_unet_input_blocks_4_1_…`, `lora_unet_double_blocks_0_img_attn_qkv` | sd-scripts |
+| comfyui | as kohya for U-Nets; `transformer.…` or `diffusion_model.…` for transformers | ComfyUI |
+| original | `diffusion_model.input_blocks.4.1.…` | ai-toolkit, BFL |
+| processor | `unet.….attn1.processor.to_q_lora` | diffusers up to 0.21, DiffuseKronA |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from krona_hub.bases import ldm_names, name_prefixes
+from krona_hub.bases.base import DENOISERS, Base
+from krona_hub.bases.original_names import original_of
+from krona_hub.errors import UsageError
+
+if TYPE_CHECKING:
+    from krona_hub.bases.name_table import NameTable
+
+
+class Dialect(NamedTuple):
+    denoiser: str  # prefix; {} is the component
+    text: str  # prefix of text encoders; {} is the component, {n} the trainers' number
+    underscored: bool = False
+    originals: bool = False  # the authors' own names of the denoiser
+
+
+DIALECTS: Mapping[str, Dialect] = {
+    "diffusers": Dialect("{}.", "{}."),
+    "peft": Dialect("", ""),
+    "kohya": Dialect("lora_unet_", "lora_te{n}_", underscored=True),
+    "kohya-ldm": Dialect("lora_unet_", "lora_te{n}_", underscored=True, originals=True),
+    "comfyui": Dialect("lora_unet_", "lora_te{n}_", underscored=True),  # of U-Nets; transformers: see `_comfyui`
+    "original": Dialect("diffusion_model.", "{}.", originals=True),
+    "processor": Dialect("{}.", "{}."),
+}
+COMFYUI = {
+    "diffusers": Dialect("transformer.", "lora_te{n}_"),
+    "original": Dialect("diffusion_model.", "lora_te{n}_", originals=True),
+}
+PROCESSOR = (  # the only modules that the processor era knew
+    (re.compile(r"(.*attn\d?)\.(to_[qkv]|add_[qkv]_proj|to_add_out)"), r"\1.processor.\2_lora"),
+    (re.compile(r"(.*attn\d?)\.to_out\.0"), r"\1.processor.to_out_lora"),
+    (re.compile(r"(.*self_attn)\.(q|k|v|out)_proj"), r"\1.to_\2_lora"),
+)
+
+
+def spell(table: NameTable, layer: str, dialect: str) -> str | None:
+    """The name of a layer that the base has; None where the dialect has none."""
+    component, _, path = layer.partition(".")
+    if dialect == "processor":
+        return _processor(component, text_model(table.base, component, path, dialect))
+    if uses_originals(table.base, component, dialect):
+        path = table.parts[component].homes.get(layer, path)
+    return prefixed(table.base, component, path, dialect)
+
+
+def prefixed(base: Base, component: str, path: str, dialect: str) -> str:
+    """A path of a component as the dialect writes it: prefix, `text_model.` of CLIP, underscores."""
+    rule = _rule(base, component, dialect)
+    path = text_model(base, component, path, dialect)
+    prefix = rule.denoiser if component in DENOISERS else rule.text
+    flat = rule.underscored or prefix.startswith("lora_")
+    path = path.replace(".", "_") if flat else path
+    return prefix.format(component, n=trainers_number(base, component)) + path
+
+
+def uses_originals(base: Base, component: str, dialect: str) -> bool:
+    """Whether the dialect writes the authors' own names for this component."""
+    if component not in DENOISERS or not _rule(base, component, dialect).originals:
+        return False
+    # sd-scripts writes ldm names for SDXL, but diffusers names for SD 1 and 2
+    modules = base.components[component]
+    return dialect != "kohya-ldm" or not ldm_names.is_unet(modules) or ldm_names.is_sdxl_like(modules)
+
+
+def text_model(base: Base, component: str, path: str, dialect: str) -> str:
+    """CLIP paths with `text_model.`, which several tools need to find them (FORMATS §12.3).
+
+    PEFT loads into a live model, where only the class with a projection still has it.
+    """
+    modules = base.components[component]
+    inside = path != "text_projection" and name_prefixes.kind_of(modules) == "clip"
+    if component in DENOISERS or not inside or (dialect == "peft" and "text_projection" not in modules):
+        return path
+    return f"text_model.{path}"
+
+
+def trainers_number(base: Base, component: str) -> str:
+    """The number behind `lora_te`: none for a lone encoder (1 if it is T5, which is how ComfyUI counts it),
+    3 for T5 beside others (also FLUX's, which is its second encoder)."""
+    is_t5 = name_prefixes.kind_of(base.components[component]) == "t5"
+    if component in DENOISERS or len(base.text_encoders) == 1:
+        return "1" if is_t5 else ""
+    if is_t5:
+        return "3"
+    return component.removeprefix("text_encoder").removeprefix("_") or "1"
+
+
+def _rule(base: Base, component: str, dialect: str) -> Dialect:
+    if dialect not in DIALECTS:
+        raise UsageError(f"{dialect!r} is no dialect of module names.", fix=f"Known: {', '.join(DIALECTS)}.")
+    return _comfyui(base) if dialect == "comfyui" else DIALECTS[dialect]
+
+
+def _comfyui(base: Base) -> Dialect:
+    """ComfyUI knows the diffusers names of U-Nets and of some transformers, and everybody's original names."""
+    original = original_of(base.components["transformer"]) if "transformer" in base.components else None
+    return COMFYUI[original.comfyui] if original else DIALECTS["comfyui"]
+
+
+def _processor(component: str, path: str) -> str | None:
+    for pattern, old in PROCESSOR:
+        if pattern.fullmatch(path):
+            return f"{component}.{pattern.sub(old, path)}"
+    return None

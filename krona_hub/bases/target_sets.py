@@ -1,0 +1,181 @@
+"""Which layers trainers adapt: sets with a name, for every architecture. Torch-free.
+
+Every component has `attn`, `attn+ff` and `all`; the other names are what particular trainers choose. A pattern is a
+regular expression that is searched in the module path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from krona_hub.bases import ldm_names, name_prefixes
+from krona_hub.bases.base import Base, Module
+from krona_hub.bases.name_table import table
+from krona_hub.bases.original_names import original_of
+from krona_hub.errors import UsageError
+
+Kinds = Literal["all", "linear", "linear+1x1"]
+
+
+class TargetSet(NamedTuple):
+    name: str
+    pattern: str
+    users: str = ""  # trainers that take it
+    kinds: Kinds = "all"
+    fused: bool = False  # the modules of the original code, where q, k, v are one
+
+
+ALL = TargetSet("all", "", "every Linear and convolution")
+KQVO = r"attn\.to_(q|k|v|out\.0)$"
+ADDED = r"attn\.(to_(q|k|v|out\.0)|add_[qkv]_proj|to_add_out)$"
+CROSS = r"attn[12]\.to_(q|k|v|out\.0)$"
+BLOCKS = r"transformer_blocks\."
+ANY_BLOCKS = r"^(layers|noise_refiner|context_refiner)\."
+
+UNET = (
+    TargetSet("attn", CROSS, "DiffuseKronA, diffusers, SimpleTuner"),
+    TargetSet("attn+ff", r"\.attentions\.", "sd-scripts, LyCORIS attn-mlp"),
+    TargetSet("attn+ff+conv", r"^(down_blocks|mid_block|up_blocks)\.", "sd-scripts with conv_dim"),
+    TargetSet("linear", "", "ai-toolkit", "linear+1x1"),
+)
+CLIP = (
+    TargetSet("attn", r"self_attn\.", "diffusers --train_text_encoder"),
+    TargetSet("attn+ff", r"^encoder\.layers\.", "sd-scripts"),
+)
+T5 = (TargetSet("attn", r"SelfAttention\."), TargetSet("attn+ff", r"^encoder\.block\."))
+LANGUAGE_MODEL = (TargetSet("attn", r"self_attn\."), TargetSet("attn+ff", r"(^|\.)layers\.\d+\."))
+FLUX = (
+    TargetSet("kqvo", KQVO, "peft by suffix, SimpleTuner"),
+    TargetSet("attn", r"\.attn\.", "SimpleTuner 'all'"),
+    TargetSet("attn+ff", r"\.(attn|ff|ff_context)\.", "diffusers"),
+    TargetSet("blocks", BLOCKS, "ai-toolkit"),
+    TargetSet("fused", r"^(double|single)_blocks\.", "sd-scripts", fused=True),
+)
+ARCHITECTURES: Mapping[str, tuple[TargetSet, ...]] = {  # by the name of `originals.original_of`
+    "flux1": FLUX,
+    "chroma": FLUX,
+    "flux2": (
+        TargetSet("kqvo", r"attn\.(to_(q|k|v|out\.0)|to_qkv_mlp_proj)$", "SimpleTuner"),
+        TargetSet("attn", r"attn\.(to_(q|k|v|out\.0)|to_qkv_mlp_proj|to_out)$", "diffusers"),
+        TargetSet("attn+ff", r"\.(attn|ff|ff_context)\."),
+        TargetSet("blocks", BLOCKS, "ai-toolkit"),
+    ),
+    "sd3": (
+        TargetSet("kqvo", r"attn2?\.to_(q|k|v|out\.0)$", "SimpleTuner"),
+        TargetSet("attn", r"\.attn\.", "diffusers"),
+        TargetSet("attn+ff", r"\.(attn2?|ff|ff_context)\."),
+        TargetSet("blocks", BLOCKS, "sd-scripts, ai-toolkit"),
+    ),
+    "z-image": (
+        TargetSet("attn", r"attention\.to_(q|k|v|out\.0)$", "diffusers, SimpleTuner"),
+        TargetSet("attn+ff", r"\.(attention|feed_forward)\."),
+        TargetSet("blocks", ANY_BLOCKS, "ai-toolkit"),
+    ),
+    "qwen-image": (
+        TargetSet("kqvo", KQVO, "diffusers, SimpleTuner"),
+        TargetSet("attn", ADDED),
+        TargetSet("attn+ff", r"\.(attn|img_mlp|txt_mlp)\."),
+        TargetSet("blocks", BLOCKS, "ai-toolkit"),
+    ),
+    "pixart": (
+        TargetSet("attn", CROSS, "SimpleTuner"),
+        TargetSet("attn+ff", r"\.(attn[12]|ff)\."),
+        TargetSet("blocks", BLOCKS, "ai-toolkit"),
+    ),
+    "lumina2": (
+        TargetSet("attn", KQVO, "diffusers, SimpleTuner"),
+        TargetSet("attn+ff", r"\.(attn|feed_forward)\."),
+        TargetSet("blocks", ANY_BLOCKS, "ai-toolkit"),
+    ),
+    "sana": (
+        TargetSet("qkv", r"attn[12]\.to_[qkv]$", "diffusers"),
+        TargetSet("attn", CROSS, "SimpleTuner"),
+        TargetSet("attn+ff", r"\.(attn[12]|ff)\."),
+        TargetSet("blocks", BLOCKS, "ai-toolkit", "linear"),
+    ),
+    "krea2": (
+        TargetSet("attn", KQVO, "SimpleTuner"),
+        TargetSet("attn+ff", r"\.(attn|ff)\."),
+        TargetSet(
+            "recommended",  # by its authors: fifteen suffixes, the gates of the feed-forward left out
+            r"(\.to_(q|k|v|out\.0|gate)|ff\.(up|down)|^img_in|_proj|linear_[12]|projector|final_layer\.linear)$",
+            "diffusers",
+        ),
+        TargetSet("blocks", r"^transformer_blocks\.", "ai-toolkit"),
+    ),
+    "wan": (
+        TargetSet("attn", CROSS, "SimpleTuner"),
+        TargetSet("attn+ff", r"\.(attn[12]|ffn)\."),
+        TargetSet("blocks", r"^blocks\.", "ai-toolkit"),
+    ),
+    "hunyuan-video": (
+        TargetSet("attn", ADDED, "SimpleTuner"),
+        TargetSet("attn+ff", r"\.(attn|ff|ff_context)\."),
+        TargetSet("blocks", BLOCKS, "ai-toolkit"),
+    ),
+    "auraflow": (
+        TargetSet("attn", ADDED, "SimpleTuner"),
+        TargetSet("attn+ff", r"\.(attn|ff|ff_context)\."),
+        TargetSet("blocks", BLOCKS, "ai-toolkit"),
+    ),
+    "hidream": (
+        TargetSet("attn", r"attn1\.to_(q|k|v|out)$", "diffusers"),
+        TargetSet("attn+ff", r"\.(attn1|ff_i|ff_t)\."),
+        TargetSet("blocks", r"_stream_blocks\.", "experts included"),
+    ),
+}
+
+
+def sets_of(modules: Mapping[str, Module]) -> tuple[TargetSet, ...]:
+    """The named sets of a component, `all` last."""
+    if ldm_names.is_unet(modules):
+        return (*UNET, ALL)
+    by_kind = {"clip": CLIP, "t5": T5}.get(name_prefixes.kind_of(modules))
+    original = original_of(modules)
+    own = by_kind or (ARCHITECTURES.get(original.name) if original else None) or LANGUAGE_MODEL
+    return (*own, ALL)
+
+
+def choose(base: Base, component: str, targets: str) -> dict[str, Module]:
+    """Name -> module of the layers that a named set or a regular expression picks from a component.
+
+    Names are canonical, except in a set of fused modules, which are those of the original code.
+    Raises UsageError for an expression that is none, or that picks nothing.
+    """
+    modules = base.components[component]
+    named = {s.name: s for s in sets_of(modules)}
+    target = named.get(targets) or TargetSet(targets, targets)
+    everything = _fused(base, component) if target.fused else modules
+    picked = {f"{component}.{p}": m for p, m in everything.items() if _matches(target, p) and _is(m, target.kinds)}
+    if not picked:
+        raise UsageError(
+            f"{targets!r} picks no layer of the {component} of {base.name}.",
+            fix=f"Named sets: {', '.join(named)}; anything else is a regular expression, such as 'attn.*to_q'.",
+        )
+    return picked
+
+
+def _matches(target: TargetSet, path: str) -> bool:
+    try:
+        return re.search(target.pattern, path) is not None
+    except re.error as error:
+        raise UsageError(
+            f"{target.pattern!r} is no regular expression: {error}.", fix="Quote special signs."
+        ) from error
+
+
+def _is(module: Module, kinds: Kinds) -> bool:
+    if kinds == "linear":
+        return len(module.shape) == 2
+    return kinds == "all" or not module.has_kernel
+
+
+def _fused(base: Base, component: str) -> dict[str, Module]:
+    """The modules of the original code, with the height of all the layers they stack."""
+    fused = {}
+    for name, places in table(base).parts[component].originals.items():
+        parts = [module for place in places if (module := base.module(place.layer))]
+        fused[name] = parts[0]._replace(shape=(sum(m.shape[0] for m in parts), *parts[0].shape[1:]))
+    return fused

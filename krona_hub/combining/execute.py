@@ -1,0 +1,160 @@
+"""A combination carried out: read, add, recompress where asked, measure, refuse or write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from krona_hub.adapters.adapter import Adapter, LayerDelta
+from krona_hub.checkpoints.digest import file_sha256
+from krona_hub.combining.api import Ingredient, Progress, Request
+from krona_hub.combining.recompression import to_terms, within
+from krona_hub.combining.report import CombineReport, Part
+from krona_hub.combining.weighted_sum import weighted_sum
+from krona_hub.conversion.convert_layers import Outcome
+from krona_hub.conversion.forms import size_of, words_of
+from krona_hub.conversion.report import REFUSED_ABOVE, LayerReport
+from krona_hub.conversion.target import Target
+from krona_hub.errors import InexpressibleError, LossyError
+from krona_hub.formats.known.registry import format_of
+from krona_hub.formats.reading.reader import read
+from krona_hub.formats.writing.encode import cast
+from krona_hub.formats.writing.writer import write
+from krona_hub.kron.norms import norm, relative_difference
+from krona_hub.kron.parallel import in_parallel
+
+Layers = Mapping[str, LayerDelta]
+
+
+def carry_out(asked: Request, progress: Progress | None = None) -> CombineReport:
+    """Do what was asked for; `combine` says what is raised."""
+    stored = None if asked.dtype is None else getattr(torch, asked.dtype)
+    target, loaded = Target(asked.format), [_loaded(x, asked) for x in asked.ingredients]
+    weighted = [(adapter, x.weight) for adapter, x in zip(loaded, asked.ingredients, strict=True)]
+    total = weighted_sum(weighted, allow_base_mismatch=asked.allow_base_mismatch)
+    outcomes = _recompressed(total.layers, asked, target, progress)
+    outcomes = {name: replace(o, delta=cast(o.delta, stored)) for name, o in outcomes.items()}
+    report = CombineReport(
+        parts=tuple(_part(x, adapter, asked) for x, adapter in zip(asked.ingredients, loaded, strict=True)),
+        target_format=target.format,
+        out=asked.out,
+        layers=_layer_reports(total.layers, outcomes),
+        notes=total.provenance.notes,
+    )
+    _check_loss(report, asked.allow_loss)
+    _check_expressible(target, outcomes)
+    if asked.out is None or asked.dry_run:
+        return report
+    written = write(
+        _described(total, outcomes, report),
+        asked.out,
+        format=target.format,
+        base=asked.base,
+        dtype=stored,
+        overwrite=asked.overwrite,
+    )
+    notes = (*report.notes, *written.notes)
+    return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
+
+
+def _loaded(x: Ingredient, asked: Request) -> Adapter:
+    if isinstance(x.source, Adapter):
+        return x.source
+    return read(x.source, base=asked.base, component=asked.component, allow_missing=asked.allow_missing)
+
+
+def _part(x: Ingredient, adapter: Adapter, asked: Request) -> Part:
+    return Part(
+        source=x.said,
+        weight=x.weight,
+        format=None if isinstance(x.source, Adapter) else format_of(x.source, asked.base),
+        layers=len(adapter),
+        parameters=sum(size_of(delta)[0] for delta in adapter.layers.values()),
+        sha256=file_sha256(x.source) if isinstance(x.source, Path) and x.source.is_file() else None,
+    )
+
+
+def _recompressed(layers: Layers, asked: Request, target: Target, progress: Progress | None) -> dict[str, Outcome]:
+    if asked.terms is not None:
+        return to_terms(layers, asked.terms, progress)
+    if asked.max_error is not None:
+        return within(layers, asked.max_error, target, progress)
+    return {name: Outcome(delta) for name, delta in layers.items()}
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def _layer_reports(exact: Layers, outcomes: Mapping[str, Outcome]) -> tuple[LayerReport, ...]:
+    """One line per layer; norms only where some layer lost something, for that is all that they are needed for."""
+    errors = dict(in_parallel(lambda name: _error(outcomes[name].delta, exact[name]), list(exact)))
+    norms: dict[str, float] = {}
+    if any(errors.values()):
+        norms = dict(in_parallel(lambda name: norm(exact[name].sums), list(exact)))
+    return tuple(_layer_report(n, exact[n], outcomes[n], errors[n], norms.get(n, 0.0)) for n in exact)
+
+
+def _error(found: LayerDelta, meant: LayerDelta) -> float:
+    return 0.0 if found.sums == meant.sums else relative_difference(found.sums, meant.sums)
+
+
+def _layer_report(name: str, exact: LayerDelta, outcome: Outcome, error: float, norm: float) -> LayerReport:
+    (p0, b0), (p1, b1) = size_of(exact), size_of(outcome.delta)
+    return LayerReport(
+        layer=name,
+        before=words_of(exact),
+        after=words_of(outcome.delta),
+        parameters_before=p0,
+        parameters_after=p1,
+        bytes_before=b0,
+        bytes_after=b1,
+        relative_error=error,
+        norm=norm,
+        note=outcome.note,
+        best_other=outcome.best_other,
+    )
+
+
+def _check_loss(report: CombineReport, allowed: bool) -> None:
+    if report.relative_error > REFUSED_ABOVE and not allowed:
+        raise LossyError(
+            f"the result would be {report.relative_error:.1%} error, with {report.energy_kept:.1%} of the sum's energy "
+            "kept; nothing was written.",
+            fix=f"Without --terms and --max-error the sum is exact, in {report.parameters_before:,} parameters; "
+            "--max-error 0.05 finds the smallest form within 5 % per layer; --allow-loss writes this one anyway.",
+        )
+
+
+def _check_expressible(target: Target, outcomes: Mapping[str, Outcome]) -> None:
+    refusals = target.refusals({name: o.delta for name, o in outcomes.items()})
+    if refusals:
+        name, why = next(iter(refusals.items()))
+        raise InexpressibleError(
+            f"{len(refusals)} of {len(outcomes)} layers of the sum cannot be written as {target.format}; the first is "
+            f"{name}: {why}.",
+            fix="--to krona holds any sum exactly; --max-error 0.05 finds forms that this format holds, and --terms 1 "
+            "takes one term per layer.",
+        )
+
+
+# --- the adapter to write --------------------------------------------------------------------------------------------
+
+
+def _described(total: Adapter, outcomes: Mapping[str, Outcome], report: CombineReport) -> Adapter:
+    """The result, with its parts and what was measured in its provenance."""
+    errors = {x.layer: x.relative_error for x in report.layers if x.relative_error > 0}
+    parts = " + ".join(f"{part.weight:g} · {Path(part.source).name}{_digest(part)}" for part in report.parts)
+    provenance = replace(
+        total.provenance,
+        method=f"combined: {parts}",
+        relative_error=report.relative_error if errors else None,
+        layer_errors=errors,
+    )
+    return replace(total, layers={name: o.delta for name, o in outcomes.items()}, provenance=provenance)
+
+
+def _digest(part: Part) -> str:
+    return f" (sha256 {part.sha256})" if part.sha256 else ""

@@ -1,0 +1,54 @@
+"""DoRA layers on the way to something that has no magnitude: merged with their base weights into a plain delta."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from krona_hub.adapters.adapter import Adapter, LayerDelta
+from krona_hub.bases.loading import read as read_weight
+from krona_hub.bases.loading import weight_files
+from krona_hub.conversion.methods import Keep, Way
+from krona_hub.conversion.target import Target
+from krona_hub.errors import UnknownBaseError
+from krona_hub.kron.terms import KronTerms
+
+
+def bake_dora(adapter: Adapter, target: Target, way: Way, base: str | Path | None) -> dict[str, LayerDelta]:
+    """The DoRA layers as plain deltas W′ − W, where the way or the target asks for that; often none.
+
+    A DoRA that only changes names keeps its magnitude and needs no base weights. Raises UnknownBaseError where
+    the base weights are needed and not given.
+    """
+    names = [name for name, delta in adapter.layers.items() if delta.magnitude is not None]
+    if isinstance(way, Keep):
+        names = list(target.refusals({name: adapter.layers[name] for name in names}))
+    if not names:
+        return {}
+    if base is None:
+        raise UnknownBaseError(
+            f"{len(names)} layers are DoRA (the first is {names[0]}): without the base weights they have no delta.",
+            fix="Give the base model's weights with --base (a diffusers folder or a checkpoint file).",
+        )
+    return plain_deltas({name: adapter.layers[name] for name in names}, base)
+
+
+def plain_deltas(layers: Mapping[str, LayerDelta], base: str | Path) -> dict[str, LayerDelta]:
+    """DoRA layers as what they add to the weights of `base`. Raises UnknownBaseError where it has none of a layer."""
+    places = weight_files(base)
+    missing = [name for name in layers if name not in places]
+    if missing:
+        raise UnknownBaseError(
+            f"{base} holds no weights of {missing[0]} (and {len(missing) - 1} other DoRA layers).",
+            fix="Give a diffusers folder with its weights, or the checkpoint file, with --base.",
+        )
+    return {name: _baked(delta, read_weight(places[name])) for name, delta in layers.items()}
+
+
+def _baked(delta: LayerDelta, weight: Tensor) -> LayerDelta:
+    dense = delta.dense(weight).reshape(1, *delta.matrix_shape)
+    return replace(delta, sums=(KronTerms(torch.ones(1, 1, 1), dense),), magnitude=None)

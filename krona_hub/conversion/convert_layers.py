@@ -1,0 +1,232 @@
+"""The ways applied: every layer of an adapter to the form that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import inf, sqrt
+
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.conversion.forms import exact_lora_of, is_lora, lora_rank, size_of, with_lora
+from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Rank, Way
+from krona_hub.conversion.target import Loads, Target
+from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
+from krona_hub.formats.forms.normal_forms import Lora
+from krona_hub.kron.form_search import Choice, realise, smallest_within, within_budget
+from krona_hub.kron.from_lora import nearest_kron_of_loras
+from krona_hub.kron.norms import norm, recompress
+from krona_hub.kron.shapes import KronShape, nearest_split, split
+from krona_hub.kron.terms import Factor, KronTerms, LowRank
+from krona_hub.kron.to_lora import nearest_lora
+
+Layers = Mapping[str, LayerDelta]
+Progress = Callable[[int, int], None] | None  # layers done, layers in all
+Holds = Callable[[LayerDelta], bool]
+OTHERS_WITHIN = 4.0  # times the size of the LoRA itself: a larger form beside it is not worth naming
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One layer after a way."""
+
+    delta: LayerDelta
+    note: str = ""
+    best_other: str | None = None
+
+
+def apply_way(layers: Layers, way: Way, target: Target, progress: Progress = None) -> dict[str, Outcome]:
+    """Every layer in the form that `way` asks for, among the forms that the target holds."""
+    match way:
+        case Keep():
+            return {name: Outcome(delta) for name, delta in layers.items()}
+        case Exact():
+            return {name: Outcome(_as_lora(delta) if target.to_lora else delta) for name, delta in layers.items()}
+        case Rank(rank):
+            return {name: Outcome(_nearest_lora(delta, rank=rank)) for name, delta in layers.items()}
+        case MaxError(error) if target.to_lora:
+            return {name: Outcome(_nearest_lora(delta, max_error=error)) for name, delta in layers.items()}
+        case FixedShape():
+            return _fixed_shapes(layers, way, progress)
+        case MaxError() | Budget():
+            return _searched(layers, way, target, progress)
+
+
+def _as_lora(delta: LayerDelta) -> LayerDelta:
+    return delta if is_lora(delta) else with_lora(delta, exact_lora_of(delta))
+
+
+def _nearest_lora(delta: LayerDelta, *, rank: int | None = None, max_error: float | None = None) -> LayerDelta:
+    """The best LoRA of that rank, or the smallest within that error; a LoRA that fits already is left alone."""
+    if rank is not None:
+        rank = min(rank, *delta.matrix_shape)
+    fit = nearest_lora(delta.sums, rank=rank, max_error=max_error)
+    if fit.up.shape[1] >= (lora_rank(delta) or inf):
+        return delta
+    return with_lora(delta, Lora(fit.up.float(), fit.down.float()))
+
+
+def only_loras(weight_shape: tuple[int, ...], shape: KronShape, terms: int, right_rank: int | None) -> bool:
+    """The predicate of a LoRA target: [[1]] ⊗ (up·down) and nothing else."""
+    return shape[:2] == (1, 1) and terms == 1 and right_rank is not None
+
+
+# --- one shape for every layer ---------------------------------------------------------------------------------
+
+
+def _fixed_shapes(layers: Layers, way: FixedShape, progress: Progress) -> dict[str, Outcome]:
+    shapes = {name: _shape_for(name, delta.matrix_shape, way) for name, delta in layers.items()}
+    outcomes: dict[str, Outcome] = {}
+    for names in _alike(layers, shapes):
+        terms = _nearest([layers[name] for name in names], shapes[names[0]], way.terms)
+        for name, fitted in zip(names, terms, strict=True):
+            shape = shapes[name]
+            same = shape[:2] == (way.a1, way.a2)
+            note = "" if same else f"{way.a1}x{way.a2} does not divide it: {shape.a1}x{shape.a2}"
+            outcomes[name] = Outcome(replace(layers[name], sums=(_single(fitted),)), note)
+        if progress:
+            progress(len(outcomes), len(layers))
+    return outcomes
+
+
+def _alike(layers: Layers, shapes: Mapping[str, KronShape]) -> list[list[str]]:
+    """Names in groups of one shape and one LoRA rank, which are computed together."""
+    groups: dict[tuple[KronShape, int | None], list[str]] = {}
+    for name, delta in layers.items():
+        groups.setdefault((shapes[name], lora_rank(delta)), []).append(name)
+    return list(groups.values())
+
+
+def _nearest(deltas: Sequence[LayerDelta], shape: KronShape, terms: int) -> list[KronTerms]:
+    """The nearest sums of that shape; together and through the factors where the deltas are thin LoRAs."""
+    terms = min(terms, shape.max_terms)
+    rank = lora_rank(deltas[0])
+    if rank is None or 4 * rank > min(shape.full):
+        return [recompress(delta.sums, shape, terms).terms for delta in deltas]
+    loras = [exact_lora_of(delta) for delta in deltas]
+    fits = nearest_kron_of_loras([x.up for x in loras], [x.down for x in loras], shape, terms)
+    return [fit.terms for fit in fits]
+
+
+def _shape_for(name: str, size: tuple[int, int], way: FixedShape) -> KronShape:
+    try:
+        return split(size, way.a1, way.a2)
+    except ShapeError as e:
+        if way.fallback:
+            return nearest_split(size, way.a1, way.a2)
+        e.fix += " Give --shape-fallback nearest to take it."
+        raise e.within(name) from None
+
+
+def _single(terms: KronTerms) -> KronTerms:
+    """New factors are stored in float32."""
+
+    def narrow(factor: Factor) -> Factor:
+        return LowRank(factor.up.float(), factor.down.float()) if isinstance(factor, LowRank) else factor.float()
+
+    return replace(terms, left=narrow(terms.left), right=narrow(terms.right))
+
+
+# --- the smallest form, or the best for a size -------------------------------------------------------------------
+
+
+def _searched(layers: Layers, way: MaxError | Budget, target: Target, progress: Progress) -> dict[str, Outcome]:
+    variants = (only_loras,) if target.to_lora else target.loads
+    loras = {name: exact_lora_of(delta) for name, delta in layers.items()}
+    total = sum(size_of(delta)[0] for delta in layers.values())
+    errors = (InexpressibleError, UsageError) if len(variants) > 1 else InexpressibleError
+    found = [_search(layers, list(loras.values()), way, total, loads, progress, errors) for loads in variants]
+    norms = [norm(delta.sums) for delta in layers.values()]
+    choices = _best([choices for choices in found if choices is not None], way, norms)
+    return {
+        name: _outcome(delta, loras[name], choice, target.holds_any_shape)
+        for (name, delta), choice in zip(layers.items(), choices, strict=True)
+    }
+
+
+def _search(
+    layers: Layers,
+    loras: list[Lora],
+    way: MaxError | Budget,
+    total: int,
+    loads: Loads,
+    progress: Progress,
+    errors: type[KronaError] | tuple[type[KronaError], ...],
+) -> list[Choice] | None:
+    """One choice per layer; None where one of `errors` says that a layer has no form that the target loads."""
+    allowed = _allowed_by_size(layers, loads)
+    try:
+        if isinstance(way, MaxError):
+            return smallest_within(loras, way.value, allowed=allowed, others_within=OTHERS_WITHIN, progress=progress)
+        return within_budget(loras, way.of(total), allowed=allowed, progress=progress)
+    except errors:
+        return None
+
+
+def _best(found: list[list[Choice]], way: MaxError | Budget, norms: Sequence[float]) -> list[Choice]:
+    """The variant of the fewest parameters, or of the least error, by what was asked."""
+    if not found:
+        raise InexpressibleError(
+            "no form that the target loads comes within what was asked.",
+            fix="Allow more error or a larger budget, or choose a target that holds any shape, such as --to krona.",
+        )
+    if isinstance(way, MaxError):
+        return min(found, key=lambda choices: sum(c.form.parameters for c in choices))
+    return min(found, key=lambda choices: _lost(choices, norms))
+
+
+def _lost(choices: Sequence[Choice], norms: Sequence[float]) -> float:
+    """Squared error over all layers: Σ (eₗ·‖ΔWₗ‖)²."""
+    return sum((c.form.relative_error * n) ** 2 for c, n in zip(choices, norms, strict=True))
+
+
+def _allowed_by_size(layers: Layers, loads: Loads) -> Callable[[KronShape, int, int | None], bool]:
+    """The search knows matrices: a form is allowed where every weight of that matrix size may hold it."""
+    shapes: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+    for delta in layers.values():
+        shapes.setdefault(delta.matrix_shape, set()).add(delta.weight_shape)
+
+    @cache
+    def loaded(shape: KronShape, terms: int, right_rank: int | None) -> bool:
+        return all(loads(weight, shape, terms, right_rank) for weight in shapes.get(shape.full, ()))
+
+    def allowed(shape: KronShape, terms: int, right_rank: int | None) -> bool:
+        # what a target holds depends on "several terms" and "B as a product" alone: ask once for each
+        return loaded(shape, min(terms, 2), None if right_rank is None else 1)
+
+    return allowed
+
+
+def _outcome(delta: LayerDelta, lora: Lora, choice: Choice, holds_any_shape: Holds) -> Outcome:
+    form, other = choice.form, choice.best_other
+    best_other = None if other is None else f"{other}, error {other.relative_error:.3f}"
+    if is_lora(delta) and form.shape[:2] == (1, 1) and (form.right_rank or 0) >= lora.up.shape[1]:
+        return Outcome(delta, "the LoRA itself", best_other)
+    if not is_lora(delta) and size_of(delta)[0] <= form.parameters and holds_any_shape(delta):
+        return Outcome(delta, "unchanged: no smaller form comes near enough")
+    note = "the LoRA itself, truncated" if form.is_lora else ""
+    terms = _single(realise(lora.up, lora.down, form).terms)
+    return Outcome(replace(delta, sums=(terms,)), note, best_other if form.is_lora else None)
+
+
+def check_kind(way: Way, to_lora: bool, names: Sequence[str]) -> None:
+    """Raise UsageError where the way and the kind of the target contradict each other."""
+    if not names:
+        raise KronaError("the adapter has no layer.", fix="There is nothing to convert.")
+    if to_lora and isinstance(way, FixedShape):
+        raise UsageError(
+            "a LoRA has no Kronecker shape.", fix="Use --rank or --max-error, or choose a Kronecker format."
+        )
+    if not to_lora and isinstance(way, Rank):
+        raise UsageError(
+            "--rank belongs to LoRA targets.", fix="Add --to lora, or use --shape, --max-error or --budget."
+        )
+
+
+def lora_error_within(layers: Layers, parameters: int) -> float:
+    """Total relative error of the best LoRAs of all layers within that many parameters: the measure to beat."""
+    loras = [exact_lora_of(delta) for delta in layers.values()]
+    norms = [norm(delta.sums) for delta in layers.values()]
+    choices = within_budget(loras, parameters, allowed=lambda *form: only_loras((), *form))
+    whole = sum(n**2 for n in norms)
+    return sqrt(_lost(choices, norms) / whole) if whole else 0.0

@@ -1,0 +1,65 @@
+"""How the options of a conversion are named: formats, dtypes, the file that is written. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from krona_hub.errors import UsageError
+from krona_hub.formats.known.registry import by_name
+from krona_hub.sources import is_remote, parse_hub_id
+
+ALIASES = {"lora": "kohya-lora", "lokr": "lycoris-lokr", "native": "krona"}
+FOLDERS = ("peft-lora", "peft-lokr")  # formats that are a folder of files
+DTYPES = {
+    name: dtype
+    for dtype, names in {
+        "float32": ("fp32", "float32", "f32"),
+        "float16": ("fp16", "float16", "f16"),
+        "bfloat16": ("bf16", "bfloat16"),
+        "float64": ("fp64", "float64", "f64"),
+    }.items()
+    for name in names
+}
+
+
+def format_named(name: str) -> str:
+    """The name of a format that can be written, aliases resolved. Raises UsageError with the nearest name."""
+    spoke = by_name(ALIASES.get(name, name))
+    if not hasattr(spoke, "write"):
+        raise UsageError(
+            f"{spoke.NAME} can be read but not written.", fix="Choose another --to; `krona formats` lists them."
+        )
+    return str(spoke.NAME)
+
+
+def default_out(source: str | Path, format_name: str) -> Path:
+    """`<stem>.<format>.safetensors` beside the source; a folder without the suffix for PEFT.
+
+    Of a Hub id it lies in the current folder: the cache of the client is no place for what we make.
+
+    >>> str(default_out("a/style.safetensors", "kohya-lora")), str(default_out("hf://ana/style@v1", "krona"))
+    ('a/style.kohya-lora.safetensors', 'style.krona.safetensors')
+    """
+    path = _named(source)
+    stem = path.name.removesuffix(".safetensors")
+    suffix = "" if format_name in FOLDERS else ".safetensors"
+    return path.with_name(f"{stem}.{format_name}{suffix}")
+
+
+def _named(source: str | Path) -> Path:
+    hub_id = parse_hub_id(str(source)) if is_remote(source) else None
+    if hub_id is not None:
+        return Path((hub_id.file or hub_id.repo).rpartition("/")[2])
+    path = Path(source).expanduser()
+    return path if path.name not in ("", "..") else path.resolve()
+
+
+def dtype_named(name: str) -> str:
+    """`fp16` and its other names as torch calls it. Raises UsageError for anything adapters are not stored in.
+
+    >>> dtype_named("BF16")
+    'bfloat16'
+    """
+    if name.lower() not in DTYPES:
+        raise UsageError(f"{name!r} is no dtype of adapters.", fix="Choose fp32, fp16, bf16 or fp64.")
+    return DTYPES[name.lower()]

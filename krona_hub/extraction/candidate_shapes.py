@@ -1,0 +1,138 @@
+"""Which Kronecker shapes are worth a look: by the factors of a thin LoRA, or by products with random vectors."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import ceil, exp, floor, inf, log, sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from krona_hub.extraction.error_curves import Allowed, Curve, cost, price_of_a_number
+from krona_hub.extraction.fit_plan import Plan
+from krona_hub.extraction.layer_difference import Difference, lora_shape
+from krona_hub.extraction.tensor_pairs import Pair
+from krona_hub.kron.candidate_forms import Form, is_lora, realise
+from krona_hub.kron.form_search import smallest_within
+from krona_hub.kron.from_dense import cast_terms
+from krona_hub.kron.parallel import in_parallel
+from krona_hub.kron.shapes import KronShape
+from krona_hub.kron.shapes import choices as shapes_of
+from krona_hub.kron.terms import KronTerms
+
+SCREENED = 3  # layers of each size on which every shape is tried
+LIKELY = 12  # shapes of each of these that are looked at closely
+KEPT = 4  # shapes that are studied on all layers of that size
+PROMISE = 0.8  # of the size of the LoRA form
+BUCKET = 1.05  # errors allowed within this factor of each other are searched together
+
+
+def best_shapes(pairs: Sequence[Pair], plan: Plan) -> dict[tuple[int, int], list[KronShape]]:
+    """Size -> the shapes that the energy of some layers of that size is concentrated in."""
+    by_size: dict[tuple[int, int], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_size[pair.size].append(pair)
+    some = [pair for members in by_size.values() for pair in members[:SCREENED]]
+    best: dict[tuple[int, int], Counter[KronShape]] = {size: Counter() for size in by_size}
+    for pair, shapes in in_parallel(partial(_screened, plan), some, plan.threads):
+        best[pair.size].update(shapes)
+    return {size: [shape for shape, _ in found.most_common(KEPT)] for size, found in best.items()}
+
+
+def _screened(plan: Plan, pair: Pair) -> list[KronShape]:
+    """The shapes by the size that they would need: terms that the energy is spread over, times parameters of each.
+
+    Only those that promise to be smaller than the LoRA form, which promises as much as any where nothing is planted.
+    """
+    difference, allowed = Difference.of(pair), plan.allowed(pair.shape)
+    if difference is None:
+        return []
+
+    def size(shape: KronShape) -> float:
+        return difference.rearranged(shape).concentration() * shape.parameters
+
+    limit = PROMISE * size(lora_shape(difference.size))
+    possible = (s for s in shapes_of(*difference.size) if not is_lora(s, None) and s.parameters < limit)
+    sizes = {shape: size(shape) for shape in possible if allowed(shape, 1, None)}
+    likely = sorted((s for s in sizes if sizes[s] < limit), key=lambda s: (sizes[s], s))[:LIKELY]
+    curves = {shape: difference.curve_to_noise(shape, plan.asked.max_error) for shape in likely}
+    price = price_of_a_number(difference.noise.energy, difference.size)
+    return sorted(likely, key=lambda s: (_cost(curves[s], plan.asked.max_error, price), s))[:KEPT]
+
+
+def _cost(curve: Curve, max_error: float | None, price: float) -> float:
+    """Parameters within the error; else those of everything above the noise at their price, and what that leaves."""
+    if max_error is not None:
+        terms = curve.needed(max_error)
+        return inf if terms is None else terms * curve.shape.parameters
+    return cost(curve.form(curve.above), curve.left[0], price) if curve.above else inf
+
+
+class Thin(NamedTuple):
+    """A layer whose LoRA above the noise is known."""
+
+    pair: Pair
+    curve: Curve
+    lora: KronTerms
+    chosen: Form  # a LoRA too: what another form must be smaller than
+
+
+def smaller_than_lora(plan: Plan, layers: Sequence[Thin]) -> dict[Pair, KronTerms]:
+    """The layers that a Kronecker sum holds as well as the LoRA does, in fewer numbers; by the LoRA's factors."""
+    groups: dict[tuple[tuple[int, ...], float], list[Thin]] = defaultdict(list)
+    for layer in layers:
+        error = _allowed_error(plan, layer.curve)
+        if error > 0:
+            groups[layer.pair.shape, _bucket(plan, error)].append(layer)
+    return {
+        pair: sums
+        for (weight, error), members in groups.items()
+        for pair, sums in _smaller(plan, weight, error, members)
+    }
+
+
+def _allowed_error(plan: Plan, curve: Curve) -> float:
+    """How far a form may be from the LoRA above the noise, relative to it; 0.0: not at all.
+
+    Down to the noise, it need not have the noise that the LoRA took in, and may lose a term at the edge of the noise.
+    """
+    kept, rest = curve.left[0] - curve.left[curve.above], curve.left[curve.above]
+    if plan.asked.max_error is not None:
+        return sqrt(max(0.0, plan.asked.max_error**2 * curve.left[0] - rest) / kept)
+    out, in_ = curve.shape.full
+    of_one_number = curve.floor**2 / (sqrt(out) + sqrt(in_)) ** 2
+    return min(0.5, sqrt((curve.above * (out + in_) * of_one_number + curve.floor**2) / kept))
+
+
+def _bucket(plan: Plan, error: float) -> float:
+    """To a power of BUCKET, up or, where the limit was asked for, down: layers of one limit are searched together."""
+    step = log(error) / log(BUCKET)
+    return exp((ceil(step) if plan.asked.max_error is None else floor(step)) * log(BUCKET))
+
+
+def _smaller(
+    plan: Plan, weight: tuple[int, ...], error: float, members: Sequence[Thin]
+) -> Iterator[tuple[Pair, KronTerms]]:
+    loras = [_factors(layer.lora) for layer in members]
+    choices = smallest_within(loras, error, allowed=_capped(plan, weight), others_within=1.0)
+    for layer, (up, down), choice in zip(members, loras, choices, strict=True):
+        if not choice.form.is_lora and choice.form.parameters < layer.chosen.parameters:
+            yield layer.pair, cast_terms(realise(up, down, choice.form).terms, torch.float32)
+
+
+def _factors(lora: KronTerms) -> tuple[Tensor, Tensor]:
+    _, up, down = lora.tensors
+    return up[0], down[0]
+
+
+def _capped(plan: Plan, weight: tuple[int, ...]) -> Allowed:
+    """What the target holds, with no more terms than were asked for."""
+    allowed, most = plan.allowed(weight), plan.asked.terms
+
+    def capped(shape: KronShape, terms: int, right_rank: int | None) -> bool:
+        return (most is None or terms <= most) and allowed(shape, terms, right_rank)
+
+    return capped

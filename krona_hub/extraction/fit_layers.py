@@ -1,0 +1,184 @@
+"""Every pair of layers to its layer of the adapter.
+
+With one shape a layer is read, fitted and measured at once. With `--shape auto`, and with a budget, it is read again
+for each step rather than kept, so that a few layers are in memory at a time: study the LoRA form; try all shapes on
+some layers of each size; study the best of these on the others; choose; take the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from krona_hub.errors import UsageError
+from krona_hub.extraction.candidate_shapes import Thin, best_shapes, smaller_than_lora
+from krona_hub.extraction.error_curves import Curve, points
+from krona_hub.extraction.fit_plan import Plan
+from krona_hub.extraction.layer_difference import Difference, Taken
+from krona_hub.extraction.tensor_pairs import Pair
+from krona_hub.kron.allocation import allocate
+from krona_hub.kron.candidate_forms import Form
+from krona_hub.kron.parallel import in_parallel
+from krona_hub.kron.shapes import KronShape
+from krona_hub.kron.terms import KronTerms
+
+Step = Callable[[], None]  # called when a pair is through a step
+STEPS = 3  # of a pair that is not fitted at once
+THIN = 16  # rank up to which every Kronecker form of a LoRA is tried by its factors; it takes too long above
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What became of one pair: a layer of the adapter, or nothing because it is equal or differs by rounding only."""
+
+    pair: Pair
+    taken: Taken | None = None
+    is_rounding: bool = False
+    curve: Curve | None = None  # what more terms would leave
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is known of a layer before its form is chosen."""
+
+    pair: Pair
+    curves: tuple[Curve, ...]
+    noise: float  # expected energy of the rounding
+    lora: KronTerms | None = None  # the LoRA above the noise, where it is thin
+    only_rounding: bool = False  # where nothing stands above the noise
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.curves[0].shape.full
+
+
+def steps_of(plan: Plan) -> int:
+    """Steps per pair, for a progress bar."""
+    return 1 if _at_once(plan) else STEPS
+
+
+def fit(pairs: Sequence[Pair], plan: Plan, step: Step) -> list[Fitted]:
+    """Every pair in its form, in order."""
+    if not _at_once(plan):
+        return _in_steps(pairs, plan, step)
+    fitted = []
+    for _, result in in_parallel(partial(_fit_at_once, plan), pairs, plan.threads):
+        fitted.append(result)
+        step()
+    return fitted
+
+
+def _at_once(plan: Plan) -> bool:
+    return plan.one_shape and plan.asked.budget is None
+
+
+def _fit_at_once(plan: Plan, pair: Pair) -> Fitted:
+    return fit_difference(plan, pair, Difference.of(pair))
+
+
+def fit_difference(plan: Plan, pair: Pair, difference: Difference | None) -> Fitted:
+    """One layer of a plan with one shape; without a difference it is equal."""
+    if difference is None:
+        return Fitted(pair)
+    if difference.noise.explains(difference.delta):
+        return Fitted(pair, is_rounding=True)
+    curve = plan.curve(difference)
+    if not curve.above and difference.is_rounding():
+        return Fitted(pair, is_rounding=True)
+    form = plan.choose(pair, [curve], difference.noise.energy)
+    sums = difference.sums(form) if form.terms else None
+    return Fitted(pair, difference.take(sums, plan.dtype, plan.note(pair, curve, form)), curve=curve)
+
+
+# --- in steps --------------------------------------------------------------------------------------------------------
+
+
+def _in_steps(pairs: Sequence[Pair], plan: Plan, step: Step) -> list[Fitted]:
+    studies: dict[Pair, Study | Fitted] = {}
+    for pair, study in in_parallel(partial(_study, plan), pairs, plan.threads):
+        studies[pair] = study
+        step()
+    known = [s for s in studies.values() if isinstance(s, Study)]
+    wide = [s for s in known if plan.asked.shape is None and not plan.target.to_lora and _is_wide(plan, s)]
+    shapes = best_shapes([s.pair for s in wide], plan)
+    for study, curves in in_parallel(partial(_more_curves, plan, shapes), wide, plan.threads):
+        studies[study.pair] = replace(study, curves=(*study.curves, *curves))
+    for _ in pairs:
+        step()
+    chosen = _chosen(plan, [s for s in studies.values() if isinstance(s, Study)])
+
+    def finish(pair: Pair) -> Fitted:
+        study = studies[pair]
+        return study if isinstance(study, Fitted) else _take(plan, study, chosen[pair])
+
+    fitted = []
+    for _, result in in_parallel(finish, pairs, plan.threads):
+        fitted.append(result)
+        step()
+    return fitted
+
+
+def _study(plan: Plan, pair: Pair) -> Study | Fitted:
+    """The LoRA form, or the one shape, of a layer that differs by more than rounding."""
+    difference = Difference.of(pair)
+    if difference is None:
+        return Fitted(pair)
+    if difference.noise.explains(difference.delta):
+        return Fitted(pair, is_rounding=True)
+    curve, lora = plan.curve(difference), None
+    if curve.is_lora and 0 < curve.above <= min(THIN, min(difference.size) // 4):
+        lora = difference.sums(curve.form(curve.above))
+    return Study(pair, (curve,), difference.noise.energy, lora, difference.is_rounding())
+
+
+def _is_wide(plan: Plan, study: Study) -> bool:
+    """Whether the shapes are to be tried on the difference itself: a thin LoRA knows all of them by its factors."""
+    return study.lora is None or plan.asked.budget is not None
+
+
+def _more_curves(plan: Plan, shapes: dict[tuple[int, int], list[KronShape]], study: Study) -> list[Curve]:
+    wanted = shapes[study.size]
+    difference = Difference.of(study.pair) if wanted else None
+    return [] if difference is None else [difference.curve_to_noise(shape, plan.asked.max_error) for shape in wanted]
+
+
+def _chosen(plan: Plan, studies: Sequence[Study]) -> dict[Pair, Form | KronTerms]:
+    """A form, or a sum that is known already, for every layer."""
+    if plan.asked.budget is not None:
+        return dict(_within_budget(plan, studies))
+    forms = {s.pair: plan.choose(s.pair, list(s.curves), s.noise) for s in studies}
+    thin = [
+        Thin(s.pair, s.curves[0], s.lora, forms[s.pair])
+        for s in studies
+        if s.lora is not None and forms[s.pair].right_rank is not None
+    ]
+    whole = {t.pair: t.lora for t in thin if t.chosen.right_rank == t.curve.above}
+    return forms | whole | smaller_than_lora(plan, thin)
+
+
+def _within_budget(plan: Plan, studies: Sequence[Study]) -> dict[Pair, Form]:
+    """The least total error for the budget, shared between layers by what each gains."""
+    budget = plan.asked.budget
+    whole = sum(s.size[0] * s.size[1] for s in studies)
+    if budget is None or not studies:
+        return {}
+    parameters = budget.of(whole)
+    if parameters < 1:
+        raise UsageError(f"a budget of {parameters} parameters holds nothing.", fix="Choose 1 or more.")
+    layers = [points(s.curves, plan.allowed(s.pair.shape), dense=not plan.one_shape) for s in studies]
+    found, _ = allocate(layers, parameters)
+    return {s.pair: point.form for s, point in zip(studies, found, strict=True)}
+
+
+def _take(plan: Plan, study: Study, chosen: Form | KronTerms) -> Fitted:
+    nothing_above = not any(c.above for c in study.curves)
+    if nothing_above and study.only_rounding:
+        return Fitted(study.pair, is_rounding=True)
+    difference = Difference.of(study.pair)
+    if difference is None:  # the file changed meanwhile
+        return Fitted(study.pair)
+    if isinstance(chosen, KronTerms):
+        return Fitted(study.pair, difference.take(chosen, plan.dtype))
+    sums = difference.sums(chosen) if chosen.terms else None
+    return Fitted(study.pair, difference.take(sums, plan.dtype, plan.note(study.pair, study.curves[0], chosen)))

@@ -1,0 +1,106 @@
+"""How every layer is to be fitted: what was asked for, and what the target holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from krona_hub.conversion.target import ONE_FACTOR, Target
+from krona_hub.errors import InexpressibleError, ShapeError
+from krona_hub.extraction.error_curves import Allowed, Curve, above_noise, within
+from krona_hub.extraction.layer_difference import Difference, lora_shape
+from krona_hub.extraction.request import Asked
+from krona_hub.extraction.tensor_pairs import Pair
+from krona_hub.formats.compatibility.tools import loads_form
+from krona_hub.kron.candidate_forms import Form, is_lora
+from krona_hub.kron.shapes import KronShape, nearest_split, split
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The same for all layers."""
+
+    asked: Asked
+    target: Target
+    dtype: torch.dtype | None  # of the factors; None: float32
+    threads: int | None
+
+    @property
+    def one_shape(self) -> bool:
+        """Whether a layer has one curve only: that of the shape asked for, or of a LoRA."""
+        return self.asked.shape is not None or self.target.to_lora
+
+    def curve(self, difference: Difference) -> Curve:
+        """The curve of the one shape, or of the LoRA form; no deeper than it is needed."""
+        if not self.one_shape or self.target.to_lora:
+            if self.target.to_lora and self.asked.terms is not None:
+                return difference.curve(lora_shape(difference.size), min(self.asked.terms, *difference.size))
+            return difference.curve_to_noise(lora_shape(difference.size), self.asked.max_error)
+        shape = self.shape_of(difference.pair)
+        terms = self.asked.terms
+        return difference.curve(shape, None if terms is None else min(terms, shape.max_terms))
+
+    def shape_of(self, pair: Pair) -> KronShape:
+        """The shape asked for. Raises ShapeError, naming the layer, where it does not divide."""
+        (a1, a2), size = self.asked.shape or (1, 1), pair.size
+        try:
+            return split(size, a1, a2)
+        except ShapeError as e:
+            if self.asked.fallback:
+                return nearest_split(size, a1, a2)
+            e.fix += " Give --shape-fallback nearest to take it, or choose layers with --targets."
+            raise e.within(pair.name) from None
+
+    def allowed(self, weight: tuple[int, ...]) -> Allowed:
+        """Which forms the target holds on a weight of that shape."""
+        return _allowed(self.target.format, weight, self.asked.shape is None and self.target.format in ONE_FACTOR)
+
+    def choose(self, pair: Pair, curves: list[Curve], noise: float) -> Form:
+        """The form of a layer by its curves. Raises InexpressibleError where the target holds none that will do."""
+        allowed, dense = self.allowed(pair.shape), not self.one_shape
+        if self.asked.max_error is not None:
+            form = within(curves, self.asked.max_error, allowed, dense=dense)
+            if form is None:
+                raise InexpressibleError(
+                    f"{pair.name} needs more terms than {self.target.format} holds to come within "
+                    f"{self.asked.max_error:g}.",
+                    fix="Choose --to krona, --shape auto, or a larger error.",
+                )
+            return form
+        if dense:
+            return above_noise(curves, noise, allowed, self.asked.terms)
+        most = curves[0].most(allowed)
+        if not most:
+            raise InexpressibleError(
+                f"{pair.name}: {self.target.format} cannot hold {curves[0].shape} on a weight of {list(pair.shape)}.",
+                fix="Choose another shape, --shape auto or --to krona.",
+            )
+        if self.asked.terms is not None:
+            return curves[0].form(min(self.asked.terms, most))
+        return above_noise(curves, noise, allowed, dense=False)
+
+    def note(self, pair: Pair, curve: Curve, form: Form) -> str:
+        """What the reader of the report should know of the choice."""
+        notes = []
+        if self.asked.shape is not None and form.terms and form.shape[:2] != self.asked.shape:
+            notes.append(f"{'x'.join(map(str, self.asked.shape))} does not divide it")
+        if self.asked.max_error is None and curve.most(self.allowed(pair.shape)) < (self.asked.terms or curve.above):
+            notes.append(f"{curve.above} terms stand above the noise, {self.target.format} holds one")
+        return "; ".join(notes)
+
+
+@cache
+def _allowed(target: str, weight: tuple[int, ...], only_loras: bool) -> Allowed:
+    @cache
+    def loaded(shape: KronShape, terms: int, right_rank: int | None) -> bool:
+        return loads_form(target, weight, shape, terms, right_rank)
+
+    def allowed(shape: KronShape, terms: int, right_rank: int | None) -> bool:
+        if only_loras and not (shape[:2] == (1, 1) and is_lora(shape, right_rank)):
+            return False
+        # what a target holds depends on "several terms" and "B as a product" alone
+        return loaded(shape, min(terms, 2), None if right_rank is None else 1)
+
+    return allowed

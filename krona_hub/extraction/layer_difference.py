@@ -1,0 +1,200 @@
+"""The difference of one layer in memory, its curves, and the numbers of a form of it, measured."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import hypot, isfinite
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.bases.weight_files import read
+from krona_hub.conversion.forms import lora_rank, size_of, words_of
+from krona_hub.errors import NonFiniteError
+from krona_hub.extraction.error_curves import Curve
+from krona_hub.extraction.report import NO_FORM, ExtractedLayer
+from krona_hub.extraction.tensor_pairs import Pair
+from krona_hub.formats.writing.encode import cast
+from krona_hub.kron.candidate_forms import Form
+from krona_hub.kron.from_dense import SMALL, RearrangedDense, Spectrum, cast_terms, dense_rows
+from krona_hub.kron.rounding_noise import StorageNoise, stored_dtype
+from krona_hub.kron.shapes import KronShape
+from krona_hub.kron.terms import KronTerms, as_lora
+
+SOME = 64  # terms that are looked for by few products, where R has FEW rows for each
+FEW = 8
+BENT = 6.0  # times the floor, and
+WEAK = 0.2  # of the largest σ: where the smallest term above the noise is below both, it may be rounding all the same
+TRIES = 3
+CANCELLED = 1e-3  # relative error below which float32 has too few digits left
+
+
+class Taken(NamedTuple):
+    """One layer of the adapter, and what was measured on it."""
+
+    delta: LayerDelta
+    report: ExtractedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """Δ = tuned − base of one layer, in float32, as a matrix."""
+
+    pair: Pair
+    delta: Tensor  # (out, in·k…)
+    base: Tensor  # as stored
+    stored: torch.dtype  # what tuned was rounded to
+    noise: StorageNoise
+    spectra: dict[KronShape, Spectrum] = field(default_factory=dict)  # kept from the study for the taking
+
+    @classmethod
+    def of(cls, pair: Pair) -> Difference | None:
+        """The difference of a pair; None where the numbers are equal. Raises NonFiniteError where one is not finite."""
+        return cls.between(pair, read(pair.base), read(pair.tuned))
+
+    @classmethod
+    def between(cls, pair: Pair, base: Tensor, tuned: Tensor) -> Difference | None:
+        """The same of weights in memory."""
+        base, tuned = base.reshape(pair.size), tuned.reshape(pair.size)
+        if base.dtype == tuned.dtype and torch.equal(base, tuned):
+            return None
+        delta = tuned.float() - base.float()
+        norm = float(torch.linalg.vector_norm(delta))
+        if norm == 0:
+            return None
+        if not isfinite(norm):
+            raise NonFiniteError(f"{pair.name} holds NaN or infinity.", fix="One of the checkpoints is broken.")
+        return cls(pair, delta, base, stored_dtype(tuned), StorageNoise(tuned, base))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.delta.shape[0], self.delta.shape[1]
+
+    @cached_property
+    def energy(self) -> float:
+        """‖Δ‖²"""
+        return float(torch.linalg.vector_norm(self.delta, dtype=torch.float64)) ** 2
+
+    @property
+    def base_norm(self) -> float:
+        return float(torch.linalg.vector_norm(self.base.float()))
+
+    def rearranged(self, shape: KronShape) -> RearrangedDense:
+        return RearrangedDense.of(self.delta[None], shape)
+
+    def curve(self, shape: KronShape, terms: int | None = None) -> Curve:
+        """The curve of one shape: its first terms, or where it costs no more the whole."""
+        source = self.rearranged(shape)
+        whole = terms is None or source.matrix.shape[0] <= SMALL
+        spectrum = source.spectrum() if whole else source.leading(terms or 1)
+        self.spectra[shape] = spectrum
+        left = spectrum.left_out()[0].tolist()
+        floor = self.noise.floor(shape, spectrum.sigma[0], left[0])
+        return Curve(shape, tuple(left), self._above(spectrum, floor), floor)
+
+    def _above(self, spectrum: Spectrum, floor: float) -> int:
+        """The terms above the noise, without those that are but the rounding of the larger ones.
+
+        A weak delta does not round like noise: where it is below half an ulp all of it is lost, elsewhere it grows, and
+        what is so bent has singular values of its own, which may stand a little above the edge of noise.
+        """
+        above = int((spectrum.sigma[0] > floor).sum())
+        if above < 2 or float(spectrum.sigma[0, above - 1]) > min(BENT * floor, WEAK * float(spectrum.sigma[0, 0])):
+            return above
+        return bisect_left(range(above), True, lo=1, key=lambda k: self._explained_by(spectrum.first(k), floor))
+
+    def _explained_by(self, terms: Spectrum, floor: float) -> bool:
+        """Whether the base plus some sum of that many terms, rounded as tuned was, leaves nothing above the noise.
+
+        That sum is found by adding back, a few times, what its rounding leaves: the terms of Δ itself are too small.
+        """
+        shape, count, base = terms.source.shape, terms.sigma.shape[1], self.base.float()
+        for _ in range(TRIES):
+            delta = terms.sums()[0].dense().float()
+            rest = self.delta - ((base + delta).to(self.stored).float() - base)
+            if float(RearrangedDense.of(rest[None], shape).leading(1).sigma[0, 0]) <= floor:
+                return True
+            terms = RearrangedDense.of((delta + rest)[None], shape).leading(count)
+        return False
+
+    def curve_to_noise(self, shape: KronShape, max_error: float | None = None) -> Curve:
+        """The curve of one shape: its first terms where these reach the noise (and the error), else all."""
+        few = min(SOME, min(shape.a1 * shape.a2, shape.b1 * shape.b2) // FEW)
+        if few:
+            curve = self.curve(shape, few)
+            if curve.above < few and (max_error is None or curve.needed(max_error) is not None):
+                return curve
+        return self.curve(shape)
+
+    def is_rounding(self) -> bool:
+        """Whether rounding alone may be all of it: by its energy, where no term stands above the noise."""
+        return self.energy <= 1.05 * self.noise.energy
+
+    def sums(self, form: Form) -> KronTerms:
+        """The nearest sum of that form, float32."""
+        if form.right_rank is None and form.shape[:2] == (1, 1):
+            return KronTerms(torch.ones(1, 1, 1), self.delta[None].clone())
+        shape = form.shape if form.right_rank is None else lora_shape(self.size)
+        terms = form.right_rank or form.terms
+        known = self.spectra.get(shape)
+        if known is None or known.sigma.shape[1] < terms:
+            known = self.rearranged(shape).leading(terms)
+        fit = cast_terms(known.first(terms).sums()[0], torch.float32)
+        return fit if form.right_rank is None else lora_of_terms(fit)
+
+    def take(self, sums: KronTerms | None, dtype: torch.dtype | None, note: str = "") -> Taken:
+        """The layer of the adapter in the dtype of the file, and its errors, measured on these numbers."""
+        delta = cast(LayerDelta(() if sums is None else (sums,), self.pair.shape), dtype)
+        error, beyond = self.errors(delta)
+        whole = self.energy**0.5
+        parameters, size = size_of(delta)
+        report = ExtractedLayer(
+            layer=self.pair.name,
+            form=words_of(delta) if delta.sums else NO_FORM,
+            terms=_count(delta),
+            parameters=parameters,
+            bytes=size,
+            weight_shape=self.pair.shape,
+            norm=whole,
+            relative_norm=whole / self.base_norm if self.base_norm else float("inf"),
+            relative_error=error / whole,
+            beyond_rounding=beyond / whole,
+            note=note,
+        )
+        return Taken(delta, report)
+
+    def errors(self, delta: LayerDelta) -> tuple[float, float]:
+        """‖ΔW − Δ‖, and the same without what rounding explains of every number."""
+        plain, beyond = self._errors_in(torch.float32, delta)
+        return (plain, beyond) if plain > CANCELLED * self.energy**0.5 else self._errors_in(torch.float64, delta)
+
+    def _errors_in(self, dtype: torch.dtype, delta: LayerDelta) -> tuple[float, float]:
+        parts, row = [], 0
+        for block in dense_rows(delta.sums[0], dtype) if delta.sums else (torch.zeros(self.size),):
+            block -= self.delta[row : row + len(block)]
+            rest = self.noise.beyond(block, row)
+            parts.append([float(torch.linalg.vector_norm(x)) for x in (block, rest)])
+            row += len(block)
+        plain, beyond = zip(*parts, strict=True)
+        return hypot(*plain), hypot(*beyond)
+
+
+def lora_shape(size: tuple[int, int]) -> KronShape:
+    """(out, 1) ⊗ (1, in): one rank of a LoRA a term."""
+    return KronShape(size[0], 1, 1, size[1])
+
+
+def lora_of_terms(terms: KronTerms) -> KronTerms:
+    """Σₖ (out, 1) ⊗ (1, in) as [[1]] ⊗ (up·down)."""
+    left, right = terms.tensors
+    return as_lora(left[:, :, 0].mT.contiguous(), right[:, 0].contiguous())
+
+
+def _count(delta: LayerDelta) -> int:
+    """Kronecker terms; of a LoRA its rank."""
+    rank = lora_rank(delta)
+    return sum(s.terms for s in delta.sums) if rank is None else rank

@@ -1,0 +1,67 @@
+"""What was asked for, as a plain value: the shape, and what says where a sum ends. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from krona_hub.conversion.methods import Budget, parse_budget
+from krona_hub.errors import UsageError
+from krona_hub.kron.shapes import parse_shape
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """At most one of terms, max_error and budget; without them a sum ends at the rounding noise.
+
+    With a shape, `terms` is how many; without one, the most that a layer may have.
+    """
+
+    shape: tuple[int, int] | None = None  # (a1, a2); None: every shape and the LoRA form
+    terms: int | None = None
+    max_error: float | None = None  # relative, of each layer
+    budget: Budget | None = None
+    fallback: bool = False  # layers that the shape does not divide take the nearest that does
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape)) if self.shape else AUTO
+        return f"extract, shape {shape}, {self._end}"
+
+    @property
+    def _end(self) -> str:
+        if self.terms is not None:
+            return f"{self.terms} terms" if self.shape else f"at most {self.terms} terms"
+        if self.max_error is not None:
+            return f"error at most {self.max_error:g} per layer"
+        if self.budget is not None:
+            return f"budget {self.budget}"
+        return "down to the rounding noise"
+
+
+def what_is_asked(
+    shape: str | tuple[int, int],
+    terms: int | None,
+    max_error: float | None,
+    budget: str | int | None,
+    shape_fallback: str | None,
+) -> Asked:
+    """The options as one value. Raises UsageError where they contradict each other.
+
+    >>> str(what_is_asked("8x8", None, None, None, None)), what_is_asked("auto", 4, None, None, None).terms
+    ('extract, shape 8x8, down to the rounding noise', 4)
+    """
+    given = {"--terms": terms, "--max-error": max_error, "--budget": budget}
+    named = [flag for flag, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join(named)} exclude each other.", fix="Give one of them.")
+    if terms is not None and terms < 1:
+        raise UsageError(f"--terms is {terms}.", fix="Give --terms a whole number from 1 up.")
+    if max_error is not None and not 0 <= max_error < 1:
+        raise UsageError(f"--max-error is {max_error}.", fix="Give a relative error from 0 up to 1, such as 0.05.")
+    if shape_fallback not in (None, "nearest"):
+        raise UsageError(f"{shape_fallback!r} is no fallback.", fix="The only one is --shape-fallback nearest.")
+    parsed = None if shape == AUTO else parse_shape(shape) if isinstance(shape, str) else shape
+    if parsed is None and shape_fallback:
+        raise UsageError("--shape-fallback belongs to --shape a1xa2.", fix="Leave it out with --shape auto.")
+    return Asked(parsed, terms, max_error, None if budget is None else parse_budget(budget), shape_fallback is not None)

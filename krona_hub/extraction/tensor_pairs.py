@@ -1,0 +1,247 @@
+"""Which tensor of one checkpoint is which of the other, whatever their layouts. Headers only, torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from krona_hub.bases.base import Base, Module, Placement
+from krona_hub.bases.loading import landed, load_base, stored_by_component, weight_files
+from krona_hub.bases.name_table import table
+from krona_hub.bases.target_sets import choose
+from krona_hub.bases.weight_files import Stored, WeightPlace, stored_in
+from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo, read_header
+from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError, UnsupportedError, UsageError
+
+READABLE = (*FLOATS, "F8_E4M3", "F8_E5M2")
+SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")  # of numbers that mean nothing without them
+PARTS = (".weight", ".bias", "_weight", "_bias", "")  # endings of a tensor's name behind its module
+
+
+class Pair(NamedTuple):
+    """One tensor in both checkpoints."""
+
+    name: str  # canonical layer; of other tensors the canonical name with `.weight` or `.bias`, or that of the file
+    shape: tuple[int, ...]  # as the base model has it
+    base: WeightPlace
+    tuned: WeightPlace
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(out, in·k…)"""
+        return self.shape[0], prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What two checkpoints have in common."""
+
+    model: Base  # of the base checkpoint, or what its names were read by
+    layers: tuple[Pair, ...]  # linear layers and convolutions
+    others: tuple[Pair, ...]  # norms, biases, embeddings, buffers
+    only_base: tuple[str, ...]  # layers of shared components that `tuned` lacks
+    only_tuned: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One checkpoint: where each tensor lies, by its canonical name."""
+
+    path: Path
+    layers: Mapping[str, WeightPlace]
+    others: Mapping[str, WeightPlace]
+    model: Base
+    headers: Mapping[Path, Header]  # of every file
+
+    def info(self, place: WeightPlace) -> TensorInfo:
+        return self.headers[place.path].tensors[place.tensor]
+
+    def shape(self, place: WeightPlace) -> tuple[int, ...]:
+        """The shape of what `read(place)` gives."""
+        shape = self.info(place).shape
+        if place.placement.rows:
+            shape = (place.placement.rows[1] - place.placement.rows[0], *shape[1:])
+        return shape[::-1] if place.placement.transpose else shape
+
+    @property
+    def components(self) -> set[str]:
+        return {layer.partition(".")[0] for layer in self.layers}
+
+
+def pair_up(
+    base: Path,
+    tuned: Path,
+    *,
+    component: str | None = None,
+    targets: str | Sequence[str] | None = None,
+    base_name: str | Path | None = None,
+) -> Pairs:
+    """The tensors of both checkpoints, layer by layer.
+
+    Each may be a diffusers folder, a component folder or a file. Where one has names that the catalogue does not
+    know, they are read by the modules of the other, or of `base_name`. `targets` are named sets of layers or regular
+    expressions. Raises UnknownBaseError where nothing tells the names, BaseMismatchError where the checkpoints have
+    no layer in common or one of another shape, UnsupportedError for quantised weights.
+    """
+    first, second = _sides(base, tuned, base_name)
+    shared = _shared_components(first, second, component)
+    wanted = None if targets is None else _chosen(first.model, shared, targets)
+
+    def inside(name: str) -> bool:
+        owner = name.partition(".")[0]
+        return owner in shared if component or owner in first.components | second.components else True
+
+    of_base = [name for name in first.layers if inside(name) and (wanted is None or name in wanted)]
+    layers = tuple(_pair(name, first, second) for name in of_base if name in second.layers)
+    if not layers:
+        raise BaseMismatchError(
+            f"{tuned} has none of the {len(of_base)} layers of {base}.", fix="Give the base that it was tuned from."
+        )
+    both = [name for name in first.others if name in second.others and inside(name)] if wanted is None else []
+    return Pairs(
+        model=first.model,
+        layers=layers,
+        others=tuple(Pair(n, first.shape(first.others[n]), first.others[n], second.others[n]) for n in both),
+        only_base=tuple(name for name in of_base if name not in second.layers),
+        only_tuned=tuple(n for n in second.layers if inside(n) and n not in first.layers) if wanted is None else (),
+    )
+
+
+def _sides(base: Path, tuned: Path, base_name: str | Path | None) -> tuple[_Side, _Side]:
+    """Both checkpoints; names that one does not know by itself are read by the modules of the other."""
+    named = None if base_name is None else load_base(base_name)
+    models = {path: _model(path) for path in (base, tuned)}
+    known = [m for m in (named, models[base], models[tuned]) if m is not None]
+    if not known:
+        raise UnknownBaseError(
+            f"the names in {base} and {tuned} are those of no base in the catalogue.",
+            fix="Name the base, or give one of them as a diffusers folder.",
+        )
+    more = {p: m for folder in (base, tuned) if folder.is_dir() for p, m in _every_module(folder).items()}
+    first, second = (_side(path, models[path] or known[0], more) for path in (base, tuned))
+    return (first, second) if named is None else (replace(first, model=named), second)
+
+
+def _model(path: Path) -> Base | None:
+    try:
+        return load_base(path)
+    except UnknownBaseError:
+        if path.is_dir():
+            raise
+        return None
+
+
+def _every_module(folder: Path) -> dict[str, Module]:
+    """Component and path of everything that has a weight or a bias, norms too: for names in other layouts."""
+    return {
+        f"{component}.{_split(name)[0]}": Module(place.shape)
+        for component, stored in stored_by_component(folder).items()
+        for name, place in stored.items()
+    }
+
+
+def _side(path: Path, model: Base, more: Mapping[str, Module]) -> _Side:
+    if path.is_dir():
+        layers = weight_files(path)
+        tensors = {
+            f"{component}.{name.removeprefix('text_model.')}": place
+            for component, stored in stored_by_component(path).items()
+            for name, place in stored.items()
+        }
+        others = {name: WeightPlace(s.path, s.tensor, Placement(name)) for name, s in tensors.items()}
+    else:
+        stored = stored_in([path])
+        layers, others = landed(model, stored), dict(_placed(_extended(model, more), stored))
+    taken = {(place.path, place.tensor) for place in layers.values()}
+    others = {n: p for n, p in others.items() if (p.path, p.tensor) not in taken}
+    headers = {file: read_header(file) for file in {p.path for p in (*layers.values(), *others.values())}}
+    scales = [name for header in headers.values() for name in header.tensors if name.endswith(SCALES)]
+    if scales:
+        raise UnsupportedError(
+            f"{path} is quantised ({scales[0]}): its numbers mean nothing without their scales.",
+            fix="Give the checkpoint in fp16, bf16 or fp32.",
+        )
+    return _Side(path, layers, others, model, headers)
+
+
+def _extended(model: Base, more: Mapping[str, Module]) -> Base:
+    """The model with the norms and embeddings of the other checkpoint, so that their names can be read too."""
+
+    def own(component: str) -> dict[str, Module]:
+        prefix = f"{component}."
+        extra = {n.removeprefix(prefix).removeprefix("text_model."): m for n, m in more.items() if n.startswith(prefix)}
+        return {**extra, **model.components[component]}
+
+    return replace(model, components={c: own(c) for c in model.components})
+
+
+def _placed(model: Base, stored: Mapping[str, Stored]) -> Iterator[tuple[str, WeightPlace]]:
+    """Canonical name, or where there is none the name in the file, and place of every tensor."""
+    names, lone = table(model), next(iter(model.components)) if len(model.components) == 1 else None
+    for name, place in stored.items():
+        module, part = _split(name)
+        try:
+            found = names.find(module) or ()
+        except AmbiguousError:
+            found = ()
+        for spot in found:
+            yield f"{spot.layer}{part}", WeightPlace(place.path, place.tensor, spot)
+        if not found:
+            key = f"{lone}.{name.removeprefix('text_model.')}" if lone else name
+            yield key, WeightPlace(place.path, place.tensor, Placement(key))
+
+
+def _split(tensor: str) -> tuple[str, str]:
+    """Module and part: `norm1.weight` -> ("norm1", ".weight"), `attn.in_proj_bias` -> ("attn.in_proj", ".bias")."""
+    part = next(p for p in PARTS if tensor.endswith(p))
+    return tensor[: len(tensor) - len(part)], part.replace("_", ".")
+
+
+def _shared_components(first: _Side, second: _Side, component: str | None) -> set[str]:
+    shared = first.components & second.components
+    if component is None:
+        return shared
+    if component not in shared:
+        raise UsageError(
+            f"{component} is not in both checkpoints.", fix=f"Choose of {', '.join(sorted(shared)) or 'none'}."
+        )
+    return {component}
+
+
+def _chosen(model: Base, components: set[str], targets: str | Sequence[str]) -> set[str]:
+    """The layers that the named sets and expressions pick from any of the components."""
+    chosen: set[str] = set()
+    for target in (targets,) if isinstance(targets, str) else targets:
+        picked, refusals = set[str](), []
+        for component in sorted(components & set(model.components)):
+            try:
+                picked |= set(choose(model, component, target))
+            except UsageError as error:
+                refusals.append(error)
+        if not picked and refusals:
+            raise refusals[0]
+        chosen |= picked
+    return chosen
+
+
+def _pair(name: str, first: _Side, second: _Side) -> Pair:
+    """Raises BaseMismatchError where the sizes differ, UnsupportedError where the numbers are no plain floats."""
+    place, other = first.layers[name], second.layers[name]
+    for side, spot in ((first, place), (second, other)):
+        if side.info(spot).dtype not in READABLE:
+            raise UnsupportedError(
+                f"{name} is {side.info(spot).dtype} in {side.path}: quantised weights have no exact difference.",
+                fix="Give the checkpoint in fp16, bf16 or fp32.",
+            )
+    sizes = [(shape[0], prod(shape[1:])) for shape in (first.shape(place), second.shape(other))]
+    if sizes[0] != sizes[1]:
+        raise BaseMismatchError(
+            f"{name} is {list(first.shape(place))} in {first.path} and {list(second.shape(other))} in {second.path}.",
+            fix="Give the base that it was tuned from; --targets leaves layers out.",
+        )
+    module = first.model.module(name)
+    fits = module is not None and module.matrix == sizes[0]
+    return Pair(name, module.shape if module is not None and fits else first.shape(place), place, other)

@@ -1,0 +1,1 @@
+"""What a layer's delta looks like: its sizes, and its normal forms."""

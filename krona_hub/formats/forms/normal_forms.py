@@ -1,0 +1,142 @@
+"""The two normal forms of a layer's delta in files: one product up·down, or one Kronecker term.
+
+Exact or nothing: a sum is brought to the form that a target stores only where that changes no value beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.formats.compatibility.format_limits import LayerForm, SumForm
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, dense_factor
+
+PROPORTIONAL = 1e-7  # relative; two factors this close to multiples of each other are multiples, up to rounding
+
+
+class Lora(NamedTuple):
+    """A delta as one product of matrices, the scale inside."""
+
+    up: Tensor  # (out, r)
+    down: Tensor  # (r, in·k…)
+
+
+def form_of(delta: LayerDelta, layer: str = "") -> LayerForm:
+    """The sizes of a delta, for the rules of `krona_hub.formats.compatibility.format_limits`."""
+    axis = None if delta.magnitude is None else delta.magnitude_axis
+    return LayerForm(tuple(delta.weight_shape), tuple(_sum_form(s) for s in delta.sums), axis, layer)
+
+
+def _sum_form(s: KronTerms) -> SumForm:
+    left, right = (f.rank if isinstance(f, LowRank) else None for f in (s.left, s.right))
+    return SumForm(s.shape, s.terms, left, right, s.rows)
+
+
+def lora_of(delta: LayerDelta) -> Lora | None:
+    """The delta as up·down, its sums concatenated; None where one of them is no LoRA as it stands.
+
+    A scalar factor goes into up, which becomes float32; up and down keep their type where it is 1.
+    """
+    pairs = [_lora_of_sum(s) for s in delta.sums if s.rows == "kron" or 1 in (s.shape.a1, s.shape.b1)]
+    known = [p for p in pairs if p is not None]
+    if len(known) < len(delta.sums):
+        return None
+    if not known:  # a DoRA whose directions did not move, or a delta of nothing
+        out, in_ = delta.matrix_shape
+        return Lora(torch.zeros(out, 1), torch.zeros(1, in_))
+    return known[0] if len(known) == 1 else Lora(_cat([p.up for p in known], 1), _cat([p.down for p in known], 0))
+
+
+def _lora_of_sum(s: KronTerms) -> Lora | None:
+    """Four ways to be a LoRA: [[c]] ⊗ up·down, up·down ⊗ [[c]], and columns ⊗ rows either way round."""
+    (a1, a2, b1, b2), left, right = s.shape, s.left, s.right
+    if (a1, a2) == (1, 1) and isinstance(right, LowRank):
+        return _scaled_pairs(right, dense_factor(left).flatten())
+    if (b1, b2) == (1, 1) and isinstance(left, LowRank):
+        return _scaled_pairs(left, dense_factor(right).flatten())
+    if isinstance(left, LowRank) or isinstance(right, LowRank):
+        return None
+    if (a2, b1) == (1, 1):
+        return Lora(left[:, :, 0].mT, right[:, 0, :])
+    if (a1, b2) == (1, 1):
+        return Lora(right[:, :, 0].mT, left[:, 0, :])
+    return None
+
+
+def _scaled_pairs(pairs: LowRank, scales: Tensor) -> Lora:
+    """Σₖ scale[k]·up[k]·down[k] as one pair."""
+    up = pairs.up
+    if bool((scales != 1).any()):
+        up = up.to(torch.promote_types(up.dtype, scales.dtype)) * scales[:, None, None]
+    return Lora(up.transpose(0, 1).flatten(1), pairs.down.flatten(0, 1))
+
+
+def term_of(delta: LayerDelta) -> KronTerms | None:
+    """The delta as one A ⊗ B in plain row order; None where it is a sum of several.
+
+    A LoRA becomes [[1]] ⊗ up·down; terms whose A's (or B's) are multiples of one another are collected.
+    """
+    lora = lora_of(delta)
+    if lora is not None:
+        return as_lora(*lora)
+    if not all(s.rows == "kron" or 1 in (s.shape.a1, s.shape.b1) for s in delta.sums):
+        return None
+    terms = [KronTerms(_nth(s.left, k), _nth(s.right, k)) for s in delta.sums for k in range(s.terms)]
+    return terms[0] if len(terms) == 1 else _collected(terms)
+
+
+def _collected(terms: Sequence[KronTerms]) -> KronTerms | None:
+    """Σ Aₖ ⊗ Bₖ as A ⊗ Σ cₖBₖ where Aₖ = cₖA, or the other way round; None where neither holds."""
+    if len({t.shape for t in terms}) > 1:
+        return None
+    scales = multiples([t.left for t in terms])
+    if scales is not None:
+        return KronTerms(terms[0].left, _combined([t.right for t in terms], scales))
+    scales = multiples([t.right for t in terms])
+    if scales is not None:
+        return KronTerms(_combined([t.left for t in terms], scales), terms[0].right)
+    return None
+
+
+def multiples(factors: Sequence[Factor]) -> list[float] | None:
+    """The numbers cₖ with factor k = cₖ · factor 0, None where there are none."""
+    first, *rest = (dense_factor(f)[0].double() for f in factors)
+    norm = torch.linalg.vector_norm(first)
+    if norm == 0:
+        return None
+    scales = [1.0]
+    for other in rest:
+        scale = float((other * first).sum() / norm**2)
+        if torch.linalg.vector_norm(other - scale * first) > PROPORTIONAL * torch.linalg.vector_norm(other):
+            return None
+        scales.append(scale)
+    return scales
+
+
+def _combined(factors: Sequence[Factor], scales: Sequence[float]) -> Factor:
+    """Σ scale·factor: as a product of the joined halves where all are products, else dense."""
+    products = [f for f in factors if isinstance(f, LowRank)]
+    if len(products) == len(factors):
+        ups = [p.up if c == 1 else p.up.float() * c for p, c in zip(products, scales, strict=True)]
+        return LowRank(_cat(ups, 2), _cat([p.down for p in products], 1))
+    total = sum(dense_factor(f).double() * c for f, c in zip(factors, scales, strict=True))
+    return torch.as_tensor(total).float()
+
+
+def _nth(factor: Factor, k: int) -> Factor:
+    """Factor k of a stack, as a stack of one."""
+    if isinstance(factor, LowRank):
+        return LowRank(factor.up[k : k + 1], factor.down[k : k + 1])
+    return factor[k : k + 1]
+
+
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Joined along `dim`, in the widest type of them all."""
+    wide = tensors[0].dtype
+    for t in tensors:
+        wide = torch.promote_types(wide, t.dtype)
+    return torch.cat([t.to(wide) for t in tensors], dim)

@@ -1,0 +1,53 @@
+"""What the two PEFT formats share: the configuration beside the tensors. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from krona_hub.errors import IncompleteError, UnsupportedError
+from krona_hub.formats.parsing.adapter_file import CONFIG, AdapterFile
+from krona_hub.formats.parsing.scales import ScaleConfig, config_of
+
+TYPES = ("LOKR", "LORA")
+UNLIKE = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "velora_config", "kasa_config")  # other products
+
+
+def peft_type(file: AdapterFile) -> str | None:
+    """The `peft_type` of the configuration, None without one."""
+    return None if file.config is None else str(file.config.get("peft_type", "")).rpartition(".")[2].upper()
+
+
+def has_type(file: AdapterFile, name: str) -> bool:
+    """Whether the file is a PEFT adapter of that type. Raises UnsupportedError for a type that is not ours."""
+    found = peft_type(file)
+    if found is not None and found not in TYPES:
+        raise UnsupportedError(
+            f"{CONFIG} says peft_type {found or 'nothing'}, which is no Kronecker or low-rank product.",
+            fix=f"krona reads {' and '.join(TYPES)}; merge the others with PEFT (merge_and_unload).",
+        )
+    return found == name
+
+
+def configuration(file: AdapterFile) -> Mapping[str, ScaleConfig]:
+    """The configuration of a PEFT folder. Raises IncompleteError where there is none."""
+    if file.config is None:
+        raise IncompleteError(
+            f"there is no {CONFIG} beside the tensors, so their scale is unknown.",
+            fix="Put it beside the file, or read with --from diffusers-lora or diffusers-lokr, which take scale 1.",
+        )
+    odd = next((name for name in UNLIKE if file.config.get(name)), None)
+    if odd:
+        raise UnsupportedError(
+            f"{CONFIG} sets {odd}, which is more than up·down.", fix="Merge it with PEFT (merge_and_unload)."
+        )
+    return {"": config_of(file.config)}
+
+
+def config_notes(file: AdapterFile) -> tuple[str, ...]:
+    config = file.config or {}
+    notes = []
+    if config.get("fan_in_fan_out"):
+        notes.append("fan_in_fan_out is set: the base stores these weights as (in, out)")
+    if config.get("modules_to_save"):
+        notes.append("modules_to_save: whole weights ride along and are no part of the adapter")
+    return tuple(notes)

@@ -1,0 +1,1 @@
+"""What the keys, shapes, scales and names of an adapter file mean. Torch-free."""

@@ -1,0 +1,158 @@
+"""A source on disk as the adapter files in it: a file, a PEFT folder, or a folder with one PEFT folder per component.
+
+Torch-free: only headers and `adapter_config.json` are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from krona_hub.bases.base import COMPONENTS, Base
+from krona_hub.bases.loading import load_base
+from krona_hub.checkpoints.header import Header, read_header
+from krona_hub.checkpoints.os_errors import fault
+from krona_hub.errors import AmbiguousError, FormatError, KronaError, NotFoundError, PickleError
+from krona_hub.formats.parsing.keys import Keys, sort_keys
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLES = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
+CONFIG_LIMIT = 10_000_000  # bytes; real ones are a few kB
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """One safetensors file that holds an adapter or a component of one."""
+
+    header: Header
+    config: Mapping[str, Any] | None = None  # of PEFT, from adapter_config.json
+    component: str | None = None  # where the name of its folder, or PEFT's note of the model's class, says it
+    base: Base | None = None  # that the user named
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The tensors sorted by module. Raises what `sort_keys` raises, naming the file."""
+        vectors = {name for name, info in self.header.tensors.items() if len(info.shape) == 1}
+        return sort_keys(self.header.tensors, self.header.metadata, vectors)
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.header.metadata
+
+    def starts(self, *prefixes: str) -> bool:
+        """Whether every module's name starts with one of the prefixes."""
+        return bool(self.keys.modules) and all(m.name.startswith(prefixes) for m in self.keys.modules)
+
+    @property
+    def dotted(self) -> bool:
+        """Whether the names of modules are paths with dots."""
+        return any("." in m.name for m in self.keys.modules)
+
+
+def open_files(source: str | Path, base: str | Path | Base | None = None) -> tuple[AdapterFile, ...]:
+    """The adapter files of `source`, at least one; `base` is the base model that they are for.
+
+    Raises NotFoundError, AmbiguousError for a folder of several unrelated files, PickleError for a folder of pickles,
+    and what `read_header` raises.
+    """
+    known = base if base is None or isinstance(base, Base) else load_base(base)
+    try:
+        files = _files(Path(source))
+    except OSError as error:
+        if isinstance(error, KronaError):
+            raise
+        raise fault(error, Path(source)) from None
+    return tuple(replace(file, base=known) for file in files)
+
+
+@contextmanager
+def in_file(path: Path) -> Iterator[None]:
+    """Put the path in front of errors that come from inside, once."""
+    try:
+        yield
+    except KronaError as error:
+        if not error.cause.startswith(str(path)):
+            error.within(str(path))
+        raise
+
+
+def _files(path: Path) -> tuple[AdapterFile, ...]:
+    if not path.exists():
+        raise NotFoundError(f"{path} does not exist.", fix="Check the path.")
+    if not path.is_dir():
+        return (_beside_config(path),)
+    if (path / CONFIG).exists():
+        return (_peft(path, None),)
+    parts = sorted(p.parent for p in path.glob(f"*/{CONFIG}"))
+    if parts:
+        return tuple(_peft(part, part.name if part.name in COMPONENTS else None) for part in parts)
+    return (AdapterFile(read_header(_only_file(path))),)
+
+
+def _beside_config(path: Path) -> AdapterFile:
+    """A bare file; with the configuration in its folder where it is the tensors of a PEFT adapter."""
+    header = read_header(path)
+    config = path.parent / CONFIG
+    is_peft = path.name == WEIGHTS or any(key.startswith("base_model.model.") for key in header.tensors)
+    return AdapterFile(header, _config(config) if is_peft and config.exists() else None)
+
+
+def _peft(folder: Path, component: str | None) -> AdapterFile:
+    config = _config(folder / CONFIG)
+    weights = folder / WEIGHTS
+    path = weights if weights.exists() else _only_file(folder)
+    return AdapterFile(read_header(path), config, component or component_of_class(config))
+
+
+def component_of_class(config: Mapping[str, Any]) -> str | None:
+    """The component that PEFT's note of the model's class implies, None where it implies none."""
+    mapping = config.get("auto_mapping")
+    name = str(mapping.get("base_model_class", "")) if isinstance(mapping, dict) else ""
+    if name.startswith("UNet"):
+        return "unet"
+    return "transformer" if "Transformer" in name and "2DModel" in name else None
+
+
+def _only_file(folder: Path) -> Path:
+    """The one safetensors file of a folder, or diffusers' own name among several."""
+    files = sorted(folder.glob("*.safetensors"))
+    preferred = [f for f in files if f.name in (WEIGHTS, "pytorch_lora_weights.safetensors")]
+    if len(preferred or files) == 1:
+        return (preferred or files)[0]
+    if files:
+        raise AmbiguousError(
+            f"{folder} holds {len(files)} safetensors files: {', '.join(f.name for f in files[:4])}.",
+            fix="Give one of the files.",
+        )
+    pickles = [f for f in sorted(folder.iterdir()) if f.suffix in PICKLES]
+    if pickles:
+        raise PickleError(
+            f"{folder} holds only a pickle, {pickles[0].name}, which can run code when it is opened.",
+            fix="Save it again as safetensors with the program that wrote it.",
+        )
+    raise NotFoundError(f"{folder} holds no adapter file.", fix="Give a .safetensors file or a PEFT folder.")
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """The JSON object in `path`. Raises FormatError for anything else."""
+    try:
+        if path.stat().st_size > CONFIG_LIMIT:
+            raise FormatError(f"{path} is larger than any configuration.", fix="Download the adapter again.")
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{path} is no JSON that can be read.", fix="Download the adapter again.") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} is no JSON object.", fix="Download the adapter again.")
+    return config

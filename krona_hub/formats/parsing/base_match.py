@@ -1,0 +1,166 @@
+"""Which base a file belongs to, and where in it each of its modules lands. Torch-free.
+
+Names decide together: `lycoris_encoder_layers_0_…` fits both text encoders of SDXL, but the file as a whole fits one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from krona_hub.bases import catalogue, detection, name_prefixes
+from krona_hub.bases.base import COMPONENTS, Base, Placement
+from krona_hub.bases.name_table import NameTable, table
+from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, UnknownBaseError
+
+HINTS = 8  # modules of a file for which the nearest name is sought, which takes milliseconds each
+Placements = tuple[Placement, ...]
+Shapes = Mapping[str, tuple[int, ...]]  # module of a file -> shape of the weight, as far as its tensors tell
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where the modules of a file land."""
+
+    base: Base | None  # None: no base is known, and the names speak for themselves
+    candidates: tuple[str, ...]  # catalogue names that fit equally well
+    places: Mapping[str, Placements]
+    problems: Mapping[str, KronaError]  # modules that land nowhere, and why
+
+
+def land(shapes: Shapes, metadata: Mapping[str, str], base: Base | None, component: str | None) -> Landing:
+    """Find the base, where none is given, and the layers of each module.
+
+    Raises AmbiguousError where several components fit alike, UnknownBaseError where names without dots fit no base.
+    """
+    if base is not None:
+        owner = _component(detection.fit(base, shapes), component, len(shapes))
+        return _in_base(shapes, base, owner, base.candidates or ((base.family,) if base.family else ()))
+    found = [
+        c for c in detection.candidates(shapes, metadata) if component in (None, c.component) or c.component is None
+    ]
+    whole = [c for c in found if c.matched == len(shapes)]
+    if whole:
+        return _in_catalogue(shapes, whole, component)
+    if found and 2 * found[0].matched >= len(shapes):
+        return _in_catalogue(shapes, found, component)  # the base is known, and some modules are wrong
+    if all(canonical_from_path(name, component) for name in shapes):
+        return _by_path(shapes, component)
+    raise _unknown(shapes)
+
+
+def _in_catalogue(shapes: Shapes, found: list[detection.Candidate], component: str | None) -> Landing:
+    best = detection.settled(found) or found[0]
+    ties = [c for c in found if c.score == best.score and (c.named or not best.named)]
+    owner = _component([c for c in ties if c.base == best.base], component, len(shapes))
+    return _in_base(shapes, catalogue.get(best.base), owner, tuple(dict.fromkeys(c.base for c in ties)))
+
+
+def _component(found: Sequence[detection.Candidate], asked: str | None, total: int) -> str | None:
+    """The component that prefix-less names mean: the one asked for, or the one that fits best."""
+    if asked is not None or not found:
+        return asked
+    most = max(c.matched for c in found)
+    best = [c.component for c in found if c.matched == most]
+    if len(best) > 1 and most:
+        raise AmbiguousError(
+            f"its modules fit {' and '.join(map(str, best))} of {found[0].base} alike ({most} of {total}).",
+            fix=f"Say which with --component {best[0]}.",
+        )
+    return best[0]
+
+
+def _in_base(shapes: Shapes, base: Base, component: str | None, candidates: tuple[str, ...]) -> Landing:
+    names = table(base)
+    places: dict[str, Placements] = {}
+    problems: dict[str, KronaError] = {}
+    for name, shape in shapes.items():
+        try:
+            places[name] = _place(names, name, shape, component, hint=len(problems) < HINTS)
+        except KronaError as error:
+            problems[name] = error
+    return Landing(base, candidates, places, problems)
+
+
+def _place(
+    names: NameTable, name: str, shape: tuple[int, ...], component: str | None, *, hint: bool = True
+) -> Placements:
+    """The placements of one module. Raises BaseMismatchError where the base lacks it or has another shape."""
+    found = dict(names.candidates(name))
+    places = found.get(component or "") or (next(iter(found.values())) if len(found) == 1 else None)
+    if places is None and len(found) > 1:
+        raise AmbiguousError(f"it is a module of {' and of '.join(found)}.", fix="Say which with --component.")
+    if places is None:
+        raise _unmatched(names, name, hint)
+    wanted = _size(names.base, places)
+    given = shape[0], prod(shape[1:])
+    if given != wanted:
+        raise BaseMismatchError(
+            f"its delta is {given[0]}x{given[1]}, and {names.base.name} has {wanted[0]}x{wanted[1]} there.",
+            fix="Name the base it was trained on with --base.",
+        )
+    return places
+
+
+def _unmatched(names: NameTable, name: str, hint: bool) -> KronaError:
+    lacking = name_prefixes.lacking(name, names.base)
+    if lacking:
+        return BaseMismatchError(f"{names.base.name} has no {lacking}.", fix="Is it the whole model?")
+    near = names.nearest(name) if hint else None
+    return BaseMismatchError(
+        f"{names.base.name} has no such module.", fix=f"The nearest is {near}." if near else "Is it the right base?"
+    )
+
+
+def _size(base: Base, places: Placements) -> tuple[int, int]:
+    """(out, in·k…) of the file's module that `places` make together."""
+    sizes = [module.matrix for place in places if (module := base.module(place.layer))]
+    whole = sum(out for out, _ in sizes), sizes[0][1]
+    return whole[::-1] if places[0].transpose else whole
+
+
+def _by_path(shapes: Shapes, component: str | None) -> Landing:
+    named = {name: canonical_from_path(name, component) for name in shapes}
+    return Landing(None, (), {name: (Placement(layer),) for name, layer in named.items() if layer}, {})
+
+
+SIGNS: tuple[tuple[re.Pattern[str], str], ...] = (  # beginning of a diffusers or transformers path -> component
+    (re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b"), "unet"),
+    (re.compile(r"(single_|joint_)?transformer_blocks\."), "transformer"),
+    (re.compile(r"(text_model\.)?encoder\.layers\."), "text_encoder"),
+)
+OLD_PATHS = (  # the processor era, as in bases.names, for paths that no base explains
+    (re.compile(r"^(text_encoder.*self_attn\.)to_([qkv]|out)$"), r"\1\2_proj"),
+    (re.compile(r"^(.*)\.processor\.(.*)$"), r"\1.\2"),
+    (re.compile(r"^(.*attn\d?\.to_out)$"), r"\1.0"),
+    (re.compile(r"^(text_encoder[^.]*\.)text_model\."), r"\1"),
+)
+
+
+def canonical_from_path(name: str, component: str | None = None) -> str | None:
+    """The canonical layer that a dotted name spells out by itself; None where only a base could tell.
+
+    >>> canonical_from_path("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out")
+    'unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0'
+    >>> canonical_from_path("lora_unet_mid_block_attentions_0_proj_in") is None
+    True
+    """
+    path = name.removeprefix("base_model.model.")
+    if path.partition(".")[0] not in COMPONENTS:
+        owner = component or next((c for sign, c in SIGNS if sign.match(path)), None)
+        if owner is None or "." not in path:
+            return None
+        path = f"{owner}.{path}"
+    for old, new in OLD_PATHS:
+        path = old.sub(new, path)
+    return path
+
+
+def _unknown(shapes: Shapes) -> KronaError:
+    first = next(iter(shapes))
+    return UnknownBaseError(
+        f"no known base has its modules, such as {first}.",
+        fix="Name the base with --base: a diffusers folder, a checkpoint file, or a name such as sd15 or flux1-dev.",
+    )

@@ -1,0 +1,154 @@
+"""What a module's factors are multiplied by: the table of FORMATS §1.1. Torch-free.
+
+Two rules cover every format. The *tensor rule* of LyCORIS and kohya: alpha / r with r read from the tensors, 1
+without alpha, and 1 where no factor is low-rank, whatever alpha says (ai-toolkit stores 9999999999). The *configuration
+rule* of PEFT: alpha / r of a configuration, always.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite, sqrt
+from typing import Any
+
+from krona_hub.errors import FormatError, ScaleError, ShapeError
+from krona_hub.formats.parsing.module_layout import Layout
+
+MAX_ALPHA = 1e8  # beyond this it is a placeholder, not a strength
+_FIX = "Set alpha to the value it was trained with, or convert the file with the tool that wrote it."
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The factor of a module, and where it comes from."""
+
+    value: float
+    alpha: float | None = None
+    note: str = ""  # what a user should know
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """The part of a PEFT configuration that decides scales."""
+
+    kind: str  # lora or lokr
+    rank: float
+    alpha: float
+    rank_pattern: Mapping[str, Any] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
+    rs_lora: bool = False
+
+    def of(self, path: str) -> tuple[float, float]:
+        """(alpha, rank) of the module at `path`, a path without `base_model.model.`."""
+        alpha = number(pattern_value(self.alpha_pattern, path, self.alpha), "alpha")
+        rank = number(pattern_value(self.rank_pattern, path, self.rank), "rank")
+        if not (isfinite(rank) and rank >= 1 and rank == int(rank)):
+            raise ScaleError(f"the configuration gives a rank of {rank:g}.", fix="A rank is a whole number from 1 on.")
+        return alpha, rank
+
+
+def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that matches `path` as `(.*\\.)?(key)$`, as PEFT does it.
+
+    >>> pattern_value({"to_q": 2, "attn1.to_q": 8}, "down.attn1.to_q", 4), pattern_value({"o_q": 2}, "attn1.to_q", 4)
+    (2, 4)
+    """
+    for key, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", path):
+                return value
+        except (re.error, RecursionError, OverflowError):
+            raise FormatError(
+                f"the configuration has a pattern that is no regular expression: {key!r}.",
+                fix="Correct rank_pattern and alpha_pattern in the configuration.",
+            ) from None
+    return default
+
+
+def number(value: Any, what: str) -> float:
+    """A JSON number as float. Raises ScaleError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ScaleError(f"the configuration gives {value!r} as {what}.", fix=_FIX)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ScaleError(f"the configuration gives an {what} beyond every number.", fix=_FIX) from None
+
+
+def config_of(config: Mapping[str, Any], prefix: str = "") -> ScaleConfig:
+    """The ScaleConfig of a PEFT configuration whose keys start with `prefix` (`unet.` in diffusers' metadata)."""
+    fields = {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
+    kind = str(fields.get("peft_type", "LORA")).rpartition(".")[2].lower()
+    alpha = fields.get("lora_alpha" if kind == "lora" else "alpha", fields.get("alpha", 8))
+    return ScaleConfig(
+        kind=kind,
+        rank=number(fields.get("r", 8), "rank"),
+        alpha=number(alpha, "alpha"),
+        rank_pattern=_mapping(fields.get("rank_pattern")),
+        alpha_pattern=_mapping(fields.get("alpha_pattern")),
+        rs_lora=bool(fields.get("use_rslora")) and kind == "lora",
+    )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def metadata_configs(metadata: Mapping[str, str]) -> Mapping[str, ScaleConfig]:
+    """Component ("" where the file says none) -> configuration, from diffusers' `lora_adapter_metadata`; {} without."""
+    text = metadata.get("lora_adapter_metadata")
+    if text is None:
+        return {}
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise FormatError(
+            "the metadata entry lora_adapter_metadata is no JSON object.", fix="Save the adapter again with diffusers."
+        )
+    prefixes = {key.partition(".")[0] for key in config if key.endswith(".r")}
+    return {p: config_of(config, f"{p}.") for p in prefixes} or {"": config_of(config)}
+
+
+def tensor_scale(layout: Layout, alpha: float | None) -> Scale:
+    """The scale of a module by its own tensors. Raises ScaleError where alpha is needed and no usable number.
+
+    >>> from krona_hub.kron.shapes import KronShape
+    >>> low, full = Layout("lora", KronShape(1, 1, 8, 8), (8, 8), rank=4), Layout("lokr", KronShape(2, 2, 4, 4), (8, 8))
+    >>> tensor_scale(low, 2.0).value, tensor_scale(full, 9999999999.0).value
+    (0.5, 1.0)
+    """
+    if alpha is None:
+        return Scale(1.0)
+    if layout.rank is None:
+        odd = layout.kind == "lokr" and not (isfinite(alpha) and abs(alpha) < MAX_ALPHA)
+        return Scale(1.0, alpha, f"alpha {alpha:g} ignored: both factors are full" if odd else "")
+    return _scale(alpha, sqrt(layout.rank) if layout.kind == "cdka" else layout.rank)
+
+
+def config_scale(config: ScaleConfig, path: str, layout: Layout) -> Scale:
+    """The scale of a module by a configuration. Raises ShapeError where its rank is not that of the tensors."""
+    if config.kind != layout.kind.replace("peft-conv1d", "lokr"):
+        raise ScaleError(
+            f"the configuration is of a {config.kind}, and this module is a {layout.kind}.",
+            fix="The configuration belongs to another file; find the one this adapter was saved with.",
+        )
+    alpha, rank = config.of(path)
+    low = [r for r in (layout.left_rank, layout.right_rank) if r is not None]
+    if low and layout.kind in ("lora", "lokr") and any(r != rank for r in low):
+        raise ShapeError(
+            f"the tensors have rank {low[0]}, the configuration says {rank:g}.",
+            fix="The configuration belongs to another file; find the one this adapter was saved with.",
+        )
+    return _scale(alpha, sqrt(rank) if config.rs_lora else rank)
+
+
+def _scale(alpha: float, divisor: float) -> Scale:
+    if not (isfinite(alpha) and abs(alpha) <= MAX_ALPHA):
+        raise ScaleError(f"alpha is {alpha:g}, and the scale is alpha / {divisor:g}.", fix=_FIX)
+    note = "alpha is 0, so this module adds nothing" if alpha == 0 else ""
+    return Scale(alpha / divisor, alpha, note)

@@ -1,0 +1,265 @@
+"""What an adapter file is, in plain values: the whole of `krona inspect`. Torch-free; no tensor but alpha is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from krona_hub.bases.base import Base
+from krona_hub.checkpoints.findings import raise_first
+from krona_hub.checkpoints.header import Header, TensorInfo
+from krona_hub.errors import KronaError
+from krona_hub.formats.compatibility.format_limits import LayerForm, SumForm
+from krona_hub.formats.known.registry import by_name, detect_format
+from krona_hub.formats.parsing import file_metadata
+from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
+from krona_hub.formats.reading.read_plan import ModulePlan, Plan, make_plan
+from krona_hub.kron.shapes import KronShape
+from krona_hub.schema import tensor_layout
+
+LISTED = 8  # problems that are told one by one
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """One module of a file."""
+
+    name: str  # as the file spells it
+    layers: tuple[str, ...]  # canonical names; several where it is fused, none where no base explains it
+    kind: str  # lora, lokr, cdka, dense, diffusekrona, peft-conv1d; krona in native files
+    weight_shape: tuple[int, ...]  # of the base where it is known, else as far as the tensors tell
+    sums: tuple[SumForm, ...]  # one, but for native files
+    rank: int | None  # the r of alpha / r
+    alpha: float | None
+    scale: float
+    dora_axis: Literal["out", "in"] | None
+    parameters: int  # of the file's own tensors; alpha and the constant [[1]] of a LoRA are not counted
+    bytes: int
+    dtypes: tuple[str, ...]
+
+    @property
+    def form(self) -> LayerForm:
+        """Its sizes, for the rules about what a tool or a format can hold."""
+        return LayerForm(self.weight_shape, self.sums, self.dora_axis, self.layers[0] if self.layers else "")
+
+    @property
+    def split(self) -> KronShape | None:
+        """Of the first sum; None for a native layer without sums (a DoRA whose directions did not move)."""
+        return self.sums[0].shape if self.sums else None
+
+    @property
+    def terms(self) -> int:
+        return sum(s.terms for s in self.sums)
+
+    @property
+    def left_rank(self) -> int | None:
+        return self.sums[0].left_rank if self.sums else None
+
+    @property
+    def right_rank(self) -> int | None:
+        return self.sums[0].right_rank if self.sums else None
+
+    @property
+    def rows(self) -> Literal["kron", "shuffled"]:
+        return self.sums[0].rows if self.sums else "kron"
+
+
+@dataclass(frozen=True)
+class Description:
+    """A file, or the files of a folder, described."""
+
+    path: Path
+    format: str  # a name of FORMATS
+    scale_rule: str
+    header: Header  # of the first file
+    modules: tuple[ModuleInfo, ...]
+    base: str | None  # that it fits; None where it is unknown
+    candidates: tuple[str, ...]  # catalogue names that fit equally well
+    matched: str  # "N of M modules matched …"
+    parameters: int  # of the modules, alpha not counted
+    bytes: int  # of the files
+    dtypes: Mapping[str, int]  # dtype -> tensors
+    extras: tuple[str, ...] = ()  # embeddings, norms, biases
+    unmatched: Mapping[str, str] = field(default_factory=dict)  # module or key -> why it is not read
+    trigger_words: tuple[str, ...] = ()
+    training: Mapping[str, str] = field(default_factory=dict)
+    licence: str | None = None
+    warnings: tuple[str, ...] = ()
+    schema: str | None = None  # version of a native file
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components that it adapts."""
+        return tuple(sorted({layer.partition(".")[0] for m in self.modules for layer in m.layers}))
+
+    @property
+    def kinds(self) -> Mapping[str, int]:
+        """Kind -> number of modules."""
+        return dict(Counter(m.kind for m in self.modules))
+
+
+def describe(
+    source: str | Path,
+    *,
+    base: str | Path | Base | None = None,
+    format: str | None = None,
+    component: str | None = None,
+) -> Description:
+    """Describe the adapter in a file or folder, from headers alone.
+
+    Modules that `read` would refuse are in `unmatched`, with the reason; without a known base, modules have no layers.
+    Raises a KronaError only for what concerns the whole file: broken, no adapter in it, two formats that fit alike.
+    """
+    files = open_files(source, base)
+    parts = [_describe_file(f, format, f.component if len(files) > 1 else component) for f in files]
+    return parts[0] if len(parts) == 1 else _joined(Path(source), parts)
+
+
+def _describe_file(file: AdapterFile, format: str | None, component: str | None) -> Description:
+    with in_file(file.path):
+        spoke = by_name(format) if format is not None else detect_format(file)
+        return _native(file) if spoke.NAME == "krona" else _of_plan(make_plan(file, spoke, component, lost=True))
+
+
+def _of_plan(plan: Plan) -> Description:
+    file, landing = plan.file, plan.landing
+    modules = tuple(_module(m, plan) for m in plan.modules)
+    tensors = file.header.tensors
+    return Description(
+        path=file.path,
+        format=plan.format,
+        scale_rule=plan.scale_rule,
+        header=file.header,
+        modules=modules,
+        base=landing.base.name if landing.base else None,
+        candidates=landing.candidates,
+        matched=plan.matched,
+        parameters=sum(m.parameters for m in modules),
+        bytes=file.header.file_size,
+        dtypes=dict(Counter(info.dtype for info in tensors.values())),
+        extras=file.keys.extras,
+        unmatched={name: str(error) for name, error in plan.aside.items()},
+        trigger_words=file_metadata.trigger_words(file.metadata),
+        training=file_metadata.training_record(file.metadata),
+        licence=file_metadata.licence(file.metadata),
+        warnings=(*_told(plan.aside), *plan.notes),
+    )
+
+
+def _module(module: ModulePlan, plan: Plan) -> ModuleInfo:
+    sizes, base = module.layout, plan.landing.base
+    infos = [plan.file.header.tensors[key] for part, key in module.group.parts.items() if part != "alpha"]
+    plain = next((place.layer for place in module.places if place.plain), None)
+    known = base.module(plain) if base and plain else None
+    return ModuleInfo(
+        name=module.group.name,
+        layers=tuple(p.layer for p in module.places),
+        kind=sizes.kind,
+        weight_shape=known.shape if known else sizes.weight_shape,
+        sums=(SumForm(sizes.shape, sizes.terms, sizes.left_rank, sizes.right_rank, sizes.rows),),
+        rank=sizes.rank,
+        alpha=module.scale.alpha,
+        scale=module.scale.value,
+        dora_axis=sizes.dora,
+        parameters=sum(info.numel for info in infos),
+        bytes=sum(info.nbytes for info in infos),
+        dtypes=dtypes_of(infos),
+    )
+
+
+def dtypes_of(infos: list[TensorInfo]) -> tuple[str, ...]:
+    return tuple(sorted({info.dtype for info in infos}))
+
+
+def _native(file: AdapterFile) -> Description:
+    """A native file by its own schema."""
+    header = file.header
+    known, findings = tensor_layout.examine(header)
+    raise_first(findings, str(header.path))
+    modules = tuple(_native_module(name, layer, header) for name, layer in known.layers.items())
+    base, about = known.header.base, known.provenance(header.metadata)
+    return Description(
+        path=header.path,
+        format="krona",
+        scale_rule=by_name("krona").RULES.scale,
+        header=header,
+        modules=modules,
+        base=base.family if base else None,
+        candidates=base.candidates if base else (),
+        matched=f"{len(modules)} of {len(modules)} modules read",
+        parameters=sum(m.parameters for m in modules),
+        bytes=header.file_size,
+        dtypes=dict(Counter(info.dtype for info in header.tensors.values())),
+        extras=tuple(known.extras),
+        trigger_words=about.trigger_words,
+        training={key: str(value) for key, value in about.training.items()},
+        licence=about.licence,
+        schema=str(known.version),
+    )
+
+
+def _native_module(name: str, layer: tensor_layout.Layer, header: Header) -> ModuleInfo:
+    names = [n for s in layer.sums for n in _learned(s)]
+    infos = [header.tensors[n] for n in names + ([layer.magnitude] if layer.magnitude else [])]
+    return ModuleInfo(
+        name=name,
+        layers=(name,),
+        kind="krona",
+        weight_shape=layer.weight_shape,
+        sums=tuple(_native_sum(s, header) for s in layer.sums),
+        rank=None,
+        alpha=None,
+        scale=1.0,
+        dora_axis=layer.magnitude_axis if layer.magnitude else None,
+        parameters=sum(info.numel for info in infos),
+        bytes=sum(info.nbytes for info in infos),
+        dtypes=dtypes_of(infos),
+    )
+
+
+def _learned(s: tensor_layout.Sum) -> tuple[str, ...]:
+    """The tensors of a sum that count; the constant A = [[1]] of a LoRA is as little a parameter as alpha is."""
+    is_lora = s.shape[:2] == (1, 1) and len(s.right.names) > 1
+    return s.right.names if is_lora else (*s.left.names, *s.right.names)
+
+
+def _native_sum(s: tensor_layout.Sum, header: Header) -> SumForm:
+    left, right = (header.tensors[f.names[0]].shape[2] if len(f.names) > 1 else None for f in (s.left, s.right))
+    return SumForm(s.shape, s.left.shape[0], left, right, s.rows)
+
+
+def _told(aside: Mapping[str, KronaError]) -> tuple[str, ...]:
+    """One line per problem, the rest counted."""
+    lines = [f"{name}: {error.cause}" for name, error in aside.items()]
+    rest = len(lines) - LISTED
+    return (*lines[:LISTED], f"and {rest} more modules that cannot be read") if rest > 0 else tuple(lines)
+
+
+def _joined(path: Path, parts: list[Description]) -> Description:
+    """The parts of a folder as one."""
+    first = parts[0]
+    dtypes: Counter[str] = Counter()
+    for part in parts:
+        dtypes.update(part.dtypes)
+    return Description(
+        path=path,
+        format=first.format,
+        scale_rule=first.scale_rule,
+        header=first.header,
+        modules=tuple(m for part in parts for m in part.modules),
+        base=first.base,
+        candidates=tuple(c for c in first.candidates if all(c in part.candidates for part in parts)),
+        matched="; ".join(part.matched for part in parts),
+        parameters=sum(part.parameters for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        dtypes=dict(dtypes),
+        extras=tuple(e for part in parts for e in part.extras),
+        unmatched={name: why for part in parts for name, why in part.unmatched.items()},
+        trigger_words=tuple(dict.fromkeys(w for part in parts for w in part.trigger_words)),
+        training=first.training,
+        licence=first.licence,
+        warnings=tuple(dict.fromkeys(w for part in parts for w in part.warnings)),
+    )

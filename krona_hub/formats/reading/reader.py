@@ -1,0 +1,159 @@
+"""Reading any adapter: a source on disk → an Adapter with canonical layers and the scale in the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenance
+from krona_hub.bases.base import Base, Placement
+from krona_hub.checkpoints.reader import load
+from krona_hub.errors import ConflictError, KronaError, UnsupportedError
+from krona_hub.formats.known.registry import by_name, detect_format
+from krona_hub.formats.parsing import file_metadata
+from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
+from krona_hub.formats.reading.decode import decode, magnitude_of
+from krona_hub.formats.reading.read_plan import ModulePlan, Plan, make_plan, refuse
+from krona_hub.kron.rows import Range, take_rows, transposed
+from krona_hub.kron.terms import KronTerms
+
+__all__ = ["detect_format", "read", "read_planned"]
+
+
+def read(
+    source: str | Path,
+    *,
+    base: str | Path | Base | None = None,
+    format: str | None = None,
+    component: str | None = None,
+    allow_missing: bool = False,
+) -> Adapter:
+    """The adapter in a file or folder, whatever its format.
+
+    `base` (a catalogue name, a diffusers folder, a checkpoint file) is needed where names and shapes fit no known base;
+    `format` and `component` settle what a file leaves open. `allow_missing` reads the rest where some modules are
+    unknown, incomplete or of another algorithm. Raises a KronaError that names the file, the module and the fix.
+    """
+    spoke = by_name(format) if format is not None else None
+    files = open_files(source, base)
+    parts = [_read_file(f, spoke, f.component if len(files) > 1 else component, allow_missing) for f in files]
+    return _joined(parts, str(source))
+
+
+def read_planned(plans: Sequence[Plan], source: str = "the adapter") -> Adapter:
+    """The adapter that these plans describe, whatever they set aside. Raises what reading its tensors raises."""
+    parts = []
+    for plan in plans:
+        with in_file(plan.file.path):
+            parts.append(_carry_out(plan))
+    return _joined(parts, source)
+
+
+def _read_file(file: AdapterFile, spoke: ModuleType | None, component: str | None, allow_missing: bool) -> Adapter:
+    with in_file(file.path):
+        spoke = spoke or detect_format(file)
+        if spoke.NAME == "krona":
+            return _read_native(file)
+        plan = make_plan(file, spoke, component)
+        refuse(plan, allow_missing)
+        return _carry_out(plan)
+
+
+def _read_native(file: AdapterFile) -> Adapter:
+    from krona_hub.schema.v1 import from_tensors
+
+    adapter = from_tensors(file.header, load(file.header))
+    return replace(adapter, base=adapter.base or (file.base.model if file.base else None))
+
+
+def _carry_out(plan: Plan) -> Adapter:
+    tensors = load(plan.file.header, [key for m in plan.modules for key in m.group.keys])
+    layers: dict[str, LayerDelta] = {}
+    for module in plan.modules:
+        parts = {part: tensors[key] for part, key in module.group.parts.items()}
+        try:
+            layers |= _layers(module, parts, plan.landing.base)
+        except KronaError as error:
+            raise error.within(module.group.name) from None
+    return Adapter(layers, _base_model(plan), _provenance(plan), load(plan.file.header, plan.file.keys.extras))
+
+
+def _layers(module: ModulePlan, parts: Mapping[str, Tensor], base: Base | None) -> dict[str, LayerDelta]:
+    """The deltas of the layers that one module of a file adapts, mostly one."""
+    terms = decode(parts, module.layout, module.scale.value)
+    magnitude = magnitude_of(parts)
+    return {place.layer: _delta(module, terms, magnitude, place, base) for place in module.places}
+
+
+def _delta(
+    module: ModulePlan, terms: KronTerms, magnitude: Tensor | None, place: Placement, base: Base | None
+) -> LayerDelta:
+    """The part of a module's delta that belongs to one layer."""
+    known = base.module(place.layer) if base else None
+    if place.plain:
+        shape = known.shape if known else module.layout.weight_shape
+        return LayerDelta((terms,), shape, magnitude, module.layout.dora or "out")
+    if place.transpose:
+        terms = transposed(terms)
+    axis = module.layout.dora or "out"
+    if magnitude is not None and (place.transpose or (axis == "in" and place.rows)):
+        raise UnsupportedError(
+            "a DoRA whose norms run over several fused layers cannot be taken apart.", fix="Merge it into its base."
+        )
+    ranges = _ranges(place, terms.shape.full[0])
+    if magnitude is not None and axis == "out":
+        magnitude = magnitude[[row for start, stop in ranges for row in range(start, stop)]]
+    terms = take_rows(terms, ranges)
+    return LayerDelta((terms,), known.shape if known else terms.shape.full, magnitude, axis)
+
+
+def _ranges(place: Placement, height: int) -> list[Range]:
+    """The rows of the file's module that make the layer, in the layer's order."""
+    start, stop = place.rows or (0, height)
+    if not place.swap_halves:
+        return [(start, stop)]
+    middle = (start + stop) // 2
+    return [(middle, stop), (start, middle)]
+
+
+def _base_model(plan: Plan) -> BaseModel | None:
+    landing = plan.landing
+    if landing.base is None:
+        return None
+    return replace(landing.base.model, candidates=landing.candidates if len(landing.candidates) > 1 else ())
+
+
+def _provenance(plan: Plan) -> Provenance:
+    known = plan.file.metadata
+    return Provenance(
+        source_format=plan.format,
+        training=file_metadata.training_record(known),
+        licence=file_metadata.licence(known),
+        trigger_words=file_metadata.trigger_words(known),
+        metadata=dict(known),
+        notes=(plan.matched, *plan.notes, *(f"left out: {name}: {error.cause}" for name, error in plan.aside.items())),
+    )
+
+
+def _joined(parts: list[Adapter], source: str) -> Adapter:
+    """One adapter of the parts of a folder, which adapt different components."""
+    first, *rest = parts
+    for other in rest:
+        both = sorted(first.layers.keys() & other.layers.keys())
+        if both:
+            raise ConflictError(
+                f"{source}: two of its parts adapt {both[0]}.", fix="Read one of the subfolders, or name them unet/, …"
+            )
+        notes = first.provenance.notes + other.provenance.notes
+        first = replace(
+            first,
+            layers={**first.layers, **other.layers},
+            base=first.base or other.base,
+            extras={**first.extras, **other.extras},
+            provenance=replace(first.provenance, notes=notes),
+        )
+    return first

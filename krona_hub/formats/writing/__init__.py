@@ -1,0 +1,1 @@
+"""From an adapter to a file: names, tensors, files, read back."""

@@ -1,0 +1,175 @@
+"""LayerDelta → the tensors that a format stores for one module: exactly, or an error that says why not.
+
+The reverse of `krona_hub.formats.reading.decode`. alpha is written equal to the rank, so that the scale of every reader is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.errors import InexpressibleError, NonFiniteError
+from krona_hub.formats.compatibility.format_limits import KRONECKER, is_factored
+from krona_hub.formats.compatibility.tools import TOOLS, keeps_product_for_lycoris, why_not_form
+from krona_hub.formats.forms.normal_forms import Lora, form_of, lora_of, term_of
+from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor
+
+LORA_KEYS: Mapping[str, tuple[str, str]] = {  # format -> keys of up and of down
+    "kohya-lora": ("lora_up.weight", "lora_down.weight"),
+    "lycoris-locon": ("lora_up.weight", "lora_down.weight"),
+    "diffusers-lora": ("lora_B.weight", "lora_A.weight"),
+    "peft-lora": ("lora_B.weight", "lora_A.weight"),
+}
+HAS_ALPHA = ("kohya-lora", "lycoris-locon", "lycoris-lokr")
+MAGNITUDE_VECTOR = ("diffusers-lora", "peft-lora")  # the others that hold a DoRA store `dora_scale`
+
+
+def why_not(delta: LayerDelta, format_name: str, tool: str | None = None, *, layer: str = "") -> str | None:
+    """Why this delta cannot be written exactly in that format (for that tool), as a clause; None where it can.
+
+    >>> why_not(LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 4, 3)),), (8, 6)), "kohya-lora")
+    'it is a Kronecker sum (2x2 ⊗ 4x3, 1 term) and no product up·down'
+    """
+    asked = [name for name in (tool, format_name) if name is not None]
+    collected = None if format_name in ("krona", "diffusekrona") else _as_one(delta)
+    form = form_of(delta if collected is None else collected, layer)
+    return next((why for name in asked if (why := why_not_form(form, name))), None)
+
+
+def _as_one(delta: LayerDelta) -> LayerDelta:
+    term = term_of(delta)
+    return delta if term is None else replace(delta, sums=(term,))
+
+
+def normalised(delta: LayerDelta, format_name: str, tool: str | None = None, *, layer: str = "") -> LayerDelta:
+    """The same delta in the one sum that a module of the format stores.
+
+    Raises InexpressibleError where the format (or the tool) cannot hold it exactly.
+    """
+    why = why_not(delta, format_name, tool, layer=layer)
+    if why:
+        where = TOOLS[tool].title if tool else format_name
+        raise InexpressibleError(f"{layer or 'this layer'} cannot be written for {where}: {why}.", fix=_offer(delta))
+    if format_name == "krona":
+        return delta
+    if format_name in KRONECKER:
+        one = delta if format_name == "diffusekrona" else _as_one(delta)
+        return replace(one, sums=tuple(_stored(s, one, tool) for s in one.sums))
+    lora = lora_of(delta)
+    return _as_one(delta) if lora is None else replace(delta, sums=(as_lora(*lora),))
+
+
+def _offer(delta: LayerDelta) -> str:
+    if delta.magnitude is not None:
+        return "Merge it into its base weights, or convert it with --base, which takes the delta itself."
+    return "Write it as a LoRA with --to lora (exact at full rank), or keep every term with --to krona."
+
+
+def _stored(term: KronTerms, delta: LayerDelta, tool: str | None) -> KronTerms:
+    """The term with each factor as it goes to the file: a product of small rank, or dense."""
+    shape = term.shape
+    kernel = form_of(delta).kernel if delta.weight_shape[1] % shape.a2 == 0 else 1
+    left, right = term.left, term.right
+    dense_for_lycoris = tool == "lycoris" and not keeps_product_for_lycoris(form_of(delta))
+    kept = isinstance(right, LowRank) and is_factored(right.rank, (shape.b1, shape.b2 // kernel))
+    if isinstance(right, LowRank) and (dense_for_lycoris or not kept):
+        right = right.dense()
+    if isinstance(left, LowRank) and not (
+        isinstance(right, LowRank) and right.rank == left.rank and is_factored(left.rank, (shape.a1, shape.a2))
+    ):
+        left = left.dense()
+    return replace(term, left=left, right=right)
+
+
+def cast(delta: LayerDelta, dtype: torch.dtype | None) -> LayerDelta:
+    """The delta with every tensor in `dtype` (None: as they are). NonFiniteError where a number does not fit."""
+    if dtype is None:
+        return delta
+
+    def to(t: Tensor) -> Tensor:
+        small = t.to(dtype)
+        if not bool(torch.isfinite(small).all()):
+            raise NonFiniteError(
+                f"a number of {float(t.abs().max()):.3g} does not fit into {str(dtype).removeprefix('torch.')}.",
+                fix="Write with --dtype float32 or bfloat16.",
+            )
+        return small
+
+    def factor(f: Tensor | LowRank) -> Tensor | LowRank:
+        return LowRank(to(f.up), to(f.down)) if isinstance(f, LowRank) else to(f)
+
+    sums = tuple(replace(s, left=factor(s.left), right=factor(s.right)) for s in delta.sums)
+    return replace(delta, sums=sums, magnitude=None if delta.magnitude is None else to(delta.magnitude))
+
+
+def tensors_of(delta: LayerDelta, format_name: str) -> dict[str, Tensor]:
+    """Parameter name -> tensor of one module, for a delta that `normalised` returned for this format."""
+    parts = _magnitude(delta, format_name) if delta.magnitude is not None else {}
+    if format_name == "diffusekrona":
+        return parts | _diffusekrona(delta.sums[0])
+    if format_name in KRONECKER:
+        return parts | _lokr(delta, delta.sums[0], format_name)
+    lora = lora_of(delta)
+    return parts | (_dense(delta) if lora is None else _lora(delta, lora, format_name))
+
+
+def _lora(delta: LayerDelta, lora: Lora, format_name: str) -> dict[str, Tensor]:
+    up_key, down_key = LORA_KEYS[format_name]
+    rank, kernel = len(lora.down), delta.weight_shape[2:]
+    up = lora.up.reshape(-1, rank, *(1 for _ in kernel))
+    down = lora.down.reshape(rank, *delta.weight_shape[1:])
+    return {up_key: up, down_key: down} | _alpha(rank, format_name)
+
+
+def _dense(delta: LayerDelta) -> dict[str, Tensor]:
+    """A whole matrix: LyCORIS LoCon's `.diff`."""
+    term = delta.sums[0]
+    whole = dense_factor(term.right)[0] * dense_factor(term.left)[0, 0, 0]
+    return {"diff": whole.reshape(delta.weight_shape)}
+
+
+def _lokr(delta: LayerDelta, term: KronTerms, format_name: str) -> dict[str, Tensor]:
+    parts: dict[str, Tensor] = {}
+    rank = 1
+    if isinstance(term.left, LowRank):
+        rank = term.left.rank
+        parts |= {"lokr_w1_a": term.left.up[0], "lokr_w1_b": term.left.down[0]}
+    else:
+        parts["lokr_w1"] = term.left[0]
+    if isinstance(term.right, LowRank):
+        rank = term.right.rank
+        parts |= {"lokr_w2_a": term.right.up[0], "lokr_w2_b": term.right.down[0]}
+    else:
+        parts["lokr_w2"] = _with_kernel(term.right[0], delta.weight_shape, term.shape.a2)
+    return parts | _alpha(rank, format_name)
+
+
+def _with_kernel(w2: Tensor, weight_shape: tuple[int, ...], a2: int) -> Tensor:
+    """B as (b1, d, k…) where A splits the channels only; flat where it reaches into the kernel (FORMATS.md §9)."""
+    channels, kernel = weight_shape[1], weight_shape[2:]
+    return w2.reshape(len(w2), channels // a2, *kernel) if channels % a2 == 0 else w2
+
+
+def _diffusekrona(term: KronTerms) -> dict[str, Tensor]:
+    """up = B, down = Aᵀ in float32, the only type its loader knows."""
+    a, b = dense_factor(term.left)[0], dense_factor(term.right)[0]
+    return {"up.weight": b.float(), "down.weight": a.float().mT}
+
+
+def _alpha(rank: int, format_name: str) -> dict[str, Tensor]:
+    return {"alpha": torch.tensor(float(rank))} if format_name in HAS_ALPHA else {}
+
+
+def _magnitude(delta: LayerDelta, format_name: str) -> dict[str, Tensor]:
+    """The DoRA magnitude in the shape of its key: (out, 1, …) and (1, in, …), or PEFT's (out,) and (1, out, 1, 1)."""
+    m, ndim = delta.magnitude, len(delta.weight_shape)
+    if m is None:
+        return {}
+    if format_name in MAGNITUDE_VECTOR:
+        return {"lora_magnitude_vector": m if ndim == 2 else m.reshape(1, -1, *[1] * (ndim - 2))}
+    ones = [1] * (ndim - 2)
+    return {"dora_scale": m.reshape(-1, 1, *ones) if delta.magnitude_axis == "out" else m.reshape(1, -1, *ones)}

@@ -1,0 +1,143 @@
+"""Layers of an adapter → modules of a file: renamed, turned, or fused where a target keeps q, k and v in one weight.
+
+FORMATS.md §13: a LoRA always fuses exactly (the downs stacked, the up block-sparse); Kronecker terms fuse into one
+only where their right factors are multiples of one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.bases.base import Placement
+from krona_hub.errors import InexpressibleError
+from krona_hub.formats.forms.normal_forms import Lora, lora_of, multiples, term_of
+from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor
+
+Part = tuple[Placement, LayerDelta]
+
+
+def fused(module: str, parts: Sequence[Part], placements: Sequence[Placement]) -> LayerDelta:
+    """The delta of a file's module that consists of `placements`, of which `parts` are adapted; blocks in row order.
+
+    Raises InexpressibleError for Kronecker terms that are no single term together.
+    """
+    turned = sorted(((p, _turned(module, p, delta)) for p, delta in parts), key=lambda part: part[0].rows or (0, 0))
+    if len(placements) == 1 and placements[0].rows is None:
+        return turned[0][1]
+    height = max(p.rows[1] for p in placements if p.rows)
+    shape = (height, *turned[0][1].weight_shape[1:])
+    magnitude = _magnitudes(module, turned, len(placements))
+    pairs = [lora_of(delta) for _, delta in turned]
+    if all(pairs):
+        rows = [p.rows or (0, height) for p, _ in turned]
+        lora = fused_lora([pair for pair in pairs if pair is not None], rows, height)
+        return LayerDelta((as_lora(*lora),), shape, magnitude)
+    return LayerDelta((_fused_term(module, turned, height),), shape, magnitude)
+
+
+def fused_lora(pairs: Sequence[Lora], rows: Sequence[tuple[int, int]], height: int) -> Lora:
+    """One LoRA of `height` rows from LoRAs of row ranges; those with equal downs share their columns.
+
+    >>> q, k = (Lora(torch.ones(2, 1), torch.ones(1, 3)) for _ in range(2))
+    >>> fused_lora([q, k], [(0, 2), (2, 4)], 6).up.T
+    tensor([[1., 1., 1., 1., 0., 0.]])
+    """
+    downs: list[Tensor] = []
+    blocks: list[list[tuple[int, Tensor]]] = []
+    for pair, (start, _) in zip(pairs, rows, strict=True):
+        home = next((i for i, d in enumerate(downs) if torch.equal(d, pair.down)), len(downs))
+        if home == len(downs):
+            downs.append(pair.down)
+            blocks.append([])
+        blocks[home].append((start, pair.up))
+    return Lora(torch.cat([_column(b, height) for b in blocks], 1), torch.cat(downs))
+
+
+def _column(blocks: Sequence[tuple[int, Tensor]], height: int) -> Tensor:
+    """The blocks at their rows, zeros between them."""
+    wide = blocks[0][1].dtype
+    for _, up in blocks:
+        wide = torch.promote_types(wide, up.dtype)
+    column = torch.zeros(height, blocks[0][1].shape[1], dtype=wide)
+    for start, up in blocks:
+        column[start : start + len(up)] = up.to(wide)
+    return column
+
+
+def _fused_term(module: str, parts: Sequence[Part], height: int) -> KronTerms:
+    """(stacked cⱼAⱼ) ⊗ B for terms Aⱼ ⊗ cⱼB, zeros for the rows between them."""
+    terms = [term_of(delta) for _, delta in parts]
+    known = [t for t in terms if t is not None]
+    starts = [p.rows[0] if p.rows else 0 for p, _ in parts]
+    right = known[0].shape[2:] if known else (1, 1)
+    fits = len(known) == len(parts) and all(t.shape[2:] == right for t in known)
+    scales = multiples([t.right for t in known]) if fits else None
+    if scales is None or any(n % right[0] for n in (*starts, height)):
+        raise InexpressibleError(
+            f"{module} holds {len(parts)} projections in one weight, and their Kronecker terms are no single term.",
+            fix="Write separate projections with --split-qkv where the tool takes them, or a LoRA with --to lora.",
+        )
+    left = torch.zeros(height // right[0], known[0].shape.a2)
+    for term, start, scale in zip(known, starts, scales, strict=True):
+        left[start // right[0] :][: term.shape.a1] = dense_factor(term.left)[0].float() * scale
+    return KronTerms(left[None], known[0].right)
+
+
+def _magnitudes(module: str, parts: Sequence[Part], wanted: int) -> Tensor | None:
+    """The DoRA magnitudes of all rows of a fused weight; all parts must have one, per output row."""
+    found = [delta.magnitude for _, delta in parts if delta.magnitude is not None]
+    if not found:
+        return None
+    if len(found) < wanted or any(delta.magnitude_axis == "in" for _, delta in parts):
+        raise InexpressibleError(
+            f"{module} holds {wanted} projections in one weight, of which only some are a DoRA per output row.",
+            fix="Write separate projections with --split-qkv where the tool takes them.",
+        )
+    return torch.cat(found)
+
+
+def _turned(module: str, place: Placement, delta: LayerDelta) -> LayerDelta:
+    """The delta as the file lays it out: halves swapped, or transposed."""
+    if not (place.swap_halves or place.transpose):
+        return delta
+    if delta.magnitude is not None:
+        raise InexpressibleError(
+            f"{module} stores its weight in another order, which no DoRA survives.",
+            fix="Merge the DoRA into its base weights.",
+        )
+    if place.swap_halves:
+        delta = replace(delta, sums=tuple(_halves_swapped(module, s) for s in delta.sums))
+    if place.transpose:
+        delta = LayerDelta(tuple(_transposed(module, s) for s in delta.sums), delta.weight_shape[::-1])
+    return delta
+
+
+def _halves_swapped(module: str, s: KronTerms) -> KronTerms:
+    """Rows out/2 … first: the rows of A trade places, or those of B where A has one row."""
+    if s.rows == "kron" and s.shape.a1 % 2 == 0:
+        return replace(s, left=_rolled(s.left, s.shape.a1 // 2))
+    if s.shape.a1 == 1 and s.shape.b1 % 2 == 0:
+        return replace(s, right=_rolled(s.right, s.shape.b1 // 2))
+    raise InexpressibleError(
+        f"{module} stores the halves of its rows the other way round, which {s.shape} cannot follow.",
+        fix="Write a LoRA with --to lora.",
+    )
+
+
+def _rolled(factor: Tensor | LowRank, rows: int) -> Tensor | LowRank:
+    return LowRank(factor.up.roll(rows, 1), factor.down) if isinstance(factor, LowRank) else factor.roll(rows, 1)
+
+
+def _transposed(module: str, s: KronTerms) -> KronTerms:
+    if s.rows == "shuffled":
+        raise InexpressibleError(f"{module} is stored transposed, and its rows are shuffled.", fix="Use --to lora.")
+    return KronTerms(_flipped(s.left), _flipped(s.right))
+
+
+def _flipped(factor: Tensor | LowRank) -> Tensor | LowRank:
+    return LowRank(factor.down.mT, factor.up.mT) if isinstance(factor, LowRank) else factor.mT

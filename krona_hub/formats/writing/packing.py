@@ -1,0 +1,195 @@
+"""Modules → the files of a format: keys, tensors, metadata, configuration. One function per layout, in PACKERS."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.errors import InexpressibleError
+from krona_hub.formats.compatibility.format_limits import Split
+from krona_hub.formats.forms.normal_forms import form_of
+from krona_hub.formats.writing.encode import tensors_of
+from krona_hub.formats.writing.kohya_metadata import kohya_metadata
+from krona_hub.formats.writing.peft_config import LokrModule, keeps_left_products, lokr_config, lora_config
+from krona_hub.kron.terms import KronTerms, LowRank
+
+
+class Module(NamedTuple):
+    """One module of the file to be written, in the normal form of its format."""
+
+    name: str  # as the file spells it, without parameter
+    component: str  # unet, transformer, text_encoder, …
+    path: str  # inside the component, as the live model names it
+    delta: LayerDelta
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the file says besides its tensors."""
+
+    family: str | None = None  # catalogue name of the base
+    base_id: str | None = None  # Hub id or path of the base
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of the file that the adapter came from
+    trigger_words: tuple[str, ...] = ()
+    others: Mapping[str, Collection[str]] = field(default_factory=dict)  # component -> all module paths of the base
+
+
+class Tensors(NamedTuple):
+    """A safetensors file."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Package:
+    """Everything to be written: relative name -> file; the name "" is the output path itself."""
+
+    files: Mapping[str, Tensors]
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_file(self) -> bool:
+        return "" in self.files
+
+
+def pack(format_name: str, modules: Sequence[Module], context: Context) -> Package:
+    """The files of `format_name` that hold these modules."""
+    return PACKERS[format_name](format_name, modules, context)
+
+
+def _kohya(format_name: str, modules: Sequence[Module], context: Context) -> Package:
+    tensors = _keyed(format_name, [(m.name, m) for m in modules])
+    ranks = [int(t) for key, t in tensors.items() if key.endswith(".alpha")]
+    metadata = kohya_metadata(format_name, ranks, context.family, context.metadata, context.trigger_words)
+    return Package({"": Tensors(tensors, metadata)})
+
+
+def _diffusekrona(format_name: str, modules: Sequence[Module], context: Context) -> Package:
+    return Package({"": Tensors(_keyed(format_name, [(m.name, m) for m in modules]), {"format": "pt"})})
+
+
+def _diffusers_lora(format_name: str, modules: Sequence[Module], context: Context) -> Package:
+    """As save_lora_weights writes it: `unet.….lora_A.weight`, and a config per component in the metadata."""
+    config = {
+        f"{component}.{key}": value
+        for component, members in _by_component(modules).items()
+        for key, value in _lora_config(format_name, members, context).items()
+    }
+    tensors = _keyed(format_name, [(m.name, m) for m in modules])
+    return Package({"": Tensors(tensors, _adapter_metadata(config))})
+
+
+def _diffusers_lokr(format_name: str, modules: Sequence[Module], context: Context) -> Package:
+    """As save_lora_adapter writes it: no component, so there can be one only."""
+    members = _only_component(modules, "A diffusers LoKr file")
+    modules, config = _lokr_config(members, context)
+    return Package({"": Tensors(_keyed(format_name, [(m.path, m) for m in modules]), _adapter_metadata(config))})
+
+
+def _peft(format_name: str, modules: Sequence[Module], context: Context) -> Package:
+    """A folder, or with several components a folder of folders."""
+    groups = _by_component(modules)
+    files, texts = {}, {}
+    for component, members in groups.items():
+        folder = f"{component}/" if len(groups) > 1 else ""
+        if format_name == "peft-lokr":
+            members, config = _lokr_config(members, context)
+        else:
+            config = _lora_config(format_name, members, context)
+        keyed = _keyed(format_name, [(f"base_model.model.{m.path}", m) for m in members])
+        files[f"{folder}adapter_model.safetensors"] = Tensors(keyed, {"format": "pt"})
+        config = {**config, "base_model_name_or_path": context.base_id}
+        texts[f"{folder}adapter_config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return Package(files, texts)
+
+
+PACKERS: Mapping[str, Callable[[str, Sequence[Module], Context], Package]] = {
+    "kohya-lora": _kohya,
+    "lycoris-locon": _kohya,
+    "lycoris-lokr": _kohya,
+    "diffusers-lora": _diffusers_lora,
+    "diffusers-lokr": _diffusers_lokr,
+    "peft-lora": _peft,
+    "peft-lokr": _peft,
+    "diffusekrona": _diffusekrona,
+}
+
+
+def _keyed(format_name: str, named: Sequence[tuple[str, Module]]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{parameter}": tensor.contiguous()
+        for name, module in named
+        for parameter, tensor in tensors_of(module.delta, format_name).items()
+    }
+
+
+def _by_component(modules: Sequence[Module]) -> dict[str, list[Module]]:
+    groups: dict[str, list[Module]] = {}
+    for m in modules:
+        groups.setdefault(m.component, []).append(m)
+    return groups
+
+
+def _only_component(modules: Sequence[Module], what: str) -> list[Module]:
+    groups = _by_component(modules)
+    if len(groups) != 1:
+        raise InexpressibleError(
+            f"{what} names no component and so holds one, but the adapter has {', '.join(groups)}.",
+            fix="Choose another format, such as peft-lokr (a folder per component) or lycoris-lokr.",
+        )
+    return next(iter(groups.values()))
+
+
+def _adapter_metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
+
+
+def _lora_config(format_name: str, modules: Sequence[Module], context: Context) -> dict[str, Any]:
+    doras = [m.delta.magnitude is not None for m in modules]
+    if any(doras) and not all(doras):
+        plain = next(m.name for m in modules if m.delta.magnitude is None)
+        raise InexpressibleError(
+            f"{format_name} has one use_dora for all layers, but {plain} is no DoRA and others are.",
+            fix="Write it with --to lycoris-locon, which holds both kinds.",
+        )
+    ranks = {_unwrapped(m): m.delta.sums[0].right.rank for m in modules if isinstance(m.delta.sums[0].right, LowRank)}
+    return lora_config(ranks, dora=any(doras), others=_others(modules, context))
+
+
+def _lokr_config(modules: Sequence[Module], context: Context) -> tuple[list[Module], dict[str, Any]]:
+    """The config, and the modules with every w1 dense where PEFT's decompose_both cannot hold for all of them."""
+    sizes = {_unwrapped(m): _lokr_module(m.delta) for m in modules}
+    if not keeps_left_products(sizes):
+        modules = [m._replace(delta=_left_dense(m.delta)) for m in modules]
+        sizes = {_unwrapped(m): _lokr_module(m.delta) for m in modules}
+    return list(modules), lokr_config(sizes, others=_others(modules, context))
+
+
+def _lokr_module(delta: LayerDelta) -> LokrModule:
+    term, kernel = delta.sums[0], form_of(delta).kernel
+    left, right = (f.rank if isinstance(f, LowRank) else None for f in (term.left, term.right))
+    shape = term.shape
+    return LokrModule(Split((shape.a1, shape.b1), (shape.a2, shape.b2 // kernel)), left, right)
+
+
+def _left_dense(delta: LayerDelta) -> LayerDelta:
+    return replace(delta, sums=tuple(_dense_left(s) for s in delta.sums))
+
+
+def _dense_left(s: KronTerms) -> KronTerms:
+    return replace(s, left=s.left.dense()) if isinstance(s.left, LowRank) else s
+
+
+def _unwrapped(module: Module) -> str:
+    """The path without `text_model.`: PEFT matches endings, so this fits old and new text encoders alike."""
+    return module.path.removeprefix("text_model.")
+
+
+def _others(modules: Sequence[Module], context: Context) -> Collection[str]:
+    return context.others.get(modules[0].component, ())

@@ -1,0 +1,120 @@
+"""The configuration of a PEFT adapter from the tensors it goes with, as JSON-ready values. Torch-free.
+
+The scale is already in the tensors, so alpha equals the rank everywhere. Ranks that differ go into `rank_pattern`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from math import ceil
+from typing import Any, NamedTuple
+
+from krona_hub.errors import InexpressibleError
+from krona_hub.formats.compatibility.format_limits import Split, common_peft_factor, is_factored
+
+
+class LokrModule(NamedTuple):
+    """What decides how PEFT builds one LoKr module."""
+
+    split: Split
+    left_rank: int | None  # None: w1 is dense
+    right_rank: int | None  # None: w2 is dense
+
+
+def lora_config(ranks: Mapping[str, int], *, dora: bool = False, others: Collection[str] = ()) -> dict[str, Any]:
+    """LoraConfig values for module path -> rank. `others` are the paths of the base that are not adapted.
+
+    >>> config = lora_config({"a.to_q": 4, "a.to_k": 4, "a.to_v": 8})
+    >>> config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]
+    (4, 4, {'a.to_v': 8}, {'a.to_v': 8})
+    """
+    rank, pattern = _common(ranks)
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": _targets(ranks, others),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "task_type": None,
+        "use_dora": dora,
+        "use_rslora": False,
+    }
+
+
+def lokr_config(modules: Mapping[str, LokrModule], *, others: Collection[str] = ()) -> dict[str, Any]:
+    """LoKrConfig values under which PEFT builds exactly these modules.
+
+    Raises InexpressibleError where no single `decompose_factor` reproduces every split.
+    """
+    factor = common_peft_factor(m.split for m in modules.values())
+    if factor is None:
+        raise InexpressibleError(
+            f"PEFT has one decompose_factor for all layers, and none gives the {_variety(modules)} of this adapter.",
+            fix="Write a LoRA with --to lora, or a LoKr of any shape with --to lycoris-lokr.",
+        )
+    ranks = {name: _rank(m) for name, m in modules.items()}
+    rank, pattern = _common(ranks)
+    return {
+        "peft_type": "LOKR",
+        "r": rank,
+        "alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "decompose_both": keeps_left_products(modules),
+        "decompose_factor": factor,
+        "target_modules": _targets(ranks, others),
+        "inference_mode": True,
+        "init_weights": True,
+        "module_dropout": 0.0,
+        "rank_dropout": 0.0,
+        "task_type": None,
+        "use_effective_conv2d": False,
+    }
+
+
+def keeps_left_products(modules: Mapping[str, LokrModule]) -> bool:
+    """Whether `decompose_both` can be set: some w1 is a product, and no dense w1 would be taken for one."""
+    lefts = [(m.split.out[0], m.split.in_[0]) for m in modules.values()]
+    wrong = any(
+        m.left_rank is None and is_factored(_rank(m), ab) for m, ab in zip(modules.values(), lefts, strict=True)
+    )
+    return any(m.left_rank is not None for m in modules.values()) and not wrong
+
+
+def _rank(module: LokrModule) -> int:
+    """The rank of the factored w2; for a dense one, the least rank at which PEFT keeps both factors dense."""
+    if module.right_rank is not None:
+        return module.right_rank
+    return max(1, ceil(max(*module.split.out, *module.split.in_) / 2))
+
+
+def _variety(modules: Mapping[str, LokrModule]) -> str:
+    shapes = sorted({f"{m.split.out[0]}x{m.split.in_[0]}" for m in modules.values()})
+    return f"shapes {', '.join(shapes[:4])}{' …' if len(shapes) > 4 else ''} of A"
+
+
+def _common(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The most frequent rank (the smallest of equals), and the pattern of the others."""
+    counts = Counter(ranks.values())
+    rank = min(counts, key=lambda r: (-counts[r], r))
+    odd = {path: r for path, r in sorted(ranks.items()) if r != rank}
+    return rank, {_anchored(path, ranks): r for path, r in odd.items()}
+
+
+def _anchored(path: str, ranks: Mapping[str, int]) -> str:
+    """A pattern matches any path that ends in it; `^` keeps it from those that have another rank."""
+    clash = any(other.endswith(f".{path}") and r != ranks[path] for other, r in ranks.items())
+    return f"^{path}" if clash else path
+
+
+def _targets(paths: Collection[str], others: Collection[str]) -> list[str] | str:
+    """The list of paths; a regular expression where PEFT, which matches endings, would adapt others as well."""
+    endings: Sequence[str] = [f".{path}" for path in paths]
+    extra = [o for o in others if o not in paths and o.endswith(tuple(endings))]
+    return "|".join(p.replace(".", r"\.") for p in sorted(paths)) if extra else sorted(paths)

@@ -1,0 +1,184 @@
+"""What will be written: the format and names that are wanted, and every module in the form that it takes there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from krona_hub.adapters.adapter import Adapter, LayerDelta
+from krona_hub.bases.base import Base
+from krona_hub.bases.base import Module as BaseModule
+from krona_hub.bases.loading import load_base
+from krona_hub.bases.name_table import NameTable, table
+from krona_hub.errors import InexpressibleError, UsageError
+from krona_hub.formats.compatibility.tools import Target, Tool, target_for, tool_named
+from krona_hub.formats.forms.normal_forms import lora_of
+from krona_hub.formats.writing.encode import cast, normalised
+from krona_hub.formats.writing.fuse_modules import fused
+from krona_hub.formats.writing.module_names import DIALECTS, Home, check_one_component, homes, live_path
+from krona_hub.formats.writing.packing import PACKERS, Context, Module, Package, Tensors, pack
+from krona_hub.schema.v1 import to_tensors
+
+CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is wanted: a format, the names in it, and the tool that will load it."""
+
+    format: str
+    dialect: str
+    tool: Tool | None
+    split_qkv: bool
+
+    @property
+    def is_folder(self) -> bool:
+        return self.format.startswith("peft-")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is needed to write the file and to check it."""
+
+    adapter: Adapter
+    aim: Aim
+    base: Base  # what the names are read back against
+    homes: Mapping[str, Home]  # layer -> where it goes
+    modules: Sequence[Module]
+    package: Package
+    dtype: torch.dtype | None
+    notes: tuple[str, ...]
+
+
+def aim_at(adapter: Adapter, format_name: str, tool_name: str | None, split_qkv: bool) -> Aim:
+    """The format and the dialect for a format, or for a tool and the kind of this adapter.
+
+    Raises UsageError for an unknown name or two that contradict each other, InexpressibleError for a LoKr and a
+    tool that loads LoRA only.
+    """
+    if format_name not in ("krona", *PACKERS):
+        raise UsageError(f"{format_name!r} cannot be written.", fix=f"Choose one of krona, {', '.join(PACKERS)}.")
+    if tool_name is None:
+        return Aim(format_name, DIALECTS.get(format_name, ""), None, split_qkv)
+    tool = tool_named(tool_name)
+    target = _target(adapter, tool)
+    if format_name not in ("krona", target.format):
+        raise UsageError(
+            f"{tool.title} takes {target.format}, not {format_name}.", fix="Give the format or the tool, not both."
+        )
+    return Aim(target.format, target.dialect, tool, split_qkv or tool.split_qkv)
+
+
+def _target(adapter: Adapter, tool: Tool) -> Target:
+    """What the tool takes of this kind of adapter; the kind is never changed."""
+    other = next((name for name, delta in adapter.layers.items() if lora_of(delta) is None), None)
+    target = target_for(tool, other is None)
+    if target is None:
+        raise InexpressibleError(
+            f"{tool.title} loads LoRA only, and {other} is a Kronecker sum.",
+            fix="Make a LoRA of it with --to lora (exact at full rank, or with --rank or --max-error).",
+        )
+    return target
+
+
+def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: torch.dtype | None) -> Plan:
+    """The files for this aim, in memory. Raises what makes the adapter impossible to write so."""
+    if aim.format == "krona":
+        return _native(adapter, aim, dtype)
+    known = _known_base(adapter, base)
+    names = None if known is None else table(known)
+    check_one_component(adapter.components, aim.dialect)
+    places = homes(adapter.layers, aim.dialect, names, split_qkv=aim.split_qkv)
+    modules = [m._replace(delta=cast(m.delta, dtype)) for m in _modules(adapter, aim, places, names)]
+    check_text_encoders(aim, modules)
+    package = pack(aim.format, modules, _context(adapter, known))
+    return Plan(adapter, aim, known or _own_layers(adapter), places, modules, package, dtype, _notes(adapter, aim))
+
+
+def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> Plan:
+    layers = {layer: cast(delta, dtype) for layer, delta in adapter.layers.items()}
+    package = Package({"": Tensors(*to_tensors(adapter.with_layers(layers)))})
+    modules = [Module(layer, layer.partition(".")[0], layer, delta) for layer, delta in layers.items()]
+    return Plan(adapter, aim, _own_layers(adapter), homes(layers, "", None), modules, package, dtype, ())
+
+
+def _known_base(adapter: Adapter, base: str | Path | Base | None) -> Base | None:
+    """The base that was given, else the one that the adapter says it belongs to."""
+    if isinstance(base, Base):
+        return base
+    source = base if base is not None else (adapter.base.family if adapter.base else None)
+    return None if source is None else load_base(source)
+
+
+def _own_layers(adapter: Adapter) -> Base:
+    """The adapted layers as a base of their own, against which canonical names can be read back."""
+    components: dict[str, dict[str, BaseModule]] = {}
+    for layer, delta in adapter.layers.items():
+        component, _, path = layer.partition(".")
+        components.setdefault(component, {})[path] = BaseModule(delta.weight_shape)
+    return Base("the adapter's own layers", None, components)
+
+
+def _modules(adapter: Adapter, aim: Aim, places: Mapping[str, Home], names: NameTable | None) -> list[Module]:
+    """The modules of the file, in the normal form of its format."""
+    modules, tool = [], aim.tool.name if aim.tool else None
+    for name, delta in gathered(adapter.layers, places).items():
+        layer = next(x for x in adapter.layers if places[x].module == name)
+        said = layer if len(places[layer].siblings) == 1 else name
+        stored = normalised(delta, aim.format, tool, layer=said)
+        modules.append(Module(name, layer.partition(".")[0], live_path(layer, names), stored))
+    return modules
+
+
+def check_text_encoders(aim: Aim, modules: Sequence[Module]) -> None:
+    """Refuse, for diffusers, the text encoders that its pipelines fail on or pass over in silence.
+
+    They load a CLIP only if one of its attention projections is adapted ("Could not automatically infer state dict
+    type", 0.42.1), and no other kind of text encoder.
+    """
+    if aim.tool is None or aim.tool.name != "diffusers" or aim.format != "diffusers-lora":
+        return
+    for component in sorted({m.component for m in modules if m.component.startswith("text_encoder")}):
+        paths = [m.path for m in modules if m.component == component]
+        if not any(path.endswith(CLIP_PROJECTIONS) for path in paths):
+            raise InexpressibleError(
+                f"diffusers pipelines do not load {component}, where {paths[0]} is adapted and no attention of a CLIP.",
+                fix="Write --to peft-lora and load that part with text_encoder.load_adapter.",
+            )
+
+
+def gathered(layers: Mapping[str, LayerDelta], places: Mapping[str, Home]) -> dict[str, LayerDelta]:
+    """Module of the file -> its delta: that of the layer, turned or fused with its siblings as the file has it."""
+    members: dict[str, list[str]] = {}
+    for layer in layers:
+        members.setdefault(places[layer].module, []).append(layer)
+    return {
+        name: fused(name, [(places[x].placement, layers[x]) for x in own], places[own[0]].siblings)
+        for name, own in members.items()
+    }
+
+
+def _context(adapter: Adapter, base: Base | None) -> Context:
+    own = adapter.base
+    return Context(
+        family=(base.family if base else None) or (own.family if own else None),
+        base_id=(base.hub_id if base else None) or (own.hub_id if own else None),
+        metadata=adapter.provenance.metadata,
+        trigger_words=adapter.provenance.trigger_words,
+        others={c: modules.keys() for c, modules in base.components.items()} if base else {},
+    )
+
+
+def _notes(adapter: Adapter, aim: Aim) -> tuple[str, ...]:
+    """What is left out, and what the loader must be told."""
+    notes = []
+    if adapter.extras:
+        names = ", ".join(sorted(adapter.extras)[:4])
+        more = " …" if len(adapter.extras) > 4 else ""
+        notes.append(f"left out, for {aim.format} has no place for it: {names}{more} (the native format keeps it)")
+    if aim.tool and aim.format in aim.tool.note_on:
+        notes.append(aim.tool.note)
+    return tuple(notes)

@@ -1,0 +1,88 @@
+"""The loss of a training as a picture for the card: PNG, drawn with Pillow, the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from math import isfinite
+from typing import Any
+
+from krona_hub.rendering.html.charts import Axis, Line, Point, Scale, short, thinned
+from krona_hub.training.progress.metrics import series
+
+WIDTH, HEIGHT = 760, 320  # pixels
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 44  # margins around the plot
+FINER = 3  # drawn so many times larger and shrunk: Pillow's own lines have steps
+POINTS = 150  # of a curve
+PAPER, INK, FAINT, GRID = "#ffffff", "#1a1a1a", "#6b6b6b", "#e4e4e4"
+COLOURS = ("#a8c4e6", "#1f5fae", "#d1660f")
+
+
+def loss_curve(rows: list[dict[str, Any]]) -> bytes | None:
+    """The picture of the metrics of a run; None where they are too few to be a curve."""
+    measured = [
+        [p for p in series(rows, name) if isfinite(p[1])] for name in ("loss", "smooth_loss", "validation_loss")
+    ]
+    names = ("each step", "smoothed", "validation")
+    lines = [Line(n, thinned(p, POINTS), c) for c, (n, p) in enumerate(zip(names, measured, strict=True)) if len(p) > 1]
+    if not lines:
+        return None
+    from PIL import Image
+
+    paper = Image.new("RGB", (WIDTH * FINER, HEIGHT * FINER), PAPER)
+    _draw(paper, lines)
+    stream = BytesIO()
+    shrunk = paper.resize((WIDTH, HEIGHT), Image.Resampling.BOX)
+    shrunk.quantize(64).save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+def _draw(paper: Any, lines: Sequence[Line]) -> None:
+    from PIL import ImageDraw
+
+    pen = ImageDraw.Draw(paper)
+    points = [p for line in lines for p in line.points]
+    across = Scale.of([x for x, _ in points], Axis("step"), LEFT, WIDTH - RIGHT)
+    down = Scale.of([y for _, y in points], Axis("loss", lowest=0.0), HEIGHT - BOTTOM, TOP)
+    _draw_axes(pen, across, down)
+    for line in lines:
+        at = [(across(x) * FINER, down(y) * FINER) for x, y in line.points]
+        pen.line(at, COLOURS[line.colour], (1 + (line.colour > 0)) * FINER, joint="curve")
+    _draw_key(pen, lines)
+
+
+def _draw_axes(pen: Any, across: Scale, down: Scale) -> None:
+    font = _font(12)
+    for value in across.ticks():
+        _stroke(pen, [(across(value), TOP), (across(value), HEIGHT - BOTTOM)])
+        _write(pen, (across(value), HEIGHT - BOTTOM + 6), short(value), font, "ma")
+    for value in down.ticks():
+        _stroke(pen, [(LEFT, down(value)), (WIDTH - RIGHT, down(value))])
+        _write(pen, (LEFT - 8, down(value)), short(value), font, "rm")
+    _write(pen, ((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6), "step", font, "md")
+    _write(pen, (LEFT - 8, TOP - 12), "loss", font, "rd")
+
+
+def _draw_key(pen: Any, lines: Sequence[Line]) -> None:
+    """What the curves are, with where each begins and ends."""
+    font, x = _font(13), float(LEFT)
+    for line in lines:
+        (_, first), (_, last) = line.points[0], line.points[-1]
+        words = f"{line.name}: {first:.3g} to {last:.3g}"
+        _stroke(pen, [(x, TOP - 20), (x + 22, TOP - 20)], COLOURS[line.colour], 3)
+        _write(pen, (x + 28, TOP - 20), words, font, "lm", INK)
+        x += 28 + font.getlength(words) / FINER + 24
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size * FINER)
+
+
+def _stroke(pen: Any, points: Sequence[Point], colour: str = GRID, width: int = 1) -> None:
+    pen.line([(x * FINER, y * FINER) for x, y in points], colour, width * FINER)
+
+
+def _write(pen: Any, place: Point, words: str, font: Any, anchor: str, colour: str = FAINT) -> None:
+    pen.text((place[0] * FINER, place[1] * FINER), words, colour, font, anchor=anchor)

@@ -1,0 +1,93 @@
+"""What a push would do, file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from krona_hub.errors import ConflictError
+from krona_hub.hub.push_package import There
+from krona_hub.hub.repo_layout import CARD, CONFIG, MANIFEST, MODEL_TYPE, WEIGHTS
+from krona_hub.sources.download import git_sha1_of, sha256_once
+from krona_hub.sources.repo_listing import RemoteFile
+from krona_hub.sources.safe_names import printable
+
+Action = Literal["add", "update", "same", "delete"]
+LARGE = (".safetensors", ".png", ".jpg", ".jpeg", ".webp", ".sig")  # of which the Hub keeps no copy in git
+
+
+class Row(NamedTuple):
+    """One file of a push."""
+
+    file: str
+    size: int  # bytes; 0 for one that goes away
+    action: Action
+    transport: str  # "git", "lfs" or "xet"; "" where nothing is sent
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """A push that has not happened."""
+
+    repo: str
+    revision: str
+    parent: str | None  # commit that it builds on; None: the repository is to be created
+    visibility: str  # "public", "private" or "as it is"
+    rows: tuple[Row, ...]
+    create_pr: bool = False
+    tag: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the repository is, or was, created by this push."""
+        return self.visibility in ("public", "private")
+
+    @property
+    def changes(self) -> tuple[Row, ...]:
+        return tuple(r for r in self.rows if r.action != "same")
+
+    @property
+    def bytes_to_send(self) -> int:
+        return sum(r.size for r in self.changes)
+
+
+def rows_of(paths: Mapping[str, Path], gone: tuple[str, ...], there: There, xet: bool) -> tuple[Row, ...]:
+    """The table of a push; what the repository has already, digest for digest, is `same`."""
+    files = there.listing.files if there.listing else {}
+    rows = [_row(name, path, files.get(name), xet) for name, path in sorted(paths.items())]
+    return (*rows, *(Row(name, 0, "delete", "git") for name in gone))
+
+
+def _row(name: str, path: Path, known: RemoteFile | None, xet: bool) -> Row:
+    size = path.stat().st_size
+    transport = ("xet" if xet else "lfs") if name.endswith(LARGE) else "git"
+    if known is None:
+        return Row(name, size, "add", transport)
+    return Row(name, size, "same", "") if is_same(path, known) else Row(name, size, "update", transport)
+
+
+def is_same(path: Path, known: RemoteFile) -> bool:
+    """Whether the file here is the one there."""
+    if known.size != path.stat().st_size:
+        return False
+    return sha256_once(path) == known.sha256 if known.sha256 else git_sha1_of(path) == known.git_sha1
+
+
+def check_theirs(there: There, base_model: str) -> None:
+    """Raise ConflictError where the repository holds something else than a krona adapter for this base."""
+    if there.listing is None:
+        return
+    others = [n for n in there.listing.files if n not in (".gitattributes", ".gitignore", "LICENSE", CARD)]
+    if not others:
+        return
+    fix = "Choose another repository, or add --force to put the adapter beside what is there."
+    if there.config is None or there.config.get("model_type") != MODEL_TYPE:
+        held = printable(next((n for n in others if n not in (CONFIG, MANIFEST, WEIGHTS)), others[0]))
+        raise ConflictError(f"{there.listing.repo} holds something else: {held}.", fix=fix)
+    theirs = there.config.get("base_model")
+    if theirs != base_model:
+        told = printable(str(theirs))
+        raise ConflictError(f"{there.listing.repo} holds an adapter for {told}, this one is for {base_model}.", fix=fix)

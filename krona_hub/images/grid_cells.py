@@ -1,0 +1,89 @@
+"""Which pictures are made: columns (a base and adapters at strengths) by rows (a prompt and a seed). Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from krona_hub.images.request import Asked, stem_of
+
+OTHER = re.compile(r"[^\w-]+")  # what a torch module's name, and so an adapter's, should not have
+WITHOUT = "base"  # the label of the column without adapters
+
+
+@dataclass(frozen=True)
+class Column:
+    """What all pictures of a column have in common."""
+
+    label: str
+    base: str  # source
+    weights: Mapping[str, float] = field(default_factory=dict)  # adapter name -> strength, none of them 0
+
+
+class Row(NamedTuple):
+    """What all pictures of a row have in common."""
+
+    prompt: str
+    seed: int
+
+
+def rows_of(asked: Asked) -> tuple[Row, ...]:
+    """Every prompt with every seed, prompt by prompt."""
+    return tuple(Row(prompt, seed) for prompt in asked.prompts for seed in asked.seeds)
+
+
+def columns_of(asked: Asked, names: Sequence[str]) -> tuple[Column, ...]:
+    """The columns in the order in which they are asked for; equal ones once. `names` are those of the adapters."""
+    own = {name: weight for name, (_, weight) in zip(names, asked.adapters, strict=True)}
+    groups = [own] if asked.together else [{name: weight} for name, weight in own.items()]
+    compare = len(groups) > 1 if asked.compare is None else asked.compare
+    sets: list[Mapping[str, float]] = [] if groups and not compare else [{}]
+    sets += [{n: w * s for n, w in group.items()} for group in groups for s in asked.strengths or (1.0,)]
+    several = len(sets) + len(asked.beside) > 1
+    found = [_column(asked.base, weights, bool(asked.strengths), several) for weights in sets]
+    found += [Column(stem_of(base), base) for base in asked.beside]
+    return _once(found)
+
+
+def _column(base: str, weights: Mapping[str, float], always: bool, several: bool) -> Column:
+    kept = {name: round(weight, 12) for name, weight in weights.items() if weight}
+    words = " + ".join(_word(name, weight, always) for name, weight in kept.items())
+    return Column(words or (WITHOUT if several else stem_of(base)), base, kept)
+
+
+def _word(name: str, weight: float, always: bool) -> str:
+    """
+    >>> _word("style", 1.0, False), _word("style", 0.5, False), _word("style", 1.0, True)
+    ('style', 'style × 0.5', 'style × 1')
+    """
+    return f"{name} × {weight:g}" if always or weight != 1 else name
+
+
+def _once(columns: Sequence[Column]) -> tuple[Column, ...]:
+    found: dict[tuple[object, ...], Column] = {}
+    for column in columns:
+        found.setdefault((column.base, *sorted(column.weights.items())), column)
+    return tuple(found.values())
+
+
+def names_of(sources: Sequence[str]) -> tuple[str, ...]:
+    """A name for each adapter: its file's, with a number behind it where another has the same.
+
+    >>> names_of(["a/style.safetensors", "b/style.safetensors", "ns/toy.v1"])
+    ('style', 'style-2', 'toy-v1')
+    """
+    names: list[str] = []
+    for source in sources:
+        stem = OTHER.sub("-", stem_of(source)).strip("-") or "adapter"
+        names.append(next(name for name in _numbered(stem) if name not in names))
+    return tuple(names)
+
+
+def _numbered(stem: str) -> Iterator[str]:
+    yield stem
+    number = 2
+    while True:
+        yield f"{stem}-{number}"
+        number += 1

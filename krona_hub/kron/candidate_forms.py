@@ -1,0 +1,172 @@
+"""The forms that a LoRA layer can take, each with its size and its error.
+
+One form is a shape, a number of terms K, and either dense right factors or right factors of one rank ρ:
+
+    ΔW ≈ Σₖ Aₖ ⊗ Bₖ     Aₖ, Bₖ from the K largest singular triples of R(ΔW), each Bₖ cut to rank ρ by its SVD
+
+As the vec(Aₖ) are orthonormal, what is left is ‖ΔW‖² − Σₖ σₖ² Σⱼ≤ρ sₖⱼ², with sₖⱼ the singular values of the unit-norm
+Bₖ: the errors of all forms of a shape follow from one set of triples. With A = [[1]] and a rank ρ the form is the LoRA
+itself, whole or truncated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from krona_hub.kron.krylov import Triples, top_triples
+from krona_hub.kron.rearrangement import LoraSvd, Rearranged
+from krona_hub.kron.shapes import KronShape
+from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, as_lora
+
+ROUNDING = 1e-12  # a relative error that is no error: forms this close are equal up to rounding
+CANCELLED = 1e-8  # squared relative error below which 1 − Σσ² has too few digits left
+AT_ONCE = 1 << 23  # numbers of right factors held at a time: 64 MiB of float64
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one layer is written, what that costs and what it loses."""
+
+    shape: KronShape
+    terms: int
+    right_rank: int | None  # of every B; None for dense B
+    parameters: int  # numbers stored; a constant A = [[1]] counts for nothing
+    relative_error: float  # ‖ΔW − form‖ / ‖ΔW‖, Frobenius
+
+    @property
+    def energy(self) -> float:
+        """The share of ‖ΔW‖² that the form keeps."""
+        return 1 - self.relative_error**2
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether this is the LoRA itself, whole or truncated, under whichever shape it is written."""
+        return is_lora(self.shape, self.right_rank)
+
+    @property
+    def order(self) -> tuple[int, bool, int, KronShape, int]:
+        """Fewer parameters first; at equal size the LoRA itself, then fewer terms, then smaller shapes."""
+        return self.parameters, not self.is_lora, self.terms, self.shape, self.right_rank or 0
+
+    def __str__(self) -> str:
+        if self.is_lora:
+            return f"LoRA of rank {self.right_rank or self.terms}"
+        return f"{self.terms} × {self.shape}" + (f", B of rank {self.right_rank}" if self.right_rank else "")
+
+
+def is_lora(shape: KronShape, right_rank: int | None) -> bool:
+    """[[1]] ⊗ (up·down), or the columns of up beside the rows of down: (out, 1) ⊗ (1, in) and its mirror image."""
+    if shape.a1 == shape.a2 == 1:
+        return right_rank is not None  # dense, it is the matrix
+    return shape.a2 == shape.b1 == 1 or shape.a1 == shape.b2 == 1
+
+
+def parameters_of(shape: KronShape, terms: int, right_rank: int | None) -> int:
+    """Numbers stored by a form.
+
+    >>> parameters_of(KronShape(64, 8, 20, 160), 2, None), parameters_of(KronShape(64, 8, 20, 160), 2, 4)
+    (7424, 2464)
+    >>> parameters_of(KronShape(1, 1, 1280, 1280), 1, 16)
+    40960
+    """
+    a, b1, b2 = shape.a1 * shape.a2, shape.b1, shape.b2
+    right = b1 * b2 if right_rank is None else right_rank * (b1 + b2)
+    return terms * (right + (a if a > 1 else 0))
+
+
+def most_right_rank(shape: KronShape) -> int:
+    """The largest rank at which low-rank right factors still cost less than dense ones; 0 where none does.
+
+    0 too for A = [[1]]: that is the LoRA itself, whose errors need no search.
+    """
+    return 0 if shape.a1 == shape.a2 == 1 else (shape.b1 * shape.b2 - 1) // (shape.b1 + shape.b2)
+
+
+class Spectrum(NamedTuple):
+    """Everything that the forms of one shape with up to K terms lose, for n layers; ‖ΔW‖ = 1."""
+
+    kept: Tensor  # (n, K): energy of 1 … K terms with dense B
+    kept_by_rank: Tensor  # (n, K, ρ): energy of 1 … K terms with B of rank 1 … ρ
+    triples: Triples
+    op: Rearranged
+
+    def error(self, layer: int, terms: int, right_rank: int | None) -> float:
+        """The relative error of one form, exact where it is far below √rounding too."""
+        kept = (
+            self.kept if right_rank is None else self.kept_by_rank[..., min(right_rank, self.kept_by_rank.shape[2]) - 1]
+        )
+        left = 1 - float(kept[layer, min(terms, kept.shape[1]) - 1])
+        return left**0.5 if left > CANCELLED else self._measured(layer, terms, right_rank)
+
+    def _measured(self, layer: int, terms: int, right_rank: int | None) -> float:
+        one = torch.tensor([layer])
+        right = self.triples.right[one, :terms] * self.triples.sigma[one, :terms, None]
+        if right_rank is not None:
+            up, down = cut(right.reshape(terms, *self.op.columns), right_rank)
+            right = (up @ down).reshape(1, terms, -1)
+        return float(self.op.take(one).residual(self.triples.left[one, :terms], right))
+
+
+def spectrum(lora: LoraSvd, shape: KronShape, terms: int, ranks: bool = True) -> Spectrum:
+    """The spectrum of n layers of unit norm; the ranks of B on demand, as they cost an SVD for every term."""
+    op = Rearranged.of(lora, shape)
+    triples = top_triples(op, terms)
+    energy = triples.sigma.square()
+    by_rank = energy[..., None] * shares_by_rank(op, triples.right, shape) if ranks else energy.new_zeros(0, 0, 0)
+    return Spectrum(energy.cumsum(1), by_rank.cumsum(1), triples, op)
+
+
+def shares_by_rank(op: Rearranged, right: Tensor, shape: KronShape) -> Tensor:
+    """What the best 1 … ρ ranks of each unit-norm right factor keep: (n, k, b1'·b2') -> (n, k, ρ)."""
+    n, k, _ = right.shape
+    most = min(most_right_rank(shape), *op.columns)
+    if not most:
+        return right.new_zeros(n, k, 0)
+    stack = right.reshape(n * k, *op.columns)
+    gram = stack @ stack.mT if stack.shape[1] <= stack.shape[2] else stack.mT @ stack
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.flip(-1)[:, :most].clamp(min=0).cumsum(1).reshape(n, k, most)
+
+
+def cut(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Each matrix (…, p, q) at its best rank, as up (…, p, rank) and down (…, rank, q), evenly shared."""
+    u, s, vh = torch.linalg.svd(stack, full_matrices=False)
+    root = s[..., :rank].sqrt()
+    return u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]
+
+
+def realise(up: Tensor, down: Tensor, form: Form) -> KronFit:
+    """The layer up·down written as `form`, and its measured error; float32 at least.
+
+    A LoRA that keeps its rank is returned as it is, not a number changed.
+    """
+    dtype = torch.promote_types(torch.promote_types(up.dtype, down.dtype), torch.float32)
+    if form.shape[:2] == (1, 1) and form.right_rank is not None:
+        return _as_lora_of_rank(up, down, form.right_rank, dtype)
+    lora = LoraSvd.of(up[None], down[None])
+    whole = float(lora.s.norm())
+    unit = replace(lora, s=lora.s / (whole or 1.0))
+    found = spectrum(unit, form.shape, form.terms, ranks=form.right_rank is not None)
+    left, right = found.op.lift(found.triples.left, found.triples.right)
+    root = (found.triples.sigma[0] * whole).sqrt()[:, None, None]
+    a, b = left[0] * root, right[0] * root
+    factor: Factor = (
+        b.to(dtype) if form.right_rank is None else LowRank(*(x.to(dtype) for x in cut(b, form.right_rank)))
+    )
+    error = found.error(0, len(a), form.right_rank) if whole else 0.0
+    return KronFit(KronTerms(a.to(dtype), factor), error)
+
+
+def _as_lora_of_rank(up: Tensor, down: Tensor, rank: int, dtype: torch.dtype) -> KronFit:
+    if rank >= up.shape[1]:
+        return KronFit(as_lora(up, down), 0.0)
+    lora = LoraSvd.of(up[None], down[None])
+    s, root = lora.s[0], lora.s[0, :rank].sqrt()
+    error = float(s[rank:].norm() / s.norm()) if float(s[0]) else 0.0
+    return KronFit(
+        as_lora((lora.u[0, :, :rank] * root).to(dtype), (root[:, None] * lora.vh[0, :rank]).to(dtype)), error
+    )

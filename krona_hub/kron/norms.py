@@ -1,0 +1,224 @@
+"""Norms, inner products and differences of Kronecker sums, without forming ΔW and without squaring away digits.
+
+A delta is a sequence of Kronecker sums of one size (out, in), each with a shape and a row order of its own. Three
+ways lead to its norm, and the cheapest is taken:
+
+    one shape      ‖Σₖ Aₖ ⊗ Bₖ‖ = ‖vec(A)ᵀ vec(B)‖, a product of two thin matrices, by a QR of each
+    low rank       the delta as one long LoRA, by a QR of up and of down
+    anything else  blocks of rows of ΔW in float64, a bounded number at a time
+
+Each is accurate to about 1e-15 of the largest part, so that a difference of 1e-12 is a figure and not noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import hypot, inf, sqrt
+
+import torch
+from torch import Tensor
+
+from krona_hub.kron.from_dense import nearest_kron_of_dense
+from krona_hub.kron.from_lora import nearest_kron_of_lora
+from krona_hub.kron.shapes import KronShape, split
+from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, check_terms, dense_factor
+from krona_hub.kron.to_lora import Pair, dense_sum, full_size, long_lora, lora_rank_bound, result_dtype
+
+BLOCK = 1 << 22  # numbers of ΔW held at a time: 32 MiB of float64
+CANCELS = 0.1  # Σ/Σ|·| of squares below which a norm is not taken from them: digits would be lost
+BLAS_ADVANTAGE = 8  # a QR works about this many times slower per operation than a matrix product
+
+Delta = Sequence[KronTerms]
+
+
+def norm(sums: Delta) -> float:
+    """‖Σ sums‖, Frobenius, to about 1e-15 of its largest part even where parts cancel; 0.0 for no sums.
+
+    >>> norm([KronTerms(torch.ones(1, 2, 2), 3 * torch.ones(1, 1, 4))])
+    12.0
+    """
+    sums = [s for s in sums if s.terms]
+    if not sums:
+        return 0.0
+    way = _cheapest(sums)
+    if way == "dense":
+        return _norm_by_rows(sums)
+    return _norm_of_product(*(_in_r_space(sums) if way == "shape" else long_lora(sums)))
+
+
+def inner(a: Delta, b: Delta) -> float:
+    """⟨Σ a, Σ b⟩, the sum of the products of all entries.
+
+    >>> one = [KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 4))]
+    >>> inner(one, one)
+    16.0
+    """
+    a, b = [s for s in a if s.terms], [s for s in b if s.terms]
+    if not a or not b:
+        return 0.0
+    way = _cheapest([*a, *b])
+    if way == "dense":
+        pairs = zip(_row_blocks(a), _row_blocks(b), strict=True)
+        return sum(float(torch.vdot(x.flatten(), y.flatten())) for x, y in pairs)
+    to_product = _in_r_space if way == "shape" else long_lora
+    (ua, da), (ub, db) = to_product(a), to_product(b)
+    return float(((ua.mT @ ub) * (da @ db.mT)).sum())
+
+
+def relative_difference(a: Delta, b: Delta) -> float:
+    """‖Σ a − Σ b‖ / ‖Σ b‖, good to about 1e-14; 0.0 where both are zero, inf where only b is.
+
+    >>> one = KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 4))
+    >>> relative_difference([one.scaled(1.5)], [one])
+    0.5
+    """
+    if _identical(a, b):
+        return 0.0
+    difference, reference = norm([*a, *(minus(s) for s in b)]), norm(b)
+    if reference == 0:
+        return 0.0 if difference == 0 else inf
+    return difference / reference
+
+
+def _identical(a: Delta, b: Delta) -> bool:
+    """Number for number the same factors, in the same shapes."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape
+        and x.rows == y.rows
+        and len(x.tensors) == len(y.tensors)
+        and all(torch.equal(s.double(), t.double()) for s, t in zip(x.tensors, y.tensors, strict=True))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def scaled(sums: Delta, weight: float) -> tuple[KronTerms, ...]:
+    """weight · Σ sums, sum by sum."""
+    return tuple(s.scaled(weight) for s in sums)
+
+
+def minus(terms: KronTerms) -> KronTerms:
+    """−ΔW, exact in every dtype: only a sign changes."""
+    left = terms.left
+    flipped: Factor = LowRank(-left.up, left.down) if isinstance(left, LowRank) else -left
+    return KronTerms(flipped, terms.right, terms.rows)
+
+
+def recompress(sums: Delta, shape: KronShape | tuple[int, int], terms: int) -> KronFit:
+    """The sum of `terms` Kronecker products of one `shape` nearest to Σ sums, in the Frobenius norm.
+
+    Sums that all have that shape and one order of rows keep both, and cost a QR; others go through their
+    LoRA where it is thin, else through ΔW. Raises ShapeError where the shape does not divide.
+    """
+    full = full_size(sums)
+    shape = split(full, shape[0], shape[1])
+    check_terms(shape, terms)
+    if {s.shape for s in sums} == {shape} and len({s.rows for s in sums}) == 1:
+        return _recompressed_in_place(sums, shape, terms)
+    if 4 * lora_rank_bound(sums) <= min(full):
+        return _cast(nearest_kron_of_lora(*long_lora(sums), shape, terms), result_dtype(sums))
+    return _cast(nearest_kron_of_dense(dense_sum(sums)[None], shape, terms)[0], result_dtype(sums))
+
+
+# ── choosing a way ───────────────────────────────────────────────────────────────────────────────
+
+
+def _cheapest(sums: Delta) -> str:
+    """Which of the three ways costs least, in multiplications."""
+    out, in_ = full_size(sums)
+    rank = sum(s.terms * _thickness(s.left) * _thickness(s.right) for s in sums)
+    costs = {
+        "dense": out * in_ * sum(_row_cost(s) for s in sums),
+        "lora": BLAS_ADVANTAGE * (out + in_) * rank**2 if rank <= max(out, in_) else inf,
+    }
+    if len({(s.shape, s.rows) for s in sums}) == 1:
+        shape, terms = sums[0].shape, sum(s.terms for s in sums)
+        smaller = min(terms, shape.a1 * shape.a2), min(terms, shape.b1 * shape.b2)
+        work = shape.a1 * shape.a2 * terms * smaller[0] + shape.b1 * shape.b2 * terms * smaller[1]
+        costs["shape"] = BLAS_ADVANTAGE * work
+    return min(costs, key=lambda way: costs[way])
+
+
+def _thickness(factor: Factor) -> int:
+    """Columns that a factor adds to the long LoRA."""
+    small = min(factor.shape[1:])
+    return min(small, factor.rank) if isinstance(factor, LowRank) else small
+
+
+def _row_cost(s: KronTerms) -> int:
+    """Multiplications per number of ΔW, when it is formed by rows."""
+    return s.terms * (s.right.rank if isinstance(s.right, LowRank) and s.shape.a2 == 1 else 1) + 4
+
+
+def _in_r_space(sums: Delta) -> Pair:
+    """vec(A)ᵀ (a1·a2, terms) and vec(B) (terms, b1·b2) of sums of one shape: their product is R(ΔW)."""
+    left = torch.cat([dense_factor(_double(s.left)).flatten(1) for s in sums])
+    right = torch.cat([dense_factor(_double(s.right)).flatten(1) for s in sums])
+    return left.mT, right
+
+
+def _norm_of_product(up: Tensor, down: Tensor) -> float:
+    """‖up·down‖ from the Gram matrices where nothing cancels, else by a QR of both sides, before squaring."""
+    parts = (up.mT @ up) * (down @ down.mT)
+    squared, bulk = float(parts.sum()), float(parts.abs().sum())
+    if squared > CANCELS * bulk:
+        return sqrt(squared)
+    core = torch.linalg.qr(up).R @ torch.linalg.qr(down.mT).R.mT
+    return float(torch.linalg.vector_norm(core))
+
+
+# ── blocks of rows ───────────────────────────────────────────────────────────────────────────────
+
+
+def _norm_by_rows(sums: Delta) -> float:
+    return hypot(*(float(torch.linalg.vector_norm(block)) for block in _row_blocks(sums)))
+
+
+def _row_blocks(sums: Delta) -> Iterator[Tensor]:
+    """ΔW from top to bottom, in float64, at most BLOCK numbers at a time: (rows, in) each."""
+    out, in_ = full_size(sums)
+    step = max(1, BLOCK // in_)
+    for start in range(0, out, step):
+        index = torch.arange(start, min(start + step, out), device=sums[0].tensors[0].device)
+        block = _some_rows(sums[0], index)
+        for s in sums[1:]:
+            block += _some_rows(s, index)
+        yield block
+
+
+def _some_rows(s: KronTerms, index: Tensor) -> Tensor:
+    """The rows `index` of ΔW: (n,) -> (n, in). Row i of A ⊗ B is Σₖ Aₖ[i // b1] ⊗ Bₖ[i % b1]."""
+    a1, _, b1, _ = s.shape
+    i, j = (index // b1, index % b1) if s.rows == "kron" else (index % a1, index // a1)
+    left, right = _rows_of(s.left, i), _rows_of(s.right, j)  # (terms, n, a2), (terms, n, b2)
+    return (left.permute(1, 2, 0) @ right.transpose(0, 1)).flatten(1)
+
+
+def _rows_of(factor: Factor, index: Tensor) -> Tensor:
+    if isinstance(factor, LowRank):
+        return factor.up[:, index].double() @ factor.down.double()
+    return factor[:, index].double()
+
+
+# ── one shape ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _recompressed_in_place(sums: Delta, shape: KronShape, terms: int) -> KronFit:
+    left, right = _in_r_space(sums)
+    ql, rl = torch.linalg.qr(left)
+    qr, rr = torch.linalg.qr(right.mT)
+    u, s, vh = torch.linalg.svd(rl @ rr.mT, full_matrices=False)
+    keep, root, whole = min(terms, len(s)), s[:terms].sqrt(), torch.linalg.vector_norm(s)
+    a = (ql @ u[:, :keep] * root).mT.reshape(keep, shape.a1, shape.a2)
+    b = (root[:, None] * (vh[:keep] @ qr.mT)).reshape(keep, shape.b1, shape.b2)
+    error = float(torch.linalg.vector_norm(s[keep:]) / whole) if whole > 0 else 0.0
+    return _cast(KronFit(KronTerms(a, b, sums[0].rows), error), result_dtype(sums))
+
+
+def _cast(fit: KronFit, dtype: torch.dtype) -> KronFit:
+    """A dense fit in another dtype."""
+    left, right = dense_factor(fit.terms.left), dense_factor(fit.terms.right)
+    return fit._replace(terms=KronTerms(left.to(dtype), right.to(dtype), fit.terms.rows))
+
+
+def _double(factor: Factor) -> Factor:
+    return LowRank(factor.up.double(), factor.down.double()) if isinstance(factor, LowRank) else factor.double()

@@ -1,0 +1,91 @@
+"""Which module of a model gets which delta of an adapter, and why some fit nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import nn
+
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.errors import BaseMismatchError, KronaError, ShapeError, UnsupportedError
+from krona_hub.kron.rows import among_rows
+from krona_hub.layers.adapter_branch import Part
+from krona_hub.layers.module_tree import Slot, slots_of, weight_shape_of
+
+Deltas = Mapping[str, LayerDelta]  # by canonical layer
+Parts = Mapping[str, nn.Module]  # component -> model
+Problems = dict[str, KronaError]  # by canonical layer
+
+
+class Placing(NamedTuple):
+    """What one module gets: the delta of its layer, or of the several that diffusers has fused into it."""
+
+    slot: Slot
+    layer: str  # canonical name, the first of several
+    delta: LayerDelta
+    parts: tuple[Part, ...] = ()
+
+
+class Share(NamedTuple):
+    """A layer's part in a module."""
+
+    slot: Slot
+    layer: str
+    delta: LayerDelta
+
+
+def placings(deltas: Deltas, parts: Parts) -> tuple[list[Placing], Problems]:
+    """Where each delta goes, in their order, and the layers that do not fit."""
+    slots = slots_of(parts)
+    shares: dict[tuple[int, str], list[Share]] = {}
+    problems: Problems = {}
+    for layer, delta in deltas.items():
+        try:
+            share = _share(layer, delta, slots, parts)
+            shares.setdefault(share.slot.place, []).append(share)
+        except KronaError as error:
+            problems[layer] = error
+    return [_joined(each) for each in shares.values()], problems
+
+
+def _share(layer: str, delta: LayerDelta, slots: Mapping[str, Slot], parts: Parts) -> Share:
+    component = layer.partition(".")[0]
+    if component not in parts:
+        raise BaseMismatchError(f"there is no {component}.", fix="Load the pipeline with it.")
+    slot = slots.get(layer)
+    if slot is None:
+        raise BaseMismatchError("there is no such layer.", fix="Give the model that the adapter was made for.")
+    shape = slot.weight_shape
+    if shape is None or not _same_matrix(delta.weight_shape, shape):
+        raise ShapeError(
+            f"the adapter changes a weight of {delta.weight_shape}, the layer has {shape}.",
+            fix="Give the model that the adapter was made for.",
+        )
+    return Share(slot, layer, _in_rows(delta, slot))
+
+
+def _same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Equal shapes, kernels of 1×1 aside: a 1×1 convolution and a linear layer have the same matrix."""
+    return a == b or (a[:2] == b[:2] and set(a[2:] + b[2:]) <= {1})
+
+
+def _in_rows(delta: LayerDelta, slot: Slot) -> LayerDelta:
+    """The delta for the whole module, where only some of its rows are the layer."""
+    whole = weight_shape_of(slot.module)
+    if slot.rows is None or whole is None:
+        return delta
+    if delta.magnitude is not None:
+        raise UnsupportedError("DoRA cannot go into a fused projection.", fix="Call unfuse_qkv_projections() first.")
+    return LayerDelta(tuple(among_rows(s, slot.rows[0], whole[0]) for s in delta.sums), whole)
+
+
+def _joined(shares: Sequence[Share]) -> Placing:
+    """The sums of q, k and v of a fused projection one after the other; mostly a share has its module alone."""
+    slot, layer, delta = shares[0]
+    if slot.rows is None:
+        return Placing(slot, layer, delta)
+    sums = tuple(s for share in shares for s in share.delta.sums)
+    parts = tuple(Part(s.layer, s.slot.rows, len(s.delta.sums)) for s in shares if s.slot.rows)
+    return Placing(slot, layer, replace(delta, sums=sums), parts)

@@ -1,0 +1,200 @@
+"""The modules of a model or pipeline by their canonical names, whatever other tools have wrapped around them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from krona_hub.adapters.adapter import COMPONENTS
+from krona_hub.errors import AmbiguousError, BaseMismatchError, UsageError
+from krona_hub.layers.kron_layer import KronLayer, core
+
+Range = tuple[int, int]  # first row, and the row behind the last
+UNKNOWN = "model"  # the component of a lone model whose class does not tell
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FUSED: Mapping[str, tuple[str, ...]] = {  # what diffusers' fuse_qkv_projections makes -> its rows, from the top
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
+
+class Slot(NamedTuple):
+    """A place in a model where a module stands, and the rows of it that are meant."""
+
+    parent: nn.Module
+    key: str
+    rows: Range | None = None  # None: all
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = getattr(self.parent, self.key)
+        return module
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Equal for slots of one module."""
+        return id(self.parent), self.key
+
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """The shape of the rows that are meant; None for what is no linear layer or convolution."""
+        shape = weight_shape_of(self.module)
+        return (self.rows[1] - self.rows[0], *shape[1:]) if shape and self.rows else shape
+
+
+# ── components ───────────────────────────────────────────────────────────────────────────────────
+
+
+def parts_of(target: Any, wanted: Collection[str] = (), component: str | None = None) -> dict[str, nn.Module]:
+    """Component -> model, of a pipeline (those that it has) or of a model alone.
+
+    What a lone model is: what `component` says, else the one component in `wanted`, else what its class says. Raises
+    UsageError for what is no model and for an unknown component, AmbiguousError where it may be one of several.
+    """
+    if component is not None and component not in COMPONENTS:
+        raise UsageError(f"{component!r} is no component.", fix=f"Choose one of {', '.join(COMPONENTS)}.")
+    if isinstance(target, nn.Module):
+        model = unwrapped(target)
+        return {component or _component_of(model, wanted): model}
+    parts = {c: unwrapped(m) for c in COMPONENTS if isinstance(m := getattr(target, c, None), nn.Module)}
+    if not parts:
+        raise UsageError(
+            f"a {type(target).__name__} is neither a model nor a pipeline with one.",
+            fix="Give a torch module, or a diffusers pipeline.",
+        )
+    if component is not None and component not in parts:
+        raise BaseMismatchError(
+            f"the pipeline has no {component}.", fix=f"It has {', '.join(parts)}; load the pipeline with it."
+        )
+    return {component: parts[component]} if component else parts
+
+
+def models_of(target: Any, component: str | None = None) -> dict[str, nn.Module]:
+    """As `parts_of`, for what need not know which component a lone model is: it may be called `model`."""
+    if isinstance(target, nn.Module) and component is None:
+        model = unwrapped(target)
+        return {kind_of(model) or UNKNOWN: model}
+    return parts_of(target, (), component)
+
+
+def _component_of(model: nn.Module, wanted: Collection[str]) -> str:
+    if len(wanted) == 1:
+        return next(iter(wanted))
+    kind = kind_of(model)
+    fitting = [c for c in wanted if kind is None or c.startswith(kind)]
+    if len(fitting) > 1 or (kind is None and not fitting):
+        raise AmbiguousError(
+            f"a {type(model).__name__} may be any of {', '.join(fitting or COMPONENTS)}.", fix="Say which: component=…"
+        )
+    return fitting[0] if fitting else str(kind)
+
+
+def kind_of(model: nn.Module) -> str | None:
+    """The (first) component that models of this class are; None where the class does not tell.
+
+    >>> kind_of(nn.Linear(2, 2)) is None
+    True
+    """
+    kind = type(model)
+    if "UNet" in kind.__name__:
+        return "unet"
+    if "Transformer" in kind.__name__ and kind.__module__.startswith("diffusers."):
+        return "transformer"
+    return "text_encoder" if kind.__module__.startswith("transformers.") else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel and PEFT's PeftModel."""
+    while (inner := _inside(module)) is not None:
+        module = inner
+    return module
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    if "_orig_mod" in module._modules:
+        return module._modules["_orig_mod"]
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner: nn.Module = module.module
+        return inner
+    if "base_model" in module._modules and hasattr(module, "get_base_model"):
+        base: nn.Module = module.get_base_model()  # type: ignore[operator]
+        return base
+    return None
+
+
+# ── modules ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def slots_of(parts: Mapping[str, nn.Module]) -> dict[str, Slot]:
+    """Canonical layer -> slot, of every linear layer and convolution; rows of a fused projection where there is one."""
+    return {
+        f"{component}.{path}": slot
+        for component, model in parts.items()
+        for path, slot in {**_plain(model), **_fused(model)}.items()
+    }
+
+
+def kron_layers(parts: Mapping[str, nn.Module]) -> dict[str, Slot]:
+    """`component.path` -> slot of every KronLayer, in the order of the model."""
+    return {
+        f"{component}.{path}": slot
+        for component, model in parts.items()
+        for path, slot in _plain(model).items()
+        if isinstance(slot.module, KronLayer)
+    }
+
+
+def _plain(model: nn.Module) -> dict[str, Slot]:
+    walked = {path.removeprefix("text_model."): slot for path, slot in _walk(model, "")}
+    return {path: slot for path, slot in walked.items() if weight_shape_of(slot.module) is not None}
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Slot]]:
+    for key, child in module._modules.items():
+        if child is None:
+            continue
+        yield prefix + key, Slot(module, key)
+        inner = unwrapped(child)
+        if not isinstance(inner, KronLayer) and core(inner) is inner:
+            yield from _walk(inner, f"{prefix}{key}.")
+
+
+def _fused(model: nn.Module) -> dict[str, Slot]:
+    """Path of a projection that is fused now -> its rows of the fused one: the old module is not called any more."""
+    found = {}
+    for name, attention in model.named_modules():
+        if getattr(attention, "fused_projections", False) is True:
+            path = f"{name.replace('_orig_mod.', '')}." if name else ""
+            found.update({path + part: slot for part, slot in _rows_of(attention)})
+    return found
+
+
+def _rows_of(attention: nn.Module) -> Iterator[tuple[str, Slot]]:
+    for key, parts in FUSED.items():
+        if key not in attention._modules:
+            continue
+        start = 0
+        for part in parts:
+            shape = weight_shape_of(getattr(attention, part))
+            stop = start + (shape[0] if shape else 0)
+            yield part, Slot(attention, key, (start, stop))
+            start = stop
+
+
+def weight_shape_of(module: nn.Module) -> tuple[int, ...] | None:
+    """(out, in) or (out, in / groups, k, …), whatever the weight is packed as; None for what is neither.
+
+    >>> weight_shape_of(nn.Conv2d(8, 12, 3, groups=2)), weight_shape_of(nn.SiLU())
+    ((12, 4, 3, 3), None)
+    """
+    if isinstance(module, KronLayer):
+        return module.weight_shape
+    inner: Any = core(unwrapped(module))
+    if isinstance(inner, CONVOLUTIONS):
+        return (inner.out_channels, inner.in_channels // inner.groups, *inner.kernel_size)
+    sizes = getattr(inner, "out_features", None), getattr(inner, "in_features", None)
+    linear = all(isinstance(size, int) for size in sizes) and not inner._modules
+    return (int(sizes[0]), int(sizes[1])) if linear else None  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""The arithmetic of a merge: weights plus deltas, rounded once."""

@@ -1,0 +1,236 @@
+"""One adapter of a merge: which of its modules the base has, and why it lacks the others. Torch-free for files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isfinite, prod
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from krona_hub.adapters.provenance import BaseModel
+from krona_hub.bases import name_prefixes
+from krona_hub.bases.base import COMPONENTS
+from krona_hub.checkpoints.findings import raise_first
+from krona_hub.errors import AmbiguousError, KronaError, UsageError
+from krona_hub.formats.known.registry import by_name, detect_format
+from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.reading.read_plan import Plan, make_plan, refuse_unreadable
+from krona_hub.merging.base_weights import BaseTree
+from krona_hub.schema import tensor_layout
+from krona_hub.sources import resolve
+
+if TYPE_CHECKING:
+    from krona_hub.adapters.adapter import Adapter
+
+
+RECORDING = (None, "krona")  # formats whose base is a record; that of the others is what their names and shapes fit
+
+
+class Module(NamedTuple):
+    """A module of an adapter that the base has."""
+
+    name: str  # as the file spells it
+    layers: tuple[str, ...]  # canonical; several where it is fused
+    dora: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One adapter of a merge."""
+
+    said: str  # its path as given; "the adapter" for one in memory
+    source: Adapter | Path
+    weight: float
+    format: str | None
+    modules: tuple[Module, ...]
+    missing: Mapping[str, str]  # module -> why it cannot be merged
+    base: BaseModel | None  # that it says it was made for
+    nbytes: int
+    notes: tuple[str, ...]
+    files: tuple[Path, ...] = ()  # that it is read from
+    plans: tuple[Plan, ...] = ()  # how they are read; none for a native file
+    guesses: tuple[str, ...] = ()  # catalogue names that its reader has found to fit
+
+    @property
+    def total(self) -> int:
+        return len(self.modules) + len(self.missing)
+
+    @property
+    def doras(self) -> frozenset[str]:
+        """The layers with a DoRA magnitude."""
+        return frozenset(layer for m in self.modules if m.dora for layer in m.layers)
+
+    def load(self) -> Adapter:
+        """The adapter itself: its tensors, without the modules that cannot be read."""
+        from krona_hub.formats.reading.reader import read, read_planned
+
+        if not isinstance(self.source, Path):
+            return self.source
+        return read_planned(self.plans, self.said) if self.plans else read(self.source)
+
+    @cached_property
+    def candidates(self) -> tuple[str, ...]:
+        """Catalogue names that it fits, whatever base was given: to say where it may belong."""
+        if self.base is not None and self.base.names:
+            return self.base.names
+        try:
+            return describe(self.source).candidates if isinstance(self.source, Path) else self.guesses
+        except KronaError:
+            return ()
+
+
+def part_of(
+    source: Adapter | str | Path,
+    weight: float,
+    tree: BaseTree,
+    *,
+    component: str | None = None,
+    from_format: str | None = None,
+    said: str = "the adapter",
+) -> Part:
+    """What of an adapter the base has; with `component`, of its modules for that part.
+
+    Raises UsageError for a weight that is no finite number or a component that there is not, and what reading the file
+    raises but for modules that the base does not have.
+    """
+    if not isfinite(weight):
+        raise UsageError(f"a weight of {weight} cannot be merged.", fix="Give a finite number.")
+    if component not in (None, *COMPONENTS):
+        raise UsageError(f"{component!r} is no part of a model.", fix=f"Choose one of {', '.join(COMPONENTS)}.")
+    if isinstance(source, (str, Path)):
+        return _of_file(source, weight, tree, component, from_format)
+    return _of_adapter(source, weight, tree, component, said)
+
+
+def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str | None, said: str) -> Part:
+    found = (
+        (Module(name, (name,), delta.magnitude is not None), _why_not(name, delta.weight_shape, tree))
+        for name, delta in adapter.layers.items()
+    )
+    modules, missing = _sorted_out(found, {}, component)
+    guessed = adapter.provenance.source_format not in RECORDING
+    return Part(
+        said=said,
+        source=adapter,
+        weight=weight,
+        format=adapter.provenance.source_format,
+        modules=modules,
+        missing=missing,
+        base=None if guessed else adapter.base,
+        guesses=adapter.base.names if guessed and adapter.base else (),
+        nbytes=sum(t.numel() * t.element_size() for d in adapter.layers.values() for t in d.tensors),
+        notes=tuple(_extras(tuple(adapter.extras))),
+    )
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _of_file(source: str | Path, weight: float, tree: BaseTree, component: str | None, from_format: str | None) -> Part:
+    path = resolve(source)
+    files = open_files(path, tree.base)
+    found = [_reading(f, tree, from_format, f.component if len(files) > 1 else component) for f in files]
+    modules, missing = _sorted_out(
+        (pair for reading in found for pair in reading.modules),
+        {name: why for reading in found for name, why in reading.unread.items()},
+        component,
+    )
+    return Part(
+        said=str(source),
+        source=path,
+        weight=weight,
+        format=found[0].format,
+        modules=modules,
+        missing=missing,
+        base=found[0].base,
+        nbytes=sum(file.header.file_size for file in files),
+        notes=tuple(_extras(tuple(name for reading in found for name in reading.extras))),
+        files=tuple(file.path for file in files),
+        plans=tuple(reading.plan for reading in found if reading.plan),
+    )
+
+
+class _Reading(NamedTuple):
+    """A file of an adapter as its header tells."""
+
+    format: str
+    modules: tuple[tuple[Module, str], ...]  # with why it cannot be merged, or ""
+    unread: Mapping[str, str]  # names that the base does not explain, and why
+    extras: tuple[str, ...]
+    base: BaseModel | None = None  # that it names; only native files do so reliably
+    plan: Plan | None = None
+
+
+def _reading(file: AdapterFile, tree: BaseTree, format: str | None, component: str | None) -> _Reading:
+    with in_file(file.path):
+        spoke = by_name(format) if format is not None else _detected(file)
+        return _native(file, tree) if spoke.NAME == "krona" else _planned(make_plan(file, spoke, component), tree)
+
+
+def _detected(file: AdapterFile) -> ModuleType:
+    """The format; by the file alone where the base leaves it open, since that base may be the wrong one."""
+    try:
+        return detect_format(file)
+    except AmbiguousError as error:
+        try:
+            return detect_format(replace(file, base=None))
+        except AmbiguousError:
+            raise error from None
+
+
+def _native(file: AdapterFile, tree: BaseTree) -> _Reading:
+    known, findings = tensor_layout.examine(file.header)
+    raise_first(findings, str(file.path))
+    modules = (
+        (Module(name, (name,), layer.magnitude is not None), _why_not(name, layer.weight_shape, tree))
+        for name, layer in known.layers.items()
+    )
+    return _Reading("krona", tuple(modules), {}, tuple(known.extras), known.header.base)
+
+
+def _planned(plan: Plan, tree: BaseTree) -> _Reading:
+    """The reader has compared names and shapes with the base already."""
+    refuse_unreadable(plan)
+    modules = []
+    for module in plan.modules:
+        layers = tuple(place.layer for place in module.places)
+        lost = next((f"{layer} has no weight there." for layer in layers if layer not in tree.places), "")
+        modules.append((Module(module.group.name, layers, module.layout.dora is not None), lost))
+    unread = {name: _why_unread(error) for name, error in plan.aside.items()}
+    return _Reading(plan.format, tuple(modules), unread, plan.file.keys.extras, plan=plan)
+
+
+def _sorted_out(
+    found: Iterable[tuple[Module, str]], unread: Mapping[str, str], component: str | None
+) -> tuple[tuple[Module, ...], dict[str, str]]:
+    """The modules that can be merged, and why the others cannot: all, or those of one part of the model."""
+    wanted = [(m, why) for m, why in found if component is None or m.layers[0].startswith(f"{component}.")]
+    lost = {name: why for name, why in unread.items() if component is None or name_prefixes.may_mean(name, component)}
+    return tuple(m for m, why in wanted if not why), {m.name: why for m, why in wanted if why} | lost
+
+
+def _why_unread(error: KronaError) -> str:
+    """Only the nearest name helps here; the reader's other advice is to give the right base, as was done."""
+    return f"{error.cause} {error.fix}" if error.fix.startswith("The nearest") else error.cause
+
+
+def _why_not(layer: str, weight_shape: tuple[int, ...], tree: BaseTree) -> str:
+    """Why a layer cannot be merged; "" where it can."""
+    module, given = tree.base.module(layer), (weight_shape[0], prod(weight_shape[1:]))
+    if module is None or layer not in tree.places:
+        return f"{tree.root.name} has no {name_prefixes.lacking(layer, tree.base) or 'such module'}."
+    if module.matrix == given:
+        return ""
+    return f"its delta is {given[0]}x{given[1]}, the weight {module.matrix[0]}x{module.matrix[1]}."
+
+
+def _extras(names: tuple[str, ...]) -> Iterator[str]:
+    if names:
+        yield (
+            f"{len(names)} tensors that are no weight deltas (embeddings, norms, biases), such as {names[0]}, are not "
+            "merged"
+        )

@@ -1,0 +1,1 @@
+"""Where a merged model goes, and how it is written."""

@@ -1,0 +1,1 @@
+"""Opening a base model with diffusers, and loading adapters into it."""

@@ -1,0 +1,1 @@
+"""Tables, words and HTML reports."""

@@ -1,0 +1,171 @@
+"""Singular values of an adapter's layers, from its factors alone, and what is lost when fewer are kept.
+
+LoRA              σ(ΔW) through a QR of both sides             one more costs out + in
+one term A ⊗ B    σ(A) · σ(B), every product                   one more (of its best LoRA) costs out + in
+K terms           σ(R(ΔW)) in its own shape, by a QR           one more costs a1·a2 + b1·b2
+
+Layers of any other make (a sum of several shapes) have no such short way; they are named, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, sqrt
+
+import torch
+from torch import Tensor
+
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.conversion.forms import lora_rank
+from krona_hub.errors import ShapeError
+from krona_hub.formats.forms.normal_forms import lora_of
+from krona_hub.kron.shapes import KronShape, smallest_split, split
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, rearrange
+from krona_hub.kron.to_lora import compact_svd
+
+LARGEST = 2_000_000  # numbers of ΔW up to which R is formed for a picture: about two seconds
+SHAPES = ((64, 4), (32, 32))  # of A: the paper's own, and one near the square
+SHOWN = 64  # values of a spectrum that are drawn
+ZERO = 1e-12  # relative to the largest value: what rounding leaves of a rank that is not there
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """The singular values of one layer, largest first, and the parameters that one more of them costs."""
+
+    layer: str
+    sigma: tuple[float, ...]
+    cost: int
+
+    @property
+    def energy(self) -> float:
+        """‖ΔW‖²"""
+        return sum(s * s for s in self.sigma)
+
+    def lost(self, keep: int) -> float:
+        """‖ΔW − its nearest with `keep` values‖²"""
+        return sum(s * s for s in self.sigma[keep:])
+
+    def error(self, keep: int) -> float:
+        """Relative; 0.0 for a zero layer."""
+        return sqrt(self.lost(keep) / self.energy) if self.energy else 0.0
+
+    @property
+    def half(self) -> int:
+        """Half of the values, rounded up."""
+        return ceil(len(self.sigma) / 2)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """(parameters, relative error) of all layers together."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+
+
+def spectra_of(layers: Mapping[str, LayerDelta]) -> tuple[tuple[LayerSpectrum, ...], tuple[str, ...]]:
+    """The spectra of all layers that have one, and the names of those that have none here."""
+    found = {name: _spectrum(name, delta) for name, delta in layers.items()}
+    return tuple(s for s in found.values() if s), tuple(name for name, s in found.items() if s is None)
+
+
+def truncated(spectra: Sequence[LayerSpectrum], name: str) -> Curve:
+    """What the nearest adapter with 1, 2, … values in every layer costs and loses, over all layers: exact."""
+    whole = sum(s.energy for s in spectra)
+    if not whole:
+        return Curve(name, ())
+    most = max(len(s.sigma) for s in spectra)
+    counts = sorted({*range(1, min(most, 32) + 1), *(most * i // 32 for i in range(1, 33)), most} - {0})
+    return Curve(
+        name,
+        tuple(
+            (
+                float(sum(min(k, len(s.sigma)) * s.cost for s in spectra)),
+                sqrt(sum(s.lost(k) for s in spectra) / whole),
+            )
+            for k in counts
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Rearrangement:
+    """The spectrum of R(ΔW) of one layer for one shape."""
+
+    shape: KronShape
+    sigma: tuple[float, ...]  # relative to ‖ΔW‖
+    points: tuple[tuple[float, float], ...]  # (parameters, relative error) of 1, 2, … terms
+
+
+def rearrangements(delta: LayerDelta, shapes: Iterable[tuple[int, int]] = SHAPES) -> tuple[Rearrangement, ...]:
+    """R(ΔW) for those of `shapes` that divide the layer; for its cheapest shape where none does."""
+    dense = sum(s.dense().double() for s in delta.sums)
+    if not isinstance(dense, Tensor) or not bool(dense.any()):
+        return ()
+    wanted = []
+    for shape in shapes:
+        try:
+            wanted.append(split(delta.matrix_shape, *shape))
+        except ShapeError:
+            continue
+    return tuple(_rearranged(dense, shape) for shape in wanted or [smallest_split(delta.matrix_shape)])
+
+
+def shown_layer(layers: Mapping[str, LayerDelta], spectra: Sequence[LayerSpectrum]) -> str | None:
+    """Of the layers whose ΔW has at most LARGEST numbers, that of the largest norm."""
+    small = [s for s in spectra if s.energy and _numbers(layers[s.layer]) <= LARGEST]
+    return max(small, key=lambda s: (s.energy, s.layer)).layer if small else None
+
+
+def _numbers(delta: LayerDelta) -> int:
+    return delta.matrix_shape[0] * delta.matrix_shape[1]
+
+
+def _rearranged(dense: Tensor, shape: KronShape) -> Rearrangement:
+    sigma = torch.linalg.svdvals(rearrange(dense, shape))
+    relative = sigma / torch.linalg.vector_norm(sigma)
+    values = tuple(float(s) for s in relative if float(s) > ZERO)
+    one = LayerSpectrum("", values, shape.parameters)
+    points = tuple((float(k * shape.parameters), one.error(k)) for k in range(1, min(len(values), SHOWN) + 1))
+    return Rearrangement(shape, values[:SHOWN], points)
+
+
+def _spectrum(name: str, delta: LayerDelta) -> LayerSpectrum | None:
+    if lora_rank(delta) is not None:
+        lora = lora_of(delta)
+        sigma = None if lora is None else compact_svd(lora.up, lora.down)[1]
+        return None if sigma is None else LayerSpectrum(name, _values(sigma), sum(delta.matrix_shape))
+    if len(delta.sums) != 1:
+        return None
+    terms = delta.sums[0]
+    if terms.terms == 1:
+        return LayerSpectrum(name, _values(_of_one_term(terms)), sum(delta.matrix_shape))
+    return LayerSpectrum(name, _values(_of_terms(terms)), terms.shape.parameters)
+
+
+def _of_one_term(terms: KronTerms) -> Tensor:
+    """σ(A ⊗ B) = σ(A) ⊗ σ(B)"""
+    left, right = (torch.linalg.svdvals(_double(f)[0]) for f in (terms.left, terms.right))
+    products: Tensor = torch.outer(left, right).flatten()
+    return products.sort(descending=True).values
+
+
+def _of_terms(terms: KronTerms) -> Tensor:
+    """σ(Σₖ vec(Aₖ) vec(Bₖ)ᵀ)"""
+    left, right = (_double(f).flatten(1).mT for f in (terms.left, terms.right))
+    core = torch.linalg.qr(left).R @ torch.linalg.qr(right).R.mT
+    sigma: Tensor = torch.linalg.svdvals(core)
+    return sigma
+
+
+def _double(factor: Factor) -> Tensor:
+    """Widened before a product is formed: rounding must not look like rank."""
+    return factor.up.double() @ factor.down.double() if isinstance(factor, LowRank) else factor.double()
+
+
+def _values(sigma: Tensor) -> tuple[float, ...]:
+    """Without those that are rounding; a layer of zeros keeps one zero."""
+    kept = sigma[sigma > ZERO * sigma[:1]]
+    return tuple(float(s) for s in kept) or (0.0,)

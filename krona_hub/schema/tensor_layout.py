@@ -1,0 +1,226 @@
+"""What the tensors of a native file are, told from names and sizes alone. Torch-free.
+
+A tensor is called `<layer>.<part>`: `kron_a.i` (terms, a1, a2) or the pair `kron_a_up.i` (terms, a1, r) and
+`kron_a_down.i` (terms, r, a2) for the A of the i-th sum, likewise `kron_b…` for B, `magnitude` for DoRA; and
+`extras.<name>` for what is no delta.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import NamedTuple
+
+from krona_hub.adapters.provenance import Provenance
+from krona_hub.checkpoints.findings import Finding, quoted
+from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo
+from krona_hub.errors import DtypeError, IncompleteError, KronaError, SchemaError, ShapeError, UnrecognisedError
+from krona_hub.kron.shapes import KronShape
+from krona_hub.schema import modelspec
+from krona_hub.schema.header import HEADER_KEY, SCHEMA_KEY, Axis, LayerFacts, NativeHeader, Rows, named_errors, parse
+from krona_hub.schema.migrate import CURRENT, Version, readable, version_of
+
+EXTRAS = "extras."
+MAGNITUDE = "magnitude"
+_PART = re.compile(r"(?P<layer>[^.]+\..+)\.(?P<part>kron_[ab](?:_up|_down)?)\.(?P<index>0|[1-9][0-9]{0,5})", re.DOTALL)
+_WHOLE = re.compile(rf"(?P<layer>[^.]+\..+)\.{MAGNITUDE}", re.DOTALL)
+_BROKEN = "The file is incomplete or was edited: take the original, or convert it again."
+
+
+class Factor(NamedTuple):
+    """A or B of a sum: the one tensor that it is, or the names of up and down."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, int, int]  # (terms, p, q), as if a product were formed
+
+
+class Sum(NamedTuple):
+    left: Factor
+    right: Factor
+    rows: Rows
+
+    @property
+    def shape(self) -> KronShape:
+        return KronShape(*self.left.shape[1:], *self.right.shape[1:])
+
+
+class Layer(NamedTuple):
+    sums: tuple[Sum, ...]
+    weight_shape: tuple[int, ...]
+    magnitude: str | None  # the name of its tensor
+    magnitude_axis: Axis
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A native file, understood."""
+
+    version: Version  # of the file, before any step
+    header: NativeHeader
+    layers: Mapping[str, Layer]
+    errors: Mapping[str, float]  # layer -> relative error, where recorded
+    extras: Mapping[str, str]  # name -> name of the tensor
+
+    def provenance(self, metadata: Mapping[str, str]) -> Provenance:
+        """The record of the header, completed from the file's own `metadata`.
+
+        What others added to the metadata is kept; so is a newer minor version, under the name that it has there.
+        """
+        known = self.header.provenance
+        newer = {SCHEMA_KEY: str(self.version)} if self.version > CURRENT else {}
+        return replace(
+            known,
+            layer_errors=self.errors,
+            metadata={**known.metadata, **modelspec.added(metadata, self.header.base, known)},
+            unknown={**known.unknown, **newer},
+        )
+
+
+Parts = dict[str, str]  # `kron_a.0` -> name of the tensor
+
+
+def examine(file: Header) -> tuple[Layout, tuple[Finding, ...]]:
+    """What is sound of a native file, and what is wrong with the rest.
+
+    Raises UnrecognisedError for a file that is not native, NewerSchemaError for one of a newer major version.
+    """
+    metadata = readable(file.metadata)
+    if HEADER_KEY not in metadata:
+        raise SchemaError(f"a native file needs {HEADER_KEY} in its metadata.", fix=_BROKEN)
+    header, found = parse(metadata[HEADER_KEY])
+    findings = [*found, *_dtype_findings(file.tensors)]
+    parts, extras, strangers = _grouped(file.tensors)
+    findings.extend(map(_stranger, strangers))
+    layers: dict[str, Layer] = {}
+    for name in sorted(parts.keys() | header.layers.keys()):
+        try:
+            layers[name] = _layer(name, parts.get(name, {}), header.layers.get(name, LayerFacts()), file.tensors)
+        except KronaError as error:
+            findings.append(Finding.of(error, where=quoted(name)))
+    errors: dict[str, float] = {}
+    try:
+        errors = named_errors(parts.keys() | header.layers.keys(), header.layer_errors)
+    except SchemaError as error:
+        findings.append(Finding.of(error, where="krona.header provenance"))
+    return Layout(version_of(file.metadata), header, layers, errors, extras), tuple(findings)
+
+
+def is_native(metadata: Mapping[str, str]) -> bool:
+    """Whether the metadata is that of a native file, of whatever version."""
+    try:
+        version_of(metadata)
+    except UnrecognisedError:
+        return False
+    except SchemaError:
+        return True
+    return True
+
+
+def _dtype_findings(tensors: Mapping[str, TensorInfo]) -> Iterator[Finding]:
+    for name, info in tensors.items():
+        if info.dtype not in FLOATS:
+            error = DtypeError(f"its type is {info.dtype}.", fix=f"A native file holds {', '.join(FLOATS)} only.")
+            yield Finding.of(error, where=quoted(name))
+
+
+def _grouped(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Parts], dict[str, str], list[str]]:
+    """Parts by layer, extras by name, and the names that are neither."""
+    parts: dict[str, Parts] = {}
+    extras: dict[str, str] = {}
+    strangers = []
+    for name in tensors:
+        if name.startswith(EXTRAS) and len(name) > len(EXTRAS):
+            extras[name.removeprefix(EXTRAS)] = name
+        elif match := _PART.fullmatch(name):
+            parts.setdefault(match["layer"], {})[f"{match['part']}.{match['index']}"] = name
+        elif match := _WHOLE.fullmatch(name):
+            parts.setdefault(match["layer"], {})[MAGNITUDE] = name
+        else:
+            strangers.append(name)
+    return parts, extras, strangers
+
+
+def _stranger(name: str) -> Finding:
+    error = IncompleteError("this tensor belongs to nothing that schema 1.0 knows.", fix=_BROKEN)
+    return Finding.of(error, where=quoted(name))
+
+
+def _layer(name: str, parts: Parts, facts: LayerFacts, tensors: Mapping[str, TensorInfo]) -> Layer:
+    """One layer. Raises SchemaError, IncompleteError or ShapeError, with the cause only."""
+    _check_name(name)
+    count = len({part.rsplit(".", 1)[1] for part in parts if part != MAGNITUDE})
+    if facts.rows and len(facts.rows) != count:
+        raise SchemaError(f"the header names rows of {len(facts.rows)} sums, but {count} are there.", fix=_BROKEN)
+    rows: tuple[Rows, ...] = facts.rows or tuple("kron" for _ in range(count))
+    sums = tuple(
+        Sum(_factor("kron_a", i, parts, tensors), _factor("kron_b", i, parts, tensors), rows[i]) for i in range(count)
+    )
+    if facts.weight_shape is None and not sums:
+        raise IncompleteError("it has neither a sum nor a weight_shape in the header.", fix=_BROKEN)
+    weight_shape = facts.weight_shape or sums[0].shape.full
+    for i, s in enumerate(sums):
+        _check_sum(i, s, weight_shape)
+    if MAGNITUDE in parts:
+        _check_magnitude(tensors[parts[MAGNITUDE]], weight_shape, facts.magnitude_axis)
+    return Layer(sums, weight_shape, parts.get(MAGNITUDE), facts.magnitude_axis)
+
+
+def _check_name(name: str) -> None:
+    component, _, path = name.partition(".")
+    if not component or not path or name.startswith(EXTRAS):
+        raise SchemaError("a layer is called <component>.<module path>.", fix=_BROKEN)
+    if component.startswith("text_encoder") and path.startswith("text_model."):
+        raise SchemaError("layer names are written without `text_model.`.", fix=_BROKEN)
+
+
+def _factor(part: str, index: int, parts: Parts, tensors: Mapping[str, TensorInfo]) -> Factor:
+    """A or B of sum `index`: stored, or as the product up·down."""
+    forms = {suffix: parts.get(f"{part}{suffix}.{index}") for suffix in ("", "_up", "_down")}
+    present = {suffix: name for suffix, name in forms.items() if name is not None}
+    if present.keys() == {""}:
+        return Factor((present[""],), _stack(present[""], tensors))
+    if present.keys() != {"_up", "_down"}:
+        have = ", ".join(f"{part}{suffix}.{index}" for suffix in present) or "nothing"
+        raise IncompleteError(
+            f"sum {index} needs {part}.{index}, or {part}_up.{index} with {part}_down.{index}; it has {have}.",
+            fix=_BROKEN,
+        )
+    (terms, p, r), (other, s, q) = (_stack(present[suffix], tensors) for suffix in ("_up", "_down"))
+    if (terms, r) != (other, s):
+        raise ShapeError(
+            f"{part}_up.{index} is (terms, p, r) = ({terms}, {p}, {r}), {part}_down.{index} is (terms, r, q) = "
+            f"({other}, {s}, {q}): terms and r must be equal.",
+            fix=_BROKEN,
+        )
+    return Factor((present["_up"], present["_down"]), (terms, p, q))
+
+
+def _stack(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[int, int, int]:
+    shape = tensors[name].shape
+    if len(shape) != 3 or 0 in shape:
+        raise ShapeError(f"{quoted(name)} is {list(shape)[:8]}, not (terms, rows, columns).", fix=_BROKEN)
+    return shape[0], shape[1], shape[2]
+
+
+def _check_sum(index: int, s: Sum, weight_shape: tuple[int, ...]) -> None:
+    if s.left.shape[0] != s.right.shape[0]:
+        raise ShapeError(
+            f"sum {index} has {s.left.shape[0]} terms on its left and {s.right.shape[0]} on its right.", fix=_BROKEN
+        )
+    wanted = weight_shape[0], prod(weight_shape[1:])
+    if s.shape.full != wanted:
+        raise ShapeError(
+            f"sum {index} is {s.shape}, a delta of {s.shape.full[0]}x{s.shape.full[1]}, but the weight "
+            f"{list(weight_shape)} is {wanted[0]}x{wanted[1]} as a matrix.",
+            fix=_BROKEN,
+        )
+
+
+def _check_magnitude(info: TensorInfo, weight_shape: tuple[int, ...], axis: str) -> None:
+    length = weight_shape[0 if axis == "out" else 1]
+    if info.shape != (length,):
+        raise ShapeError(
+            f"its magnitude is {list(info.shape)[:8]}; on the {axis}put axis it must be [{length}].", fix=_BROKEN
+        )

@@ -1,0 +1,1 @@
+"""Images, captions and batches of a training."""

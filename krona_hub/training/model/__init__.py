@@ -1,0 +1,1 @@
+"""The model that is trained: families, noise processes, layers, optimizer, device."""

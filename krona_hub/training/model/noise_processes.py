@@ -1,0 +1,123 @@
+"""How a family adds noise, and what its model is to say then: diffusion with epsilon or v, and flow matching.
+
+    diffusion   noisy = √ᾱ x + √(1-ᾱ) ε      epsilon: ε      v: √ᾱ ε - √(1-ᾱ) x      sample: x      snr = ᾱ/(1-ᾱ)
+    flow        noisy = (1-σ) x + σ ε         target: ε - x
+
+Time enters as u in [0, 1) and grows with the noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from krona_hub.errors import UnsupportedError
+from krona_hub.training.randomness import generator
+from krona_hub.training.settings import TrainingSettings
+
+
+class Noised(NamedTuple):
+    """What goes into the model, and what should come out of it."""
+
+    noisy: Tensor  # (n, channels, height, width)
+    target: Tensor  # the same shape
+    timesteps: Tensor  # (n,) as the model takes them
+    snr: Tensor | None  # (n,) signal-to-noise ratio; None where min-SNR does not apply
+
+
+class Process(Protocol):
+    """A way from a picture to noise."""
+
+    @property
+    def prediction(self) -> str: ...
+
+    @property
+    def sampling(self) -> str: ...  # how u is drawn unless somebody asks otherwise
+
+    def noised(self, latents: Tensor, noise: Tensor, u: Tensor) -> Noised: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Diffusion:
+    """DDPM's chain of noise levels."""
+
+    alphas: Tensor  # (timesteps,) ᾱ, falling
+    prediction: str  # epsilon, v_prediction or sample
+    sampling: str = "uniform"
+
+    def noised(self, latents: Tensor, noise: Tensor, u: Tensor) -> Noised:
+        t = (u * len(self.alphas)).long().clamp(0, len(self.alphas) - 1)
+        alpha = self.alphas.to(latents.device)[t.to(latents.device)].to(latents.dtype)
+        signal, spread = (x.reshape(-1, 1, 1, 1) for x in (alpha.sqrt(), (1 - alpha).sqrt()))
+        targets = {
+            "epsilon": noise,
+            "v_prediction": signal * noise - spread * latents,
+            "sample": latents,
+        }
+        noisy = signal * latents + spread * noise
+        return Noised(noisy, targets[self.prediction], t.to(latents.device), alpha / (1 - alpha))
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """Rectified flow; `shift` moves the levels towards noise, as the pipeline's scheduler does."""
+
+    shift: float = 1.0
+    timesteps: int = 1000
+    prediction: str = "flow"
+    sampling: str = "logit-normal"
+
+    def noised(self, latents: Tensor, noise: Tensor, u: Tensor) -> Noised:
+        level = (self.shift * u / (1 + (self.shift - 1) * u)).to(latents)
+        sigma = level.reshape(-1, 1, 1, 1)
+        return Noised((1 - sigma) * latents + sigma * noise, noise - latents, level * self.timesteps, None)
+
+
+def diffusion_of(scheduler: Any) -> Diffusion:
+    """The noise levels of a pipeline's own scheduler. Raises UnsupportedError for a prediction that is not known."""
+    from diffusers import DDPMScheduler
+
+    config = scheduler.config
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise UnsupportedError(f"krona does not train {prediction!r}.", fix="Use a base of epsilon or v_prediction.")
+    own: Mapping[str, Any] = {k: v for k, v in config.items() if k in LEVELS}
+    levels: Any = DDPMScheduler(**own)  # type: ignore[no-untyped-call]
+    return Diffusion(levels.alphas_cumprod.float(), prediction)
+
+
+LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+
+
+def flow_of(scheduler: Any) -> Flow:
+    """With the scheduler's own shift where it is fixed; where it depends on the size (FLUX), none, as its trainers."""
+    config = scheduler.config
+    moving = bool(config.get("use_dynamic_shifting", False))
+    return Flow(1.0 if moving else float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
+
+
+def drawn_times(settings: TrainingSettings, process: Process, step: int, samples: tuple[int, ...]) -> Tensor:
+    """(samples,) u in [0, 1), float32, each from its own draw."""
+    how = process.sampling if settings.timesteps == "auto" else settings.timesteps
+    sources = [generator(settings.seed, "time", step, i) for i in samples]
+    if how == "uniform":
+        return torch.stack([torch.rand((), generator=g) for g in sources])
+    normal = torch.stack([torch.randn((), generator=g) for g in sources])
+    return torch.sigmoid(settings.logit_mean + settings.logit_std * normal).clamp(max=1 - 2**-24)
+
+
+def loss_weights(snr: Tensor | None, prediction: str, gamma: float) -> Tensor | float:
+    """min-SNR (Hang et al., 2023): min(snr, γ)/snr for epsilon, /(snr + 1) for v, 1 for the rest and for γ = 0.
+
+    >>> loss_weights(torch.tensor([0.0, 1.0, 10.0]), "epsilon", 5.0)
+    tensor([1.0000, 1.0000, 0.5000])
+    """
+    if snr is None or not gamma or prediction not in ("epsilon", "v_prediction"):
+        return 1.0
+    if prediction == "epsilon":
+        return (gamma / snr).clamp(max=1.0)
+    return snr.clamp(max=gamma) / (snr + 1)

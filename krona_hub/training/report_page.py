@@ -1,0 +1,40 @@
+"""report.html of a run folder, from the files in it: it can be made again at any time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from krona_hub.formats.reading.describe import describe
+from krona_hub.rendering.html.markup import write_page
+from krona_hub.rendering.html.training_page import Run, training_page
+from krona_hub.training.configuration import ECHO, read_toml
+from krona_hub.training.progress.metrics import read_metrics
+from krona_hub.training.samples import sample_files
+from krona_hub.training.training_record import ELSEWHERE
+
+PAGE = "report.html"  # in the run folder
+
+
+def write_report(run: Path, adapter: Path) -> Path:
+    """Write the page of a run; places of this machine are not in it, since a page is passed on."""
+    settings = read_toml(run / ECHO) if (run / ECHO).is_file() else {}
+    prompts = settings.get("sample_prompts") or [settings.get("prompt", "")]
+    shown = Run(
+        name=run.resolve().name,
+        rows=read_metrics(run),
+        settings={name: _words(name, value) for name, value in settings.items() if name not in ELSEWHERE},
+        adapter=describe(adapter) if adapter.exists() else None,
+        samples=sample_files(run),
+        prompts=[str(prompt) for prompt in prompts],
+    )
+    return write_page(run / PAGE, training_page(shown))
+
+
+def _words(name: str, value: object) -> object:
+    if name == "base":
+        return Path(str(value)).name if Path(str(value)).exists() else value
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {one}" for key, one in value.items())
+    return str(value)

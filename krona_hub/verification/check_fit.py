@@ -1,0 +1,113 @@
+"""Does this adapter fit that base? Names and shapes, from headers alone. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from krona_hub.adapters.provenance import BaseModel
+from krona_hub.bases.base import Base
+from krona_hub.bases.loading import load_base
+from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, UnknownBaseError
+from krona_hub.formats.reading.describe import Description, ModuleInfo, describe
+from krona_hub.schema import tensor_layout
+from krona_hub.schema.tensor_layout import is_native
+from krona_hub.sources import resolve
+from krona_hub.verification.report import FitCheck
+
+OPEN = (AmbiguousError, BaseMismatchError, UnknownBaseError)  # what a base that does not fit leaves unsettled
+
+
+def fits(source: str | Path, base: str | Path, component: str | None = None) -> FitCheck:
+    """Whether `base` has every layer of the adapter at `source`, with its shape.
+
+    Raises NotFoundError where there is no `source`, UnknownBaseError where `base` names none, and what `describe`
+    raises for a file that is no adapter.
+    """
+    path, known = resolve(source), load_base(base)
+    about = _described(path, known, component)
+    problems = dict(_problems(about, known))
+    adapted = {layer for m in about.modules if m.name not in problems for layer in m.layers}
+    recorded = _recorded(about)
+    check = FitCheck(
+        adapter=path,
+        base=known.name,
+        format=about.format,
+        matched=len(about.modules) - sum(m.name in problems for m in about.modules),
+        total=len(about.modules) + len(about.unmatched),
+        problems=problems,
+        coverage=_coverage(adapted, known),
+        recorded=recorded.words if recorded else about.training.get("base"),
+        fingerprint_agrees=_agrees(recorded, known),
+        notes=about.warnings if not problems else (),
+    )
+    return check if check.same else replace(check, fits_instead=_fits_instead(path, component, known))
+
+
+def _described(path: Path, base: Base, component: str | None) -> Description:
+    """The adapter as `base` explains it; by itself where that base leaves even its format open."""
+    try:
+        return describe(path, base=base, component=component)
+    except OPEN as error:
+        try:
+            return describe(path, component=component)
+        except KronaError:
+            raise error from None
+
+
+def _problems(about: Description, base: Base) -> Iterator[tuple[str, str]]:
+    """Module -> why it does not fit."""
+    yield from about.unmatched.items()
+    for module in about.modules:
+        why = _why_not(module, base)
+        if why:
+            yield module.name, why
+
+
+def _why_not(module: ModuleInfo, base: Base) -> str | None:
+    if not module.layers:
+        return f"{base.name} does not explain this name."
+    for layer in module.layers:
+        known = base.module(layer)
+        if known is None:
+            return f"{base.name} has no {layer}."
+        if len(module.layers) == 1 and _size(module.weight_shape) != known.matrix:
+            ours, theirs = _size(module.weight_shape), known.matrix
+            return f"its delta is {ours[0]}x{ours[1]}, and {base.name} has {theirs[0]}x{theirs[1]} there."
+    return None
+
+
+def _size(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(out, in·k…)."""
+    columns = 1
+    for n in shape[1:]:
+        columns *= n
+    return shape[0], columns
+
+
+def _coverage(adapted: Iterable[str], base: Base) -> dict[str, tuple[int, int]]:
+    """component -> how many of its layers are adapted, of how many."""
+    owners = [layer.partition(".")[0] for layer in adapted]
+    return {c: (owners.count(c), len(modules)) for c, modules in base.components.items() if c in owners}
+
+
+def _recorded(about: Description) -> BaseModel | None:
+    """The base that a native file names."""
+    return tensor_layout.examine(about.header)[0].header.base if is_native(about.header.metadata) else None
+
+
+def _agrees(recorded: BaseModel | None, base: Base) -> bool | None:
+    """By the rule of a merge: names count before fingerprints. None where the file says nothing."""
+    return None if recorded is None else recorded.agrees_with(base.model)
+
+
+def _fits_instead(path: Path, component: str | None, base: Base) -> tuple[str, ...]:
+    """Catalogue names whose layers these are, if there are any."""
+    try:
+        about = describe(path, component=component)
+    except KronaError:
+        return ()
+    whole = not about.unmatched and about.base is not None and all(m.layers for m in about.modules)
+    names = (about.candidates or (about.base,)) if whole and about.base else ()
+    return tuple(name for name in names if name not in (base.name, base.family))

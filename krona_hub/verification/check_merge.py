@@ -1,0 +1,136 @@
+"""Does this checkpoint contain exactly that? Every tensor of it against round(base + Σ w·ΔW), or against the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from krona_hub.adapters.adapter import Adapter
+from krona_hub.checkpoints.reader import load
+from krona_hub.errors import BaseMismatchError
+from krona_hub.kron.parallel import in_parallel
+from krona_hub.merging.arithmetic.patches import Patch
+from krona_hub.merging.plan import MergePlan, plan_merge
+from krona_hub.sources import resolve_base
+from krona_hub.verification.api import Progress
+from krona_hub.verification.check_tensors import Outcome, Patches, check_touched, check_untouched
+from krona_hub.verification.report import MergeCheck, TensorCheck
+from krona_hub.verification.tensor_pairs import Pair, Stored, headers_of, pairs
+
+Targets = Mapping[tuple[str, str], Patches]  # (file, tensor) -> its patches
+
+
+def contains(
+    merged: str | Path,
+    base: str | Path,
+    adapters: Sequence[tuple[Adapter | str | Path, float]],
+    *,
+    exact: bool = False,
+    component: str | None = None,
+    block_weights: Mapping[str, float] | None = None,
+    allow_missing: bool = False,
+    progress: Progress | None = None,
+) -> MergeCheck:
+    """Whether `merged` is what merging the adapters into `base` gives, tensor by tensor.
+
+    Raises what `plan_merge` raises, and BaseMismatchError where the two checkpoints have no tensor in common.
+    """
+    plan = plan_merge(
+        base,
+        adapters,
+        component=component,
+        block_weights=block_weights,
+        allow_missing=allow_missing,
+        allow_base_mismatch=True,
+    )
+    place, targets, weights = resolve_base(merged), _targets(plan), [float(weight) for _, weight in adapters]
+    compared = list(pairs(headers_of(plan.tree.root), headers_of(place)))
+    if not any(pair.base and pair.merged for pair in compared):
+        raise BaseMismatchError(
+            f"{merged} and {base} have no tensor in common.",
+            fix="Compare checkpoints of one layout: a diffusers folder with a diffusers folder, a file with a file.",
+        )
+    total, done, outcomes = sum(pair.nbytes for pair in compared), 0, []
+    for pair, outcome in in_parallel(lambda pair: _check(pair, targets, weights, exact), compared):
+        outcomes.append(outcome)
+        done += pair.nbytes
+        if progress:
+            progress(done, total)
+    return MergeCheck(
+        merged=place,
+        base=plan.tree.root,
+        adapters=tuple(_said(i, source) for i, (source, _) in enumerate(adapters, 1)),
+        weights=tuple(weights),
+        matched=tuple(adapter.said for adapter in plan.adapters),
+        tensors=tuple(outcome.check for outcome in outcomes),
+        strengths=_overall(outcomes),
+        notes=(*plan.notes, *_notes(outcomes)),
+    )
+
+
+def _said(place: int, source: Adapter | str | Path) -> str:
+    return f"adapter {place}" if isinstance(source, Adapter) else str(source)
+
+
+# --- one tensor ------------------------------------------------------------------------------------------------------
+
+
+def _check(pair: Pair, targets: Targets, weights: Sequence[float], exact: bool) -> Outcome:
+    stored = pair.present[0]
+    patches = targets.get((stored.file, stored.tensor), ()) if pair.base else ()
+    touched = any(patch.weight for own in patches for patch in own)
+    check = TensorCheck(stored.tensor, stored.file, "same", touched, stored.info.numel)
+    if pair.base is None or pair.merged is None:
+        return Outcome(replace(check, state="missing" if pair.base else "added"))
+    if pair.base.info.shape != pair.merged.info.shape:
+        return Outcome(replace(check, state="other shape"))
+    weight, merged = _tensor(pair.base), _tensor(pair.merged)
+    if touched:
+        return check_touched(check, weight, merged, patches, weights, exact)
+    return check_untouched(check, weight, merged, exact)
+
+
+def _tensor(stored: Stored) -> Tensor:
+    """Mapped from its file."""
+    return load(stored.header, [stored.tensor])[stored.tensor]
+
+
+def _overall(outcomes: Sequence[Outcome]) -> tuple[float, ...]:
+    """The strengths over all touched tensors that differ: the mean of those found, weighted by ‖ΔW‖²; () for none."""
+    found = [(o.numbers.gram.diagonal(), o.check.strengths) for o in outcomes if o.numbers is not None]
+    if not found:
+        return ()
+    weights = torch.stack([weight for weight, _ in found])
+    strengths = torch.tensor([s for _, s in found], dtype=torch.float64).nan_to_num()
+    mean = (weights * strengths).sum(0) / weights.sum(0)  # 0 / 0 is NaN: an adapter without a delta in any of them
+    return tuple(mean.tolist())
+
+
+def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    missing = [o.check.tensor for o in outcomes if o.check.state == "missing"]
+    if len(missing) > len(outcomes) // 2:
+        yield "most tensors of the base are not in the merged checkpoint: is it a checkpoint of one component?"
+
+
+# --- what should be there --------------------------------------------------------------------------------------------
+
+
+def _targets(plan: MergePlan) -> Targets:
+    """The patches of every tensor that the merge would change."""
+    adapters = [part.load() for part in plan.parts]
+    targets: dict[tuple[str, str], Patches] = {}
+    for file in plan.files:
+        for tensor in file.tensors:
+            own: list[list[Patch]] = [[] for _ in adapters]
+            for t in tensor.targets:
+                own[t.adapter].append(Patch(adapters[t.adapter].layers[t.layer], t.weight, t.placement))
+            targets[_relative(file.path, plan.tree.root), tensor.name] = own
+    return targets
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if root.is_dir() else path.name

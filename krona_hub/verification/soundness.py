@@ -1,0 +1,112 @@
+"""Is this adapter sound, and does it fit its base? One answer for every format. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from krona_hub.bases.base import Base
+from krona_hub.checkpoints.findings import Finding, quoted
+from krona_hub.errors import AmbiguousError, KronaError, UnknownBaseError
+from krona_hub.formats.known.registry import detect_format
+from krona_hub.formats.parsing.adapter_file import AdapterFile, open_files
+from krona_hub.formats.reading.read_plan import make_plan, measure
+from krona_hub.schema import validate as checks
+from krona_hub.schema.tensor_layout import is_native
+from krona_hub.sources import resolve
+
+OPEN = (AmbiguousError, UnknownBaseError)  # the file is sound; an option settles what it leaves open
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What `validate` found; no findings for a sound adapter."""
+
+    path: Path
+    format: str | None  # a name of FORMATS; None where the file is none of them
+    findings: tuple[Finding, ...]  # errors first
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(f for f in self.findings if f.severity == "error")
+
+    @property
+    def valid(self) -> bool:
+        """Whether there is no error; warnings do not count."""
+        return not self.errors
+
+    @property
+    def exit_code(self) -> int:
+        """0, or that of the first error: 2 for a broken file, 5 for one that does not fit its base."""
+        return self.errors[0].error().exit_code if self.errors else 0
+
+
+def validate(source: str | Path, base: str | Path | Base | None = None) -> ValidationReport:
+    """All that is wrong with the adapter at `source`: structure, types, numbers, schema or format, and its layers.
+
+    `source` is a file, a PEFT folder or a Hub id. With `base`, every layer must be there with its shape. Raises
+    NotFoundError where there is no `source`, UnknownBaseError where `base` names none.
+    """
+    path = resolve(source)
+    try:
+        files = open_files(path, base)
+    except UnknownBaseError:
+        raise
+    except KronaError as error:  # a file tells all that is wrong with its structure, a folder the first thing
+        findings = checks.validate(path) if path.is_file() else ()
+        return ValidationReport(path, None, findings or (Finding.of(error),))
+    formats, found = zip(*((_format(f), tuple(_findings(f))) for f in files), strict=True)
+    placed = [_in_part(finding, f, path) for f, findings in zip(files, found, strict=True) for finding in findings]
+    return ValidationReport(path, formats[0], checks.ordered(placed))
+
+
+def _format(file: AdapterFile) -> str | None:
+    try:
+        name: str = detect_format(file).NAME
+    except KronaError:
+        return None
+    return name
+
+
+def _findings(file: AdapterFile) -> Iterator[Finding]:
+    """What is wrong with one file whose structure is sound."""
+    if is_native(file.metadata):
+        yield from checks.native_findings(file.header, file.base)
+    else:
+        yield from _module_findings(file)
+    yield from checks.number_findings(file.header)
+
+
+def _module_findings(file: AdapterFile) -> Iterator[Finding]:
+    """Modules that a reader would refuse, each with the reason."""
+    try:
+        spoke = detect_format(file)
+    except KronaError as error:
+        yield Finding.of(error, severity="warning" if isinstance(error, OPEN) else "error")
+        yield from checks.dtype_findings(file.header)
+        return
+    for name, problem in _problems(file, spoke).items():
+        open_question = not name and isinstance(problem, OPEN)
+        yield Finding.of(problem, where=name and quoted(name), severity="warning" if open_question else "error")
+
+
+def _problems(file: AdapterFile, spoke: ModuleType) -> Mapping[str, KronaError]:
+    """Module or key -> why it cannot be read; "" -> what stands in the way of the whole file."""
+    try:
+        return make_plan(file, spoke).aside
+    except KronaError as error:
+        whole = error
+    try:
+        return {**measure(file, spoke.RULES)[2], "": whole}
+    except KronaError:  # the same, said before any module was looked at
+        return {"": whole}
+
+
+def _in_part(finding: Finding, file: AdapterFile, whole: Path) -> Finding:
+    """The finding, with the part of the folder that it is about."""
+    if file.path == whole or file.path.parent == whole:
+        return finding
+    part = file.path.relative_to(whole)
+    return finding._replace(where=f"{part}: {finding.where}" if finding.where else str(part))
