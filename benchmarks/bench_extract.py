@@ -21,12 +21,12 @@ from torch import Tensor
 from krona_hub.bases import catalogue
 from krona_hub.bases.base import Placement
 from krona_hub.bases.weight_files import WeightPlace
-from krona_hub.conversion.target import Target
+from krona_hub.conversion.target import ConversionTarget
 from krona_hub.extraction.fit_layers import fit_difference
-from krona_hub.extraction.fit_plan import Plan
-from krona_hub.extraction.layer_difference import Difference
-from krona_hub.extraction.request import Asked
-from krona_hub.extraction.tensor_pairs import Pair
+from krona_hub.extraction.fit_plan import FitPlan
+from krona_hub.extraction.layer_difference import LayerDifference
+from krona_hub.extraction.request import ExtractRequest
+from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.kron.from_dense import nearest_kron_of_dense
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.terms import nearest_kron
@@ -38,7 +38,7 @@ NOWHERE = WeightPlace(Path(), "", Placement(""))
 class Made(NamedTuple):
     """A layer of both checkpoints."""
 
-    pair: Pair
+    pair: LayerPair
     base: Tensor
     tuned: Tensor
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 def ours(sizes: list[tuple[int, ...]]) -> tuple[float, int]:
     """Seconds for these layers, making them excluded, and the most terms found in a planted one."""
-    plan = Plan(Asked(shape=SHAPE), Target("krona"), None, CORES)
+    plan = FitPlan(ExtractRequest(shape=SHAPE), ConversionTarget("krona"), None, CORES)
     seconds, most = 0.0, 0
     for batch in batches(sizes):
         start = perf_counter()
@@ -72,8 +72,8 @@ def ours(sizes: list[tuple[int, ...]]) -> tuple[float, int]:
     return seconds, most
 
 
-def fit(plan: Plan, made: Made):
-    return fit_difference(plan, made.pair, Difference.between(*made))
+def fit(plan: FitPlan, made: Made):
+    return fit_difference(plan, made.pair, LayerDifference.between(*made))
 
 
 def batches(sizes: list[tuple[int, ...]], together: int = 8) -> Iterator[list[Made]]:
@@ -87,7 +87,7 @@ def made_layer(i: int, size: tuple[int, ...]) -> Made:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    pair = Pair(str(i), size, NOWHERE, NOWHERE)
+    pair = LayerPair(str(i), size, NOWHERE, NOWHERE)
     base = 0.02 * normal(*size)
     if is_planted(Made(pair, base, base)):
         rest = size[0] // SHAPE[0], size[1] // SHAPE[1]

@@ -7,26 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import (
+from krona_hub.cli.console import announce, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.options import (
     allow_base_mismatch_option,
     allow_missing_option,
-    announce,
     base_option,
     component_option,
     dry_run_option,
     dtype_option,
-    emit,
-    krona_command,
     output_option,
     overwrite_option,
-    progress,
-    say,
-    show_facts,
-    show_table,
-    show_text,
     to_option,
 )
-from krona_hub.cli.weighted_source import Weighted, WeightedSource
+from krona_hub.cli.progress import progress
+from krona_hub.cli.weighted_source import WeightedArgument, WeightedSource
 from krona_hub.rendering.tables import form_groups, human_bytes, percent, relative
 
 if TYPE_CHECKING:
@@ -59,7 +53,9 @@ if TYPE_CHECKING:
 @overwrite_option
 @dry_run_option
 @click.option("--layers", is_flag=True, help="List every layer.")
-def command(adapters: tuple[Weighted, ...], layers: bool, dry_run: bool, out: str | None, **options: Any) -> None:
+def command(
+    adapters: tuple[WeightedArgument, ...], layers: bool, dry_run: bool, out: str | None, **options: Any
+) -> None:
     """Add adapters, each at its strength, into one adapter.
 
     The sum is exact: the factors of all adapters stand side by side, and no factors are averaged. The strengths

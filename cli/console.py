@@ -18,10 +18,7 @@ import json
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from math import inf
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,13 +26,9 @@ from typing import Any
 import click
 import rich_click
 
-from krona_hub.bases.base import COMPONENTS
-from krona_hub.rendering.tables import human_bytes, plain
+from krona_hub.rendering.humanize import plain
 
 PIPED_WIDTH = 10_000  # columns: a pipe has no edge, so that names are never cut there
-PATIENCE = 2.0  # seconds before a progress bar appears
-BETWEEN = 0.1  # seconds between two drawings of it
-WIDTH = 24  # columns of it
 
 Function = Callable[..., Any]
 
@@ -93,67 +86,6 @@ def asked_for(option: str) -> bool:
 
 
 # --- common arguments and options ------------------------------------------------------------------------------------
-
-
-def complete_bases(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
-    """Catalogue names for the shell; torch-free."""
-    from krona_hub.bases.catalogue import names
-
-    return [name for name in names() if name.startswith(start)]
-
-
-def complete_formats(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
-    """Format names for the shell; torch-free."""
-    from krona_hub.formats.known.registry import FORMATS
-
-    return [spoke.NAME for spoke in FORMATS if spoke.NAME.startswith(start)]
-
-
-def complete_tools(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
-    """Names of target tools for the shell; torch-free."""
-    from krona_hub.formats.compatibility.tools import TOOLS
-
-    return [name for name in TOOLS if name.startswith(start)]
-
-
-file_argument = click.argument("file", type=click.Path())
-base_option = click.option(
-    "--base",
-    metavar="BASE",
-    shell_complete=complete_bases,
-    help="The base model: a catalogue name such as sdxl, a diffusers folder or a checkpoint file.",
-)
-component_option = click.option(
-    "--component",
-    metavar="NAME",
-    type=click.Choice(COMPONENTS),
-    help="The part of the base that the file belongs to, where the file does not say.",
-)
-from_option = click.option(
-    "--from", "from_format", metavar="FORMAT", shell_complete=complete_formats, help="Read the file as this format."
-)
-output_option = click.option("-o", "--output", "out", type=click.Path(), metavar="OUT", help="Where to write.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
-allow_missing_option = click.option(
-    "--allow-missing", is_flag=True, help="Go on with what is understood, though some modules are not."
-)
-allow_base_mismatch_option = click.option(
-    "--allow-base-mismatch", is_flag=True, help="Go on though an adapter was made for another base."
-)
-dtype_option = click.option("--dtype", metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16.")
-to_option = click.option(
-    "--to",
-    metavar="FORMAT",
-    default="krona",
-    shell_complete=complete_formats,
-    help="The format to write, or `lora` or `lokr`. `krona formats` lists them. Default: krona.",
-)
-threads_option = click.option("--threads", type=click.IntRange(1, 64), default=2, metavar="N", help="Threads [2].")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Do everything but write.")
-report_option = click.option(
-    "--report", type=click.Path(dir_okay=False), metavar="FILE.html", help="Write a page with tables and charts, too."
-)
-open_option = click.option("--open", "show_grid", is_flag=True, help="Open the grid in the system's viewer.")
 
 
 # --- printing --------------------------------------------------------------------------------------------------------
@@ -267,112 +199,3 @@ def _print(renderable: Any) -> None:
     with console.capture() as captured:
         console.print(renderable, soft_wrap=not hasattr(renderable, "columns"))
     print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left on stderr, for work that reports `(done, total)`; it appears after two seconds.
-
-    with progress("layers") as step:
-        for i, layer in enumerate(layers):
-            step(i, len(layers))
-    """
-
-    def words(done: int, total: int | None, speed: float) -> str:
-        return f"{_bar(label, done, total or 0)} {done:,}/{total or 0:,}{_left(done, total or 0, speed)}"
-
-    with _drawn(words) as step:
-        yield step
-
-
-@contextmanager
-def noted_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """The same for work that has more to tell at every step: `(done, total, note)`."""
-    note = ""
-
-    def words(done: int, total: int | None, speed: float) -> str:
-        rate = f"  {speed:.2f}/s" if speed else ""
-        return f"{_bar(label, done, total or 0)} {done:,}/{total or 0:,}{rate}{_left(done, total or 0, speed)}  {note}"
-
-    with _drawn(words) as step:
-
-        def noted(done: int, total: int, text: str) -> None:
-            nonlocal note
-            note = text
-            step(done, total)
-
-        yield noted
-
-
-@contextmanager
-def byte_progress(label: str) -> Iterator[Callable[[int, int | None], None]]:
-    """The same for work that reports bytes: with the rate, and without a bar where the total is unknown."""
-
-    def words(done: int, total: int | None, speed: float) -> str:
-        rate = f"  {human_bytes(round(speed))}/s" if speed else ""
-        if not total:
-            return f"{label} {human_bytes(done)}{rate}"
-        counts = f"{human_bytes(done)} of {human_bytes(total)}"
-        return f"{_bar(label, done, total)} {counts}{rate}{_left(done, total, speed)}"
-
-    with _drawn(words) as step:
-        yield step
-
-
-def counting(step: Callable[[int, int | None], None], total: int | None = None) -> Callable[[int], None]:
-    """For work that reports the bytes since its last report."""
-    done = 0
-
-    def more(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        step(done, total)
-
-    return more
-
-
-@contextmanager
-def _drawn(words: Callable[[int, int | None, float], str]) -> Iterator[Callable[[int, int | None], None]]:
-    """A line that is drawn over and over while the block runs.
-
-    `words` get what is done, the total and the speed per second since the first report: what came before it, such as
-    the import of torch, says nothing about the work.
-    """
-    started, shown, first = time.monotonic(), -inf, (0.0, -1)
-    wanted = sys.stderr.isatty() and not (asked_for("quiet") or asked_for("json"))
-
-    def step(done: int, total: int | None) -> None:
-        nonlocal shown, first
-        now = time.monotonic()
-        if first[1] < 0:
-            first = now, done
-        if wanted and now - started > PATIENCE and now - shown > BETWEEN:
-            shown = now
-            speed = (done - first[1]) / (now - first[0]) if now > first[0] else 0.0
-            sys.stderr.write(f"\r\x1b[K{words(done, total, speed)}")
-            sys.stderr.flush()
-
-    try:
-        yield step
-    finally:
-        if shown > 0:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
-
-def _bar(label: str, done: int, total: int) -> str:
-    """
-    >>> _bar("layers", 1, 3)
-    'layers ━━━━━━━━────────────────'
-    """
-    filled = min(WIDTH, WIDTH * done // max(total, 1))
-    return f"{label} {'━' * filled}{'─' * (WIDTH - filled)}"
-
-
-def _left(done: int, total: int, speed: float) -> str:
-    """
-    >>> _left(200, 400, 2.5), _left(0, 4, 0.0)
-    ('  1:20 left', '')
-    """
-    left = round(max(total - done, 0) / speed) if speed else 0
-    return f"  {left // 60}:{left % 60:02} left" if speed else ""

@@ -6,26 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import (
-    announce,
+from krona_hub.cli.console import announce, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.options import (
     base_option,
     complete_formats,
     complete_tools,
     component_option,
     dry_run_option,
-    emit,
     file_argument,
     from_option,
-    krona_command,
     output_option,
     overwrite_option,
-    progress,
     report_option,
-    say,
-    show_facts,
-    show_table,
-    show_text,
 )
+from krona_hub.cli.progress import progress
 from krona_hub.errors import LossyError
 from krona_hub.rendering.tables import form_groups, human_bytes, percent, relative
 
@@ -119,7 +113,7 @@ def command(file: str, layers: bool, report: str | None, **options: Any) -> None
 
 def _say_page(page: str, file: str, report: ConversionReport, options: dict[str, Any], instead: str = "") -> None:
     """Write the page; `instead` is what a refusal advises."""
-    from krona_hub.pages.converting import report_conversion
+    from krona_hub.rendering.html.conversion_page import report_conversion
 
     say(f"page: {report_conversion(page, file, report, options, instead)}")
 

@@ -12,17 +12,8 @@ from typing import Any
 import click
 
 from krona_hub.assets import demo
-from krona_hub.cli.console import (
-    asked_for,
-    emit,
-    krona_command,
-    open_file,
-    open_option,
-    say,
-    show_facts,
-    show_table,
-    show_text,
-)
+from krona_hub.cli.console import asked_for, emit, krona_command, open_file, say, show_facts, show_table, show_text
+from krona_hub.cli.options import open_option
 from krona_hub.rendering.tables import human_bytes
 
 

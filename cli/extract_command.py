@@ -7,24 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import (
-    announce,
+from krona_hub.cli.console import announce, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.options import (
     complete_bases,
     component_option,
     dry_run_option,
     dtype_option,
-    emit,
-    krona_command,
     output_option,
     overwrite_option,
-    progress,
-    say,
-    show_facts,
-    show_table,
-    show_text,
     threads_option,
     to_option,
 )
+from krona_hub.cli.progress import progress
 from krona_hub.rendering.tables import human_bytes, percent, relative
 
 if TYPE_CHECKING:

@@ -8,21 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import (
-    announce,
-    dry_run_option,
-    emit,
-    krona_command,
-    open_file,
-    open_option,
-    overwrite_option,
-    progress,
-    say,
-    show_facts,
-    show_table,
-    show_text,
-)
-from krona_hub.cli.weighted_source import Weighted, WeightedSource
+from krona_hub.cli.console import announce, emit, krona_command, open_file, say, show_facts, show_table, show_text
+from krona_hub.cli.options import dry_run_option, open_option, overwrite_option
+from krona_hub.cli.progress import progress
+from krona_hub.cli.weighted_source import WeightedArgument, WeightedSource
 from krona_hub.errors import UsageError
 
 if TYPE_CHECKING:
@@ -136,7 +125,7 @@ def settings(_context: click.Context, _parameter: click.Parameter, texts: tuple[
 )
 @open_option
 @dry_run_option
-def command(adapters: tuple[Weighted, ...], out: str | None, show_grid: bool, **options: Any) -> None:
+def command(adapters: tuple[WeightedArgument, ...], out: str | None, show_grid: bool, **options: Any) -> None:
     """Draw pictures with a base model and adapters: numbered PNGs, a labelled grid and a record that repeats them.
 
     BASE is a diffusers folder, a checkpoint file, a Hub id or tiny-scenes, the small model that comes with krona.

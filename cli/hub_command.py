@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import complete_bases, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.options import complete_bases
 from krona_hub.errors import UsageError
 from krona_hub.hub.preview import describe_preview
 from krona_hub.rendering.tables import human_bytes

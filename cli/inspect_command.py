@@ -7,25 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import (
-    announce,
-    base_option,
-    component_option,
-    emit,
-    file_argument,
-    from_option,
-    krona_command,
-    report_option,
-    say,
-    show_facts,
-    show_table,
-    show_text,
-)
+from krona_hub.cli.console import announce, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.options import base_option, component_option, file_argument, from_option, report_option
 from krona_hub.rendering.tables import form_in_words, human_bytes, module_groups, scale_in_words
 
 if TYPE_CHECKING:
     from krona_hub.formats.compatibility.tools import Verdict
-    from krona_hub.formats.reading.describe import Description
+    from krona_hub.formats.reading.description import Description
 
 
 @krona_command(
@@ -72,7 +60,7 @@ def command(
     sha256 = file_sha256(about.header.path) if hashed else None
     emit(as_document(file, about, verdicts, sha256), lambda: _show(file, about, verdicts, sha256, every=layers))
     if report:
-        from krona_hub.pages.inspecting import report_file
+        from krona_hub.rendering.html.adapter_page import report_file
 
         say(f"page: {report_file(report, about, verdicts)}")
 

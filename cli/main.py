@@ -33,7 +33,7 @@ rich_click.rich_click.COMMAND_GROUPS = {
 }
 
 
-class Entry(NamedTuple):
+class CommandEntry(NamedTuple):
     """A command as `krona --help` lists it, known without importing its file."""
 
     module: str  # exposes `command`
@@ -41,27 +41,31 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "inspect": Entry("krona_hub.cli.inspect_command", "Say what an adapter file is, and which tools load it."),
-    "validate": Entry("krona_hub.cli.validate_command", "Check a file's structure, schema, shapes and numbers."),
-    "convert": Entry("krona_hub.cli.convert_command", "Write an adapter in another format, form or size."),
-    "migrate": Entry("krona_hub.cli.migrate_command", "Rewrite a krona file in another version of its schema."),
-    "merge": Entry("krona_hub.cli.merge_command", "Merge adapters into a base model, exactly rounded."),
-    "unmerge": Entry("krona_hub.cli.unmerge_command", "Restore the base of a merge, byte for byte."),
-    "extract": Entry("krona_hub.cli.extract_command", "Make an adapter of the difference of two models."),
-    "combine": Entry("krona_hub.cli.combine_command", "Add adapters, each at its strength, into one."),
-    "verify": Entry(
+    "inspect": CommandEntry("krona_hub.cli.inspect_command", "Say what an adapter file is, and which tools load it."),
+    "validate": CommandEntry("krona_hub.cli.validate_command", "Check a file's structure, schema, shapes and numbers."),
+    "convert": CommandEntry("krona_hub.cli.convert_command", "Write an adapter in another format, form or size."),
+    "migrate": CommandEntry("krona_hub.cli.migrate_command", "Rewrite a krona file in another version of its schema."),
+    "merge": CommandEntry("krona_hub.cli.merge_command", "Merge adapters into a base model, exactly rounded."),
+    "unmerge": CommandEntry("krona_hub.cli.unmerge_command", "Restore the base of a merge, byte for byte."),
+    "extract": CommandEntry("krona_hub.cli.extract_command", "Make an adapter of the difference of two models."),
+    "combine": CommandEntry("krona_hub.cli.combine_command", "Add adapters, each at its strength, into one."),
+    "verify": CommandEntry(
         "krona_hub.cli.verify_command", "Compare: merged model and adapters, two adapters, adapter and base."
     ),
-    "train": Entry("krona_hub.cli.train_command", "Train a Kronecker adapter on pictures."),
-    "generate": Entry("krona_hub.cli.generate_command", "Draw pictures with a base and adapters, side by side."),
-    "evaluate": Entry("krona_hub.cli.evaluate_command", "Score pictures: the subject, and the prompt."),
-    "params": Entry("krona_hub.cli.params_command", "Count an adapter's parameters before training it."),
-    "push": Entry("krona_hub.cli.push_command", "Publish an adapter on the Hugging Face Hub."),
-    "pull": Entry("krona_hub.cli.pull_command", "Download an adapter from the Hub, and check it."),
-    "hub": Entry("krona_hub.cli.hub_command", "Look at adapters on the Hub, and at those in the cache."),
-    "formats": Entry("krona_hub.cli.formats_command", "List the formats, and which tools load them."),
-    "demo": Entry("krona_hub.cli.demo_command", "Run the main job on an adapter that comes with krona, offline."),
-    "completion": Entry("krona_hub.cli.completion_command", "Print the script that completes commands in your shell."),
+    "train": CommandEntry("krona_hub.cli.train_command", "Train a Kronecker adapter on pictures."),
+    "generate": CommandEntry("krona_hub.cli.generate_command", "Draw pictures with a base and adapters, side by side."),
+    "evaluate": CommandEntry("krona_hub.cli.evaluate_command", "Score pictures: the subject, and the prompt."),
+    "params": CommandEntry("krona_hub.cli.params_command", "Count an adapter's parameters before training it."),
+    "push": CommandEntry("krona_hub.cli.push_command", "Publish an adapter on the Hugging Face Hub."),
+    "pull": CommandEntry("krona_hub.cli.pull_command", "Download an adapter from the Hub, and check it."),
+    "hub": CommandEntry("krona_hub.cli.hub_command", "Look at adapters on the Hub, and at those in the cache."),
+    "formats": CommandEntry("krona_hub.cli.formats_command", "List the formats, and which tools load them."),
+    "demo": CommandEntry(
+        "krona_hub.cli.demo_command", "Run the main job on an adapter that comes with krona, offline."
+    ),
+    "completion": CommandEntry(
+        "krona_hub.cli.completion_command", "Print the script that completes commands in your shell."
+    ),
 }
 
 

@@ -9,24 +9,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from krona_hub.bases.base import COMPONENTS
-from krona_hub.cli.console import (
+from krona_hub.cli.console import announce, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.options import (
     allow_base_mismatch_option,
     allow_missing_option,
-    announce,
-    byte_progress,
     dry_run_option,
-    emit,
     from_option,
-    krona_command,
     output_option,
     overwrite_option,
-    say,
-    show_facts,
-    show_table,
-    show_text,
     threads_option,
 )
-from krona_hub.cli.weighted_source import Weighted, WeightedSource
+from krona_hub.cli.progress import byte_progress
+from krona_hub.cli.weighted_source import WeightedArgument, WeightedSource
 from krona_hub.rendering.tables import human_bytes, percent, rate
 
 if TYPE_CHECKING:
@@ -99,7 +93,7 @@ PANELS = {
 @click.option("--tensors", is_flag=True, help="List every changed tensor.")
 def command(
     base: str,
-    adapters: tuple[Weighted, ...],
+    adapters: tuple[WeightedArgument, ...],
     out: str | None,
     block_weights: str | None,
     dry_run: bool,
@@ -119,7 +113,7 @@ def command(
     _plan(base, adapters, options) if dry_run else _merge(base, adapters, out, options, every=tensors)
 
 
-def _plan(base: str, adapters: Sequence[Weighted], options: Mapping[str, Any]) -> None:
+def _plan(base: str, adapters: Sequence[WeightedArgument], options: Mapping[str, Any]) -> None:
     from krona_hub.merging.plan import plan_merge
 
     plan = plan_merge(base, list(adapters), **{name: options[name] for name in PLANNED})
@@ -128,7 +122,7 @@ def _plan(base: str, adapters: Sequence[Weighted], options: Mapping[str, Any]) -
 
 
 def _merge(
-    base: str, adapters: Sequence[Weighted], out: str | None, options: Mapping[str, Any], *, every: bool
+    base: str, adapters: Sequence[WeightedArgument], out: str | None, options: Mapping[str, Any], *, every: bool
 ) -> None:
     from krona_hub.merging.api import merge
 

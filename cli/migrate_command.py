@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import click
 
-from krona_hub.cli.console import (
-    dry_run_option,
-    emit,
-    file_argument,
-    krona_command,
-    output_option,
-    overwrite_option,
-    say,
-    show_text,
-)
+from krona_hub.cli.console import emit, krona_command, say, show_text
+from krona_hub.cli.options import dry_run_option, file_argument, output_option, overwrite_option
 from krona_hub.schema.migrate import Migration, migrate_file
 
 

@@ -6,19 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import (
-    base_option,
-    emit,
-    krona_command,
-    report_option,
-    say,
-    show_facts,
-    show_table,
-    show_text,
-)
+from krona_hub.cli.console import emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.options import base_option, report_option
 
 if TYPE_CHECKING:
-    from krona_hub.accounting.counting import Accounting, Row
+    from krona_hub.accounting.counting import Accounting, CountRow
 
 NAMED = 3  # layers named before "and N more"
 
@@ -145,7 +137,7 @@ def _facts(found: Accounting) -> list[tuple[str, object]]:
     return [*facts, ("not covered", ", ".join(found.uncovered))]
 
 
-def _cells(row: Row) -> tuple[str, int, int, str, str]:
+def _cells(row: CountRow) -> tuple[str, int, int, str, str]:
     return row.method, row.parameters, row.modules, f"{row.bytes_fp16 / 1e6:.3g}", f"{row.lora_rank:.2f}"
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import dry_run_option, emit, krona_command, output_option, overwrite_option, say, show_facts
+from krona_hub.cli.console import emit, krona_command, say, show_facts
+from krona_hub.cli.options import dry_run_option, output_option, overwrite_option
 from krona_hub.errors import UsageError
 from krona_hub.hub.preview import describe_preview
 from krona_hub.rendering.tables import human_bytes

@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import (
-    asked_for,
-    base_option,
-    dry_run_option,
-    emit,
-    file_argument,
-    krona_command,
-    say,
-    show_facts,
-    show_table,
-    show_text,
-)
+from krona_hub.cli.console import asked_for, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.options import base_option, dry_run_option, file_argument
 from krona_hub.errors import UsageError
 from krona_hub.rendering.tables import human_bytes
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import click
 
-from krona_hub.cli.console import asked_for, emit, krona_command, noted_progress, say, show_facts, show_table, show_text
+from krona_hub.cli.console import asked_for, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.progress import noted_progress
 from krona_hub.errors import UsageError
 from krona_hub.rendering.tables import human_bytes
-from krona_hub.training.presets import PRESETS
-from krona_hub.training.settings import KINDS, Kind
+from krona_hub.training.configuration import PRESETS
+from krona_hub.training.settings import KINDS, SettingKind
 
 HIDDEN = ("shapes",)  # declared by hand: REGEX=a1xa2, several times
 WORLD = "WORLD_SIZE"  # set by a launcher: this process is one of several already
@@ -30,7 +31,7 @@ def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _option(kind: Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _option(kind: SettingKind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     names = ["-o", kind.flag] if kind.name == "output" else [kind.flag]
     about: dict[str, Any] = {"default": None, "help": _help(kind)}
     if kind.type is bool:
@@ -42,11 +43,11 @@ def _option(kind: Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return click.option(*names, kind.name, type=kind.type, metavar=_metavar(kind), **about)
 
 
-def _metavar(kind: Kind) -> str:
+def _metavar(kind: SettingKind) -> str:
     return {int: "N", float: "X"}.get(kind.type, kind.name.rsplit("_", 1)[-1].upper())
 
 
-def _help(kind: Kind) -> str:
+def _help(kind: SettingKind) -> str:
     shown = kind.default if isinstance(kind.default, int | float | str) and kind.default not in ("", 0, False) else None
     return kind.metadata["help"] + (f" [{shown}]" if shown is not None and kind.type is not bool else "")
 
@@ -140,12 +141,12 @@ def _without(arguments: list[str], option: str) -> list[str]:
 
 def _train(config: str | None, preset: str | None, resume_from: str | None, given: dict[str, Any]) -> None:
     from krona_hub.training.api import train
-    from krona_hub.training.progress.training_state import Progress
+    from krona_hub.training.progress.training_state import StepReport
 
     lead = os.environ.get("RANK", "0") == "0"
     with noted_progress("training") as step:
 
-        def tell(now: Progress) -> None:
+        def tell(now: StepReport) -> None:
             if lead:
                 step(
                     now.step,

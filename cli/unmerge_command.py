@@ -7,18 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import (
-    byte_progress,
-    counting,
-    emit,
-    krona_command,
-    output_option,
-    overwrite_option,
-    show_facts,
-    show_text,
-    threads_option,
-)
-from krona_hub.rendering.tables import human_bytes, plain, rate
+from krona_hub.cli.console import emit, krona_command, show_facts, show_text
+from krona_hub.cli.options import output_option, overwrite_option, threads_option
+from krona_hub.cli.progress import byte_progress, counting
+from krona_hub.rendering.humanize import plain
+from krona_hub.rendering.tables import human_bytes, rate
 
 if TYPE_CHECKING:
     from krona_hub.merging.undo import UnmergeReport

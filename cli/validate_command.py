@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from krona_hub.checkpoints.findings import Finding
-from krona_hub.cli.console import announce, base_option, emit, file_argument, krona_command, show_text
+from krona_hub.cli.console import announce, emit, krona_command, show_text
+from krona_hub.cli.options import base_option, file_argument
 from krona_hub.verification import ValidationReport, validate
 
 COLOURS = {"error": "bold red", "warning": "yellow"}

@@ -7,21 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import (
-    allow_missing_option,
-    announce,
-    base_option,
-    byte_progress,
-    component_option,
-    emit,
-    krona_command,
-    progress,
-    show_facts,
-    show_table,
-    show_text,
-)
-from krona_hub.cli.weighted_source import Weighted, WeightedSource
-from krona_hub.rendering.tables import plain, relative
+from krona_hub.cli.console import announce, emit, krona_command, show_facts, show_table, show_text
+from krona_hub.cli.options import allow_missing_option, base_option, component_option
+from krona_hub.cli.progress import byte_progress, progress
+from krona_hub.cli.weighted_source import WeightedArgument, WeightedSource
+from krona_hub.rendering.humanize import plain
+from krona_hub.rendering.tables import relative
 
 if TYPE_CHECKING:
     from krona_hub.verification import DeltaCheck, FitCheck, MergeCheck, VerifyReport
@@ -63,7 +54,12 @@ PROPERTIES = ("same", "exit_code", "states", "only_first", "only_second", "relat
 @click.option("--all", "every", is_flag=True, help="List everything, not what differs most.")
 @click.pass_context
 def command(
-    context: click.Context, first: str, second: str | None, adapters: tuple[Weighted, ...], every: bool, **options: Any
+    context: click.Context,
+    first: str,
+    second: str | None,
+    adapters: tuple[WeightedArgument, ...],
+    every: bool,
+    **options: Any,
 ) -> None:
     """Compare, and answer with numbers, a verdict and an exit status.
 

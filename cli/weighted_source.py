@@ -15,7 +15,7 @@ from krona_hub.errors import UsageError
 NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?)", re.IGNORECASE)
 
 
-class Weighted(NamedTuple):
+class WeightedArgument(NamedTuple):
     """An adapter, as a path or a Hub id, and its strength."""
 
     source: str
@@ -25,21 +25,21 @@ class Weighted(NamedTuple):
         return self.source if self.weight == 1 else f"{self.source}:{self.weight:g}"
 
 
-def parse_weighted(text: str) -> Weighted:
+def parse_weighted(text: str) -> WeightedArgument:
     """Read `FILE:w`: w is what follows the last colon, if that is a number; a path that exists is taken whole.
 
     >>> parse_weighted("style.safetensors:0.6"), parse_weighted("hf://ns/name@v1:-1")
-    (Weighted(source='style.safetensors', weight=0.6), Weighted(source='hf://ns/name@v1', weight=-1.0))
+    (WeightedArgument(source='style.safetensors', weight=0.6), WeightedArgument(source='hf://ns/name@v1', weight=-1.0))
     >>> parse_weighted("C:/style.safetensors")
-    Weighted(source='C:/style.safetensors', weight=1.0)
+    WeightedArgument(source='C:/style.safetensors', weight=1.0)
     """
     source, _, tail = text.rpartition(":")
     if not source or not NUMBER.fullmatch(tail) or Path(text).exists():
-        return Weighted(text)
+        return WeightedArgument(text)
     weight = float(tail)
     if not isfinite(weight):
         raise UsageError(f"{text}: {tail} is no strength.", fix="Write a number after the colon, such as :0.8 or :-1.")
-    return Weighted(source, weight)
+    return WeightedArgument(source, weight)
 
 
 class WeightedSource(click.ParamType):
@@ -47,7 +47,9 @@ class WeightedSource(click.ParamType):
 
     name = "FILE[:w]"
 
-    def convert(self, value: str | Weighted, param: click.Parameter | None, ctx: click.Context | None) -> Weighted:
+    def convert(
+        self, value: str | WeightedArgument, param: click.Parameter | None, ctx: click.Context | None
+    ) -> WeightedArgument:
         return parse_weighted(value) if isinstance(value, str) else value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

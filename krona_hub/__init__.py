@@ -6,6 +6,8 @@ The public names below are imported when they are first used, so that `import kr
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from krona_hub.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from krona_hub.adapters.adapter import Adapter as Adapter
     from krona_hub.adapters.adapter import LayerDelta as LayerDelta
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
     from krona_hub.pipelines.load_adapter import unload as unload
     from krona_hub.training.api import train as train
     from krona_hub.verification import verify as verify
-
-__version__ = "0.1.0"
 
 PUBLIC = {  # name -> the module that defines it
     "read": "krona_hub.formats.reading.reader",

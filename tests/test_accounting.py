@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krona_hub.accounting import counting
+from krona_hub.accounting import costs
 from krona_hub.accounting.counting import account
 from krona_hub.bases import catalogue, target_sets
-from krona_hub.bases.base import Module
+from krona_hub.bases.base import ModuleSpec
 from krona_hub.errors import KronaError, UsageError
 from krona_hub.kron.shapes import choices
 from tests.shared import shared
@@ -153,8 +153,8 @@ sides = st.integers(1, 96)
 @settings(deadline=None, max_examples=40)
 @given(sides, sides, st.sampled_from([(), (1, 1), (3, 3)]))
 def test_by_width_is_the_least_of_all_splits(out, in_, kernel):
-    module = Module((out, in_, *kernel))
-    best = next(m.cost(module) for m in counting.methods([], [], []))
+    module = ModuleSpec((out, in_, *kernel))
+    best = next(m.cost(module) for m in costs.methods([], [], []))
     assert best == min(s.parameters for s in choices(*module.matrix))
 
 
@@ -165,14 +165,14 @@ def test_lokr_counts_are_those_of_lycoris_modules(layer, factor, rank):
     from lycoris.modules.lokr import LokrModule
 
     built = LokrModule("x", layer, 1.0, rank or 100_000, 1, factor=factor, full_matrix=rank is None)
-    ours = counting.lokr_parameters(Module(tuple(layer.weight.shape)), factor, rank)
+    ours = costs.lokr_parameters(ModuleSpec(tuple(layer.weight.shape)), factor, rank)
     assert ours == sum(p.numel() for n, p in built.named_parameters() if "scalar" not in n and "org_module" not in n)
 
 
 def test_accounting_never_imports_torch():
     import subprocess
 
-    code = "import sys; from krona_hub.accounting.counting import account; account('sdxl'); sys.exit('torch' in sys.modules)"
+    code = "import sys; from krona_hub.accounting import account; account('sdxl'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -8,35 +8,26 @@ LoRA rank r             r · (out + in)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from krona_hub.accounting.costs import Method, lora_parameters, methods
 from krona_hub.bases import catalogue, loading
-from krona_hub.bases.base import Base, Module
+from krona_hub.bases.base import Base, ModuleSpec
 from krona_hub.bases.families import FAMILIES
 from krona_hub.bases.target_sets import choose, sets_of
 from krona_hub.errors import ShapeError, UsageError
-from krona_hub.formats.reading.describe import Description, ModuleInfo, describe
-from krona_hub.kron.shapes import lycoris_factors, parse_shape, smallest_split, split
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.reading.description import Description, ModuleInfo
 
 BOTH = "all"  # as a component: every one of the base
 TEXT = "text"  # as a component: every text encoder
 
-Cost = Callable[[Module], int]  # raises ShapeError where the form does not fit
-
 
 @dataclass(frozen=True)
-class Method:
-    """One way to adapt a layer, and what it costs."""
-
-    label: str
-    cost: Cost
-
-
-@dataclass(frozen=True)
-class Row:
+class CountRow:
     """The size of one adapter."""
 
     method: str
@@ -51,7 +42,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Part:
+class ComponentCount:
     """A component of the base that is adapted."""
 
     component: str
@@ -76,8 +67,8 @@ class Accounting:
 
     base: str
     targets: str  # a named set or a regular expression
-    parts: tuple[Part, ...]
-    rows: tuple[Row, ...]
+    parts: tuple[ComponentCount, ...]
+    rows: tuple[CountRow, ...]
     target_sets: tuple[str, ...]  # names that `targets` could have been
     uncovered: tuple[str, ...] = ()  # parts of the pipeline that the base does not list
 
@@ -129,30 +120,23 @@ def account_file(
     A module of the file counts as one layer, fused ones too; headers are read, nothing else.
     """
     about = describe(source, base=base, component=component)
-    layers = {m.name: Module(m.weight_shape) for m in about.modules}
-    own = Row(f"this file, {about.format}", about.parameters, len(layers), lora_rank_of(about))
+    layers = {m.name: ModuleSpec(m.weight_shape) for m in about.modules}
+    own = CountRow(f"this file, {about.format}", about.parameters, len(layers), lora_rank_of(about))
     rows = (own, *(_row(method, layers) for method in methods(shapes, factors, ranks, terms)))
     return Accounting(about.base or "unknown", f"the layers of {about.path.name}", _file_parts(about.modules), rows, ())
 
 
 def lora_rank_of(about: Description) -> float:
     """The rank of a LoRA on the layers of a file that would have as many parameters; 0 for no layers."""
-    return _as_lora(about.parameters, [Module(m.weight_shape) for m in about.modules])
+    return _as_lora(about.parameters, [ModuleSpec(m.weight_shape) for m in about.modules])
 
 
-def _file_parts(modules: Iterable[ModuleInfo]) -> tuple[Part, ...]:
+def _file_parts(modules: Iterable[ModuleInfo]) -> tuple[ComponentCount, ...]:
     """What the file adapts, per component; `unknown` where no base explains it."""
     owned: dict[str, list[ModuleInfo]] = {}
     for module in modules:
         owned.setdefault(module.layers[0].partition(".")[0] if module.layers else "unknown", []).append(module)
-    return tuple(Part(c, len(group), sum(prod(m.weight_shape) for m in group)) for c, group in owned.items())
-
-
-def methods(shapes: Iterable[str], factors: Iterable[int], ranks: Iterable[int], terms: int = 1) -> list[Method]:
-    """Every form that was asked for: KronA by width, KronA of each shape, LoKr full and of each rank, LoRA."""
-    ranks = list(ranks)
-    lokr = [_lokr(f, rank) for f in factors for rank in (None, *ranks)]
-    return [_krona_by_width(terms), *(_krona(s, terms) for s in shapes), *lokr, *map(_lora, ranks)]
+    return tuple(ComponentCount(c, len(group), sum(prod(m.weight_shape) for m in group)) for c, group in owned.items())
 
 
 def components_of(base: Base, wanted: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -169,7 +153,7 @@ def components_of(base: Base, wanted: str | Sequence[str] | None) -> tuple[str, 
     return tuple(c for c in base.components if c in chosen)
 
 
-def _layers(base: Base, component: str, wanted: str, kernels: bool) -> dict[str, Module]:
+def _layers(base: Base, component: str, wanted: str, kernels: bool) -> dict[str, ModuleSpec]:
     picked = choose(base, component, wanted)
     return {name: module for name, module in picked.items() if kernels or not module.has_kernel}
 
@@ -180,8 +164,8 @@ def _set_names(base: Base, components: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names[0] if all(name in others for others in names))
 
 
-def _part(base: Base, component: str, layers: Mapping[str, Module]) -> Part:
-    part = Part(component, len(layers), sum(prod(module.shape) for module in layers.values()))
+def _part(base: Base, component: str, layers: Mapping[str, ModuleSpec]) -> ComponentCount:
+    part = ComponentCount(component, len(layers), sum(prod(module.shape) for module in layers.values()))
     if base.family != base.name:  # read from a folder: the catalogue says nothing about it
         return part
     entry = catalogue.component(FAMILIES[base.name].components[component])
@@ -193,21 +177,21 @@ def _part(base: Base, component: str, layers: Mapping[str, Module]) -> Part:
     )
 
 
-def _row(method: Method, layers: Mapping[str, Module]) -> Row:
+def _row(method: Method, layers: Mapping[str, ModuleSpec]) -> CountRow:
     costs = {module: _cost(method, module) for module in set(layers.values())}  # few sizes, many layers
     counted = [module for module in layers.values() if costs[module] is not None]
     undivided = tuple(name for name, module in layers.items() if costs[module] is None)
     total = sum(costs[module] or 0 for module in counted)
-    return Row(method.label, total, len(counted), _as_lora(total, counted), undivided)
+    return CountRow(method.label, total, len(counted), _as_lora(total, counted), undivided)
 
 
-def _as_lora(parameters: int, modules: Iterable[Module]) -> float:
+def _as_lora(parameters: int, modules: Iterable[ModuleSpec]) -> float:
     """The rank of the LoRA of the same size; 0 for no layers."""
     per_rank = sum(lora_parameters(module, 1) for module in modules)
     return parameters / per_rank if per_rank else 0.0
 
 
-def _cost(method: Method, module: Module) -> int | None:
+def _cost(method: Method, module: ModuleSpec) -> int | None:
     """None where the form does not fit."""
     try:
         return method.cost(module)
@@ -216,51 +200,3 @@ def _cost(method: Method, module: Module) -> int | None:
 
 
 # --- the forms -------------------------------------------------------------------------------------------------------
-
-
-def krona_parameters(module: Module, a1: int, a2: int, terms: int = 1) -> int:
-    """K · (a1·a2 + b1·b2). Raises ShapeError where a1 does not divide out, or a2 in."""
-    return terms * split(module.matrix, a1, a2).parameters
-
-
-def lokr_parameters(module: Module, factor: int, rank: int | None = None) -> int:
-    """Numbers in LyCORIS's LoKr (no tucker, w1 whole); `rank` None is `full_matrix`."""
-    a, b = lycoris_factors(module.shape[0], factor)
-    c, d = lycoris_factors(module.shape[1], factor)
-    kernel = prod(module.shape[2:])
-    whole = rank is None or rank >= max(b, d) / 2
-    return a * c + (b * d * kernel if whole or rank is None else rank * (b + d * kernel))
-
-
-def lora_parameters(module: Module, rank: int) -> int:
-    """r · (out + in·k…)."""
-    return rank * sum(module.matrix)
-
-
-def _krona(shape: str, terms: int) -> Method:
-    a1, a2 = parse_shape(shape)
-    return Method(f"KronA {a1}x{a2}{_times(terms)}", lambda module: krona_parameters(module, a1, a2, terms))
-
-
-def _krona_by_width(terms: int) -> Method:
-    """The default split: the cheapest of each layer, a1·a2 near √(out·in)."""
-    return Method(f"KronA by width{_times(terms)}", lambda module: terms * smallest_split(module.matrix).parameters)
-
-
-def _times(terms: int) -> str:
-    if terms < 1:
-        raise UsageError(f"{terms} terms are no sum.", fix="Ask for 1 or more.")
-    return f" ×{terms} terms" if terms > 1 else ""
-
-
-def _lokr(factor: int, rank: int | None) -> Method:
-    if factor == 0 or factor < -1:
-        raise UsageError(f"{factor} is no LoKr factor.", fix="Give -1 (near the square root) or a positive number.")
-    label = f"LoKr factor {factor} {'full' if rank is None else f'rank {rank}'}"
-    return Method(label, lambda module: lokr_parameters(module, factor, rank))
-
-
-def _lora(rank: int) -> Method:
-    if rank < 1:
-        raise UsageError(f"{rank} is no rank.", fix="Give a positive number.")
-    return Method(f"LoRA rank {rank}", lambda module: lora_parameters(module, rank))

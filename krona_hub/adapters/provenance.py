@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-import krona_hub
+from krona_hub.checkpoints.digest import sha256_of
+from krona_hub.sources.safe_names import PEFT_WEIGHTS
+from krona_hub.version import __version__
 
 
 def this_krona() -> str:
     """What `created_by` says of a file that is made now."""
-    return f"krona_hub {krona_hub.__version__}"
+    return f"krona_hub {__version__}"
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,13 @@ class Provenance:
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the file it was read from
     unknown: Mapping[str, Any] = field(default_factory=dict)  # header fields of newer minor versions, kept
     notes: tuple[str, ...] = ()  # what the reader of the file wants known; never stored
+
+
+def made_of(source: Path, known: Provenance) -> Provenance:
+    """The provenance of what was read from the foreign `source`, with its sha256 and the krona that writes it anew.
+
+    A folder of PEFT stands for its weights; of several components none is the one.
+    """
+    weights = source / PEFT_WEIGHTS if source.is_dir() else source
+    sha256 = sha256_of(weights) if weights.is_file() else None
+    return replace(known, created_by=this_krona(), source_sha256=sha256)

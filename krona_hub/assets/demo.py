@@ -24,7 +24,7 @@ PROMPTS = (
 )
 
 
-class Step(NamedTuple):
+class DemoStep(NamedTuple):
     """One command of the demo; `{folder}` stands for the demo's folder."""
 
     why: str
@@ -32,36 +32,36 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("What is this LoRA, and which tools load it?", "krona inspect {folder}/lora.safetensors"),
-    Step("The other adapter is a LyCORIS LoKr, which LoRA-only tools refuse.",
+    DemoStep("What is this LoRA, and which tools load it?", "krona inspect {folder}/lora.safetensors"),
+    DemoStep("The other adapter is a LyCORIS LoKr, which LoRA-only tools refuse.",
          "krona inspect {folder}/lokr.safetensors --base tiny-scenes"),
-    Step(
+    DemoStep(
         "LoRA → Kronecker: the smallest form of each layer within 5 % error.",
         "krona convert {folder}/lora.safetensors --max-error 0.05 -o {folder}/small.safetensors --overwrite",
     ),
-    Step(
+    DemoStep(
         "LoRA → Kronecker once more, exactly.",
         "krona convert {folder}/lora.safetensors --exact -o {folder}/exact.safetensors --overwrite",
     ),
-    Step(
+    DemoStep(
         "Kronecker → LoRA: exactly the same delta, in a file that LoRA-only tools load.",
         "krona convert {folder}/lokr.safetensors --base tiny-scenes --to lora --exact "
         "-o {folder}/lokr-as-lora.safetensors --overwrite",
     ),
-    Step(
+    DemoStep(
         "The converted adapter merged into the base's weights.",
         "krona merge tiny-scenes {folder}/lokr-as-lora.safetensors -o {folder}/merged --overwrite",
     ),
-    Step(
+    DemoStep(
         "Pictures with equal seeds: base | original | converted | merged.",
         "krona generate tiny-scenes "
         + " ".join(f'--prompt "{prompt}"' for prompt in PROMPTS)
         + " --adapter {folder}/lokr.safetensors --adapter {folder}/lokr-as-lora.safetensors"
         " --beside {folder}/merged --batch 3 --images-per-prompt 1 -o {folder}/" + PICTURES + " --overwrite",
     ),
-    Step("Do the two adapters say the same?",
+    DemoStep("Do the two adapters say the same?",
          "krona verify {folder}/lokr.safetensors {folder}/lokr-as-lora.safetensors --base tiny-scenes"),
-    Step("And does the merged base hold the original, weight for weight?",
+    DemoStep("And does the merged base hold the original, weight for weight?",
          "krona verify {folder}/merged --base tiny-scenes --adapter {folder}/lokr.safetensors"),
 )  # fmt: skip
 

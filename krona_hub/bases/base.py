@@ -15,7 +15,7 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 DENOISERS = COMPONENTS[:2]
 
 
-class Module(NamedTuple):
+class ModuleSpec(NamedTuple):
     """One weight module of a base."""
 
     shape: tuple[int, ...]  # of the weight: (out, in) or (out, in / groups, k, …)
@@ -56,12 +56,12 @@ class Base:
 
     name: str  # catalogue name, or the path or Hub id it was built from
     family: str | None  # catalogue name that it equals, None where it equals none
-    components: Mapping[str, Mapping[str, Module]]
+    components: Mapping[str, Mapping[str, ModuleSpec]]
     hub_id: str | None = None  # such as "stabilityai/stable-diffusion-xl-base-1.0"
     uncovered: tuple[str, ...] = ()  # parts of the pipeline that take adapters but are not listed, in words
     candidates: tuple[str, ...] = ()  # catalogue names that it equals, where they are several (sd21 and its base)
 
-    def module(self, layer: str) -> Module | None:
+    def module(self, layer: str) -> ModuleSpec | None:
         """The module of a canonical layer name, None where the base has none."""
         component, _, path = layer.partition(".")
         return self.components.get(component, {}).get(path)
@@ -75,7 +75,7 @@ class Base:
     def text_encoders(self) -> tuple[str, ...]:
         return tuple(c for c in COMPONENTS if c in self.components and c not in DENOISERS)
 
-    def layers(self, component: str | None = None) -> Iterator[tuple[str, Module]]:
+    def layers(self, component: str | None = None) -> Iterator[tuple[str, ModuleSpec]]:
         """Canonical name and module of every layer, of one component or of all."""
         for owner in (component,) if component else self.components:
             for path, module in self.components[owner].items():

@@ -13,7 +13,7 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from krona_hub.bases.base import Base, Module
+from krona_hub.bases.base import Base, ModuleSpec
 from krona_hub.bases.families import ALIASES, FAMILIES
 from krona_hub.bases.name_patterns import expand
 from krona_hub.errors import UnknownBaseError
@@ -46,7 +46,7 @@ class Component(NamedTuple):
     total_parameters: int  # of the whole model, embeddings and norms included; no buffers
     source: str
     config: Mapping[str, Any]
-    modules: Mapping[str, Module]
+    modules: Mapping[str, ModuleSpec]
 
 
 def names() -> tuple[str, ...]:

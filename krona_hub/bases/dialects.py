@@ -23,7 +23,7 @@ from krona_hub.bases.original_names import original_of
 from krona_hub.errors import UsageError
 
 if TYPE_CHECKING:
-    from krona_hub.bases.name_table import NameTable
+    pass
 
 
 class Dialect(NamedTuple):
@@ -51,16 +51,6 @@ PROCESSOR = (  # the only modules that the processor era knew
     (re.compile(r"(.*attn\d?)\.to_out\.0"), r"\1.processor.to_out_lora"),
     (re.compile(r"(.*self_attn)\.(q|k|v|out)_proj"), r"\1.to_\2_lora"),
 )
-
-
-def spell(table: NameTable, layer: str, dialect: str) -> str | None:
-    """The name of a layer that the base has; None where the dialect has none."""
-    component, _, path = layer.partition(".")
-    if dialect == "processor":
-        return _processor(component, text_model(table.base, component, path, dialect))
-    if uses_originals(table.base, component, dialect):
-        path = table.parts[component].homes.get(layer, path)
-    return prefixed(table.base, component, path, dialect)
 
 
 def prefixed(base: Base, component: str, path: str, dialect: str) -> str:
@@ -117,7 +107,7 @@ def _comfyui(base: Base) -> Dialect:
     return COMFYUI[original.comfyui] if original else DIALECTS["comfyui"]
 
 
-def _processor(component: str, path: str) -> str | None:
+def processor_name(component: str, path: str) -> str | None:
     for pattern, old in PROCESSOR:
         if pattern.fullmatch(path):
             return f"{component}.{pattern.sub(old, path)}"

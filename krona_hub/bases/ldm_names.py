@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from krona_hub.bases.base import Module, Placement
+from krona_hub.bases.base import ModuleSpec, Placement
 
 TOP = {
     "conv_in": "input_blocks.0.0",
@@ -35,16 +35,16 @@ BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsam
 MIDDLE = re.compile(r"(mid_block\.(?:resnets|attentions)\.\d+)\.(.+)")
 
 
-def is_unet(modules: Mapping[str, Module]) -> bool:
+def is_unet(modules: Mapping[str, ModuleSpec]) -> bool:
     return "conv_in" in modules and "mid_block.resnets.0.conv1" in modules
 
 
-def is_sdxl_like(modules: Mapping[str, Module]) -> bool:
+def is_sdxl_like(modules: Mapping[str, ModuleSpec]) -> bool:
     """U-Nets with added conditions (SDXL and its refiner): those whose trainers write ldm names."""
     return "add_embedding.linear_1" in modules
 
 
-def names(modules: Mapping[str, Module]) -> dict[str, tuple[Placement, ...]]:
+def names(modules: Mapping[str, ModuleSpec]) -> dict[str, tuple[Placement, ...]]:
     """ldm name -> placement (layer: path within the component) of every module of a U-Net; {} for anything else."""
     if not is_unet(modules):
         return {}
@@ -53,7 +53,7 @@ def names(modules: Mapping[str, Module]) -> dict[str, tuple[Placement, ...]]:
     return {ldm: (Placement(path),) for path, ldm in named if ldm}
 
 
-def _ldm(path: str, layers: int, modules: Mapping[str, Module]) -> str | None:
+def _ldm(path: str, layers: int, modules: Mapping[str, ModuleSpec]) -> str | None:
     if path in TOP:
         return TOP[path]
     if middle := MIDDLE.fullmatch(path):
@@ -68,10 +68,10 @@ def _inner(rest: str) -> str:
     return RESNET.get(rest, rest)
 
 
-Place = Callable[[int, int, str, int, Mapping[str, Module]], str]
+Place = Callable[[int, int, str, int, Mapping[str, ModuleSpec]], str]
 
 
-def _up_sampler(b: int, _: int, rest: str, n: int, modules: Mapping[str, Module]) -> str:
+def _up_sampler(b: int, _: int, rest: str, n: int, modules: Mapping[str, ModuleSpec]) -> str:
     """Last of its block, behind the attention where the block has one."""
     behind = 2 if f"up_blocks.{b}.attentions.{n}.proj_in" in modules else 1
     return f"output_blocks.{b * (n + 1) + n}.{behind}.{rest}"

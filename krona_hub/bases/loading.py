@@ -14,10 +14,18 @@ from typing import Any
 
 from krona_hub.assets.shipped import folder_of
 from krona_hub.bases import catalogue, detection, ldm_names, name_prefixes
-from krona_hub.bases.base import COMPONENTS, Base, Module, Placement
+from krona_hub.bases.base import COMPONENTS, Base, ModuleSpec, Placement
 from krona_hub.bases.meta_device import modules_of
 from krona_hub.bases.name_table import table
-from krona_hub.bases.weight_files import Stored, WeightPlace, files_of, modules_in, read, stored_in, weights_by_module
+from krona_hub.bases.weight_files import (
+    StoredTensor,
+    WeightPlace,
+    files_of,
+    modules_in,
+    read,
+    stored_in,
+    weights_by_module,
+)
 from krona_hub.errors import FormatError, NotFoundError, UnknownBaseError
 
 __all__ = [
@@ -74,12 +82,12 @@ def open_checkpoint(path: Path) -> tuple[Base, dict[str, WeightPlace]]:
     return base, landed(base, stored)
 
 
-def stored_by_component(folder: Path) -> dict[str, dict[str, Stored]]:
+def stored_by_component(folder: Path) -> dict[str, dict[str, StoredTensor]]:
     """Component -> tensor name -> place, of a pipeline or of a lone component."""
     return {c: stored_in(files_of(f)) for c, f in component_folders(folder).items()}
 
 
-def placed(path: Path, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
+def placed(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
     """Canonical layer -> where its weight lies, of tensors under any names that a base of the catalogue has.
 
     `path` is what an error calls them. Raises UnknownBaseError where no base is known by these names.
@@ -87,14 +95,14 @@ def placed(path: Path, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
     return landed(_base_of_tensors(path, stored), stored)
 
 
-def plainly_placed(component: str, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
+def plainly_placed(component: str, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
     """Canonical layer -> where its weight lies, of one component's tensors under their diffusers names."""
     weights = {path.removeprefix("text_model."): w for path, w in weights_by_module(stored).items()}
     layers = {f"{component}.{path}": w for path, w in weights.items()}
     return {layer: WeightPlace(w.path, w.tensor, Placement(layer)) for layer, w in layers.items()}
 
 
-def landed(base: Base, stored: Mapping[str, Stored]) -> dict[str, WeightPlace]:
+def landed(base: Base, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
     """Canonical layer -> place, of weights under any names that `base` knows."""
     weights = weights_by_module(stored)
     return {
@@ -137,13 +145,13 @@ def _component_of(folder: Path) -> str:
     return "text_encoder" if class_name else _component_by_content(_folder_modules(folder))
 
 
-def _component_by_content(modules: Mapping[str, Module]) -> str:
+def _component_by_content(modules: Mapping[str, ModuleSpec]) -> str:
     if ldm_names.is_unet(modules):
         return "unet"
     return "text_encoder" if name_prefixes.kind_of(modules) else "transformer"
 
 
-def _folder_modules(folder: Path) -> Mapping[str, Module]:
+def _folder_modules(folder: Path) -> Mapping[str, ModuleSpec]:
     files = files_of(folder)
     if files:
         return modules_in(stored_in(files))
@@ -171,7 +179,7 @@ def _file_base(path: Path) -> Base:
     return _base_of_tensors(path, stored_in([path]))
 
 
-def _base_of_tensors(path: Path, stored: Mapping[str, Stored]) -> Base:
+def _base_of_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> Base:
     """A checkpoint in one file: diffusers names as they are, original names by the catalogue."""
     plain = _diffusers_components(modules_in(stored))
     if plain:
@@ -191,11 +199,14 @@ def _base_of_tensors(path: Path, stored: Mapping[str, Stored]) -> Base:
 
 
 def _as_stored(
-    component: str, modules: Mapping[str, Module], places: Mapping[str, WeightPlace], stored: Mapping[str, Stored]
-) -> dict[str, Module]:
+    component: str,
+    modules: Mapping[str, ModuleSpec],
+    places: Mapping[str, WeightPlace],
+    stored: Mapping[str, StoredTensor],
+) -> dict[str, ModuleSpec]:
     """The catalogue's modules with the file's shapes: an inpainting U-Net has a wider `conv_in`."""
 
-    def actual(path: str, module: Module) -> Module:
+    def actual(path: str, module: ModuleSpec) -> ModuleSpec:
         weight = places[f"{component}.{path}"]
         shape = stored[weight.tensor].shape
         same = prod(shape) == prod(module.shape) or not weight.placement.plain
@@ -204,9 +215,9 @@ def _as_stored(
     return {path: actual(path, module) for path, module in modules.items()}
 
 
-def _diffusers_components(modules: Mapping[str, Module]) -> dict[str, dict[str, Module]]:
+def _diffusers_components(modules: Mapping[str, ModuleSpec]) -> dict[str, dict[str, ModuleSpec]]:
     """component -> modules where the names are those of diffusers, with the component in front or of one alone."""
-    parts: dict[str, dict[str, Module]] = {}
+    parts: dict[str, dict[str, ModuleSpec]] = {}
     for name, module in modules.items():
         component, _, path = name.partition(".")
         if component in COMPONENTS:
@@ -228,7 +239,7 @@ SIGNS: Mapping[str, tuple[str, ...]] = {  # a module that says: diffusers' names
 }  # fmt: skip
 
 
-def named_base(components: Mapping[str, Mapping[str, Module]], name: str) -> Base:
+def named_base(components: Mapping[str, Mapping[str, ModuleSpec]], name: str) -> Base:
     """A base of these modules, with the family of the catalogue's base that it equals, where it equals just one."""
     base = Base(name, None, components)
     equal = _by_fingerprint().get(base.fingerprint, ()) if base.denoiser else ()

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from krona_hub.bases.base import Module
+from krona_hub.bases.base import ModuleSpec
 from krona_hub.errors import UnknownBaseError
 
 
-def modules_of(library: str, class_name: str, config: Mapping[str, Any]) -> dict[str, Module]:
+def modules_of(library: str, class_name: str, config: Mapping[str, Any]) -> dict[str, ModuleSpec]:
     """Path -> Module of every Linear and Conv of `class_name` in `library` (`diffusers` or `transformers`).
 
     Paths have no `text_model.`. Raises UnknownBaseError where the class is not installed or refuses the config.
@@ -22,7 +22,7 @@ def modules_of(library: str, class_name: str, config: Mapping[str, Any]) -> dict
     weighted = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     model = build(library, class_name, config)
     return {
-        name.removeprefix("text_model."): Module(
+        name.removeprefix("text_model."): ModuleSpec(
             tuple(m.weight.shape), m.bias is not None, getattr(m, "groups", 1)
         )
         for name, m in model.named_modules()

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, product
 
-from krona_hub.bases.base import Module
+from krona_hub.bases.base import ModuleSpec
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole segment of digits
 SHAPE = re.compile(r"(\d+(?:x\d+)*)(b?)(?:g(\d+))?")
@@ -19,27 +19,27 @@ SHAPE = re.compile(r"(\d+(?:x\d+)*)(b?)(?:g(\d+))?")
 Box = tuple[frozenset[int], ...]  # a product of sets of numbers, one per index of a name
 
 
-def encode_module(module: Module) -> str:
+def encode_module(module: ModuleSpec) -> str:
     """
-    >>> encode_module(Module((320, 4, 3, 3))), encode_module(Module((640, 1, 3, 3), False, 640))
+    >>> encode_module(ModuleSpec((320, 4, 3, 3))), encode_module(ModuleSpec((640, 1, 3, 3), False, 640))
     ('320x4x3x3b', '640x1x3x3g640')
     """
     groups = f"g{module.groups}" if module.groups > 1 else ""
     return "x".join(map(str, module.shape)) + "b" * module.bias + groups
 
 
-def parse_module(text: str) -> Module:
+def parse_module(text: str) -> ModuleSpec:
     """The inverse of `encode_module`."""
     match = SHAPE.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is no shape of a module")  # the shipped data are broken, not the user's file
     sizes, bias, groups = match.groups()
-    return Module(tuple(map(int, sizes.split("x"))), bool(bias), int(groups or 1))
+    return ModuleSpec(tuple(map(int, sizes.split("x"))), bool(bias), int(groups or 1))
 
 
-def encode(modules: Mapping[str, Module]) -> dict[str, str]:
+def encode(modules: Mapping[str, ModuleSpec]) -> dict[str, str]:
     """
-    >>> two_by_two = {f"a.{i}.b.{j}": Module((2, 2)) for i in (0, 1) for j in (0, 2, 3)}
+    >>> two_by_two = {f"a.{i}.b.{j}": ModuleSpec((2, 2)) for i in (0, 1) for j in (0, 2, 3)}
     >>> encode(two_by_two)
     {'a.{0-1}.b.{0,2-3}': '2x2b'}
     """
@@ -50,7 +50,7 @@ def encode(modules: Mapping[str, Module]) -> dict[str, str]:
     return {template.format(*map(_braces, box)): s for (template, s), boxes in indices.items() for box in _join(boxes)}
 
 
-def expand(patterns: Mapping[str, str]) -> dict[str, Module]:
+def expand(patterns: Mapping[str, str]) -> dict[str, ModuleSpec]:
     """
     >>> list(expand({"a.{0-1}.b.{0,2}": "2x2b"}))
     ['a.0.b.0', 'a.0.b.2', 'a.1.b.0', 'a.1.b.2']

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from krona_hub.bases.base import COMPONENTS, DENOISERS, Base, Module
+from krona_hub.bases.base import COMPONENTS, DENOISERS, Base, ModuleSpec
 
 ROLES: Mapping[str, tuple[tuple[str, str], ...]] = {  # role -> (component, kind of model or ""), the first there is
     "denoiser": tuple((name, "") for name in DENOISERS),
@@ -125,7 +125,7 @@ def may_mean(name: str, component: str) -> bool:
     return any(role == ANY or component in dict(ROLES[role]) for role, _ in readings(name))
 
 
-def kind_of(modules: Mapping[str, Module]) -> str:
+def kind_of(modules: Mapping[str, ModuleSpec]) -> str:
     """`clip`, `t5`, or nothing for a model that is neither."""
     if "encoder.layers.0.self_attn.q_proj" in modules:
         return "clip"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple
 
-from krona_hub.bases.base import Module, Placement
+from krona_hub.bases.base import ModuleSpec, Placement
 
 FIRST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -41,7 +41,7 @@ def _alternatives(path: str) -> tuple[str, ...]:
     return tuple(stacked[1] + part for part in stacked[2].split("|")) if stacked else (path,)
 
 
-def apply(rules: tuple[Rule, ...], modules: Mapping[str, Module]) -> dict[str, tuple[Placement, ...]]:
+def apply(rules: tuple[Rule, ...], modules: Mapping[str, ModuleSpec]) -> dict[str, tuple[Placement, ...]]:
     """Other name -> placements (layer: path within the component), for each rule and block that `modules` has."""
     blocks = _blocks(modules)
     return {
@@ -52,7 +52,7 @@ def apply(rules: tuple[Rule, ...], modules: Mapping[str, Module]) -> dict[str, t
     }
 
 
-def _blocks(modules: Mapping[str, Module]) -> Mapping[str, Iterable[int]]:
+def _blocks(modules: Mapping[str, ModuleSpec]) -> Mapping[str, Iterable[int]]:
     """What stands before the first number of a path -> the numbers there; a path without one -> 0."""
     blocks: dict[str, dict[int, None]] = {}  # a dict keeps the order
     for path in modules:
@@ -62,18 +62,18 @@ def _blocks(modules: Mapping[str, Module]) -> Mapping[str, Iterable[int]]:
     return blocks
 
 
-def _place(rule: Rule, paths: list[str], modules: Mapping[str, Module]) -> tuple[Placement, ...]:
+def _place(rule: Rule, paths: list[str], modules: Mapping[str, ModuleSpec]) -> tuple[Placement, ...]:
     swap = rule.swap and _two_chunks(modules[paths[0]])
     if len(paths) == 1:
         return (Placement(paths[0], None, swap, rule.transpose),)
     return tuple(Placement(path, rows) for path, rows in zip(paths, _rows(paths, modules), strict=True))
 
 
-def _rows(paths: list[str], modules: Mapping[str, Module]) -> Iterator[tuple[int, int]]:
+def _rows(paths: list[str], modules: Mapping[str, ModuleSpec]) -> Iterator[tuple[int, int]]:
     heights = [modules[path].shape[0] for path in paths]
     return zip(accumulate(heights, initial=0), accumulate(heights), strict=False)
 
 
-def _two_chunks(module: Module) -> bool:
+def _two_chunks(module: ModuleSpec) -> bool:
     """A modulation of scale and shift only: (2·in, in). Those of six or nine chunks are never swapped."""
     return module.shape[0] == 2 * module.shape[1]

@@ -15,7 +15,8 @@ from functools import cached_property, lru_cache
 from heapq import nlargest
 
 from krona_hub.bases import dialects, ldm_names, name_prefixes
-from krona_hub.bases.base import Base, Module, Placement
+from krona_hub.bases.base import Base, ModuleSpec, Placement
+from krona_hub.bases.dialects import prefixed, processor_name, text_model, uses_originals
 from krona_hub.bases.name_rules import apply
 from krona_hub.bases.original_names import original_of
 from krona_hub.errors import AmbiguousError, InexpressibleError, NotFoundError
@@ -37,7 +38,7 @@ class ComponentNames:
     """The names of one component, indexed when they are first asked for."""
 
     component: str
-    modules: Mapping[str, Module]
+    modules: Mapping[str, ModuleSpec]
 
     @cached_property
     def originals(self) -> Mapping[str, Placements]:
@@ -119,14 +120,14 @@ class NameTable:
 
         >>> from krona_hub.bases import catalogue
         >>> names = table(catalogue.get("flux1-dev"))
-        >>> names.spell("transformer.transformer_blocks.0.attn.to_q", "kohya-ldm_names")
+        >>> names.spell("transformer.transformer_blocks.0.attn.to_q", "kohya-ldm")
         'lora_unet_double_blocks_0_img_attn_qkv'
         """
         if self.base.module(layer) is None:
             near = self.nearest(layer)
             fix = f"Did you mean {near!r}?" if near else "Choose the base that the adapter was made for."
             raise NotFoundError(f"{self.base.name} has no layer {layer!r}.", fix=fix)
-        name = dialects.spell(self, layer, dialect)
+        name = spell(self, layer, dialect)
         if name is None:
             raise InexpressibleError(
                 f"{layer} has no name in the {dialect} dialect.", fix="Choose another format, or leave the layer out."
@@ -173,3 +174,13 @@ def _modern(key: str) -> Iterable[str]:
     if not ("processor" in key or "self_attn_to_" in key or key.endswith("to_out")):
         return ()
     return (pattern.sub(new, key) for pattern, new in PROCESSOR_ERA if pattern.match(key))
+
+
+def spell(table: NameTable, layer: str, dialect: str) -> str | None:
+    """The name of a layer that the base has; None where the dialect has none."""
+    component, _, path = layer.partition(".")
+    if dialect == "processor":
+        return processor_name(component, text_model(table.base, component, path, dialect))
+    if uses_originals(table.base, component, dialect):
+        path = table.parts[component].homes.get(layer, path)
+    return prefixed(table.base, component, path, dialect)

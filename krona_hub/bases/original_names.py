@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal, NamedTuple
 
-from krona_hub.bases.base import Module
+from krona_hub.bases.base import ModuleSpec
 from krona_hub.bases.name_rules import Rule, parse
 
 
@@ -49,7 +49,7 @@ ORIGINALS = (  # the first whose `needs` are all there
 )
 
 
-def original_of(modules: Mapping[str, Module]) -> Original | None:
+def original_of(modules: Mapping[str, ModuleSpec]) -> Original | None:
     """The architecture of a component, None where it is not listed (U-Nets: see `ldm.py`)."""
     return next((o for o in ORIGINALS if all(path in modules for path in o.needs)), None)
 

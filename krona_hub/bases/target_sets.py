@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from krona_hub.bases import ldm_names, name_prefixes
-from krona_hub.bases.base import Base, Module
+from krona_hub.bases.base import Base, ModuleSpec
 from krona_hub.bases.name_table import table
 from krona_hub.bases.original_names import original_of
 from krona_hub.errors import UsageError
@@ -128,7 +128,7 @@ ARCHITECTURES: Mapping[str, tuple[TargetSet, ...]] = {  # by the name of `origin
 }
 
 
-def sets_of(modules: Mapping[str, Module]) -> tuple[TargetSet, ...]:
+def sets_of(modules: Mapping[str, ModuleSpec]) -> tuple[TargetSet, ...]:
     """The named sets of a component, `all` last."""
     if ldm_names.is_unet(modules):
         return (*UNET, ALL)
@@ -138,7 +138,7 @@ def sets_of(modules: Mapping[str, Module]) -> tuple[TargetSet, ...]:
     return (*own, ALL)
 
 
-def choose(base: Base, component: str, targets: str) -> dict[str, Module]:
+def choose(base: Base, component: str, targets: str) -> dict[str, ModuleSpec]:
     """Name -> module of the layers that a named set or a regular expression picks from a component.
 
     Names are canonical, except in a set of fused modules, which are those of the original code.
@@ -166,13 +166,13 @@ def _matches(target: TargetSet, path: str) -> bool:
         ) from error
 
 
-def _is(module: Module, kinds: Kinds) -> bool:
+def _is(module: ModuleSpec, kinds: Kinds) -> bool:
     if kinds == "linear":
         return len(module.shape) == 2
     return kinds == "all" or not module.has_kernel
 
 
-def _fused(base: Base, component: str) -> dict[str, Module]:
+def _fused(base: Base, component: str) -> dict[str, ModuleSpec]:
     """The modules of the original code, with the height of all the layers they stack."""
     fused = {}
     for name, places in table(base).parts[component].originals.items():

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from krona_hub.bases.base import Module, Placement
+from krona_hub.bases.base import ModuleSpec, Placement
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import FormatError, IncompleteError
 
@@ -23,7 +23,7 @@ SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 SUFFIXES = (".weight", "_weight", "")  # `attn.in_proj_weight` and the bare `text_projection` of OpenCLIP
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in a file."""
 
     path: Path
@@ -39,9 +39,11 @@ class WeightPlace(NamedTuple):
     placement: Placement
 
 
-def stored_in(files: Iterable[Path]) -> dict[str, Stored]:
+def stored_in(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """Tensor name -> place, of several files that make one model. Headers only."""
-    return {name: Stored(path, name, info.shape) for path in files for name, info in read_header(path).tensors.items()}
+    return {
+        name: StoredTensor(path, name, info.shape) for path in files for name, info in read_header(path).tensors.items()
+    }
 
 
 def files_of(folder: Path) -> tuple[Path, ...]:
@@ -107,7 +109,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return shards
 
 
-def modules_in(stored: Mapping[str, Stored]) -> dict[str, Module]:
+def modules_in(stored: Mapping[str, StoredTensor]) -> dict[str, ModuleSpec]:
     """Path -> Module of every Linear and convolution among the tensors, `text_model.` left out.
 
     A depthwise convolution (one input channel) has as many groups as outputs; other groups a file does not tell.
@@ -118,7 +120,7 @@ def modules_in(stored: Mapping[str, Stored]) -> dict[str, Module]:
         if suffix == ".weight" and len(place.shape) > 1 and not _is_table(path, place.shape):
             depthwise = len(place.shape) > 2 and place.shape[1] == 1
             groups = place.shape[0] if depthwise else 1
-            modules[path.removeprefix("text_model.")] = Module(place.shape, f"{path}.bias" in stored, groups)
+            modules[path.removeprefix("text_model.")] = ModuleSpec(place.shape, f"{path}.bias" in stored, groups)
     return modules
 
 
@@ -135,7 +137,7 @@ def _module_path(tensor: str) -> tuple[str, str]:
     return tensor[: len(tensor) - len(suffix)], suffix
 
 
-def weights_by_module(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def weights_by_module(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Module name as the file has it -> its weight. Biases, norms and tables stay out."""
     named = ((_module_path(name)[0], place) for name, place in stored.items() if not name.endswith("bias"))
     return {path: place for path, place in named if len(place.shape) > 1 and not _is_table(path, place.shape)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -10,3 +11,19 @@ def file_sha256(path: Path) -> str:
     """The digest in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """As sha256_of, read again only where the file has changed since: a push asks for the same digest several times."""
+    about = path.stat()
+    return _remembered(path, about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _remembered(path: Path, size: int, changed: int, inode: int) -> str:
+    return sha256_of(path)

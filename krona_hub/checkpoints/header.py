@@ -131,3 +131,11 @@ def _metadata(value: Any) -> tuple[dict[str, str], list[Finding]]:
         for key in odd
     ]
     return {key: text for key, text in value.items() if isinstance(text, str)}, findings
+
+
+def findings(path: Path | str) -> tuple[Finding, ...]:
+    """Every structural problem of the file; () for a sound one. Raises nothing that read_header would raise."""
+    try:
+        return examine(path)[1]
+    except KronaError as error:
+        return (Finding.of(error),)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import Header
 from krona_hub.checkpoints.tensor_entries import DTYPE_BITS, TensorInfo
-from krona_hub.checkpoints.writer import ALIGNMENT, Stored, header_bytes
+from krona_hub.checkpoints.writer import ALIGNMENT, EncodedTensor, header_bytes
 from krona_hub.errors import IncompleteError
 
 PAGE = 4096  # bytes of a page, and of a block of most file systems
@@ -16,7 +16,7 @@ _NO_HASH = "0x" + 64 * "0"
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """The new file, known before any of it is made."""
 
     old: Header
@@ -27,7 +27,7 @@ class Layout:
     @classmethod
     def of(
         cls, old: Header, dtypes: Mapping[str, str], metadata: Mapping[str, str], data_hash: str | None = None
-    ) -> Layout:
+    ) -> FileLayout:
         """The layout in which the tensors of `dtypes` have those. Raises IncompleteError for one that is not there."""
         for name in dtypes.keys() - old.tensors.keys():
             raise IncompleteError(f"{old.path}: there is no tensor {quoted(name)}.", fix="Is this the right file?")
@@ -36,7 +36,7 @@ class Layout:
     def opening(self, digest: str = _NO_HASH) -> bytes:
         """The header and its size, of one length whatever the digest."""
         hashed = {self.data_hash: digest} if self.data_hash else {}
-        order = [(name, Stored(info.dtype, info.shape, tuple)) for name, info in self.tensors.items()]
+        order = [(name, EncodedTensor(info.dtype, info.shape, tuple)) for name, info in self.tensors.items()]
         return _padded(header_bytes(order, {**self.metadata, **hashed}), self.old.data_start)
 
     @property
@@ -49,7 +49,7 @@ def new_size(
     header: Header, dtypes: Mapping[str, str], *, metadata: Mapping[str, str], data_hash: str | None = None
 ) -> int:
     """The bytes of the file that `rewrite` will write, where the tensors of `dtypes` get those dtypes."""
-    layout = Layout.of(header, dtypes, metadata, data_hash)
+    layout = FileLayout.of(header, dtypes, metadata, data_hash)
     return len(layout.opening()) + layout.data_size
 
 

@@ -21,19 +21,19 @@ from krona_hub.checkpoints.byte_ranges import Range, write_at
 from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import Header
 from krona_hub.checkpoints.os_errors import fault
-from krona_hub.checkpoints.parallel_write import Part, copied, fill, open_source
-from krona_hub.checkpoints.relayout import Layout, new_size
+from krona_hub.checkpoints.parallel_write import FilePart, copied, fill, open_source
+from krona_hub.checkpoints.relayout import FileLayout, new_size
 from krona_hub.checkpoints.tensor_entries import TensorInfo
-from krona_hub.checkpoints.workers import Progress
+from krona_hub.checkpoints.workers import ByteCounter
 from krona_hub.errors import IntegrityError, ResourceError
 
-__all__ = ["ByteSink", "Change", "check_space", "new_size", "rewrite"]
+__all__ = ["ByteSink", "TensorChange", "check_space", "new_size", "rewrite"]
 
 ByteSink = Callable[[int, memoryview], None]  # (byte offset inside the tensor, bytes)
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """What becomes of a tensor; its shape stays."""
 
     info_dtype: str  # the dtype it has in the output, as in the header: F16, F32, …
@@ -47,12 +47,12 @@ class Change:
 def rewrite(
     header: Header,
     out: BinaryIO | Path,
-    changes: Mapping[str, Change],
+    changes: Mapping[str, TensorChange],
     *,
     metadata: Mapping[str, str],
     data_hash: str | None = None,
     threads: int = 2,
-    progress: Progress | None = None,
+    progress: ByteCounter | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write the file of `header` to `out` with `changes` made and with `metadata` in place of its own.
@@ -65,7 +65,7 @@ def rewrite(
     Raises IncompleteError for a change of a tensor that is not there, IntegrityError where a `produce` sends too few
     or too many bytes, ResourceError for a full disk; the error of a `produce` comes out as it is.
     """
-    layout = Layout.of(header, {name: change.info_dtype for name, change in changes.items()}, metadata, data_hash)
+    layout = FileLayout.of(header, {name: change.info_dtype for name, change in changes.items()}, metadata, data_hash)
     if isinstance(out, Path):
         check_space(out.parent, len(layout.opening()) + layout.data_size)
         with atomic_file(out, overwrite=overwrite) as file:
@@ -88,7 +88,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _write(
-    layout: Layout, changes: Mapping[str, Change], file: BinaryIO, threads: int, progress: Progress | None
+    layout: FileLayout, changes: Mapping[str, TensorChange], file: BinaryIO, threads: int, progress: ByteCounter | None
 ) -> None:
     opening, old = layout.opening(), layout.old
     with open_source(old.path, old.file_size) as source, _mapped(source) as mapped:
@@ -96,7 +96,7 @@ def _write(
             _Making(name, change, _of(old.tensors[name], old.data_start), _of(layout.tensors[name], len(opening)))
             for name, change in changes.items()
         ]
-        parts = [Part(making.new.start, partial(making.write, mapped, file.fileno())) for making in makings]
+        parts = [FilePart(making.new.start, partial(making.write, mapped, file.fileno())) for making in makings]
         parts += _untouched(layout, changes, len(opening), source, file)
         fill(file, opening, len(opening) + layout.data_size, parts, threads=threads, progress=progress)
     if layout.data_hash:
@@ -117,8 +117,8 @@ def _mapped(file: BinaryIO) -> Iterator[mmap.mmap]:
 
 
 def _untouched(
-    layout: Layout, changes: Mapping[str, Change], opening: int, source: BinaryIO, target: BinaryIO
-) -> list[Part]:
+    layout: FileLayout, changes: Mapping[str, TensorChange], opening: int, source: BinaryIO, target: BinaryIO
+) -> list[FilePart]:
     """The work for all tensors without a change, neighbours together."""
     ranges = [
         Range(layout.old.data_start + layout.old.tensors[name].start, opening + new.start, new.nbytes)
@@ -133,11 +133,11 @@ class _Making:
     """The work of making one changed tensor."""
 
     name: str
-    change: Change
+    change: TensorChange
     old: slice  # of the old file
     new: slice  # of the new file
 
-    def write(self, mapped: mmap.mmap, file: int, report: Progress) -> None:
+    def write(self, mapped: mmap.mmap, file: int, report: ByteCounter) -> None:
         sent, length = 0, self.new.stop - self.new.start
 
         def sink(offset: int, data: memoryview) -> None:

@@ -10,15 +10,15 @@ from krona_hub.errors import FormatError, LfsPointerError, PickleError, Truncate
 FIRST_BYTES = 512  # enough for every pattern below
 
 
-class Kind(NamedTuple):
+class FileKind(NamedTuple):
     pattern: re.Pattern[bytes]  # matched at the first byte
     error: type[FormatError]
     cause: str
     fix: str
 
 
-def _kind(pattern: bytes, error: type[FormatError], cause: str, fix: str) -> Kind:
-    return Kind(re.compile(pattern, re.DOTALL | re.IGNORECASE), error, cause, fix)
+def _kind(pattern: bytes, error: type[FormatError], cause: str, fix: str) -> FileKind:
+    return FileKind(re.compile(pattern, re.DOTALL | re.IGNORECASE), error, cause, fix)
 
 
 _RESAVE = "Save it again as safetensors in the tool that wrote it: opening a pickle runs whatever code it holds."

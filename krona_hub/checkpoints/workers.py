@@ -6,15 +6,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-Progress = Callable[[int], None]  # gets the bytes done since the last call; never called twice at a time
-Task = Callable[[Progress], None]  # tells the bytes it has done as it goes, at least every second or so
+ByteCounter = Callable[[int], None]  # gets the bytes done since the last call; never called twice at a time
+Task = Callable[[ByteCounter], None]  # tells the bytes it has done as it goes, at least every second or so
 
 
 class _Stopped(Exception):
     """Another worker failed."""
 
 
-def run_tasks(tasks: Iterable[Task], *, threads: int = 2, progress: Progress | None = None) -> None:
+def run_tasks(tasks: Iterable[Task], *, threads: int = 2, progress: ByteCounter | None = None) -> None:
     """Do all tasks, begun in order, `threads` side by side; with one thread in the caller's own.
 
     The first error comes out; tasks that run then end at their next word of progress, and no other begins.
@@ -32,7 +32,7 @@ def run_tasks(tasks: Iterable[Task], *, threads: int = 2, progress: Progress | N
 class _Crew:
     """What the workers share."""
 
-    def __init__(self, tasks: Iterator[Task], progress: Progress | None) -> None:
+    def __init__(self, tasks: Iterator[Task], progress: ByteCounter | None) -> None:
         self.tasks, self.progress = tasks, progress
         self.lock = threading.Lock()
         self.stopped = False

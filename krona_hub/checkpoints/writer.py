@@ -32,7 +32,7 @@ DTYPE_NAMES = {
 CHUNK = 1 << 24  # bytes copied in one go
 
 
-class Stored(NamedTuple):
+class EncodedTensor(NamedTuple):
     """A tensor to be written; its bytes are asked for when their turn comes."""
 
     dtype: str  # as in the header: F32, BF16, …
@@ -64,7 +64,7 @@ def write_tensors(
 
 def write_stored(
     path: Path | str,
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, EncodedTensor],
     metadata: Mapping[str, str] | None = None,
     *,
     overwrite: bool = False,
@@ -79,7 +79,7 @@ def write_stored(
                 file.write(piece)
 
 
-def header_bytes(order: Iterable[tuple[str, Stored]], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(order: Iterable[tuple[str, EncodedTensor]], metadata: Mapping[str, str]) -> bytes:
     """The size and the JSON text that open a file whose tensors lie in the given order, padded with spaces."""
     fields: dict[str, object] = {}
     if metadata:
@@ -99,13 +99,13 @@ def header_bytes(order: Iterable[tuple[str, Stored]], metadata: Mapping[str, str
     return len(text).to_bytes(8, "little") + text
 
 
-def copied(header: Header) -> dict[str, Stored]:
+def copied(header: Header) -> dict[str, EncodedTensor]:
     """The tensors of a file as they are, byte by byte, for a file with another header. Torch-free."""
 
     def reading(start: int, end: int) -> Callable[[], Iterable[bytes]]:
         return lambda: _slices(header.path, header.data_start + start, header.data_start + end)
 
-    return {name: Stored(i.dtype, i.shape, reading(i.start, i.end)) for name, i in header.tensors.items()}
+    return {name: EncodedTensor(i.dtype, i.shape, reading(i.start, i.end)) for name, i in header.tensors.items()}
 
 
 def _slices(path: Path, start: int, end: int) -> Iterable[bytes]:
@@ -140,7 +140,7 @@ def _text(key: str, value: object) -> str:
     return value
 
 
-def _stored(name: str, tensor: Tensor) -> Stored:
+def _stored(name: str, tensor: Tensor) -> EncodedTensor:
     """A tensor of torch as bytes that are made when asked for."""
     import torch
 
@@ -156,4 +156,4 @@ def _stored(name: str, tensor: Tensor) -> Stored:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         return [memoryview(flat.view(torch.uint8).numpy())] if flat.numel() else []  # type: ignore[arg-type]
 
-    return Stored(dtype, tuple(tensor.shape), data)
+    return EncodedTensor(dtype, tuple(tensor.shape), data)

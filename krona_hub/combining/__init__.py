@@ -1,6 +1,6 @@
 """One adapter from several: exactly, by concatenation, and on request smaller, with a measured error."""
 
 from krona_hub.combining.api import combine
-from krona_hub.combining.report import CombineReport, Part
+from krona_hub.combining.report import CombinedAdapter, CombineReport
 
-__all__ = ["CombineReport", "Part", "combine"]
+__all__ = ["CombineReport", "CombinedAdapter", "combine"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from krona_hub.aliases import Progress
 from krona_hub.checkpoints.atomic import check_output
 from krona_hub.combining.report import CombineReport
+from krona_hub.combining.request import CombineInput, CombineRequest
 from krona_hub.conversion.methods import choose_way
 from krona_hub.conversion.output_options import FOLDERS, dtype_named, format_named
 from krona_hub.errors import UsageError
@@ -18,36 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from krona_hub.adapters.adapter import Adapter
-
-Progress = Callable[[int, int], None]  # layers done, layers in all
-
-
-@dataclass(frozen=True)
-class Ingredient:
-    """One adapter as the caller gave it."""
-
-    said: str  # "adapter 1" for one in memory
-    source: Adapter | Path
-    weight: float
-
-
-@dataclass(frozen=True)
-class Request:
-    """A combination that was asked for, with options that make sense together."""
-
-    ingredients: tuple[Ingredient, ...]
-    out: Path | None
-    terms: int | None
-    max_error: float | None
-    base: str | Path | None
-    format: str  # a name of FORMATS
-    component: str | None
-    dtype: str | None  # as torch calls it
-    allow_loss: bool
-    allow_missing: bool
-    allow_base_mismatch: bool
-    overwrite: bool
-    dry_run: bool
 
 
 def combine(
@@ -76,7 +47,7 @@ def combine(
     where the total error exceeds 0.5 (unless `allow_loss`), and what `read` and `write` raise.
     """
     _check_wish(terms, max_error)
-    request = Request(
+    request = CombineRequest(
         ingredients=tuple(_ingredient(i, source, weight) for i, (source, weight) in enumerate(adapters, 1)),
         out=None if out is None else Path(out),
         terms=terms,
@@ -105,13 +76,13 @@ def _check_wish(terms: int | None, max_error: float | None) -> None:
     choose_way(max_error=max_error)
 
 
-def _ingredient(place: int, source: Adapter | str | Path, weight: float) -> Ingredient:
+def _ingredient(place: int, source: Adapter | str | Path, weight: float) -> CombineInput:
     if isinstance(source, str | Path):
-        return Ingredient(str(source), resolve(source), float(weight))
-    return Ingredient(f"adapter {place}", source, float(weight))
+        return CombineInput(str(source), resolve(source), float(weight))
+    return CombineInput(f"adapter {place}", source, float(weight))
 
 
-def _check_place(request: Request) -> None:
+def _check_place(request: CombineRequest) -> None:
     """Raise now what writing would raise in the end, where the output is a file."""
     if request.out is not None and request.format not in FOLDERS and not request.dry_run:
         check_output(request.out, overwrite=request.overwrite)

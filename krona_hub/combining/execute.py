@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
+from krona_hub.aliases import Progress
 from krona_hub.checkpoints.digest import file_sha256
-from krona_hub.combining.api import Ingredient, Progress, Request
 from krona_hub.combining.recompression import to_terms, within
-from krona_hub.combining.report import CombineReport, Part
+from krona_hub.combining.report import CombinedAdapter, CombineReport
+from krona_hub.combining.request import CombineInput, CombineRequest
 from krona_hub.combining.weighted_sum import weighted_sum
-from krona_hub.conversion.convert_layers import Outcome
-from krona_hub.conversion.forms import size_of, words_of
+from krona_hub.conversion.convert_layers import ConvertedLayer
 from krona_hub.conversion.report import REFUSED_ABOVE, LayerReport
-from krona_hub.conversion.target import Target
+from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, LossyError
+from krona_hub.formats.forms.normal_forms import size_of, words_of
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing.encode import cast
@@ -29,10 +30,10 @@ from krona_hub.kron.parallel import in_parallel
 Layers = Mapping[str, LayerDelta]
 
 
-def carry_out(asked: Request, progress: Progress | None = None) -> CombineReport:
+def carry_out(asked: CombineRequest, progress: Progress | None = None) -> CombineReport:
     """Do what was asked for; `combine` says what is raised."""
     stored = None if asked.dtype is None else getattr(torch, asked.dtype)
-    target, loaded = Target(asked.format), [_loaded(x, asked) for x in asked.ingredients]
+    target, loaded = ConversionTarget(asked.format), [_loaded(x, asked) for x in asked.ingredients]
     weighted = [(adapter, x.weight) for adapter, x in zip(loaded, asked.ingredients, strict=True)]
     total = weighted_sum(weighted, allow_base_mismatch=asked.allow_base_mismatch)
     outcomes = _recompressed(total.layers, asked, target, progress)
@@ -60,14 +61,14 @@ def carry_out(asked: Request, progress: Progress | None = None) -> CombineReport
     return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
 
 
-def _loaded(x: Ingredient, asked: Request) -> Adapter:
+def _loaded(x: CombineInput, asked: CombineRequest) -> Adapter:
     if isinstance(x.source, Adapter):
         return x.source
     return read(x.source, base=asked.base, component=asked.component, allow_missing=asked.allow_missing)
 
 
-def _part(x: Ingredient, adapter: Adapter, asked: Request) -> Part:
-    return Part(
+def _part(x: CombineInput, adapter: Adapter, asked: CombineRequest) -> CombinedAdapter:
+    return CombinedAdapter(
         source=x.said,
         weight=x.weight,
         format=None if isinstance(x.source, Adapter) else format_of(x.source, asked.base),
@@ -77,18 +78,20 @@ def _part(x: Ingredient, adapter: Adapter, asked: Request) -> Part:
     )
 
 
-def _recompressed(layers: Layers, asked: Request, target: Target, progress: Progress | None) -> dict[str, Outcome]:
+def _recompressed(
+    layers: Layers, asked: CombineRequest, target: ConversionTarget, progress: Progress | None
+) -> dict[str, ConvertedLayer]:
     if asked.terms is not None:
         return to_terms(layers, asked.terms, progress)
     if asked.max_error is not None:
         return within(layers, asked.max_error, target, progress)
-    return {name: Outcome(delta) for name, delta in layers.items()}
+    return {name: ConvertedLayer(delta) for name, delta in layers.items()}
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _layer_reports(exact: Layers, outcomes: Mapping[str, Outcome]) -> tuple[LayerReport, ...]:
+def _layer_reports(exact: Layers, outcomes: Mapping[str, ConvertedLayer]) -> tuple[LayerReport, ...]:
     """One line per layer; norms only where some layer lost something, for that is all that they are needed for."""
     errors = dict(in_parallel(lambda name: _error(outcomes[name].delta, exact[name]), list(exact)))
     norms: dict[str, float] = {}
@@ -101,7 +104,7 @@ def _error(found: LayerDelta, meant: LayerDelta) -> float:
     return 0.0 if found.sums == meant.sums else relative_difference(found.sums, meant.sums)
 
 
-def _layer_report(name: str, exact: LayerDelta, outcome: Outcome, error: float, norm: float) -> LayerReport:
+def _layer_report(name: str, exact: LayerDelta, outcome: ConvertedLayer, error: float, norm: float) -> LayerReport:
     (p0, b0), (p1, b1) = size_of(exact), size_of(outcome.delta)
     return LayerReport(
         layer=name,
@@ -128,7 +131,7 @@ def _check_loss(report: CombineReport, allowed: bool) -> None:
         )
 
 
-def _check_expressible(target: Target, outcomes: Mapping[str, Outcome]) -> None:
+def _check_expressible(target: ConversionTarget, outcomes: Mapping[str, ConvertedLayer]) -> None:
     refusals = target.refusals({name: o.delta for name, o in outcomes.items()})
     if refusals:
         name, why = next(iter(refusals.items()))
@@ -143,7 +146,7 @@ def _check_expressible(target: Target, outcomes: Mapping[str, Outcome]) -> None:
 # --- the adapter to write --------------------------------------------------------------------------------------------
 
 
-def _described(total: Adapter, outcomes: Mapping[str, Outcome], report: CombineReport) -> Adapter:
+def _described(total: Adapter, outcomes: Mapping[str, ConvertedLayer], report: CombineReport) -> Adapter:
     """The result, with its parts and what was measured in its provenance."""
     errors = {x.layer: x.relative_error for x in report.layers if x.relative_error > 0}
     parts = " + ".join(f"{part.weight:g} · {Path(part.source).name}{_digest(part)}" for part in report.parts)
@@ -156,5 +159,5 @@ def _described(total: Adapter, outcomes: Mapping[str, Outcome], report: CombineR
     return replace(total, layers={name: o.delta for name, o in outcomes.items()}, provenance=provenance)
 
 
-def _digest(part: Part) -> str:
+def _digest(part: CombinedAdapter) -> str:
     return f" (sha256 {part.sha256})" if part.sha256 else ""

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.conversion.convert_layers import Outcome, Progress, apply_way
-from krona_hub.conversion.forms import size_of, with_lora
+from krona_hub.aliases import Progress
+from krona_hub.conversion.convert_layers import ConvertedLayer, apply_way
 from krona_hub.conversion.methods import MaxError
-from krona_hub.conversion.target import Target
-from krona_hub.formats.forms.normal_forms import Lora
+from krona_hub.conversion.target import ConversionTarget
+from krona_hub.formats.forms.normal_forms import Lora, size_of, with_lora
 from krona_hub.formats.writing.encode import why_not
 from krona_hub.kron.candidate_forms import ROUNDING
 from krona_hub.kron.norms import recompress
@@ -43,7 +43,7 @@ class Fit(NamedTuple):
         return size_of(self.delta)[0]
 
 
-def to_terms(layers: Layers, terms: int, progress: Progress = None) -> dict[str, Outcome]:
+def to_terms(layers: Layers, terms: int, progress: Progress = None) -> dict[str, ConvertedLayer]:
     """Every layer in at most `terms` terms of one shape: of the shapes of its parts, the one that loses least.
 
     The terms of a LoRA are its rank. Layers that have no more terms than that stay as they are.
@@ -51,13 +51,15 @@ def to_terms(layers: Layers, terms: int, progress: Progress = None) -> dict[str,
     return _outcomes(in_parallel(lambda name: _fewer(layers[name], terms), list(layers)), len(layers), progress)
 
 
-def within(layers: Layers, max_error: float, target: Target, progress: Progress = None) -> dict[str, Outcome]:
+def within(
+    layers: Layers, max_error: float, target: ConversionTarget, progress: Progress = None
+) -> dict[str, ConvertedLayer]:
     """Every layer in the smallest form that the target holds whose relative error is at most `max_error`.
 
     Deltas of low rank are searched over all shapes; for the others, where that would take minutes, the shapes of
     their parts are tried.
     """
-    kept = {name: Outcome(d) for name, d in layers.items() if not d.sums or d.magnitude is not None}
+    kept = {name: ConvertedLayer(d) for name, d in layers.items() if not d.sums or d.magnitude is not None}
     rest = {name: d for name, d in layers.items() if name not in kept}
     thin = {name: d for name, d in rest.items() if target.to_lora or _is_thin(d)}
     thick = [name for name in rest if name not in thin]
@@ -66,10 +68,10 @@ def within(layers: Layers, max_error: float, target: Target, progress: Progress 
     return kept | searched | _outcomes(found, len(thick), progress)
 
 
-def _outcomes(found: Iterable[tuple[str, LayerDelta]], total: int, progress: Progress) -> dict[str, Outcome]:
-    outcomes: dict[str, Outcome] = {}
+def _outcomes(found: Iterable[tuple[str, LayerDelta]], total: int, progress: Progress) -> dict[str, ConvertedLayer]:
+    outcomes: dict[str, ConvertedLayer] = {}
     for name, delta in found:
-        outcomes[name] = Outcome(delta)
+        outcomes[name] = ConvertedLayer(delta)
         if progress:
             progress(len(outcomes), total)
     return outcomes
@@ -136,7 +138,7 @@ def _slim(terms: KronTerms, delta: LayerDelta) -> KronTerms:
 # --- an error --------------------------------------------------------------------------------------------------------
 
 
-def _smallest(name: str, delta: LayerDelta, max_error: float, target: Target) -> LayerDelta:
+def _smallest(name: str, delta: LayerDelta, max_error: float, target: ConversionTarget) -> LayerDelta:
     """The smallest of the forms tried that the target holds; the delta as it is where it holds none of them."""
 
     def held(delta: LayerDelta) -> bool:

@@ -9,7 +9,7 @@ from krona_hub.conversion.report import LayerReport, Totals
 
 
 @dataclass(frozen=True)
-class Part:
+class CombinedAdapter:
     """One adapter that went in."""
 
     source: str  # a path or a Hub id; "adapter 1" for one in memory
@@ -24,7 +24,7 @@ class Part:
 class CombineReport(Totals):
     """What `combine` did, or would do. In `layers`, "before" is the exact sum of the parts; errors are against it."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[CombinedAdapter, ...]
     target_format: str
     out: Path | None  # None where nothing was to be written
     layers: tuple[LayerReport, ...]  # the union of the layers of all parts

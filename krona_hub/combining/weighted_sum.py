@@ -8,6 +8,7 @@ The result has no more parameters than its parts together, whatever their shapes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import NamedTuple
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.adapters.provenance import Provenance
-from krona_hub.combining.agreement import common_base
+from krona_hub.adapters.provenance import BaseModel, Provenance
 from krona_hub.errors import BaseMismatchError, KronaError, UnsupportedError, UsageError
 from krona_hub.formats.forms.normal_forms import lora_of
 from krona_hub.formats.parsing.keys import split_key
@@ -25,7 +25,7 @@ from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora
 SHOWN = 4  # names in a note
 
 
-class Weighted(NamedTuple):
+class WeightedAdapter(NamedTuple):
     """One part of a sum."""
 
     weight: float
@@ -48,10 +48,10 @@ def weighted_sum(adapters: Sequence[tuple[Adapter, float]], *, allow_base_mismat
     """
     _check_weights([weight for _, weight in adapters])
     base = common_base([a.base for a, _ in adapters], allow_mismatch=allow_base_mismatch)
-    parts: dict[str, list[Weighted]] = {}
+    parts: dict[str, list[WeightedAdapter]] = {}
     for adapter, weight in adapters:
         for name, delta in adapter.layers.items():
-            parts.setdefault(name, []).append(Weighted(weight, delta))
+            parts.setdefault(name, []).append(WeightedAdapter(weight, delta))
     layers = {name: _within(name, own) for name, own in parts.items()}
     extras, differing = _extras(adapters)
     notes = (*_notes(parts, layers, len(adapters)), *_differing(differing))
@@ -69,14 +69,14 @@ def _check_weights(weights: Sequence[float]) -> None:
 # --- one layer -------------------------------------------------------------------------------------------------------
 
 
-def _within(name: str, parts: Sequence[Weighted]) -> LayerDelta:
+def _within(name: str, parts: Sequence[WeightedAdapter]) -> LayerDelta:
     try:
         return _layer_sum(parts)
     except KronaError as error:
         raise error.within(name) from None
 
 
-def _layer_sum(parts: Sequence[Weighted]) -> LayerDelta:
+def _layer_sum(parts: Sequence[WeightedAdapter]) -> LayerDelta:
     """Σ weight · delta of one layer."""
     shape = _common_shape([p.delta for p in parts])
     present = [p for p in parts if p.weight]
@@ -98,7 +98,7 @@ def _common_shape(deltas: Sequence[LayerDelta]) -> tuple[int, ...]:
     return max((d.weight_shape for d in deltas), key=len)
 
 
-def _only_dora(parts: Sequence[Weighted]) -> LayerDelta:
+def _only_dora(parts: Sequence[WeightedAdapter]) -> LayerDelta:
     """A DoRA alone and at full strength is itself; its delta depends on the base weight, so nothing can be added."""
     if len(parts) == 1 and parts[0].weight == 1:
         return parts[0].delta
@@ -194,7 +194,9 @@ def _differing(names: Sequence[str]) -> tuple[str, ...]:
     return (f"{_few(names)}: the adapters hold different tensors of this name in their extras; the first is kept",)
 
 
-def _notes(parts: Mapping[str, Sequence[Weighted]], layers: Mapping[str, LayerDelta], adapters: int) -> tuple[str, ...]:
+def _notes(
+    parts: Mapping[str, Sequence[WeightedAdapter]], layers: Mapping[str, LayerDelta], adapters: int
+) -> tuple[str, ...]:
     zero = [name for name, delta in layers.items() if not delta.sums and delta.magnitude is None]
     notes = []
     if zero:
@@ -219,4 +221,46 @@ def _provenance(parts: Sequence[Provenance], notes: tuple[str, ...]) -> Provenan
         trigger_words=tuple(dict.fromkeys(w for p in parts for w in p.trigger_words)),
         metadata=shared,
         notes=notes,
+    )
+
+
+def common_base(bases: Sequence[BaseModel | None], *, allow_mismatch: bool = False) -> BaseModel | None:
+    """The base that all of them may be, as narrowly as they say it; None where none of them says anything.
+
+    Unknown bases agree with everything. Raises BaseMismatchError for two that differ, unless `allow_mismatch`: then the
+    first one counts.
+
+    >>> common_base([BaseModel("sd21", candidates=("sd21", "sd21-base")), None, BaseModel("sd21-base")]).family
+    'sd21-base'
+    """
+    known = [base for base in bases if base is not None]
+    if not known:
+        return None
+    common = known[0]
+    for other in known[1:]:
+        if common.agrees_with(other):
+            common = _narrowed(common, other)
+        elif not allow_mismatch:
+            raise BaseMismatchError(
+                f"one adapter is for {common.words} and another for {other.words}.",
+                fix="Combine adapters of one base. --allow-base-mismatch adds what has the same names and shapes.",
+            )
+    return common
+
+
+def _narrowed(a: BaseModel, b: BaseModel) -> BaseModel:
+    """What both allow, with the fields that only one of them knows."""
+    family, candidates = a.family or b.family, a.candidates or b.candidates
+    if a.family and b.family:
+        names = sorted({*a.names} & {*b.names}) or [a.family]
+        family = a.family if a.family in names else names[0]
+        candidates = tuple(names) if len(names) > 1 else ()
+    same = a.hub_id == b.hub_id
+    return replace(
+        a,
+        family=family,
+        candidates=candidates,
+        fingerprint=a.fingerprint or b.fingerprint,
+        hub_id=a.hub_id or b.hub_id,
+        revision=a.revision if same and a.revision == b.revision else None,
     )

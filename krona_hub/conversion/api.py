@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from krona_hub.aliases import Progress
 from krona_hub.checkpoints.atomic import check_output
-from krona_hub.conversion.methods import Way, choose_way
+from krona_hub.conversion.methods import choose_way
 from krona_hub.conversion.output_options import FOLDERS, dtype_named, format_named
 from krona_hub.conversion.report import ConversionReport
+from krona_hub.conversion.request import ConvertRequest
 from krona_hub.errors import UsageError
 from krona_hub.formats.compatibility.tools import tool_named
 from krona_hub.sources import resolve
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[int, int], None]  # layers done, layers in all
-
-
-@dataclass(frozen=True)
-class Request:
-    """A conversion that was asked for, with options that make sense together."""
-
-    source: str  # as the caller named it
-    path: Path
-    out: Path | None
-    way: Way | None
-    to: str | None  # a name of FORMATS
-    tool: str | None
-    base: str | Path | None
-    from_format: str | None
-    component: str | None
-    dtype: str | None  # as torch calls it
-    allow_loss: bool
-    allow_missing: bool
-    overwrite: bool
-    split_qkv: bool
-    dry_run: bool
 
 
 def convert(
@@ -87,7 +64,7 @@ def convert(
     )
     if to is not None and tool is not None:
         raise UsageError("--to and --for exclude each other.", fix="--for chooses the format itself.")
-    request = Request(
+    request = ConvertRequest(
         source=str(source),
         path=resolve(source),
         out=None if out is None else Path(out),
@@ -110,7 +87,7 @@ def convert(
     return carry_out(request, progress)
 
 
-def _check_place(request: Request) -> None:
+def _check_place(request: ConvertRequest) -> None:
     """Raise now what writing would raise in the end, where the output is known to be a file."""
     if request.out is not None and request.tool is None and request.to not in FOLDERS and not request.dry_run:
         check_output(request.out, overwrite=request.overwrite)

@@ -8,11 +8,11 @@ from functools import cache
 from math import inf, sqrt
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.conversion.forms import exact_lora_of, is_lora, lora_rank, size_of, with_lora
+from krona_hub.aliases import Progress
 from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Rank, Way
-from krona_hub.conversion.target import Loads, Target
+from krona_hub.conversion.target import ConversionTarget, Loads
 from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
-from krona_hub.formats.forms.normal_forms import Lora
+from krona_hub.formats.forms.normal_forms import Lora, exact_lora_of, is_lora, lora_rank, size_of, with_lora
 from krona_hub.kron.form_search import Choice, realise, smallest_within, within_budget
 from krona_hub.kron.from_lora import nearest_kron_of_loras
 from krona_hub.kron.norms import norm, recompress
@@ -21,13 +21,12 @@ from krona_hub.kron.terms import Factor, KronTerms, LowRank
 from krona_hub.kron.to_lora import nearest_lora
 
 Layers = Mapping[str, LayerDelta]
-Progress = Callable[[int, int], None] | None  # layers done, layers in all
 Holds = Callable[[LayerDelta], bool]
 OTHERS_WITHIN = 4.0  # times the size of the LoRA itself: a larger form beside it is not worth naming
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ConvertedLayer:
     """One layer after a way."""
 
     delta: LayerDelta
@@ -35,17 +34,21 @@ class Outcome:
     best_other: str | None = None
 
 
-def apply_way(layers: Layers, way: Way, target: Target, progress: Progress = None) -> dict[str, Outcome]:
+def apply_way(
+    layers: Layers, way: Way, target: ConversionTarget, progress: Progress = None
+) -> dict[str, ConvertedLayer]:
     """Every layer in the form that `way` asks for, among the forms that the target holds."""
     match way:
         case Keep():
-            return {name: Outcome(delta) for name, delta in layers.items()}
+            return {name: ConvertedLayer(delta) for name, delta in layers.items()}
         case Exact():
-            return {name: Outcome(_as_lora(delta) if target.to_lora else delta) for name, delta in layers.items()}
+            return {
+                name: ConvertedLayer(_as_lora(delta) if target.to_lora else delta) for name, delta in layers.items()
+            }
         case Rank(rank):
-            return {name: Outcome(_nearest_lora(delta, rank=rank)) for name, delta in layers.items()}
+            return {name: ConvertedLayer(_nearest_lora(delta, rank=rank)) for name, delta in layers.items()}
         case MaxError(error) if target.to_lora:
-            return {name: Outcome(_nearest_lora(delta, max_error=error)) for name, delta in layers.items()}
+            return {name: ConvertedLayer(_nearest_lora(delta, max_error=error)) for name, delta in layers.items()}
         case FixedShape():
             return _fixed_shapes(layers, way, progress)
         case MaxError() | Budget():
@@ -74,16 +77,16 @@ def only_loras(weight_shape: tuple[int, ...], shape: KronShape, terms: int, righ
 # --- one shape for every layer ---------------------------------------------------------------------------------
 
 
-def _fixed_shapes(layers: Layers, way: FixedShape, progress: Progress) -> dict[str, Outcome]:
+def _fixed_shapes(layers: Layers, way: FixedShape, progress: Progress) -> dict[str, ConvertedLayer]:
     shapes = {name: _shape_for(name, delta.matrix_shape, way) for name, delta in layers.items()}
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, ConvertedLayer] = {}
     for names in _alike(layers, shapes):
         terms = _nearest([layers[name] for name in names], shapes[names[0]], way.terms)
         for name, fitted in zip(names, terms, strict=True):
             shape = shapes[name]
             same = shape[:2] == (way.a1, way.a2)
             note = "" if same else f"{way.a1}x{way.a2} does not divide it: {shape.a1}x{shape.a2}"
-            outcomes[name] = Outcome(replace(layers[name], sums=(_single(fitted),)), note)
+            outcomes[name] = ConvertedLayer(replace(layers[name], sums=(_single(fitted),)), note)
         if progress:
             progress(len(outcomes), len(layers))
     return outcomes
@@ -130,7 +133,9 @@ def _single(terms: KronTerms) -> KronTerms:
 # --- the smallest form, or the best for a size -------------------------------------------------------------------
 
 
-def _searched(layers: Layers, way: MaxError | Budget, target: Target, progress: Progress) -> dict[str, Outcome]:
+def _searched(
+    layers: Layers, way: MaxError | Budget, target: ConversionTarget, progress: Progress
+) -> dict[str, ConvertedLayer]:
     variants = (only_loras,) if target.to_lora else target.loads
     loras = {name: exact_lora_of(delta) for name, delta in layers.items()}
     total = sum(size_of(delta)[0] for delta in layers.values())
@@ -197,16 +202,16 @@ def _allowed_by_size(layers: Layers, loads: Loads) -> Callable[[KronShape, int, 
     return allowed
 
 
-def _outcome(delta: LayerDelta, lora: Lora, choice: Choice, holds_any_shape: Holds) -> Outcome:
+def _outcome(delta: LayerDelta, lora: Lora, choice: Choice, holds_any_shape: Holds) -> ConvertedLayer:
     form, other = choice.form, choice.best_other
     best_other = None if other is None else f"{other}, error {other.relative_error:.3f}"
     if is_lora(delta) and form.shape[:2] == (1, 1) and (form.right_rank or 0) >= lora.up.shape[1]:
-        return Outcome(delta, "the LoRA itself", best_other)
+        return ConvertedLayer(delta, "the LoRA itself", best_other)
     if not is_lora(delta) and size_of(delta)[0] <= form.parameters and holds_any_shape(delta):
-        return Outcome(delta, "unchanged: no smaller form comes near enough")
+        return ConvertedLayer(delta, "unchanged: no smaller form comes near enough")
     note = "the LoRA itself, truncated" if form.is_lora else ""
     terms = _single(realise(lora.up, lora.down, form).terms)
-    return Outcome(replace(delta, sums=(terms,)), note, best_other if form.is_lora else None)
+    return ConvertedLayer(replace(delta, sums=(terms,)), note, best_other if form.is_lora else None)
 
 
 def check_kind(way: Way, to_lora: bool, names: Sequence[str]) -> None:

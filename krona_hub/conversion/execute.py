@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.conversion.api import Progress, Request
+from krona_hub.adapters.provenance import made_of
+from krona_hub.aliases import Progress
 from krona_hub.conversion.bake_dora import bake_dora
-from krona_hub.conversion.convert_layers import Outcome, apply_way, check_kind, lora_error_within
-from krona_hub.conversion.forms import is_lora, size_of, words_of
-from krona_hub.conversion.made_of import made_of
+from krona_hub.conversion.convert_layers import ConvertedLayer, apply_way, check_kind, lora_error_within
 from krona_hub.conversion.methods import Keep, MaxError, Way
 from krona_hub.conversion.output_options import default_out
 from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, LayerReport
-from krona_hub.conversion.target import Target, choose_target, default_way
+from krona_hub.conversion.request import ConvertRequest
+from krona_hub.conversion.target import ConversionTarget, choose_target, default_way
 from krona_hub.errors import InexpressibleError, LossyError
+from krona_hub.formats.forms.normal_forms import is_lora, size_of, words_of
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing.encode import cast
@@ -28,7 +29,7 @@ from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.to_lora import nearest_lora
 
 
-def carry_out(asked: Request, progress: Progress | None = None) -> ConversionReport:
+def carry_out(asked: ConvertRequest, progress: Progress | None = None) -> ConversionReport:
     """Do what was asked for; `convert` says what is raised."""
     stored = None if asked.dtype is None else getattr(torch, asked.dtype)
     adapter = read(
@@ -45,7 +46,7 @@ def carry_out(asked: Request, progress: Progress | None = None) -> ConversionRep
     meant = dict(adapter.layers) | baked  # what the result is measured against
     kept = {} if asked.way else {n: d for n, d in adapter.layers.items() if n not in baked and _kept(d, way, target)}
     changed = {name: delta for name, delta in meant.items() if name not in kept}
-    outcomes = {name: Outcome(delta) for name, delta in kept.items()}
+    outcomes = {name: ConvertedLayer(delta) for name, delta in kept.items()}
     if changed:
         outcomes |= apply_way(changed, MaxError() if isinstance(way, Keep) else way, target, progress)
     target = target.for_result(o.delta for o in outcomes.values())
@@ -80,7 +81,7 @@ def carry_out(asked: Request, progress: Progress | None = None) -> ConversionRep
     )
 
 
-def _kept(delta: LayerDelta, way: Way, target: Target) -> bool:
+def _kept(delta: LayerDelta, way: Way, target: ConversionTarget) -> bool:
     """Without a way, a layer that is already of the target's kind is not touched."""
     return isinstance(way, Keep) or is_lora(delta) == target.to_lora
 
@@ -92,7 +93,7 @@ def _dora_note(baked: Mapping[str, LayerDelta]) -> tuple[str, ...]:
 
 
 def _layer_reports(
-    before: Mapping[str, LayerDelta], meant: Mapping[str, LayerDelta], outcomes: Mapping[str, Outcome]
+    before: Mapping[str, LayerDelta], meant: Mapping[str, LayerDelta], outcomes: Mapping[str, ConvertedLayer]
 ) -> tuple[LayerReport, ...]:
     def measured(name: str) -> LayerReport:
         return _layer_report(name, before[name], meant[name], outcomes[name])
@@ -100,7 +101,7 @@ def _layer_reports(
     return tuple(report for _, report in in_parallel(measured, list(meant)))
 
 
-def _layer_report(name: str, before: LayerDelta, meant: LayerDelta, outcome: Outcome) -> LayerReport:
+def _layer_report(name: str, before: LayerDelta, meant: LayerDelta, outcome: ConvertedLayer) -> LayerReport:
     """`before` is what the file holds, `meant` the delta it stands for: they differ where a DoRA was merged."""
     (p0, b0), (p1, b1) = size_of(before), size_of(outcome.delta)
     unchanged = outcome.delta.sums == meant.sums
@@ -120,7 +121,7 @@ def _layer_report(name: str, before: LayerDelta, meant: LayerDelta, outcome: Out
 
 
 def _converted(
-    adapter: Adapter, outcomes: Mapping[str, Outcome], report: ConversionReport, way: Way, source: Path
+    adapter: Adapter, outcomes: Mapping[str, ConvertedLayer], report: ConversionReport, way: Way, source: Path
 ) -> Adapter:
     """The adapter to write, with what it was made of and what was measured in its provenance."""
     errors = {x.layer: x.relative_error for x in report.layers if x.relative_error > 0}
@@ -134,7 +135,7 @@ def _converted(
     return replace(adapter, layers={name: o.delta for name, o in outcomes.items()}, provenance=provenance)
 
 
-def _check_expressible(target: Target, outcomes: Mapping[str, Outcome]) -> None:
+def _check_expressible(target: ConversionTarget, outcomes: Mapping[str, ConvertedLayer]) -> None:
     """Raise InexpressibleError, with what can be had instead and its error, where the target cannot hold a layer."""
     refusals = target.refusals({name: o.delta for name, o in outcomes.items()})
     if not refusals:
@@ -147,7 +148,7 @@ def _check_expressible(target: Target, outcomes: Mapping[str, Outcome]) -> None:
     )
 
 
-def _offer(target: Target, delta: LayerDelta) -> str:
+def _offer(target: ConversionTarget, delta: LayerDelta) -> str:
     """The nearest things that can be had, measured on the layer that was refused."""
     if delta.magnitude is not None:
         return "Give the base weights with --base, and the DoRA is merged into a plain delta; or use --to krona."

@@ -24,12 +24,12 @@ DTYPES = {
 
 def format_named(name: str) -> str:
     """The name of a format that can be written, aliases resolved. Raises UsageError with the nearest name."""
-    spoke = by_name(ALIASES.get(name, name))
-    if not hasattr(spoke, "write"):
+    format = by_name(ALIASES.get(name, name))
+    if not format.writes:
         raise UsageError(
-            f"{spoke.NAME} can be read but not written.", fix="Choose another --to; `krona formats` lists them."
+            f"{format.name} can be read but not written.", fix="Choose another --to; `krona formats` lists them."
         )
-    return str(spoke.NAME)
+    return format.name
 
 
 def default_out(source: str | Path, format_name: str) -> Path:

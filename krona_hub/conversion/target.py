@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.conversion.forms import is_lora
 from krona_hub.conversion.methods import DEFAULT_MAX_ERROR, Exact, Keep, MaxError, Way
 from krona_hub.conversion.output_options import format_named
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.formats.compatibility.format_limits import LOW_RANK
 from krona_hub.formats.compatibility.tools import loads_form, target_for, tool_named
+from krona_hub.formats.forms.normal_forms import is_lora
 from krona_hub.formats.writing.encode import why_not
 from krona_hub.kron.shapes import KronShape, peft_factors
 
@@ -24,7 +24,7 @@ Loads = Callable[[tuple[int, ...], KronShape, int, int | None], bool]
 
 
 @dataclass(frozen=True)
-class Target:
+class ConversionTarget:
     """A format, and for which tool."""
 
     format: str
@@ -44,11 +44,11 @@ class Target:
             return (plain,)
         return tuple(partial(_loads_with_factor, plain, factor) for factor in PEFT_FACTORS)
 
-    def for_result(self, deltas: Iterable[LayerDelta]) -> Target:
+    def for_result(self, deltas: Iterable[LayerDelta]) -> ConversionTarget:
         """The same, or what the tool takes a LoRA in where every layer turned out to be one."""
         tool = None if self.tool is None else tool_named(self.tool)
         wanted = None if tool is None else target_for(tool, all(map(is_lora, deltas)))
-        return self if wanted is None else Target(wanted.format, self.tool)
+        return self if wanted is None else ConversionTarget(wanted.format, self.tool)
 
     def holds_any_shape(self, delta: LayerDelta) -> bool:
         """Whether a layer may keep the Kronecker shape it came with: not where all layers must follow one factor."""
@@ -72,7 +72,7 @@ def _loads_with_factor(
     return split == by_peft and plain(weight, shape, terms, right_rank)
 
 
-def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, way: Way | None) -> Target:
+def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, way: Way | None) -> ConversionTarget:
     """The format asked for, or the one that the tool wants for this kind of adapter. Raises UsageError for both.
 
     `--for` never changes the kind: a LoRA stays a LoRA unless a way to make it Kronecker is given.
@@ -80,7 +80,7 @@ def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, way: Wa
     if to is not None and tool is not None:
         raise UsageError("--to and --for exclude each other.", fix="--for chooses the format itself.")
     if tool is None:
-        return Target(format_named(to or "krona"))
+        return ConversionTarget(format_named(to or "krona"))
     known = tool_named(tool)
     stays_lora = all(map(is_lora, adapter.layers.values())) and (way is None or isinstance(way, Exact))
     wanted = target_for(known, stays_lora)
@@ -91,10 +91,10 @@ def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, way: Wa
             f"{known.title} loads LoRA only, and this is a Kronecker adapter.",
             fix=f"Add --max-error {DEFAULT_MAX_ERROR} or --exact or --rank R to make a LoRA of it for {known.name}.",
         )
-    return Target(wanted.format, known.name)
+    return ConversionTarget(wanted.format, known.name)
 
 
-def default_way(adapter: Adapter, target: Target) -> Way:
+def default_way(adapter: Adapter, target: ConversionTarget) -> Way:
     """Without a way nothing changes within a kind or for a tool; into the other kind, the smallest within 5 %."""
     kinds = {is_lora(delta) for delta in adapter.layers.values()}
     return Keep() if target.tool is not None or kinds == {target.to_lora} else MaxError()

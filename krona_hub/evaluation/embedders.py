@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from krona_hub.errors import NotFoundError
-from krona_hub.images.call_pipeline import quiet
+from krona_hub.pipelines.opening import quiet
 
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dino-vits16"  # what DreamBooth's authors compare with
 BATCH = 16  # pictures at a time

@@ -10,22 +10,21 @@ import torch
 
 from krona_hub.adapters.adapter import Adapter
 from krona_hub.adapters.provenance import Provenance
+from krona_hub.aliases import Progress
 from krona_hub.bases import catalogue
 from krona_hub.checkpoints.atomic import check_output
 from krona_hub.conversion.output_options import FOLDERS, default_out, dtype_named, format_named
 from krona_hub.conversion.report import REFUSED_ABOVE
-from krona_hub.conversion.target import Target
+from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, LossyError, NoDifferenceError, UnknownBaseError, UsageError
 from krona_hub.extraction.fit_layers import Fitted, fit, steps_of
-from krona_hub.extraction.fit_plan import Plan
-from krona_hub.extraction.other_tensors import Change, changes
+from krona_hub.extraction.fit_plan import FitPlan
+from krona_hub.extraction.other_tensors import ChangedTensor, changes
 from krona_hub.extraction.report import ExtractionReport
 from krona_hub.extraction.request import what_is_asked
 from krona_hub.extraction.tensor_pairs import Pairs, pair_up
 from krona_hub.formats.writing.writer import write
 from krona_hub.sources import is_remote, resolve, resolve_base
-
-Progress = Callable[[int, int], None]  # steps done, steps in all
 
 
 def extract(
@@ -67,7 +66,7 @@ def extract(
     """
     asked = what_is_asked(shape, terms, max_error, budget, shape_fallback)
     target = _target(to, asked.shape is not None)
-    plan = Plan(asked, target, _dtype(dtype), threads)
+    plan = FitPlan(asked, target, _dtype(dtype), threads)
     before, after = _checkpoint(base), _checkpoint(tuned)
     path = Path(out) if out is not None else default_out(tuned, target.format)
     if target.format not in FOLDERS and not dry_run:
@@ -96,8 +95,8 @@ def extract(
     return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
 
 
-def _target(to: str, with_shape: bool) -> Target:
-    target = Target(format_named(to))
+def _target(to: str, with_shape: bool) -> ConversionTarget:
+    target = ConversionTarget(format_named(to))
     if target.to_lora and with_shape:
         raise UsageError("a LoRA has no Kronecker shape.", fix="Use --terms for its rank, or --max-error.")
     if target.format == "diffusekrona":
@@ -135,7 +134,9 @@ def _steps(progress: Progress | None, total: int) -> Callable[[], None]:
     return step
 
 
-def _adapter(report: ExtractionReport, pairs: Pairs, fitted: Sequence[Fitted], extras: Sequence[Change]) -> Adapter:
+def _adapter(
+    report: ExtractionReport, pairs: Pairs, fitted: Sequence[Fitted], extras: Sequence[ChangedTensor]
+) -> Adapter:
     """What is written: the layers that have something above the noise."""
     layers = {f.pair.name: f.taken.delta for f in fitted if f.taken is not None and f.taken.delta.sums}
     provenance = Provenance(
@@ -148,7 +149,7 @@ def _adapter(report: ExtractionReport, pairs: Pairs, fitted: Sequence[Fitted], e
 
 
 def _check(
-    report: ExtractionReport, adapter: Adapter, fitted: Sequence[Fitted], target: Target, allow_loss: bool
+    report: ExtractionReport, adapter: Adapter, fitted: Sequence[Fitted], target: ConversionTarget, allow_loss: bool
 ) -> None:
     """Raise what forbids the result: nothing in it, too much missing from it, or a format that cannot hold it."""
     if not report.layers and not adapter.extras:

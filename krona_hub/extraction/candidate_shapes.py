@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from krona_hub.extraction.error_curves import Allowed, Curve, cost, price_of_a_number
-from krona_hub.extraction.fit_plan import Plan
-from krona_hub.extraction.layer_difference import Difference, lora_shape
-from krona_hub.extraction.tensor_pairs import Pair
+from krona_hub.extraction.error_curves import Allowed, ErrorCurve, cost, price_of_a_number
+from krona_hub.extraction.fit_plan import FitPlan
+from krona_hub.extraction.layer_difference import LayerDifference, lora_shape
+from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.kron.candidate_forms import Form, is_lora, realise
 from krona_hub.kron.form_search import smallest_within
 from krona_hub.kron.from_dense import cast_terms
@@ -30,9 +30,9 @@ PROMISE = 0.8  # of the size of the LoRA form
 BUCKET = 1.05  # errors allowed within this factor of each other are searched together
 
 
-def best_shapes(pairs: Sequence[Pair], plan: Plan) -> dict[tuple[int, int], list[KronShape]]:
+def best_shapes(pairs: Sequence[LayerPair], plan: FitPlan) -> dict[tuple[int, int], list[KronShape]]:
     """Size -> the shapes that the energy of some layers of that size is concentrated in."""
-    by_size: dict[tuple[int, int], list[Pair]] = defaultdict(list)
+    by_size: dict[tuple[int, int], list[LayerPair]] = defaultdict(list)
     for pair in pairs:
         by_size[pair.size].append(pair)
     some = [pair for members in by_size.values() for pair in members[:SCREENED]]
@@ -42,12 +42,12 @@ def best_shapes(pairs: Sequence[Pair], plan: Plan) -> dict[tuple[int, int], list
     return {size: [shape for shape, _ in found.most_common(KEPT)] for size, found in best.items()}
 
 
-def _screened(plan: Plan, pair: Pair) -> list[KronShape]:
+def _screened(plan: FitPlan, pair: LayerPair) -> list[KronShape]:
     """The shapes by the size that they would need: terms that the energy is spread over, times parameters of each.
 
     Only those that promise to be smaller than the LoRA form, which promises as much as any where nothing is planted.
     """
-    difference, allowed = Difference.of(pair), plan.allowed(pair.shape)
+    difference, allowed = LayerDifference.of(pair), plan.allowed(pair.shape)
     if difference is None:
         return []
 
@@ -63,7 +63,7 @@ def _screened(plan: Plan, pair: Pair) -> list[KronShape]:
     return sorted(likely, key=lambda s: (_cost(curves[s], plan.asked.max_error, price), s))[:KEPT]
 
 
-def _cost(curve: Curve, max_error: float | None, price: float) -> float:
+def _cost(curve: ErrorCurve, max_error: float | None, price: float) -> float:
     """Parameters within the error; else those of everything above the noise at their price, and what that leaves."""
     if max_error is not None:
         terms = curve.needed(max_error)
@@ -74,13 +74,13 @@ def _cost(curve: Curve, max_error: float | None, price: float) -> float:
 class Thin(NamedTuple):
     """A layer whose LoRA above the noise is known."""
 
-    pair: Pair
-    curve: Curve
+    pair: LayerPair
+    curve: ErrorCurve
     lora: KronTerms
     chosen: Form  # a LoRA too: what another form must be smaller than
 
 
-def smaller_than_lora(plan: Plan, layers: Sequence[Thin]) -> dict[Pair, KronTerms]:
+def smaller_than_lora(plan: FitPlan, layers: Sequence[Thin]) -> dict[LayerPair, KronTerms]:
     """The layers that a Kronecker sum holds as well as the LoRA does, in fewer numbers; by the LoRA's factors."""
     groups: dict[tuple[tuple[int, ...], float], list[Thin]] = defaultdict(list)
     for layer in layers:
@@ -94,7 +94,7 @@ def smaller_than_lora(plan: Plan, layers: Sequence[Thin]) -> dict[Pair, KronTerm
     }
 
 
-def _allowed_error(plan: Plan, curve: Curve) -> float:
+def _allowed_error(plan: FitPlan, curve: ErrorCurve) -> float:
     """How far a form may be from the LoRA above the noise, relative to it; 0.0: not at all.
 
     Down to the noise, it need not have the noise that the LoRA took in, and may lose a term at the edge of the noise.
@@ -107,15 +107,15 @@ def _allowed_error(plan: Plan, curve: Curve) -> float:
     return min(0.5, sqrt((curve.above * (out + in_) * of_one_number + curve.floor**2) / kept))
 
 
-def _bucket(plan: Plan, error: float) -> float:
+def _bucket(plan: FitPlan, error: float) -> float:
     """To a power of BUCKET, up or, where the limit was asked for, down: layers of one limit are searched together."""
     step = log(error) / log(BUCKET)
     return exp((ceil(step) if plan.asked.max_error is None else floor(step)) * log(BUCKET))
 
 
 def _smaller(
-    plan: Plan, weight: tuple[int, ...], error: float, members: Sequence[Thin]
-) -> Iterator[tuple[Pair, KronTerms]]:
+    plan: FitPlan, weight: tuple[int, ...], error: float, members: Sequence[Thin]
+) -> Iterator[tuple[LayerPair, KronTerms]]:
     loras = [_factors(layer.lora) for layer in members]
     choices = smallest_within(loras, error, allowed=_capped(plan, weight), others_within=1.0)
     for layer, (up, down), choice in zip(members, loras, choices, strict=True):
@@ -128,7 +128,7 @@ def _factors(lora: KronTerms) -> tuple[Tensor, Tensor]:
     return up[0], down[0]
 
 
-def _capped(plan: Plan, weight: tuple[int, ...]) -> Allowed:
+def _capped(plan: FitPlan, weight: tuple[int, ...]) -> Allowed:
     """What the target holds, with no more terms than were asked for."""
     allowed, most = plan.allowed(weight), plan.asked.terms
 

@@ -16,7 +16,7 @@ Allowed = Callable[[KronShape, int, int | None], bool]  # may the target hold th
 
 
 @dataclass(frozen=True)
-class Curve:
+class ErrorCurve:
     """The nearest sums of one shape, by their number of terms."""
 
     shape: KronShape
@@ -65,7 +65,7 @@ def whole(size: tuple[int, int]) -> Form:
 
 
 def above_noise(
-    curves: Sequence[Curve], noise: float, allowed: Allowed, most: int | None = None, *, dense: bool = True
+    curves: Sequence[ErrorCurve], noise: float, allowed: Allowed, most: int | None = None, *, dense: bool = True
 ) -> Form:
     """The form that explains the difference best: every term above the noise, of the shape that suits it.
 
@@ -89,7 +89,7 @@ def price_of_a_number(noise: float, size: tuple[int, int]) -> float:
     return 2 * noise / (size[0] * size[1])
 
 
-def within(curves: Sequence[Curve], max_error: float, allowed: Allowed, *, dense: bool = True) -> Form | None:
+def within(curves: Sequence[ErrorCurve], max_error: float, allowed: Allowed, *, dense: bool = True) -> Form | None:
     """The smallest form within an error; None where the target holds none."""
     size = curves[0].shape.full
     forms = [
@@ -102,7 +102,7 @@ def within(curves: Sequence[Curve], max_error: float, allowed: Allowed, *, dense
     return min(forms, key=lambda form: form.order, default=None)
 
 
-def points(curves: Iterable[Curve], allowed: Allowed, *, dense: bool = True) -> list[Point]:
+def points(curves: Iterable[ErrorCurve], allowed: Allowed, *, dense: bool = True) -> list[Point]:
     """Sizes and losses to share a budget by: nothing, and each shape with 1, 2, 3, 4, 6, 8, 12, … terms."""
     curves = list(curves)
     size, energy = curves[0].shape.full, curves[0].left[0]

@@ -13,10 +13,10 @@ from functools import partial
 
 from krona_hub.errors import UsageError
 from krona_hub.extraction.candidate_shapes import Thin, best_shapes, smaller_than_lora
-from krona_hub.extraction.error_curves import Curve, points
-from krona_hub.extraction.fit_plan import Plan
-from krona_hub.extraction.layer_difference import Difference, Taken
-from krona_hub.extraction.tensor_pairs import Pair
+from krona_hub.extraction.error_curves import ErrorCurve, points
+from krona_hub.extraction.fit_plan import FitPlan
+from krona_hub.extraction.layer_difference import LayerDifference, Taken
+from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.kron.allocation import allocate
 from krona_hub.kron.candidate_forms import Form
 from krona_hub.kron.parallel import in_parallel
@@ -32,18 +32,18 @@ THIN = 16  # rank up to which every Kronecker form of a LoRA is tried by its fac
 class Fitted:
     """What became of one pair: a layer of the adapter, or nothing because it is equal or differs by rounding only."""
 
-    pair: Pair
+    pair: LayerPair
     taken: Taken | None = None
     is_rounding: bool = False
-    curve: Curve | None = None  # what more terms would leave
+    curve: ErrorCurve | None = None  # what more terms would leave
 
 
 @dataclass(frozen=True)
 class Study:
     """What is known of a layer before its form is chosen."""
 
-    pair: Pair
-    curves: tuple[Curve, ...]
+    pair: LayerPair
+    curves: tuple[ErrorCurve, ...]
     noise: float  # expected energy of the rounding
     lora: KronTerms | None = None  # the LoRA above the noise, where it is thin
     only_rounding: bool = False  # where nothing stands above the noise
@@ -53,12 +53,12 @@ class Study:
         return self.curves[0].shape.full
 
 
-def steps_of(plan: Plan) -> int:
+def steps_of(plan: FitPlan) -> int:
     """Steps per pair, for a progress bar."""
     return 1 if _at_once(plan) else STEPS
 
 
-def fit(pairs: Sequence[Pair], plan: Plan, step: Step) -> list[Fitted]:
+def fit(pairs: Sequence[LayerPair], plan: FitPlan, step: Step) -> list[Fitted]:
     """Every pair in its form, in order."""
     if not _at_once(plan):
         return _in_steps(pairs, plan, step)
@@ -69,15 +69,15 @@ def fit(pairs: Sequence[Pair], plan: Plan, step: Step) -> list[Fitted]:
     return fitted
 
 
-def _at_once(plan: Plan) -> bool:
+def _at_once(plan: FitPlan) -> bool:
     return plan.one_shape and plan.asked.budget is None
 
 
-def _fit_at_once(plan: Plan, pair: Pair) -> Fitted:
-    return fit_difference(plan, pair, Difference.of(pair))
+def _fit_at_once(plan: FitPlan, pair: LayerPair) -> Fitted:
+    return fit_difference(plan, pair, LayerDifference.of(pair))
 
 
-def fit_difference(plan: Plan, pair: Pair, difference: Difference | None) -> Fitted:
+def fit_difference(plan: FitPlan, pair: LayerPair, difference: LayerDifference | None) -> Fitted:
     """One layer of a plan with one shape; without a difference it is equal."""
     if difference is None:
         return Fitted(pair)
@@ -94,8 +94,8 @@ def fit_difference(plan: Plan, pair: Pair, difference: Difference | None) -> Fit
 # --- in steps --------------------------------------------------------------------------------------------------------
 
 
-def _in_steps(pairs: Sequence[Pair], plan: Plan, step: Step) -> list[Fitted]:
-    studies: dict[Pair, Study | Fitted] = {}
+def _in_steps(pairs: Sequence[LayerPair], plan: FitPlan, step: Step) -> list[Fitted]:
+    studies: dict[LayerPair, Study | Fitted] = {}
     for pair, study in in_parallel(partial(_study, plan), pairs, plan.threads):
         studies[pair] = study
         step()
@@ -108,7 +108,7 @@ def _in_steps(pairs: Sequence[Pair], plan: Plan, step: Step) -> list[Fitted]:
         step()
     chosen = _chosen(plan, [s for s in studies.values() if isinstance(s, Study)])
 
-    def finish(pair: Pair) -> Fitted:
+    def finish(pair: LayerPair) -> Fitted:
         study = studies[pair]
         return study if isinstance(study, Fitted) else _take(plan, study, chosen[pair])
 
@@ -119,9 +119,9 @@ def _in_steps(pairs: Sequence[Pair], plan: Plan, step: Step) -> list[Fitted]:
     return fitted
 
 
-def _study(plan: Plan, pair: Pair) -> Study | Fitted:
+def _study(plan: FitPlan, pair: LayerPair) -> Study | Fitted:
     """The LoRA form, or the one shape, of a layer that differs by more than rounding."""
-    difference = Difference.of(pair)
+    difference = LayerDifference.of(pair)
     if difference is None:
         return Fitted(pair)
     if difference.noise.explains(difference.delta):
@@ -132,18 +132,18 @@ def _study(plan: Plan, pair: Pair) -> Study | Fitted:
     return Study(pair, (curve,), difference.noise.energy, lora, difference.is_rounding())
 
 
-def _is_wide(plan: Plan, study: Study) -> bool:
+def _is_wide(plan: FitPlan, study: Study) -> bool:
     """Whether the shapes are to be tried on the difference itself: a thin LoRA knows all of them by its factors."""
     return study.lora is None or plan.asked.budget is not None
 
 
-def _more_curves(plan: Plan, shapes: dict[tuple[int, int], list[KronShape]], study: Study) -> list[Curve]:
+def _more_curves(plan: FitPlan, shapes: dict[tuple[int, int], list[KronShape]], study: Study) -> list[ErrorCurve]:
     wanted = shapes[study.size]
-    difference = Difference.of(study.pair) if wanted else None
+    difference = LayerDifference.of(study.pair) if wanted else None
     return [] if difference is None else [difference.curve_to_noise(shape, plan.asked.max_error) for shape in wanted]
 
 
-def _chosen(plan: Plan, studies: Sequence[Study]) -> dict[Pair, Form | KronTerms]:
+def _chosen(plan: FitPlan, studies: Sequence[Study]) -> dict[LayerPair, Form | KronTerms]:
     """A form, or a sum that is known already, for every layer."""
     if plan.asked.budget is not None:
         return dict(_within_budget(plan, studies))
@@ -157,7 +157,7 @@ def _chosen(plan: Plan, studies: Sequence[Study]) -> dict[Pair, Form | KronTerms
     return forms | whole | smaller_than_lora(plan, thin)
 
 
-def _within_budget(plan: Plan, studies: Sequence[Study]) -> dict[Pair, Form]:
+def _within_budget(plan: FitPlan, studies: Sequence[Study]) -> dict[LayerPair, Form]:
     """The least total error for the budget, shared between layers by what each gains."""
     budget = plan.asked.budget
     whole = sum(s.size[0] * s.size[1] for s in studies)
@@ -171,11 +171,11 @@ def _within_budget(plan: Plan, studies: Sequence[Study]) -> dict[Pair, Form]:
     return {s.pair: point.form for s, point in zip(studies, found, strict=True)}
 
 
-def _take(plan: Plan, study: Study, chosen: Form | KronTerms) -> Fitted:
+def _take(plan: FitPlan, study: Study, chosen: Form | KronTerms) -> Fitted:
     nothing_above = not any(c.above for c in study.curves)
     if nothing_above and study.only_rounding:
         return Fitted(study.pair, is_rounding=True)
-    difference = Difference.of(study.pair)
+    difference = LayerDifference.of(study.pair)
     if difference is None:  # the file changed meanwhile
         return Fitted(study.pair)
     if isinstance(chosen, KronTerms):

@@ -7,23 +7,23 @@ from functools import cache
 
 import torch
 
-from krona_hub.conversion.target import ONE_FACTOR, Target
+from krona_hub.conversion.target import ONE_FACTOR, ConversionTarget
 from krona_hub.errors import InexpressibleError, ShapeError
-from krona_hub.extraction.error_curves import Allowed, Curve, above_noise, within
-from krona_hub.extraction.layer_difference import Difference, lora_shape
-from krona_hub.extraction.request import Asked
-from krona_hub.extraction.tensor_pairs import Pair
+from krona_hub.extraction.error_curves import Allowed, ErrorCurve, above_noise, within
+from krona_hub.extraction.layer_difference import LayerDifference, lora_shape
+from krona_hub.extraction.request import ExtractRequest
+from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.formats.compatibility.tools import loads_form
 from krona_hub.kron.candidate_forms import Form, is_lora
 from krona_hub.kron.shapes import KronShape, nearest_split, split
 
 
 @dataclass(frozen=True)
-class Plan:
+class FitPlan:
     """The same for all layers."""
 
-    asked: Asked
-    target: Target
+    asked: ExtractRequest
+    target: ConversionTarget
     dtype: torch.dtype | None  # of the factors; None: float32
     threads: int | None
 
@@ -32,7 +32,7 @@ class Plan:
         """Whether a layer has one curve only: that of the shape asked for, or of a LoRA."""
         return self.asked.shape is not None or self.target.to_lora
 
-    def curve(self, difference: Difference) -> Curve:
+    def curve(self, difference: LayerDifference) -> ErrorCurve:
         """The curve of the one shape, or of the LoRA form; no deeper than it is needed."""
         if not self.one_shape or self.target.to_lora:
             if self.target.to_lora and self.asked.terms is not None:
@@ -42,7 +42,7 @@ class Plan:
         terms = self.asked.terms
         return difference.curve(shape, None if terms is None else min(terms, shape.max_terms))
 
-    def shape_of(self, pair: Pair) -> KronShape:
+    def shape_of(self, pair: LayerPair) -> KronShape:
         """The shape asked for. Raises ShapeError, naming the layer, where it does not divide."""
         (a1, a2), size = self.asked.shape or (1, 1), pair.size
         try:
@@ -57,7 +57,7 @@ class Plan:
         """Which forms the target holds on a weight of that shape."""
         return _allowed(self.target.format, weight, self.asked.shape is None and self.target.format in ONE_FACTOR)
 
-    def choose(self, pair: Pair, curves: list[Curve], noise: float) -> Form:
+    def choose(self, pair: LayerPair, curves: list[ErrorCurve], noise: float) -> Form:
         """The form of a layer by its curves. Raises InexpressibleError where the target holds none that will do."""
         allowed, dense = self.allowed(pair.shape), not self.one_shape
         if self.asked.max_error is not None:
@@ -81,7 +81,7 @@ class Plan:
             return curves[0].form(min(self.asked.terms, most))
         return above_noise(curves, noise, allowed, dense=False)
 
-    def note(self, pair: Pair, curve: Curve, form: Form) -> str:
+    def note(self, pair: LayerPair, curve: ErrorCurve, form: Form) -> str:
         """What the reader of the report should know of the choice."""
         notes = []
         if self.asked.shape is not None and form.terms and form.shape[:2] != self.asked.shape:

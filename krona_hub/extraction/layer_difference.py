@@ -13,14 +13,14 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.bases.weight_files import read
-from krona_hub.conversion.forms import lora_rank, size_of, words_of
 from krona_hub.errors import NonFiniteError
-from krona_hub.extraction.error_curves import Curve
+from krona_hub.extraction.error_curves import ErrorCurve
 from krona_hub.extraction.report import NO_FORM, ExtractedLayer
-from krona_hub.extraction.tensor_pairs import Pair
+from krona_hub.extraction.tensor_pairs import LayerPair
+from krona_hub.formats.forms.normal_forms import lora_rank, size_of, words_of
 from krona_hub.formats.writing.encode import cast
 from krona_hub.kron.candidate_forms import Form
-from krona_hub.kron.from_dense import SMALL, RearrangedDense, Spectrum, cast_terms, dense_rows
+from krona_hub.kron.from_dense import SMALL, DenseSpectrum, RearrangedDense, cast_terms, dense_rows
 from krona_hub.kron.rounding_noise import StorageNoise, stored_dtype
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.terms import KronTerms, as_lora
@@ -41,23 +41,23 @@ class Taken(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Difference:
+class LayerDifference:
     """Δ = tuned − base of one layer, in float32, as a matrix."""
 
-    pair: Pair
+    pair: LayerPair
     delta: Tensor  # (out, in·k…)
     base: Tensor  # as stored
     stored: torch.dtype  # what tuned was rounded to
     noise: StorageNoise
-    spectra: dict[KronShape, Spectrum] = field(default_factory=dict)  # kept from the study for the taking
+    spectra: dict[KronShape, DenseSpectrum] = field(default_factory=dict)  # kept from the study for the taking
 
     @classmethod
-    def of(cls, pair: Pair) -> Difference | None:
+    def of(cls, pair: LayerPair) -> LayerDifference | None:
         """The difference of a pair; None where the numbers are equal. Raises NonFiniteError where one is not finite."""
         return cls.between(pair, read(pair.base), read(pair.tuned))
 
     @classmethod
-    def between(cls, pair: Pair, base: Tensor, tuned: Tensor) -> Difference | None:
+    def between(cls, pair: LayerPair, base: Tensor, tuned: Tensor) -> LayerDifference | None:
         """The same of weights in memory."""
         base, tuned = base.reshape(pair.size), tuned.reshape(pair.size)
         if base.dtype == tuned.dtype and torch.equal(base, tuned):
@@ -86,7 +86,7 @@ class Difference:
     def rearranged(self, shape: KronShape) -> RearrangedDense:
         return RearrangedDense.of(self.delta[None], shape)
 
-    def curve(self, shape: KronShape, terms: int | None = None) -> Curve:
+    def curve(self, shape: KronShape, terms: int | None = None) -> ErrorCurve:
         """The curve of one shape: its first terms, or where it costs no more the whole."""
         source = self.rearranged(shape)
         whole = terms is None or source.matrix.shape[0] <= SMALL
@@ -94,9 +94,9 @@ class Difference:
         self.spectra[shape] = spectrum
         left = spectrum.left_out()[0].tolist()
         floor = self.noise.floor(shape, spectrum.sigma[0], left[0])
-        return Curve(shape, tuple(left), self._above(spectrum, floor), floor)
+        return ErrorCurve(shape, tuple(left), self._above(spectrum, floor), floor)
 
-    def _above(self, spectrum: Spectrum, floor: float) -> int:
+    def _above(self, spectrum: DenseSpectrum, floor: float) -> int:
         """The terms above the noise, without those that are but the rounding of the larger ones.
 
         A weak delta does not round like noise: where it is below half an ulp all of it is lost, elsewhere it grows, and
@@ -107,7 +107,7 @@ class Difference:
             return above
         return bisect_left(range(above), True, lo=1, key=lambda k: self._explained_by(spectrum.first(k), floor))
 
-    def _explained_by(self, terms: Spectrum, floor: float) -> bool:
+    def _explained_by(self, terms: DenseSpectrum, floor: float) -> bool:
         """Whether the base plus some sum of that many terms, rounded as tuned was, leaves nothing above the noise.
 
         That sum is found by adding back, a few times, what its rounding leaves: the terms of Δ itself are too small.
@@ -121,7 +121,7 @@ class Difference:
             terms = RearrangedDense.of((delta + rest)[None], shape).leading(count)
         return False
 
-    def curve_to_noise(self, shape: KronShape, max_error: float | None = None) -> Curve:
+    def curve_to_noise(self, shape: KronShape, max_error: float | None = None) -> ErrorCurve:
         """The curve of one shape: its first terms where these reach the noise (and the error), else all."""
         few = min(SOME, min(shape.a1 * shape.a2, shape.b1 * shape.b2) // FEW)
         if few:

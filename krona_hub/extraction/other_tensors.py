@@ -10,13 +10,13 @@ from torch import Tensor
 
 from krona_hub.bases.weight_files import TABLES, read
 from krona_hub.extraction.report import OtherChange
-from krona_hub.extraction.tensor_pairs import Pair
+from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.kron.rounding_noise import StorageNoise
 
 ENDINGS = {".weight": ".diff", ".bias": ".diff_b"}  # part of a tensor -> the name of its difference, as LyCORIS has it
 
 
-class Change(NamedTuple):
+class ChangedTensor(NamedTuple):
     """A tensor that differs by more than rounding."""
 
     report: OtherChange
@@ -24,7 +24,7 @@ class Change(NamedTuple):
     difference: Tensor
 
 
-def changes(pairs: Sequence[Pair]) -> Iterator[Change]:
+def changes(pairs: Sequence[LayerPair]) -> Iterator[ChangedTensor]:
     """The pairs that differ. Tensors of whole numbers (positions) are told, and have no difference to store."""
     for pair in pairs:
         base, tuned = read(pair.base), read(pair.tuned)
@@ -37,10 +37,12 @@ def changes(pairs: Sequence[Pair]) -> Iterator[Change]:
             continue
         norm = float(torch.linalg.vector_norm(base.float()))
         moved = float(torch.linalg.vector_norm(difference)) / norm if norm else float("inf")
-        yield Change(OtherChange(pair.name, _kind(pair), tuple(base.shape), moved), _extra(pair.name), difference)
+        yield ChangedTensor(
+            OtherChange(pair.name, _kind(pair), tuple(base.shape), moved), _extra(pair.name), difference
+        )
 
 
-def _kind(pair: Pair) -> str:
+def _kind(pair: LayerPair) -> str:
     """By the last words of the name, and the number of dimensions."""
     module, _, part = pair.name.rpartition(".")
     if module.rpartition(".")[2] in TABLES or part in TABLES:

@@ -12,7 +12,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExtractRequest:
     """At most one of terms, max_error and budget; without them a sum ends at the rounding noise.
 
     With a shape, `terms` is how many; without one, the most that a layer may have.
@@ -45,7 +45,7 @@ def what_is_asked(
     max_error: float | None,
     budget: str | int | None,
     shape_fallback: str | None,
-) -> Asked:
+) -> ExtractRequest:
     """The options as one value. Raises UsageError where they contradict each other.
 
     >>> str(what_is_asked("8x8", None, None, None, None)), what_is_asked("auto", 4, None, None, None).terms
@@ -64,4 +64,6 @@ def what_is_asked(
     parsed = None if shape == AUTO else parse_shape(shape) if isinstance(shape, str) else shape
     if parsed is None and shape_fallback:
         raise UsageError("--shape-fallback belongs to --shape a1xa2.", fix="Leave it out with --shape auto.")
-    return Asked(parsed, terms, max_error, None if budget is None else parse_budget(budget), shape_fallback is not None)
+    return ExtractRequest(
+        parsed, terms, max_error, None if budget is None else parse_budget(budget), shape_fallback is not None
+    )

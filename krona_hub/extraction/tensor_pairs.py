@@ -8,11 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from krona_hub.bases.base import Base, Module, Placement
+from krona_hub.bases.base import Base, ModuleSpec, Placement
 from krona_hub.bases.loading import landed, load_base, stored_by_component, weight_files
 from krona_hub.bases.name_table import table
 from krona_hub.bases.target_sets import choose
-from krona_hub.bases.weight_files import Stored, WeightPlace, stored_in
+from krona_hub.bases.weight_files import StoredTensor, WeightPlace, stored_in
 from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo, read_header
 from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError, UnsupportedError, UsageError
 
@@ -21,7 +21,7 @@ SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")  # of numbers that mea
 PARTS = (".weight", ".bias", "_weight", "_bias", "")  # endings of a tensor's name behind its module
 
 
-class Pair(NamedTuple):
+class LayerPair(NamedTuple):
     """One tensor in both checkpoints."""
 
     name: str  # canonical layer; of other tensors the canonical name with `.weight` or `.bias`, or that of the file
@@ -40,8 +40,8 @@ class Pairs:
     """What two checkpoints have in common."""
 
     model: Base  # of the base checkpoint, or what its names were read by
-    layers: tuple[Pair, ...]  # linear layers and convolutions
-    others: tuple[Pair, ...]  # norms, biases, embeddings, buffers
+    layers: tuple[LayerPair, ...]  # linear layers and convolutions
+    others: tuple[LayerPair, ...]  # norms, biases, embeddings, buffers
     only_base: tuple[str, ...]  # layers of shared components that `tuned` lacks
     only_tuned: tuple[str, ...]
 
@@ -104,7 +104,7 @@ def pair_up(
     return Pairs(
         model=first.model,
         layers=layers,
-        others=tuple(Pair(n, first.shape(first.others[n]), first.others[n], second.others[n]) for n in both),
+        others=tuple(LayerPair(n, first.shape(first.others[n]), first.others[n], second.others[n]) for n in both),
         only_base=tuple(name for name in of_base if name not in second.layers),
         only_tuned=tuple(n for n in second.layers if inside(n) and n not in first.layers) if wanted is None else (),
     )
@@ -134,16 +134,16 @@ def _model(path: Path) -> Base | None:
         return None
 
 
-def _every_module(folder: Path) -> dict[str, Module]:
+def _every_module(folder: Path) -> dict[str, ModuleSpec]:
     """Component and path of everything that has a weight or a bias, norms too: for names in other layouts."""
     return {
-        f"{component}.{_split(name)[0]}": Module(place.shape)
+        f"{component}.{_split(name)[0]}": ModuleSpec(place.shape)
         for component, stored in stored_by_component(folder).items()
         for name, place in stored.items()
     }
 
 
-def _side(path: Path, model: Base, more: Mapping[str, Module]) -> _Side:
+def _side(path: Path, model: Base, more: Mapping[str, ModuleSpec]) -> _Side:
     if path.is_dir():
         layers = weight_files(path)
         tensors = {
@@ -167,10 +167,10 @@ def _side(path: Path, model: Base, more: Mapping[str, Module]) -> _Side:
     return _Side(path, layers, others, model, headers)
 
 
-def _extended(model: Base, more: Mapping[str, Module]) -> Base:
+def _extended(model: Base, more: Mapping[str, ModuleSpec]) -> Base:
     """The model with the norms and embeddings of the other checkpoint, so that their names can be read too."""
 
-    def own(component: str) -> dict[str, Module]:
+    def own(component: str) -> dict[str, ModuleSpec]:
         prefix = f"{component}."
         extra = {n.removeprefix(prefix).removeprefix("text_model."): m for n, m in more.items() if n.startswith(prefix)}
         return {**extra, **model.components[component]}
@@ -178,7 +178,7 @@ def _extended(model: Base, more: Mapping[str, Module]) -> Base:
     return replace(model, components={c: own(c) for c in model.components})
 
 
-def _placed(model: Base, stored: Mapping[str, Stored]) -> Iterator[tuple[str, WeightPlace]]:
+def _placed(model: Base, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, WeightPlace]]:
     """Canonical name, or where there is none the name in the file, and place of every tensor."""
     names, lone = table(model), next(iter(model.components)) if len(model.components) == 1 else None
     for name, place in stored.items():
@@ -227,7 +227,7 @@ def _chosen(model: Base, components: set[str], targets: str | Sequence[str]) -> 
     return chosen
 
 
-def _pair(name: str, first: _Side, second: _Side) -> Pair:
+def _pair(name: str, first: _Side, second: _Side) -> LayerPair:
     """Raises BaseMismatchError where the sizes differ, UnsupportedError where the numbers are no plain floats."""
     place, other = first.layers[name], second.layers[name]
     for side, spot in ((first, place), (second, other)):
@@ -244,4 +244,4 @@ def _pair(name: str, first: _Side, second: _Side) -> Pair:
         )
     module = first.model.module(name)
     fits = module is not None and module.matrix == sizes[0]
-    return Pair(name, module.shape if module is not None and fits else first.shape(place), place, other)
+    return LayerPair(name, module.shape if module is not None and fits else first.shape(place), place, other)

@@ -63,7 +63,7 @@ def info(source: str, *, offline: bool = False, endpoint: str | None = None) -> 
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchHit:
     """One hit of a search."""
 
     repo: str
@@ -75,7 +75,7 @@ class Found:
 
 def search(
     text: str | None = None, *, base: str | None = None, limit: int = 20, endpoint: str | None = None
-) -> tuple[Found, ...]:
+) -> tuple[SearchHit, ...]:
     """Krona adapters on the Hub, of one base where one is named, with the most downloads first."""
     filters = ["krona", *([f"base_model:adapter:{_base_id(base)}"] if base else [])]
     api = client(endpoint)
@@ -92,11 +92,11 @@ def _base_id(base: str) -> str:
     return base
 
 
-def _found(model: Any) -> Found:
+def _found(model: Any) -> SearchHit:
     start = "base_model:adapter:"
     bases = tuple(printable(t.removeprefix(start)) for t in model.tags or () if t.startswith(start))
     when = model.last_modified or model.created_at
-    return Found(printable(model.id), bases, model.downloads, model.likes, str(when.date()) if when else None)
+    return SearchHit(printable(model.id), bases, model.downloads, model.likes, str(when.date()) if when else None)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from krona_hub.assets.shipped import SHIPPED
 from krona_hub.bases import catalogue
 from krona_hub.bases.families import FAMILIES
 from krona_hub.formats.compatibility.tools import TOOLS, loads_in
-from krona_hub.formats.reading.describe import Description
+from krona_hub.formats.reading.description import Description
 from krona_hub.hub.local_adapter import LocalAdapter
-from krona_hub.hub.manifest import Entry
-from krona_hub.hub.model_card import CardFacts, Sample
+from krona_hub.hub.manifest import ManifestEntry
+from krona_hub.hub.model_card import CardFacts, CardSample
 from krona_hub.hub.repo_layout import HEADER_SIZE, LORA_EXPORT, MODEL_TYPE, PLOTS, WEIGHTS
 from krona_hub.rendering.tables import form_in_words, human_bytes, percent, relative
 from krona_hub.schema.modelspec import TITLE, UNTITLED
@@ -76,8 +76,8 @@ def manifest_facts(adapter: LocalAdapter, exports: Sequence[Mapping[str, Any]]) 
 def card_facts(
     repo: str,
     adapter: LocalAdapter,
-    files: Mapping[str, Entry],
-    samples: Sequence[Sample],
+    files: Mapping[str, ManifestEntry],
+    samples: Sequence[CardSample],
     exports: Sequence[Mapping[str, Any]],
 ) -> CardFacts:
     """All that the card says; `files` are those of the repository after the push."""

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from krona_hub.checkpoints.digest import sha256_once
 from krona_hub.errors import ConflictError, IntegrityError
 from krona_hub.hub.push_plan import PushPlan, is_same
 from krona_hub.sources import retry
 from krona_hub.sources.client import quiet, without_xet
 from krona_hub.sources.client_errors import has_no_xet, hub_errors
-from krona_hub.sources.download import sha256_once
 from krona_hub.sources.repo_listing import Listing, RemoteFile, ask
 from krona_hub.sources.retry import TRIES, pause_before_next, retrying
 

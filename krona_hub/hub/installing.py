@@ -27,7 +27,7 @@ AT_ONCE = 32 << 20  # bytes that wait for the disk at most
 
 
 @dataclass(frozen=True)
-class Place:
+class PullDestination:
     """Where the files go."""
 
     path: Path
@@ -42,7 +42,7 @@ def is_read_first(listing: Listing, name: str) -> bool:
 def put_in_place(
     listing: Listing,
     names: Sequence[str],
-    place: Place,
+    place: PullDestination,
     *,
     overwrite: bool = False,
     verify_key: str | Path | None = None,

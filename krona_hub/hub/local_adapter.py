@@ -7,17 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from krona_hub.adapters.provenance import BaseModel, Provenance
+from krona_hub.adapters.provenance import BaseModel, Provenance, made_of
 from krona_hub.bases import catalogue
+from krona_hub.checkpoints.digest import sha256_once
 from krona_hub.checkpoints.header import Header
-from krona_hub.conversion.made_of import made_of
 from krona_hub.errors import ResourceError, UsageError
-from krona_hub.formats.reading.describe import Description, describe
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.reading.description import Description
 from krona_hub.hub.repo_layout import MAX_FILE, MAX_HEADER, MAX_TENSORS
 from krona_hub.rendering.tables import human_bytes
 from krona_hub.schema.tensor_layout import examine
 from krona_hub.sources import resolve
-from krona_hub.sources.download import sha256_once
 from krona_hub.verification import validate
 from krona_hub.verification.soundness import ValidationReport
 

@@ -7,7 +7,7 @@ from io import BytesIO
 from math import isfinite
 from typing import Any
 
-from krona_hub.rendering.html.charts import Axis, Line, Point, Scale, short, thinned
+from krona_hub.rendering.html.charts import Axis, AxisScale, Line, Point, short, thinned
 from krona_hub.training.progress.metrics import series
 
 WIDTH, HEIGHT = 760, 320  # pixels
@@ -42,8 +42,8 @@ def _draw(paper: Any, lines: Sequence[Line]) -> None:
 
     pen = ImageDraw.Draw(paper)
     points = [p for line in lines for p in line.points]
-    across = Scale.of([x for x, _ in points], Axis("step"), LEFT, WIDTH - RIGHT)
-    down = Scale.of([y for _, y in points], Axis("loss", lowest=0.0), HEIGHT - BOTTOM, TOP)
+    across = AxisScale.of([x for x, _ in points], Axis("step"), LEFT, WIDTH - RIGHT)
+    down = AxisScale.of([y for _, y in points], Axis("loss", lowest=0.0), HEIGHT - BOTTOM, TOP)
     _draw_axes(pen, across, down)
     for line in lines:
         at = [(across(x) * FINER, down(y) * FINER) for x, y in line.points]
@@ -51,7 +51,7 @@ def _draw(paper: Any, lines: Sequence[Line]) -> None:
     _draw_key(pen, lines)
 
 
-def _draw_axes(pen: Any, across: Scale, down: Scale) -> None:
+def _draw_axes(pen: Any, across: AxisScale, down: AxisScale) -> None:
     font = _font(12)
     for value in across.ticks():
         _stroke(pen, [(across(value), TOP), (across(value), HEIGHT - BOTTOM)])

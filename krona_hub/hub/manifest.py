@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from krona_hub.checkpoints import strict_json
+from krona_hub.checkpoints.digest import sha256_of
 from krona_hub.errors import IntegrityError, KronaError
 from krona_hub.hub.repo_layout import CARD, IMAGES, MANIFEST, PLOTS, SIGNATURE
-from krona_hub.sources.download import sha256_of
 from krona_hub.sources.repo_listing import RemoteFile
 from krona_hub.sources.safe_names import printable
 
@@ -20,7 +20,7 @@ VERSION = 1
 UNLISTED = (CARD, MANIFEST, SIGNATURE)  # the owner edits the card on the web; the others would name themselves
 
 
-class Entry(NamedTuple):
+class ManifestEntry(NamedTuple):
     size: int  # bytes
     sha256: str
 
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 class Manifest:
     """The manifest as values."""
 
-    files: Mapping[str, Entry]
+    files: Mapping[str, ManifestEntry]
     facts: Mapping[str, Any] = field(default_factory=dict)  # parameters, base_model, training, conversion
     card: Mapping[str, Any] = field(default_factory=dict)  # front matter as it was generated
     sections: tuple[str, ...] = ()  # of the card as it was generated
@@ -50,7 +50,7 @@ def parse(data: bytes) -> Manifest:
     """Read a manifest that anybody may have written. Raises IntegrityError where it is none."""
     try:
         document = strict_json.parse(data)
-        files = {str(n): Entry(int(e["size"]), str(e["sha256"])) for n, e in document["files"].items()}
+        files = {str(n): ManifestEntry(int(e["size"]), str(e["sha256"])) for n, e in document["files"].items()}
         card = document.get("card") or {}
         sections = tuple(map(str, card.get("sections", ())))
         return Manifest(files, {}, dict(card.get("front_matter", {})), sections)
@@ -71,7 +71,7 @@ def check(manifest: Manifest, names: Iterable[str], files: Mapping[str, RemoteFi
             continue  # a picture that the owner has added on the web
         if entry is None:
             raise IntegrityError(f"{printable(name)} is not in {MANIFEST}.", fix=_ASK)
-        found = Entry(known.size or 0, known.sha256) if known.sha256 else _entry_of(here[name])
+        found = ManifestEntry(known.size or 0, known.sha256) if known.sha256 else _entry_of(here[name])
         if found != entry:
             raise IntegrityError(
                 f"{printable(name)} is not the file that {MANIFEST} describes.",
@@ -79,8 +79,8 @@ def check(manifest: Manifest, names: Iterable[str], files: Mapping[str, RemoteFi
             )
 
 
-def _entry_of(path: Path) -> Entry:
-    return Entry(path.stat().st_size, sha256_of(path))
+def _entry_of(path: Path) -> ManifestEntry:
+    return ManifestEntry(path.stat().st_size, sha256_of(path))
 
 
 _ASK = "Ask the owner to push again."

@@ -43,7 +43,7 @@ HUB_LICENCES = (
 
 
 @dataclass(frozen=True)
-class Sample:
+class CardSample:
     """A picture of the card."""
 
     file: str  # in the repository
@@ -71,7 +71,7 @@ class CardFacts:
     loads: Sequence[tuple[str, ...]]  # tool, files that it loads or why none
     provenance: Sequence[tuple[str, str]]
     again: str = ""  # the settings that train it again, as TOML
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[CardSample, ...] = ()
     plots: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)  # further front matter
 
@@ -216,7 +216,7 @@ def _samples(f: CardFacts) -> str:
     return "## Samples\n\n" + "\n".join(_picture_rows(f.samples))
 
 
-def _picture_rows(samples: Sequence[Sample]) -> Iterator[str]:
+def _picture_rows(samples: Sequence[CardSample]) -> Iterator[str]:
     """A grid: rows of a few pictures, each with its prompt below. The first row is the table's head."""
     wide = min(ABREAST, len(samples))
     for start in range(0, len(samples), wide):

@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 from krona_hub.checkpoints import strict_json
 from krona_hub.errors import IntegrityError, KronaError, ResourceError
-from krona_hub.formats.reading.describe import Description, describe
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.reading.description import Description
 from krona_hub.hub.repo_layout import CONFIG, HEADER_SIZE, MAX_HEADER, WEIGHTS
 from krona_hub.sources.choose_file import with_companions
 from krona_hub.sources.client import client, quiet

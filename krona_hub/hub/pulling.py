@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from krona_hub.checkpoints.atomic import check_folder, check_output
+from krona_hub.checkpoints.digest import sha256_of
 from krona_hub.errors import FormatError, IntegrityError, ResourceError, UsageError
 from krona_hub.hub import manifest as manifests
-from krona_hub.hub.installing import SUFFIX, Place, check_file, is_read_first, put_in_place
+from krona_hub.hub.installing import SUFFIX, PullDestination, check_file, is_read_first, put_in_place
 from krona_hub.hub.local_adapter import check_limits
 from krona_hub.hub.preview import Preview, preview
 from krona_hub.hub.repo_layout import CARD, MANIFEST, MAX_FILE, MAX_TEXT, WEIGHTS, is_ours
@@ -21,7 +22,7 @@ from krona_hub.schema.header import HEADER_KEY
 from krona_hub.schema.tensor_layout import is_native
 from krona_hub.sources import HubId, parse_hub_id
 from krona_hub.sources.choose_file import choose, with_companions
-from krona_hub.sources.download import check_room, fetch, is_intact, sha256_of
+from krona_hub.sources.download import check_room, fetch, is_intact
 from krona_hub.sources.repo_listing import Listing, RemoteFile, list_repo, remember_revision
 from krona_hub.sources.safe_names import check_collisions, is_safe, printable
 
@@ -87,13 +88,13 @@ def pull(
     return _carry_out(report, listing, hub_id, place, expect_sha, verify_key, overwrite, endpoint)
 
 
-def _place(hub_id: HubId, out: str | Path | None) -> Place:
+def _place(hub_id: HubId, out: str | Path | None) -> PullDestination:
     if hub_id.file is None:
-        return Place(Path(out) if out is not None else Path(hub_id.repo.split("/")[1]), False)
+        return PullDestination(Path(out) if out is not None else Path(hub_id.repo.split("/")[1]), False)
     name = Path(hub_id.file).name
     path = Path(out) if out is not None else Path(name)
     is_folder = path.is_dir() or str(out).endswith(("/", os.sep))
-    return Place(path / name if is_folder else path, True)
+    return PullDestination(path / name if is_folder else path, True)
 
 
 def _names(listing: Listing, weights: str, wanted: str | None) -> tuple[str, ...]:
@@ -136,7 +137,9 @@ def _check_header(seen: Preview, max_size: int) -> None:
                 raise ResourceError(f"its metadata {printable(long[0])} is too long.", fix="Do not trust that file.")
 
 
-def _report(hub_id: HubId, listing: Listing, names: tuple[str, ...], seen: Preview, place: Place) -> PullReport:
+def _report(
+    hub_id: HubId, listing: Listing, names: tuple[str, ...], seen: Preview, place: PullDestination
+) -> PullReport:
     skipped = tuple(printable(n) for n in sorted(listing.files) if n not in names and n != ".gitattributes")
     known = listing.files.get(seen.name)
     notes = [*listing.notes, *(f"the Hub's scanners object to {printable(n)}." for n in listing.issues)]
@@ -156,7 +159,7 @@ def _report(hub_id: HubId, listing: Listing, names: tuple[str, ...], seen: Previ
     )
 
 
-def _next(hub_id: HubId, seen: Preview, place: Place) -> str | None:
+def _next(hub_id: HubId, seen: Preview, place: PullDestination) -> str | None:
     """For a foreign adapter: the command that makes it one of krona's."""
     if seen.description is None or seen.description.format == "krona":
         return None
@@ -175,7 +178,7 @@ def _carry_out(
     report: PullReport,
     listing: Listing,
     hub_id: HubId,
-    place: Place,
+    place: PullDestination,
     expect_sha: str | None,
     verify_key: str | Path | None,
     overwrite: bool,
@@ -197,14 +200,14 @@ def _done(report: PullReport, listing: Listing, hub_id: HubId, notes: tuple[str,
     return replace(report, written=True, notes=(*report.notes, *notes))
 
 
-def _is_here_already(report: PullReport, listing: Listing, place: Place) -> bool:
+def _is_here_already(report: PullReport, listing: Listing, place: PullDestination) -> bool:
     """Whether every file lies in the folder, digest for digest."""
     here = ((place.path / name, listing.files[name]) for name in report.files)
     return all(path.is_file() and known.digest is not None and is_intact(path, known) for path, known in here)
 
 
 def _check_here(
-    report: PullReport, listing: Listing, place: Place, expect_sha: str | None, verify_key: str | Path | None
+    report: PullReport, listing: Listing, place: PullDestination, expect_sha: str | None, verify_key: str | Path | None
 ) -> None:
     """Raise what pulling the files would raise that are here already: they may have come in another way."""
     here = {name: place.path / name for name in report.files}

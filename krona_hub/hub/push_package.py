@@ -8,15 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from krona_hub.checkpoints.digest import sha256_once
 from krona_hub.hub.card_facts import card_facts, config, manifest_facts
 from krona_hub.hub.exports import make_exports
 from krona_hub.hub.local_adapter import LocalAdapter
-from krona_hub.hub.manifest import Entry, Manifest
-from krona_hub.hub.model_card import Sample, front_matter, render, sections
+from krona_hub.hub.manifest import Manifest, ManifestEntry
+from krona_hub.hub.model_card import CardSample, front_matter, render, sections
 from krona_hub.hub.repo_layout import CARD, CONFIG, EXPORTS, IMAGES, MANIFEST, PLOTS, WEIGHTS, is_ours
-from krona_hub.hub.runs import SAMPLE, draw_curve, last_samples, run_of
-from krona_hub.hub.sample_pictures import gather
-from krona_hub.sources.download import sha256_once
+from krona_hub.hub.sample_pictures import SAMPLE, draw_curve, gather, last_samples, run_of
 from krona_hub.sources.repo_listing import Listing
 
 
@@ -33,16 +32,16 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Package:
+class PushPackage:
     """What one push brings: everything but card and manifest, which depend on what is there already."""
 
     adapter: LocalAdapter
     wanted: Wanted
     folder: Path
     paths: Mapping[str, Path]  # name in the repository -> file here
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, ManifestEntry]
     exports: tuple[Mapping[str, Any], ...]
-    samples: tuple[Sample, ...]
+    samples: tuple[CardSample, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class There:
     config: Mapping[str, Any] | None = None
 
 
-def pack(adapter: LocalAdapter, folder: Path, wanted: Wanted) -> Package:
+def pack(adapter: LocalAdapter, folder: Path, wanted: Wanted) -> PushPackage:
     """Put everything that does not depend on the repository into `folder`."""
     exports = make_exports(adapter, folder, wanted.with_lora, wanted.with_lokr, wanted.base)
     run = run_of(adapter.source)
@@ -65,13 +64,15 @@ def pack(adapter: LocalAdapter, folder: Path, wanted: Wanted) -> Package:
     (folder / CONFIG).write_text(_json(config(adapter)))
     made = [*(e.name for e in exports), *plots, *(p.name for p in pictures), CONFIG]
     paths = {WEIGHTS: adapter.path, **{name: folder / name for name in made}}
-    entries = {name: Entry(path.stat().st_size, sha256_once(path)) for name, path in paths.items() if name != WEIGHTS}
-    entries[WEIGHTS] = Entry(adapter.size, adapter.sha256)
-    samples = tuple(Sample(p.name, p.prompt) for p in pictures)
-    return Package(adapter, wanted, folder, paths, entries, tuple(e.document() for e in exports), samples)
+    entries = {
+        name: ManifestEntry(path.stat().st_size, sha256_once(path)) for name, path in paths.items() if name != WEIGHTS
+    }
+    entries[WEIGHTS] = ManifestEntry(adapter.size, adapter.sha256)
+    samples = tuple(CardSample(p.name, p.prompt) for p in pictures)
+    return PushPackage(adapter, wanted, folder, paths, entries, tuple(e.document() for e in exports), samples)
 
 
-def finish(package: Package, repo: str, there: There) -> tuple[Mapping[str, Path], tuple[str, ...]]:
+def finish(package: PushPackage, repo: str, there: There) -> tuple[Mapping[str, Path], tuple[str, ...]]:
     """(name -> file of all that is to be there, names that go away), with card and manifest written for `there`."""
     package = _modest(package, there)
     kept = _kept(package, there)
@@ -99,7 +100,7 @@ def finish(package: Package, repo: str, there: There) -> tuple[Mapping[str, Path
     return paths, gone
 
 
-def _modest(package: Package, there: There) -> Package:
+def _modest(package: PushPackage, there: There) -> PushPackage:
     """The package without the samples of the training, where the repository has pictures that its owner chose."""
     known = [s.get("file") for s in there.document.get("samples") or [] if isinstance(s, Mapping)]
     chosen = [n for n in known if isinstance(n, str) and not n.startswith(SAMPLE) and _is_there(n, there)]
@@ -110,7 +111,7 @@ def _modest(package: Package, there: There) -> Package:
     return replace(package, paths=paths, entries={n: package.entries[n] for n in paths}, samples=())
 
 
-def _kept(package: Package, there: There) -> dict[str, Entry]:
+def _kept(package: PushPackage, there: There) -> dict[str, ManifestEntry]:
     """Files of an earlier push that stay: pictures unless new ones come, what the weights gave while they are the same.
 
     As the Hub holds them now: their owner may have exchanged one on the web.
@@ -121,7 +122,7 @@ def _kept(package: Package, there: There) -> dict[str, Entry]:
         stays = same if name in EXPORTS or name.startswith(PLOTS) else name.startswith(IMAGES) and not package.samples
         if stays and name not in package.paths and _is_there(name, there):
             now = there.listing.files[name] if there.listing else None
-            kept[name] = Entry(now.size, now.sha256) if now and now.sha256 and now.size else entry
+            kept[name] = ManifestEntry(now.size, now.sha256) if now and now.sha256 and now.size else entry
     return kept
 
 
@@ -130,14 +131,14 @@ def _is_there(name: str, there: There) -> bool:
     return there.listing is not None and name in there.listing.files and is_ours(name)
 
 
-def _old_exports(kept: Mapping[str, Entry], there: There) -> list[Mapping[str, Any]]:
+def _old_exports(kept: Mapping[str, ManifestEntry], there: There) -> list[Mapping[str, Any]]:
     known = there.document.get("exports") or []
     return [e for e in known if isinstance(e, Mapping) and e.get("name") in kept]
 
 
-def _old_samples(kept: Mapping[str, Entry], there: There) -> tuple[Sample, ...]:
+def _old_samples(kept: Mapping[str, ManifestEntry], there: There) -> tuple[CardSample, ...]:
     known = [s for s in there.document.get("samples") or [] if isinstance(s, Mapping)]
-    return tuple(Sample(str(s["file"]), str(s.get("prompt", ""))) for s in known if s.get("file") in kept)
+    return tuple(CardSample(str(s["file"]), str(s.get("prompt", ""))) for s in known if s.get("file") in kept)
 
 
 def _json(document: Mapping[str, Any]) -> str:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from krona_hub.checkpoints.digest import sha256_once
 from krona_hub.errors import ConflictError
 from krona_hub.hub.push_package import There
 from krona_hub.hub.repo_layout import CARD, CONFIG, MANIFEST, MODEL_TYPE, WEIGHTS
-from krona_hub.sources.download import git_sha1_of, sha256_once
+from krona_hub.sources.download import git_sha1_of
 from krona_hub.sources.repo_listing import RemoteFile
 from krona_hub.sources.safe_names import printable
 
@@ -18,7 +19,7 @@ Action = Literal["add", "update", "same", "delete"]
 LARGE = (".safetensors", ".png", ".jpg", ".jpeg", ".webp", ".sig")  # of which the Hub keeps no copy in git
 
 
-class Row(NamedTuple):
+class PushRow(NamedTuple):
     """One file of a push."""
 
     file: str
@@ -35,7 +36,7 @@ class PushPlan:
     revision: str
     parent: str | None  # commit that it builds on; None: the repository is to be created
     visibility: str  # "public", "private" or "as it is"
-    rows: tuple[Row, ...]
+    rows: tuple[PushRow, ...]
     create_pr: bool = False
     tag: str | None = None
     notes: tuple[str, ...] = ()
@@ -46,7 +47,7 @@ class PushPlan:
         return self.visibility in ("public", "private")
 
     @property
-    def changes(self) -> tuple[Row, ...]:
+    def changes(self) -> tuple[PushRow, ...]:
         return tuple(r for r in self.rows if r.action != "same")
 
     @property
@@ -54,19 +55,19 @@ class PushPlan:
         return sum(r.size for r in self.changes)
 
 
-def rows_of(paths: Mapping[str, Path], gone: tuple[str, ...], there: There, xet: bool) -> tuple[Row, ...]:
+def rows_of(paths: Mapping[str, Path], gone: tuple[str, ...], there: There, xet: bool) -> tuple[PushRow, ...]:
     """The table of a push; what the repository has already, digest for digest, is `same`."""
     files = there.listing.files if there.listing else {}
     rows = [_row(name, path, files.get(name), xet) for name, path in sorted(paths.items())]
-    return (*rows, *(Row(name, 0, "delete", "git") for name in gone))
+    return (*rows, *(PushRow(name, 0, "delete", "git") for name in gone))
 
 
-def _row(name: str, path: Path, known: RemoteFile | None, xet: bool) -> Row:
+def _row(name: str, path: Path, known: RemoteFile | None, xet: bool) -> PushRow:
     size = path.stat().st_size
     transport = ("xet" if xet else "lfs") if name.endswith(LARGE) else "git"
     if known is None:
-        return Row(name, size, "add", transport)
-    return Row(name, size, "same", "") if is_same(path, known) else Row(name, size, "update", transport)
+        return PushRow(name, size, "add", transport)
+    return PushRow(name, size, "same", "") if is_same(path, known) else PushRow(name, size, "update", transport)
 
 
 def is_same(path: Path, known: RemoteFile) -> bool:

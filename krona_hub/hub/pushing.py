@@ -18,7 +18,7 @@ from krona_hub.hub.commit import commit, verify
 from krona_hub.hub.local_adapter import HUB_NAME, check_adapter
 from krona_hub.hub.manifest import Manifest
 from krona_hub.hub.permissions import check_account, is_missing
-from krona_hub.hub.push_package import Package, There, Wanted, finish, pack
+from krona_hub.hub.push_package import PushPackage, There, Wanted, finish, pack
 from krona_hub.hub.push_plan import PushPlan, check_theirs, is_same, rows_of
 from krona_hub.hub.repo_layout import CARD, CONFIG, MANIFEST, SIGNATURE, WEIGHTS
 from krona_hub.hub.signing import is_still_signed, sign_folder
@@ -55,7 +55,7 @@ class PushReport:
 
 
 @dataclass(frozen=True)
-class Request:
+class PushRequest:
     """A push that was asked for."""
 
     repo: str
@@ -102,7 +102,7 @@ def push(
     _check_reference("branch", revision)
     if tag is not None:
         _check_reference("tag", tag)
-    asked = Request(repo, revision, private, create_pr, tag, message, force, endpoint)
+    asked = PushRequest(repo, revision, private, create_pr, tag, message, force, endpoint)
     if card_only and (with_lora or with_lokr or images or not card):
         raise UsageError("--card-only writes the card and nothing else.", fix="Leave it out to push other files too.")
     wanted = Wanted(with_lora, with_lokr, Path(images) if images else None, card, card_only, base)
@@ -126,7 +126,7 @@ def _check_reference(kind: str, name: str) -> None:
 
 
 def _push(
-    package: Package, asked: Request, sign_key: str | Path | None, dry_run: bool, confirm: Confirm | None
+    package: PushPackage, asked: PushRequest, sign_key: str | Path | None, dry_run: bool, confirm: Confirm | None
 ) -> PushReport:
     api = client(asked.endpoint)
     check_account(api, asked.repo, create_pr=asked.create_pr)
@@ -144,7 +144,9 @@ def _push(
     return replace(report, plan=replace(report.plan, visibility=plan.visibility))
 
 
-def _commit(api: HfApi, package: Package, asked: Request, there: There, sign_key: str | Path | None) -> PushReport:
+def _commit(
+    api: HfApi, package: PushPackage, asked: PushRequest, there: There, sign_key: str | Path | None
+) -> PushReport:
     """Commit; where somebody else committed in between, plan again as long as the two do not touch the same files."""
     for _ in range(MAX_REPLANS):
         plan, paths = _planned(package, asked, there, sign_key)
@@ -162,7 +164,7 @@ def _commit(api: HfApi, package: Package, asked: Request, there: There, sign_key
 
 
 def _after_a_race(
-    api: HfApi, package: Package, asked: Request, before: There, plan: PushPlan, lost: ConflictError
+    api: HfApi, package: PushPackage, asked: PushRequest, before: There, plan: PushPlan, lost: ConflictError
 ) -> There:
     """The repository as it is now, if what changed is none of our business; else the conflict is raised."""
     now = look(api, asked)
@@ -183,7 +185,7 @@ def _after_a_race(
 # --- before anything is sent -----------------------------------------------------------------------------------------
 
 
-def look(api: HfApi, asked: Request) -> There:
+def look(api: HfApi, asked: PushRequest) -> There:
     """What the repository holds at the revision that is to be written."""
     try:
         listing = ask(api, asked.repo, None if asked.revision == "main" else asked.revision)
@@ -198,7 +200,7 @@ def look(api: HfApi, asked: Request) -> There:
     return There(listing, card, manifest, document, _object(files.get(CONFIG)))
 
 
-def _new_branch(api: HfApi, asked: Request) -> Listing:
+def _new_branch(api: HfApi, asked: PushRequest) -> Listing:
     """What a branch that is not there yet starts from."""
     return replace(ask(api, asked.repo), notes=(f"the branch {asked.revision} will be created.",))
 
@@ -218,14 +220,14 @@ def _object(data: bytes | None) -> dict[str, object] | None:
         return {}
 
 
-def _check_repo(package: Package, asked: Request, there: There) -> None:
+def _check_repo(package: PushPackage, asked: PushRequest, there: There) -> None:
     if not asked.force:
         check_theirs(there, package.adapter.base_model)
     if package.wanted.card_only:
         _check_weights(package, asked, there)
 
 
-def _check_weights(package: Package, asked: Request, there: There) -> None:
+def _check_weights(package: PushPackage, asked: PushRequest, there: There) -> None:
     """Raise ConflictError unless the weights there are those that the card and the manifest are about."""
     known = there.listing.files.get(WEIGHTS) if there.listing else None
     if known is None or not is_same(package.paths[WEIGHTS], known):
@@ -236,7 +238,7 @@ def _check_weights(package: Package, asked: Request, there: There) -> None:
         )
 
 
-def _check_tag(api: HfApi, asked: Request, plan: PushPlan) -> None:
+def _check_tag(api: HfApi, asked: PushRequest, plan: PushPlan) -> None:
     """Raise ConflictError for a tag that is taken by another commit: tags are what people pin."""
     if not asked.tag or plan.parent is None:
         return
@@ -247,14 +249,14 @@ def _check_tag(api: HfApi, asked: Request, plan: PushPlan) -> None:
         )
 
 
-def _tags(api: HfApi, asked: Request) -> dict[str, str]:
+def _tags(api: HfApi, asked: PushRequest) -> dict[str, str]:
     with hub_errors(asked.repo), quiet():
         refs = retrying(lambda: api.list_repo_refs(asked.repo))
     return {t.name: t.target_commit for t in refs.tags}
 
 
 def _planned(
-    package: Package, asked: Request, there: There, sign_key: str | Path | None = None
+    package: PushPackage, asked: PushRequest, there: There, sign_key: str | Path | None = None
 ) -> tuple[PushPlan, dict[str, Path]]:
     paths, gone = finish(package, asked.repo, there)
     paths = dict(paths)
@@ -281,7 +283,7 @@ def _planned(
     return plan, paths
 
 
-def _notes(asked: Request, listing: Listing | None) -> tuple[str, ...]:
+def _notes(asked: PushRequest, listing: Listing | None) -> tuple[str, ...]:
     """What has to be said about the repository that is there."""
     if listing is None or asked.private in (None, listing.private):
         return listing.notes if listing else ()
@@ -298,7 +300,7 @@ def _has_xet() -> bool:
 # --- sending ---------------------------------------------------------------------------------------------------------
 
 
-def _create(api: HfApi, asked: Request) -> There:
+def _create(api: HfApi, asked: PushRequest) -> There:
     """The new repository; one that has appeared meanwhile is looked at like any other."""
     with hub_errors(asked.repo), quiet():
         retrying(lambda: api.create_repo(asked.repo, private=asked.private is not False, exist_ok=True))
@@ -308,7 +310,7 @@ def _create(api: HfApi, asked: Request) -> There:
     return there
 
 
-def _message(package: Package, asked: Request) -> str:
+def _message(package: PushPackage, asked: PushRequest) -> str:
     d = package.adapter.description
     return (
         asked.message
@@ -316,11 +318,11 @@ def _message(package: Package, asked: Request) -> str:
     )
 
 
-def _report(asked: Request, plan: PushPlan, notes: tuple[str, ...] = ()) -> PushReport:
+def _report(asked: PushRequest, plan: PushPlan, notes: tuple[str, ...] = ()) -> PushReport:
     return PushReport(plan, f"{endpoint_of(asked.endpoint)}/{asked.repo}", notes=(*plan.notes, *notes))
 
 
-def _tagged(api: HfApi, asked: Request, report: PushReport, dry_run: bool = False) -> PushReport:
+def _tagged(api: HfApi, asked: PushRequest, report: PushReport, dry_run: bool = False) -> PushReport:
     """The report with the tag that was asked for set; a push that was interrupted before its tag gets it now."""
     target = report.commit or report.plan.parent
     if not asked.tag or dry_run or target is None or asked.create_pr:

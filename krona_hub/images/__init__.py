@@ -1,6 +1,6 @@
 """Pictures from a base model with adapters: the same prompts and seeds under each, side by side."""
 
 from krona_hub.images.api import generate
-from krona_hub.images.report import GenerateReport, Picture
+from krona_hub.images.report import GeneratedImage, GenerateReport
 
-__all__ = ["GenerateReport", "Picture", "generate"]
+__all__ = ["GenerateReport", "GeneratedImage", "generate"]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from krona_hub.aliases import Progress
 from krona_hub.errors import UsageError
 from krona_hub.images import record as records
 from krona_hub.images.execute import carry_out, grid_name, pictures_of
 from krona_hub.images.output_files import check_place
-from krona_hub.images.plan import Plan, make_plan
+from krona_hub.images.plan import GeneratePlan, make_plan
 from krona_hub.images.report import GenerateReport
 from krona_hub.images.request import (
-    Asked,
+    GenerateRequest,
     checked_machine,
     checked_prompts,
     checked_seed,
@@ -22,7 +23,6 @@ from krona_hub.images.request import (
     checked_strengths,
 )
 
-Progress = Callable[[int, int], None]
 MACHINE = {"out", "device", "dtype", "offload", "tiled_vae", "batch", "variant"}  # change no picture but by rounding
 
 
@@ -94,13 +94,13 @@ def _weighted(adapter: str | Path | tuple[str | Path, float]) -> tuple[str, floa
     return str(source), float(weight)
 
 
-def _checked(**given: Any) -> Asked:
+def _checked(**given: Any) -> GenerateRequest:
     """Everything looked at that can be judged without looking at a file."""
     if given["base"] is None:
         raise UsageError("there is no base.", fix="krona generate BASE --prompt …: a folder, a file or a Hub id.")
     count = given["images_per_prompt"] or given["batch"]
     adapters = tuple(given["adapters"])
-    return Asked(
+    return GenerateRequest(
         base=given["base"],
         prompts=checked_prompts(given["prompts"]),
         adapters=adapters,
@@ -140,7 +140,7 @@ class _Repeated:
             own = {**own, "config": None, "variant": None}
         return cls(record, {**given, **own, **new}, frozenset(new))
 
-    def notes(self, plan: Plan) -> tuple[str, ...]:
+    def notes(self, plan: GeneratePlan) -> tuple[str, ...]:
         return records.check_same_files(self.record, plan) if not self.changed & {"base", "adapters"} else ()
 
     def same(self, report: GenerateReport) -> int | None:
@@ -154,7 +154,7 @@ class _Repeated:
 # ── planning and drawing ─────────────────────────────────────────────────────────────────────────
 
 
-def _planned(plan: Plan, folder: Path | None, notes: tuple[str, ...]) -> GenerateReport:
+def _planned(plan: GeneratePlan, folder: Path | None, notes: tuple[str, ...]) -> GenerateReport:
     settings = plan.asked.settings
     steps, guidance = plan.bases[0].preferred
     asked = replace(settings, steps=settings.steps or steps, guidance=settings.guidance or guidance)

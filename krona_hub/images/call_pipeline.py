@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,38 +10,19 @@ from difflib import get_close_matches
 from typing import Any
 
 from krona_hub.errors import (
-    FormatError,
-    IncompleteError,
-    KronaError,
-    NoDeviceError,
     ResourceError,
     UnknownBaseError,
     UsageError,
 )
 from krona_hub.images.plan import BasePlan
-from krona_hub.images.request import Machine, Settings, check_multiple
+from krona_hub.images.request import ComputeOptions, Settings, check_multiple
 from krona_hub.images.schedulers import SAMPLERS
+from krona_hub.pipelines.opening import quiet, told
 
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "not enough memory")
 
 
-def device_for(asked: str | None) -> str:
-    """The device that was asked for, or the best that there is. Raises NoDeviceError where there is none such."""
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if asked is None:
-        return next(name for name, here in there.items() if here)
-    kind, _, number = asked.partition(":")
-    count = getattr(torch, kind).device_count() if kind in ("cuda", "xpu") else 1
-    here = there.get(kind, hasattr(torch, kind) and getattr(torch, kind).is_available())
-    if here and (not number or (number.isdigit() and int(number) < count)):
-        return asked
-    found = ", ".join(name for name, here in there.items() if here)
-    raise NoDeviceError(f"this machine has no device {asked} that torch can use.", fix=f"Give --device {found}.")
-
-
-def open_pipeline(base: BasePlan, machine: Machine, variant: str | None, config: str | None) -> Any:
+def open_pipeline(base: BasePlan, machine: ComputeOptions, variant: str | None, config: str | None) -> Any:
     """The pipeline with its weights on the device, ready to draw. `machine.device` is one that there is."""
     import torch
 
@@ -57,7 +37,7 @@ def open_pipeline(base: BasePlan, machine: Machine, variant: str | None, config:
     return pipe
 
 
-def dtype_for(base: BasePlan, machine: Machine) -> str:
+def dtype_for(base: BasePlan, machine: ComputeOptions) -> str:
     """What was asked for; else float32 on a CPU, bfloat16 for transformers, whose numbers exceed float16's."""
     if machine.dtype or machine.device == "cpu":
         return machine.dtype or "float32"
@@ -87,7 +67,7 @@ def _loaded(base: BasePlan, dtype: Any, variant: str | None, config: str | None)
         return diffusers.DiffusionPipeline.from_pretrained(base.path, **how)  # type: ignore[no-untyped-call]
 
 
-def _place(pipe: Any, machine: Machine) -> None:
+def _place(pipe: Any, machine: ComputeOptions) -> None:
     """On the device, or where accelerate moves it there piece by piece."""
     if machine.offload == "none":
         pipe.to(machine.device)
@@ -99,50 +79,6 @@ def _place(pipe: Any, machine: Machine) -> None:
         moves[machine.offload](device=machine.device)
     except ImportError as problem:
         raise UsageError("offloading needs accelerate.", fix="pip install accelerate") from problem
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the bars, the warnings and the chatter of diffusers and transformers."""
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    logs = (diffusers_log, transformers_log)
-    levels = [log.get_verbosity() for log in logs]
-    bars = [log.is_progress_bar_enabled() for log in logs]
-    try:
-        for log in logs:
-            log.set_verbosity_error()
-            log.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level, bar in zip(logs, levels, bars, strict=True):
-            log.set_verbosity(level)
-            if bar:
-                log.enable_progress_bar()
-
-
-@contextmanager
-def told(source: str) -> Iterator[None]:
-    """What diffusers says of a broken or incomplete base, as an error of ours."""
-    try:
-        yield
-    except KronaError:
-        raise
-    except NotImplementedError as problem:  # a tensor that was expected and never filled
-        raise IncompleteError(
-            f"{source} has not all the weights of a pipeline: a part is missing, such as the autoencoder.",
-            fix="Give a diffusers folder, or a file that holds the whole pipeline.",
-        ) from problem
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as problem:
-        words = " ".join(str(problem).split())[:200]
-        kind = IncompleteError if isinstance(problem, OSError) else FormatError
-        raise kind(
-            f"{source}: diffusers cannot load it: {words}",
-            fix="Download it again; a single file needs its configuration: --config FOLDER.",
-        ) from problem
 
 
 # ── schedulers ───────────────────────────────────────────────────────────────────────────────────
@@ -242,7 +178,7 @@ def call_with(settings: Settings, takes: Sequence[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def memory_told(machine: Machine) -> Iterator[None]:
+def memory_told(machine: ComputeOptions) -> Iterator[None]:
     """A memory that is full, as an error with the ways out that were not yet taken."""
     try:
         yield
@@ -252,7 +188,7 @@ def memory_told(machine: Machine) -> Iterator[None]:
         raise ResourceError(f"not enough memory on {machine.device}.", fix=_ways_out(machine)) from problem
 
 
-def _ways_out(machine: Machine) -> str:
+def _ways_out(machine: ComputeOptions) -> str:
     ways = {
         "--batch 1": machine.batch > 1,
         "--dtype bfloat16": machine.dtype == "float32" and machine.device != "cpu",

@@ -13,24 +13,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from krona_hub.aliases import Progress
 from krona_hub.errors import UsageError
 from krona_hub.images.call_pipeline import (
     call_arguments,
     call_with,
-    device_for,
     dtype_for,
     memory_told,
     open_pipeline,
-    quiet,
     set_scheduler,
     settings_in_force,
 )
-from krona_hub.images.grid_cells import Column, Row
-from krona_hub.images.plan import AdapterPlan, BasePlan, Plan
-from krona_hub.images.request import Machine, Settings
+from krona_hub.images.grid_cells import Column, GridRow
+from krona_hub.images.plan import BasePlan, GeneratePlan, ImageAdapter
+from krona_hub.images.request import ComputeOptions, Settings
+from krona_hub.pipelines.opening import device_for, quiet
 
 SMALL = 20_000_000  # parameters
-Progress = Callable[[int, int], None]
 Step = Callable[[int], None]
 
 
@@ -51,11 +50,11 @@ class Ready:
     adapters: tuple[str, ...]  # names
     settings: Settings  # in force
     scheduler: str  # class
-    machine: Machine  # with the device and dtype in use
+    machine: ComputeOptions  # with the device and dtype in use
     notes: tuple[str, ...]
 
 
-def prepared(plan: Plan, base: BasePlan, asked_settings: Settings) -> Ready:
+def prepared(plan: GeneratePlan, base: BasePlan, asked_settings: Settings) -> Ready:
     """Load a base, and the adapters where it is the one that they are for."""
     asked = plan.asked
     machine = replace(asked.machine, device=device_for(asked.machine.device))
@@ -69,7 +68,7 @@ def prepared(plan: Plan, base: BasePlan, asked_settings: Settings) -> Ready:
     return Ready(pipe, tuple(a.name for a in adapters), settings, scheduler, machine, notes)
 
 
-def _load_adapters(pipe: Any, adapters: Sequence[AdapterPlan]) -> tuple[str, ...]:
+def _load_adapters(pipe: Any, adapters: Sequence[ImageAdapter]) -> tuple[str, ...]:
     """Every adapter at strength 0, which costs nothing; what their readers want known."""
     from krona_hub.pipelines.load_adapter import load_into
 
@@ -77,7 +76,7 @@ def _load_adapters(pipe: Any, adapters: Sequence[AdapterPlan]) -> tuple[str, ...
     return tuple(f"{name}: {note}" for name, report in loaded.items() for note in report.notes)
 
 
-def _cut_prompts(pipe: Any, rows: Sequence[Row]) -> Iterator[str]:
+def _cut_prompts(pipe: Any, rows: Sequence[GridRow]) -> Iterator[str]:
     """Prompts that are longer than every text encoder reads."""
     readers = [t for name, t in pipe.components.items() if name.startswith("tokenizer") and callable(t)]
     for prompt in dict.fromkeys(row.prompt for row in rows):
@@ -88,7 +87,7 @@ def _cut_prompts(pipe: Any, rows: Sequence[Row]) -> Iterator[str]:
             yield f"{prompt[:40]!r}… has {length} tokens, of which the base reads the first {most}"
 
 
-def draw(ready: Ready, columns: Sequence[Column], rows: Sequence[Row], progress: Progress) -> Iterator[Drawn]:
+def draw(ready: Ready, columns: Sequence[Column], rows: Sequence[GridRow], progress: Progress) -> Iterator[Drawn]:
     """Column by column. `progress` gets the denoising steps that are done, and their total, of these columns."""
     each = len(rows) * (ready.settings.steps or 1)
     for number, column in enumerate(columns):
@@ -125,7 +124,7 @@ def _set_strengths(pipe: Any, names: Sequence[str], weights: Mapping[str, float]
         set_scales(pipe, {name: weights.get(name, 0.0) for name in names})
 
 
-def _column(ready: Ready, column: Column, rows: Sequence[Row], step: Step) -> Drawn:
+def _column(ready: Ready, column: Column, rows: Sequence[GridRow], step: Step) -> Drawn:
     images: list[Any] = []
     flagged: list[int] = []
     steps = ready.settings.steps or 1
@@ -143,7 +142,7 @@ def _within(step: Step, before: int, pictures: int, steps: int) -> Step:
     return lambda number: step(before + min(number, steps) * pictures)
 
 
-def _call(ready: Ready, rows: Sequence[Row], step: Step) -> Any:
+def _call(ready: Ready, rows: Sequence[GridRow], step: Step) -> Any:
     import torch
 
     takes = call_arguments(ready.pipe)
@@ -184,7 +183,7 @@ def _counting(step: Step) -> Callable[..., dict[str, Any]]:
     return after
 
 
-def _notes(column: Column, rows: Sequence[Row], images: Sequence[Any], flagged: Sequence[int]) -> Iterator[str]:
+def _notes(column: Column, rows: Sequence[GridRow], images: Sequence[Any], flagged: Sequence[int]) -> Iterator[str]:
     """What is wrong with a picture although it was made."""
     for number, (row, image) in enumerate(zip(rows, images, strict=True)):
         if number in flagged:

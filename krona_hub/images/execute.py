@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from krona_hub.aliases import Progress
 from krona_hub.images.grid_image import RowLabel, labelled_grid
 from krona_hub.images.output_files import (
     GRID,
@@ -19,32 +20,30 @@ from krona_hub.images.output_files import (
     write_pictures,
     write_record,
 )
-from krona_hub.images.plan import BasePlan, Plan
+from krona_hub.images.plan import BasePlan, GeneratePlan
 from krona_hub.images.record import make_record
-from krona_hub.images.report import Difference, GenerateReport, Picture
+from krona_hub.images.report import GeneratedImage, GenerateReport, PixelDifference
 from krona_hub.images.request import Settings
 
 if TYPE_CHECKING:
     from krona_hub.images.drawing import Drawn, Ready
 
-Progress = Callable[[int, int], None]
 
-
-def pictures_of(plan: Plan) -> tuple[Picture, ...]:
+def pictures_of(plan: GeneratePlan) -> tuple[GeneratedImage, ...]:
     """The pictures row by row, before they are made."""
     cells = [(row, column) for row in plan.rows for column in plan.columns]
     return tuple(
-        Picture(picture_name(n, plan.count), row.prompt, row.seed, column.label, column.base, column.weights)
+        GeneratedImage(picture_name(n, plan.count), row.prompt, row.seed, column.label, column.base, column.weights)
         for n, (row, column) in enumerate(cells, start=1)
     )
 
 
-def grid_name(plan: Plan) -> str | None:
+def grid_name(plan: GeneratePlan) -> str | None:
     """A single picture needs no grid."""
     return GRID if plan.count > 1 else None
 
 
-def carry_out(plan: Plan, folder: Path | None, progress: Progress) -> GenerateReport:
+def carry_out(plan: GeneratePlan, folder: Path | None, progress: Progress) -> GenerateReport:
     """Make the pictures; with a folder, write them. Raises what loading and drawing raise."""
     run = _Run(plan, folder, progress, list(pictures_of(plan)), [None] * plan.count)
     for base in plan.bases:
@@ -57,10 +56,10 @@ def carry_out(plan: Plan, folder: Path | None, progress: Progress) -> GenerateRe
 class _Run:
     """A run under way."""
 
-    plan: Plan
+    plan: GeneratePlan
     folder: Path | None
     progress: Progress
-    pictures: list[Picture]
+    pictures: list[GeneratedImage]
     images: list[Any]  # PIL images
     notes: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)  # {} until the first base is loaded
@@ -138,7 +137,7 @@ class _Run:
         )
 
 
-def _differences(labels: Sequence[str], images: Sequence[Any]) -> Iterator[Difference]:
+def _differences(labels: Sequence[str], images: Sequence[Any]) -> Iterator[PixelDifference]:
     """Of pictures row by row, where those of two columns have one size."""
     import numpy as np
 
@@ -147,17 +146,17 @@ def _differences(labels: Sequence[str], images: Sequence[Any]) -> Iterator[Diffe
         pairs = [(a, b) for a, b in zip(left, right, strict=True) if a.size == b.size]
         apart = [float(np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).mean()) for a, b in pairs]
         if apart:
-            yield Difference(first, second, sum(apart) / len(apart))
+            yield PixelDifference(first, second, sum(apart) / len(apart))
 
 
-def _told(picture: Picture) -> dict[str, Any]:
+def _told(picture: GeneratedImage) -> dict[str, Any]:
     return {**vars(picture), "adapters": dict(picture.adapters)}
 
 
 # ── the grid ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _grid(plan: Plan, images: Sequence[Any], record: dict[str, Any]) -> Any:
+def _grid(plan: GeneratePlan, images: Sequence[Any], record: dict[str, Any]) -> Any:
     """Columns by adapters, rows by prompt and seed; of one column alone, columns by seed and rows by prompt."""
     footer = _footer(record)
     if len(plan.columns) > 1:
@@ -167,7 +166,7 @@ def _grid(plan: Plan, images: Sequence[Any], record: dict[str, Any]) -> Any:
     return labelled_grid(images, heads, labels, plan.columns[0].label, footer)
 
 
-def _row_labels(plan: Plan) -> list[RowLabel]:
+def _row_labels(plan: GeneratePlan) -> list[RowLabel]:
     """A prompt stands at the first of its rows."""
     first = plan.asked.seeds[0]
     return [RowLabel(row.prompt if row.seed == first else "", f"seed {row.seed}") for row in plan.rows]

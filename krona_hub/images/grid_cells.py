@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from krona_hub.images.request import Asked, stem_of
+from krona_hub.images.request import GenerateRequest, stem_of
 
 OTHER = re.compile(r"[^\w-]+")  # what a torch module's name, and so an adapter's, should not have
 WITHOUT = "base"  # the label of the column without adapters
@@ -22,19 +22,19 @@ class Column:
     weights: Mapping[str, float] = field(default_factory=dict)  # adapter name -> strength, none of them 0
 
 
-class Row(NamedTuple):
+class GridRow(NamedTuple):
     """What all pictures of a row have in common."""
 
     prompt: str
     seed: int
 
 
-def rows_of(asked: Asked) -> tuple[Row, ...]:
+def rows_of(asked: GenerateRequest) -> tuple[GridRow, ...]:
     """Every prompt with every seed, prompt by prompt."""
-    return tuple(Row(prompt, seed) for prompt in asked.prompts for seed in asked.seeds)
+    return tuple(GridRow(prompt, seed) for prompt in asked.prompts for seed in asked.seeds)
 
 
-def columns_of(asked: Asked, names: Sequence[str]) -> tuple[Column, ...]:
+def columns_of(asked: GenerateRequest, names: Sequence[str]) -> tuple[Column, ...]:
     """The columns in the order in which they are asked for; equal ones once. `names` are those of the adapters."""
     own = {name: weight for name, (_, weight) in zip(names, asked.adapters, strict=True)}
     groups = [own] if asked.together else [{name: weight} for name, weight in own.items()]

@@ -12,7 +12,7 @@ from typing import Any
 from krona_hub.checkpoints.atomic import atomic_file, atomic_text, check_folder
 from krona_hub.errors import ConflictError, KronaError, ResourceError
 from krona_hub.images.record import KEY, of_one, parameters_text, read_record
-from krona_hub.images.report import Picture
+from krona_hub.images.report import GeneratedImage
 
 GRID, RECORD = "grid.png", "record.json"
 
@@ -58,7 +58,7 @@ def _recorded(out: Path) -> Iterable[str]:
     return [name for name in names if isinstance(name, str) and Path(name).name == name and name.endswith(".png")]
 
 
-def write_pictures(out: Path, pictures: Iterable[tuple[Picture, Any]], record: Mapping[str, Any]) -> None:
+def write_pictures(out: Path, pictures: Iterable[tuple[GeneratedImage, Any]], record: Mapping[str, Any]) -> None:
     """Each as a PNG with its record in its text: under `krona` all of it, under `parameters` in words."""
     for picture, image in pictures:
         alone = of_one(record, picture)

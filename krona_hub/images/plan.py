@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from krona_hub.bases import catalogue
 from krona_hub.bases.loading import load_base
 from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.checkpoints.header import read_header
-from krona_hub.errors import FormatError, IncompleteError, KronaError, NotFoundError, UnknownBaseError, UsageError
-from krona_hub.formats.reading.describe import Description, describe
-from krona_hub.images.grid_cells import Column, Row, columns_of, names_of, rows_of
-from krona_hub.images.request import Asked
+from krona_hub.errors import FormatError, IncompleteError, KronaError, UnknownBaseError, UsageError
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.reading.description import Description
+from krona_hub.images.grid_cells import Column, GridRow, columns_of, names_of, rows_of
+from krona_hub.images.request import GenerateRequest
+from krona_hub.pipelines.opening import no_base, pipeline_for
 from krona_hub.sources import PIPELINE, resolve, resolve_base
 from krona_hub.sources.safe_names import WEIGHTS
 
 PREFERRED = {"tiny-scenes": (20, 3.0), "flux1-schnell": (4, 0.0)}  # family -> steps and guidance that suit it
-
-SINGLE_FILES: Mapping[str, str] = {  # start of a family's name -> the pipeline for its checkpoints in one file
-    "sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline",
-    "sd3": "StableDiffusion3Pipeline", "flux1": "FluxPipeline", "flux2-klein": "Flux2KleinPipeline",
-    "flux2": "Flux2Pipeline", "chroma": "ChromaPipeline", "z-image": "ZImagePipeline",
-    "qwen-image": "QwenImagePipeline", "lumina2": "Lumina2Pipeline", "auraflow": "AuraFlowPipeline",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class BasePlan:
 
 
 @dataclass(frozen=True)
-class AdapterPlan:
+class ImageAdapter:
     """An adapter that will be loaded."""
 
     name: str  # in labels
@@ -59,14 +53,14 @@ class AdapterPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GeneratePlan:
     """The pictures to make: every column in every row."""
 
-    asked: Asked
+    asked: GenerateRequest
     bases: tuple[BasePlan, ...]
-    adapters: tuple[AdapterPlan, ...]
+    adapters: tuple[ImageAdapter, ...]
     columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[GridRow, ...]
 
     def base(self, source: str) -> BasePlan:
         return next(base for base in self.bases if base.source == source)
@@ -86,18 +80,18 @@ class Plan:
         )
 
 
-def make_plan(asked: Asked) -> Plan:
+def make_plan(asked: GenerateRequest) -> GeneratePlan:
     """Find and describe every file. Raises what `resolve_base`, `resolve` and `describe` raise."""
     bases = tuple(_base(source, asked) for source in dict.fromkeys((asked.base, *asked.beside)))
     names = names_of([source for source, _ in asked.adapters])
     adapters = tuple(_adapter(n, s, w, asked.base) for n, (s, w) in zip(names, asked.adapters, strict=True))
-    return Plan(asked, bases, adapters, columns_of(asked, names), rows_of(asked))
+    return GeneratePlan(asked, bases, adapters, columns_of(asked, names), rows_of(asked))
 
 
 # ── bases ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _base(source: str, asked: Asked) -> BasePlan:
+def _base(source: str, asked: GenerateRequest) -> BasePlan:
     path = resolve_base(source)
     if not path.exists():
         raise no_base(source)
@@ -111,30 +105,6 @@ def _base(source: str, asked: Asked) -> BasePlan:
     else:
         pipeline = None if asked.config else pipeline_for(source, family)
     return BasePlan(source, path, pipeline, family, fingerprint)
-
-
-def pipeline_for(source: str, family: str | None) -> str:
-    """The pipeline for a family's checkpoints in one file."""
-    for start, name in SINGLE_FILES.items():
-        if (family or "").startswith(start):
-            return name
-    raise UnknownBaseError(
-        f"{source} is no base that krona knows as a single file.",
-        fix="Give a diffusers folder, or --config FOLDER|ID: a diffusers pipeline of the same kind.",
-    )
-
-
-def no_base(source: str) -> KronaError:
-    """Why a source that leads to no file is no base: a name without weights, or nothing at all."""
-    known = catalogue.find(source)
-    if known is None:
-        return NotFoundError(f"{source}: no such file or folder.", fix="Check the path; a Hub id is written ns/name.")
-    hub_id = catalogue.get(source).hub_id
-    where = f" or its Hub id, {hub_id}" if hub_id else ""
-    return UnknownBaseError(
-        f"{source} is the name of a base; here its weights are needed.",
-        fix=f"Give its diffusers folder, its checkpoint file{where}.",
-    )
 
 
 def _pipeline_class(folder: Path) -> str:
@@ -177,10 +147,10 @@ def _identity(path: Path) -> tuple[str | None, str | None]:
 # ── adapters ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _adapter(name: str, source: str, weight: float, base: str) -> AdapterPlan:
+def _adapter(name: str, source: str, weight: float, base: str) -> ImageAdapter:
     path = resolve(source)
     about = _described(path, base)
-    return AdapterPlan(name, source, path, weight, about.format, adapter_sha256(path), about.trigger_words)
+    return ImageAdapter(name, source, path, weight, about.format, adapter_sha256(path), about.trigger_words)
 
 
 def _described(path: Path, base: str) -> Description:

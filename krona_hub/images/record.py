@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.errors import FormatError, IntegrityError, NotFoundError
-from krona_hub.images.plan import BasePlan, Plan, base_digest, small_files
-from krona_hub.images.report import Picture
+from krona_hub.images.plan import BasePlan, GeneratePlan, base_digest, small_files
+from krona_hub.images.report import GeneratedImage
 from krona_hub.images.request import Settings
 
 VERSION = 1
@@ -22,7 +22,7 @@ REPEATED = (  # what is taken from a record as it is: names of the arguments of 
 )  # fmt: skip
 
 
-def make_record(plan: Plan, settings: Settings, scheduler: str, device: str, dtype: str) -> dict[str, Any]:
+def make_record(plan: GeneratePlan, settings: Settings, scheduler: str, device: str, dtype: str) -> dict[str, Any]:
     """The record without its pictures; `settings` as they were in force, `scheduler` the class of diffusers."""
     asked = plan.asked
     first, *beside = [_base(plan.base(source)) for source in (asked.base, *asked.beside)]
@@ -76,7 +76,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def of_one(record: Mapping[str, Any], picture: Picture) -> dict[str, Any]:
+def of_one(record: Mapping[str, Any], picture: GeneratedImage) -> dict[str, Any]:
     """The record of one picture: a run that makes this one and no other. Files' hashes are left to the digest."""
     bases = {base["source"]: base for base in (record["base"], *record["beside"])}
     base = {name: value for name, value in bases[picture.base].items() if name != "files"}
@@ -153,7 +153,7 @@ def _found(source: str, beside: Path) -> str:
     return str(near) if not Path(source).exists() and near.exists() else source
 
 
-def check_same_files(record: Mapping[str, Any], plan: Plan) -> tuple[str, ...]:
+def check_same_files(record: Mapping[str, Any], plan: GeneratePlan) -> tuple[str, ...]:
     """Raise IntegrityError where an adapter is not the one that was used; the notes about all else that differs."""
     for adapter, was in zip(plan.adapters, record["adapters"], strict=False):
         if adapter.sha256 != was["sha256"] and was["source"].endswith(Path(adapter.source).name):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
-class Picture:
+class GeneratedImage:
     """One picture."""
 
     file: str  # in the folder of the report
@@ -21,7 +21,7 @@ class Picture:
     pixels: str = ""  # sha256 of its numbers; "" before it is made
 
 
-class Difference(NamedTuple):
+class PixelDifference(NamedTuple):
     """How much the pictures of one column differ from those of the column to its left."""
 
     first: str  # label
@@ -34,7 +34,7 @@ class GenerateReport:
     """The pictures in rows and columns, and what they were made with."""
 
     out: Path | None  # the folder; None: nothing was written
-    pictures: tuple[Picture, ...]  # row by row
+    pictures: tuple[GeneratedImage, ...]  # row by row
     columns: tuple[str, ...]  # labels
     rows: int
     grid: str | None  # file in the folder
@@ -42,7 +42,7 @@ class GenerateReport:
     seconds: float  # of drawing, without loading
     written: bool
     notes: tuple[str, ...] = ()
-    differences: tuple[Difference, ...] = ()  # of each column from the one before
+    differences: tuple[PixelDifference, ...] = ()  # of each column from the one before
     images: tuple[Any, ...] = field(default=(), repr=False)  # PIL images, in the order of `pictures`
     grid_image: Any = field(default=None, repr=False)
     same: int | None = None  # pictures equal to those of the record that was repeated, pixel by pixel

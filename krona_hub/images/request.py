@@ -35,7 +35,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Machine:
+class ComputeOptions:
     """Where and how it is computed: changes pictures by rounding at most."""
 
     device: str | None = None  # None: the best that there is
@@ -46,7 +46,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerateRequest:
     """Everything that was asked."""
 
     base: str
@@ -55,7 +55,7 @@ class Asked:
     seed: int  # of the first picture of each prompt; the next have the next
     images_per_prompt: int
     settings: Settings
-    machine: Machine
+    machine: ComputeOptions
     strengths: tuple[float, ...]  # (): each adapter at its weight
     together: bool
     compare: bool | None  # a column without adapters; None: where several adapters are compared
@@ -99,7 +99,9 @@ def checked_settings(
     return Settings(negative or None, steps, guidance, named, parse_size(size), dict(more))
 
 
-def checked_machine(device: str | None, dtype: str | None, offload: str | None, tiled_vae: bool, batch: int) -> Machine:
+def checked_machine(
+    device: str | None, dtype: str | None, offload: str | None, tiled_vae: bool, batch: int
+) -> ComputeOptions:
     """The machine's part, as far as it can be judged without looking at the machine. Raises UsageError."""
     if device is not None and device.partition(":")[0] not in DEVICES:
         raise UsageError(f"there is no device {device!r}.", fix=f"Give one of {', '.join(DEVICES)}, or cuda:1.")
@@ -112,7 +114,7 @@ def checked_machine(device: str | None, dtype: str | None, offload: str | None, 
         raise UsageError("there is nothing to offload from a CPU.", fix="Leave out --offload, or --device cpu.")
     if batch < 1:
         raise UsageError(f"{batch} pictures at a time are none.", fix="Give --batch 1 or more.")
-    return Machine(device, named, offload or "none", tiled_vae, batch)
+    return ComputeOptions(device, named, offload or "none", tiled_vae, batch)
 
 
 def checked_strengths(

@@ -27,7 +27,7 @@ from krona_hub.kron.candidate_forms import (
     CANCELLED,
     ROUNDING,
     Form,
-    Spectrum,
+    FormSpectrum,
     is_lora,
     most_right_rank,
     parameters_of,
@@ -71,7 +71,7 @@ class Goal:
         return Goal(self.price[layers], self.max_error)
 
 
-class Found(NamedTuple):
+class BestForm(NamedTuple):
     value: float
     form: Form
 
@@ -91,7 +91,7 @@ class Search:
         self.lora, self.goal, self.best_value, self.allowed = lora, goal, roof.clone(), allowed
         self.rough = lora.to(torch.float32 if goal.tolerates_float32 else torch.float64)
         self.bounds = Bounds(self.rough)
-        self.found: list[Found | None] = [None] * len(roof)
+        self.found: list[BestForm | None] = [None] * len(roof)
         self.points: list[list[Form]] = [[] for _ in roof]  # every form computed that none computed beats
         self.shapes = [s for s in choices(*lora.size) if not is_lora(s, None)]
         self.lower = torch.full((len(roof), len(self.shapes)), torch.inf, dtype=torch.float64)
@@ -273,7 +273,7 @@ class Search:
         least[: known.done] = torch.inf
         return least
 
-    def _after(self, layer: int, i: int, result: Spectrum, j: int, terms: int) -> None:
+    def _after(self, layer: int, i: int, result: FormSpectrum, j: int, terms: int) -> None:
         """Keep what an exact computation says about more terms, and close the shape where that rules them out."""
         last = min(terms, result.kept.shape[1]) - 1
         lost = (result.kept[j, last] - result.kept_by_rank[j, last]).clamp(min=0) - 1e-9
@@ -286,7 +286,7 @@ class Search:
 
     # ── forms ────────────────────────────────────────────────────────────────────────────────────
 
-    def _learn(self, layer: int, shape: KronShape, result: Spectrum, j: int) -> None:
+    def _learn(self, layer: int, shape: KronShape, result: FormSpectrum, j: int) -> None:
         """Take the best allowed form of a spectrum, and note those that no other of it beats."""
         left = torch.cat([1 - result.kept[j, :, None], 1 - result.kept_by_rank[j]], dim=1)  # (K, 1 + ρ): dense first
         per_term = [parameters_of(shape, 1, rank) for rank in (None, *range(1, left.shape[1]))]
@@ -302,7 +302,7 @@ class Search:
         if self.goal.max_error is None:
             self._note(layer, shape, left, sizes)
 
-    def _take(self, layer: int, shape: KronShape, terms: int, rank: int | None, result: Spectrum, j: int) -> bool:
+    def _take(self, layer: int, shape: KronShape, terms: int, rank: int | None, result: FormSpectrum, j: int) -> bool:
         """Whether a form is allowed and keeps the error; it becomes the best if it beats the best."""
         if self.allowed is not None and not self.allowed(shape, terms, rank):
             return False
@@ -314,7 +314,7 @@ class Search:
             return False
         found = self.found[layer]
         if found is None or (value, form.order) < (found.value, found.form.order):
-            self.found[layer] = Found(value, form)
+            self.found[layer] = BestForm(value, form)
             self.best_value[layer] = min(value, float(self.best_value[layer]))
         return True
 

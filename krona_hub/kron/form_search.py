@@ -8,7 +8,7 @@ rank; the LoRA itself, whole or truncated, is always among them. The result is t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from krona_hub.aliases import Progress
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.kron.allocation import Point, allocate
 from krona_hub.kron.best_first import Allowed, Goal, Search
@@ -32,7 +33,6 @@ ROUNDS = 3  # looks at the price of a parameter, each with all forms found so fa
 LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01)  # errors that a frontier is shown at
 
 Pair = tuple[Tensor, Tensor]  # up (out, r), down (r, in)
-Progress = Callable[[int, int], None]  # layers done, layers in all
 
 
 class Choice(NamedTuple):

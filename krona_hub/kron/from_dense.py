@@ -103,21 +103,21 @@ class RearrangedDense:
         """‖Δ‖² of each, (n,), float64."""
         return torch.stack([part.square().sum((1, 2)) for part in self.matrix.columns()]).sum(0)
 
-    def spectrum(self) -> Spectrum:
+    def spectrum(self) -> DenseSpectrum:
         """Every singular value and its vector, by the Gram matrix."""
         gram = self.matrix.gram()
         squares, vectors = torch.linalg.eigh(gram)
         energy = gram.diagonal(dim1=1, dim2=2).sum(1)
-        return Spectrum(self, squares.clamp_(min=0).sqrt_().flip(1), vectors.mT.flip(1), energy)
+        return DenseSpectrum(self, squares.clamp_(min=0).sqrt_().flip(1), vectors.mT.flip(1), energy)
 
-    def leading(self, terms: int) -> Spectrum:
+    def leading(self, terms: int) -> DenseSpectrum:
         """The largest `terms`, by the cheaper way."""
         m = self.matrix.shape[0]
         if m <= SMALL or m < FEW * terms:
             return self.spectrum().first(terms)
         vectors = torch.linalg.qr(leading_rows(self.matrix, terms).mT).Q.mT
         sigma = torch.linalg.vector_norm(self.matrix.project(vectors), dim=2)
-        return Spectrum(self, sigma, vectors, self.energy)
+        return DenseSpectrum(self, sigma, vectors, self.energy)
 
     def concentration(self) -> float:
         """About (Σσ²)² / Σσ⁴, the number of terms that the energy is spread over, by a few random vectors."""
@@ -129,7 +129,7 @@ class RearrangedDense:
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
+class DenseSpectrum:
     """The largest singular values of R(Δ), with their vectors on the smaller side of R."""
 
     source: RearrangedDense
@@ -137,8 +137,8 @@ class Spectrum:
     vectors: Tensor  # (n, k, m), orthonormal
     energy: Tensor  # (n,), ‖Δ‖², float64
 
-    def first(self, terms: int) -> Spectrum:
-        return Spectrum(self.source, self.sigma[:, :terms], self.vectors[:, :terms], self.energy)
+    def first(self, terms: int) -> DenseSpectrum:
+        return DenseSpectrum(self.source, self.sigma[:, :terms], self.vectors[:, :terms], self.energy)
 
     def left_out(self) -> Tensor:
         """‖Δ − sum of the first 0, 1, … k terms‖², each (n, k + 1), not below what float64 tells apart from none."""

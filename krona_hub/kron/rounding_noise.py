@@ -23,7 +23,7 @@ TINY = 1e-300
 STEPS = 512  # of the numeric integral over the Marchenko–Pastur law
 
 
-class Precision(NamedTuple):
+class FloatFormat(NamedTuple):
     """How finely a type stores numbers."""
 
     bits: int  # of the significand, the leading one included
@@ -35,12 +35,12 @@ class Precision(NamedTuple):
 
 
 PRECISIONS = {
-    torch.float8_e4m3fn: Precision(4, -6),
-    torch.float8_e5m2: Precision(3, -14),
-    torch.bfloat16: Precision(8, -126),
-    torch.float16: Precision(11, -14),
-    torch.float32: Precision(24, -126),
-    torch.float64: Precision(53, -126),
+    torch.float8_e4m3fn: FloatFormat(4, -6),
+    torch.float8_e5m2: FloatFormat(3, -14),
+    torch.bfloat16: FloatFormat(8, -126),
+    torch.float16: FloatFormat(11, -14),
+    torch.float32: FloatFormat(24, -126),
+    torch.float64: FloatFormat(53, -126),
 }
 
 
@@ -61,7 +61,7 @@ def _fits(values: Tensor, dtype: torch.dtype) -> bool:
     return all(torch.equal(part.to(dtype).to(part.dtype), part) for part in (flat[:SAMPLE], flat[SAMPLE:]))
 
 
-def ulp(values: Tensor, precision: Precision) -> Tensor:
+def ulp(values: Tensor, precision: FloatFormat) -> Tensor:
     """The distance from each number to the next in that precision, float32.
 
     >>> ulp(torch.tensor([1.0, 1.9, -4.0, 0.0]), PRECISIONS[torch.float16]).tolist()[:3]

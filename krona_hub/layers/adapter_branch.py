@@ -18,7 +18,7 @@ Scale = Tensor | float
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # types that products are made in
 
 
-class Part(NamedTuple):
+class RowShare(NamedTuple):
     """A layer of an adapter that is only some rows of the module, as q is of a fused q|k|v."""
 
     layer: str  # canonical name
@@ -51,7 +51,7 @@ class Branch(nn.Module):
         self.window, self.groups, self.axis = window, groups, delta.magnitude_axis
         self.weight_shape = delta.weight_shape
         self.layer: str | None = None  # canonical name, where it is known
-        self.parts: tuple[Part, ...] = ()  # where diffusers has fused several layers into this one
+        self.parts: tuple[RowShare, ...] = ()  # where diffusers has fused several layers into this one
         self.stored = False  # whether it is a part of the model's state_dict
         self.scale = 1.0
         self.source = None if trainable else delta

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -12,7 +12,6 @@ from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.errors import BaseMismatchError, ConflictError, KronaError, ShapeError, UnsupportedError
 from krona_hub.layers.attachment import branch_at, check_not_fused, check_scale, held, names_of, unknown_name
 from krona_hub.layers.fusing import restore
-from krona_hub.layers.guard import guard, release
 from krona_hub.layers.kron_conv import KronConv1d, KronConv2d, KronConv3d
 from krona_hub.layers.kron_layer import DEFAULT, KronLayer, check_name, core
 from krona_hub.layers.kron_linear import KronLinear
@@ -26,6 +25,9 @@ WRAPPERS: tuple[tuple[type[nn.Module], Callable[[nn.Module], KronLayer]], ...] =
     (nn.Conv3d, KronConv3d),
     (nn.Module, KronLinear),  # whatever else says how many features it takes and gives
 )
+
+
+REBUILDING = ("fuse_qkv_projections", "unfuse_qkv_projections")  # methods that copy, or go back to, base weights alone
 
 
 @dataclass(frozen=True)
@@ -252,3 +254,25 @@ def _strip(slot: Slot, name: str | None) -> None:
             layer.remove(key)
     if layer.placed and not len(layer.branches):
         setattr(slot.parent, slot.key, layer.base)
+
+
+def refuse(*_: Any, **__: Any) -> NoReturn:
+    """Stands in for those methods: after them a model would compute without its adapters, and say nothing."""
+    raise ConflictError(
+        "adapters are attached to the projections that this call would replace.",
+        fix="Detach (or unload) them first, and load them again afterwards: fused projections are adapted too.",
+    )
+
+
+def guard(models: Iterable[nn.Module]) -> None:
+    """Put the refusal before the class's methods, on these models alone."""
+    for model in models:
+        vars(model).update({name: refuse for name in REBUILDING if hasattr(type(model), name)})
+
+
+def release(models: Iterable[nn.Module]) -> None:
+    """The class's methods again."""
+    for model in models:
+        for name in REBUILDING:
+            if vars(model).get(name) is refuse:
+                del vars(model)[name]

@@ -21,7 +21,7 @@ Sizes = Sequence[tuple[int, int]]  # (rows, columns) of the matrices on one side
 
 
 @dataclass(frozen=True)
-class Step:
+class ChainStep:
     """One multiplication. The state before it is (N, p, k, q): k terms side by side, one until the first step."""
 
     side: Side
@@ -39,7 +39,7 @@ class Step:
 class Chain:
     """The steps from (N, in) to (N, out); the factors are numbered A before B, down before up."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[ChainStep, ...]
     terms: int
 
     @property
@@ -113,7 +113,7 @@ def _chain(order: list[_Link], start: tuple[int, int], terms: int, kernel: int) 
         after = 1 if role == "close" else terms
         size = k * after * link.rows * link.columns * (kernel if link.kernel else 1)
         cost = size * (q if link.side == "left" else p)
-        steps.append(Step(link.side, link.factor, role, p, k, q, link.rows, link.kernel, cost))
+        steps.append(ChainStep(link.side, link.factor, role, p, k, q, link.rows, link.kernel, cost))
         p, q = (link.rows, q) if link.side == "left" else (p, link.rows)
         k = after
     return Chain(tuple(steps), terms)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from krona_hub.layers.chain import Step
+from krona_hub.layers.chain import ChainStep
 
 # (side, role) -> where the axes (term, row, column) of a factor go in W; rows of W first
 AXES: Mapping[tuple[str, str], tuple[int, int, int]] = {
@@ -45,7 +45,7 @@ class Window:
         return Window(one, one, (0,) * len(one), one)
 
 
-def arranged(factor: Tensor, step: Step) -> Tensor:
+def arranged(factor: Tensor, step: ChainStep) -> Tensor:
     """W of a step, from a factor (terms, rows, columns)."""
     terms, rows, columns = factor.shape
     if terms == 1:
@@ -57,7 +57,7 @@ def arranged(factor: Tensor, step: Step) -> Tensor:
     return factor.permute(AXES[step.side, step.role]).reshape(-1, width)
 
 
-def gathered(w: Tensor, step: Step, shape: torch.Size) -> Tensor:
+def gathered(w: Tensor, step: ChainStep, shape: torch.Size) -> Tensor:
     """The adjoint of `arranged`: from the derivative of W to that of the factor, (terms, rows, columns)."""
     terms, rows, columns = shape
     if terms == 1:
@@ -74,7 +74,7 @@ def _inverse(axes: tuple[int, ...]) -> list[int]:
     return [axes.index(i) for i in range(len(axes))]
 
 
-def forward(z: Tensor, w: Tensor, step: Step, window: Window | None) -> Tensor:
+def forward(z: Tensor, w: Tensor, step: ChainStep, window: Window | None) -> Tensor:
     """W applied to the state."""
     n, places = len(z), z.shape[2:]
     if step.side == "left":
@@ -99,7 +99,7 @@ def right_product(z: Tensor, w: Tensor) -> Tensor:
     return z @ w.mT
 
 
-def to_factor(g: Tensor, z: Tensor, w: Tensor, step: Step, window: Window | None) -> Tensor:
+def to_factor(g: Tensor, z: Tensor, w: Tensor, step: ChainStep, window: Window | None) -> Tensor:
     """The derivative of W, from the state before the step and the derivative of the state after it."""
     if step.side == "left":
         outer, matrices = g.reshape(len(z), len(w), -1), z.reshape(len(z), w.shape[1], -1)
@@ -111,7 +111,7 @@ def to_factor(g: Tensor, z: Tensor, w: Tensor, step: Step, window: Window | None
     return _convolution_backward(g, z, w, step, window, of_input=False).reshape(w.shape)
 
 
-def to_input(g: Tensor, shape: torch.Size, w: Tensor, step: Step, window: Window | None) -> Tensor:
+def to_input(g: Tensor, shape: torch.Size, w: Tensor, step: ChainStep, window: Window | None) -> Tensor:
     """The derivative of the state before the step, which has this shape, from that of the state after it."""
     if step.side == "left":
         return left_product(w.mT, g.reshape(shape[0], len(w), -1)).reshape(shape)
@@ -121,7 +121,7 @@ def to_input(g: Tensor, shape: torch.Size, w: Tensor, step: Step, window: Window
     return _convolution_backward(g, state, w, step, window, of_input=True).reshape(shape)
 
 
-def _convolution_backward(g: Tensor, z: Tensor, w: Tensor, step: Step, window: Window, of_input: bool) -> Tensor:
+def _convolution_backward(g: Tensor, z: Tensor, w: Tensor, step: ChainStep, window: Window, of_input: bool) -> Tensor:
     window = window if step.kernel else window.point
     image = z.reshape(len(z) * step.p, step.k * step.q, *z.shape[2:])
     outer = g.reshape(len(image), len(w), *g.shape[2:])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.kron.terms import Rows
-from krona_hub.layers.chain import Chain, Step
+from krona_hub.layers.chain import Chain, ChainStep
 from krona_hub.layers.chain_step import Window, arranged, forward, gathered, to_factor, to_input
 
 
@@ -81,7 +81,7 @@ def _add(out: Tensor, x: Tensor, plan: Contraction, factors: Sequence[Tensor], s
     return out
 
 
-def _add_last(out: Tensor, z: Tensor, w: Tensor, step: Step, plan: Contraction) -> None:
+def _add_last(out: Tensor, z: Tensor, w: Tensor, step: ChainStep, plan: Contraction) -> None:
     """The last product, added to `out` by the product itself where the layout allows it."""
     n = len(z)
     direct = plan.rows == "kron" and out.dtype == z.dtype and out.is_contiguous()
@@ -162,7 +162,7 @@ def _through_both(ctx: Any, g: Tensor, x: Tensor, factors: Sequence[Tensor]) -> 
     return dx, grads
 
 
-def _as_factor(found: Tensor, step: Step, factors: Sequence[Tensor]) -> Tensor:
+def _as_factor(found: Tensor, step: ChainStep, factors: Sequence[Tensor]) -> Tensor:
     """The derivative of W as that of the factor."""
     factor = factors[step.factor]
     return gathered(found, step, factor.shape).to(factor)
@@ -177,14 +177,14 @@ def _states(x: Tensor, matrices: Sequence[Tensor], types: Sequence[torch.dtype],
     return states
 
 
-def _shape_before(plan: Contraction, steps: Sequence[Step], x: torch.Size, out: torch.Size) -> torch.Size:
+def _shape_before(plan: Contraction, steps: Sequence[ChainStep], x: torch.Size, out: torch.Size) -> torch.Size:
     """The shape of the state before the last of `steps`: pictures have the size of x until the kernel has passed."""
     passed = plan.window is None or any(earlier.kernel for earlier in steps[:-1])
     return torch.Size((out[0], steps[-1].p * steps[-1].k * steps[-1].q, *(out if passed else x)[2:]))
 
 
 def _matrix(
-    factors: Sequence[Tensor], step: Step, dtype: torch.dtype, device: torch.device, scale: float = 1.0
+    factors: Sequence[Tensor], step: ChainStep, dtype: torch.dtype, device: torch.device, scale: float = 1.0
 ) -> Tensor:
     """W of a step in the type that it is used in; the scale is multiplied in before the rounding."""
     w = arranged(factors[step.factor], step)

@@ -11,7 +11,7 @@ from torch import nn
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import BaseMismatchError, KronaError, ShapeError, UnsupportedError
 from krona_hub.kron.rows import among_rows
-from krona_hub.layers.adapter_branch import Part
+from krona_hub.layers.adapter_branch import RowShare
 from krona_hub.layers.module_tree import Slot, slots_of, weight_shape_of
 
 Deltas = Mapping[str, LayerDelta]  # by canonical layer
@@ -25,7 +25,7 @@ class Placing(NamedTuple):
     slot: Slot
     layer: str  # canonical name, the first of several
     delta: LayerDelta
-    parts: tuple[Part, ...] = ()
+    parts: tuple[RowShare, ...] = ()
 
 
 class Share(NamedTuple):
@@ -87,5 +87,5 @@ def _joined(shares: Sequence[Share]) -> Placing:
     if slot.rows is None:
         return Placing(slot, layer, delta)
     sums = tuple(s for share in shares for s in share.delta.sums)
-    parts = tuple(Part(s.layer, s.slot.rows, len(s.delta.sums)) for s in shares if s.slot.rows)
+    parts = tuple(RowShare(s.layer, s.slot.rows, len(s.delta.sums)) for s in shares if s.slot.rows)
     return Placing(slot, layer, replace(delta, sums=sums), parts)

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from krona_hub.aliases import Progress
 from krona_hub.errors import UsageError
-from krona_hub.merging.output.write_model import Place, check_place
-from krona_hub.merging.plan import MergePlan, OutDtype, plan_merge
+from krona_hub.merging.output.write_model import MergeDestination, check_place
+from krona_hub.merging.plan import OutDtype, plan_merge
 from krona_hub.merging.report import MergeReport
+from krona_hub.merging.request import MergeRequest, Mode
 
 if TYPE_CHECKING:
     from krona_hub.adapters.adapter import Adapter
-
-Mode = Literal["nearest", "stochastic"]
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A merge that can be: planned, with a place for its output."""
-
-    plan: MergePlan
-    place: Place
-    rounding: Mode
-    seed: int
-    exact_rounding: bool
-    options: Mapping[str, Any]  # for the record: those that differ from their defaults
-    hash: bool | None
-    title: str | None
-    threads: int
 
 
 def merge(
@@ -79,11 +62,11 @@ def merge(
         allow_missing=allow_missing,
         allow_base_mismatch=allow_base_mismatch,
     )
-    place = Place(plan.tree.root, _path(out), _path(undo), overwrite=overwrite, link=link)
+    place = MergeDestination(plan.tree.root, _path(out), _path(undo), overwrite=overwrite, link=link)
     check_place(place, [file.path for file in plan.files])
     options = _told(out_dtype=out_dtype, block_weights=block_weights, component=component)
     options |= _rounding(rounding, seed, exact_rounding)
-    request = Request(
+    request = MergeRequest(
         plan=plan,
         place=place,
         rounding=rounding,

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 
 from krona_hub.adapters.adapter import Adapter
+from krona_hub.aliases import Progress
 from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.checkpoints.header import TensorInfo
-from krona_hub.checkpoints.rewrite import ByteSink, Change
+from krona_hub.checkpoints.rewrite import ByteSink, TensorChange
 from krona_hub.kron.parallel import one_thread
-from krona_hub.merging.api import Progress, Request
 from krona_hub.merging.arithmetic.patches import Patch
 from krona_hub.merging.arithmetic.rounding import Rounding, Survival
 from krona_hub.merging.arithmetic.tiles import merge_tensor
-from krona_hub.merging.merge_input import Part
-from krona_hub.merging.merge_record import DATA_HASH, Ingredient, Recipe, is_small, known_sha256, metadata_for
+from krona_hub.merging.merge_input import MergeInput
+from krona_hub.merging.merge_record import DATA_HASH, Recipe, RecordedAdapter, is_small, known_sha256, metadata_for
 from krona_hub.merging.output.write_model import MergedFile, bytes_to_write, write_merged
 from krona_hub.merging.plan import FilePlan, MergePlan, TensorPlan
 from krona_hub.merging.report import MergeReport, TensorReport
+from krona_hub.merging.request import MergeRequest
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -39,7 +40,7 @@ with warnings.catch_warnings():  # torch says once per process that it would not
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def carry_out(asked: Request, progress: Progress | None = None) -> MergeReport:
+def carry_out(asked: MergeRequest, progress: Progress | None = None) -> MergeReport:
     """Do what was asked for; `merge` says what is raised."""
     started, plan, place = perf_counter(), asked.plan, asked.place
     how = Rounding(asked.rounding, asked.seed, asked.exact_rounding)
@@ -76,8 +77,8 @@ class _Work:
     adapters: Sequence[Adapter]
     survived: dict[tuple[Path, str], Survival] = field(default_factory=dict)
 
-    def changes(self, file: FilePlan) -> dict[str, Change]:
-        return {t.name: Change(t.out_dtype, partial(self._produce, file.path, t)) for t in file.tensors}
+    def changes(self, file: FilePlan) -> dict[str, TensorChange]:
+        return {t.name: TensorChange(t.out_dtype, partial(self._produce, file.path, t)) for t in file.tensors}
 
     def _produce(self, path: Path, tensor: TensorPlan, old: memoryview, sink: ByteSink) -> None:
         out = TORCH[tensor.out_dtype]
@@ -135,12 +136,12 @@ def _merged_file(work: _Work, file: FilePlan, recipe: Recipe, sha256: str | None
 
 def _recipe(plan: MergePlan, options: Mapping[str, Any], title: str | None) -> Recipe:
     ingredients = tuple(
-        Ingredient(Path(part.said).name, _adapter_sha256(part), part.format, part.weight) for part in plan.parts
+        RecordedAdapter(Path(part.said).name, _adapter_sha256(part), part.format, part.weight) for part in plan.parts
     )
     return Recipe(plan.tree.root.name, ingredients, options, title, version("krona-hub"))
 
 
-def _adapter_sha256(part: Part) -> str | None:
+def _adapter_sha256(part: MergeInput) -> str | None:
     """Of its file; of several, one for all, in the order of their names."""
     if not part.files:
         return None

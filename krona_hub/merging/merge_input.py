@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite, prod
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from krona_hub.adapters.provenance import BaseModel
@@ -15,10 +14,12 @@ from krona_hub.bases import name_prefixes
 from krona_hub.bases.base import COMPONENTS
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.errors import AmbiguousError, KronaError, UsageError
+from krona_hub.formats.known.format import Format
+from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
 from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
 from krona_hub.formats.reading.describe import describe
-from krona_hub.formats.reading.read_plan import Plan, make_plan, refuse_unreadable
+from krona_hub.formats.reading.read_plan import ReadPlan, make_plan, refuse_unreadable
 from krona_hub.merging.base_weights import BaseTree
 from krona_hub.schema import tensor_layout
 from krona_hub.sources import resolve
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 RECORDING = (None, "krona")  # formats whose base is a record; that of the others is what their names and shapes fit
 
 
-class Module(NamedTuple):
+class MergeModule(NamedTuple):
     """A module of an adapter that the base has."""
 
     name: str  # as the file spells it
@@ -39,20 +40,20 @@ class Module(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class MergeInput:
     """One adapter of a merge."""
 
     said: str  # its path as given; "the adapter" for one in memory
     source: Adapter | Path
     weight: float
     format: str | None
-    modules: tuple[Module, ...]
+    modules: tuple[MergeModule, ...]
     missing: Mapping[str, str]  # module -> why it cannot be merged
     base: BaseModel | None  # that it says it was made for
     nbytes: int
     notes: tuple[str, ...]
     files: tuple[Path, ...] = ()  # that it is read from
-    plans: tuple[Plan, ...] = ()  # how they are read; none for a native file
+    plans: tuple[ReadPlan, ...] = ()  # how they are read; none for a native file
     guesses: tuple[str, ...] = ()  # catalogue names that its reader has found to fit
 
     @property
@@ -91,7 +92,7 @@ def part_of(
     component: str | None = None,
     from_format: str | None = None,
     said: str = "the adapter",
-) -> Part:
+) -> MergeInput:
     """What of an adapter the base has; with `component`, of its modules for that part.
 
     Raises UsageError for a weight that is no finite number or a component that there is not, and what reading the file
@@ -106,14 +107,14 @@ def part_of(
     return _of_adapter(source, weight, tree, component, said)
 
 
-def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str | None, said: str) -> Part:
+def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str | None, said: str) -> MergeInput:
     found = (
-        (Module(name, (name,), delta.magnitude is not None), _why_not(name, delta.weight_shape, tree))
+        (MergeModule(name, (name,), delta.magnitude is not None), _why_not(name, delta.weight_shape, tree))
         for name, delta in adapter.layers.items()
     )
     modules, missing = _sorted_out(found, {}, component)
     guessed = adapter.provenance.source_format not in RECORDING
-    return Part(
+    return MergeInput(
         said=said,
         source=adapter,
         weight=weight,
@@ -130,7 +131,9 @@ def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _of_file(source: str | Path, weight: float, tree: BaseTree, component: str | None, from_format: str | None) -> Part:
+def _of_file(
+    source: str | Path, weight: float, tree: BaseTree, component: str | None, from_format: str | None
+) -> MergeInput:
     path = resolve(source)
     files = open_files(path, tree.base)
     found = [_reading(f, tree, from_format, f.component if len(files) > 1 else component) for f in files]
@@ -139,7 +142,7 @@ def _of_file(source: str | Path, weight: float, tree: BaseTree, component: str |
         {name: why for reading in found for name, why in reading.unread.items()},
         component,
     )
-    return Part(
+    return MergeInput(
         said=str(source),
         source=path,
         weight=weight,
@@ -158,20 +161,20 @@ class _Reading(NamedTuple):
     """A file of an adapter as its header tells."""
 
     format: str
-    modules: tuple[tuple[Module, str], ...]  # with why it cannot be merged, or ""
+    modules: tuple[tuple[MergeModule, str], ...]  # with why it cannot be merged, or ""
     unread: Mapping[str, str]  # names that the base does not explain, and why
     extras: tuple[str, ...]
     base: BaseModel | None = None  # that it names; only native files do so reliably
-    plan: Plan | None = None
+    plan: ReadPlan | None = None
 
 
 def _reading(file: AdapterFile, tree: BaseTree, format: str | None, component: str | None) -> _Reading:
     with in_file(file.path):
-        spoke = by_name(format) if format is not None else _detected(file)
-        return _native(file, tree) if spoke.NAME == "krona" else _planned(make_plan(file, spoke, component), tree)
+        known = by_name(format) if format is not None else _detected(file)
+        return _native(file, tree) if known is KRONA else _planned(make_plan(file, known, component), tree)
 
 
-def _detected(file: AdapterFile) -> ModuleType:
+def _detected(file: AdapterFile) -> Format:
     """The format; by the file alone where the base leaves it open, since that base may be the wrong one."""
     try:
         return detect_format(file)
@@ -186,27 +189,27 @@ def _native(file: AdapterFile, tree: BaseTree) -> _Reading:
     known, findings = tensor_layout.examine(file.header)
     raise_first(findings, str(file.path))
     modules = (
-        (Module(name, (name,), layer.magnitude is not None), _why_not(name, layer.weight_shape, tree))
+        (MergeModule(name, (name,), layer.magnitude is not None), _why_not(name, layer.weight_shape, tree))
         for name, layer in known.layers.items()
     )
     return _Reading("krona", tuple(modules), {}, tuple(known.extras), known.header.base)
 
 
-def _planned(plan: Plan, tree: BaseTree) -> _Reading:
+def _planned(plan: ReadPlan, tree: BaseTree) -> _Reading:
     """The reader has compared names and shapes with the base already."""
     refuse_unreadable(plan)
     modules = []
     for module in plan.modules:
         layers = tuple(place.layer for place in module.places)
         lost = next((f"{layer} has no weight there." for layer in layers if layer not in tree.places), "")
-        modules.append((Module(module.group.name, layers, module.layout.dora is not None), lost))
+        modules.append((MergeModule(module.group.name, layers, module.layout.dora is not None), lost))
     unread = {name: _why_unread(error) for name, error in plan.aside.items()}
     return _Reading(plan.format, tuple(modules), unread, plan.file.keys.extras, plan=plan)
 
 
 def _sorted_out(
-    found: Iterable[tuple[Module, str]], unread: Mapping[str, str], component: str | None
-) -> tuple[tuple[Module, ...], dict[str, str]]:
+    found: Iterable[tuple[MergeModule, str]], unread: Mapping[str, str], component: str | None
+) -> tuple[tuple[MergeModule, ...], dict[str, str]]:
     """The modules that can be merged, and why the others cannot: all, or those of one part of the model."""
     wanted = [(m, why) for m, why in found if component is None or m.layers[0].startswith(f"{component}.")]
     lost = {name: why for name, why in unread.items() if component is None or name_prefixes.may_mean(name, component)}

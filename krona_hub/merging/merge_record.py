@@ -23,7 +23,7 @@ _ABOUT_BYTES = (f"{PREFIX}hash_", "sshs_")  # true of the base's bytes only
 
 
 @dataclass(frozen=True)
-class Ingredient:
+class RecordedAdapter:
     """An adapter as the record names it."""
 
     name: str
@@ -37,7 +37,7 @@ class Recipe:
     """How a merge was made."""
 
     base: str  # name of the file or folder
-    adapters: tuple[Ingredient, ...]
+    adapters: tuple[RecordedAdapter, ...]
     options: Mapping[str, Any]  # those that differ from their defaults
     title: str | None
     version: str  # of krona_hub

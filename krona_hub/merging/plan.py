@@ -15,7 +15,7 @@ from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo
 from krona_hub.errors import BaseMismatchError, ConflictError, UsageError
 from krona_hub.merging.base_weights import BaseTree, open_tree, quantised
 from krona_hub.merging.block_weights import BlockWeights
-from krona_hub.merging.merge_input import Part, part_of
+from krona_hub.merging.merge_input import MergeInput, part_of
 from krona_hub.merging.output.model_folder import files_below, stale
 from krona_hub.sources import resolve_base
 
@@ -30,7 +30,7 @@ ROOM = 200_000_000  # bytes: torch itself and the buffers of two threads
 COPIED, COMPUTED = 1.5e9, 0.9e9  # bytes per second, warm, on two cores: for an estimate only
 
 
-class Target(NamedTuple):
+class TensorTarget(NamedTuple):
     """A layer of an adapter that is added to a tensor."""
 
     adapter: int  # its place in the list
@@ -45,7 +45,7 @@ class TensorPlan(NamedTuple):
     name: str
     info: TensorInfo
     out_dtype: str  # as in a header
-    targets: tuple[Target, ...]  # none where only its type changes
+    targets: tuple[TensorTarget, ...]  # none where only its type changes
 
     @property
     def out_nbytes(self) -> int:
@@ -91,7 +91,7 @@ class MergePlan:
 
     tree: BaseTree
     adapters: tuple[AdapterPlan, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[MergeInput, ...]
     files: tuple[FilePlan, ...]
     out_dtype: OutDtype
     notes: tuple[str, ...] = ()
@@ -191,7 +191,7 @@ def _names(count: int) -> list[str]:
 # ── does it fit ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_base(part: Part, tree: BaseTree, allowed: bool) -> None:
+def _check_base(part: MergeInput, tree: BaseTree, allowed: bool) -> None:
     known = tree.base.model
     if part.base is None or allowed or part.base.agrees_with(known):
         return
@@ -201,7 +201,7 @@ def _check_base(part: Part, tree: BaseTree, allowed: bool) -> None:
     )
 
 
-def _check_plain(part: Part, tree: BaseTree, allow_missing: bool) -> None:
+def _check_plain(part: MergeInput, tree: BaseTree, allow_missing: bool) -> None:
     """Raise where weights that the adapter changes are quantised, or may be what hides them."""
     layers = (layer for module in part.modules for layer in module.layers)
     touched = (tree.quantisation(place) for layer in layers for place in tree.places[layer])
@@ -212,7 +212,7 @@ def _check_plain(part: Part, tree: BaseTree, allow_missing: bool) -> None:
         raise quantised(tree.root, found)
 
 
-def _check_matched(part: Part, tree: BaseTree, component: str | None, allowed: bool) -> None:
+def _check_matched(part: MergeInput, tree: BaseTree, component: str | None, allowed: bool) -> None:
     if part.modules and (allowed or not part.missing):
         return
     where = f"{tree.root}" + (f" ({component})" if component else "")
@@ -230,14 +230,14 @@ def _check_matched(part: Part, tree: BaseTree, component: str | None, allowed: b
     )
 
 
-def _likely(part: Part, tree: BaseTree) -> str:
+def _likely(part: MergeInput, tree: BaseTree) -> str:
     """For which bases the adapter is more likely, where this one is not among them."""
     if not part.candidates or {*tree.base.model.names} & {*part.candidates}:
         return ""
     return f"It looks like an adapter for {' or '.join(part.candidates[:SHOWN])}. "
 
 
-def _check_doras(parts: Sequence[Part], targets: Iterable[tuple[Path, str, Target]]) -> None:
+def _check_doras(parts: Sequence[MergeInput], targets: Iterable[tuple[Path, str, TensorTarget]]) -> None:
     seen: dict[tuple[Path, str, str], int] = {}
     for path, tensor, target in targets:
         if target.layer not in parts[target.adapter].doras:
@@ -254,16 +254,20 @@ def _check_doras(parts: Sequence[Part], targets: Iterable[tuple[Path, str, Targe
 # ── what is added where ──────────────────────────────────────────────────────────────────────────
 
 
-def _targets(parts: Sequence[Part], tree: BaseTree, factors: BlockWeights) -> Iterator[tuple[Path, str, Target]]:
+def _targets(
+    parts: Sequence[MergeInput], tree: BaseTree, factors: BlockWeights
+) -> Iterator[tuple[Path, str, TensorTarget]]:
     for i, part in enumerate(parts):
         for layer in (layer for module in part.modules for layer in module.layers):
             weight = part.weight * factors.of(layer)
             for place in tree.places[layer] if weight else ():
-                yield place.path, place.tensor, Target(i, layer, place.placement, weight)
+                yield place.path, place.tensor, TensorTarget(i, layer, place.placement, weight)
 
 
-def _files(tree: BaseTree, targets: Iterable[tuple[Path, str, Target]], out_dtype: OutDtype) -> Iterator[FilePlan]:
-    by_tensor: dict[tuple[Path, str], list[Target]] = {}
+def _files(
+    tree: BaseTree, targets: Iterable[tuple[Path, str, TensorTarget]], out_dtype: OutDtype
+) -> Iterator[FilePlan]:
+    by_tensor: dict[tuple[Path, str], list[TensorTarget]] = {}
     for path, tensor, target in targets:
         by_tensor.setdefault((path, tensor), []).append(target)
     for path in _changed({path for path, _ in by_tensor}, tree, out_dtype):
@@ -283,18 +287,20 @@ def _changed(touched: set[Path], tree: BaseTree, out_dtype: OutDtype) -> list[Pa
     return sorted(touched | {path for path in tree.headers if path.parent in folders})
 
 
-def _tensor(name: str, info: TensorInfo, targets: tuple[Target, ...], out_dtype: OutDtype) -> TensorPlan:
+def _tensor(name: str, info: TensorInfo, targets: tuple[TensorTarget, ...], out_dtype: OutDtype) -> TensorPlan:
     """The tensor with the type that it will have: integers, and what nothing is added to, mostly keep theirs."""
     wanted = OUT_DTYPES[out_dtype]
     changes = bool(targets) or (out_dtype in WHOLE and info.dtype in FLOATS)
     return TensorPlan(name, info, wanted if wanted and changes else info.dtype, targets)
 
 
-def _adapter_plan(part: Part) -> AdapterPlan:
+def _adapter_plan(part: MergeInput) -> AdapterPlan:
     return AdapterPlan(part.said, part.format, part.weight, len(part.modules), part.total, part.missing, part.notes)
 
 
-def _notes(tree: BaseTree, parts: Sequence[Part], targets: Sequence[tuple[Path, str, Target]]) -> Iterator[str]:
+def _notes(
+    tree: BaseTree, parts: Sequence[MergeInput], targets: Sequence[tuple[Path, str, TensorTarget]]
+) -> Iterator[str]:
     for part in parts:
         yield from (f"{part.said}: {note}" for note in part.notes)
     if not targets:

@@ -14,7 +14,7 @@ from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases.base import COMPONENTS, Placement
 from krona_hub.bases.loading import load_base, placed
 from krona_hub.bases.name_table import table
-from krona_hub.bases.weight_files import Stored, weights_by_module
+from krona_hub.bases.weight_files import StoredTensor, weights_by_module
 from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError
 from krona_hub.formats.reading.reader import read
 from krona_hub.kron.parallel import in_parallel
@@ -26,14 +26,14 @@ from krona_hub.merging.arithmetic.tiles import merge_tensor
 Source = Adapter | str | Path
 
 
-class Place(NamedTuple):
+class StateDictSlot(NamedTuple):
     """Where a layer lies in a state dict."""
 
     tensor: str
     placement: Placement
 
 
-Places = Mapping[str, Place]  # by canonical layer
+Places = Mapping[str, StateDictSlot]  # by canonical layer
 
 
 def apply_to_state_dict(
@@ -88,7 +88,7 @@ def _places(
     state_dict: Mapping[str, Tensor], wanted: Collection[str], base: str | Path | None, component: str | None
 ) -> Places:
     """Where the layers lie: under their own names, if all are there, else as `base` or the catalogue knows them."""
-    stored = {name: Stored(Path("the state dict"), name, tuple(t.shape)) for name, t in state_dict.items()}
+    stored = {name: StoredTensor(Path("the state dict"), name, tuple(t.shape)) for name, t in state_dict.items()}
     owners = [component] if component else [c for c in COMPONENTS if any(n.startswith(f"{c}.") for n in wanted)]
     plain = _by_own_names(stored, wanted, owners)
     if len(plain) == len(wanted):
@@ -97,9 +97,9 @@ def _places(
     return max(plain, known, key=lambda places: len(places.keys() & wanted))
 
 
-def _by_own_names(stored: Mapping[str, Stored], wanted: Collection[str], owners: Sequence[str]) -> Places:
+def _by_own_names(stored: Mapping[str, StoredTensor], wanted: Collection[str], owners: Sequence[str]) -> Places:
     """The layers that have their canonical name here, with or without the component in front."""
-    found: dict[str, Place] = {}
+    found: dict[str, StateDictSlot] = {}
     for module, weight in weights_by_module(stored).items():
         path = module.removeprefix("text_model.")
         head, _, tail = path.partition(".")
@@ -108,25 +108,25 @@ def _by_own_names(stored: Mapping[str, Stored], wanted: Collection[str], owners:
         here = [layer for layer in layers if layer in wanted]
         if len(here) > 1:
             raise AmbiguousError(f"{module} may be {' or '.join(here)}.", fix="Say which with component=.")
-        found |= {layer: Place(weight.tensor, Placement(layer)) for layer in here}
+        found |= {layer: StateDictSlot(weight.tensor, Placement(layer)) for layer in here}
     return found
 
 
-def _by_base(stored: Mapping[str, Stored], base: str | Path, component: str | None) -> Places:
+def _by_base(stored: Mapping[str, StoredTensor], base: str | Path, component: str | None) -> Places:
     names = table(load_base(base))
     return {
-        placement.layer: Place(weight.tensor, placement)
+        placement.layer: StateDictSlot(weight.tensor, placement)
         for module, weight in weights_by_module(stored).items()
         for placement in names.find(module, component) or ()
     }
 
 
-def _by_catalogue(stored: Mapping[str, Stored]) -> Places:
+def _by_catalogue(stored: Mapping[str, StoredTensor]) -> Places:
     try:
         found = placed(Path("the state dict"), stored)
     except UnknownBaseError:
         return {}
-    return {layer: Place(place.tensor, place.placement) for layer, place in found.items()}
+    return {layer: StateDictSlot(place.tensor, place.placement) for layer, place in found.items()}
 
 
 def _check_matched(adapter: Adapter, places: Places, allow_missing: bool) -> None:

@@ -15,9 +15,9 @@ from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import Header, read_header
 from krona_hub.checkpoints.parallel_write import copied, fill, open_source
 from krona_hub.checkpoints.rewrite import check_space
-from krona_hub.checkpoints.workers import Progress, run_tasks
+from krona_hub.checkpoints.workers import ByteCounter, run_tasks
 from krona_hub.errors import ConflictError, IntegrityError, NotFoundError, UsageError
-from krona_hub.merging.output.destination import Place, check_apart, check_changeable, check_new, opened
+from krona_hub.merging.output.destination import MergeDestination, check_apart, check_changeable, check_new, opened
 from krona_hub.merging.output.model_folder import copy_files, files_below
 from krona_hub.merging.output.undo_file import INDEX, Before, Undo, parsed, read_undo
 
@@ -43,7 +43,7 @@ def unmerge(
     in_place: bool = False,
     overwrite: bool = False,
     threads: int = 2,
-    progress: Progress | None = None,
+    progress: ByteCounter | None = None,
 ) -> UnmergeReport:
     """Restore the base from a merged file or folder and the undo file of that merge, at `out` or in place.
 
@@ -72,7 +72,7 @@ def _target(out: str | Path | None, in_place: bool) -> Path | None:
 class _Work:
     """What is to be restored, and what is to be copied beside it."""
 
-    place: Place  # its base is what was merged
+    place: MergeDestination  # its base is what was merged
     undo: Undo
     merged: tuple[int, ...]  # the files of the undo that are merged still
     others: tuple[Path, ...]  # relative: of the folder, and not of the undo
@@ -80,7 +80,7 @@ class _Work:
     @classmethod
     def of(cls, merged: Path, undo: Path, out: Path | None, overwrite: bool, threads: int) -> _Work:
         """Everything checked that can be before work. Raises as `unmerge` does."""
-        record, place = read_undo(undo), Place(merged, out, overwrite=overwrite)
+        record, place = read_undo(undo), MergeDestination(merged, out, overwrite=overwrite)
         _check_kind(merged, record)
         files = [_path(place, before) for before in record.files]
         if out is None:
@@ -131,7 +131,7 @@ def _check_kind(merged: Path, undo: Undo) -> None:
         raise ConflictError(f"the undo file is of a merged {was}, {str(merged)!r} is none.", fix=f"Give the {was}.")
 
 
-def _path(place: Place, before: Before) -> Path:
+def _path(place: MergeDestination, before: Before) -> Path:
     return place.base / before.path if place.folder else place.base
 
 
@@ -164,7 +164,7 @@ def _check_tensors(before: Before, path: Path, threads: int) -> None:
         run_tasks((partial(_check_tensor, header, file, *item) for item in before.merged.items()), threads=threads)
 
 
-def _check_tensor(header: Header, file: BinaryIO, name: str, sha256: str, report: Progress) -> None:
+def _check_tensor(header: Header, file: BinaryIO, name: str, sha256: str, report: ByteCounter) -> None:
     info, digest = header.tensors[name], hashlib.sha256()
     for done in range(0, info.nbytes, _PIECE):
         digest.update(read_at(file.fileno(), min(_PIECE, info.nbytes - done), header.data_start + info.start + done))
@@ -173,7 +173,7 @@ def _check_tensor(header: Header, file: BinaryIO, name: str, sha256: str, report
         raise _foreign(f"{quoted(name)} of {str(header.path)!r} is not what the merge wrote.")
 
 
-def _restore(undo: Undo, number: int, merged: Path, file: BinaryIO, threads: int, progress: Progress | None) -> None:
+def _restore(undo: Undo, number: int, merged: Path, file: BinaryIO, threads: int, progress: ByteCounter | None) -> None:
     """Write the base's file: its own header, its touched tensors from the undo file, the rest from the merged one."""
     before, opening = undo.files[number], undo.opening(number)
     with (

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from krona_hub.adapters.adapter import Adapter
-from krona_hub.bases.base import Base, Module
+from krona_hub.bases.base import Base, ModuleSpec
 from krona_hub.bases.loading import load_base, named_base
 from krona_hub.formats.reading.reader import read
 from krona_hub.layers.attaching import AttachReport, attach, detach
@@ -58,12 +58,12 @@ def unload(pipe: Any, name: str | None = None) -> None:
 def base_of(pipe: Any, component: str | None = None) -> Base:
     """What a pipeline, or a model alone, is as a base: the names and shapes of its modules."""
     parts = parts_of(pipe, (), component)
-    components: dict[str, dict[str, Module]] = {c: {} for c in parts}
+    components: dict[str, dict[str, ModuleSpec]] = {c: {} for c in parts}
     for layer, slot in slots_of(parts).items():
         owner, _, path = layer.partition(".")
         inner: Any = core(unwrapped(slot.module))
         if (shape := slot.weight_shape) is not None:
-            components[owner][path] = Module(shape, inner.bias is not None, getattr(inner, "groups", 1))
+            components[owner][path] = ModuleSpec(shape, inner.bias is not None, getattr(inner, "groups", 1))
     return named_base(components, f"this {type(pipe).__name__}")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from krona_hub.formats.compatibility.format_limits import SumForm
-    from krona_hub.formats.reading.describe import ModuleInfo
+    pass
 
 
 def human_bytes(count: int) -> str:
@@ -53,22 +56,24 @@ def rate(nbytes: int, seconds: float) -> str:
     return f"{seconds:.1f} s{speed}"
 
 
-def form_in_words(module: ModuleInfo) -> str:
-    """The form of a module as the tables show it: rank of a LoRA, split, terms and ranks of a Kronecker sum."""
-    return " + ".join(_sum_in_words(s) for s in module.sums) or "magnitude only"
+def plain(value: Any) -> Any:
+    """The value as what JSON can hold: dataclasses and named tuples become objects, paths text, NaN null.
 
-
-def _sum_in_words(s: SumForm) -> str:
-    if (s.shape.a1, s.shape.a2) == (1, 1) and s.right_rank is not None:
-        return f"{s.shape.b1}x{s.shape.b2} r{s.right_rank}"
-    terms = f"{s.terms} terms of " if s.terms > 1 else ""
-    ranks = [f"{side} r{rank}" for side, rank in (("A", s.left_rank), ("B", s.right_rank)) if rank is not None]
-    rows = ["rows shuffled"] if s.rows == "shuffled" else []
-    return ", ".join([f"{terms}{s.shape}", *ranks, *rows])
-
-
-def scale_in_words(module: ModuleInfo) -> str:
-    """`alpha 4 / rank 8 = 0.5`, or the scale alone where no alpha is involved."""
-    if module.alpha is None or module.rank is None:
-        return f"{module.scale:g}"
-    return f"alpha {module.alpha:g} / rank {module.rank} = {module.scale:g}"
+    >>> from pathlib import Path
+    >>> from krona_hub.kron.shapes import KronShape
+    >>> plain({"shape": KronShape(1, 2, 3, 4), "path": Path("a/b"), "error": float("nan")})
+    {'shape': {'a1': 1, 'a2': 2, 'b1': 3, 'b2': 4}, 'path': 'a/b', 'error': None}
+    """
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: plain(v) for name, v in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    return plain(value.value) if isinstance(value, Enum) else str(value)

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from enum import Enum
-from math import isfinite
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from krona_hub.rendering.humanize import form_in_words as form_in_words
+from krona_hub.formats.reading.description import form_in_words as form_in_words
+from krona_hub.formats.reading.description import scale_in_words as scale_in_words
 from krona_hub.rendering.humanize import human_bytes as human_bytes
 from krona_hub.rendering.humanize import percent as percent
 from krona_hub.rendering.humanize import rate as rate
 from krona_hub.rendering.humanize import relative as relative
-from krona_hub.rendering.humanize import scale_in_words as scale_in_words
 
 if TYPE_CHECKING:
     from krona_hub.conversion import LayerReport
-    from krona_hub.formats.reading.describe import ModuleInfo
-
-
-def plain(value: Any) -> Any:
-    """The value as what JSON can hold: dataclasses and named tuples become objects, paths text, NaN null.
-
-    >>> from pathlib import Path
-    >>> from krona_hub.kron.shapes import KronShape
-    >>> plain({"shape": KronShape(1, 2, 3, 4), "path": Path("a/b"), "error": float("nan")})
-    {'shape': {'a1': 1, 'a2': 2, 'b1': 3, 'b2': 4}, 'path': 'a/b', 'error': None}
-    """
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if isfinite(value) else None
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {name: plain(v) for name, v in value._asdict().items()}
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in value]
-    return plain(value.value) if isinstance(value, Enum) else str(value)
+    from krona_hub.formats.reading.description import ModuleInfo
 
 
 class FormGroup(NamedTuple):
@@ -88,15 +61,7 @@ def format_facts() -> tuple[FormatFacts, ...]:
     """Every format of FORMATS, in its order."""
     from krona_hub.formats.known.registry import FORMATS
 
-    return tuple(
-        FormatFacts(spoke.NAME, hasattr(spoke, "read"), hasattr(spoke, "write"), _first_sentence(spoke.__doc__))
-        for spoke in FORMATS
-    )
-
-
-def _first_sentence(text: str | None) -> str:
-    sentence = (text or "").strip().split("\n\n")[0].replace("\n", " ")
-    return re.sub(r" \(FORMATS.*?\)", "", sentence).rstrip(".")
+    return tuple(FormatFacts(format.name, True, format.writes, format.summary) for format in FORMATS)
 
 
 class Cell(NamedTuple):
@@ -124,7 +89,7 @@ def _cell(format_name: str, tool: str) -> Cell:
     return Cell("yes", "")
 
 
-class ModuleGroup(NamedTuple):
+class ModuleRow(NamedTuple):
     """Modules of a file that look alike."""
 
     modules: int
@@ -135,15 +100,15 @@ class ModuleGroup(NamedTuple):
     dora_axis: str | None
 
 
-def module_groups(modules: Sequence[ModuleInfo], most: int = 12) -> tuple[ModuleGroup, ...]:
+def module_groups(modules: Sequence[ModuleInfo], most: int = 12) -> tuple[ModuleRow, ...]:
     """The modules by kind, form and scale, most modules first; what exceeds `most` groups is one group."""
     groups: dict[tuple[str, str, str, str | None], list[ModuleInfo]] = {}
     for m in modules:
         groups.setdefault((m.kind, form_in_words(m), scale_in_words(m), m.dora_axis), []).append(m)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
-    told = [ModuleGroup(len(ms), *key[:3], sum(m.parameters for m in ms), key[3]) for key, ms in ordered]
+    told = [ModuleRow(len(ms), *key[:3], sum(m.parameters for m in ms), key[3]) for key, ms in ordered]
     if len(told) > most:
         rest = told[most - 1 :]
         whole = sum(g.modules for g in rest), sum(g.parameters for g in rest)
-        told[most - 1 :] = [ModuleGroup(whole[0], "various", f"{len(rest)} other forms", "", whole[1], None)]
+        told[most - 1 :] = [ModuleRow(whole[0], "various", f"{len(rest)} other forms", "", whole[1], None)]
     return tuple(told)

@@ -12,7 +12,7 @@ from krona_hub.checkpoints.findings import Finding, quoted
 from krona_hub.errors import SchemaError
 
 
-class Kind(NamedTuple):
+class FieldKind(NamedTuple):
     """What the value of a field must be."""
 
     words: str  # "text", for "must be text"
@@ -49,11 +49,13 @@ MAX_ERROR = 1e300
 OPS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}  # -> sizes in the weight_shape
 ROWS = ("kron", "shuffled")
 AXES = ("out", "in")
-TEXT = Kind("text", _is_text)
-TEXTS = Kind("a list of texts", _list_of(_is_text))
-OBJECT = Kind("an object", _is_object)
-SHA256 = Kind("64 hexadecimal digits", lambda v: _is_text(v) and len(v) == 64 and not set(v) - set("0123456789abcdef"))
-RELATIVE_ERROR = Kind("a number that is not negative", _is_error)
+TEXT = FieldKind("text", _is_text)
+TEXTS = FieldKind("a list of texts", _list_of(_is_text))
+OBJECT = FieldKind("an object", _is_object)
+SHA256 = FieldKind(
+    "64 hexadecimal digits", lambda v: _is_text(v) and len(v) == 64 and not set(v) - set("0123456789abcdef")
+)
+RELATIVE_ERROR = FieldKind("a number that is not negative", _is_error)
 
 BASE = {"family": TEXT, "hub_id": TEXT, "revision": TEXT, "fingerprint": SHA256, "candidates": TEXTS}
 PROVENANCE = {
@@ -62,14 +64,14 @@ PROVENANCE = {
     "source_sha256": SHA256,
     "method": TEXT,
     "relative_error": RELATIVE_ERROR,
-    "layer_errors": Kind("a list of numbers or null", _list_of(lambda v: v is None or _is_error(v))),
-    "metadata": Kind("an object of texts", _is_text_object),
+    "layer_errors": FieldKind("a list of numbers or null", _list_of(lambda v: v is None or _is_error(v))),
+    "metadata": FieldKind("an object of texts", _is_text_object),
 }
 LAYER = {
-    "op": Kind(f"one of {', '.join(OPS)}", lambda v: _is_text(v) and v in OPS),
-    "weight_shape": Kind("a list of 2 to 5 sizes", _is_weight_shape),
-    "rows": Kind(f"a list of {' and '.join(ROWS)}", _list_of(lambda v: _is_text(v) and v in ROWS)),
-    "magnitude_axis": Kind("out or in", lambda v: _is_text(v) and v in AXES),
+    "op": FieldKind(f"one of {', '.join(OPS)}", lambda v: _is_text(v) and v in OPS),
+    "weight_shape": FieldKind("a list of 2 to 5 sizes", _is_weight_shape),
+    "rows": FieldKind(f"a list of {' and '.join(ROWS)}", _list_of(lambda v: _is_text(v) and v in ROWS)),
+    "magnitude_axis": FieldKind("out or in", lambda v: _is_text(v) and v in AXES),
 }
 TOP = {
     "base": OBJECT,
@@ -82,7 +84,7 @@ TOP = {
 _FIX = "docs/schema-1.0.md lists every field; leave out what is unknown instead of writing null."
 
 
-class Split(NamedTuple):
+class FieldSplit(NamedTuple):
     """An object of the header taken apart."""
 
     known: dict[str, Any]  # fields of 1.0 whose values are what they must be
@@ -90,21 +92,21 @@ class Split(NamedTuple):
     findings: list[Finding]
 
 
-def split(value: Any, table: Mapping[str, Kind], where: str) -> Split:
+def split(value: Any, table: Mapping[str, FieldKind], where: str) -> FieldSplit:
     """Take an object apart by a table; what breaks the table is a finding at `where`.
 
     >>> split({"family": "sdxl", "hub_id": 3, "new": 1}, BASE, "base")[:2]
     ({'family': 'sdxl'}, {'new': 1})
     """
     if not isinstance(value, dict):
-        return Split({}, {}, [_wrong(where, OBJECT)])
+        return FieldSplit({}, {}, [_wrong(where, OBJECT)])
     known = {k: v for k, v in value.items() if k in table and table[k].accepts(v)}
     unknown = {k: v for k, v in value.items() if k not in table}
     findings = [_wrong(f"{where}.{key}", table[key]) for key in value if key in table and key not in known]
-    return Split(known, unknown, findings)
+    return FieldSplit(known, unknown, findings)
 
 
-def _wrong(where: str, kind: Kind) -> Finding:
+def _wrong(where: str, kind: FieldKind) -> Finding:
     return Finding.of(SchemaError(f"it must be {kind.words}.", fix=_FIX), where=f"krona.header {where.lstrip('.')}")
 
 

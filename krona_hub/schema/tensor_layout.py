@@ -54,7 +54,7 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class NativeLayout:
     """A native file, understood."""
 
     version: Version  # of the file, before any step
@@ -81,7 +81,7 @@ class Layout:
 Parts = dict[str, str]  # `kron_a.0` -> name of the tensor
 
 
-def examine(file: Header) -> tuple[Layout, tuple[Finding, ...]]:
+def examine(file: Header) -> tuple[NativeLayout, tuple[Finding, ...]]:
     """What is sound of a native file, and what is wrong with the rest.
 
     Raises UnrecognisedError for a file that is not native, NewerSchemaError for one of a newer major version.
@@ -104,7 +104,7 @@ def examine(file: Header) -> tuple[Layout, tuple[Finding, ...]]:
         errors = named_errors(parts.keys() | header.layers.keys(), header.layer_errors)
     except SchemaError as error:
         findings.append(Finding.of(error, where="krona.header provenance"))
-    return Layout(version_of(file.metadata), header, layers, errors, extras), tuple(findings)
+    return NativeLayout(version_of(file.metadata), header, layers, errors, extras), tuple(findings)
 
 
 def is_native(metadata: Mapping[str, str]) -> bool:

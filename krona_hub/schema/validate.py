@@ -11,7 +11,7 @@ from krona_hub.checkpoints.findings import Finding, Severity, quoted
 from krona_hub.checkpoints.header import FLOATS, Header, examine
 from krona_hub.errors import BaseMismatchError, DtypeError, KronaError, NonFiniteError, UnrecognisedError
 from krona_hub.schema import tensor_layout
-from krona_hub.schema.tensor_layout import Layer, Layout
+from krona_hub.schema.tensor_layout import Layer, NativeLayout
 
 _OTHER_BASE = "Give the base that the adapter was made for, or convert the file again with --base."
 
@@ -76,7 +76,7 @@ def native_findings(header: Header, base: Base | None = None) -> Iterator[Findin
         yield from base_findings(known, base)
 
 
-def base_findings(known: Layout, base: Base) -> Iterator[Finding]:
+def base_findings(known: NativeLayout, base: Base) -> Iterator[Finding]:
     """Layers that `base` does not have, or has with another shape; a base with other hashes is worth a warning."""
     yield from _fingerprint_finding(known, base)
     for name, layer in known.layers.items():
@@ -93,7 +93,7 @@ def base_findings(known: Layout, base: Base) -> Iterator[Finding]:
             yield Finding.of(error, where=quoted(name))
 
 
-def _fingerprint_finding(known: Layout, base: Base) -> Iterator[Finding]:
+def _fingerprint_finding(known: NativeLayout, base: Base) -> Iterator[Finding]:
     noted = known.header.base.fingerprint if known.header.base else None
     if noted and noted != base.fingerprint:
         error = BaseMismatchError(f"the file was made for a base with other layers than {base.name}.", fix=_OTHER_BASE)

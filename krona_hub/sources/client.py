@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import krona_hub
 from krona_hub.errors import IntegrityError
+from krona_hub.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -34,7 +34,7 @@ def client(endpoint: str | None = None) -> HfApi:
     from huggingface_hub import HfApi
 
     _install()
-    return HfApi(endpoint=endpoint_of(endpoint), library_name="krona-hub", library_version=krona_hub.__version__)
+    return HfApi(endpoint=endpoint_of(endpoint), library_name="krona-hub", library_version=__version__)
 
 
 def endpoint_of(endpoint: str | None = None) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from pathlib import Path
 
+from krona_hub.checkpoints.digest import sha256_of
 from krona_hub.errors import IntegrityError, OfflineError, ResourceError
 from krona_hub.sources.client import client, quiet
 from krona_hub.sources.client_errors import hub_errors
@@ -114,22 +114,6 @@ def is_intact(path: Path, known: RemoteFile) -> bool:
 def digest_for(known: RemoteFile) -> hashlib._Hash:
     """What has to be fed with the bytes of a file to get the digest that the Hub names: sha256, or the sha1 of git."""
     return hashlib.sha256() if known.sha256 else hashlib.sha1(b"blob %d\0" % (known.size or 0))
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_once(path: Path) -> str:
-    """As sha256_of, read again only where the file has changed since: a push asks for the same digest several times."""
-    about = path.stat()
-    return _remembered(path, about.st_size, about.st_mtime_ns, about.st_ino)
-
-
-@lru_cache(maxsize=64)
-def _remembered(path: Path, size: int, changed: int, inode: int) -> str:
-    return sha256_of(path)
 
 
 def git_sha1_of(path: Path) -> str:

@@ -14,13 +14,30 @@ from typing import Any
 
 from krona_hub.errors import NotFoundError, UsageError
 from krona_hub.kron.shapes import parse_shape
-from krona_hub.training.presets import INSTEAD, PRESETS
-from krona_hub.training.settings import KINDS, Kind, TrainingSettings
+from krona_hub.training.settings import KINDS, SettingKind, TrainingSettings
 
 PATHS = ("base", "data", "validation_data", "prior_data", "init", "output")  # relative to the TOML file
 ECHO = "config.toml"  # in the run folder
 NUMBERS = (int, float)
 PRODIGY_LEAST = 0.1  # its learning rate is a factor
+
+
+PAPER: Mapping[str, Any] = {  # Marjit et al., DiffuseKronA (2024): 64×4 on q, k, v, out of both attentions
+    "shape": "64x4", "terms": 1, "rows": "shuffled", "targets": r"attn[12]\.to_(q|k|v|out\.0)$",
+    "learning_rate": 1e-3, "batch_size": 1, "accumulation": 4, "schedule": "constant", "warmup": 0,
+    "optimizer": "adamw-8bit", "min_snr": 0.0, "prior_weight": 0.0,
+}  # fmt: skip
+TINY_SCENES: Mapping[str, Any] = {  # what teaches the shipped base its toy in minutes on a CPU
+    "base": "tiny-scenes", "data": "zorbi", "trigger_word": "zorbi", "targets": "attn+ff", "text_encoders": "attn",
+    "steps": 500, "batch_size": 5, "learning_rate": 5e-3, "schedule": "cosine", "min_snr": 0.0,
+}  # fmt: skip
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "tiny-scenes": TINY_SCENES,
+    "paper-sd": {**PAPER, "steps": 500, "resolution": 512},
+    "paper-sdxl": {**PAPER, "steps": 1000, "resolution": 1024},
+}
+INSTEAD: Mapping[str, str] = {"adamw-8bit": "adamw"}  # what a preset takes where a package is not installed
 
 
 def settings_of(
@@ -93,7 +110,7 @@ def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
 
 
-def _value(kind: Kind, value: Any) -> Any:
+def _value(kind: SettingKind, value: Any) -> Any:
     if value is None and kind.optional:
         return None
     if kind.type is tuple:
@@ -115,7 +132,7 @@ def _word(kind: type) -> str:
     return {int: "whole number", float: "number", bool: "true or false", str: "text"}.get(kind, kind.__name__)
 
 
-def _in_range(kind: Kind, value: Any) -> Any:
+def _in_range(kind: SettingKind, value: Any) -> Any:
     least, most = kind.metadata["least"], kind.metadata["most"]
     if not isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
         allowed = f"at least {least}" + (f" and at most {most}" if most is not None else "")
@@ -123,7 +140,7 @@ def _in_range(kind: Kind, value: Any) -> Any:
     return value
 
 
-def _texts(kind: Kind, value: Any) -> tuple[str, ...]:
+def _texts(kind: SettingKind, value: Any) -> tuple[str, ...]:
     parts = value.split(",") if isinstance(value, str) and kind.has_commas else value
     parts = [parts] if isinstance(parts, str) else parts
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
@@ -131,7 +148,7 @@ def _texts(kind: Kind, value: Any) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
-def _shapes(kind: Kind, value: Any) -> dict[str, str]:
+def _shapes(kind: SettingKind, value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
         raise UsageError(f"{kind.name} is no table of texts.", fix='Write  "attn2.to_[kv]" = "32x8"  under [shapes].')
     for pattern, shape in value.items():

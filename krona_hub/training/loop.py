@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import isfinite
 from shlex import quote
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -12,16 +17,17 @@ from torch import Tensor
 from krona_hub.errors import DivergedError, StoppedError
 from krona_hub.layers.attachment import without
 from krona_hub.training.data.encoding import Source
-from krona_hub.training.interruptions import Stop, stoppable
 from krona_hub.training.model.device import peak_memory
 from krona_hub.training.model.optimisers import has_own_mode, rate_at
-from krona_hub.training.progress.checkpoint import saved_states
+from krona_hub.training.progress.checkpoint import save, saved_states
 from krona_hub.training.progress.metrics import smoothed
-from krona_hub.training.progress.training_state import Progress, Training
+from krona_hub.training.progress.training_state import StepReport, Training
 from krona_hub.training.progress.validation import due, watch
-from krona_hub.training.saving import save
 
 PRIOR = 1_000_000  # samples of the prior are numbered from here on
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_loop(training: Training) -> None:
@@ -155,7 +161,7 @@ def _note(training: Training, values: dict[str, float], seconds: float) -> None:
         training.metrics.add(training.step, **plain, smooth_loss=smooth, epoch=epoch, seconds=round(seconds, 4))
     if training.accelerator.trackers:
         training.accelerator.log({**values, "smooth_loss": smooth}, step=training.step)
-    progress = Progress(training.step, training.settings.steps, loss, smooth, seconds, memory_used(training))
+    progress = StepReport(training.step, training.settings.steps, loss, smooth, seconds, memory_used(training))
     training.tell(progress)
 
 
@@ -174,3 +180,29 @@ def _between(training: Training, stopped: bool) -> None:
         save(training)
     if step == s.steps or due(step, s.validate_every) or due(step, s.sample_every):
         watch(training)
+
+
+class Stop:
+    """Whether somebody has asked to stop. A second Ctrl-C does not wait."""
+
+    wanted = False
+
+    def ask(self, number: int, _frame: FrameType | None) -> None:
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Signals set the flag while the block runs; in another thread than the main one they stay as they are."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.ask) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -8,16 +8,16 @@ from typing import Any
 
 from krona_hub.bases.base import Base
 from krona_hub.errors import UsageError
-from krona_hub.training.buckets import Size, bucket_sizes, nearest_bucket
+from krona_hub.training.data.captions import has_alternatives
 from krona_hub.training.data.dataset import Data, Example, read_folder, split_held_out
+from krona_hub.training.data.pictures import Size, bucket_sizes, nearest_bucket
 from krona_hub.training.model.model_families import ModelFamily, own_resolution, size_multiple
 from krona_hub.training.model.optimisers import OPTIMIZERS, check_schedule
-from krona_hub.training.model.trained_layers import Target
+from krona_hub.training.model.trained_layers import TrainedLayer
+from krona_hub.training.progress.metrics import trackers_of
 from krona_hub.training.progress.prior_pictures import pictures_there, prior_folder
 from krona_hub.training.randomness import permutation
 from krona_hub.training.settings import TrainingSettings
-from krona_hub.training.tracking import trackers_of
-from krona_hub.training.wording import has_alternatives
 
 FLOAT = 4  # bytes
 ADAM = 4  # numbers kept per factor: itself, its gradient, two moments
@@ -129,7 +129,7 @@ def check_settings(settings: TrainingSettings) -> None:
         raise UsageError("the validation needs pictures.", fix="Give --held-out N, or --validation-data FOLDER.")
 
 
-def memory_of(base: Base, pipe: Any, targets: tuple[Target, ...], settings: TrainingSettings) -> int:
+def memory_of(base: Base, pipe: Any, targets: tuple[TrainedLayer, ...], settings: TrainingSettings) -> int:
     """Bytes of weights, factors, gradients and Adam's moments; activations come on top and depend on the size."""
     denoiser = getattr(pipe, base.denoiser or "unet")
     weights = sum(p.numel() * p.element_size() for p in denoiser.parameters())
@@ -140,7 +140,7 @@ def memory_of(base: Base, pipe: Any, targets: tuple[Target, ...], settings: Trai
     return int(weights + FLOAT * copies * sum(t.parameters for t in targets))
 
 
-def forms_of(targets: tuple[Target, ...]) -> tuple[tuple[str, int], ...]:
+def forms_of(targets: tuple[TrainedLayer, ...]) -> tuple[tuple[str, int], ...]:
     """Form -> layers, most layers first."""
     counts: dict[str, int] = {}
     for t in targets:

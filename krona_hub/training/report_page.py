@@ -8,8 +8,7 @@ from krona_hub.formats.reading.describe import describe
 from krona_hub.rendering.html.markup import write_page
 from krona_hub.rendering.html.training_page import Run, training_page
 from krona_hub.training.configuration import ECHO, read_toml
-from krona_hub.training.progress.metrics import read_metrics
-from krona_hub.training.samples import sample_files
+from krona_hub.training.progress.metrics import read_metrics, sample_files
 from krona_hub.training.training_record import ELSEWHERE
 
 PAGE = "report.html"  # in the run folder

@@ -125,7 +125,7 @@ class TrainingSettings:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-class Kind:
+class SettingKind:
     """What the annotation of a field allows, read once."""
 
     def __init__(self, about: Field[Any], annotation: Any) -> None:
@@ -151,9 +151,9 @@ def _is_union(annotation: Any) -> bool:
     return type(None) in get_args(annotation)
 
 
-def _kinds() -> dict[str, Kind]:
+def _kinds() -> dict[str, SettingKind]:
     hints = get_type_hints(TrainingSettings)
-    return {f.name: Kind(f, hints[f.name]) for f in fields(TrainingSettings)}
+    return {f.name: SettingKind(f, hints[f.name]) for f in fields(TrainingSettings)}
 
 
-KINDS: Mapping[str, Kind] = _kinds()
+KINDS: Mapping[str, SettingKind] = _kinds()

@@ -26,20 +26,18 @@ from krona_hub.training.configuration import ECHO, to_toml
 from krona_hub.training.data.batches import Batches
 from krona_hub.training.data.dataset import Data, Example
 from krona_hub.training.data.encoding import Encoder, Source
-from krona_hub.training.model.device import Machine, machine_for, open_base
+from krona_hub.training.model.device import TrainingDevice, is_wanted, machine_for, open_base, shard
 from krona_hub.training.model.model_families import ModelFamily, family_of
 from krona_hub.training.model.objective import Objective
 from krona_hub.training.model.optimisers import Average, make_optimizer
-from krona_hub.training.model.precision import Precision
+from krona_hub.training.model.precision import MixedPrecision
 from krona_hub.training.model.trained_layers import fresh_adapter, plan_targets, started_from
 from krona_hub.training.plan import Pictures, check_settings, read_pictures, square_side
-from krona_hub.training.progress.metrics import Metrics
+from krona_hub.training.progress.metrics import Metrics, trackers_of
 from krona_hub.training.progress.prior_pictures import draw_prior, missing_pictures
 from krona_hub.training.progress.samples import draw_samples, encode_prompts
 from krona_hub.training.progress.training_state import Training
 from krona_hub.training.settings import TrainingSettings
-from krona_hub.training.sharding import is_wanted, shard
-from krona_hub.training.tracking import trackers_of
 from krona_hub.training.training_record import ELSEWHERE, base_name, recorded
 
 FREE = ("steps", "checkpoint_every", "keep_checkpoints", "validate_every", "sample_every", "sample_prompts", "export",
@@ -96,7 +94,7 @@ def prepared(settings: TrainingSettings, run: Path, encoding: Encoding) -> tuple
     return training, Session(pipe, base, facts)
 
 
-def _accelerator(settings: TrainingSettings, machine: Machine, run: Path) -> Accelerator:
+def _accelerator(settings: TrainingSettings, machine: TrainingDevice, run: Path) -> Accelerator:
     trackers = list(trackers_of(settings))
     accelerator = Accelerator(cpu=machine.device.type == "cpu", log_with=trackers or None, project_dir=str(run))
     if trackers:
@@ -143,7 +141,7 @@ def _beside(
 
 
 def _sampler(
-    pipe: Any, family: ModelFamily, settings: TrainingSettings, machine: Machine, side: int
+    pipe: Any, family: ModelFamily, settings: TrainingSettings, machine: TrainingDevice, side: int
 ) -> Callable[[], list[Image]] | None:
     """What draws the samples; their prompts are encoded while there are text encoders."""
     if not settings.sample_every:
@@ -156,7 +154,7 @@ def _sampler(
 
 
 def _training(
-    pipe: Any, family: ModelFamily, settings: TrainingSettings, run: Path, accelerator: Accelerator, machine: Machine,
+    pipe: Any, family: ModelFamily, settings: TrainingSettings, run: Path, accelerator: Accelerator, machine: TrainingDevice,
     seen: Seen,
 ) -> Training:  # fmt: skip
     branches = branches_of(pipe)
@@ -167,7 +165,7 @@ def _training(
         settings=settings,
         run=run,
         accelerator=accelerator,
-        precision=Precision(machine.autocast, machine.device),
+        precision=MixedPrecision(machine.autocast, machine.device),
         objective=objective,
         source=seen.source,
         batches=_batches(settings, seen.source, accelerator),
@@ -187,7 +185,7 @@ def _batches(settings: TrainingSettings, source: Source, accelerator: Accelerato
     return Batches(source.sizes, settings.batch_size, settings.accumulation, accelerator.num_processes, settings.seed)
 
 
-def _denoiser(pipe: Any, family: ModelFamily, settings: TrainingSettings, machine: Machine) -> Any:
+def _denoiser(pipe: Any, family: ModelFamily, settings: TrainingSettings, machine: TrainingDevice) -> Any:
     model = getattr(pipe, family.denoiser)
     wanted = settings.gradient_checkpointing
     if wanted or (wanted is None and machine.is_gpu):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from krona_hub.aliases import Progress
 from krona_hub.errors import UsageError
 from krona_hub.verification.report import VerifyReport
 
 if TYPE_CHECKING:
     from krona_hub.adapters.adapter import Adapter
 
-Progress = Callable[[int, int], None]  # bytes compared, bytes in all (layers, for two adapters)
 
 _QUESTIONS = (
     "Ask one of three: MERGED --base BASE --adapter A[:w] (does it contain exactly that), A B (the same ΔW), "

@@ -10,7 +10,8 @@ from krona_hub.adapters.provenance import BaseModel
 from krona_hub.bases.base import Base
 from krona_hub.bases.loading import load_base
 from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, UnknownBaseError
-from krona_hub.formats.reading.describe import Description, ModuleInfo, describe
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.reading.description import Description, ModuleInfo
 from krona_hub.schema import tensor_layout
 from krona_hub.schema.tensor_layout import is_native
 from krona_hub.sources import resolve

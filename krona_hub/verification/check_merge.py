@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter
+from krona_hub.aliases import Progress
 from krona_hub.checkpoints.reader import load
 from krona_hub.errors import BaseMismatchError
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.merging.arithmetic.patches import Patch
 from krona_hub.merging.plan import MergePlan, plan_merge
 from krona_hub.sources import resolve_base
-from krona_hub.verification.api import Progress
-from krona_hub.verification.check_tensors import Outcome, Patches, check_touched, check_untouched
+from krona_hub.verification.check_tensors import Patches, TensorOutcome, check_touched, check_untouched
 from krona_hub.verification.report import MergeCheck, TensorCheck
-from krona_hub.verification.tensor_pairs import Pair, Stored, headers_of, pairs
+from krona_hub.verification.tensor_pairs import LocatedTensor, TensorPair, headers_of, pairs
 
 Targets = Mapping[tuple[str, str], Patches]  # (file, tensor) -> its patches
 
@@ -79,27 +79,27 @@ def _said(place: int, source: Adapter | str | Path) -> str:
 # --- one tensor ------------------------------------------------------------------------------------------------------
 
 
-def _check(pair: Pair, targets: Targets, weights: Sequence[float], exact: bool) -> Outcome:
+def _check(pair: TensorPair, targets: Targets, weights: Sequence[float], exact: bool) -> TensorOutcome:
     stored = pair.present[0]
     patches = targets.get((stored.file, stored.tensor), ()) if pair.base else ()
     touched = any(patch.weight for own in patches for patch in own)
     check = TensorCheck(stored.tensor, stored.file, "same", touched, stored.info.numel)
     if pair.base is None or pair.merged is None:
-        return Outcome(replace(check, state="missing" if pair.base else "added"))
+        return TensorOutcome(replace(check, state="missing" if pair.base else "added"))
     if pair.base.info.shape != pair.merged.info.shape:
-        return Outcome(replace(check, state="other shape"))
+        return TensorOutcome(replace(check, state="other shape"))
     weight, merged = _tensor(pair.base), _tensor(pair.merged)
     if touched:
         return check_touched(check, weight, merged, patches, weights, exact)
     return check_untouched(check, weight, merged, exact)
 
 
-def _tensor(stored: Stored) -> Tensor:
+def _tensor(stored: LocatedTensor) -> Tensor:
     """Mapped from its file."""
     return load(stored.header, [stored.tensor])[stored.tensor]
 
 
-def _overall(outcomes: Sequence[Outcome]) -> tuple[float, ...]:
+def _overall(outcomes: Sequence[TensorOutcome]) -> tuple[float, ...]:
     """The strengths over all touched tensors that differ: the mean of those found, weighted by ‖ΔW‖²; () for none."""
     found = [(o.numbers.gram.diagonal(), o.check.strengths) for o in outcomes if o.numbers is not None]
     if not found:
@@ -110,7 +110,7 @@ def _overall(outcomes: Sequence[Outcome]) -> tuple[float, ...]:
     return tuple(mean.tolist())
 
 
-def _notes(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _notes(outcomes: Sequence[TensorOutcome]) -> Iterator[str]:
     missing = [o.check.tensor for o in outcomes if o.check.state == "missing"]
     if len(missing) > len(outcomes) // 2:
         yield "most tensors of the base are not in the merged checkpoint: is it a checkpoint of one component?"

@@ -13,7 +13,14 @@ from krona_hub.errors import NonFiniteError
 from krona_hub.merging.arithmetic.patches import Patch
 from krona_hub.merging.arithmetic.rounding import NEAREST, Rounding
 from krona_hub.merging.arithmetic.tiles import merge_tensor
-from krona_hub.verification.merge_strengths import Sample, as_asked, found_strengths, in_words, sample, unexplained
+from krona_hub.verification.merge_strengths import (
+    WeightSample,
+    as_asked,
+    found_strengths,
+    in_words,
+    sample,
+    unexplained,
+)
 from krona_hub.verification.report import State, TensorCheck
 from krona_hub.verification.ulps import Apart
 
@@ -25,16 +32,16 @@ Patches = Sequence[Sequence[Patch]]  # of each adapter, at the strengths that we
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class TensorOutcome:
     """A check, and for a tensor with other strengths what they were estimated from."""
 
     check: TensorCheck
-    numbers: Sample | None = None
+    numbers: WeightSample | None = None
 
 
 def check_touched(
     start: TensorCheck, weight: Tensor, merged: Tensor, patches: Patches, weights: Sequence[float], exact: bool
-) -> Outcome:
+) -> TensorOutcome:
     """Whether `merged` is round(W + Σ w·ΔW) to one unit in the last place (bit for bit with `exact`).
 
     `weights` are those of the adapters; those of the patches are multiples of them where blocks have weights too.
@@ -45,14 +52,14 @@ def check_touched(
     every = [patch for own in patches for patch in own]
     apart = _apart(weight, merged, every, NEAREST)
     if _near(apart, exact) and apart.unequal <= RARE * apart.elements:
-        return Outcome(_told(start, apart))
+        return TensorOutcome(_told(start, apart))
     at_one = [[replace(p, weight=p.weight / w) for p in own] for own, w in zip(patches, weights, strict=True)]
     numbers = sample(weight, merged, at_one)
     right = as_asked(numbers, torch.tensor(weights, dtype=torch.float64))
     if right and not _near(apart, exact):
         apart = min(apart, _apart(weight, merged, every, TRUE), key=lambda x: (x.worst, x.unequal))
     check = _told(start, apart)
-    return Outcome(check) if right and _near(apart, exact) else _diagnosed(check, numbers, right)
+    return TensorOutcome(check) if right and _near(apart, exact) else _diagnosed(check, numbers, right)
 
 
 def _near(apart: Apart, exact: bool) -> bool:
@@ -78,7 +85,7 @@ def _apart(weight: Tensor, merged: Tensor, patches: Sequence[Patch], rounding: R
     return apart
 
 
-def _diagnosed(check: TensorCheck, numbers: Sample, right: bool) -> Outcome:
+def _diagnosed(check: TensorCheck, numbers: WeightSample, right: bool) -> TensorOutcome:
     strengths = found_strengths(numbers)
     state: State = "differs"
     if not bool(numbers.change.any()):
@@ -90,14 +97,14 @@ def _diagnosed(check: TensorCheck, numbers: Sample, right: bool) -> Outcome:
     told = replace(
         check, state=state, strengths=in_words(numbers, strengths), unexplained=unexplained(numbers, strengths)
     )
-    return Outcome(told, numbers)
+    return TensorOutcome(told, numbers)
 
 
-def check_untouched(start: TensorCheck, weight: Tensor, merged: Tensor, exact: bool) -> Outcome:
+def check_untouched(start: TensorCheck, weight: Tensor, merged: Tensor, exact: bool) -> TensorOutcome:
     """Whether a tensor that no adapter is for has the base's bytes, or in another type its numbers to one unit."""
     apart = Apart()
     apart.add((weight if weight.dtype == merged.dtype else weight.to(merged.dtype)).reshape(-1), merged.reshape(-1))
     allowed = 1 if weight.dtype != merged.dtype and not exact else 0
     same = not apart.unequal or (allowed and apart.worst <= allowed)
     state: State = "same" if same else "touched"
-    return Outcome(replace(start, state=state, unequal=apart.unequal, worst_units=apart.worst))
+    return TensorOutcome(replace(start, state=state, unequal=apart.unequal, worst_units=apart.worst))

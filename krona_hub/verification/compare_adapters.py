@@ -7,17 +7,17 @@ from math import inf, sqrt
 from pathlib import Path
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
+from krona_hub.aliases import Progress
 from krona_hub.bases.loading import weight_files
 from krona_hub.conversion.bake_dora import plain_deltas
-from krona_hub.conversion.forms import words_of
 from krona_hub.errors import UnknownBaseError
+from krona_hub.formats.forms.normal_forms import words_of
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing.readback import difference
 from krona_hub.kron.norms import inner, norm
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.sources import resolve
-from krona_hub.verification.api import Progress
 from krona_hub.verification.report import DeltaCheck, LayerCheck
 
 SHOWN = 4  # names in a note

@@ -30,7 +30,7 @@ NEARLY_ALL = 0.99  # share of numbers that rounding to nearest must hit to be wh
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class WeightSample:
     """Some numbers of a tensor: of the base, of the merged one, and of each adapter's delta at strength 1."""
 
     base: Tensor  # (m,), float64
@@ -79,14 +79,14 @@ class Sample:
         return self.residual(strengths) <= float(self.unit.norm())
 
 
-def sample(weight: Tensor, merged: Tensor, patches: Sequence[Sequence[Patch]]) -> Sample:
+def sample(weight: Tensor, merged: Tensor, patches: Sequence[Sequence[Patch]]) -> WeightSample:
     """A sample of a stored tensor, of finite numbers; `patches[i]` are those of adapter i, at strength 1."""
     places = torch.arange(0, weight.numel(), -(-weight.numel() // MOST))
     sound = weight.reshape(-1)[places].double().isfinite() & merged.reshape(-1)[places].double().isfinite()
     places = places[sound]
     rounding = Rounding(exact=merged.element_size() > 2)  # float32 sums are exact enough for half precision
     deltas = torch.stack([_delta(weight, own, places, rounding) for own in patches])
-    return Sample(weight.reshape(-1)[places].double(), merged.reshape(-1)[places], deltas)
+    return WeightSample(weight.reshape(-1)[places].double(), merged.reshape(-1)[places], deltas)
 
 
 def _delta(weight: Tensor, patches: Sequence[Patch], places: Tensor, rounding: Rounding) -> Tensor:
@@ -103,7 +103,7 @@ def _delta(weight: Tensor, patches: Sequence[Patch], places: Tensor, rounding: R
     return found
 
 
-def found_strengths(numbers: Sample) -> Tensor:
+def found_strengths(numbers: WeightSample) -> Tensor:
     """The strengths that explain the change best, (n,): by rounding to nearest where that hits, else on average."""
     mean = nearest = numbers.along(numbers.change)
     for _ in range(STEPS):
@@ -115,7 +115,7 @@ def found_strengths(numbers: Sample) -> Tensor:
     return nearest if float(hit) >= NEARLY_ALL else mean
 
 
-def as_asked(numbers: Sample, weights: Tensor) -> bool:
+def as_asked(numbers: WeightSample, weights: Tensor) -> bool:
     """Whether the change is that of adapters at `weights`, rounded to nearest or stochastically."""
     limit = NEAR * weights.abs().clamp_min(NEAR)
     by_nearest = numbers.along(numbers.merged.double() - numbers.rounded_at(weights)).abs() <= limit
@@ -123,7 +123,7 @@ def as_asked(numbers: Sample, weights: Tensor) -> bool:
     return bool((by_nearest | on_average | ~numbers.present).all())
 
 
-def _spread(numbers: Sample, weights: Tensor) -> Tensor:
+def _spread(numbers: WeightSample, weights: Tensor) -> Tensor:
     """The standard deviation that stochastic rounding gives to each strength.
 
     A number at distance t from the grid and u − t from its other neighbour has the variance t·(u − t).
@@ -133,12 +133,12 @@ def _spread(numbers: Sample, weights: Tensor) -> Tensor:
     return (numbers.deltas.square() @ variance).sqrt() / numbers.gram.diagonal().clamp_min(1e-300)
 
 
-def in_words(numbers: Sample, strengths: Tensor) -> tuple[float, ...]:
+def in_words(numbers: WeightSample, strengths: Tensor) -> tuple[float, ...]:
     """The strengths as plain numbers; NaN for an adapter without a delta here."""
     return tuple(float(s) if there else nan for s, there in zip(strengths, numbers.present, strict=True))
 
 
-def unexplained(numbers: Sample, strengths: Tensor) -> float:
+def unexplained(numbers: WeightSample, strengths: Tensor) -> float:
     """‖M − W − Σ s·ΔW‖ / ‖M − W‖; 0.0 where nothing changed."""
     whole = float(numbers.change.norm())
     return numbers.residual(strengths) / whole if whole else 0.0

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from krona_hub.bases.base import Base
 from krona_hub.checkpoints.findings import Finding, quoted
 from krona_hub.errors import AmbiguousError, KronaError, UnknownBaseError
+from krona_hub.formats.known.format import Format
 from krona_hub.formats.known.registry import detect_format
 from krona_hub.formats.parsing.adapter_file import AdapterFile, open_files
 from krona_hub.formats.reading.read_plan import make_plan, measure
@@ -64,10 +64,9 @@ def validate(source: str | Path, base: str | Path | Base | None = None) -> Valid
 
 def _format(file: AdapterFile) -> str | None:
     try:
-        name: str = detect_format(file).NAME
+        return detect_format(file).name
     except KronaError:
         return None
-    return name
 
 
 def _findings(file: AdapterFile) -> Iterator[Finding]:
@@ -82,24 +81,24 @@ def _findings(file: AdapterFile) -> Iterator[Finding]:
 def _module_findings(file: AdapterFile) -> Iterator[Finding]:
     """Modules that a reader would refuse, each with the reason."""
     try:
-        spoke = detect_format(file)
+        format = detect_format(file)
     except KronaError as error:
         yield Finding.of(error, severity="warning" if isinstance(error, OPEN) else "error")
         yield from checks.dtype_findings(file.header)
         return
-    for name, problem in _problems(file, spoke).items():
+    for name, problem in _problems(file, format).items():
         open_question = not name and isinstance(problem, OPEN)
         yield Finding.of(problem, where=name and quoted(name), severity="warning" if open_question else "error")
 
 
-def _problems(file: AdapterFile, spoke: ModuleType) -> Mapping[str, KronaError]:
+def _problems(file: AdapterFile, format: Format) -> Mapping[str, KronaError]:
     """Module or key -> why it cannot be read; "" -> what stands in the way of the whole file."""
     try:
-        return make_plan(file, spoke).aside
+        return make_plan(file, format).aside
     except KronaError as error:
         whole = error
     try:
-        return {**measure(file, spoke.RULES)[2], "": whole}
+        return {**measure(file, format)[2], "": whole}
     except KronaError:  # the same, said before any module was looked at
         return {"": whole}
 

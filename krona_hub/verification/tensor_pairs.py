@@ -12,7 +12,7 @@ from krona_hub.errors import NotFoundError
 WEIGHTS = ".safetensors"
 
 
-class Stored(NamedTuple):
+class LocatedTensor(NamedTuple):
     """A tensor in a file of a checkpoint."""
 
     file: str  # relative to the checkpoint; its own name where that is one file
@@ -24,14 +24,14 @@ class Stored(NamedTuple):
         return self.header.tensors[self.tensor]
 
 
-class Pair(NamedTuple):
+class TensorPair(NamedTuple):
     """A tensor of the base and its counterpart; one of the two may be missing."""
 
-    base: Stored | None
-    merged: Stored | None
+    base: LocatedTensor | None
+    merged: LocatedTensor | None
 
     @property
-    def present(self) -> tuple[Stored, ...]:
+    def present(self) -> tuple[LocatedTensor, ...]:
         """Those that are there, the base's first."""
         return tuple(s for s in (self.base, self.merged) if s is not None)
 
@@ -54,13 +54,13 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def pairs(base: Mapping[str, Header], merged: Mapping[str, Header]) -> Iterator[Pair]:
+def pairs(base: Mapping[str, Header], merged: Mapping[str, Header]) -> Iterator[TensorPair]:
     """Every tensor of the base with its counterpart, then those that only the merged checkpoint has.
 
     A counterpart has the same name, and lies in the file of the same name, else in the same folder, else (where one of
     the two checkpoints is a single file) anywhere.
     """
-    by_name: dict[str, list[Stored]] = {}
+    by_name: dict[str, list[LocatedTensor]] = {}
     for stored in _tensors(merged):
         by_name.setdefault(stored.tensor, []).append(stored)
     anywhere, taken = 1 in (len(base), len(merged)), set()
@@ -68,20 +68,20 @@ def pairs(base: Mapping[str, Header], merged: Mapping[str, Header]) -> Iterator[
         found = _counterpart(stored, by_name.get(stored.tensor, ()), anywhere)
         if found is not None:
             taken.add((found.file, found.tensor))
-        yield Pair(stored, found)
+        yield TensorPair(stored, found)
     for stored in _tensors(merged):
         if (stored.file, stored.tensor) not in taken:
-            yield Pair(None, stored)
+            yield TensorPair(None, stored)
 
 
-def _tensors(headers: Mapping[str, Header]) -> Iterator[Stored]:
+def _tensors(headers: Mapping[str, Header]) -> Iterator[LocatedTensor]:
     """In the order of the files, so that reading is sequential."""
     for file, header in headers.items():
         for tensor in sorted(header.tensors, key=lambda t: header.tensors[t].start):
-            yield Stored(file, tensor, header)
+            yield LocatedTensor(file, tensor, header)
 
 
-def _counterpart(wanted: Stored, found: list[Stored] | tuple[()], anywhere: bool) -> Stored | None:
+def _counterpart(wanted: LocatedTensor, found: list[LocatedTensor] | tuple[()], anywhere: bool) -> LocatedTensor | None:
     same = [s for s in found if s.file == wanted.file]
     beside = [s for s in found if PurePosixPath(s.file).parent == PurePosixPath(wanted.file).parent]
     return next(iter([*same, *beside, *(found if anywhere else ())]), None)

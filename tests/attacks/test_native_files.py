@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krona_hub.bases.base import Base, Module
+from krona_hub.bases.base import Base, ModuleSpec
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.reader import load
 from krona_hub.errors import (
@@ -123,12 +123,12 @@ def test_validate_finds_all_problems_in_one_go_and_names_the_layers(tmp_path):
 def test_a_sound_file_fits_the_base_that_has_its_layers_with_their_shapes(tmp_path):
     path = put(tmp_path, native(SOUND))
     bases = {
-        "equal": (Base("b", None, {"unet": {"x": Module((8, 6))}}), []),
-        "once a 1x1 convolution": (Base("b", None, {"unet": {"x": Module((8, 6, 1, 1))}}), []),
-        "turned": (Base("b", None, {"unet": {"x": Module((6, 8))}}), [("KH160", "error")]),
-        "a wider kernel": (Base("b", None, {"unet": {"x": Module((8, 6, 3, 3))}}), [("KH160", "error")]),
-        "no such layer": (Base("b", None, {"unet": {"y": Module((8, 6))}}), [("KH160", "error")]),
-        "no such component": (Base("b", None, {"transformer": {"x": Module((8, 6))}}), [("KH160", "error")]),
+        "equal": (Base("b", None, {"unet": {"x": ModuleSpec((8, 6))}}), []),
+        "once a 1x1 convolution": (Base("b", None, {"unet": {"x": ModuleSpec((8, 6, 1, 1))}}), []),
+        "turned": (Base("b", None, {"unet": {"x": ModuleSpec((6, 8))}}), [("KH160", "error")]),
+        "a wider kernel": (Base("b", None, {"unet": {"x": ModuleSpec((8, 6, 3, 3))}}), [("KH160", "error")]),
+        "no such layer": (Base("b", None, {"unet": {"y": ModuleSpec((8, 6))}}), [("KH160", "error")]),
+        "no such component": (Base("b", None, {"transformer": {"x": ModuleSpec((8, 6))}}), [("KH160", "error")]),
         "a component it does not list": (
             Base("b", None, {"transformer": {}}, uncovered=("the text encoder",)), [("KH160", "warning")],
         ),
@@ -138,7 +138,7 @@ def test_a_sound_file_fits_the_base_that_has_its_layers_with_their_shapes(tmp_pa
 
 
 def test_a_base_with_other_layers_than_the_recorded_one_is_worth_a_warning(tmp_path):
-    base = Base("b", None, {"unet": {"x": Module((8, 6))}})
+    base = Base("b", None, {"unet": {"x": ModuleSpec((8, 6))}})
     same = put(tmp_path, native(SOUND, {"base": {"fingerprint": base.fingerprint}}), "same")
     other = put(tmp_path, native(SOUND, {"base": {"fingerprint": "0" * 64}}), "other")
     assert validate(same, base) == ()

@@ -8,8 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from krona_hub.checkpoints.header import examine, read_header
-from krona_hub.checkpoints.structure import findings
+from krona_hub.checkpoints.header import examine, findings, read_header
 from krona_hub.errors import DtypeError, KronaError, StructureError, TruncatedError
 from tests.attacks.forge import F32, entry, forged, put
 

@@ -9,8 +9,7 @@ import zipfile
 import pytest
 import torch
 
-from krona_hub.checkpoints.header import read_header
-from krona_hub.checkpoints.structure import findings
+from krona_hub.checkpoints.header import findings, read_header
 from krona_hub.errors import (
     FormatError,
     LfsPointerError,

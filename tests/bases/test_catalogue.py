@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krona_hub.bases import catalogue
-from krona_hub.bases.base import COMPONENTS, Module
+from krona_hub.bases.base import COMPONENTS, ModuleSpec
 from krona_hub.bases.families import ALIASES, FAMILIES
 from krona_hub.bases.name_patterns import encode, expand
 from krona_hub.errors import UnknownBaseError
@@ -92,7 +92,9 @@ def test_what_an_adapter_remembers_of_its_base():
 words = st.sampled_from(["a", "to_q", "blocks", "net", "2-1", "x1"])
 numbers = st.integers(0, 12).map(str)
 paths = st.lists(st.one_of(words, numbers), min_size=1, max_size=5).map(".".join)
-shapes = st.sampled_from([Module((2, 3)), Module((2, 3), False), Module((4, 1, 3, 3), True, 4), Module((4, 2, 1))])
+shapes = st.sampled_from(
+    [ModuleSpec((2, 3)), ModuleSpec((2, 3), False), ModuleSpec((4, 1, 3, 3), True, 4), ModuleSpec((4, 2, 1))]
+)
 
 
 @settings(deadline=None)

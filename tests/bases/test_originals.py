@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.bases import catalogue, ldm_names
-from krona_hub.bases.base import Module, Placement
+from krona_hub.bases.base import ModuleSpec, Placement
 from krona_hub.bases.name_table import ComponentNames, table
 from krona_hub.bases.original_names import ORIGINALS, original_of
 
@@ -37,7 +37,7 @@ CONVERTERS = {  # base -> function of diffusers.loaders.single_file_utils
 UNETS = ("sd15", "sd21", "sdxl", "sdxl-refiner")
 
 
-def stand_ins(modules: Mapping[str, Module]) -> dict[str, Tensor]:
+def stand_ins(modules: Mapping[str, ModuleSpec]) -> dict[str, Tensor]:
     """path -> (out, 1): the number of the layer times 100,000 plus the row."""
     return {
         path: torch.arange(module.shape[0], dtype=torch.int64)[:, None] + 100_000 * number

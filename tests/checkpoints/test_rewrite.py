@@ -16,7 +16,7 @@ from krona_hub.checkpoints import byte_ranges
 from krona_hub.checkpoints import rewrite as rewriting
 from krona_hub.checkpoints.byte_ranges import Copier, Range
 from krona_hub.checkpoints.header import read_header
-from krona_hub.checkpoints.rewrite import Change, check_space, new_size, rewrite
+from krona_hub.checkpoints.rewrite import TensorChange, check_space, new_size, rewrite
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.errors import ConflictError, IncompleteError, IntegrityError, ResourceError
 from tests.merging.made import tensors, times, write_base
@@ -110,7 +110,7 @@ def sends(*pieces):
         for offset, length in pieces:
             sink(offset, memoryview(bytes(length)))
 
-    return Change("F16", produce)
+    return TensorChange("F16", produce)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_the_error_of_one_worker_stops_the_others_and_comes_out(tmp_path, thread
         failed.wait(5)
         times(1).produce(old, sink)
 
-    changes = {"a.weight": Change("F16", fails)} | {f"{n}.weight": Change("F16", waits) for n in "bcdef"}
+    changes = {"a.weight": TensorChange("F16", fails)} | {f"{n}.weight": TensorChange("F16", waits) for n in "bcdef"}
     with pytest.raises(ZeroDivisionError, match="mine"):
         rewrite(read_header(base), out, changes, metadata={}, threads=threads)
     assert len(begun) < 5

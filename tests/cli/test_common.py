@@ -7,7 +7,7 @@ import sys
 import click
 import pytest
 
-from krona_hub.cli import console
+from krona_hub.cli import console, progress
 from krona_hub.cli.console import emit, krona_command, say, show_facts, show_table
 
 LONG = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0" * 4
@@ -81,13 +81,13 @@ def test_colour_appears_only_in_a_terminal_without_no_color(capsys, monkeypatch,
 def on_a_terminal(monkeypatch, *seconds: float) -> None:
     """A terminal, and a clock that shows these times one after the other."""
     clock = iter(seconds)
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
 
 
 def test_a_bar_appears_after_two_seconds_only_and_goes_away(capsys, monkeypatch):
     on_a_terminal(monkeypatch, 0.0, 1.0, 10.0)
-    with console.progress("layers") as step:
+    with progress.progress("layers") as step:
         step(0, 4)
         assert capsys.readouterr().err == ""
         step(3, 4)
@@ -97,7 +97,7 @@ def test_a_bar_appears_after_two_seconds_only_and_goes_away(capsys, monkeypatch)
 
 def test_a_bar_of_bytes_tells_the_rate_and_the_time_left_since_the_work_began(capsys, monkeypatch):
     on_a_terminal(monkeypatch, 0.0, 7.0, 11.0, 11.05, 15.0)
-    with console.byte_progress("merged") as step:
+    with progress.byte_progress("merged") as step:
         step(0, 5_000_000_000)
         assert "0 B of 5.0 GB" in capsys.readouterr().err, "torch took seven seconds: no rate yet"
         step(1_000_000_000, 5_000_000_000)
@@ -110,7 +110,7 @@ def test_a_bar_of_bytes_tells_the_rate_and_the_time_left_since_the_work_began(ca
 
 def test_reports_of_new_bytes_are_added_up():
     seen = []
-    more = console.counting(lambda done, total: seen.append((done, total)), 7)
+    more = progress.counting(lambda done, total: seen.append((done, total)), 7)
     for nbytes in (3, 0, 4):
         more(nbytes)
     assert seen == [(3, 7), (3, 7), (7, 7)]
@@ -118,8 +118,8 @@ def test_reports_of_new_bytes_are_added_up():
 
 def test_a_log_file_gets_no_bar(capsys, monkeypatch):
     clock = iter([0.0, 10.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
-    with console.progress("layers") as step:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.progress("layers") as step:
         step(1, 4)
     assert capsys.readouterr().err == ""
 

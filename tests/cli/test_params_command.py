@@ -7,7 +7,7 @@ import pytest
 from krona_hub.accounting.counting import account
 from krona_hub.cli.main import main
 from krona_hub.formats.reading.describe import describe
-from krona_hub.rendering.tables import plain
+from krona_hub.rendering.humanize import plain
 
 
 def told(capsys, *arguments) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from krona_hub.cli.weighted_source import Weighted, parse_weighted
+from krona_hub.cli.weighted_source import WeightedArgument, parse_weighted
 from krona_hub.errors import UsageError
 
 READ = {
@@ -27,7 +27,7 @@ READ = {
 
 @pytest.mark.parametrize("text", READ)
 def test_the_strength_is_the_number_after_the_last_colon(text):
-    assert parse_weighted(text) == Weighted(*READ[text])
+    assert parse_weighted(text) == WeightedArgument(*READ[text])
 
 
 @pytest.mark.parametrize("text", [t for t, (source, w) in READ.items() if w != 1])
@@ -39,7 +39,7 @@ def test_a_path_that_exists_is_taken_whole(tmp_path):
     path = tmp_path / "odd:0.5"
     assert parse_weighted(str(path)).weight == 0.5
     path.touch()
-    assert parse_weighted(str(path)) == Weighted(str(path))
+    assert parse_weighted(str(path)) == WeightedArgument(str(path))
 
 
 @pytest.mark.parametrize("tail", ["nan", "inf", "-inf", "NaN", "Infinity", "1e999"])

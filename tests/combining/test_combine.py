@@ -9,9 +9,9 @@ from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.checkpoints.header import read_header
 from krona_hub.combining import combine
 from krona_hub.combining.recompression import to_terms, within
-from krona_hub.conversion.forms import size_of
-from krona_hub.conversion.target import Target
+from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import ConflictError, InexpressibleError, LossyError, UsageError
+from krona_hub.formats.forms.normal_forms import size_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing.writer import write
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora, nearest_kron
@@ -218,7 +218,7 @@ def test_within_an_error_a_full_rank_sum_takes_the_fewest_terms_that_suffice(max
         tuple(KronTerms(scales[i : i + 5] * numbers(5, 4, 3, seed=i), numbers(5, 12, 10, seed=i + 50)) for i in (0, 5)),
         (48, 30),
     )
-    found = within({"x": delta}, max_error, Target("krona"))["x"].delta
+    found = within({"x": delta}, max_error, ConversionTarget("krona"))["x"].delta
     assert true_error(found, delta) <= max(max_error, 1e-6)
     errors = [nearest_kron(exact(delta), (4, 3), k).relative_error for k in range(1, 11)]
     fewest = next(k for k, error in enumerate(errors, 1) if error <= max(max_error, 1e-9))
@@ -229,7 +229,7 @@ def test_what_two_parts_have_in_common_is_stored_once_within_an_error_of_zero():
     one = KronTerms(numbers(2, 4, 3).double(), numbers(2, 12, 10).double())
     again = KronTerms(one.left.flip(0) * 2, one.right.flip(0) / 2)  # the same delta, written otherwise
     delta = LayerDelta((one, again), (48, 30))
-    found = within({"x": delta}, 0.0, Target("krona"))["x"].delta
+    found = within({"x": delta}, 0.0, ConversionTarget("krona"))["x"].delta
     assert sum(s.terms for s in found.sums) == 2 and true_error(found, delta) < 1e-7
 
 
@@ -238,7 +238,7 @@ def test_thin_sums_are_searched_over_all_shapes():
     a, b = torch.kron(numbers(8, 1), numbers(16, 1, seed=1)), torch.kron(numbers(1, 8, seed=2), numbers(1, 16, seed=3))
     parts = (as_lora(a[:, :1], b[:1]), as_lora(a[:, :1] * 0.5, b[:1]))
     delta = LayerDelta(parts, (128, 128))
-    found = within({"x": delta}, 0.01, Target("krona"))["x"].delta
+    found = within({"x": delta}, 0.01, ConversionTarget("krona"))["x"].delta
     assert true_error(found, delta) <= 0.01 and size_of(found)[0] < 256
 
 

@@ -7,8 +7,8 @@ import torch
 
 from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenance
 from krona_hub.combining.weighted_sum import weighted_sum
-from krona_hub.conversion.forms import size_of
 from krona_hub.errors import BaseMismatchError, UnsupportedError, UsageError
+from krona_hub.formats.forms.normal_forms import size_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
 from krona_hub.kron.to_lora import dense_sum

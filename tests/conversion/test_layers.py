@@ -5,14 +5,14 @@ import torch
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.conversion.convert_layers import apply_way, check_kind
-from krona_hub.conversion.forms import is_lora, size_of, words_of
 from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Rank
-from krona_hub.conversion.target import Target
+from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
+from krona_hub.formats.forms.normal_forms import is_lora, size_of, words_of
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.terms import KronTerms, as_lora, nearest_kron
 
-NATIVE, KOHYA, LOKR = Target("krona"), Target("kohya-lora"), Target("lycoris-lokr")
+NATIVE, KOHYA, LOKR = ConversionTarget("krona"), ConversionTarget("kohya-lora"), ConversionTarget("lycoris-lokr")
 
 
 def lora(out=24, in_=36, rank=3, seed=0):
@@ -106,13 +106,13 @@ def test_a_budget_is_respected_over_all_layers_together():
 
 def test_peft_shapes_follow_one_factor_in_every_layer():
     layers = {"unet.a": lora(32, 32), "unet.b": lora(64, 48, seed=1)}
-    outcomes = apply_way(layers, MaxError(0.2), Target("peft-lokr"))
-    assert not Target("peft-lokr").refusals({n: o.delta for n, o in outcomes.items()})
+    outcomes = apply_way(layers, MaxError(0.2), ConversionTarget("peft-lokr"))
+    assert not ConversionTarget("peft-lokr").refusals({n: o.delta for n, o in outcomes.items()})
 
 
 def test_what_no_form_of_the_target_can_reach_is_refused():
     with pytest.raises(InexpressibleError, match="no form that the target loads"):
-        apply_way({"unet.x": lora()}, MaxError(0.05), Target("diffusekrona"))
+        apply_way({"unet.x": lora()}, MaxError(0.05), ConversionTarget("diffusekrona"))
 
 
 def test_a_budget_below_the_smallest_forms_says_what_they_take():

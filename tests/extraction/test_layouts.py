@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from krona_hub import read
 from krona_hub.bases import ldm_names
-from krona_hub.bases.base import Module
+from krona_hub.bases.base import ModuleSpec
 from krona_hub.errors import BaseMismatchError, NotFoundError, UnknownBaseError, UnsupportedError
 from krona_hub.extraction import extract
 from tests import tiny
@@ -44,7 +44,7 @@ def folders(tmp_path_factory):
 def as_ldm(folder, file):
     """The U-Net of a folder under the names of ldm, in one file."""
     weights = load_file(next((folder / "unet").glob("*.safetensors")))
-    modules = {name.rpartition(".")[0]: Module((1,)) for name in weights}
+    modules = {name.rpartition(".")[0]: ModuleSpec((1,)) for name in weights}
     names = {places[0].layer: other for other, places in ldm_names.names(modules).items()}
     renamed = {n: (names[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in weights}
     save_file({f"model.diffusion_model.{'.'.join(renamed[n])}": w for n, w in weights.items()}, file)

@@ -10,22 +10,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from krona_hub.bases.base import Base, Module
+from krona_hub.bases.base import Base, ModuleSpec
 
 TINY = Base(  # rectangular everywhere, so that no mistake of order goes unseen
     "tiny",
     None,
     {
         "unet": {
-            "conv_in": Module((4, 3, 3, 3)),
-            "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": Module((12, 10)),
-            "mid_block.attentions.0.transformer_blocks.0.attn1.to_k": Module((12, 10)),
-            "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0": Module((10, 12)),
-            "mid_block.attentions.0.proj_in": Module((10, 6, 1, 1)),
-            "mid_block.resnets.0.conv1": Module((8, 6, 3, 3)),
-            "down_blocks.0.resnets.0.conv1": Module((6, 4, 3)),
+            "conv_in": ModuleSpec((4, 3, 3, 3)),
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": ModuleSpec((12, 10)),
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_k": ModuleSpec((12, 10)),
+            "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0": ModuleSpec((10, 12)),
+            "mid_block.attentions.0.proj_in": ModuleSpec((10, 6, 1, 1)),
+            "mid_block.resnets.0.conv1": ModuleSpec((8, 6, 3, 3)),
+            "down_blocks.0.resnets.0.conv1": ModuleSpec((6, 4, 3)),
         },
-        "text_encoder": {"encoder.layers.0.self_attn.q_proj": Module((6, 4))},
+        "text_encoder": {"encoder.layers.0.self_attn.q_proj": ModuleSpec((6, 4))},
     },
 )
 TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

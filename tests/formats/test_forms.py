@@ -6,17 +6,9 @@ import logging
 import pytest
 import torch
 
-from krona_hub.formats.compatibility.format_limits import (
-    LayerForm,
-    Split,
-    SumForm,
-    channel_split,
-    common_peft_factor,
-    is_factored,
-    lycoris_resumes,
-    refusal,
-)
+from krona_hub.formats.compatibility.format_limits import common_peft_factor, lycoris_resumes, refusal
 from krona_hub.formats.compatibility.tools import TOOLS, loads_form, tool_named
+from krona_hub.formats.forms.delta_form import ChannelSplit, LayerForm, SumForm, channel_split, is_factored
 from krona_hub.kron.shapes import KronShape, choices, divisors
 
 SIZES = [(32, 24), (24, 64), (36, 36), (40, 7)]
@@ -52,7 +44,7 @@ def lycoris_loads(size, kernel, split, rank):
 def test_lycoris_resumes_exactly_the_splits_that_the_rule_says(kernel, rank):
     for size in SIZES:
         for a1, a2 in itertools.product(divisors(size[0]), divisors(size[1])):
-            split = Split((a1, size[0] // a1), (a2, size[1] // a2))
+            split = ChannelSplit((a1, size[0] // a1), (a2, size[1] // a2))
             if rank is not None and not is_factored(rank, (split.out[1], split.in_[1])):
                 continue  # such a product is stored dense
             seen = kernel * kernel if rank is not None else 1
@@ -66,7 +58,7 @@ def peft_split(size, factor):
     model = torch.nn.Sequential(torch.nn.Linear(size[1], size[0]))
     inject_adapter_in_model(LoKrConfig(r=64, decompose_factor=factor, target_modules=["0"]), model)
     w1, w2 = model[0].lokr_w1["default"], model[0].lokr_w2["default"]
-    return Split((w1.shape[0], w2.shape[0]), (w1.shape[1], w2.shape[1]))
+    return ChannelSplit((w1.shape[0], w2.shape[0]), (w1.shape[1], w2.shape[1]))
 
 
 @pytest.mark.parametrize("factor", [-1, 1, 2, 4, 5, 8, 16])
@@ -81,7 +73,7 @@ def test_no_factor_is_found_where_peft_has_none():
     size = (32, 24)
     reachable = {peft_split(size, factor) for factor in (-1, *range(1, 40))}
     for shape in choices(*size):
-        split = Split((shape.a1, shape.b1), (shape.a2, shape.b2))
+        split = ChannelSplit((shape.a1, shape.b1), (shape.a2, shape.b2))
         assert (common_peft_factor([split]) is not None) == (split in reachable), shape
 
 
@@ -96,7 +88,7 @@ def test_a_lora_in_columns_and_rows_is_a_lora_and_shuffling_single_rows_moves_no
     assert columns.lora_rank == 3 and columns.plain
     form = LayerForm((8, 6), (columns, SumForm(KronShape(1, 1, 8, 6), right_rank=2)))
     assert form.lora_rank == 5
-    assert channel_split(form) == Split((1, 8), (1, 6))
+    assert channel_split(form) == ChannelSplit((1, 8), (1, 6))
 
 
 def test_shuffled_rows_fit_no_format_but_their_own_and_the_native_one():

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from krona_hub.bases import catalogue
-from krona_hub.bases.base import Base, Module
+from krona_hub.bases.base import Base, ModuleSpec
 from krona_hub.errors import (
     AmbiguousError,
     BaseMismatchError,
@@ -77,7 +77,7 @@ def test_a_lycoris_file_of_a_text_encoder_lands_by_its_shapes(tmp_path):
 
 
 def test_a_tie_of_components_is_refused_until_one_is_named(tmp_path):
-    modules = {"encoder.layers.0.self_attn.q_proj": Module((6, 4))}
+    modules = {"encoder.layers.0.self_attn.q_proj": ModuleSpec((6, 4))}
     base = Base("twins", None, {"text_encoder": modules, "text_encoder_2": modules})
     path = save(tmp_path, lora("lycoris_encoder_layers_0_self_attn_q_proj", 6, 4))
     with pytest.raises(AmbiguousError, match="--component"):

@@ -8,10 +8,22 @@ from krona_hub.images.grid_cells import columns_of, names_of, rows_of
 
 
 def asked(*adapters, prompts=("p",), images=1, seed=0, strengths=(), together=False, compare=None, beside=()):
-    from krona_hub.images.request import Asked, Machine, Settings
+    from krona_hub.images.request import ComputeOptions, GenerateRequest, Settings
 
-    return Asked(
-        "m", prompts, adapters, seed, images, Settings(), Machine(), strengths, together, compare, beside, None, None
+    return GenerateRequest(
+        "m",
+        prompts,
+        adapters,
+        seed,
+        images,
+        Settings(),
+        ComputeOptions(),
+        strengths,
+        together,
+        compare,
+        beside,
+        None,
+        None,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from krona_hub.checkpoints.header import read_header
-from krona_hub.checkpoints.rewrite import Change
+from krona_hub.checkpoints.rewrite import TensorChange
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.merging.output.write_model import MergedFile
 
@@ -24,7 +24,7 @@ def tensors(seed: int = 0, names: str = "abcdef") -> dict[str, torch.Tensor]:
     return found | {"scale": torch.tensor(2.0), "empty": torch.zeros(0, 3), "positions": torch.arange(7)}
 
 
-def times(factor: float, old: str = "F16", new: str = "F16") -> Change:
+def times(factor: float, old: str = "F16", new: str = "F16") -> TensorChange:
     """The change that multiplies a tensor of dtype `old` and stores it as `new`."""
 
     def produce(data, sink) -> None:
@@ -33,7 +33,7 @@ def times(factor: float, old: str = "F16", new: str = "F16") -> Change:
             tile = (numbers[start : start + TILE] * np.float32(factor)).astype(NUMPY[new])
             sink(start * tile.itemsize, memoryview(tile))
 
-    return Change(new, produce)
+    return TensorChange(new, produce)
 
 
 def merged_file(path: Path, *names: str, factor: float = 3.0, new: str = "F16") -> MergedFile:

@@ -17,10 +17,9 @@ from krona_hub.training import setup
 from krona_hub.training.api import train
 from krona_hub.training.configuration import checked, preset_values
 from krona_hub.training.model import device
-from krona_hub.training.model.precision import Precision
+from krona_hub.training.model.precision import MixedPrecision
 from krona_hub.training.progress import checkpoint, metrics
-from krona_hub.training.progress.metrics import read_metrics, series
-from krona_hub.training.tracking import trackers_of
+from krona_hub.training.progress.metrics import read_metrics, series, trackers_of
 from tests.training.test_runs import stop_after
 
 
@@ -46,13 +45,13 @@ def test_a_base_in_half_precision_trains_validates_and_draws(quick):
 
 def test_float16_looks_for_a_scale_that_keeps_gradients_finite():
     weight = nn.Parameter(torch.ones(2))
-    optimizer, precision = torch.optim.SGD([weight], lr=1.0), Precision("fp16", torch.device("cpu"))
+    optimizer, precision = torch.optim.SGD([weight], lr=1.0), MixedPrecision("fp16", torch.device("cpu"))
     first = precision.state["scale"]
     precision.backward(weight.sum() * float("inf"))
     precision.unscale(optimizer)
     precision.step(optimizer, finite=False)
     assert precision.state["scale"] < first and torch.equal(weight.detach(), torch.ones(2))
-    other = Precision("fp16", torch.device("cpu"))
+    other = MixedPrecision("fp16", torch.device("cpu"))
     other.restore(precision.state)
     assert other.state == precision.state
 
@@ -203,7 +202,7 @@ def test_a_base_that_torchao_quantises_trains(quick):
 
 
 def test_tensorboard_is_told_where_it_is_installed_and_a_missing_tracker_is_refused(monkeypatch):
-    monkeypatch.setattr("krona_hub.training.tracking.find_spec", lambda name: {"tensorboardX": 1}.get(name))
+    monkeypatch.setattr("krona_hub.training.progress.metrics.find_spec", lambda name: {"tensorboardX": 1}.get(name))
     assert trackers_of(checked({})) == ("tensorboard",) and trackers_of(checked({"trackers": "none"})) == ()
     assert trackers_of(checked({"trackers": "auto,tensorboard"})) == ("tensorboard",)
     with pytest.raises(NoDeviceError, match="pip install wandb"):

@@ -3,8 +3,7 @@
 import pytest
 
 from krona_hub.errors import NotFoundError, ShapeError, UsageError
-from krona_hub.training.configuration import checked, read_toml, settings_of, to_toml
-from krona_hub.training.presets import PRESETS
+from krona_hub.training.configuration import PRESETS, checked, read_toml, settings_of, to_toml
 from krona_hub.training.settings import KINDS, TrainingSettings
 
 

@@ -7,81 +7,13 @@ cannot hold that" is a question about the form, and stands in this file; the val
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from math import prod
-from typing import Literal, NamedTuple
 
-from krona_hub.kron.shapes import KronShape, lycoris_factors, peft_factors
+from krona_hub.formats.forms.delta_form import ChannelSplit, LayerForm, channel_split, is_factored
+from krona_hub.kron.shapes import lycoris_factors, peft_factors
 
 KRONECKER = ("lycoris-lokr", "peft-lokr", "diffusers-lokr", "diffusekrona")  # formats of one Kronecker term
 LOW_RANK = ("kohya-lora", "diffusers-lora", "peft-lora", "lycoris-locon")  # formats of one up·down
 PROJECTIONS = (".to_q", ".to_k", ".to_v", ".to_out.0")  # what DiffuseKronA adapts
-
-
-class SumForm(NamedTuple):
-    """The sizes of one Kronecker sum Σₖ Aₖ ⊗ Bₖ."""
-
-    shape: KronShape
-    terms: int = 1
-    left_rank: int | None = None  # of A = up·down; None: A is dense
-    right_rank: int | None = None  # of B = up·down; None: B is dense
-    rows: Literal["kron", "shuffled"] = "kron"
-
-    @property
-    def lora_rank(self) -> int | None:
-        """Rank of the up·down that the sum is as it stands, None where it is none.
-
-        >>> SumForm(KronShape(1, 1, 8, 6), right_rank=2).lora_rank, SumForm(KronShape(8, 1, 1, 6), terms=3).lora_rank
-        (2, 3)
-        >>> SumForm(KronShape(2, 2, 4, 3)).lora_rank is None
-        True
-        """
-        a, b = self.shape[:2], self.shape[2:]
-        if a == (1, 1) and self.right_rank is not None:
-            return self.terms * self.right_rank
-        if b == (1, 1) and self.left_rank is not None:
-            return self.terms * self.left_rank
-        vectors = (a[1], b[0]) == (1, 1) or (a[0], b[1]) == (1, 1)
-        return self.terms if vectors and self.left_rank is None and self.right_rank is None else None
-
-    @property
-    def plain(self) -> bool:
-        """Whether the rows lie as those of A ⊗ B: shuffling moves none where A or B has one row."""
-        return self.rows == "kron" or 1 in (self.shape.a1, self.shape.b1)
-
-
-@dataclass(frozen=True)
-class LayerForm:
-    """The sizes of a layer's delta."""
-
-    weight_shape: tuple[int, ...]  # (out, in) or (out, in / groups, k, …)
-    sums: tuple[SumForm, ...]
-    dora: Literal["out", "in"] | None = None
-    layer: str = ""  # canonical name, where a rule asks for it
-
-    @property
-    def is_conv(self) -> bool:
-        return len(self.weight_shape) > 2
-
-    @property
-    def lora_rank(self) -> int | None:
-        """Rank of the delta as one up·down, concatenating its sums; None where one of them is no LoRA."""
-        ranks = [s.lora_rank for s in self.sums if s.plain]
-        known = [r for r in ranks if r is not None]
-        return sum(known) if len(known) == len(self.sums) else None
-
-    @property
-    def kernel(self) -> int:
-        """k·k…, 1 for a linear layer."""
-        return prod(self.weight_shape[2:])
-
-
-def is_factored(rank: int | None, sides: tuple[int, int]) -> bool:
-    """Whether LyCORIS and PEFT keep a factor of these sides as a product: r < max/2 (FORMATS.md §3).
-
-    A product of higher rank is stored dense, which is at most twice as large.
-    """
-    return rank is not None and rank < max(sides) / 2
 
 
 def no_lora(form: LayerForm) -> str | None:
@@ -178,26 +110,10 @@ def refusal(form: LayerForm, format_name: str) -> str | None:
     return next((why for rule in RULES[format_name] if (why := rule(form))), None)
 
 
-class Split(NamedTuple):
-    """The channels of a weight and how a Kronecker term splits them, kernel left out."""
-
-    out: tuple[int, int]  # (a1, b1)
-    in_: tuple[int, int]  # (a2, b2 / kernel)
-
-
-def channel_split(form: LayerForm) -> Split:
-    """The split of the single term that a form is, or becomes as [[1]] ⊗ up·down."""
-    out, channels = form.weight_shape[:2]
-    if form.lora_rank is not None or not form.sums:
-        return Split((1, out), (1, channels))
-    shape = form.sums[0].shape
-    return Split((shape.a1, shape.b1), (shape.a2, shape.b2 // form.kernel))
-
-
-def common_peft_factor(splits: Iterable[Split]) -> int | None:
+def common_peft_factor(splits: Iterable[ChannelSplit]) -> int | None:
     """The `decompose_factor` under which PEFT derives exactly these splits; None where no single one does.
 
-    >>> common_peft_factor([Split((4, 80), (4, 192))]), common_peft_factor([Split((64, 5), (4, 192))]) is None
+    >>> common_peft_factor([ChannelSplit((4, 80), (4, 192))]), common_peft_factor([ChannelSplit((64, 5), (4, 192))]) is None
     (4, True)
     """
     wanted = {pair for split in splits for pair in split}
@@ -209,13 +125,13 @@ def common_peft_factor(splits: Iterable[Split]) -> int | None:
     return None
 
 
-def lycoris_resumes(split: Split, kernel: int = 1) -> bool:
+def lycoris_resumes(split: ChannelSplit, kernel: int = 1) -> bool:
     """Whether LyCORIS derives this split again when it builds a module from a file.
 
     It guesses its `factor` from the tensors. `kernel` is k·k… where w2 is stored as a product, whose second half
     (r, d·k·k) makes LyCORIS see d·k·k input channels while it guesses; else 1.
 
-    >>> lycoris_resumes(Split((4, 80), (4, 192))), lycoris_resumes(Split((64, 5), (4, 192)))
+    >>> lycoris_resumes(ChannelSplit((4, 80), (4, 192))), lycoris_resumes(ChannelSplit((64, 5), (4, 192)))
     (True, False)
     """
     (a1, b1), (a2, channels) = split

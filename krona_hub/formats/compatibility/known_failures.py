@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from krona_hub.formats.compatibility.format_limits import channel_split
+from krona_hub.formats.forms.delta_form import channel_split
 
 if TYPE_CHECKING:
-    from krona_hub.formats.reading.describe import Description, ModuleInfo
+    from krona_hub.formats.reading.description import Description, ModuleInfo
 
 LOKR_PIPELINES = ("flux2", "z-image")  # families whose diffusers pipelines take LoKr
 KOHYA = ("kohya-lora", "lycoris-locon", "lycoris-lokr")

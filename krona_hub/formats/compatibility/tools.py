@@ -11,25 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from krona_hub.errors import UsageError
-from krona_hub.formats.compatibility.format_limits import (
-    LayerForm,
-    Rule,
-    SumForm,
-    channel_split,
-    common_peft_factor,
-    is_factored,
-    lycoris_resumes,
-    no_dora,
-    refusal,
-)
+from krona_hub.formats.compatibility.format_limits import Rule, common_peft_factor, lycoris_resumes, no_dora, refusal
 from krona_hub.formats.compatibility.known_failures import reservation
+from krona_hub.formats.forms.delta_form import LayerForm, SumForm, channel_split, is_factored
 from krona_hub.kron.shapes import KronShape
 
 if TYPE_CHECKING:
-    from krona_hub.formats.reading.describe import Description
+    from krona_hub.formats.reading.description import Description
 
 
-class Target(NamedTuple):
+class ToolTarget(NamedTuple):
     """A format and the names that the keys of its modules take."""
 
     format: str
@@ -73,8 +64,8 @@ class Tool(NamedTuple):
 
     name: str
     title: str
-    lora: Target | None
-    lokr: Target | None
+    lora: ToolTarget | None
+    lokr: ToolTarget | None
     rules: tuple[Rule, ...] = ()  # what it cannot load though the format could hold it
     split_qkv: bool = False  # wants q, k and v as modules of their own
     note: str = ""  # said beside files written for it …
@@ -84,28 +75,28 @@ class Tool(NamedTuple):
 TOOLS: Mapping[str, Tool] = {
     tool.name: tool
     for tool in (
-        Tool("comfyui", "ComfyUI", Target("kohya-lora", "comfyui"), Target("lycoris-lokr", "comfyui"), (no_dora,)),
-        Tool("forge", "Forge", Target("kohya-lora", "comfyui"), Target("lycoris-lokr", "comfyui"), (no_dora,)),
-        Tool("a1111", "AUTOMATIC1111", Target("kohya-lora", "kohya"), Target("lycoris-lokr", "kohya"), (no_dora,)),
+        Tool("comfyui", "ComfyUI", ToolTarget("kohya-lora", "comfyui"), ToolTarget("lycoris-lokr", "comfyui"), (no_dora,)),
+        Tool("forge", "Forge", ToolTarget("kohya-lora", "comfyui"), ToolTarget("lycoris-lokr", "comfyui"), (no_dora,)),
+        Tool("a1111", "AUTOMATIC1111", ToolTarget("kohya-lora", "kohya"), ToolTarget("lycoris-lokr", "kohya"), (no_dora,)),
         Tool(
-            "diffusers", "diffusers", Target("diffusers-lora", "diffusers"), Target("diffusers-lokr", "peft"),
+            "diffusers", "diffusers", ToolTarget("diffusers-lora", "diffusers"), ToolTarget("diffusers-lokr", "peft"),
             (only_peft_splits,),
             note="A LoKr loads with model.load_lora_adapter(file, prefix=None); the pipelines of SD, SDXL and FLUX.1 "
             "take LoRA only.",
             note_on=("diffusers-lokr",),
         ),
-        Tool("peft", "PEFT", Target("peft-lora", "peft"), Target("peft-lokr", "peft"), (only_peft_splits,)),
-        Tool("kohya", "kohya sd-scripts", Target("kohya-lora", "kohya-ldm"), None),
+        Tool("peft", "PEFT", ToolTarget("peft-lora", "peft"), ToolTarget("peft-lokr", "peft"), (only_peft_splits,)),
+        Tool("kohya", "kohya sd-scripts", ToolTarget("kohya-lora", "kohya-ldm"), None),
         Tool(
-            "lycoris", "LyCORIS", Target("lycoris-locon", "lycoris"), Target("lycoris-lokr", "lycoris"),
+            "lycoris", "LyCORIS", ToolTarget("lycoris-locon", "lycoris"), ToolTarget("lycoris-lokr", "lycoris"),
             (only_lycoris_splits,),
         ),
-        Tool("onetrainer", "OneTrainer", Target("kohya-lora", "kohya"), Target("lycoris-lokr", "kohya")),
+        Tool("onetrainer", "OneTrainer", ToolTarget("kohya-lora", "kohya"), ToolTarget("lycoris-lokr", "kohya")),
         Tool(
-            "musubi", "musubi-tuner", Target("kohya-lora", "kohya"), Target("lycoris-lokr", "kohya"),
+            "musubi", "musubi-tuner", ToolTarget("kohya-lora", "kohya"), ToolTarget("lycoris-lokr", "kohya"),
             (no_dora, only_linear),
         ),
-        Tool("nunchaku", "Nunchaku", Target("diffusers-lora", "diffusers"), None, (no_dora,), split_qkv=True),
+        Tool("nunchaku", "Nunchaku", ToolTarget("diffusers-lora", "diffusers"), None, (no_dora,), split_qkv=True),
     )
 }  # fmt: skip
 
@@ -114,7 +105,7 @@ def tool_named(name: str) -> Tool:
     """The tool of that name; UsageError with the nearest one.
 
     >>> tool_named("ComfyUI").lokr
-    Target(format='lycoris-lokr', dialect='comfyui')
+    ToolTarget(format='lycoris-lokr', dialect='comfyui')
     """
     from difflib import get_close_matches
 
@@ -128,7 +119,7 @@ def tool_named(name: str) -> Tool:
     )
 
 
-def target_for(tool: Tool, is_lora: bool) -> Target | None:
+def target_for(tool: Tool, is_lora: bool) -> ToolTarget | None:
     """Where an adapter of that kind goes for the tool; None where the tool takes no LoKr."""
     return tool.lora if is_lora else tool.lokr
 

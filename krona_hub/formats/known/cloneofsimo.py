@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from math import prod
 
 from krona_hub.bases import catalogue
-from krona_hub.bases.base import Base, Module, Placement
+from krona_hub.bases.base import Base, ModuleSpec, Placement
 from krona_hub.errors import BaseMismatchError, IncompleteError, UnknownBaseError
-from krona_hub.formats.known.format import Rules, verbs
+from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.base_match import Landing
-from krona_hub.formats.parsing.module_layout import Layout
+from krona_hub.formats.parsing.module_layout import ModuleLayout
 
-NAME = "cloneofsimo"
 SIDES = ("down_blocks", "up_blocks", "mid_block")  # diffusers of that time registered the middle last
 PARTS = ("attentions", "resnets")  # within a block
 BLOCK = (  # within a transformer block: ff is registered between the two attentions
@@ -46,7 +45,7 @@ def recognises(file: AdapterFile) -> bool:
     return "cloneofsimo" in file.keys.grammars
 
 
-def unet_order(modules: Mapping[str, Module], classes: frozenset[str] = CLASSES) -> tuple[str, ...]:
+def unet_order(modules: Mapping[str, ModuleSpec], classes: frozenset[str] = CLASSES) -> tuple[str, ...]:
     """The module paths of a U-Net in the order in which this trainer numbered them, where it trained `classes`.
 
     >>> order = unet_order(catalogue.get("sd15").components["unet"])
@@ -72,13 +71,13 @@ def _owners(member: str) -> frozenset[str]:
     return next(classes for start, classes in OWNERS.items() if member.startswith(start))
 
 
-def clip_order(modules: Mapping[str, Module]) -> tuple[str, ...]:
+def clip_order(modules: Mapping[str, ModuleSpec]) -> tuple[str, ...]:
     """The attention projections of a CLIP text encoder in the order in which this trainer numbered them."""
     found = [(m, path) for path in modules if (m := CLIP_PATH.fullmatch(path)) and m[2] in CLIP]
     return tuple(path for _, path in sorted(((int(m[1]), CLIP.index(m[2])), path) for m, path in found))
 
 
-def land(file: AdapterFile, layouts: Mapping[str, Layout]) -> Landing:
+def land(file: AdapterFile, layouts: Mapping[str, ModuleLayout]) -> Landing:
     """Give every position its layer: in the base of the file, or in the bases of the catalogue whose every shape fits.
 
     Raises BaseMismatchError where a shape or the number of modules differs, UnknownBaseError where no base fits.
@@ -103,7 +102,7 @@ class Numbered:
     """The modules of a file, known by their positions."""
 
     names: frozenset[str]  # such as "unet:3"
-    layouts: Mapping[str, Layout]  # of those that are sound
+    layouts: Mapping[str, ModuleLayout]  # of those that are sound
     classes: frozenset[str]  # that were trained
 
     def layers(self, base: Base) -> dict[str, str]:
@@ -130,7 +129,7 @@ def _check(numbered: Numbered, base: Base) -> None:
         )
 
 
-def _differs(module: Module | None, layout: Layout) -> bool:
+def _differs(module: ModuleSpec | None, layout: ModuleLayout) -> bool:
     shape = layout.weight_shape
     return module is None or (shape[0], prod(shape[1:])) != module.matrix
 
@@ -151,5 +150,11 @@ def _classes(file: AdapterFile) -> frozenset[str]:
     return frozenset(map(str, names)) or CLASSES
 
 
-RULES = Rules(scale="1", land=land)
-read, describe, _ = verbs(NAME)
+CLONEOFSIMO = Format(
+    name="cloneofsimo",
+    summary="cloneofsimo/lora: modules known by their position only, with textual-inversion vectors",
+    recognises=recognises,
+    scale="1",
+    land=land,
+    writes=False,
+)

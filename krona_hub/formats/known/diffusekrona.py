@@ -9,13 +9,9 @@ from collections.abc import Mapping
 
 from krona_hub.bases import detection
 from krona_hub.errors import AmbiguousError
-from krona_hub.formats.known.format import Rules, verbs
+from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import AdapterFile
-from krona_hub.formats.parsing.keys import ModuleGroup
-
-NAME = "diffusekrona"
-RULES = Rules(scale="1", kinds={"lora": "diffusekrona"})
-read, describe, write = verbs(NAME)
+from krona_hub.formats.parsing.keys import ModuleTensors
 
 Matrix = tuple[int, ...]
 
@@ -42,7 +38,7 @@ def recognises(file: AdapterFile) -> bool:
     return krona
 
 
-def _pair(module: ModuleGroup, file: AdapterFile) -> tuple[Matrix, Matrix] | None:
+def _pair(module: ModuleTensors, file: AdapterFile) -> tuple[Matrix, Matrix] | None:
     """The shapes of down and up, where both are there and are matrices."""
     if "down" not in module.parts or "up" not in module.parts:
         return None
@@ -54,3 +50,12 @@ def _fits(file: AdapterFile, sizes: Mapping[str, Matrix]) -> bool:
     """Whether every module of these sizes is one of a single base: the one given, or any of the catalogue."""
     found = detection.fit(file.base, sizes) if file.base else detection.candidates(sizes, file.metadata)
     return any(c.matched == len(sizes) for c in found)
+
+
+DIFFUSEKRONA = Format(
+    name="diffusekrona",
+    summary="DiffuseKronA's checkpoints: Kronecker products with interleaved rows",
+    recognises=recognises,
+    scale="1",
+    kinds={"lora": "diffusekrona"},
+)

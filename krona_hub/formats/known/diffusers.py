@@ -1,36 +1,67 @@
-"""LoRA of diffusers, in the keys of every era, mixed or not (FORMATS §5)."""
+"""LoRA of diffusers, in the keys of every era, mixed or not (FORMATS §5), and LoKr with its configuration (§5.4)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from krona_hub.formats.known.format import Rules, verbs
+from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.scales import ScaleConfig, metadata_configs
 
-NAME = "diffusers-lora"
+ERAS = frozenset({"peft", "diffusers", "processor"})  # grammars of keys
+TRAINERS = ("diffusion_model.", "transformer.")  # ai-toolkit and the authors of FLUX: LyCORIS under dotted names
+SCALE = "of lora_adapter_metadata; without it alpha / rank where alpha is stored, else 1"
 
 
 def configs(file: AdapterFile) -> Mapping[str, ScaleConfig]:
     return metadata_configs(file.metadata)
 
 
-def notes(file: AdapterFile) -> tuple[str, ...]:
+def is_scaled(file: AdapterFile) -> bool:
+    """Whether the file says anything of its scale."""
+    return bool(configs(file)) or any("alpha" in m.parts for m in file.keys.modules)
+
+
+def is_lora(file: AdapterFile) -> bool:
+    return bool(ERAS & file.keys.grammars)
+
+
+def is_lokr(file: AdapterFile) -> bool:
+    """LoKr with diffusers' configuration, or under dotted names without any alpha."""
+    if "lokr" not in file.keys.kinds:
+        return False
+    if any(c.kind == "lokr" for c in configs(file).values()):
+        return True
+    return file.dotted and not file.starts(*TRAINERS) and not any("alpha" in m.parts for m in file.keys.modules)
+
+
+def lora_notes(file: AdapterFile) -> tuple[str, ...]:
     notes = []
-    if not configs(file) and not any("alpha" in m.parts for m in file.keys.modules):
+    if not is_scaled(file):
         notes.append("no lora_adapter_metadata: the scale is taken to be 1, as diffusers does")
-    if len(file.keys.grammars & {"peft", "diffusers", "processor"}) > 1:
+    if len(file.keys.grammars & ERAS) > 1:
         notes.append("keys of several eras are mixed; diffusers looks at the first only and may lose modules")
     return tuple(notes)
 
 
-RULES = Rules(
-    scale="lora_alpha / r of lora_adapter_metadata; without it alpha / rank where alpha is stored, else 1",
+def lokr_notes(file: AdapterFile) -> tuple[str, ...]:
+    return () if is_scaled(file) else ("no lora_adapter_metadata and no alpha: the scale is taken to be 1",)
+
+
+DIFFUSERS_LORA = Format(
+    name="diffusers-lora",
+    summary="LoRA of diffusers, in the keys of every era, mixed or not",
+    recognises=is_lora,
+    scale=f"lora_alpha / r {SCALE}",
     configs=configs,
-    notes=notes,
+    notes=lora_notes,
 )
-read, describe, write = verbs(NAME)
-
-
-def recognises(file: AdapterFile) -> bool:
-    return bool({"peft", "diffusers", "processor"} & file.keys.grammars)
+DIFFUSERS_LOKR = Format(
+    name="diffusers-lokr",
+    summary="LoKr as diffusers' save_lora_adapter writes it, the configuration in the metadata",
+    recognises=is_lokr,
+    scale=f"alpha / r {SCALE}",
+    kinds={"lokr": "peft-lokr"},
+    configs=configs,
+    notes=lokr_notes,
+)

@@ -1,16 +1,33 @@
-"""LoRA of kohya's sd-scripts, under diffusers, ldm or BFL names (FORMATS §6)."""
+"""The formats of kohya's sd-scripts and of LyCORIS: LoRA, LoCon (FORMATS §6) and LoKr (§3), alpha in the file."""
 
 from __future__ import annotations
 
 import json
 
-from krona_hub.formats.known.format import Rules, verbs
+from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 
-NAME = "kohya-lora"
+LYCORIS_PARTS = {"mid", "dora_scale", "diff"}  # that sd-scripts itself never writes
 
 
-def notes(file: AdapterFile) -> tuple[str, ...]:
+def is_kohya_lora(file: AdapterFile) -> bool:
+    return "kohya" in file.keys.grammars
+
+
+def is_lycoris_locon(file: AdapterFile) -> bool:
+    """`lycoris_` names, or parts that plain kohya LoRA does not have."""
+    if not {"kohya", "dense"} & file.keys.grammars:
+        return False
+    own = any(m.name.startswith("lycoris_") or LYCORIS_PARTS & set(m.parts) for m in file.keys.modules)
+    return own or "lycoris" in file.metadata.get("ss_network_module", "")
+
+
+def is_lycoris_lokr(file: AdapterFile) -> bool:
+    """Any LoKr that the formats before this one leave, and the CDKA sums of a LyCORIS fork."""
+    return bool({"lokr", "cdka"} & file.keys.kinds)
+
+
+def kohya_notes(file: AdapterFile) -> tuple[str, ...]:
     """sd-scripts joins separately trained q, k and v without adapting alpha."""
     try:
         arguments = json.loads(file.metadata.get("ss_network_args", "{}"))
@@ -25,9 +42,22 @@ def notes(file: AdapterFile) -> tuple[str, ...]:
     )
 
 
-RULES = Rules(scale="alpha / rank; 1 without alpha", notes=notes)
-read, describe, write = verbs(NAME)
-
-
-def recognises(file: AdapterFile) -> bool:
-    return "kohya" in file.keys.grammars
+KOHYA_LORA = Format(
+    name="kohya-lora",
+    summary="LoRA of kohya's sd-scripts, under diffusers, ldm or BFL names",
+    recognises=is_kohya_lora,
+    scale="alpha / rank; 1 without alpha",
+    notes=kohya_notes,
+)
+LYCORIS_LOCON = Format(
+    name="lycoris-locon",
+    summary="LoCon of LyCORIS: LoRA with convolutions, Tucker cores, DoRA or whole matrices",
+    recognises=is_lycoris_locon,
+    scale="alpha / rank; 1 without alpha",
+)
+LYCORIS_LOKR = Format(
+    name="lycoris-lokr",
+    summary="LoKr of LyCORIS, also as OneTrainer, ai-toolkit, SimpleTuner and musubi-tuner write it",
+    recognises=is_lycoris_lokr,
+    scale="alpha / rank of the tensors; 1 where both factors are full, whatever alpha says",
+)

@@ -1,10 +1,11 @@
-"""What the two PEFT formats share: the configuration beside the tensors. Torch-free."""
+"""PEFT's LoRA (FORMATS §7) and LoKr (FORMATS §4): a folder with adapter_config.json beside the tensors. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from krona_hub.errors import IncompleteError, UnsupportedError
+from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import CONFIG, AdapterFile
 from krona_hub.formats.parsing.scales import ScaleConfig, config_of
 
@@ -51,3 +52,30 @@ def config_notes(file: AdapterFile) -> tuple[str, ...]:
     if config.get("modules_to_save"):
         notes.append("modules_to_save: whole weights ride along and are no part of the adapter")
     return tuple(notes)
+
+
+def is_lokr(file: AdapterFile) -> bool:
+    return has_type(file, "LOKR")
+
+
+def is_lora(file: AdapterFile) -> bool:
+    return has_type(file, "LORA")
+
+
+PEFT_LOKR = Format(
+    name="peft-lokr",
+    summary="PEFT's LoKr: a folder with adapter_config.json",
+    recognises=is_lokr,
+    scale="alpha / r of adapter_config.json, also where both factors are full",
+    kinds={"lokr": "peft-lokr"},
+    configs=configuration,
+    notes=config_notes,
+)
+PEFT_LORA = Format(
+    name="peft-lora",
+    summary="PEFT's LoRA, with patterns, rank-stabilised scales and DoRA: a folder with adapter_config.json",
+    recognises=is_lora,
+    scale="lora_alpha / r of adapter_config.json, or lora_alpha / √r with use_rslora",
+    configs=configuration,
+    notes=config_notes,
+)

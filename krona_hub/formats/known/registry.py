@@ -4,38 +4,42 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 
 from krona_hub.errors import AmbiguousError, UnrecognisedError, UnsupportedError, UsageError
-from krona_hub.formats import diffusers_lokr, lycoris_locon, lycoris_lokr, peft_lokr, peft_lora
-from krona_hub.formats.known import cloneofsimo, diffusekrona, diffusers, kohya, native
+from krona_hub.formats.known.cloneofsimo import CLONEOFSIMO
+from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
+from krona_hub.formats.known.diffusers import DIFFUSERS_LOKR, DIFFUSERS_LORA
+from krona_hub.formats.known.format import Format
+from krona_hub.formats.known.kohya import KOHYA_LORA, LYCORIS_LOCON, LYCORIS_LOKR
+from krona_hub.formats.known.native import KRONA
+from krona_hub.formats.known.peft import PEFT_LOKR, PEFT_LORA
 from krona_hub.formats.parsing.adapter_file import CONFIG, AdapterFile, open_files
 
-FORMATS: tuple[ModuleType, ...] = (
-    native,
-    peft_lokr,
-    peft_lora,
-    cloneofsimo,
-    diffusers_lokr,
-    lycoris_lokr,
-    diffusekrona,
-    lycoris_locon,
-    kohya,
-    diffusers,
+FORMATS: tuple[Format, ...] = (
+    KRONA,
+    PEFT_LOKR,
+    PEFT_LORA,
+    CLONEOFSIMO,
+    DIFFUSERS_LOKR,
+    LYCORIS_LOKR,
+    DIFFUSEKRONA,
+    LYCORIS_LOCON,
+    KOHYA_LORA,
+    DIFFUSERS_LORA,
 )
 
 
 def names() -> tuple[str, ...]:
-    return tuple(spoke.NAME for spoke in FORMATS)
+    return tuple(format.name for format in FORMATS)
 
 
-def by_name(name: str) -> ModuleType:
-    """The spoke of a format. Raises UsageError with the nearest name.
+def by_name(name: str) -> Format:
+    """The format of that name. Raises UsageError with the nearest name.
 
-    >>> by_name("kohya-lora").NAME
+    >>> by_name("kohya-lora").name
     'kohya-lora'
     """
-    found = next((spoke for spoke in FORMATS if name == spoke.NAME), None)
+    found = next((format for format in FORMATS if name == format.name), None)
     if found is None:
         near = get_close_matches(name.lower().replace("_", "-"), names(), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
@@ -43,17 +47,17 @@ def by_name(name: str) -> ModuleType:
     return found
 
 
-def detect_format(file: AdapterFile) -> ModuleType:
+def detect_format(file: AdapterFile) -> Format:
     """The format of a file by its keys, shapes and metadata.
 
     Raises UnrecognisedError for a file without an adapter, UnsupportedError for one of another algorithm only,
     AmbiguousError where two readings fit, naming the option that settles it.
     """
-    if not native.recognises(file):
+    if not KRONA.recognises(file):
         _check_ours(file)
-    for spoke in FORMATS:
-        if spoke.recognises(file):
-            return spoke
+    for format in FORMATS:
+        if format.recognises(file):
+            return format
     raise UnrecognisedError("no adapter was found in it.", fix="`krona formats` lists what krona reads.")
 
 
@@ -86,4 +90,4 @@ def format_of(source: str | Path, base: str | Path | None = None) -> str:
 
     A native file remembers where it came from (`provenance.source_format`); this says what it is.
     """
-    return str(detect_format(open_files(source, base)[0]).NAME)
+    return detect_format(open_files(source, base)[0]).name

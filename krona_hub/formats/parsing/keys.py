@@ -13,7 +13,7 @@ from typing import NamedTuple
 from krona_hub.errors import ConflictError, IncompleteError
 
 
-class Part(NamedTuple):
+class KeyPart(NamedTuple):
     """What a key stands for within its module."""
 
     kind: str  # lora, lokr, cdka, dense; "" for what any kind has; bias, norm; foreign
@@ -21,41 +21,41 @@ class Part(NamedTuple):
     grammar: str  # who writes keys like this
 
 
-TAILS: Mapping[str, Part] = {  # end of a key, behind the module's name -> part
-    "lokr_w1": Part("lokr", "w1", "lokr"),
-    "lokr_w1_a": Part("lokr", "w1_a", "lokr"),
-    "lokr_w1_b": Part("lokr", "w1_b", "lokr"),
-    "lokr_w2": Part("lokr", "w2", "lokr"),
-    "lokr_w2_a": Part("lokr", "w2_a", "lokr"),
-    "lokr_w2_b": Part("lokr", "w2_b", "lokr"),
-    "lokr_t2": Part("lokr", "t2", "lokr"),
-    "lora_down.weight": Part("lora", "down", "kohya"),
-    "lora_up.weight": Part("lora", "up", "kohya"),
-    "lora_mid.weight": Part("lora", "mid", "kohya"),
-    "lora_A.weight": Part("lora", "down", "peft"),
-    "lora_B.weight": Part("lora", "up", "peft"),
-    "lora.down.weight": Part("lora", "down", "diffusers"),
-    "lora.up.weight": Part("lora", "up", "diffusers"),
-    "lora_linear_layer.down.weight": Part("lora", "down", "diffusers"),
-    "lora_linear_layer.up.weight": Part("lora", "up", "diffusers"),
-    "lora_layer.down.weight": Part("lora", "down", "processor"),
-    "lora_layer.up.weight": Part("lora", "up", "processor"),
-    "_lora.down.weight": Part("lora", "down", "processor"),
-    "_lora.up.weight": Part("lora", "up", "processor"),
-    "cdka_a": Part("cdka", "cdka_a", "cdka"),
-    "cdka_b": Part("cdka", "cdka_b", "cdka"),
-    "diff": Part("dense", "diff", "dense"),
-    "alpha": Part("", "alpha", ""),
-    "lora.alpha": Part("", "alpha", ""),
-    "_lora.alpha": Part("", "alpha", ""),
-    "dora_scale": Part("", "dora_scale", ""),
-    "lora_magnitude_vector": Part("", "magnitude", ""),
-    "lora_magnitude_vector.weight": Part("", "magnitude", ""),
-    "diff_b": Part("bias", "diff_b", ""),
-    "lora_up.bias": Part("bias", "bias", ""),
-    "lora_B.bias": Part("bias", "bias", ""),
-    "w_norm": Part("norm", "w_norm", ""),
-    "b_norm": Part("norm", "b_norm", ""),
+TAILS: Mapping[str, KeyPart] = {  # end of a key, behind the module's name -> part
+    "lokr_w1": KeyPart("lokr", "w1", "lokr"),
+    "lokr_w1_a": KeyPart("lokr", "w1_a", "lokr"),
+    "lokr_w1_b": KeyPart("lokr", "w1_b", "lokr"),
+    "lokr_w2": KeyPart("lokr", "w2", "lokr"),
+    "lokr_w2_a": KeyPart("lokr", "w2_a", "lokr"),
+    "lokr_w2_b": KeyPart("lokr", "w2_b", "lokr"),
+    "lokr_t2": KeyPart("lokr", "t2", "lokr"),
+    "lora_down.weight": KeyPart("lora", "down", "kohya"),
+    "lora_up.weight": KeyPart("lora", "up", "kohya"),
+    "lora_mid.weight": KeyPart("lora", "mid", "kohya"),
+    "lora_A.weight": KeyPart("lora", "down", "peft"),
+    "lora_B.weight": KeyPart("lora", "up", "peft"),
+    "lora.down.weight": KeyPart("lora", "down", "diffusers"),
+    "lora.up.weight": KeyPart("lora", "up", "diffusers"),
+    "lora_linear_layer.down.weight": KeyPart("lora", "down", "diffusers"),
+    "lora_linear_layer.up.weight": KeyPart("lora", "up", "diffusers"),
+    "lora_layer.down.weight": KeyPart("lora", "down", "processor"),
+    "lora_layer.up.weight": KeyPart("lora", "up", "processor"),
+    "_lora.down.weight": KeyPart("lora", "down", "processor"),
+    "_lora.up.weight": KeyPart("lora", "up", "processor"),
+    "cdka_a": KeyPart("cdka", "cdka_a", "cdka"),
+    "cdka_b": KeyPart("cdka", "cdka_b", "cdka"),
+    "diff": KeyPart("dense", "diff", "dense"),
+    "alpha": KeyPart("", "alpha", ""),
+    "lora.alpha": KeyPart("", "alpha", ""),
+    "_lora.alpha": KeyPart("", "alpha", ""),
+    "dora_scale": KeyPart("", "dora_scale", ""),
+    "lora_magnitude_vector": KeyPart("", "magnitude", ""),
+    "lora_magnitude_vector.weight": KeyPart("", "magnitude", ""),
+    "diff_b": KeyPart("bias", "diff_b", ""),
+    "lora_up.bias": KeyPart("bias", "bias", ""),
+    "lora_B.bias": KeyPart("bias", "bias", ""),
+    "w_norm": KeyPart("norm", "w_norm", ""),
+    "b_norm": KeyPart("norm", "b_norm", ""),
 }
 FOREIGN: Mapping[str, str] = {  # end of a key -> the algorithm that writes it, none of them a Kronecker product
     **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), "LoHa"),
@@ -81,7 +81,7 @@ OPTIONAL = ("mid", "alpha", "dora_scale", "magnitude")
 
 
 @dataclass(frozen=True)
-class ModuleGroup:
+class ModuleTensors:
     """The tensors of one module of a file."""
 
     name: str  # as the file spells it, without the part
@@ -98,7 +98,7 @@ class ModuleGroup:
 class Keys:
     """Every tensor of a file, sorted by what it is."""
 
-    modules: tuple[ModuleGroup, ...]
+    modules: tuple[ModuleTensors, ...]
     extras: tuple[str, ...] = ()  # embeddings, norms, biases: kept, but no delta of a weight
     foreign: Mapping[str, str] | None = None  # module -> an algorithm that is no Kronecker product
     unknown: tuple[str, ...] = ()  # belong to nothing
@@ -113,26 +113,26 @@ class Keys:
         return frozenset(module.kind for module in self.modules)
 
 
-def split_key(key: str) -> tuple[str, Part] | None:
+def split_key(key: str) -> tuple[str, KeyPart] | None:
     """The module and the part that a key names; None where no grammar knows it.
 
     >>> split_key("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight")
-    ('lora_unet_mid_block_attentions_0_proj_in', Part(kind='lora', name='down', grammar='kohya'))
+    ('lora_unet_mid_block_attentions_0_proj_in', KeyPart(kind='lora', name='down', grammar='kohya'))
     >>> split_key("unet.mid_block.attn1.processor.to_out_lora.up.weight")[0]
     'unet.mid_block.attn1.processor.to_out'
     >>> split_key("base_model.model.to_q.lora_A.default.weight")[0]
     'base_model.model.to_q'
     >>> split_key("unet:3:up")
-    ('unet:3', Part(kind='lora', name='up', grammar='cloneofsimo'))
+    ('unet:3', KeyPart(kind='lora', name='up', grammar='cloneofsimo'))
     """
     if place := POSITIONAL.fullmatch(key):
-        return f"{place[1]}:{place[2]}", Part("lora", place[3], "cloneofsimo")
+        return f"{place[1]}:{place[2]}", KeyPart("lora", place[3], "cloneofsimo")
     key = ADAPTER_NAME.sub(r".\1\2", key)
     for tail in _tails(key):
         if tail in TAILS:
             return _module(key, tail), TAILS[tail]
         if tail in FOREIGN:
-            return _module(key, tail), Part("foreign", FOREIGN[tail], "")
+            return _module(key, tail), KeyPart("foreign", FOREIGN[tail], "")
     return None
 
 
@@ -156,7 +156,7 @@ def sort_keys(names: Iterable[str], metadata: Mapping[str, str], vectors: Contai
     Raises ConflictError where two keys are the same part of a module, IncompleteError where one module holds two
     kinds of delta.
     """
-    modules: dict[str, dict[str, tuple[str, Part]]] = {}
+    modules: dict[str, dict[str, tuple[str, KeyPart]]] = {}
     foreign: dict[str, str] = {}
     extras, unknown = [], []
     for key in sorted(names):
@@ -178,11 +178,11 @@ def _is_embedding(key: str, metadata: Mapping[str, str]) -> bool:
     return key.startswith(EMBEDDINGS) or metadata.get(key) == "<embed>" or (key[:1] == "<" and key[-1:] == ">")
 
 
-def _is_extra(part: Part, vector: bool) -> bool:
+def _is_extra(part: KeyPart, vector: bool) -> bool:
     return part.kind in ("bias", "norm") or (part.kind == "dense" and vector)
 
 
-def _add(parts: dict[str, tuple[str, Part]], key: str, found: tuple[str, Part]) -> None:
+def _add(parts: dict[str, tuple[str, KeyPart]], key: str, found: tuple[str, KeyPart]) -> None:
     module, part = found
     if part.name in parts:
         raise ConflictError(
@@ -192,7 +192,7 @@ def _add(parts: dict[str, tuple[str, Part]], key: str, found: tuple[str, Part]) 
     parts[part.name] = (key, part)
 
 
-def _group(name: str, parts: Mapping[str, tuple[str, Part]]) -> ModuleGroup | None:
+def _group(name: str, parts: Mapping[str, tuple[str, KeyPart]]) -> ModuleTensors | None:
     kinds = sorted({part.kind for _, part in parts.values()} - {""})
     if len(kinds) > 1:
         raise IncompleteError(
@@ -201,4 +201,4 @@ def _group(name: str, parts: Mapping[str, tuple[str, Part]]) -> ModuleGroup | No
     if not kinds:
         return None
     grammars = frozenset(part.grammar for _, part in parts.values()) - {""}
-    return ModuleGroup(name, kinds[0], {part: key for part, (key, _) in parts.items()}, grammars)
+    return ModuleTensors(name, kinds[0], {part: key for part, (key, _) in parts.items()}, grammars)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from krona_hub.checkpoints.header import FLOATS, TensorInfo
 from krona_hub.errors import AmbiguousError, DtypeError, IncompleteError, ShapeError
-from krona_hub.formats.parsing.keys import ModuleGroup
+from krona_hub.formats.parsing.keys import ModuleTensors
 from krona_hub.kron.shapes import KronShape
 
 Size = tuple[int, ...]
@@ -24,7 +24,7 @@ _AGAIN = "Save the adapter again with the tool that trained it."
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModuleLayout:
     """What a module's delta is made of."""
 
     kind: str  # a key of KINDS
@@ -38,7 +38,7 @@ class Layout:
     dora: Literal["out", "in"] | None = None
 
 
-def layout_of(group: ModuleGroup, tensors: Mapping[str, TensorInfo], kind: str | None = None) -> Layout:
+def layout_of(group: ModuleTensors, tensors: Mapping[str, TensorInfo], kind: str | None = None) -> ModuleLayout:
     """The layout of a module, read as `kind` (a key of KINDS) where a format means something else by its keys.
 
     Raises IncompleteError, ShapeError, DtypeError or AmbiguousError; the caller adds the name of the module.
@@ -81,7 +81,7 @@ def _matrix(part: str, size: Size) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _lora(sizes: Sizes) -> Layout:
+def _lora(sizes: Sizes) -> ModuleLayout:
     """down (r, in[, k…]), up (out, r); with mid (m, n, k…): down (n, in), up (out, m)."""
     down, up = _need(sizes, "down", "up")
     out, rank = _matrix("up", up)
@@ -89,24 +89,24 @@ def _lora(sizes: Sizes) -> Layout:
     if "mid" in sizes:
         return _lora_tucker(sizes["mid"], _matrix("down", down), (out, rank))
     _check(down[0] == rank, f"up {list(up)} and down {list(down)} have different ranks, {rank} and {down[0]}.")
-    return Layout("lora", KronShape(1, 1, out, prod(down[1:])), (out, *down[1:]), right_rank=rank, rank=rank)
+    return ModuleLayout("lora", KronShape(1, 1, out, prod(down[1:])), (out, *down[1:]), right_rank=rank, rank=rank)
 
 
-def _lora_tucker(mid: Size, down: tuple[int, int], up: tuple[int, int]) -> Layout:
+def _lora_tucker(mid: Size, down: tuple[int, int], up: tuple[int, int]) -> ModuleLayout:
     (n, in_), (out, m) = down, up
     _check(len(mid) >= 2 and mid[:2] == (m, n), f"'mid' {list(mid)} does not join up {list(up)} and down {list(down)}.")
     weight = (out, in_, *mid[2:])
-    return Layout("lora", KronShape(1, 1, out, prod(weight[1:])), weight, right_rank=m, rank=n)
+    return ModuleLayout("lora", KronShape(1, 1, out, prod(weight[1:])), weight, right_rank=m, rank=n)
 
 
-def _lokr(sizes: Sizes) -> Layout:
+def _lokr(sizes: Sizes) -> ModuleLayout:
     """w1 (a, c) or w1_a·w1_b; w2 (b, d[, k…]) or w2_a·w2_b, or a Tucker core t2 with w2_a (r, b)."""
     (a, c), left = _lokr_left(sizes)
     (b, *rest), right = _lokr_right(sizes)
     weight = (a * b, c * rest[0], *rest[1:])
     shape = KronShape(a, c, b, prod(rest))
     rank = sizes["w2_b"][0] if right else left
-    return Layout("lokr", shape, weight, left_rank=left, right_rank=right, rank=rank)
+    return ModuleLayout("lokr", shape, weight, left_rank=left, right_rank=right, rank=rank)
 
 
 def _lokr_left(sizes: Sizes) -> tuple[tuple[int, int], int | None]:
@@ -147,30 +147,30 @@ def _only(whole: str, sizes: Sizes, *products: str) -> None:
         raise IncompleteError(f"{whole!r} is there whole and as {' and '.join(both)}.", fix=_AGAIN)
 
 
-def _cdka(sizes: Sizes) -> Layout:
+def _cdka(sizes: Sizes) -> ModuleLayout:
     """cdka_b (r, out/r1, r2) ⊗ cdka_a (r, r1, in/r2), summed over r (FORMATS §9)."""
     right, left = _need(sizes, "cdka_a", "cdka_b")
     fits = len(left) == len(right) == 3 and left[0] == right[0]
     _check(fits, f"cdka_b {list(left)} and cdka_a {list(right)} are no stacks of equal length.")
     shape = KronShape(left[1], left[2], right[1], right[2])
-    return Layout("cdka", shape, shape.full, terms=left[0], rank=left[0] * left[2])
+    return ModuleLayout("cdka", shape, shape.full, terms=left[0], rank=left[0] * left[2])
 
 
-def _dense(sizes: Sizes) -> Layout:
+def _dense(sizes: Sizes) -> ModuleLayout:
     (whole,) = _need(sizes, "diff")
     _check(len(whole) >= 2, f"'diff' should be a weight and is {list(whole)}.")
-    return Layout("dense", KronShape(1, 1, whole[0], prod(whole[1:])), whole)
+    return ModuleLayout("dense", KronShape(1, 1, whole[0], prod(whole[1:])), whole)
 
 
-def _diffusekrona(sizes: Sizes) -> Layout:
+def _diffusekrona(sizes: Sizes) -> ModuleLayout:
     """down (a2, a1) and up (b1, b2): the rows of downᵀ ⊗ up, interleaved (FORMATS §8)."""
     down, up = _need(sizes, "down", "up")
     (a2, a1), (b1, b2) = _matrix("down", down), _matrix("up", up)
     shape = KronShape(a1, a2, b1, b2)
-    return Layout("diffusekrona", shape, shape.full, rows="shuffled")
+    return ModuleLayout("diffusekrona", shape, shape.full, rows="shuffled")
 
 
-def _peft_lokr(sizes: Sizes) -> Layout:
+def _peft_lokr(sizes: Sizes) -> ModuleLayout:
     """As LyCORIS, but a Conv1d with a whole w2 means Σₖ w2[:, :, k] ⊗ (w1 ⊗ eₖ): PEFT forgets to align the axes."""
     layout = _lokr(sizes)
     if "w2" not in sizes or len(sizes["w2"]) != 3:
@@ -180,7 +180,7 @@ def _peft_lokr(sizes: Sizes) -> Layout:
     return replace(layout, kind="peft-conv1d", shape=KronShape(b, d, a, c * k), terms=k, left_rank=None)
 
 
-KINDS: Mapping[str, Callable[[Sizes], Layout]] = {
+KINDS: Mapping[str, Callable[[Sizes], ModuleLayout]] = {
     "lora": _lora, "lokr": _lokr, "cdka": _cdka, "dense": _dense, "diffusekrona": _diffusekrona,
     "peft-lokr": _peft_lokr,
 }  # fmt: skip

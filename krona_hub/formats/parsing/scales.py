@@ -15,14 +15,14 @@ from math import isfinite, sqrt
 from typing import Any
 
 from krona_hub.errors import FormatError, ScaleError, ShapeError
-from krona_hub.formats.parsing.module_layout import Layout
+from krona_hub.formats.parsing.module_layout import ModuleLayout
 
 MAX_ALPHA = 1e8  # beyond this it is a placeholder, not a strength
 _FIX = "Set alpha to the value it was trained with, or convert the file with the tool that wrote it."
 
 
 @dataclass(frozen=True)
-class Scale:
+class ModuleScale:
     """The factor of a module, and where it comes from."""
 
     value: float
@@ -114,23 +114,23 @@ def metadata_configs(metadata: Mapping[str, str]) -> Mapping[str, ScaleConfig]:
     return {p: config_of(config, f"{p}.") for p in prefixes} or {"": config_of(config)}
 
 
-def tensor_scale(layout: Layout, alpha: float | None) -> Scale:
+def tensor_scale(layout: ModuleLayout, alpha: float | None) -> ModuleScale:
     """The scale of a module by its own tensors. Raises ScaleError where alpha is needed and no usable number.
 
     >>> from krona_hub.kron.shapes import KronShape
-    >>> low, full = Layout("lora", KronShape(1, 1, 8, 8), (8, 8), rank=4), Layout("lokr", KronShape(2, 2, 4, 4), (8, 8))
+    >>> low, full = ModuleLayout("lora", KronShape(1, 1, 8, 8), (8, 8), rank=4), ModuleLayout("lokr", KronShape(2, 2, 4, 4), (8, 8))
     >>> tensor_scale(low, 2.0).value, tensor_scale(full, 9999999999.0).value
     (0.5, 1.0)
     """
     if alpha is None:
-        return Scale(1.0)
+        return ModuleScale(1.0)
     if layout.rank is None:
         odd = layout.kind == "lokr" and not (isfinite(alpha) and abs(alpha) < MAX_ALPHA)
-        return Scale(1.0, alpha, f"alpha {alpha:g} ignored: both factors are full" if odd else "")
+        return ModuleScale(1.0, alpha, f"alpha {alpha:g} ignored: both factors are full" if odd else "")
     return _scale(alpha, sqrt(layout.rank) if layout.kind == "cdka" else layout.rank)
 
 
-def config_scale(config: ScaleConfig, path: str, layout: Layout) -> Scale:
+def config_scale(config: ScaleConfig, path: str, layout: ModuleLayout) -> ModuleScale:
     """The scale of a module by a configuration. Raises ShapeError where its rank is not that of the tensors."""
     if config.kind != layout.kind.replace("peft-conv1d", "lokr"):
         raise ScaleError(
@@ -147,8 +147,8 @@ def config_scale(config: ScaleConfig, path: str, layout: Layout) -> Scale:
     return _scale(alpha, sqrt(rank) if config.rs_lora else rank)
 
 
-def _scale(alpha: float, divisor: float) -> Scale:
+def _scale(alpha: float, divisor: float) -> ModuleScale:
     if not (isfinite(alpha) and abs(alpha) <= MAX_ALPHA):
         raise ScaleError(f"alpha is {alpha:g}, and the scale is alpha / {divisor:g}.", fix=_FIX)
     note = "alpha is 0, so this module adds nothing" if alpha == 0 else ""
-    return Scale(alpha / divisor, alpha, note)
+    return ModuleScale(alpha / divisor, alpha, note)

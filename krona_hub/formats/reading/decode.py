@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from krona_hub.errors import NonFiniteError, ScaleError
-from krona_hub.formats.parsing.module_layout import Layout
+from krona_hub.formats.parsing.module_layout import ModuleLayout
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora
 
 Parts = Mapping[str, Tensor]
 
 
-def decode(parts: Parts, layout: Layout, scale: float) -> KronTerms:
+def decode(parts: Parts, layout: ModuleLayout, scale: float) -> KronTerms:
     """scale · ΔW of a module as a sum of Kronecker products, a convolution flattened from dimension 1.
 
     A convolution needs no care: kron(w1 (a, c, 1, 1), w2 (b, d, k, k)) flattened from dimension 1 is kron(w1, w2
@@ -45,7 +45,7 @@ def magnitude_of(parts: Parts) -> Tensor | None:
     return None if magnitude is None else magnitude.flatten()
 
 
-def _scaled(terms: KronTerms, scale: float, layout: Layout) -> KronTerms:
+def _scaled(terms: KronTerms, scale: float, layout: ModuleLayout) -> KronTerms:
     """The scale goes where LyCORIS puts it: into up of a LoRA, into w1 or w1_a of a LoKr."""
     if layout.kind == "lora" and isinstance(terms.right, LowRank):
         up = _wide(terms.right.up) * scale

@@ -4,101 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from krona_hub.bases.base import Base
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.checkpoints.header import Header, TensorInfo
 from krona_hub.errors import KronaError
-from krona_hub.formats.compatibility.format_limits import LayerForm, SumForm
+from krona_hub.formats.forms.delta_form import SumForm
+from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
 from krona_hub.formats.parsing import file_metadata
 from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
-from krona_hub.formats.reading.read_plan import ModulePlan, Plan, make_plan
-from krona_hub.kron.shapes import KronShape
+from krona_hub.formats.reading.description import Description, ModuleInfo
+from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan
 from krona_hub.schema import tensor_layout
 
 LISTED = 8  # problems that are told one by one
-
-
-@dataclass(frozen=True)
-class ModuleInfo:
-    """One module of a file."""
-
-    name: str  # as the file spells it
-    layers: tuple[str, ...]  # canonical names; several where it is fused, none where no base explains it
-    kind: str  # lora, lokr, cdka, dense, diffusekrona, peft-conv1d; krona in native files
-    weight_shape: tuple[int, ...]  # of the base where it is known, else as far as the tensors tell
-    sums: tuple[SumForm, ...]  # one, but for native files
-    rank: int | None  # the r of alpha / r
-    alpha: float | None
-    scale: float
-    dora_axis: Literal["out", "in"] | None
-    parameters: int  # of the file's own tensors; alpha and the constant [[1]] of a LoRA are not counted
-    bytes: int
-    dtypes: tuple[str, ...]
-
-    @property
-    def form(self) -> LayerForm:
-        """Its sizes, for the rules about what a tool or a format can hold."""
-        return LayerForm(self.weight_shape, self.sums, self.dora_axis, self.layers[0] if self.layers else "")
-
-    @property
-    def split(self) -> KronShape | None:
-        """Of the first sum; None for a native layer without sums (a DoRA whose directions did not move)."""
-        return self.sums[0].shape if self.sums else None
-
-    @property
-    def terms(self) -> int:
-        return sum(s.terms for s in self.sums)
-
-    @property
-    def left_rank(self) -> int | None:
-        return self.sums[0].left_rank if self.sums else None
-
-    @property
-    def right_rank(self) -> int | None:
-        return self.sums[0].right_rank if self.sums else None
-
-    @property
-    def rows(self) -> Literal["kron", "shuffled"]:
-        return self.sums[0].rows if self.sums else "kron"
-
-
-@dataclass(frozen=True)
-class Description:
-    """A file, or the files of a folder, described."""
-
-    path: Path
-    format: str  # a name of FORMATS
-    scale_rule: str
-    header: Header  # of the first file
-    modules: tuple[ModuleInfo, ...]
-    base: str | None  # that it fits; None where it is unknown
-    candidates: tuple[str, ...]  # catalogue names that fit equally well
-    matched: str  # "N of M modules matched …"
-    parameters: int  # of the modules, alpha not counted
-    bytes: int  # of the files
-    dtypes: Mapping[str, int]  # dtype -> tensors
-    extras: tuple[str, ...] = ()  # embeddings, norms, biases
-    unmatched: Mapping[str, str] = field(default_factory=dict)  # module or key -> why it is not read
-    trigger_words: tuple[str, ...] = ()
-    training: Mapping[str, str] = field(default_factory=dict)
-    licence: str | None = None
-    warnings: tuple[str, ...] = ()
-    schema: str | None = None  # version of a native file
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """The components that it adapts."""
-        return tuple(sorted({layer.partition(".")[0] for m in self.modules for layer in m.layers}))
-
-    @property
-    def kinds(self) -> Mapping[str, int]:
-        """Kind -> number of modules."""
-        return dict(Counter(m.kind for m in self.modules))
 
 
 def describe(
@@ -120,11 +41,11 @@ def describe(
 
 def _describe_file(file: AdapterFile, format: str | None, component: str | None) -> Description:
     with in_file(file.path):
-        spoke = by_name(format) if format is not None else detect_format(file)
-        return _native(file) if spoke.NAME == "krona" else _of_plan(make_plan(file, spoke, component, lost=True))
+        known = by_name(format) if format is not None else detect_format(file)
+        return _native(file) if known is KRONA else _of_plan(make_plan(file, known, component, lost=True))
 
 
-def _of_plan(plan: Plan) -> Description:
+def _of_plan(plan: ReadPlan) -> Description:
     file, landing = plan.file, plan.landing
     modules = tuple(_module(m, plan) for m in plan.modules)
     tensors = file.header.tensors
@@ -149,7 +70,7 @@ def _of_plan(plan: Plan) -> Description:
     )
 
 
-def _module(module: ModulePlan, plan: Plan) -> ModuleInfo:
+def _module(module: ModulePlan, plan: ReadPlan) -> ModuleInfo:
     sizes, base = module.layout, plan.landing.base
     infos = [plan.file.header.tensors[key] for part, key in module.group.parts.items() if part != "alpha"]
     plain = next((place.layer for place in module.places if place.plain), None)
@@ -184,7 +105,7 @@ def _native(file: AdapterFile) -> Description:
     return Description(
         path=header.path,
         format="krona",
-        scale_rule=by_name("krona").RULES.scale,
+        scale_rule=KRONA.scale,
         header=header,
         modules=modules,
         base=base.family if base else None,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 
 from krona_hub.bases.base import COMPONENTS
 from krona_hub.checkpoints.header import FLOATS
@@ -23,12 +22,12 @@ from krona_hub.errors import (
     UnknownBaseError,
     UnsupportedError,
 )
-from krona_hub.formats.known.format import Rules
+from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.base_match import Landing, Placements, land
-from krona_hub.formats.parsing.keys import ModuleGroup, split_key
-from krona_hub.formats.parsing.module_layout import Layout, layout_of
-from krona_hub.formats.parsing.scales import Scale, ScaleConfig, config_scale, tensor_scale
+from krona_hub.formats.parsing.keys import ModuleTensors, split_key
+from krona_hub.formats.parsing.module_layout import ModuleLayout, layout_of
+from krona_hub.formats.parsing.scales import ModuleScale, ScaleConfig, config_scale, tensor_scale
 
 FORGIVABLE = (IncompleteError, UnsupportedError, BaseMismatchError)  # what --allow-missing consents to
 SHOWN = 3  # names in a message
@@ -38,14 +37,14 @@ SHOWN = 3  # names in a message
 class ModulePlan:
     """How one module of a file is read."""
 
-    group: ModuleGroup
-    layout: Layout
-    scale: Scale
+    group: ModuleTensors
+    layout: ModuleLayout
+    scale: ModuleScale
     places: Placements  # none where the base is unknown
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class ReadPlan:
     """How a file is read."""
 
     file: AdapterFile
@@ -71,15 +70,14 @@ class Plan:
         return f"{landed} of {self.total} modules matched {where}"
 
 
-def make_plan(file: AdapterFile, spoke: ModuleType, component: str | None = None, *, lost: bool = False) -> Plan:
-    """The plan of `file` read by the rules of `spoke`; every problem of a module is in `aside`.
+def make_plan(file: AdapterFile, format: Format, component: str | None = None, *, lost: bool = False) -> ReadPlan:
+    """The plan of `file` read by the rules of `format`; every problem of a module is in `aside`.
 
     Raises what concerns the file as a whole: a broken configuration, and no base or several, unless it may be `lost`:
     then its modules have no places, and a note says why.
     """
-    rules: Rules = spoke.RULES
-    layouts, scales, aside = measure(file, rules)
-    landing, why = _landing(file, layouts, rules, component, lost)
+    layouts, scales, aside = measure(file, format)
+    landing, why = _landing(file, layouts, format, component, lost)
     aside |= {**landing.problems, **_conflicts(landing)}
     modules = tuple(
         ModulePlan(group, layouts[group.name], scales[group.name], landing.places.get(group.name, ()))
@@ -88,25 +86,27 @@ def make_plan(file: AdapterFile, spoke: ModuleType, component: str | None = None
     )
     notes = (
         *why,
-        *rules.notes(file),
+        *format.notes(file),
         *_scale_notes(modules),
         *_conv1d_note(modules),
         *_uncovered(landing),
         *_extras(file),
     )
-    return Plan(file, spoke.NAME, rules.scale, landing, modules, aside, notes)
+    return ReadPlan(file, format.name, format.scale, landing, modules, aside, notes)
 
 
-def measure(file: AdapterFile, rules: Rules) -> tuple[dict[str, Layout], dict[str, Scale], dict[str, KronaError]]:
+def measure(
+    file: AdapterFile, format: Format
+) -> tuple[dict[str, ModuleLayout], dict[str, ModuleScale], dict[str, KronaError]]:
     """The layout and the scale of each module, whatever base they are for, and the modules that have none, and why."""
     aside = _leftovers(file)
-    configs = rules.configs(file)
-    layouts: dict[str, Layout] = {}
-    scales: dict[str, Scale] = {}
+    configs = format.configs(file)
+    layouts: dict[str, ModuleLayout] = {}
+    scales: dict[str, ModuleScale] = {}
     alphas = _alphas(file)
     for group in file.keys.modules:
         try:
-            layout = layout_of(group, file.header.tensors, rules.kinds.get(group.kind))
+            layout = layout_of(group, file.header.tensors, format.kinds.get(group.kind))
             scales[group.name] = _scale(group, layout, alphas.get(group.name), configs)
             layouts[group.name] = layout
         except KronaError as error:
@@ -138,7 +138,9 @@ def _alphas(file: AdapterFile) -> dict[str, float]:
     return {name: values[key] for name, key in sound.items()}
 
 
-def _scale(group: ModuleGroup, layout: Layout, alpha: float | None, configs: Mapping[str, ScaleConfig]) -> Scale:
+def _scale(
+    group: ModuleTensors, layout: ModuleLayout, alpha: float | None, configs: Mapping[str, ScaleConfig]
+) -> ModuleScale:
     """By the configuration of its component, unless the module has an alpha of its own (OneTrainer)."""
     path = group.name.removeprefix("base_model.model.")
     component, _, rest = path.partition(".")
@@ -153,23 +155,23 @@ def _scale(group: ModuleGroup, layout: Layout, alpha: float | None, configs: Map
 
 
 def _landing(
-    file: AdapterFile, layouts: Mapping[str, Layout], rules: Rules, component: str | None, lost: bool
+    file: AdapterFile, layouts: Mapping[str, ModuleLayout], format: Format, component: str | None, lost: bool
 ) -> tuple[Landing, tuple[str, ...]]:
     """Where the modules land, and a note where that is not known and need not be."""
     nowhere = Landing(None, (), {}, {})
     if not layouts:
         return nowhere, ()
     try:
-        return _land(file, layouts, rules, component), ()
+        return _land(file, layouts, format, component), ()
     except (UnknownBaseError, AmbiguousError, BaseMismatchError) as error:
         if not lost:
             raise
         return nowhere, (str(error),)
 
 
-def _land(file: AdapterFile, layouts: Mapping[str, Layout], rules: Rules, component: str | None) -> Landing:
-    if rules.land is not None:
-        return rules.land(file, layouts)
+def _land(file: AdapterFile, layouts: Mapping[str, ModuleLayout], format: Format, component: str | None) -> Landing:
+    if format.land is not None:
+        return format.land(file, layouts)
     shapes = {name: layout.weight_shape for name, layout in layouts.items()}
     return land(shapes, file.metadata, file.base, component or file.component)
 
@@ -188,7 +190,7 @@ def _conflicts(landing: Landing) -> dict[str, KronaError]:
     return found
 
 
-def refuse(plan: Plan, allow_missing: bool) -> None:
+def refuse(plan: ReadPlan, allow_missing: bool) -> None:
     """Raise the first error that stops the reading: any that --allow-missing does not cover, or all modules gone."""
     refuse_unreadable(plan)
     if plan.aside and not allow_missing:
@@ -197,14 +199,14 @@ def refuse(plan: Plan, allow_missing: bool) -> None:
         raise _summary(plan.aside, plan) if plan.aside else IncompleteError("it adapts nothing.", fix="Is it empty?")
 
 
-def refuse_unreadable(plan: Plan) -> None:
+def refuse_unreadable(plan: ReadPlan) -> None:
     """Raise the first error that --allow-missing does not cover."""
     hard = {name: e for name, e in plan.aside.items() if not isinstance(e, FORGIVABLE)}
     if hard:
         raise _summary(hard, plan)
 
 
-def _summary(problems: Mapping[str, KronaError], plan: Plan) -> KronaError:
+def _summary(problems: Mapping[str, KronaError], plan: ReadPlan) -> KronaError:
     """The first problem, with the number and the names of others of its kind."""
     name, error = next(iter(problems.items()))
     alike = [n for n, e in problems.items() if type(e) is type(error)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 from torch import Tensor
 
@@ -13,11 +12,13 @@ from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenanc
 from krona_hub.bases.base import Base, Placement
 from krona_hub.checkpoints.reader import load
 from krona_hub.errors import ConflictError, KronaError, UnsupportedError
+from krona_hub.formats.known.format import Format
+from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
 from krona_hub.formats.parsing import file_metadata
 from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
 from krona_hub.formats.reading.decode import decode, magnitude_of
-from krona_hub.formats.reading.read_plan import ModulePlan, Plan, make_plan, refuse
+from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan, refuse
 from krona_hub.kron.rows import Range, take_rows, transposed
 from krona_hub.kron.terms import KronTerms
 
@@ -38,13 +39,13 @@ def read(
     `format` and `component` settle what a file leaves open. `allow_missing` reads the rest where some modules are
     unknown, incomplete or of another algorithm. Raises a KronaError that names the file, the module and the fix.
     """
-    spoke = by_name(format) if format is not None else None
+    known = by_name(format) if format is not None else None
     files = open_files(source, base)
-    parts = [_read_file(f, spoke, f.component if len(files) > 1 else component, allow_missing) for f in files]
+    parts = [_read_file(f, known, f.component if len(files) > 1 else component, allow_missing) for f in files]
     return _joined(parts, str(source))
 
 
-def read_planned(plans: Sequence[Plan], source: str = "the adapter") -> Adapter:
+def read_planned(plans: Sequence[ReadPlan], source: str = "the adapter") -> Adapter:
     """The adapter that these plans describe, whatever they set aside. Raises what reading its tensors raises."""
     parts = []
     for plan in plans:
@@ -53,12 +54,12 @@ def read_planned(plans: Sequence[Plan], source: str = "the adapter") -> Adapter:
     return _joined(parts, source)
 
 
-def _read_file(file: AdapterFile, spoke: ModuleType | None, component: str | None, allow_missing: bool) -> Adapter:
+def _read_file(file: AdapterFile, known: Format | None, component: str | None, allow_missing: bool) -> Adapter:
     with in_file(file.path):
-        spoke = spoke or detect_format(file)
-        if spoke.NAME == "krona":
+        known = known or detect_format(file)
+        if known is KRONA:
             return _read_native(file)
-        plan = make_plan(file, spoke, component)
+        plan = make_plan(file, known, component)
         refuse(plan, allow_missing)
         return _carry_out(plan)
 
@@ -70,7 +71,7 @@ def _read_native(file: AdapterFile) -> Adapter:
     return replace(adapter, base=adapter.base or (file.base.model if file.base else None))
 
 
-def _carry_out(plan: Plan) -> Adapter:
+def _carry_out(plan: ReadPlan) -> Adapter:
     tensors = load(plan.file.header, [key for m in plan.modules for key in m.group.keys])
     layers: dict[str, LayerDelta] = {}
     for module in plan.modules:
@@ -120,14 +121,14 @@ def _ranges(place: Placement, height: int) -> list[Range]:
     return [(middle, stop), (start, middle)]
 
 
-def _base_model(plan: Plan) -> BaseModel | None:
+def _base_model(plan: ReadPlan) -> BaseModel | None:
     landing = plan.landing
     if landing.base is None:
         return None
     return replace(landing.base.model, candidates=landing.candidates if len(landing.candidates) > 1 else ())
 
 
-def _provenance(plan: Plan) -> Provenance:
+def _provenance(plan: ReadPlan) -> Provenance:
     known = plan.file.metadata
     return Provenance(
         source_format=plan.format,

@@ -1,6 +1,6 @@
 """LayerDelta → the tensors that a format stores for one module: exactly, or an error that says why not.
 
-The reverse of `krona_hub.formats.reading.decode`. alpha is written equal to the rank, so that the scale of every reader is 1.
+The reverse of `krona_hub.formats.reading.decode`. alpha is written equal to the rank, so that every reader scales by 1.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import InexpressibleError, NonFiniteError
-from krona_hub.formats.compatibility.format_limits import KRONECKER, is_factored
+from krona_hub.formats.compatibility.format_limits import KRONECKER
 from krona_hub.formats.compatibility.tools import TOOLS, keeps_product_for_lycoris, why_not_form
+from krona_hub.formats.forms.delta_form import is_factored
 from krona_hub.formats.forms.normal_forms import Lora, form_of, lora_of, term_of
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import InexpressibleError
-from krona_hub.formats.compatibility.format_limits import Split
+from krona_hub.formats.forms.delta_form import ChannelSplit
 from krona_hub.formats.forms.normal_forms import form_of
 from krona_hub.formats.writing.encode import tensors_of
 from krona_hub.formats.writing.kohya_metadata import kohya_metadata
@@ -19,7 +19,7 @@ from krona_hub.formats.writing.peft_config import LokrModule, keeps_left_product
 from krona_hub.kron.terms import KronTerms, LowRank
 
 
-class Module(NamedTuple):
+class FileModule(NamedTuple):
     """One module of the file to be written, in the normal form of its format."""
 
     name: str  # as the file spells it, without parameter
@@ -47,7 +47,7 @@ class Tensors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Package:
+class FileSet:
     """Everything to be written: relative name -> file; the name "" is the output path itself."""
 
     files: Mapping[str, Tensors]
@@ -58,23 +58,23 @@ class Package:
         return "" in self.files
 
 
-def pack(format_name: str, modules: Sequence[Module], context: Context) -> Package:
+def pack(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
     """The files of `format_name` that hold these modules."""
     return PACKERS[format_name](format_name, modules, context)
 
 
-def _kohya(format_name: str, modules: Sequence[Module], context: Context) -> Package:
+def _kohya(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
     tensors = _keyed(format_name, [(m.name, m) for m in modules])
     ranks = [int(t) for key, t in tensors.items() if key.endswith(".alpha")]
     metadata = kohya_metadata(format_name, ranks, context.family, context.metadata, context.trigger_words)
-    return Package({"": Tensors(tensors, metadata)})
+    return FileSet({"": Tensors(tensors, metadata)})
 
 
-def _diffusekrona(format_name: str, modules: Sequence[Module], context: Context) -> Package:
-    return Package({"": Tensors(_keyed(format_name, [(m.name, m) for m in modules]), {"format": "pt"})})
+def _diffusekrona(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
+    return FileSet({"": Tensors(_keyed(format_name, [(m.name, m) for m in modules]), {"format": "pt"})})
 
 
-def _diffusers_lora(format_name: str, modules: Sequence[Module], context: Context) -> Package:
+def _diffusers_lora(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
     """As save_lora_weights writes it: `unet.….lora_A.weight`, and a config per component in the metadata."""
     config = {
         f"{component}.{key}": value
@@ -82,17 +82,17 @@ def _diffusers_lora(format_name: str, modules: Sequence[Module], context: Contex
         for key, value in _lora_config(format_name, members, context).items()
     }
     tensors = _keyed(format_name, [(m.name, m) for m in modules])
-    return Package({"": Tensors(tensors, _adapter_metadata(config))})
+    return FileSet({"": Tensors(tensors, _adapter_metadata(config))})
 
 
-def _diffusers_lokr(format_name: str, modules: Sequence[Module], context: Context) -> Package:
+def _diffusers_lokr(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
     """As save_lora_adapter writes it: no component, so there can be one only."""
     members = _only_component(modules, "A diffusers LoKr file")
     modules, config = _lokr_config(members, context)
-    return Package({"": Tensors(_keyed(format_name, [(m.path, m) for m in modules]), _adapter_metadata(config))})
+    return FileSet({"": Tensors(_keyed(format_name, [(m.path, m) for m in modules]), _adapter_metadata(config))})
 
 
-def _peft(format_name: str, modules: Sequence[Module], context: Context) -> Package:
+def _peft(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
     """A folder, or with several components a folder of folders."""
     groups = _by_component(modules)
     files, texts = {}, {}
@@ -106,10 +106,10 @@ def _peft(format_name: str, modules: Sequence[Module], context: Context) -> Pack
         files[f"{folder}adapter_model.safetensors"] = Tensors(keyed, {"format": "pt"})
         config = {**config, "base_model_name_or_path": context.base_id}
         texts[f"{folder}adapter_config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    return Package(files, texts)
+    return FileSet(files, texts)
 
 
-PACKERS: Mapping[str, Callable[[str, Sequence[Module], Context], Package]] = {
+PACKERS: Mapping[str, Callable[[str, Sequence[FileModule], Context], FileSet]] = {
     "kohya-lora": _kohya,
     "lycoris-locon": _kohya,
     "lycoris-lokr": _kohya,
@@ -121,7 +121,7 @@ PACKERS: Mapping[str, Callable[[str, Sequence[Module], Context], Package]] = {
 }
 
 
-def _keyed(format_name: str, named: Sequence[tuple[str, Module]]) -> dict[str, Tensor]:
+def _keyed(format_name: str, named: Sequence[tuple[str, FileModule]]) -> dict[str, Tensor]:
     return {
         f"{name}.{parameter}": tensor.contiguous()
         for name, module in named
@@ -129,14 +129,14 @@ def _keyed(format_name: str, named: Sequence[tuple[str, Module]]) -> dict[str, T
     }
 
 
-def _by_component(modules: Sequence[Module]) -> dict[str, list[Module]]:
-    groups: dict[str, list[Module]] = {}
+def _by_component(modules: Sequence[FileModule]) -> dict[str, list[FileModule]]:
+    groups: dict[str, list[FileModule]] = {}
     for m in modules:
         groups.setdefault(m.component, []).append(m)
     return groups
 
 
-def _only_component(modules: Sequence[Module], what: str) -> list[Module]:
+def _only_component(modules: Sequence[FileModule], what: str) -> list[FileModule]:
     groups = _by_component(modules)
     if len(groups) != 1:
         raise InexpressibleError(
@@ -150,7 +150,7 @@ def _adapter_metadata(config: Mapping[str, Any]) -> dict[str, str]:
     return {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
 
 
-def _lora_config(format_name: str, modules: Sequence[Module], context: Context) -> dict[str, Any]:
+def _lora_config(format_name: str, modules: Sequence[FileModule], context: Context) -> dict[str, Any]:
     doras = [m.delta.magnitude is not None for m in modules]
     if any(doras) and not all(doras):
         plain = next(m.name for m in modules if m.delta.magnitude is None)
@@ -162,7 +162,7 @@ def _lora_config(format_name: str, modules: Sequence[Module], context: Context) 
     return lora_config(ranks, dora=any(doras), others=_others(modules, context))
 
 
-def _lokr_config(modules: Sequence[Module], context: Context) -> tuple[list[Module], dict[str, Any]]:
+def _lokr_config(modules: Sequence[FileModule], context: Context) -> tuple[list[FileModule], dict[str, Any]]:
     """The config, and the modules with every w1 dense where PEFT's decompose_both cannot hold for all of them."""
     sizes = {_unwrapped(m): _lokr_module(m.delta) for m in modules}
     if not keeps_left_products(sizes):
@@ -175,7 +175,7 @@ def _lokr_module(delta: LayerDelta) -> LokrModule:
     term, kernel = delta.sums[0], form_of(delta).kernel
     left, right = (f.rank if isinstance(f, LowRank) else None for f in (term.left, term.right))
     shape = term.shape
-    return LokrModule(Split((shape.a1, shape.b1), (shape.a2, shape.b2 // kernel)), left, right)
+    return LokrModule(ChannelSplit((shape.a1, shape.b1), (shape.a2, shape.b2 // kernel)), left, right)
 
 
 def _left_dense(delta: LayerDelta) -> LayerDelta:
@@ -186,10 +186,10 @@ def _dense_left(s: KronTerms) -> KronTerms:
     return replace(s, left=s.left.dense()) if isinstance(s.left, LowRank) else s
 
 
-def _unwrapped(module: Module) -> str:
+def _unwrapped(module: FileModule) -> str:
     """The path without `text_model.`: PEFT matches endings, so this fits old and new text encoders alike."""
     return module.path.removeprefix("text_model.")
 
 
-def _others(modules: Sequence[Module], context: Context) -> Collection[str]:
+def _others(modules: Sequence[FileModule], context: Context) -> Collection[str]:
     return context.others.get(modules[0].component, ())

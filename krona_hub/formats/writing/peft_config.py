@@ -11,13 +11,14 @@ from math import ceil
 from typing import Any, NamedTuple
 
 from krona_hub.errors import InexpressibleError
-from krona_hub.formats.compatibility.format_limits import Split, common_peft_factor, is_factored
+from krona_hub.formats.compatibility.format_limits import common_peft_factor
+from krona_hub.formats.forms.delta_form import ChannelSplit, is_factored
 
 
 class LokrModule(NamedTuple):
     """What decides how PEFT builds one LoKr module."""
 
-    split: Split
+    split: ChannelSplit
     left_rank: int | None  # None: w1 is dense
     right_rank: int | None  # None: w2 is dense
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.errors import IntegrityError, KronaError
 from krona_hub.formats.reading.reader import read
-from krona_hub.formats.writing.write_plan import Plan, gathered
+from krona_hub.formats.writing.write_plan import WritePlan, gathered
 from krona_hub.kron.norms import norm, relative_difference
 from krona_hub.kron.parallel import in_parallel
 
@@ -15,7 +15,7 @@ WORST = 1e-5  # relative: float32 products round at 1e-7, and no mistake in a na
 _REPORT = "Nothing was kept. This is a bug of krona_hub: please report it with the file."
 
 
-def checked(plan: Plan, staged: Path) -> float:
+def checked(plan: WritePlan, staged: Path) -> float:
     """The worst relative difference of the staged file from what was meant; IntegrityError above WORST."""
     components = plan.adapter.components
     component = components[0] if len(components) == 1 else None
@@ -38,7 +38,7 @@ def _says(delta: LayerDelta) -> bool:
     return delta.magnitude is not None or norm(delta.sums) > 0
 
 
-def _differences(plan: Plan, back: Adapter) -> list[tuple[float, str]]:
+def _differences(plan: WritePlan, back: Adapter) -> list[tuple[float, str]]:
     """(difference, name): against the adapter itself, or against the tensors as cast, for half precision is meant."""
     if plan.dtype is None:
         pairs = [(x, back.layers[x], delta) for x, delta in plan.adapter.layers.items()]

@@ -10,16 +10,16 @@ import torch
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases.base import Base
-from krona_hub.bases.base import Module as BaseModule
+from krona_hub.bases.base import ModuleSpec as BaseModule
 from krona_hub.bases.loading import load_base
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.errors import InexpressibleError, UsageError
-from krona_hub.formats.compatibility.tools import Target, Tool, target_for, tool_named
+from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, tool_named
 from krona_hub.formats.forms.normal_forms import lora_of
 from krona_hub.formats.writing.encode import cast, normalised
 from krona_hub.formats.writing.fuse_modules import fused
 from krona_hub.formats.writing.module_names import DIALECTS, Home, check_one_component, homes, live_path
-from krona_hub.formats.writing.packing import PACKERS, Context, Module, Package, Tensors, pack
+from krona_hub.formats.writing.packing import PACKERS, Context, FileModule, FileSet, Tensors, pack
 from krona_hub.schema.v1 import to_tensors
 
 CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
@@ -40,15 +40,15 @@ class Aim:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """Everything that is needed to write the file and to check it."""
 
     adapter: Adapter
     aim: Aim
     base: Base  # what the names are read back against
     homes: Mapping[str, Home]  # layer -> where it goes
-    modules: Sequence[Module]
-    package: Package
+    modules: Sequence[FileModule]
+    package: FileSet
     dtype: torch.dtype | None
     notes: tuple[str, ...]
 
@@ -72,7 +72,7 @@ def aim_at(adapter: Adapter, format_name: str, tool_name: str | None, split_qkv:
     return Aim(target.format, target.dialect, tool, split_qkv or tool.split_qkv)
 
 
-def _target(adapter: Adapter, tool: Tool) -> Target:
+def _target(adapter: Adapter, tool: Tool) -> ToolTarget:
     """What the tool takes of this kind of adapter; the kind is never changed."""
     other = next((name for name, delta in adapter.layers.items() if lora_of(delta) is None), None)
     target = target_for(tool, other is None)
@@ -84,7 +84,7 @@ def _target(adapter: Adapter, tool: Tool) -> Target:
     return target
 
 
-def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: torch.dtype | None) -> Plan:
+def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: torch.dtype | None) -> WritePlan:
     """The files for this aim, in memory. Raises what makes the adapter impossible to write so."""
     if aim.format == "krona":
         return _native(adapter, aim, dtype)
@@ -95,14 +95,14 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
     modules = [m._replace(delta=cast(m.delta, dtype)) for m in _modules(adapter, aim, places, names)]
     check_text_encoders(aim, modules)
     package = pack(aim.format, modules, _context(adapter, known))
-    return Plan(adapter, aim, known or _own_layers(adapter), places, modules, package, dtype, _notes(adapter, aim))
+    return WritePlan(adapter, aim, known or _own_layers(adapter), places, modules, package, dtype, _notes(adapter, aim))
 
 
-def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> Plan:
+def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> WritePlan:
     layers = {layer: cast(delta, dtype) for layer, delta in adapter.layers.items()}
-    package = Package({"": Tensors(*to_tensors(adapter.with_layers(layers)))})
-    modules = [Module(layer, layer.partition(".")[0], layer, delta) for layer, delta in layers.items()]
-    return Plan(adapter, aim, _own_layers(adapter), homes(layers, "", None), modules, package, dtype, ())
+    package = FileSet({"": Tensors(*to_tensors(adapter.with_layers(layers)))})
+    modules = [FileModule(layer, layer.partition(".")[0], layer, delta) for layer, delta in layers.items()]
+    return WritePlan(adapter, aim, _own_layers(adapter), homes(layers, "", None), modules, package, dtype, ())
 
 
 def _known_base(adapter: Adapter, base: str | Path | Base | None) -> Base | None:
@@ -122,18 +122,18 @@ def _own_layers(adapter: Adapter) -> Base:
     return Base("the adapter's own layers", None, components)
 
 
-def _modules(adapter: Adapter, aim: Aim, places: Mapping[str, Home], names: NameTable | None) -> list[Module]:
+def _modules(adapter: Adapter, aim: Aim, places: Mapping[str, Home], names: NameTable | None) -> list[FileModule]:
     """The modules of the file, in the normal form of its format."""
     modules, tool = [], aim.tool.name if aim.tool else None
     for name, delta in gathered(adapter.layers, places).items():
         layer = next(x for x in adapter.layers if places[x].module == name)
         said = layer if len(places[layer].siblings) == 1 else name
         stored = normalised(delta, aim.format, tool, layer=said)
-        modules.append(Module(name, layer.partition(".")[0], live_path(layer, names), stored))
+        modules.append(FileModule(name, layer.partition(".")[0], live_path(layer, names), stored))
     return modules
 
 
-def check_text_encoders(aim: Aim, modules: Sequence[Module]) -> None:
+def check_text_encoders(aim: Aim, modules: Sequence[FileModule]) -> None:
     """Refuse, for diffusers, the text encoders that its pipelines fail on or pass over in silence.
 
     They load a CLIP only if one of its attention projections is adapted ("Could not automatically infer state dict

@@ -13,7 +13,7 @@ from krona_hub.bases.base import Base
 from krona_hub.checkpoints.atomic import atomic_folder, atomic_text, check_output
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.formats.writing.readback import checked
-from krona_hub.formats.writing.write_plan import Plan, aim_at, planned
+from krona_hub.formats.writing.write_plan import WritePlan, aim_at, planned
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def write(
     return _write_file(plan, path, overwrite) if plan.package.is_file else _write_folder(plan, path, overwrite)
 
 
-def _write_file(plan: Plan, path: Path, overwrite: bool) -> WriteReport:
+def _write_file(plan: WritePlan, path: Path, overwrite: bool) -> WriteReport:
     """Write beside the target, check there, and move it only then."""
     with tempfile.TemporaryDirectory(prefix=".krona-", dir=path.parent) as folder:
         staged = Path(folder) / path.name
@@ -71,7 +71,7 @@ def _write_file(plan: Plan, path: Path, overwrite: bool) -> WriteReport:
     return _report(plan, path, (path,), worst)
 
 
-def _write_folder(plan: Plan, path: Path, overwrite: bool) -> WriteReport:
+def _write_folder(plan: WritePlan, path: Path, overwrite: bool) -> WriteReport:
     with atomic_folder(path, overwrite=overwrite) as staged:
         for name, (tensors, metadata) in plan.package.files.items():
             (staged / name).parent.mkdir(exist_ok=True)
@@ -82,7 +82,7 @@ def _write_folder(plan: Plan, path: Path, overwrite: bool) -> WriteReport:
     return _report(plan, path, tuple(path / n for n in (*plan.package.files, *plan.package.texts)), worst)
 
 
-def _report(plan: Plan, path: Path, files: tuple[Path, ...], worst: float) -> WriteReport:
+def _report(plan: WritePlan, path: Path, files: tuple[Path, ...], worst: float) -> WriteReport:
     stored = [t for f in plan.package.files.values() for name, t in f.tensors.items() if not name.endswith(".alpha")]
     return WriteReport(
         path=path,

@@ -1,6 +1,6 @@
 """DoRA on a stored tensor, in two passes: norms first, then w·(W′ − W) tile by tile.
 
-W′ = (W + D)·m/‖W + D‖ with D = Σ A ⊗ B (Liu et al., 2024), as in `krona_hub.adapters.adapter`. With f = m/‖W + D‖ the change is
+W′ = (W + D)·m/‖W + D‖ with D = Σ A ⊗ B (Liu et al., 2024), as in `krona_hub.adapters.adapter`. With f = m/‖W + D‖:
 
     w·(W′ − W) = w·f·D + w·(f − 1)·W
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from krona_hub.kron.terms import Factor, LowRank
 from krona_hub.merging.arithmetic.scratch import scratch
-from krona_hub.merging.arithmetic.stored_layout import Layout, Sizes
+from krona_hub.merging.arithmetic.stored_layout import Sizes, StoredLayout
 
 TILE = 1 << 18  # numbers that are worked on at a time: few enough for a core's cache, many for Python's calls
 KEPT = 1 << 18  # numbers of a factor that are kept in the wide type; a larger one is widened row by row
@@ -72,7 +72,7 @@ class Last:
 class Runs:
     """T[p, q, r, s] += outer[p, r] · inner[q, s], term by term, along the last axis that both leave long."""
 
-    def __init__(self, layout: Layout, wide: torch.dtype) -> None:
+    def __init__(self, layout: StoredLayout, wide: torch.dtype) -> None:
         self._outer = Rows(layout.outer, wide, (2, 2) if layout.crossed else (2, 4))  # terms, p, q, r, s
         self._inner = Rows(layout.inner, wide, (3,) if layout.crossed else (2,))
         self._columns = layout.sizes[2:]
@@ -93,7 +93,7 @@ class Products:
 
     one_rounding = True
 
-    def __init__(self, layout: Layout, wide: torch.dtype) -> None:
+    def __init__(self, layout: StoredLayout, wide: torch.dtype) -> None:
         up, down = _as_product(layout.inner)
         self._left = Rows(up.transpose(0, 1).flatten(1)[None], wide)  # (1, Q, terms·rank)
         self._outer, self._down = Rows(layout.outer, wide), down.to(wide)
@@ -127,7 +127,7 @@ class Terms:
 
     one_rounding = True
 
-    def __init__(self, layout: Layout, wide: torch.dtype) -> None:
+    def __init__(self, layout: StoredLayout, wide: torch.dtype) -> None:
         self._outer, self._inner = Rows(layout.outer, wide), Rows(layout.inner, wide)
         self._columns, self._crossed = layout.sizes[2:], layout.crossed
 
@@ -148,7 +148,7 @@ class Terms:
 class Spread:
     """T[p, q, :] += x[p, :] · y[q, :], with x and y the rows of the factors spread over all columns."""
 
-    def __init__(self, layout: Layout, wide: torch.dtype) -> None:
+    def __init__(self, layout: StoredLayout, wide: torch.dtype) -> None:
         _, _, r, s = layout.sizes
         self._outer, self._inner = Rows(layout.outer, wide), Rows(layout.inner, wide)
         block, place = torch.arange(r * s) // s, torch.arange(r * s) % s
@@ -229,7 +229,7 @@ def _forming(f: Facts) -> float:
 class Maker(Protocol):
     """A class of ways."""
 
-    def __call__(self, layout: Layout, wide: torch.dtype, /) -> Way: ...
+    def __call__(self, layout: StoredLayout, wide: torch.dtype, /) -> Way: ...
 
 
 WAYS: tuple[tuple[Maker, Callable[[Facts], float]], ...] = (
@@ -237,7 +237,7 @@ WAYS: tuple[tuple[Maker, Callable[[Facts], float]], ...] = (
 )  # fmt: skip
 
 
-def cheapest_way(layout: Layout, wide: torch.dtype) -> Way:
+def cheapest_way(layout: StoredLayout, wide: torch.dtype) -> Way:
     """The sum, ready to be added to rows: by the way that costs least at its sizes."""
     tile_rows = max(1, TILE // (layout.sizes.r * layout.sizes.s))
     outer_rank, inner_rank = _rank(layout.outer), _rank(layout.inner)

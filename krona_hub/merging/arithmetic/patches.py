@@ -15,7 +15,7 @@ from krona_hub.bases.base import Placement
 from krona_hub.errors import BaseMismatchError, ConflictError
 from krona_hub.kron.rows import take_rows
 from krona_hub.merging.arithmetic.kernels import cheapest_way
-from krona_hub.merging.arithmetic.stored_layout import Layout, lay_out
+from krona_hub.merging.arithmetic.stored_layout import StoredLayout, lay_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Patch:
 class Addition:
     """A patch ready to be added to any of its rows. Belongs to one thread: it keeps what it made last."""
 
-    def __init__(self, patch: Patch, layouts: Sequence[Layout], wide: torch.dtype) -> None:
+    def __init__(self, patch: Patch, layouts: Sequence[StoredLayout], wide: torch.dtype) -> None:
         self.patch, self._layouts = patch, layouts
         self._ways = [(cheapest_way(layout, wide), layout.sizes.q) for layout in layouts]
 
@@ -72,7 +72,7 @@ def _pieces(first: int, last: int, block: int) -> Iterator[tuple[int, range, ran
         row += len(blocks) * len(rows)
 
 
-class Part(NamedTuple):
+class PatchRows(NamedTuple):
     """Stored rows that lie together in a layer too."""
 
     rows: range  # of the stored tensor
@@ -92,7 +92,7 @@ class Segment(NamedTuple):
     """Stored rows that the same parts touch."""
 
     rows: range
-    parts: tuple[Part, ...]
+    parts: tuple[PatchRows, ...]
 
 
 def additions(patches: Sequence[Patch], size: tuple[int, int], wide: torch.dtype, name: str) -> list[Addition]:
@@ -109,7 +109,7 @@ def additions(patches: Sequence[Patch], size: tuple[int, int], wide: torch.dtype
     return ready
 
 
-def _layouts(patch: Patch) -> list[Layout]:
+def _layouts(patch: Patch) -> list[StoredLayout]:
     """The sums as the file lays them out, the strength inside; DoRA comes to its strength later."""
     place, sums = patch.placement, patch.delta.sums
     if place.swap_halves and place.transpose:  # the halves are columns of what is stored
@@ -131,14 +131,14 @@ def _check_size(patch: Patch, size: tuple[int, int], name: str) -> None:
         )
 
 
-def parts_of(addition: Addition, height: int) -> tuple[Part, ...]:
+def parts_of(addition: Addition, height: int) -> tuple[PatchRows, ...]:
     """Where an addition lies in a stored tensor of `height` rows: in one piece, or in two swapped halves."""
     place = addition.patch.placement
     start, stop = place.rows or (0, height)
     if not place.swap_halves or place.transpose:
-        return (Part(range(start, stop), 0, addition),)
+        return (PatchRows(range(start, stop), 0, addition),)
     half = (stop - start) // 2
-    return Part(range(start, start + half), half, addition), Part(range(start + half, stop), 0, addition)
+    return PatchRows(range(start, start + half), half, addition), PatchRows(range(start + half, stop), 0, addition)
 
 
 def segments(ready: Sequence[Addition], height: int, name: str) -> list[Segment]:
@@ -156,7 +156,7 @@ def segments(ready: Sequence[Addition], height: int, name: str) -> list[Segment]
     return cut
 
 
-def _check_dora(parts: Sequence[Part], name: str) -> None:
+def _check_dora(parts: Sequence[PatchRows], name: str) -> None:
     layers = [p.addition.patch.placement.layer for p in parts if p.addition.patch.delta.magnitude is not None]
     if len(layers) > 1:
         raise ConflictError(

@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class StoredLayout:
     """One Kronecker sum in the order of the stored matrix."""
 
     outer: Factor  # (terms, P, R), crossed: (terms, P, S)
@@ -53,19 +53,19 @@ class Layout:
         """Whether a factor is zero as a whole: then nothing is added, and the base keeps its bits."""
         return not all(_holds_any(t) for t in (*factor_tensors(self.outer), *factor_tensors(self.inner)))
 
-    def scaled(self, weight: float) -> Layout:
+    def scaled(self, weight: float) -> StoredLayout:
         """weight · ΔW. The weight goes into the smallest tensor, which becomes float64."""
         if weight == 1:
             return self
         smallest = min((*factor_tensors(self.outer), *factor_tensors(self.inner)), key=Tensor.numel)
-        return Layout(_scaled(self.outer, smallest, weight), _scaled(self.inner, smallest, weight), self.crossed)
+        return StoredLayout(_scaled(self.outer, smallest, weight), _scaled(self.inner, smallest, weight), self.crossed)
 
     def squared_norm(self) -> float:
         """‖ΔW‖² = Σₖₗ ⟨outerₖ, outerₗ⟩·⟨innerₖ, innerₗ⟩, in float64, from the factors."""
         return max(0.0, float((_gram(self.outer) * _gram(self.inner)).sum()))
 
 
-def lay_out(s: KronTerms, *, transposed: bool = False) -> Layout:
+def lay_out(s: KronTerms, *, transposed: bool = False) -> StoredLayout:
     """The sum as it lies in W, or in Wᵀ, in the form with the longest runs.
 
     >>> lay_out(KronTerms(torch.ones(1, 6, 2), torch.ones(1, 4, 5))).sizes
@@ -75,16 +75,16 @@ def lay_out(s: KronTerms, *, transposed: bool = False) -> Layout:
     """
     left, right = (_flipped(s.left), _flipped(s.right)) if transposed else (s.left, s.right)
     if s.rows == "shuffled" and not transposed:
-        return _simplest(Layout(right, left, crossed=True))
-    return _simplest(Layout(left, right, crossed=s.rows == "shuffled"))
+        return _simplest(StoredLayout(right, left, crossed=True))
+    return _simplest(StoredLayout(left, right, crossed=s.rows == "shuffled"))
 
 
-def _simplest(layout: Layout) -> Layout:
+def _simplest(layout: StoredLayout) -> StoredLayout:
     """The same numbers with one block of rows where there is a choice, and plain where both readings are the same."""
     outer, inner, crossed = layout.outer, layout.inner, layout.crossed
     if layout.sizes.q == 1:
         outer, inner, crossed = inner, outer, not crossed
-    return Layout(outer, inner, crossed and 1 not in layout.sizes[2:])
+    return StoredLayout(outer, inner, crossed and 1 not in layout.sizes[2:])
 
 
 def _holds_any(stack: Tensor) -> bool:

@@ -16,7 +16,7 @@ from krona_hub.errors import DtypeError, NonFiniteError
 from krona_hub.kron.parallel import one_thread
 from krona_hub.merging.arithmetic.dora import Dora
 from krona_hub.merging.arithmetic.kernels import TILE
-from krona_hub.merging.arithmetic.patches import Addition, Part, Patch, Segment, additions, parts_of, segments
+from krona_hub.merging.arithmetic.patches import Addition, Patch, PatchRows, Segment, additions, parts_of, segments
 from krona_hub.merging.arithmetic.rounding import NEAREST, WIDE, Rounding, Survival, rounder
 from krona_hub.merging.arithmetic.scratch import scratch
 
@@ -110,7 +110,7 @@ class _Merge:
         self._check_finite(stored, desk.out)
         return desk.out
 
-    def _added_to_base(self, part: Part, rows: range, stored: Tensor) -> tuple[Tensor, float, float]:
+    def _added_to_base(self, part: PatchRows, rows: range, stored: Tensor) -> tuple[Tensor, float, float]:
         desk = self._desk(len(rows))
         desk.sums.copy_(stored)
         part.add_to(desk.sum_rows, rows.start)

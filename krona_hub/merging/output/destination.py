@@ -17,7 +17,7 @@ _ELSEWHERE = "Choose another output with -o."
 
 
 @dataclass(frozen=True)
-class Place:
+class MergeDestination:
     """Where a merge reads and writes."""
 
     base: Path  # a file or a folder
@@ -47,7 +47,7 @@ class Place:
         return path.relative_to(self.base) if self.folder else Path(path.name)
 
 
-def check_place(place: Place, touched: Sequence[Path] = ()) -> None:
+def check_place(place: MergeDestination, touched: Sequence[Path] = ()) -> None:
     """Raise what writing there would raise, before any work. `touched`: paths of the files that will change.
 
     UsageError (in place without undo), ConflictError (output exists, equals the base or lies in it, is of the other
@@ -63,7 +63,7 @@ def check_place(place: Place, touched: Sequence[Path] = ()) -> None:
         _check_undo(place, place.undo)
 
 
-def _check_in_place(place: Place, touched: Sequence[Path]) -> None:
+def _check_in_place(place: MergeDestination, touched: Sequence[Path]) -> None:
     if place.undo is None:
         raise UsageError(
             "a base is changed in place only with a way back.", fix="Add --undo FILE, or write elsewhere with -o."
@@ -84,7 +84,7 @@ def check_changeable(files: Sequence[Path]) -> None:
         _check_writable(path.parent)
 
 
-def check_new(place: Place, out: Path) -> None:
+def check_new(place: MergeDestination, out: Path) -> None:
     """Raise what writing to `out`, apart from the base, would raise."""
     check_apart(place.base, out)
     if place.folder:
@@ -126,7 +126,7 @@ def _check_writable(folder: Path) -> None:
         )
 
 
-def _check_undo(place: Place, undo: Path) -> None:
+def _check_undo(place: MergeDestination, undo: Path) -> None:
     if place.out is None and undo.is_file():
         raise ConflictError(
             f"{str(undo)!r} exists already; the merge in place that it undoes may be half done.",
@@ -151,7 +151,7 @@ class Output(NamedTuple):
 
 
 @contextmanager
-def opened(place: Place) -> Iterator[Output]:
+def opened(place: MergeDestination) -> Iterator[Output]:
     """An output whose files appear when the block ends well and vanish when it does not.
 
     A file, and each file in place, appears by a rename of its own; a folder by one of the whole.
@@ -167,7 +167,7 @@ def opened(place: Place) -> Iterator[Output]:
             yield Output(lambda _: nullcontext(file))
 
 
-def _beside(place: Place, relative: Path, stack: ExitStack) -> BinaryIO:
+def _beside(place: MergeDestination, relative: Path, stack: ExitStack) -> BinaryIO:
     """A file that will replace one of the base, with its rights."""
     path = place.base / relative if place.folder else place.base
     file = stack.enter_context(atomic_file(path, overwrite=True))

@@ -13,7 +13,7 @@ from krona_hub.checkpoints.byte_ranges import Range
 from krona_hub.checkpoints.os_errors import fault
 from krona_hub.checkpoints.parallel_write import copied, fill, open_source
 from krona_hub.checkpoints.temporary_files import is_temporary
-from krona_hub.checkpoints.workers import Progress
+from krona_hub.checkpoints.workers import ByteCounter
 from krona_hub.errors import ConflictError, FormatError, NotFoundError
 from krona_hub.merging.output.destination import Output
 
@@ -105,7 +105,7 @@ def copy_files(
     *,
     link: bool = False,
     threads: int = 2,
-    progress: Progress | None = None,
+    progress: ByteCounter | None = None,
 ) -> None:
     """Copy files of `base`, relative, to the output, or link them where the file system can."""
     for relative in files:

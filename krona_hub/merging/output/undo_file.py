@@ -19,12 +19,12 @@ from krona_hub.checkpoints import strict_json
 from krona_hub.checkpoints.atomic import atomic_file
 from krona_hub.checkpoints.byte_ranges import Range
 from krona_hub.checkpoints.header import Header, read_header
-from krona_hub.checkpoints.parallel_write import Part, copied, fill, open_source
+from krona_hub.checkpoints.parallel_write import FilePart, copied, fill, open_source
 from krona_hub.checkpoints.tensor_entries import DTYPE_BITS, TensorInfo, parse_entry
-from krona_hub.checkpoints.workers import Progress
-from krona_hub.checkpoints.writer import Stored, header_bytes
+from krona_hub.checkpoints.workers import ByteCounter
+from krona_hub.checkpoints.writer import EncodedTensor, header_bytes
 from krona_hub.errors import FormatError, NewerSchemaError
-from krona_hub.merging.output.destination import Place
+from krona_hub.merging.output.destination import MergeDestination
 
 KEY = "krona.undo"
 VERSION = "1.0"
@@ -71,7 +71,7 @@ class Kept:
     """Bytes of the base that go into the undo file."""
 
     name: str  # of the tensor that they become
-    stored: Stored
+    stored: EncodedTensor
     path: Path
     size: int  # of the file at `path`
     offset: int  # in it
@@ -79,28 +79,28 @@ class Kept:
 
 def kept(number: int, header: Header, tensors: Iterable[str]) -> Iterator[Kept]:
     """What the undo file keeps of the i-th changed file."""
-    opening = Stored("U8", (header.data_start,), tuple)
+    opening = EncodedTensor("U8", (header.data_start,), tuple)
     yield Kept(f"{number}.header", opening, header.path, header.file_size, 0)
     for name in tensors:
         info = header.tensors[name]
-        stored = Stored(info.dtype, info.shape, tuple)
+        stored = EncodedTensor(info.dtype, info.shape, tuple)
         yield Kept(f"{number}.tensor.{name}", stored, header.path, header.file_size, header.data_start + info.start)
 
 
 def kept_index(number: int, path: Path) -> Kept:
     """What it keeps of an index file: everything."""
     size = path.stat().st_size
-    return Kept(f"{number}.header", Stored("U8", (size,), tuple), path, size, 0)
+    return Kept(f"{number}.header", EncodedTensor("U8", (size,), tuple), path, size, 0)
 
 
 def write_undo(
     path: Path,
     pieces: Sequence[Kept],
     files: Sequence[Before],
-    place: Place,
+    place: MergeDestination,
     *,
     threads: int = 2,
-    progress: Progress | None = None,
+    progress: ByteCounter | None = None,
 ) -> None:
     """Write the undo file of a merge at `place`, whole or not at all."""
     ordered = sorted(pieces, key=lambda piece: (-DTYPE_BITS[piece.stored.dtype], piece.name))
@@ -109,7 +109,7 @@ def write_undo(
     starts = list(accumulate((piece.stored.nbytes for piece in ordered), initial=len(opening)))
     with ExitStack() as stack:
         file = stack.enter_context(atomic_file(path, overwrite=place.undo_overwrite))
-        parts: list[Part] = []
+        parts: list[FilePart] = []
         for source in {piece.path: piece for piece in ordered}.values():
             opened = stack.enter_context(open_source(source.path, source.size))
             of_this = [

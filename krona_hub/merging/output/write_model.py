@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.checkpoints.header import Header
-from krona_hub.checkpoints.relayout import Layout, new_size
-from krona_hub.checkpoints.rewrite import ByteSink, Change, check_space, rewrite
-from krona_hub.checkpoints.workers import Progress
-from krona_hub.merging.output.destination import Output, Place, check_place, opened
+from krona_hub.checkpoints.relayout import FileLayout, new_size
+from krona_hub.checkpoints.rewrite import ByteSink, TensorChange, check_space, rewrite
+from krona_hub.checkpoints.workers import ByteCounter
+from krona_hub.merging.output.destination import MergeDestination, Output, check_place, opened
 from krona_hub.merging.output.model_folder import copy_files, files_below, indices, stale
 from krona_hub.merging.output.undo_file import INDEX, Before, Kept, kept, kept_index, write_undo
 
-__all__ = ["MergedFile", "Place", "Written", "bytes_to_write", "check_place", "write_merged"]
+__all__ = ["MergedFile", "MergeDestination", "Written", "bytes_to_write", "check_place", "write_merged"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MergedFile:
     """A file of the base and what becomes of it."""
 
     header: Header  # its path is the base itself, or below it
-    changes: Mapping[str, Change]
+    changes: Mapping[str, TensorChange]
     metadata: Mapping[str, str]  # of the output
     data_hash: str | None = None  # as in `rewrite`
     sha256: str | None = None  # of the file as it is, where that is known; an undo file needs it
@@ -49,7 +49,7 @@ class Written(NamedTuple):
     nbytes: int  # written
 
 
-def bytes_to_write(place: Place, files: Sequence[MergedFile]) -> int:
+def bytes_to_write(place: MergeDestination, files: Sequence[MergedFile]) -> int:
     """All bytes that `write_merged` will write, undo file included: what `progress` gets in sum, to a few kB.
 
     Where an output is overwritten, old and new lie side by side for a while: this much must be free.
@@ -59,7 +59,7 @@ def bytes_to_write(place: Place, files: Sequence[MergedFile]) -> int:
 
 
 def write_merged(
-    place: Place, files: Sequence[MergedFile], *, threads: int = 2, progress: Progress | None = None
+    place: MergeDestination, files: Sequence[MergedFile], *, threads: int = 2, progress: ByteCounter | None = None
 ) -> Written:
     """Write the merged files, the untouched ones beside them, and before they appear the undo file.
 
@@ -85,7 +85,12 @@ def write_merged(
 
 
 def _write_file(
-    place: Place, file: MergedFile, digests: dict[str, str], output: Output, threads: int, progress: Progress | None
+    place: MergeDestination,
+    file: MergedFile,
+    digests: dict[str, str],
+    output: Output,
+    threads: int,
+    progress: ByteCounter | None,
 ) -> None:
     changes = file.changes
     if place.undo:
@@ -97,7 +102,7 @@ def _write_file(
         )  # fmt: skip
 
 
-def _watched(change: Change, name: str, digests: dict[str, str]) -> Change:
+def _watched(change: TensorChange, name: str, digests: dict[str, str]) -> TensorChange:
     """The same change, with the sha256 of what it makes noted under its name."""
 
     def produce(old: memoryview, sink: ByteSink) -> None:
@@ -128,7 +133,10 @@ def _sha256(file: MergedFile) -> str:
 
 
 def _befores(
-    place: Place, files: Sequence[MergedFile], hashes: Sequence[Future[str]], merged: Sequence[Mapping[str, str]]
+    place: MergeDestination,
+    files: Sequence[MergedFile],
+    hashes: Sequence[Future[str]],
+    merged: Sequence[Mapping[str, str]],
 ) -> Iterator[Before]:
     for file, sha256, digests in zip(files, hashes, merged, strict=True):
         path = place.relative(file.header.path).as_posix()
@@ -140,14 +148,14 @@ def _befores(
 class _Work:
     """All that a merge writes, known before any of it is written; paths are relative to the base."""
 
-    place: Place
+    place: MergeDestination
     files: Sequence[MergedFile]
     indices: Mapping[Path, bytes]  # with a new total size
     untouched: Sequence[Path]
     left_out: Sequence[Path]
 
     @classmethod
-    def of(cls, place: Place, files: Sequence[MergedFile]) -> _Work:
+    def of(cls, place: MergeDestination, files: Sequence[MergedFile]) -> _Work:
         if not place.folder:
             return cls(place, files, {}, (), ())
         changed = {place.relative(file.header.path): file for file in files}
@@ -202,5 +210,5 @@ class _Work:
 
 def _growth(file: MergedFile) -> int:
     """Bytes that the tensors take more than before."""
-    layout = Layout.of(file.header, file.dtypes, {})
+    layout = FileLayout.of(file.header, file.dtypes, {})
     return layout.data_size - (file.header.file_size - file.header.data_start)

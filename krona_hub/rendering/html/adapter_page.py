@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from krona_hub.adapters.adapter import Adapter
-from krona_hub.conversion.forms import size_of
+from krona_hub.errors import KronaError
 from krona_hub.formats.compatibility.tools import Verdict
-from krona_hub.formats.reading.describe import Description
+from krona_hub.formats.forms.normal_forms import size_of
+from krona_hub.formats.reading.description import Description, form_in_words, scale_in_words
+from krona_hub.formats.reading.reader import read
 from krona_hub.rendering.html.charts import Axis, Line, Point, chart
 from krona_hub.rendering.html.heat_map import heat_map
-from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section, table
+from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section, table, write_page
 from krona_hub.rendering.html.module_table import modules_table
 from krona_hub.rendering.html.spectra import (
     LARGEST,
@@ -22,7 +25,7 @@ from krona_hub.rendering.html.spectra import (
     spectra_of,
     truncated,
 )
-from krona_hub.rendering.humanize import form_in_words, human_bytes, percent, scale_in_words
+from krona_hub.rendering.humanize import human_bytes, percent
 
 SIZE = Axis("parameters", lowest=0)
 ERROR = Axis("relative error", lowest=0, highest=1, words=percent)
@@ -168,3 +171,12 @@ def modules_of(about: Description) -> Markup:
         for m in about.modules
     ]  # fmt: skip
     return modules_table(("kind", "form", "scale", ">parameters"), rows)
+
+
+def report_file(out: str | Path, about: Description, loads: Mapping[str, Verdict]) -> Path:
+    """Read the numbers of the described file and write its page; where they cannot be read, the page says why."""
+    try:
+        adapter, unread = read(about.path, base=about.base, format=about.format, allow_missing=True), ""
+    except KronaError as error:
+        adapter, unread = None, error.cause
+    return write_page(out, adapter_page(about, loads, adapter, unread))

@@ -70,8 +70,8 @@ def chart(title: str, told: str, x: Axis, y: Axis, lines: Sequence[Line]) -> Mar
     lines = [line for line in lines if line.points]
     if not lines:
         return Markup("")
-    across = Scale.of([p[0] for s in lines for p in s.points], x, LEFT, WIDTH - RIGHT)
-    down = Scale.of([p[1] for s in lines for p in s.points], y, HEIGHT - BOTTOM, TOP)
+    across = AxisScale.of([p[0] for s in lines for p in s.points], x, LEFT, WIDTH - RIGHT)
+    down = AxisScale.of([p[1] for s in lines for p in s.points], y, HEIGHT - BOTTOM, TOP)
     drawing = _grid(across, down, x, y) + "".join(_drawn(line, across, down) for line in lines)
     return figure(title, told, drawing, HEIGHT, _key(lines))
 
@@ -99,7 +99,7 @@ def figure(title: str, told: str, drawing: str, height: int, key: Markup) -> Mar
 
 
 @dataclass(frozen=True)
-class Scale:
+class AxisScale:
     """From values to user units."""
 
     low: float
@@ -109,7 +109,7 @@ class Scale:
     log: bool
 
     @classmethod
-    def of(cls, values: Sequence[float], axis: Axis, start: float, end: float) -> Scale:
+    def of(cls, values: Sequence[float], axis: Axis, start: float, end: float) -> AxisScale:
         """A scale that shows all values, with a little room where the axis does not fix its ends."""
         low = min(values) if axis.lowest is None else axis.lowest
         high = max(values) if axis.highest is None else max(axis.highest, max(values))
@@ -154,7 +154,7 @@ def _drawable(points: Sequence[Point], x: Axis, y: Axis) -> list[Point]:
     return [(a, b) for a, b in points if isfinite(a) and isfinite(b) and (a > 0 or not x.log) and (b > 0 or not y.log)]
 
 
-def _grid(across: Scale, down: Scale, x: Axis, y: Axis) -> str:
+def _grid(across: AxisScale, down: AxisScale, x: Axis, y: Axis) -> str:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
     for value in across.ticks():
@@ -173,7 +173,7 @@ def _grid(across: Scale, down: Scale, x: Axis, y: Axis) -> str:
     return "".join(parts)
 
 
-def _drawn(line: Line, across: Scale, down: Scale) -> str:
+def _drawn(line: Line, across: AxisScale, down: AxisScale) -> str:
     at = [(f"{across(a):.1f}", f"{down(b):.1f}") for a, b in line.points]
     if line.dot:
         return "".join(

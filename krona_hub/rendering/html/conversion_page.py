@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from krona_hub.adapters.adapter import Adapter
 from krona_hub.conversion import ConversionReport
 from krona_hub.conversion.report import worst_layers
+from krona_hub.formats.reading.reader import read
 from krona_hub.rendering.html.adapter_page import ERROR, SIZE, spectrum_chart
 from krona_hub.rendering.html.charts import Line, chart
 from krona_hub.rendering.html.heat_map import heat_map
-from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section, table
+from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section, table, write_page
 from krona_hub.rendering.html.module_table import modules_table
 from krona_hub.rendering.html.spectra import spectra_of, truncated
 from krona_hub.rendering.humanize import human_bytes, percent, relative
+from krona_hub.sources import resolve
 
 MOST = 20  # layers with the largest errors
 
@@ -84,3 +88,20 @@ def _worst(report: ConversionReport) -> Markup:
     names = ("module", "now", ">error, %", "best other form")
     shown = len(names) if others else len(names) - 1
     return table(names[:shown], [row[:shown] for row in rows], "The largest errors") if rows else Markup("")
+
+
+def report_conversion(
+    out: str | Path, source: str, report: ConversionReport, options: Mapping[str, Any], instead: str = ""
+) -> Path:
+    """Read the source once more, as the conversion with these options did, and write the page.
+
+    Of a conversion that was refused, `instead` is the advice.
+    """
+    before = read(
+        resolve(source),
+        base=options.get("base"),
+        format=options.get("from_format"),
+        component=options.get("component"),
+        allow_missing=bool(options.get("allow_missing")),
+    )
+    return write_page(out, conversion_page(report, before, instead))

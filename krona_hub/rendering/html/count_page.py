@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from krona_hub.accounting.counting import Accounting, Row
+from krona_hub.accounting.counting import Accounting, CountRow
 from krona_hub.rendering.html.charts import bars, short
 from krona_hub.rendering.html.markup import facts, page, paragraph, section, table
 from krona_hub.rendering.humanize import human_bytes
@@ -51,11 +51,11 @@ def _verdict(found: Accounting) -> str:
     )
 
 
-def _bar(row: Row) -> tuple[str, float, str]:
+def _bar(row: CountRow) -> tuple[str, float, str]:
     return row.method + (" *" if row.undivided else ""), float(row.parameters), short(row.parameters)
 
 
-def _some(row: Row, most: int = 3) -> str:
+def _some(row: CountRow, most: int = 3) -> str:
     more = f" and {len(row.undivided) - most:,} more" if len(row.undivided) > most else ""
     return ", ".join(row.undivided[:most]) + more
 

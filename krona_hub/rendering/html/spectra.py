@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.conversion.forms import lora_rank
 from krona_hub.errors import ShapeError
-from krona_hub.formats.forms.normal_forms import lora_of
+from krona_hub.formats.forms.normal_forms import lora_of, lora_rank
 from krona_hub.kron.shapes import KronShape, smallest_split, split
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, rearrange
 from krona_hub.kron.to_lora import compact_svd
@@ -58,7 +57,7 @@ class LayerSpectrum:
 
 
 @dataclass(frozen=True)
-class Curve:
+class SpectrumCurve:
     """(parameters, relative error) of all layers together."""
 
     name: str
@@ -71,14 +70,14 @@ def spectra_of(layers: Mapping[str, LayerDelta]) -> tuple[tuple[LayerSpectrum, .
     return tuple(s for s in found.values() if s), tuple(name for name, s in found.items() if s is None)
 
 
-def truncated(spectra: Sequence[LayerSpectrum], name: str) -> Curve:
+def truncated(spectra: Sequence[LayerSpectrum], name: str) -> SpectrumCurve:
     """What the nearest adapter with 1, 2, … values in every layer costs and loses, over all layers: exact."""
     whole = sum(s.energy for s in spectra)
     if not whole:
-        return Curve(name, ())
+        return SpectrumCurve(name, ())
     most = max(len(s.sigma) for s in spectra)
     counts = sorted({*range(1, min(most, 32) + 1), *(most * i // 32 for i in range(1, 33)), most} - {0})
-    return Curve(
+    return SpectrumCurve(
         name,
         tuple(
             (

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from krona_hub.formats.reading.describe import Description
+from krona_hub.formats.reading.description import Description
 from krona_hub.rendering.html.adapter_page import modules_of
 from krona_hub.rendering.html.charts import MOST, Axis, Line, Point, chart, thinned
 from krona_hub.rendering.html.embedded_pictures import samples_table

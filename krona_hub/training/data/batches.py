@@ -10,7 +10,7 @@ from krona_hub.training.randomness import permutation
 
 
 @dataclass(frozen=True)
-class Part:
+class MicroBatch:
     """What one process does in one forward pass."""
 
     examples: tuple[int, ...]  # positions in the data set
@@ -40,19 +40,19 @@ class Batches:
         """Epochs that are done when this many steps are."""
         return step * self.accumulation / self.per_epoch
 
-    def parts(self, step: int, process: int) -> list[Part]:
+    def parts(self, step: int, process: int) -> list[MicroBatch]:
         """What a process does in a step, one Part per forward pass; steps count from 0.
 
         The pictures of a step, over all processes, depend on `group` and `accumulation` alone.
         """
         return [self._part(step, number, process) for number in range(self.accumulation)]
 
-    def _part(self, step: int, number: int, process: int) -> Part:
+    def _part(self, step: int, number: int, process: int) -> MicroBatch:
         place = step * self.accumulation + number
         epoch, inside = divmod(place, self.per_epoch)
         group = _epoch(self, epoch)[inside]
         own = range(process * self.batch_size, (process + 1) * self.batch_size)
-        return Part(tuple(group[i] for i in own), tuple(number * self.group + i for i in own))
+        return MicroBatch(tuple(group[i] for i in own), tuple(number * self.group + i for i in own))
 
 
 @lru_cache(maxsize=4)

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from krona_hub.training.buckets import Size
 from krona_hub.training.data.captions import drawn_caption, drawn_flip, fixed_caption
 from krona_hub.training.data.dataset import Example
-from krona_hub.training.data.pictures import fitted, open_picture
+from krona_hub.training.data.pictures import Size, fitted, open_picture
 from krona_hub.training.model.model_families import Frame, ModelFamily
 from krona_hub.training.model.trained_layers import NONE
 from krona_hub.training.randomness import generator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from krona_hub.bases.loading import load_base
 from krona_hub.errors import NoDeviceError, UnknownBaseError
-from krona_hub.images.call_pipeline import device_for, quiet, told
-from krona_hub.images.plan import no_base, pipeline_for
+from krona_hub.pipelines.opening import device_for, no_base, pipeline_for, quiet, told
 from krona_hub.sources import resolve_base
 from krona_hub.training.settings import TrainingSettings
 
@@ -25,7 +30,7 @@ QUANTISED = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8-torchao": "tor
 
 
 @dataclass(frozen=True)
-class Machine:
+class TrainingDevice:
     """What the forward and backward passes run on."""
 
     device: torch.device
@@ -37,7 +42,7 @@ class Machine:
         return self.device.type != "cpu"
 
 
-def machine_for(settings: TrainingSettings) -> Machine:
+def machine_for(settings: TrainingSettings) -> TrainingDevice:
     """The machine that the settings ask for. Raises NoDeviceError where there is none such."""
     device = torch.device(device_for(settings.device))
     dtype = settings.base_dtype
@@ -46,10 +51,10 @@ def machine_for(settings: TrainingSettings) -> Machine:
     autocast: str = settings.mixed_precision
     if autocast == "auto":
         autocast = AUTOCASTS.get(dtype, "no") if device.type == "cuda" else "no"
-    return Machine(device, getattr(torch, dtype), autocast)
+    return TrainingDevice(device, getattr(torch, dtype), autocast)
 
 
-def open_base(settings: TrainingSettings, machine: Machine, *, denoiser_waits: bool = False) -> Any:
+def open_base(settings: TrainingSettings, machine: TrainingDevice, *, denoiser_waits: bool = False) -> Any:
     """The pipeline of the base, frozen, on the device; the autoencoder in float32, which some need.
 
     A denoiser that waits stays on the CPU: it is spread over several devices later.
@@ -72,7 +77,7 @@ def open_base(settings: TrainingSettings, machine: Machine, *, denoiser_waits: b
     return pipe
 
 
-def _loaded(settings: TrainingSettings, path: Path, machine: Machine) -> Any:
+def _loaded(settings: TrainingSettings, path: Path, machine: TrainingDevice) -> Any:
     how: dict[str, Any] = {"torch_dtype": machine.base_dtype, "local_files_only": True, **_quantised(settings)}
     if path.is_file():
         kind = pipeline_for(settings.base, load_base(path).family)
@@ -135,3 +140,24 @@ def peak_memory() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return getrusage(RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_wanted(accelerator: Accelerator) -> bool:
+    """Whether accelerate's own configuration (`accelerate config`, `accelerate launch --use_fsdp`) says FSDP."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def shard(model: Any, accelerator: Accelerator, factors: Sequence[Tensor]) -> None:
+    """Spread the weights, block by block: each comes to the device as it is spread, and whole when it is called."""
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    whole: set[nn.Parameter] = {each for each in factors if isinstance(each, nn.Parameter)}
+    for block in [*blocks_of(model), model]:
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    for factor in factors:
+        factor.data = factor.data.to(accelerator.device)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The parts that diffusers never splits between devices, inner ones first; they are gathered one at a time."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in reversed(list(model.modules())) if type(module).__name__ in names]

@@ -16,7 +16,7 @@ from krona_hub.errors import NoDeviceError, UsageError
 from krona_hub.training.settings import TrainingSettings
 
 
-class Kind(NamedTuple):
+class OptimizerSpec(NamedTuple):
     """An optimizer: where it comes from, and what it is given."""
 
     module: str
@@ -33,11 +33,13 @@ def _prodigy(s: TrainingSettings) -> dict[str, Any]:
     return {**_adam(s), "safeguard_warmup": s.warmup > 0, "use_bias_correction": True}
 
 
-OPTIMIZERS: Mapping[str, Kind] = {
-    "adamw": Kind("torch.optim", "AdamW", None, _adam),
-    "adamw-8bit": Kind("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", _adam),
-    "prodigy": Kind("prodigyopt", "Prodigy", "prodigyopt", _prodigy),
-    "schedule-free": Kind("schedulefree", "AdamWScheduleFree", "schedulefree", _adam),  # warmed up by `rate_at`
+OPTIMIZERS: Mapping[str, OptimizerSpec] = {
+    "adamw": OptimizerSpec("torch.optim", "AdamW", None, _adam),
+    "adamw-8bit": OptimizerSpec("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", _adam),
+    "prodigy": OptimizerSpec("prodigyopt", "Prodigy", "prodigyopt", _prodigy),
+    "schedule-free": OptimizerSpec(
+        "schedulefree", "AdamWScheduleFree", "schedulefree", _adam
+    ),  # warmed up by `rate_at`
 }
 SCHEDULES: Mapping[str, Callable[[float], float]] = {  # share of the steps that are done -> factor
     "constant": lambda done: 1.0,

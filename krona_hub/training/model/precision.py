@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Precision:
+class MixedPrecision:
     """Autocast to `mode` ("no", "bf16", "fp16"); with fp16, gradients are scaled up so that they do not become 0."""
 
     def __init__(self, mode: str, device: torch.device) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.bases.base import Base, Module
+from krona_hub.bases.base import Base, ModuleSpec
 from krona_hub.bases.target_sets import choose
 from krona_hub.errors import BaseMismatchError, ShapeError, UsageError
 from krona_hub.kron.shapes import KronShape, choices, parse_shape, smallest_split, split
@@ -26,11 +26,11 @@ MARGIN = 3  # names in a message
 
 
 @dataclass(frozen=True)
-class Target:
+class TrainedLayer:
     """A layer to train, and the form of its delta."""
 
     layer: str  # canonical
-    module: Module
+    module: ModuleSpec
     shape: KronShape
     terms: int
     rank: int | None  # of B
@@ -43,7 +43,7 @@ class Target:
         return self.terms * (s.a1 * s.a2 + b)
 
 
-def plan_targets(base: Base, settings: TrainingSettings) -> tuple[Target, ...]:
+def plan_targets(base: Base, settings: TrainingSettings) -> tuple[TrainedLayer, ...]:
     """Every layer that is trained, in the order of the base.
 
     Raises UsageError where a pattern picks nothing, ShapeError where a shape does not divide a layer (all such layers
@@ -67,7 +67,7 @@ def plan_targets(base: Base, settings: TrainingSettings) -> tuple[Target, ...]:
     return tuple(found)
 
 
-def picked_layers(base: Base, settings: TrainingSettings) -> dict[str, Module]:
+def picked_layers(base: Base, settings: TrainingSettings) -> dict[str, ModuleSpec]:
     """Canonical layer -> module, of the denoiser and, where wanted, of the text encoders."""
     if base.denoiser is None:
         raise BaseMismatchError(f"{base.name} has no denoiser to train.", fix="Give a whole pipeline.")
@@ -80,7 +80,7 @@ def picked_layers(base: Base, settings: TrainingSettings) -> dict[str, Module]:
     return layers
 
 
-def _own_shapes(layers: Mapping[str, Module], settings: TrainingSettings) -> dict[str, str]:
+def _own_shapes(layers: Mapping[str, ModuleSpec], settings: TrainingSettings) -> dict[str, str]:
     """Layer -> the shape of the last pattern that finds it. Raises UsageError for a pattern that finds none."""
     own: dict[str, str] = {}
     for pattern, shape in settings.shapes.items():
@@ -94,20 +94,20 @@ def _own_shapes(layers: Mapping[str, Module], settings: TrainingSettings) -> dic
     return own
 
 
-def _target(layer: str, module: Module, shape: KronShape, settings: TrainingSettings) -> Target:
+def _target(layer: str, module: ModuleSpec, shape: KronShape, settings: TrainingSettings) -> TrainedLayer:
     if settings.terms > shape.max_terms:
         raise ShapeError(
             f"{shape} of {shape.max_terms} terms is any matrix; {settings.terms} are asked for.",
             fix=f"Ask for at most {shape.max_terms}, or another shape.",
         )
     low = settings.rank is not None and settings.rank < min(shape.b1, shape.b2)
-    return Target(layer, module, shape, settings.terms, settings.rank if low else None)
+    return TrainedLayer(layer, module, shape, settings.terms, settings.rank if low else None)
 
 
 # ── auto ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _spent(layers: Mapping[str, Module], own: Mapping[str, str], settings: TrainingSettings) -> int:
+def _spent(layers: Mapping[str, ModuleSpec], own: Mapping[str, str], settings: TrainingSettings) -> int:
     """Parameters of the layers whose shape is given; what does not divide is told elsewhere."""
     total = 0
     for layer, module in layers.items():
@@ -117,7 +117,7 @@ def _spent(layers: Mapping[str, Module], own: Mapping[str, str], settings: Train
     return total
 
 
-def _automatic(layers: Mapping[str, Module], settings: TrainingSettings, spent: int) -> dict[str, KronShape]:
+def _automatic(layers: Mapping[str, ModuleSpec], settings: TrainingSettings, spent: int) -> dict[str, KronShape]:
     """The shape of each layer that nobody gave one: layers of equal size get equal shapes.
 
     The budget is shared in proportion to what the layers' cheapest splits have. Without a budget, a layer gets USUAL
@@ -145,7 +145,7 @@ def _best_within(size: tuple[int, int], parameters: float, settings: TrainingSet
 
 
 def _form_parameters(shape: KronShape, settings: TrainingSettings) -> int:
-    return _target("", Module(shape.full), shape, settings).parameters
+    return _target("", ModuleSpec(shape.full), shape, settings).parameters
 
 
 def highest_rank(s: KronShape, terms: int = 1, rank: int | None = None) -> int:
@@ -172,12 +172,12 @@ def work(s: KronShape) -> int:
 # ── the adapter to start from ────────────────────────────────────────────────────────────────────
 
 
-def fresh_adapter(targets: tuple[Target, ...], settings: TrainingSettings) -> Adapter:
+def fresh_adapter(targets: tuple[TrainedLayer, ...], settings: TrainingSettings) -> Adapter:
     """A ~ N(0, 1/a1²), B = 0, as DiffuseKronA: the model starts as its base. Each layer draws by its own name."""
     return Adapter({t.layer: LayerDelta((_fresh(t, settings),), t.module.shape) for t in targets})
 
 
-def _fresh(target: Target, settings: TrainingSettings) -> KronTerms:
+def _fresh(target: TrainedLayer, settings: TrainingSettings) -> KronTerms:
     s, source = target.shape, generator(settings.seed, f"init {target.layer}")
     a = torch.randn(target.terms, s.a1, s.a2, generator=source) / s.a1
     if target.rank is None:
@@ -219,7 +219,7 @@ def _float(delta: LayerDelta) -> LayerDelta:
     return LayerDelta(sums, delta.weight_shape, magnitude, delta.magnitude_axis)
 
 
-def _nearest(delta: LayerDelta, target: Target, settings: TrainingSettings) -> LayerDelta:
+def _nearest(delta: LayerDelta, target: TrainedLayer, settings: TrainingSettings) -> LayerDelta:
     if len(delta.sums) == 1 and _is_form(delta.sums[0], target, settings):
         return _float(delta)
     if delta.magnitude is not None or target.rank is not None:
@@ -235,6 +235,6 @@ def _nearest(delta: LayerDelta, target: Target, settings: TrainingSettings) -> L
     return LayerDelta((KronTerms(near.left, near.right, settings.rows),), delta.weight_shape)
 
 
-def _is_form(terms: KronTerms, target: Target, settings: TrainingSettings) -> bool:
+def _is_form(terms: KronTerms, target: TrainedLayer, settings: TrainingSettings) -> bool:
     rank = terms.right.rank if isinstance(terms.right, LowRank) else None
     return (terms.shape, terms.terms, terms.rows, rank) == (target.shape, target.terms, settings.rows, target.rank)

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from krona_hub.checkpoints import reader
 from krona_hub.checkpoints.atomic import atomic_folder
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.writer import write_tensors
-from krona_hub.errors import KronaError, NotFoundError, StructureError
+from krona_hub.errors import IntegrityError, KronaError, NotFoundError, StructureError
+from krona_hub.training.progress.training_state import Training
 
 FOLDER = "checkpoints"  # in the run folder
 NAME = re.compile(r"step-(\d{7,})$")
@@ -116,3 +118,50 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     kind, keys, position, has_gauss, gauss = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     random.setstate(states["python"])
+
+
+def save(training: Training) -> None:
+    """A checkpoint of this step, by the main process."""
+    if training.is_main:
+        average = training.average.values if training.average is not None else []
+        tree = {
+            "fingerprint": training.fingerprint,
+            "factors": list(training.parameters),
+            "optimizer": training.optimizer.state_dict(),
+            "average": list(average),
+            "scaler": training.precision.state,
+            "random": random_states(),
+            "smooth_loss": training.smooth_loss,
+            "skipped": training.skipped,
+        }
+        save_state(training.run, training.step, tree, training.settings.keep_checkpoints)
+    training.accelerator.wait_for_everyone()
+
+
+def resume(training: Training) -> None:
+    """Set everything to what it was at the newest checkpoint. Raises IntegrityError where the data is another."""
+    step, tree = load_state(training.run)
+    if tree["fingerprint"] != training.fingerprint:
+        raise IntegrityError(
+            f"{training.run} was trained with other pictures, captions or settings, or another number of processes.",
+            fix="Put them back as they were, or start a new run.",
+        )
+    with torch.no_grad():
+        for parameter, value in zip(training.parameters, tree["factors"], strict=True):
+            parameter.copy_(value)
+        if training.average is not None:
+            for kept, value in zip(training.average.values, tree["average"], strict=True):
+                kept.copy_(value)
+    training.optimizer.load_state_dict(tree["optimizer"])
+    training.step, training.smooth_loss, training.skipped = step, tree["smooth_loss"], tree["skipped"]
+    training.precision.restore(tree["scaler"])
+    set_random_states(tree["random"])
+    if training.is_main:
+        training.metrics.cut(step)
+
+
+def same_everywhere(training: Training) -> None:
+    """The factors of the main process, in all: they start equal, unless a process read other numbers."""
+    if training.accelerator.num_processes > 1:
+        for parameter in training.parameters:
+            parameter.data.copy_(broadcast(parameter.data))

@@ -10,12 +10,12 @@ import torch
 
 from krona_hub.checkpoints.atomic import atomic_text
 from krona_hub.errors import DataError
+from krona_hub.training.data.captions import wording
 from krona_hub.training.data.dataset import picture_files
 from krona_hub.training.model.model_families import ModelFamily
 from krona_hub.training.progress.samples import Drawing, drawn, encode_prompts, save_picture, undisturbed
 from krona_hub.training.randomness import generator
 from krona_hub.training.settings import TrainingSettings
-from krona_hub.training.wording import wording
 
 FOLDER = "prior"  # in the run folder, where --prior-data names no other
 START = "drawn-"  # of the names of drawn pictures

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from krona_hub.checkpoints.atomic import atomic_file
 from krona_hub.training.model.model_families import ModelFamily
+from krona_hub.training.progress.metrics import FOLDER, GRID, sample_files
 from krona_hub.training.randomness import generator
-from krona_hub.training.samples import FOLDER, GRID, sample_files
 from krona_hub.training.settings import TrainingSettings
 
 NAMES = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}  # condition -> argument of the pipeline

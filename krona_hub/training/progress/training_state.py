@@ -16,13 +16,13 @@ from krona_hub.training.data.batches import Batches
 from krona_hub.training.data.encoding import Source
 from krona_hub.training.model.objective import Objective
 from krona_hub.training.model.optimisers import Average
-from krona_hub.training.model.precision import Precision
+from krona_hub.training.model.precision import MixedPrecision
 from krona_hub.training.progress.metrics import Metrics
 from krona_hub.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepReport:
     """What a person sees while it runs."""
 
     step: int  # that are done
@@ -40,7 +40,7 @@ class Training:
     settings: TrainingSettings
     run: Path
     accelerator: Accelerator
-    precision: Precision
+    precision: MixedPrecision
     objective: Objective
     source: Source
     batches: Batches
@@ -57,7 +57,7 @@ class Training:
     skipped: int = 0  # batches whose loss was no number
     sampler: Callable[[], list[Image]] | None = None  # draws the samples
     spread: bool = False  # the denoiser is in pieces: every process must take part where it is called
-    tell: Callable[[Progress], None] = field(default=lambda _progress: None)
+    tell: Callable[[StepReport], None] = field(default=lambda _progress: None)
 
     @property
     def is_main(self) -> bool:

@@ -1,0 +1,68 @@
+"""Arguments and options that several commands share, with their shell completion."""
+
+from __future__ import annotations
+
+import click
+
+from krona_hub.bases.base import COMPONENTS
+
+
+def complete_bases(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
+    """Catalogue names for the shell; torch-free."""
+    from krona_hub.bases.catalogue import names
+
+    return [name for name in names() if name.startswith(start)]
+
+
+def complete_formats(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
+    """Format names for the shell; torch-free."""
+    from krona_hub.formats.known.registry import FORMATS
+
+    return [format.name for format in FORMATS if format.name.startswith(start)]
+
+
+def complete_tools(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
+    """Names of target tools for the shell; torch-free."""
+    from krona_hub.formats.compatibility.tools import TOOLS
+
+    return [name for name in TOOLS if name.startswith(start)]
+
+
+file_argument = click.argument("file", type=click.Path())
+base_option = click.option(
+    "--base",
+    metavar="BASE",
+    shell_complete=complete_bases,
+    help="The base model: a catalogue name such as sdxl, a diffusers folder or a checkpoint file.",
+)
+component_option = click.option(
+    "--component",
+    metavar="NAME",
+    type=click.Choice(COMPONENTS),
+    help="The part of the base that the file belongs to, where the file does not say.",
+)
+from_option = click.option(
+    "--from", "from_format", metavar="FORMAT", shell_complete=complete_formats, help="Read the file as this format."
+)
+output_option = click.option("-o", "--output", "out", type=click.Path(), metavar="OUT", help="Where to write.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+allow_missing_option = click.option(
+    "--allow-missing", is_flag=True, help="Go on with what is understood, though some modules are not."
+)
+allow_base_mismatch_option = click.option(
+    "--allow-base-mismatch", is_flag=True, help="Go on though an adapter was made for another base."
+)
+dtype_option = click.option("--dtype", metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16.")
+to_option = click.option(
+    "--to",
+    metavar="FORMAT",
+    default="krona",
+    shell_complete=complete_formats,
+    help="The format to write, or `lora` or `lokr`. `krona formats` lists them. Default: krona.",
+)
+threads_option = click.option("--threads", type=click.IntRange(1, 64), default=2, metavar="N", help="Threads [2].")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Do everything but write.")
+report_option = click.option(
+    "--report", type=click.Path(dir_okay=False), metavar="FILE.html", help="Write a page with tables and charts, too."
+)
+open_option = click.option("--open", "show_grid", is_flag=True, help="Open the grid in the system's viewer.")

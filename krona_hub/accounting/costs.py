@@ -1,0 +1,76 @@
+"""What one layer costs under each kind of adapter, in parameters. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+
+from krona_hub.bases.base import ModuleSpec
+from krona_hub.errors import UsageError
+from krona_hub.kron.shapes import lycoris_factors, parse_shape, smallest_split, split
+
+Cost = Callable[[ModuleSpec], int]  # raises ShapeError where the form does not fit
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt a layer, and what it costs."""
+
+    label: str
+    cost: Cost
+
+
+def methods(shapes: Iterable[str], factors: Iterable[int], ranks: Iterable[int], terms: int = 1) -> list[Method]:
+    """Every form that was asked for: KronA by width, KronA of each shape, LoKr full and of each rank, LoRA."""
+    ranks = list(ranks)
+    lokr = [_lokr(f, rank) for f in factors for rank in (None, *ranks)]
+    return [_krona_by_width(terms), *(_krona(s, terms) for s in shapes), *lokr, *map(_lora, ranks)]
+
+
+def krona_parameters(module: ModuleSpec, a1: int, a2: int, terms: int = 1) -> int:
+    """K · (a1·a2 + b1·b2). Raises ShapeError where a1 does not divide out, or a2 in."""
+    return terms * split(module.matrix, a1, a2).parameters
+
+
+def lokr_parameters(module: ModuleSpec, factor: int, rank: int | None = None) -> int:
+    """Numbers in LyCORIS's LoKr (no tucker, w1 whole); `rank` None is `full_matrix`."""
+    a, b = lycoris_factors(module.shape[0], factor)
+    c, d = lycoris_factors(module.shape[1], factor)
+    kernel = prod(module.shape[2:])
+    whole = rank is None or rank >= max(b, d) / 2
+    return a * c + (b * d * kernel if whole or rank is None else rank * (b + d * kernel))
+
+
+def lora_parameters(module: ModuleSpec, rank: int) -> int:
+    """r · (out + in·k…)."""
+    return rank * sum(module.matrix)
+
+
+def _krona(shape: str, terms: int) -> Method:
+    a1, a2 = parse_shape(shape)
+    return Method(f"KronA {a1}x{a2}{_times(terms)}", lambda module: krona_parameters(module, a1, a2, terms))
+
+
+def _krona_by_width(terms: int) -> Method:
+    """The default split: the cheapest of each layer, a1·a2 near √(out·in)."""
+    return Method(f"KronA by width{_times(terms)}", lambda module: terms * smallest_split(module.matrix).parameters)
+
+
+def _times(terms: int) -> str:
+    if terms < 1:
+        raise UsageError(f"{terms} terms are no sum.", fix="Ask for 1 or more.")
+    return f" ×{terms} terms" if terms > 1 else ""
+
+
+def _lokr(factor: int, rank: int | None) -> Method:
+    if factor == 0 or factor < -1:
+        raise UsageError(f"{factor} is no LoKr factor.", fix="Give -1 (near the square root) or a positive number.")
+    label = f"LoKr factor {factor} {'full' if rank is None else f'rank {rank}'}"
+    return Method(label, lambda module: lokr_parameters(module, factor, rank))
+
+
+def _lora(rank: int) -> Method:
+    if rank < 1:
+        raise UsageError(f"{rank} is no rank.", fix="Give a positive number.")
+    return Method(f"LoRA rank {rank}", lambda module: lora_parameters(module, rank))

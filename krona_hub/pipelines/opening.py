@@ -1,0 +1,101 @@
+"""Opening the pipeline of a base model with diffusers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from krona_hub.bases import catalogue
+from krona_hub.errors import FormatError, IncompleteError, KronaError, NoDeviceError, NotFoundError, UnknownBaseError
+
+SINGLE_FILES: Mapping[str, str] = {  # start of a family's name -> the pipeline for its checkpoints in one file
+    "sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline", "flux1": "FluxPipeline", "flux2-klein": "Flux2KleinPipeline",
+    "flux2": "Flux2Pipeline", "chroma": "ChromaPipeline", "z-image": "ZImagePipeline",
+    "qwen-image": "QwenImagePipeline", "lumina2": "Lumina2Pipeline", "auraflow": "AuraFlowPipeline",
+}  # fmt: skip
+
+
+def device_for(asked: str | None) -> str:
+    """The device that was asked for, or the best that there is. Raises NoDeviceError where there is none such."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked is None:
+        return next(name for name, here in there.items() if here)
+    kind, _, number = asked.partition(":")
+    count = getattr(torch, kind).device_count() if kind in ("cuda", "xpu") else 1
+    here = there.get(kind, hasattr(torch, kind) and getattr(torch, kind).is_available())
+    if here and (not number or (number.isdigit() and int(number) < count)):
+        return asked
+    found = ", ".join(name for name, here in there.items() if here)
+    raise NoDeviceError(f"this machine has no device {asked} that torch can use.", fix=f"Give --device {found}.")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars, the warnings and the chatter of diffusers and transformers."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    logs = (diffusers_log, transformers_log)
+    levels = [log.get_verbosity() for log in logs]
+    bars = [log.is_progress_bar_enabled() for log in logs]
+    try:
+        for log in logs:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level, bar in zip(logs, levels, bars, strict=True):
+            log.set_verbosity(level)
+            if bar:
+                log.enable_progress_bar()
+
+
+@contextmanager
+def told(source: str) -> Iterator[None]:
+    """What diffusers says of a broken or incomplete base, as an error of ours."""
+    try:
+        yield
+    except KronaError:
+        raise
+    except NotImplementedError as problem:  # a tensor that was expected and never filled
+        raise IncompleteError(
+            f"{source} has not all the weights of a pipeline: a part is missing, such as the autoencoder.",
+            fix="Give a diffusers folder, or a file that holds the whole pipeline.",
+        ) from problem
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as problem:
+        words = " ".join(str(problem).split())[:200]
+        kind = IncompleteError if isinstance(problem, OSError) else FormatError
+        raise kind(
+            f"{source}: diffusers cannot load it: {words}",
+            fix="Download it again; a single file needs its configuration: --config FOLDER.",
+        ) from problem
+
+
+def pipeline_for(source: str, family: str | None) -> str:
+    """The pipeline for a family's checkpoints in one file."""
+    for start, name in SINGLE_FILES.items():
+        if (family or "").startswith(start):
+            return name
+    raise UnknownBaseError(
+        f"{source} is no base that krona knows as a single file.",
+        fix="Give a diffusers folder, or --config FOLDER|ID: a diffusers pipeline of the same kind.",
+    )
+
+
+def no_base(source: str) -> KronaError:
+    """Why a source that leads to no file is no base: a name without weights, or nothing at all."""
+    known = catalogue.find(source)
+    if known is None:
+        return NotFoundError(f"{source}: no such file or folder.", fix="Check the path; a Hub id is written ns/name.")
+    hub_id = catalogue.get(source).hub_id
+    where = f" or its Hub id, {hub_id}" if hub_id else ""
+    return UnknownBaseError(
+        f"{source} is the name of a base; here its weights are needed.",
+        fix=f"Give its diffusers folder, its checkpoint file{where}.",
+    )
