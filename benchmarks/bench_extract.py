@@ -19,13 +19,13 @@ from common import peak_memory, report
 from torch import Tensor
 
 from krona_hub.bases import catalogue
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.weight_files import WeightPlace
 from krona_hub.conversion.target import ConversionTarget
 from krona_hub.extraction.fit_layers import fit_difference
 from krona_hub.extraction.fit_plan import FitPlan
 from krona_hub.extraction.layer_difference import LayerDifference
-from krona_hub.extraction.request import ExtractRequest
+from krona_hub.extraction.request import FitRequest
 from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.kron.from_dense import nearest_kron_of_dense
 from krona_hub.kron.parallel import in_parallel
@@ -62,7 +62,7 @@ def main() -> None:
 
 def ours(sizes: list[tuple[int, ...]]) -> tuple[float, int]:
     """Seconds for these layers, making them excluded, and the most terms found in a planted one."""
-    plan = FitPlan(ExtractRequest(shape=SHAPE), ConversionTarget("krona"), None, CORES)
+    plan = FitPlan(FitRequest(shape=SHAPE), ConversionTarget("krona"), None, CORES)
     seconds, most = 0.0, 0
     for batch in batches(sizes):
         start = perf_counter()

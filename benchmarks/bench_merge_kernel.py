@@ -14,7 +14,7 @@ from common import report
 from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.kron.parallel import one_thread
 from krona_hub.kron.terms import KronTerms, as_lora
 from krona_hub.merging.arithmetic.patches import Patch

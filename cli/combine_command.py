@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import announce, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import announce, emit, fields_of, krona_command, say, show_facts, show_table, show_text
 from krona_hub.cli.options import (
     allow_base_mismatch_option,
     allow_missing_option,
@@ -27,32 +27,40 @@ if TYPE_CHECKING:
     from krona_hub.combining import CombineReport
 
 
+OPTIONS = {
+    "Reading": (
+        base_option,
+        component_option,
+        allow_missing_option,
+        allow_base_mismatch_option,
+    ),
+    "Making it smaller (at most one)": (
+        click.Option(["--terms"], type=int, metavar="K", help="The best K terms of the layer's own shape."),
+        click.Option(
+            ["--max-error"], type=float, metavar="E", help="The smallest form of each layer within this error."
+        ),
+        click.Option(["--allow-loss"], is_flag=True, help="Write the result even if its total error exceeds 0.5."),
+    ),
+    "Where to": (
+        output_option,
+        to_option,
+        dtype_option,
+        overwrite_option,
+        dry_run_option,
+    ),
+    "": (click.Option(["--layers"], is_flag=True, help="List every layer."),),
+}
+
+
 @krona_command(
     "combine",
-    panels={
-        "Reading": ("--base", "--component", "--allow-missing", "--allow-base-mismatch"),
-        "Making it smaller (at most one)": ("--terms", "--max-error", "--allow-loss"),
-        "Where to": ("--output", "--to", "--dtype", "--overwrite", "--dry-run"),
-    },
+    arguments=(click.Argument(["adapters"], type=WeightedSource(), nargs=-1, required=True, metavar="ADAPTER[:w]…"),),
+    options=OPTIONS,
     examples=(
         "krona combine lora.safetensors:0.7 lokr.safetensors:0.3 -o both.safetensors",
         "krona combine lora.safetensors lokr.safetensors:-0.5 --max-error 0.05 -o small.safetensors",
     ),
 )
-@click.argument("adapters", type=WeightedSource(), nargs=-1, required=True, metavar="ADAPTER[:w]…")
-@output_option
-@to_option
-@dtype_option
-@click.option("--terms", type=int, metavar="K", help="The best K terms of the layer's own shape.")
-@click.option("--max-error", type=float, metavar="E", help="The smallest form of each layer within this error.")
-@base_option
-@component_option
-@click.option("--allow-loss", is_flag=True, help="Write the result even if its total error exceeds 0.5.")
-@allow_missing_option
-@allow_base_mismatch_option
-@overwrite_option
-@dry_run_option
-@click.option("--layers", is_flag=True, help="List every layer.")
 def command(
     adapters: tuple[WeightedArgument, ...], layers: bool, dry_run: bool, out: str | None, **options: Any
 ) -> None:
@@ -77,7 +85,7 @@ def as_document(report: CombineReport) -> dict[str, Any]:
     totals = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")
     measures = ("relative_error", "energy_kept", "verdict")
     computed = {name: getattr(report, name) for name in (*totals, *measures)}
-    return {**{name: getattr(report, name) for name in report.__dataclass_fields__}, **computed}
+    return {**fields_of(report), **computed}
 
 
 def show(report: CombineReport, *, every_layer: bool) -> None:

@@ -14,8 +14,11 @@ SHELLS = {
 }
 
 
-@krona_command("completion", examples=("krona completion bash",))
-@click.argument("shell", type=click.Choice(tuple(SHELLS)))
+@krona_command(
+    "completion",
+    arguments=(click.Argument(["shell"], type=click.Choice(tuple(SHELLS))),),
+    examples=("krona completion bash",),
+)
 def command(shell: str) -> None:
     """Print the script that completes krona's commands, options, base names and format names.
 

@@ -2,8 +2,7 @@
 
 A command file exposes `command`, declared so:
 
-    @krona_command("params", examples=("krona params --base sdxl --shape 64x8",))
-    @base_option
+    @krona_command("params", options=(base_option,), examples=("krona params --base sdxl --shape 64x8",))
     def command(base: str | None) -> None:
         \"""Count an adapter's parameters before training it.\"""
         count = accounting.count(...)               # one call of the library
@@ -19,8 +18,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import click
@@ -43,21 +43,31 @@ class KronaCommand(rich_click.RichCommand):
 
 
 def krona_command(
-    name: str, *, examples: Sequence[str], panels: Mapping[str, Sequence[str]] = MappingProxyType({})
+    name: str,
+    *,
+    examples: Sequence[str],
+    arguments: Sequence[click.Argument] = (),
+    options: Sequence[click.Option] | Mapping[str, Sequence[click.Option]] = (),
 ) -> Callable[[Function], KronaCommand]:
-    """Declare a command with --json, --quiet and examples; `panels` groups the options of its --help by title.
+    """Declare a command by its arguments, options and examples; --json and --quiet are added.
 
-    An example is a command line that runs in a folder with `lora.safetensors` (SD 1.5, kohya), `lokr.safetensors`
-    (SD 1.5, LyCORIS LoKr) and `krona.safetensors` (the same, native).
+    `options` may be grouped by the titles under which --help shows them; those of the group "" come last. An example
+    is a command line that runs in a folder with `lora.safetensors` (SD 1.5, kohya), `lokr.safetensors` (SD 1.5,
+    LyCORIS LoKr) and `krona.safetensors` (the same, native).
     """
+    groups = options if isinstance(options, Mapping) else {"": options}
 
     def declare(function: Function) -> KronaCommand:
-        epilog = "\n\n".join(["Examples:" if len(examples) > 1 else "Example:", *examples])
-        function = _json_option(_quiet_option(function))
-        for title in reversed(panels):
-            function = rich_click.option_panel(title, options=list(panels[title]))(function)
-        declared = rich_click.command(name, cls=KronaCommand, epilog=epilog)(function)
-        declared.params = declared.params[2:] + declared.params[:2]  # what is common comes last
+        for title, members in reversed(groups.items()):
+            if title:
+                flags = [max(option.opts, key=len) for option in members]
+                function = rich_click.option_panel(title, options=flags)(function)
+        declared = rich_click.command(
+            name,
+            cls=KronaCommand,
+            epilog="\n\n".join(["Examples:" if len(examples) > 1 else "Example:", *examples]),
+            params=[*arguments, *chain.from_iterable(groups.values()), _json_option, _quiet_option],
+        )(function)
         declared.examples = tuple(examples)
         return declared
 
@@ -71,11 +81,11 @@ def _remember(context: click.Context, option: click.Parameter, value: bool) -> N
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of the Hub's client, where it is used
 
 
-_json_option = click.option(
-    "--json", is_flag=True, expose_value=False, callback=_remember, help="Print one JSON document instead of text."
+_json_option = click.Option(
+    ["--json"], is_flag=True, expose_value=False, callback=_remember, help="Print one JSON document instead of text."
 )
-_quiet_option = click.option(
-    "-q", "--quiet", is_flag=True, expose_value=False, callback=_remember, help="Say nothing but the result."
+_quiet_option = click.Option(
+    ["-q", "--quiet"], is_flag=True, expose_value=False, callback=_remember, help="Say nothing but the result."
 )
 
 
@@ -97,6 +107,11 @@ def emit(document: Any, show: Callable[[], None]) -> None:
         print(json.dumps(plain(document), ensure_ascii=False, indent=2, allow_nan=False))
     else:
         show()
+
+
+def fields_of(report: Any, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass by name, as the start of a document."""
+    return {field.name: getattr(report, field.name) for field in fields(report) if field.name not in without}
 
 
 def say(text: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import announce, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import announce, emit, fields_of, krona_command, say, show_facts, show_table, show_text
 from krona_hub.cli.options import (
     base_option,
     complete_formats,
@@ -27,19 +27,59 @@ if TYPE_CHECKING:
     from krona_hub.conversion import ConversionReport
 
 FEW = 12  # layers that are listed without --layers
-PANELS = {  # how --help groups the options; what is in none of them comes last
-    "Reading": ("--from", "--base", "--component", "--allow-missing"),
-    "Where to": ("--to", "--for", "--output", "--dtype", "--split-qkv", "--overwrite", "--dry-run",
-                 "--report"),
-    "How (at most one way)": (
-        "--max-error", "--budget", "--shape", "--terms", "--shape-fallback", "--exact", "--rank", "--allow-loss",
+OPTIONS = {
+    "Reading": (
+        from_option,
+        base_option,
+        component_option,
+        click.Option(
+            ["--allow-missing"], is_flag=True, help="Convert what is understood, though some modules are not."
+        ),
     ),
-}  # fmt: skip
+    "Where to": (
+        click.Option(
+            ["--to"],
+            metavar="FORMAT",
+            shell_complete=complete_formats,
+            help="The format to write, or `lora` or `lokr`. `krona formats` lists them. Default: krona.",
+        ),
+        click.Option(
+            ["--for", "tool"],
+            metavar="TOOL",
+            shell_complete=complete_tools,
+            help="Target application; selects format, key names and layer shapes. A LoRA stays a LoRA without a method.",
+        ),
+        output_option,
+        click.Option(["--dtype"], metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16."),
+        click.Option(["--split-qkv"], is_flag=True, help="Write fused q, k, v projections as three modules."),
+        overwrite_option,
+        dry_run_option,
+        report_option,
+    ),
+    "How (at most one way)": (
+        click.Option(
+            ["--max-error"], type=float, metavar="E", help="The smallest form of each layer within this error [0.05]."
+        ),
+        click.Option(["--budget"], metavar="N|P%", help="The least error for N parameters, or P % of them."),
+        click.Option(["--shape"], metavar="A1xA2", help="This size of A in every layer, by nearest Kronecker product."),
+        click.Option(["--terms"], type=int, default=1, metavar="K", help="With --shape: terms per layer [1]."),
+        click.Option(
+            ["--shape-fallback"],
+            type=click.Choice(["nearest"]),
+            help="With --shape: where it does not divide a layer, take the nearest that does.",
+        ),
+        click.Option(["--exact"], is_flag=True, help="Equal up to rounding."),
+        click.Option(["--rank"], type=int, metavar="R", help="The best LoRA of rank R, with --to lora."),
+        click.Option(["--allow-loss"], is_flag=True, help="Write the result even if its total error exceeds 0.5."),
+    ),
+    "": (click.Option(["--layers"], is_flag=True, help="List every layer."),),
+}
 
 
 @krona_command(
     "convert",
-    panels=PANELS,
+    arguments=(file_argument,),
+    options=OPTIONS,
     examples=(
         "krona convert lora.safetensors",
         "krona convert lora.safetensors --for comfyui --max-error 0.1",
@@ -48,43 +88,6 @@ PANELS = {  # how --help groups the options; what is in none of them comes last
         "krona convert lora.safetensors --budget 50% -o half.safetensors --report half.html",
     ),
 )
-@file_argument
-@from_option
-@click.option(
-    "--to",
-    metavar="FORMAT",
-    shell_complete=complete_formats,
-    help="The format to write, or `lora` or `lokr`. `krona formats` lists them. Default: krona.",
-)
-@click.option(
-    "--for",
-    "tool",
-    metavar="TOOL",
-    shell_complete=complete_tools,
-    help="The tool that shall load it: picks format, names and shapes. A LoRA stays a LoRA unless a way is given.",
-)
-@output_option
-@click.option("--shape", metavar="A1xA2", help="This size of A in every layer, by nearest Kronecker product.")
-@click.option("--terms", type=int, default=1, metavar="K", help="With --shape: terms per layer [1].")
-@click.option(
-    "--shape-fallback",
-    type=click.Choice(["nearest"]),
-    help="With --shape: where it does not divide a layer, take the nearest that does.",
-)
-@click.option("--max-error", type=float, metavar="E", help="The smallest form of each layer within this error [0.05].")
-@click.option("--budget", metavar="N|P%", help="The least error for N parameters, or P % of them.")
-@click.option("--exact", is_flag=True, help="Equal up to rounding.")
-@click.option("--rank", type=int, metavar="R", help="The best LoRA of rank R, with --to lora.")
-@base_option
-@component_option
-@click.option("--dtype", metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16.")
-@click.option("--split-qkv", is_flag=True, help="Write fused q, k, v projections as three modules.")
-@click.option("--allow-loss", is_flag=True, help="Write the result even if its total error exceeds 0.5.")
-@click.option("--allow-missing", is_flag=True, help="Convert what is understood, though some modules are not.")
-@overwrite_option
-@dry_run_option
-@click.option("--layers", is_flag=True, help="List every layer.")
-@report_option
 def command(file: str, layers: bool, report: str | None, **options: Any) -> None:
     """Write an adapter in another format, form or size.
 
@@ -123,7 +126,7 @@ def as_document(report: ConversionReport) -> dict[str, Any]:
     totals = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")
     measures = ("relative_error", "energy_kept", "verdict")
     computed = {name: getattr(report, name) for name in (*totals, *measures)}
-    return {**{name: getattr(report, name) for name in report.__dataclass_fields__}, **computed}
+    return {**fields_of(report), **computed}
 
 
 def show(report: ConversionReport, *, every_layer: bool) -> None:

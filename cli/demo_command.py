@@ -16,10 +16,13 @@ from krona_hub.cli.console import asked_for, emit, krona_command, open_file, say
 from krona_hub.cli.options import open_option
 from krona_hub.rendering.tables import human_bytes
 
+OPTIONS = (
+    click.Option(["--folder"], default=demo.FOLDER, type=click.Path(), help="Where the demo puts its files."),
+    open_option,
+)
 
-@krona_command("demo", examples=("krona demo",))
-@click.option("--folder", default=demo.FOLDER, type=click.Path(), help="Where the demo puts its files.")
-@open_option
+
+@krona_command("demo", options=OPTIONS, examples=("krona demo",))
 def command(folder: str, show_grid: bool) -> None:
     """Run the main job, offline, on what comes with krona: inspect, convert, merge, draw pictures, verify.
 

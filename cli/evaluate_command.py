@@ -12,21 +12,32 @@ if TYPE_CHECKING:
     from krona_hub.evaluation import EvaluationReport
 
 
+OPTIONS = (
+    click.Option(
+        ["--like", "references"], required=True, type=click.Path(), metavar="DIR", help="Pictures of the subject."
+    ),
+    click.Option(
+        ["--prompt"], metavar="TEXT", help="What all pictures should show [what krona generate wrote into each]."
+    ),
+    click.Option(
+        ["--clip"],
+        metavar="MODEL",
+        help="A CLIP on this machine: a folder or a Hub id [openai/clip-vit-large-patch14].",
+    ),
+    click.Option(["--dino"], metavar="MODEL", help="A DINO on this machine [facebook/dino-vits16]."),
+    click.Option(["--device"], default="cpu", metavar="NAME", help="Where CLIP and DINO run [cpu]."),
+)
+
+
 @krona_command(
     "evaluate",
+    arguments=(click.Argument(["pictures"], type=click.Path()),),
+    options=OPTIONS,
     examples=(
         "krona evaluate photos --like photos",
         'krona evaluate photos --like photos --prompt "a photo of sks toy"',
     ),
 )
-@click.argument("pictures", type=click.Path())
-@click.option("--like", "references", required=True, type=click.Path(), metavar="DIR", help="Pictures of the subject.")
-@click.option("--prompt", metavar="TEXT", help="What all pictures should show [what krona generate wrote into each].")
-@click.option(
-    "--clip", metavar="MODEL", help="A CLIP on this machine: a folder or a Hub id [openai/clip-vit-large-patch14]."
-)
-@click.option("--dino", metavar="MODEL", help="A DINO on this machine [facebook/dino-vits16].")
-@click.option("--device", default="cpu", metavar="NAME", help="Where CLIP and DINO run [cpu].")
 def command(
     pictures: str, references: str, prompt: str | None, clip: str | None, dino: str | None, device: str
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import announce, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import announce, emit, fields_of, krona_command, say, show_facts, show_table, show_text
 from krona_hub.cli.options import (
     complete_bases,
     component_option,
@@ -31,43 +31,68 @@ COMPUTED = (
 )  # fmt: skip
 
 
+OPTIONS = {
+    "What": (
+        component_option,
+        click.Option(
+            ["--targets"], metavar="SET", help="Only these layers: a set of `krona params`, or a regular expression."
+        ),
+        click.Option(
+            ["--base-name"],
+            metavar="NAME",
+            shell_complete=complete_bases,
+            help="What the adapter shall name as its base.",
+        ),
+        click.Option(
+            ["--also-vectors"], is_flag=True, help="Store the changes of norms and biases as well, in the extras."
+        ),
+    ),
+    "How": (
+        click.Option(
+            ["--shape"], metavar="A1xA2", default="auto", help="This size of A in every layer [auto: the best of all]."
+        ),
+        click.Option(
+            ["--terms"], type=int, metavar="K", help="Terms per layer, or the rank of a LoRA [down to the noise]."
+        ),
+        click.Option(
+            ["--max-error"], type=float, metavar="E", help="The smallest form of each layer within this error."
+        ),
+        click.Option(
+            ["--budget"], metavar="N|P%", help="The least error for N parameters, or P % of the difference's."
+        ),
+        click.Option(
+            ["--shape-fallback"],
+            type=click.Choice(["nearest"]),
+            help="With --shape: where it does not divide a layer, take the nearest that does.",
+        ),
+        click.Option(["--allow-loss"], is_flag=True, help="Write the result even if its total error exceeds 0.5."),
+    ),
+    "Where to": (
+        output_option,
+        to_option,
+        dtype_option,
+        overwrite_option,
+        dry_run_option,
+    ),
+    "": (
+        threads_option,
+        click.Option(["--layers"], is_flag=True, help="List every layer."),
+    ),
+}
+
+
 @krona_command(
     "extract",
-    panels={
-        "What": ("--component", "--targets", "--base-name", "--also-vectors"),
-        "How": ("--shape", "--terms", "--max-error", "--budget", "--shape-fallback", "--allow-loss"),
-        "Where to": ("--output", "--to", "--dtype", "--overwrite", "--dry-run"),
-    },
+    arguments=(
+        click.Argument(["base"], type=click.Path(), metavar="BASE"),
+        click.Argument(["tuned"], type=click.Path(), metavar="TUNED"),
+    ),
+    options=OPTIONS,
     examples=(
         "krona extract base merged -o found.safetensors",
         "krona extract base merged --shape 8x8 --terms 4 --allow-loss --dry-run",
     ),
 )
-@click.argument("base", type=click.Path(), metavar="BASE")
-@click.argument("tuned", type=click.Path(), metavar="TUNED")
-@output_option
-@to_option
-@click.option("--shape", metavar="A1xA2", default="auto", help="This size of A in every layer [auto: the best of all].")
-@click.option("--terms", type=int, metavar="K", help="Terms per layer, or the rank of a LoRA [down to the noise].")
-@click.option("--max-error", type=float, metavar="E", help="The smallest form of each layer within this error.")
-@click.option("--budget", metavar="N|P%", help="The least error for N parameters, or P % of the difference's.")
-@click.option(
-    "--shape-fallback",
-    type=click.Choice(["nearest"]),
-    help="With --shape: where it does not divide a layer, take the nearest that does.",
-)
-@component_option
-@click.option("--targets", metavar="SET", help="Only these layers: a set of `krona params`, or a regular expression.")
-@click.option("--also-vectors", is_flag=True, help="Store the changes of norms and biases as well, in the extras.")
-@click.option(
-    "--base-name", metavar="NAME", shell_complete=complete_bases, help="What the adapter shall name as its base."
-)
-@dtype_option
-@click.option("--allow-loss", is_flag=True, help="Write the result even if its total error exceeds 0.5.")
-@overwrite_option
-@threads_option
-@dry_run_option
-@click.option("--layers", is_flag=True, help="List every layer.")
 def command(base: str, tuned: str, out: str | None, layers: bool, **options: Any) -> None:
     """Make the adapter that turns BASE into TUNED: the nearest Kronecker sums, or a LoRA, of their difference.
 
@@ -87,7 +112,7 @@ def command(base: str, tuned: str, out: str | None, layers: bool, **options: Any
 
 def as_document(report: ExtractionReport) -> dict[str, Any]:
     """The report with its totals, which are computed from its layers."""
-    known = {name: getattr(report, name) for name in report.__dataclass_fields__}
+    known = fields_of(report)
     return {**known, **{name: getattr(report, name) for name in COMPUTED}}
 
 

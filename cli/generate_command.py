@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import announce, emit, krona_command, open_file, say, show_facts, show_table, show_text
+from krona_hub.cli.console import (
+    announce,
+    emit,
+    fields_of,
+    krona_command,
+    open_file,
+    say,
+    show_facts,
+    show_table,
+    show_text,
+)
 from krona_hub.cli.options import dry_run_option, open_option, overwrite_option
 from krona_hub.cli.progress import progress
 from krona_hub.cli.weighted_source import WeightedArgument, WeightedSource
@@ -19,13 +29,6 @@ if TYPE_CHECKING:
 
 FOLDER = "krona-pictures"
 FEW = 12  # pictures that are listed
-PANELS = {
-    "What to draw": ("--prompt", "--negative", "--seed", "--images-per-prompt", "--size", "--steps", "--guidance",
-                     "--scheduler", "--set"),
-    "Adapters": ("--adapter", "--strengths", "--together", "--compare", "--beside"),
-    "Machine": ("--device", "--dtype", "--offload", "--tiled-vae", "--batch", "--variant", "--config"),
-    "Where to": ("--output", "--overwrite", "--again", "--open", "--dry-run"),
-}  # fmt: skip
 
 
 def complete_schedulers(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
@@ -57,74 +60,106 @@ def settings(_context: click.Context, _parameter: click.Parameter, texts: tuple[
     return found
 
 
+OPTIONS = {
+    "What to draw": (
+        click.Option(
+            ["-p", "--prompt", "prompts"], multiple=True, metavar="TEXT", help="What to draw; may be repeated."
+        ),
+        click.Option(["-n", "--negative"], metavar="TEXT", help="What not to draw."),
+        click.Option(["--seed"], type=int, default=0, metavar="N", help="Of the first picture of each prompt [0]."),
+        click.Option(
+            ["--images-per-prompt"],
+            type=int,
+            metavar="N",
+            help="Pictures of each prompt; seeds count up [as many as --batch].",
+        ),
+        click.Option(["--size"], metavar="WxH", help="In pixels [what the base was trained for]."),
+        click.Option(["--steps"], type=int, metavar="N", help="Denoising steps [what the pipeline of the base takes]."),
+        click.Option(
+            ["--guidance"], type=float, metavar="G", help="How closely to keep to the prompt [the pipeline's]."
+        ),
+        click.Option(
+            ["--scheduler"],
+            metavar="NAME",
+            shell_complete=complete_schedulers,
+            help="ddim, euler, euler-a, heun, dpm++, dpm++-karras, unipc, lcm, … [the base's own].",
+        ),
+        click.Option(
+            ["--set", "more"],
+            multiple=True,
+            metavar="NAME=VALUE",
+            callback=settings,
+            help="Any other argument of the pipeline's call, such as guidance_rescale=0.7.",
+        ),
+    ),
+    "Adapters": (
+        click.Option(
+            ["-a", "--adapter", "adapters"],
+            multiple=True,
+            type=WeightedSource(),
+            metavar="FILE[:w]",
+            help="An adapter in any format, and its strength [1]. Several make a column each, beside one without.",
+        ),
+        click.Option(
+            ["--strengths"],
+            metavar="S,S,…",
+            callback=numbers,
+            help="A column for each strength, times the adapter's own.",
+        ),
+        click.Option(["--together"], is_flag=True, help="All adapters at once instead of a column each."),
+        click.Option(["--compare/--no-compare"], default=None, help="With or without a column of the base alone."),
+        click.Option(
+            ["--beside"],
+            multiple=True,
+            type=click.Path(),
+            metavar="BASE",
+            help="A column of another base, such as a merged one.",
+        ),
+    ),
+    "Machine": (
+        click.Option(["--device"], metavar="NAME", help="cpu, cuda, cuda:1 or mps [the best there is]."),
+        click.Option(
+            ["--dtype"], metavar="TYPE", help="float32, float16 or bfloat16 [float32 on a CPU, else a half type]."
+        ),
+        click.Option(
+            ["--offload"],
+            metavar="HOW",
+            help="model or sequential: keep in the device's memory only the part at work [none].",
+        ),
+        click.Option(["--tiled-vae"], is_flag=True, help="Decode in tiles: large pictures in little memory."),
+        click.Option(["--batch"], type=int, default=1, metavar="N", help="Pictures computed together [1]."),
+        click.Option(["--variant"], metavar="NAME", help="The variant of the base's files, such as fp16."),
+        click.Option(
+            ["--config"], metavar="BASE", help="For a single file: a diffusers folder of the same kind of model."
+        ),
+    ),
+    "Where to": (
+        click.Option(
+            ["-o", "--output", "out"], type=click.Path(), metavar="FOLDER", help="Where to write [krona-pictures]."
+        ),
+        overwrite_option,
+        click.Option(
+            ["--again"],
+            type=click.Path(),
+            metavar="RECORD",
+            help="Repeat a record.json or a picture; other options change it.",
+        ),
+        open_option,
+        dry_run_option,
+    ),
+}
+
+
 @krona_command(
     "generate",
-    panels=PANELS,
+    arguments=(click.Argument(["base"], required=False, type=click.Path()),),
+    options=OPTIONS,
     examples=(
         'krona generate tiny-scenes --prompt "a photo of a large red cube on a blue table"',
         'krona generate base --prompt "a harbour" --adapter lora.safetensors --adapter lokr.safetensors:0.8 --dry-run',
         'krona generate base --prompt "a harbour" --adapter lora.safetensors --strengths 0,0.5,1 --dry-run',
     ),
 )
-@click.argument("base", required=False, type=click.Path())
-@click.option("-p", "--prompt", "prompts", multiple=True, metavar="TEXT", help="What to draw; may be repeated.")
-@click.option("-n", "--negative", metavar="TEXT", help="What not to draw.")
-@click.option("--seed", type=int, default=0, metavar="N", help="Of the first picture of each prompt [0].")
-@click.option(
-    "--images-per-prompt", type=int, metavar="N", help="Pictures of each prompt; seeds count up [as many as --batch]."
-)
-@click.option("--size", metavar="WxH", help="In pixels [what the base was trained for].")
-@click.option("--steps", type=int, metavar="N", help="Denoising steps [what the pipeline of the base takes].")
-@click.option("--guidance", type=float, metavar="G", help="How closely to keep to the prompt [the pipeline's].")
-@click.option(
-    "--scheduler",
-    metavar="NAME",
-    shell_complete=complete_schedulers,
-    help="ddim, euler, euler-a, heun, dpm++, dpm++-karras, unipc, lcm, … [the base's own].",
-)
-@click.option(
-    "--set",
-    "more",
-    multiple=True,
-    metavar="NAME=VALUE",
-    callback=settings,
-    help="Any other argument of the pipeline's call, such as guidance_rescale=0.7.",
-)
-@click.option(
-    "-a",
-    "--adapter",
-    "adapters",
-    multiple=True,
-    type=WeightedSource(),
-    metavar="FILE[:w]",
-    help="An adapter in any format, and its strength [1]. Several make a column each, beside one without.",
-)
-@click.option(
-    "--strengths", metavar="S,S,…", callback=numbers, help="A column for each strength, times the adapter's own."
-)
-@click.option("--together", is_flag=True, help="All adapters at once instead of a column each.")
-@click.option("--compare/--no-compare", default=None, help="With or without a column of the base alone.")
-@click.option(
-    "--beside", multiple=True, type=click.Path(), metavar="BASE", help="A column of another base, such as a merged one."
-)
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 or mps [the best there is].")
-@click.option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16 [float32 on a CPU, else a half type].")
-@click.option(
-    "--offload",
-    metavar="HOW",
-    help="model or sequential: keep in the device's memory only the part at work [none].",
-)
-@click.option("--tiled-vae", is_flag=True, help="Decode in tiles: large pictures in little memory.")
-@click.option("--batch", type=int, default=1, metavar="N", help="Pictures computed together [1].")
-@click.option("--variant", metavar="NAME", help="The variant of the base's files, such as fp16.")
-@click.option("--config", metavar="BASE", help="For a single file: a diffusers folder of the same kind of model.")
-@click.option("-o", "--output", "out", type=click.Path(), metavar="FOLDER", help="Where to write [krona-pictures].")
-@overwrite_option
-@click.option(
-    "--again", type=click.Path(), metavar="RECORD", help="Repeat a record.json or a picture; other options change it."
-)
-@open_option
-@dry_run_option
 def command(adapters: tuple[WeightedArgument, ...], out: str | None, show_grid: bool, **options: Any) -> None:
     """Draw pictures with a base model and adapters: numbered PNGs, a labelled grid and a record that repeats them.
 
@@ -147,7 +182,7 @@ def command(adapters: tuple[WeightedArgument, ...], out: str | None, show_grid: 
 def as_document(report: GenerateReport) -> dict[str, Any]:
     """The report without the pictures themselves."""
     hidden = ("images", "grid_image")
-    return {name: getattr(report, name) for name in report.__dataclass_fields__ if name not in hidden}
+    return fields_of(report, without=hidden)
 
 
 def show(report: GenerateReport) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import emit, fields_of, krona_command, say, show_facts, show_table, show_text
 from krona_hub.cli.options import complete_bases
 from krona_hub.errors import UsageError
 from krona_hub.hub.preview import describe_preview
@@ -19,16 +19,25 @@ if TYPE_CHECKING:
 KNOWS = {"info": ("name", "--offline"), "search": ("name", "--base"), "ls": ("--offline",)}
 
 
+OPTIONS = (
+    click.Option(["--base"], metavar="BASE", shell_complete=complete_bases, help="search: adapters of this base only."),
+    click.Option(
+        ["--limit"], type=click.IntRange(1, 1000), default=20, metavar="N", help="search: at most so many [20]."
+    ),
+    click.Option(["--offline"], is_flag=True, help="info: of the copy in the cache."),
+    click.Option(["--endpoint"], metavar="URL", help="The address of another Hub [HF_ENDPOINT]."),
+)
+
+
 @krona_command(
     "hub",
+    arguments=(
+        click.Argument(["action"], type=click.Choice(["info", "search", "ls"])),
+        click.Argument(["what"], required=False),
+    ),
+    options=OPTIONS,
     examples=("krona hub info ana/style", "krona hub search style --base sd15", "krona hub ls"),
 )
-@click.argument("action", type=click.Choice(["info", "search", "ls"]))
-@click.argument("what", required=False)
-@click.option("--base", metavar="BASE", shell_complete=complete_bases, help="search: adapters of this base only.")
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, metavar="N", help="search: at most so many [20].")
-@click.option("--offline", is_flag=True, help="info: of the copy in the cache.")
-@click.option("--endpoint", metavar="URL", help="The address of another Hub [HF_ENDPOINT].")
 def command(action: str, what: str | None, base: str | None, limit: int, offline: bool, endpoint: str | None) -> None:
     """Look at adapters on the Hugging Face Hub.
 
@@ -61,7 +70,7 @@ def _check(action: str, given: dict[str, object]) -> None:
 
 
 def as_document(info: RepoInfo) -> dict[str, Any]:
-    fields = {name: getattr(info, name) for name in info.__dataclass_fields__ if name != "preview"}
+    fields = fields_of(info, without=("preview",))
     return {**fields, "adapter": describe_preview(info.preview)}
 
 

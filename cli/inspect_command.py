@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import announce, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import announce, emit, fields_of, krona_command, say, show_facts, show_table, show_text
 from krona_hub.cli.options import base_option, component_option, file_argument, from_option, report_option
 from krona_hub.rendering.tables import form_in_words, human_bytes, module_groups, scale_in_words
 
@@ -16,8 +16,20 @@ if TYPE_CHECKING:
     from krona_hub.formats.reading.description import Description
 
 
+OPTIONS = (
+    from_option,
+    base_option,
+    component_option,
+    click.Option(["--layers"], is_flag=True, help="List every module."),
+    click.Option(["--sha256", "hashed"], is_flag=True, help="Hash the whole file as well."),
+    report_option,
+)
+
+
 @krona_command(
     "inspect",
+    arguments=(file_argument,),
+    options=OPTIONS,
     examples=(
         "krona inspect lora.safetensors",
         "krona inspect lokr.safetensors --layers",
@@ -25,13 +37,6 @@ if TYPE_CHECKING:
         "krona inspect lora.safetensors --report lora.html",
     ),
 )
-@file_argument
-@from_option
-@base_option
-@component_option
-@click.option("--layers", is_flag=True, help="List every module.")
-@click.option("--sha256", "hashed", is_flag=True, help="Hash the whole file as well.")
-@report_option
 def command(
     file: str,
     from_format: str | None,
@@ -67,8 +72,13 @@ def command(
 
 def as_document(file: str, about: Description, verdicts: Mapping[str, Verdict], sha256: str | None) -> dict[str, Any]:
     """Everything that is known about the file."""
-    known = {name: getattr(about, name) for name in about.__dataclass_fields__ if name not in ("path", "header")}
-    return {"file": file, "sha256": sha256, **known, "metadata": about.header.metadata, "loads_in": verdicts}
+    return {
+        "file": file,
+        "sha256": sha256,
+        **fields_of(about, without=("path", "header", "plans")),
+        "metadata": about.header.metadata,
+        "loads_in": verdicts,
+    }
 
 
 def _show(file: str, about: Description, verdicts: Mapping[str, Verdict], sha256: str | None, *, every: bool) -> None:

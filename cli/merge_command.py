@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from krona_hub.bases.base import COMPONENTS
-from krona_hub.cli.console import announce, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import announce, emit, fields_of, krona_command, say, show_facts, show_table, show_text
 from krona_hub.cli.options import (
     allow_base_mismatch_option,
     allow_missing_option,
@@ -32,65 +32,78 @@ PLANNED = (  # the options that a plan depends on
     "component", "block_weights", "out_dtype", "from_format", "allow_missing", "allow_base_mismatch",
 )  # fmt: skip
 COMPUTED = ("share_lost", "verdict")
-PANELS = {
-    "What": ("--component", "--block-weights", "--from", "--allow-missing", "--allow-base-mismatch"),
-    "Numbers": ("--out-dtype", "--rounding", "--seed", "--exact-rounding"),
-    "Where to": (
-        "--output", "--overwrite", "--link", "--in-place", "--undo", "--title", "--hash", "--dry-run",
+OPTIONS = {
+    "What": (
+        click.Option(
+            ["--component"],
+            metavar="NAME",
+            type=click.Choice(COMPONENTS),
+            help="Merge only the layers of this part; also says which part a file is for that does not say.",
+        ),
+        click.Option(
+            ["--block-weights"],
+            type=click.Path(dir_okay=False),
+            metavar="FILE",
+            help="Lines `regex = weight` (or TOML, JSON): layers that match are merged at w times that.",
+        ),
+        from_option,
+        allow_missing_option,
+        allow_base_mismatch_option,
     ),
-}  # fmt: skip
+    "Numbers": (
+        click.Option(
+            ["--out-dtype"],
+            type=click.Choice(("keep", "fp32-touched", "fp16", "bf16")),
+            default="keep",
+            help="As stored [keep], changed tensors in float32, or every number of a changed file in a half type.",
+        ),
+        click.Option(
+            ["--rounding"],
+            type=click.Choice(("nearest", "stochastic")),
+            default="nearest",
+            help="nearest: least error; stochastic: keeps the strength of small deltas, with more noise [nearest].",
+        ),
+        click.Option(["--seed"], type=int, default=0, metavar="N", help="Of stochastic rounding [0]."),
+        click.Option(
+            ["--exact-rounding"], is_flag=True, help="Add in float64: every number is the correctly rounded one."
+        ),
+    ),
+    "Where to": (
+        output_option,
+        overwrite_option,
+        click.Option(
+            ["--link"], is_flag=True, help="Hard-link untouched files: a later edit of them would reach the base."
+        ),
+        click.Option(["--in-place"], is_flag=True, help="Change the base itself; only with --undo."),
+        click.Option(
+            ["--undo"], type=click.Path(), metavar="FILE", help="Write what `krona unmerge` needs to restore the base."
+        ),
+        click.Option(["--title"], metavar="TEXT", help="The title in the metadata of the output."),
+        click.Option(
+            ["--hash/--no-hash"], default=None, help="Record the sha256 of base and output [where it costs little]."
+        ),
+        dry_run_option,
+    ),
+    "": (
+        threads_option,
+        click.Option(["--tensors"], is_flag=True, help="List every changed tensor."),
+    ),
+}
 
 
 @krona_command(
     "merge",
-    panels=PANELS,
+    arguments=(
+        click.Argument(["base"], type=click.Path(), metavar="BASE"),
+        click.Argument(["adapters"], type=WeightedSource(), nargs=-1, required=True, metavar="ADAPTER[:w]…"),
+    ),
+    options=OPTIONS,
     examples=(
         "krona merge base lora.safetensors:0.8 -o out",
         "krona merge base lora.safetensors:0.8 lokr.safetensors:0.5 --dry-run",
         "krona merge base lora.safetensors --in-place --undo before.safetensors",
     ),
 )
-@click.argument("base", type=click.Path(), metavar="BASE")
-@click.argument("adapters", type=WeightedSource(), nargs=-1, required=True, metavar="ADAPTER[:w]…")
-@output_option
-@click.option(
-    "--component",
-    metavar="NAME",
-    type=click.Choice(COMPONENTS),
-    help="Merge only the layers of this part; also says which part a file is for that does not say.",
-)
-@click.option(
-    "--block-weights",
-    type=click.Path(dir_okay=False),
-    metavar="FILE",
-    help="Lines `regex = weight` (or TOML, JSON): layers that match are merged at w times that.",
-)
-@from_option
-@click.option(
-    "--out-dtype",
-    type=click.Choice(("keep", "fp32-touched", "fp16", "bf16")),
-    default="keep",
-    help="As stored [keep], changed tensors in float32, or every number of a changed file in a half type.",
-)
-@click.option(
-    "--rounding",
-    type=click.Choice(("nearest", "stochastic")),
-    default="nearest",
-    help="nearest has the least error [nearest]; stochastic keeps the strength of small deltas, with more noise.",
-)
-@click.option("--seed", type=int, default=0, metavar="N", help="Of stochastic rounding [0].")
-@click.option("--exact-rounding", is_flag=True, help="Add in float64: every number is the correctly rounded one.")
-@overwrite_option
-@click.option("--link", is_flag=True, help="Hard-link untouched files: a later edit of them would reach the base.")
-@click.option("--in-place", is_flag=True, help="Change the base itself; only with --undo.")
-@click.option("--undo", type=click.Path(), metavar="FILE", help="Write what `krona unmerge` needs to restore the base.")
-@click.option("--title", metavar="TEXT", help="The title in the metadata of the output.")
-@click.option("--hash/--no-hash", default=None, help="Record the sha256 of base and output [where it costs little].")
-@allow_missing_option
-@allow_base_mismatch_option
-@threads_option
-@dry_run_option
-@click.option("--tensors", is_flag=True, help="List every changed tensor.")
 def command(
     base: str,
     adapters: tuple[WeightedArgument, ...],
@@ -199,7 +212,7 @@ def _plan_facts(plan: MergePlan) -> Iterator[tuple[str, Any]]:
 
 def report_document(report: MergeReport) -> dict[str, Any]:
     """The report with what is computed from its tensors, and each tensor with the share of it that was lost."""
-    known = {name: getattr(report, name) for name in report.__dataclass_fields__}
+    known = fields_of(report)
     tensors = [{**t._asdict(), "share_lost": t.share_lost} for t in report.tensors]
     computed = {name: getattr(report, name) for name in COMPUTED}
     return {**known, **computed, "tensors": tensors, "written": True}

@@ -8,13 +8,17 @@ from krona_hub.cli.console import emit, krona_command, say, show_text
 from krona_hub.cli.options import dry_run_option, file_argument, output_option, overwrite_option
 from krona_hub.schema.migrate import Migration, migrate_file
 
+OPTIONS = (
+    click.Option(["--to"], metavar="X.Y", required=True, help="The schema version to write."),
+    output_option,
+    overwrite_option,
+    dry_run_option,
+)
 
-@krona_command("migrate", examples=("krona migrate krona.safetensors --to 1.0",))
-@file_argument
-@click.option("--to", metavar="X.Y", required=True, help="The schema version to write.")
-@output_option
-@overwrite_option
-@dry_run_option
+
+@krona_command(
+    "migrate", arguments=(file_argument,), options=OPTIONS, examples=("krona migrate krona.safetensors --to 1.0",)
+)
 def command(file: str, to: str, out: str | None, overwrite: bool, dry_run: bool) -> None:
     """Rewrite a native krona file in another version of its schema, older or newer.
 

@@ -28,41 +28,41 @@ def complete_tools(_context: click.Context, _parameter: click.Parameter, start: 
     return [name for name in TOOLS if name.startswith(start)]
 
 
-file_argument = click.argument("file", type=click.Path())
-base_option = click.option(
-    "--base",
+file_argument = click.Argument(["file"], type=click.Path())
+base_option = click.Option(
+    ["--base"],
     metavar="BASE",
     shell_complete=complete_bases,
     help="The base model: a catalogue name such as sdxl, a diffusers folder or a checkpoint file.",
 )
-component_option = click.option(
-    "--component",
+component_option = click.Option(
+    ["--component"],
     metavar="NAME",
     type=click.Choice(COMPONENTS),
     help="The part of the base that the file belongs to, where the file does not say.",
 )
-from_option = click.option(
-    "--from", "from_format", metavar="FORMAT", shell_complete=complete_formats, help="Read the file as this format."
+from_option = click.Option(
+    ["--from", "from_format"], metavar="FORMAT", shell_complete=complete_formats, help="Read the file as this format."
 )
-output_option = click.option("-o", "--output", "out", type=click.Path(), metavar="OUT", help="Where to write.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
-allow_missing_option = click.option(
-    "--allow-missing", is_flag=True, help="Go on with what is understood, though some modules are not."
+output_option = click.Option(["-o", "--output", "out"], type=click.Path(), metavar="OUT", help="Where to write.")
+overwrite_option = click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists.")
+allow_missing_option = click.Option(
+    ["--allow-missing"], is_flag=True, help="Go on with what is understood, though some modules are not."
 )
-allow_base_mismatch_option = click.option(
-    "--allow-base-mismatch", is_flag=True, help="Go on though an adapter was made for another base."
+allow_base_mismatch_option = click.Option(
+    ["--allow-base-mismatch"], is_flag=True, help="Go on though an adapter was made for another base."
 )
-dtype_option = click.option("--dtype", metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16.")
-to_option = click.option(
-    "--to",
+dtype_option = click.Option(["--dtype"], metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16.")
+to_option = click.Option(
+    ["--to"],
     metavar="FORMAT",
     default="krona",
     shell_complete=complete_formats,
     help="The format to write, or `lora` or `lokr`. `krona formats` lists them. Default: krona.",
 )
-threads_option = click.option("--threads", type=click.IntRange(1, 64), default=2, metavar="N", help="Threads [2].")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Do everything but write.")
-report_option = click.option(
-    "--report", type=click.Path(dir_okay=False), metavar="FILE.html", help="Write a page with tables and charts, too."
+threads_option = click.Option(["--threads"], type=click.IntRange(1, 64), default=2, metavar="N", help="Threads [2].")
+dry_run_option = click.Option(["--dry-run"], is_flag=True, help="Do everything but write.")
+report_option = click.Option(
+    ["--report"], type=click.Path(dir_okay=False), metavar="FILE.html", help="Write a page with tables and charts, too."
 )
-open_option = click.option("--open", "show_grid", is_flag=True, help="Open the grid in the system's viewer.")
+open_option = click.Option(["--open", "show_grid"], is_flag=True, help="Open the grid in the system's viewer.")

@@ -15,8 +15,36 @@ if TYPE_CHECKING:
 NAMED = 3  # layers named before "and N more"
 
 
+OPTIONS = (
+    base_option,
+    click.Option(
+        ["--component", "components"],
+        multiple=True,
+        metavar="NAME",
+        help="unet, transformer, text_encoder, …; text means every text encoder, all everything. Repeatable. "
+        "Default: the unet or transformer.",
+    ),
+    click.Option(
+        ["--targets"],
+        metavar="SET|REGEX",
+        help="attn, attn+ff, all, a trainer's set (listed below the table), or a regular expression [attn].",
+    ),
+    click.Option(
+        ["--shape", "shapes"], default="64x4,64x8,64x16", show_default=True, metavar="A1xA2,…", help="Sizes of A."
+    ),
+    click.Option(
+        ["--factor", "factors"], default="8,16", show_default=True, metavar="N,…", help="LoKr factors; -1: near √n."
+    ),
+    click.Option(["--rank", "ranks"], default="4,16", show_default=True, metavar="N,…", help="Ranks of LoRA and LoKr."),
+    click.Option(["--terms"], default=1, show_default=True, metavar="K", help="Kronecker terms per layer."),
+    report_option,
+)
+
+
 @krona_command(
     "params",
+    arguments=(click.Argument(["file"], required=False, type=click.Path()),),
+    options=OPTIONS,
     examples=(
         "krona params --base sdxl",
         "krona params --base sd15 --component all --shape 64x4,32x8 --rank 4",
@@ -26,28 +54,6 @@ NAMED = 3  # layers named before "and N more"
         "krona params --base sdxl --report sdxl.html",
     ),
 )
-@click.argument("file", required=False, type=click.Path())
-@base_option
-@click.option(
-    "--component",
-    "components",
-    multiple=True,
-    metavar="NAME",
-    help="unet, transformer, text_encoder, …; text means every text encoder, all everything. Repeatable. "
-    "Default: the unet or transformer.",
-)
-@click.option(
-    "--targets",
-    metavar="SET|REGEX",
-    help="attn (the default), attn+ff, all, or a set of a trainer (named below the table); else a regular expression.",
-)
-@click.option("--shape", "shapes", default="64x4,64x8,64x16", show_default=True, metavar="A1xA2,…", help="Sizes of A.")
-@click.option(
-    "--factor", "factors", default="8,16", show_default=True, metavar="N,…", help="LoKr factors; -1: near √n."
-)
-@click.option("--rank", "ranks", default="4,16", show_default=True, metavar="N,…", help="Ranks of LoRA and LoKr.")
-@click.option("--terms", default=1, show_default=True, metavar="K", help="Kronecker terms per layer.")
-@report_option
 def command(
     file: str | None,
     base: str | None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import emit, krona_command, say, show_facts
+from krona_hub.cli.console import emit, fields_of, krona_command, say, show_facts
 from krona_hub.cli.options import dry_run_option, output_option, overwrite_option
 from krona_hub.errors import UsageError
 from krona_hub.hub.preview import describe_preview
@@ -19,23 +19,28 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
+OPTIONS = (
+    output_option,
+    click.Option(["--offline"], is_flag=True, help="Use the copy in the cache, and ask nobody."),
+    click.Option(["--expect-sha"], metavar="SHA256", help="Refuse weights with another sha256."),
+    click.Option(["--verify-key"], type=click.Path(), metavar="PEM", help="Check the signature with this public key."),
+    click.Option(["--max-size"], default="2G", metavar="SIZE", help="Refuse larger files, such as 500M [2G]."),
+    click.Option(["--endpoint"], metavar="URL", help="The address of another Hub [HF_ENDPOINT]."),
+    overwrite_option,
+    dry_run_option,
+)
+
+
 @krona_command(
     "pull",
+    arguments=(click.Argument(["source"], metavar="REPO[@REV][/FILE]"),),
+    options=OPTIONS,
     examples=(
         "krona pull ana/style",
         "krona pull ana/style@v1/krona_adapter.safetensors -o style.safetensors",
         "krona pull ana/style --dry-run",
     ),
 )
-@click.argument("source", metavar="REPO[@REV][/FILE]")
-@output_option
-@click.option("--offline", is_flag=True, help="Use the copy in the cache, and ask nobody.")
-@click.option("--expect-sha", metavar="SHA256", help="Refuse weights with another sha256.")
-@click.option("--verify-key", type=click.Path(), metavar="PEM", help="Check the signature with this public key.")
-@click.option("--max-size", default="2G", metavar="SIZE", help="Refuse larger files, such as 500M [2G].")
-@click.option("--endpoint", metavar="URL", help="The address of another Hub [HF_ENDPOINT].")
-@overwrite_option
-@dry_run_option
 def command(source: str, max_size: str, dry_run: bool, **options: Any) -> None:
     """Download an adapter from the Hugging Face Hub.
 
@@ -61,7 +66,7 @@ def bytes_of(text: str) -> int:
 
 
 def as_document(report: PullReport) -> dict[str, Any]:
-    fields = {name: getattr(report, name) for name in report.__dataclass_fields__ if name != "preview"}
+    fields = fields_of(report, without=("preview",))
     return {**fields, "native": report.native, "preview": describe_preview(report.preview)}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import asked_for, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import asked_for, emit, fields_of, krona_command, say, show_facts, show_table, show_text
 from krona_hub.cli.options import base_option, dry_run_option, file_argument
 from krona_hub.errors import UsageError
 from krona_hub.rendering.tables import human_bytes
@@ -16,48 +16,57 @@ if TYPE_CHECKING:
     from krona_hub.hub import PushReport
     from krona_hub.hub.push_plan import PushPlan
 
-PANELS = {
+OPTIONS = {
     "What goes into it": (
-        "--with-lora", "--with-lokr", "--images", "--card-only", "--no-card", "--base-model", "--base", "--sign-key",
+        click.Option(
+            ["--with-lora"],
+            is_flag=False,
+            flag_value="exact",
+            metavar="[RANK]",
+            help="Add a LoRA for diffusers and others: exact, or the best of rank RANK (--with-lora=16).",
+        ),
+        click.Option(["--with-lokr"], is_flag=True, help="Add a LyCORIS LoKr, for ComfyUI and others."),
+        click.Option(
+            ["--images"], type=click.Path(), metavar="DIR", help="Sample pictures; x.txt beside x.png is its prompt."
+        ),
+        click.Option(["--card-only"], is_flag=True, help="Write the card anew and leave the weights alone."),
+        click.Option(["--no-card"], is_flag=True, help="Leave README.md alone."),
+        click.Option(
+            ["--base-model"], metavar="NS/NAME", help="The base, as the Hub calls it, where the file does not say."
+        ),
+        base_option,
+        click.Option(
+            ["--sign-key"], type=click.Path(), metavar="PEM", help="Sign with this private key; needs krona-hub[sign]."
+        ),
     ),
-    "Where to": ("--public", "--private", "--revision", "--create-pr", "--tag", "--message", "--endpoint"),
-    "How": ("--dry-run", "--yes", "--force"),
-}  # fmt: skip
+    "Where to": (
+        click.Option(["--public/--private", "public"], default=None, help="Who sees a new repository [private]."),
+        click.Option(["--revision"], default="main", metavar="BRANCH", help="The branch to commit to [main]."),
+        click.Option(["--create-pr"], is_flag=True, help="Open a pull request instead."),
+        click.Option(["--tag"], metavar="TAG", help="Tag the commit, such as v1."),
+        click.Option(["--message", "-m"], metavar="TEXT", help="What the commit says."),
+        click.Option(["--endpoint"], metavar="URL", help="The address of another Hub [HF_ENDPOINT]."),
+    ),
+    "How": (
+        dry_run_option,
+        click.Option(["--yes", "-y"], is_flag=True, help="Do not ask."),
+        click.Option(["--force"], is_flag=True, help="Push though the repository holds something else."),
+    ),
+}
 
 
 @krona_command(
     "push",
-    panels=PANELS,
+    arguments=(
+        file_argument,
+        click.Argument(["repo"]),
+    ),
+    options=OPTIONS,
     examples=(
         "krona push krona.safetensors ana/style --dry-run",
         "krona push krona.safetensors ana/style --public --with-lora --tag v1 --yes",
     ),
 )
-@file_argument
-@click.argument("repo")
-@click.option(
-    "--with-lora",
-    is_flag=False,
-    flag_value="exact",
-    metavar="[RANK]",
-    help="Add a LoRA for diffusers and others: exact, or the best of rank RANK (--with-lora=16).",
-)
-@click.option("--with-lokr", is_flag=True, help="Add a LyCORIS LoKr, for ComfyUI and others.")
-@click.option("--images", type=click.Path(), metavar="DIR", help="Sample pictures; x.txt beside x.png is its prompt.")
-@click.option("--card-only", is_flag=True, help="Write the card anew and leave the weights alone.")
-@click.option("--no-card", is_flag=True, help="Leave README.md alone.")
-@click.option("--base-model", metavar="NS/NAME", help="The base, as the Hub calls it, where the file does not say.")
-@base_option
-@click.option("--sign-key", type=click.Path(), metavar="PEM", help="Sign with this private key; needs krona-hub[sign].")
-@click.option("--public/--private", "public", default=None, help="Who sees a new repository [private].")
-@click.option("--revision", default="main", metavar="BRANCH", help="The branch to commit to [main].")
-@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
-@click.option("--tag", metavar="TAG", help="Tag the commit, such as v1.")
-@click.option("--message", "-m", metavar="TEXT", help="What the commit says.")
-@click.option("--endpoint", metavar="URL", help="The address of another Hub [HF_ENDPOINT].")
-@dry_run_option
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-@click.option("--force", is_flag=True, help="Push though the repository holds something else.")
 def command(file: str, repo: str, public: bool | None, with_lora: str | None, yes: bool, **options: Any) -> None:
     """Publish an adapter on the Hugging Face Hub.
 
@@ -105,7 +114,7 @@ def _ask(plan: PushPlan) -> bool:
 
 
 def as_document(report: PushReport) -> dict[str, Any]:
-    fields = {name: getattr(report, name) for name in report.__dataclass_fields__}
+    fields = fields_of(report)
     return {**fields, "up_to_date": report.up_to_date, "bytes_to_send": report.plan.bytes_to_send}
 
 

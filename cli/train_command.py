@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -17,30 +17,21 @@ from krona_hub.rendering.tables import human_bytes
 from krona_hub.training.configuration import PRESETS
 from krona_hub.training.settings import KINDS, SettingKind
 
-HIDDEN = ("shapes",)  # declared by hand: REGEX=a1xa2, several times
 WORLD = "WORLD_SIZE"  # set by a launcher: this process is one of several already
-PANELS = tuple(dict.fromkeys(kind.metadata["panel"] for kind in KINDS.values()))
-OWN = ("--preset", "--resume", "--check", "--num-processes")
 
 
-def _setting_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for each field, in the order of the fields."""
-    for kind in reversed(KINDS.values()):
-        if kind.name not in HIDDEN:
-            function = _option(kind)(function)
-    return function
-
-
-def _option(kind: SettingKind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _option(kind: SettingKind) -> click.Option:
+    if kind.name == "shapes":
+        return click.Option([kind.flag], multiple=True, metavar="REGEX=a1xa2", help=_help(kind))
     names = ["-o", kind.flag] if kind.name == "output" else [kind.flag]
     about: dict[str, Any] = {"default": None, "help": _help(kind)}
     if kind.type is bool:
-        return click.option(f"{kind.flag}/--no-{kind.flag[2:]}", kind.name, **about)
+        return click.Option([f"{kind.flag}/--no-{kind.flag[2:]}", kind.name], **about)
     if kind.choices:
-        return click.option(*names, kind.name, type=click.Choice(kind.choices), **about)
+        return click.Option([*names, kind.name], type=click.Choice(kind.choices), **about)
     if kind.type is tuple:
-        return click.option(*names, kind.name, metavar="TEXT", multiple=True, **about)
-    return click.option(*names, kind.name, type=kind.type, metavar=_metavar(kind), **about)
+        return click.Option([*names, kind.name], metavar="TEXT", multiple=True, **about)
+    return click.Option([*names, kind.name], type=kind.type, metavar=_metavar(kind), **about)
 
 
 def _metavar(kind: SettingKind) -> str:
@@ -52,27 +43,36 @@ def _help(kind: SettingKind) -> str:
     return kind.metadata["help"] + (f" [{shown}]" if shown is not None and kind.type is not bool else "")
 
 
-def _panels() -> dict[str, list[str]]:
-    grouped = {panel: [k.flag for k in KINDS.values() if k.metadata["panel"] == panel] for panel in PANELS}
-    return {"Run": list(OWN), **grouped}
+OPTIONS = {
+    "Run": (
+        click.Option(
+            ["--preset"], type=click.Choice(list(PRESETS)), help="Settings to start from; flags and the file win."
+        ),
+        click.Option(
+            ["--resume", "resume_from"], metavar="RUN", type=click.Path(), help="Go on with a run that was stopped."
+        ),
+        click.Option(["--check"], is_flag=True, help="Check data, base and shapes, print the plan, and stop."),
+        click.Option(
+            ["--num-processes"], type=click.IntRange(1), metavar="N", help="Train with N processes on this machine."
+        ),
+    ),
+    **{
+        panel: tuple(_option(kind) for kind in KINDS.values() if kind.metadata["panel"] == panel)
+        for panel in dict.fromkeys(kind.metadata["panel"] for kind in KINDS.values())
+    },
+}
 
 
 @krona_command(
     "train",
+    arguments=(click.Argument(["config"], required=False, type=click.Path()),),
+    options=OPTIONS,
     examples=(
         'krona train --base tiny --data photos --prompt "a photo of sks toy" --steps 4 -o toy',
         "krona train config.toml --shape 8x4 --check",
         "krona train --resume stopped --steps 4",
     ),
-    panels=_panels(),
 )
-@click.argument("config", required=False, type=click.Path())
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings to start from; flags and the file win.")
-@click.option("--resume", "resume_from", metavar="RUN", type=click.Path(), help="Go on with a run that was stopped.")
-@click.option("--check", is_flag=True, help="Check data, base and shapes, print the plan, and stop.")
-@click.option("--num-processes", type=click.IntRange(1), metavar="N", help="Train with N processes on this machine.")
-@_setting_options
-@click.option("--shapes", multiple=True, metavar="REGEX=a1xa2", help="The shape of the modules that REGEX finds.")
 def command(
     config: str | None,
     preset: str | None,

@@ -17,19 +17,26 @@ if TYPE_CHECKING:
     from krona_hub.merging.undo import UnmergeReport
 
 
+OPTIONS = (
+    click.Option(
+        ["--undo"], type=click.Path(), required=True, metavar="FILE", help="What `krona merge --undo FILE` wrote."
+    ),
+    output_option,
+    click.Option(["--in-place"], is_flag=True, help="Restore the merged model itself."),
+    overwrite_option,
+    threads_option,
+)
+
+
 @krona_command(
     "unmerge",
+    arguments=(click.Argument(["merged"], type=click.Path(), metavar="MERGED"),),
+    options=OPTIONS,
     examples=(
         "krona unmerge merged --undo undo.safetensors -o restored",
         "krona unmerge merged --undo undo.safetensors --in-place",
     ),
 )
-@click.argument("merged", type=click.Path(), metavar="MERGED")
-@click.option("--undo", type=click.Path(), required=True, metavar="FILE", help="What `krona merge --undo FILE` wrote.")
-@output_option
-@click.option("--in-place", is_flag=True, help="Restore the merged model itself.")
-@overwrite_option
-@threads_option
 def command(merged: str, undo: str, out: str | None, **options: Any) -> None:
     """Restore the base that a merge started from, byte for byte.
 

@@ -12,9 +12,15 @@ from krona_hub.verification import ValidationReport, validate
 COLOURS = {"error": "bold red", "warning": "yellow"}
 
 
-@krona_command("validate", examples=("krona validate krona.safetensors", "krona validate lokr.safetensors --base sd15"))
-@file_argument
-@base_option
+OPTIONS = (base_option,)
+
+
+@krona_command(
+    "validate",
+    arguments=(file_argument,),
+    options=OPTIONS,
+    examples=("krona validate krona.safetensors", "krona validate lokr.safetensors --base sd15"),
+)
 @click.pass_context
 def command(context: click.Context, file: str, base: str | None) -> None:
     """Check an adapter's structure, schema, shapes and numbers, and with --base its layers.

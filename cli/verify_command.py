@@ -22,36 +22,42 @@ ALIKE = 0.99  # cosine from which one delta is called a multiple of the other
 PROPERTIES = ("same", "exit_code", "states", "only_first", "only_second", "relative_difference")
 
 
+OPTIONS = {
+    "Question": (
+        base_option,
+        click.Option(
+            ["--adapter", "adapters"],
+            type=WeightedSource(),
+            multiple=True,
+            metavar="FILE[:w]",
+            help="With --base: an adapter that FILE should contain, at strength w; repeat it for several.",
+        ),
+    ),
+    "How": (
+        component_option,
+        click.Option(
+            ["--tolerance"], type=float, default=1e-5, metavar="E", help="Of two adapters: relative, per layer [1e-05]."
+        ),
+        click.Option(["--exact"], is_flag=True, help="Of a checkpoint: allow no unit in the last place."),
+        allow_missing_option,
+        click.Option(["--all", "every"], is_flag=True, help="List everything, not what differs most."),
+    ),
+}
+
+
 @krona_command(
     "verify",
-    panels={
-        "Question": ("--base", "--adapter"),
-        "How": ("--component", "--tolerance", "--exact", "--allow-missing", "--all"),
-    },
+    arguments=(
+        click.Argument(["first"], type=click.Path(), metavar="FILE"),
+        click.Argument(["second"], type=click.Path(), required=False, metavar="[ADAPTER]"),
+    ),
+    options=OPTIONS,
     examples=(
         "krona verify merged --base base --adapter lora.safetensors:0.8",
         "krona verify lokr.safetensors krona.safetensors",
         "krona verify lokr.safetensors --base sd15",
     ),
 )
-@click.argument("first", type=click.Path(), metavar="FILE")
-@click.argument("second", type=click.Path(), required=False, metavar="[ADAPTER]")
-@base_option
-@click.option(
-    "--adapter",
-    "adapters",
-    type=WeightedSource(),
-    multiple=True,
-    metavar="FILE[:w]",
-    help="With --base: an adapter that FILE should contain, at strength w; repeat it for several.",
-)
-@component_option
-@click.option(
-    "--tolerance", type=float, default=1e-5, metavar="E", help="Of two adapters: relative, per layer [1e-05]."
-)
-@click.option("--exact", is_flag=True, help="Of a checkpoint: allow no unit in the last place.")
-@allow_missing_option
-@click.option("--all", "every", is_flag=True, help="List everything, not what differs most.")
 @click.pass_context
 def command(
     context: click.Context,

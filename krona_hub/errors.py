@@ -6,11 +6,22 @@ exit status that the command line returns for it. `docs/errors.md` lists them al
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
 E = TypeVar("E", bound="KronaError")
+
+
+def abbreviated(names: Iterable[str], most: int = 3) -> str:
+    """The first `most` of some names as a message lists them, and how many more there are.
+
+    >>> abbreviated(["a", "b", "c", "d", "e"]), abbreviated(["a", "b"])
+    ('a, b, c and 2 more', 'a, b')
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class KronaError(Exception):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.kron.terms import as_lora
 from krona_hub.merging.arithmetic.patches import Patch
 from krona_hub.merging.arithmetic.rounding import Rounding

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from krona_hub.accounting import costs
 from krona_hub.accounting.counting import account
 from krona_hub.bases import catalogue, target_sets
-from krona_hub.bases.base import ModuleSpec
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.errors import KronaError, UsageError
 from krona_hub.kron.shapes import choices
 from tests.shared import shared

@@ -100,7 +100,7 @@ def test_a_component_of_a_repository_is_a_base_too(pipeline):
 
 def test_a_base_that_is_in_the_cache_needs_no_network_and_is_not_hashed_again(pipeline, monkeypatch):
     folder = resolve_base("ben/name")
-    monkeypatch.setattr("krona_hub.sources.download.sha256_of", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr("krona_hub.sources.download.file_sha256", lambda path: pytest.fail(f"{path} is read again"))
     pipeline.log.clear()
     assert resolve_base("ben/name") == folder
     assert [r.method for r in pipeline.log] == ["GET"], "where it stands is asked, and nothing else"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 
-from krona_hub.bases.base import ModuleSpec
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.errors import UsageError
 from krona_hub.kron.shapes import lycoris_factors, parse_shape, smallest_split, split
 

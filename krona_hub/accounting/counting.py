@@ -15,8 +15,9 @@ from pathlib import Path
 
 from krona_hub.accounting.costs import Method, lora_parameters, methods
 from krona_hub.bases import catalogue, loading
-from krona_hub.bases.base import Base, ModuleSpec
+from krona_hub.bases.base import Base
 from krona_hub.bases.families import FAMILIES
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.bases.target_sets import choose, sets_of
 from krona_hub.errors import ShapeError, UsageError
 from krona_hub.formats.reading.describe import describe

@@ -9,7 +9,7 @@ Canonical names are `<component>.<diffusers module path>` without `text_model.`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
@@ -70,6 +70,11 @@ class LayerDelta:
     def parameters(self) -> int:
         return sum(t.numel() for t in self.tensors)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> LayerDelta:
+        """The same delta with every stored tensor changed: to another dtype, to another device."""
+        magnitude = None if self.magnitude is None else change(self.magnitude)
+        return replace(self, sums=tuple(s.map(change) for s in self.sums), magnitude=magnitude)
+
     def low_rank_delta(self) -> Tensor:
         """Σ A ⊗ B in the shape of the weight, before any DoRA step; float32 at least."""
         device = self.tensors[0].device if self.tensors else None
@@ -121,8 +126,18 @@ def _frozen(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
-    """Layer name -> LayerDelta, with what is known about its base and its origin. Functions return new ones."""
+class Adapter(Mapping[str, LayerDelta]):
+    """A mapping of layer names to LayerDelta, with what is known about its base model and its origin.
+
+    It is frozen: functions return new adapters. Layer names are canonical; look-ups accept `text_model.` in them, too.
+    Two adapters are equal only where they are the same object: compare deltas with `krona_hub.verify`.
+
+    >>> from krona_hub.kron.terms import as_lora
+    >>> delta = LayerDelta((as_lora(torch.ones(4, 2), torch.ones(2, 6)),), (4, 6))
+    >>> adapter = Adapter({"text_encoder.text_model.encoder.layers.0.mlp.fc1": delta})
+    >>> list(adapter), "text_encoder.encoder.layers.0.mlp.fc1" in adapter, adapter.get("unet.conv_in") is None
+    (['text_encoder.encoder.layers.0.mlp.fc1'], True, True)
+    """
 
     layers: Mapping[str, LayerDelta]
     base: BaseModel | None = None
@@ -147,8 +162,21 @@ class Adapter:
             )
         return self.layers[name]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, str) and canonical_name(layer) in self.layers
+
+    def get(self, layer: str, default: Any = None) -> Any:
+        """The delta of a layer, or `default`."""
+        return self.layers.get(canonical_name(layer), default)
+
+    __eq__ = object.__eq__  # a comparison of tensors is no yes or no
+    __hash__ = object.__hash__
 
     @property
     def parameters(self) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from krona_hub.checkpoints.digest import sha256_of
-from krona_hub.sources.safe_names import PEFT_WEIGHTS
+from krona_hub.checkpoints.digest import file_sha256
+from krona_hub.checkpoints.file_names import PEFT_WEIGHTS
 from krona_hub.version import __version__
 
 
@@ -76,5 +76,5 @@ def made_of(source: Path, known: Provenance) -> Provenance:
     A folder of PEFT stands for its weights; of several components none is the one.
     """
     weights = source / PEFT_WEIGHTS if source.is_dir() else source
-    sha256 = sha256_of(weights) if weights.is_file() else None
+    sha256 = file_sha256(weights) if weights.is_file() else None
     return replace(known, created_by=this_krona(), source_sha256=sha256)

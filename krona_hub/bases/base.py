@@ -6,65 +6,38 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
-from typing import NamedTuple
+from types import MappingProxyType
 
 from krona_hub.adapters.provenance import BaseModel
+from krona_hub.bases.component import Component
+from krona_hub.bases.module_spec import ModuleSpec
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 DENOISERS = COMPONENTS[:2]
 
 
-class ModuleSpec(NamedTuple):
-    """One weight module of a base."""
-
-    shape: tuple[int, ...]  # of the weight: (out, in) or (out, in / groups, k, …)
-    bias: bool = True
-    groups: int = 1
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """(out, in·k…): the weight flattened from dimension 1."""
-        return self.shape[0], prod(self.shape[1:])
-
-    @property
-    def has_kernel(self) -> bool:
-        """Whether it is a convolution wider than 1×1."""
-        return prod(self.shape[2:]) > 1
-
-
-class Placement(NamedTuple):
-    """A layer that a module of a file stands for, or stands for in part (a fused q|k|v)."""
-
-    layer: str  # canonical name
-    rows: tuple[int, int] | None = None  # rows of the file's module that belong to the layer; None: all
-    swap_halves: bool = False  # the file stores the two halves of the rows the other way round
-    transpose: bool = False  # the file stores the weight as (in, out)
-
-    @property
-    def plain(self) -> bool:
-        """Whether the file's module is the layer itself, under another name."""
-        return self.rows is None and not self.swap_halves and not self.transpose
-
-
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A base model: component -> module path -> Module.
+    """A base model: component -> module path -> ModuleSpec.
 
     Module paths are those of diffusers and transformers, CLIP's without `text_model.`.
     """
 
     name: str  # catalogue name, or the path or Hub id it was built from
     family: str | None  # catalogue name that it equals, None where it equals none
-    components: Mapping[str, Mapping[str, ModuleSpec]]
+    components: Mapping[str, Component]  # component -> module path -> ModuleSpec; plain mappings are taken, too
     hub_id: str | None = None  # such as "stabilityai/stable-diffusion-xl-base-1.0"
     uncovered: tuple[str, ...] = ()  # parts of the pipeline that take adapters but are not listed, in words
     candidates: tuple[str, ...] = ()  # catalogue names that it equals, where they are several (sd21 and its base)
 
+    def __post_init__(self) -> None:
+        components = {c: m if isinstance(m, Component) else Component(m) for c, m in self.components.items()}
+        object.__setattr__(self, "components", MappingProxyType(components))
+
     def module(self, layer: str) -> ModuleSpec | None:
         """The module of a canonical layer name, None where the base has none."""
         component, _, path = layer.partition(".")
-        return self.components.get(component, {}).get(path)
+        return self.components.get(component, Component()).get(path)
 
     @property
     def denoiser(self) -> str | None:

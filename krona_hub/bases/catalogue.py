@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from importlib.resources import files
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from krona_hub.bases.base import Base, ModuleSpec
+from krona_hub.bases.base import Base
+from krona_hub.bases.component import Component
 from krona_hub.bases.families import ALIASES, FAMILIES
 from krona_hub.bases.name_patterns import expand
 from krona_hub.errors import UnknownBaseError
@@ -35,7 +35,7 @@ TOTAL_STATUS: Mapping[str, str] = {  # how far the total number of parameters is
 }
 
 
-class Component(NamedTuple):
+class CatalogueEntry(NamedTuple):
     """A file of the catalogue: one model of a pipeline."""
 
     name: str  # such as "sdxl.unet"
@@ -46,7 +46,7 @@ class Component(NamedTuple):
     total_parameters: int  # of the whole model, embeddings and norms included; no buffers
     source: str
     config: Mapping[str, Any]
-    modules: Mapping[str, ModuleSpec]
+    modules: Component
 
 
 def names() -> tuple[str, ...]:
@@ -94,10 +94,10 @@ def _hub_ids() -> Mapping[str, str]:
 
 
 @cache
-def component(name: str) -> Component:
+def component(name: str) -> CatalogueEntry:
     """One file of the catalogue, expanded."""
     data = json.loads(files("krona_hub.bases").joinpath("catalogue", f"{name}.json").read_text("utf-8"))
-    return Component(
+    return CatalogueEntry(
         name=data["component"],
         library=data["library"],
         class_name=data["class"],
@@ -106,7 +106,7 @@ def component(name: str) -> Component:
         total_parameters=data["total_parameters"],
         source=data["source"],
         config=data["config"],
-        modules=MappingProxyType(expand(data["modules"])),
+        modules=Component(expand(data["modules"])),
     )
 
 

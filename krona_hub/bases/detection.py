@@ -16,8 +16,9 @@ from math import prod
 from typing import NamedTuple
 
 from krona_hub.bases import catalogue
-from krona_hub.bases.base import Base, Placement
+from krona_hub.bases.base import Base
 from krona_hub.bases.metadata_hints import bases_named
+from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_patterns import NUMBER
 from krona_hub.bases.name_table import NameTable, table
 

@@ -17,9 +17,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from krona_hub.bases import ldm_names, name_prefixes
+from krona_hub.bases import ldm_names
 from krona_hub.bases.base import DENOISERS, Base
-from krona_hub.bases.original_names import original_of
 from krona_hub.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def text_model(base: Base, component: str, path: str, dialect: str) -> str:
     PEFT loads into a live model, where only the class with a projection still has it.
     """
     modules = base.components[component]
-    inside = path != "text_projection" and name_prefixes.kind_of(modules) == "clip"
+    inside = path != "text_projection" and modules.kind == "clip"
     if component in DENOISERS or not inside or (dialect == "peft" and "text_projection" not in modules):
         return path
     return f"text_model.{path}"
@@ -87,7 +86,7 @@ def text_model(base: Base, component: str, path: str, dialect: str) -> str:
 def trainers_number(base: Base, component: str) -> str:
     """The number behind `lora_te`: none for a lone encoder (1 if it is T5, which is how ComfyUI counts it),
     3 for T5 beside others (also FLUX's, which is its second encoder)."""
-    is_t5 = name_prefixes.kind_of(base.components[component]) == "t5"
+    is_t5 = base.components[component].kind == "t5"
     if component in DENOISERS or len(base.text_encoders) == 1:
         return "1" if is_t5 else ""
     if is_t5:
@@ -103,7 +102,7 @@ def _rule(base: Base, component: str, dialect: str) -> Dialect:
 
 def _comfyui(base: Base) -> Dialect:
     """ComfyUI knows the diffusers names of U-Nets and of some transformers, and everybody's original names."""
-    original = original_of(base.components["transformer"]) if "transformer" in base.components else None
+    original = base.components["transformer"].original if "transformer" in base.components else None
     return COMFYUI[original.comfyui] if original else DIALECTS["comfyui"]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from krona_hub.bases.base import ModuleSpec, Placement
+from krona_hub.bases.module_spec import ModuleSpec, Placement
 
 TOP = {
     "conv_in": "input_blocks.0.0",

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.assets.shipped import folder_of
-from krona_hub.bases import catalogue, detection, ldm_names, name_prefixes
-from krona_hub.bases.base import COMPONENTS, Base, ModuleSpec, Placement
+from krona_hub.bases import catalogue, detection, ldm_names
+from krona_hub.bases.base import COMPONENTS, Base
+from krona_hub.bases.component import Component
 from krona_hub.bases.meta_device import modules_of
+from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import table
 from krona_hub.bases.weight_files import (
     StoredTensor,
@@ -148,7 +150,7 @@ def _component_of(folder: Path) -> str:
 def _component_by_content(modules: Mapping[str, ModuleSpec]) -> str:
     if ldm_names.is_unet(modules):
         return "unet"
-    return "text_encoder" if name_prefixes.kind_of(modules) else "transformer"
+    return "text_encoder" if Component(modules).kind else "transformer"
 
 
 def _folder_modules(folder: Path) -> Mapping[str, ModuleSpec]:
@@ -239,8 +241,9 @@ SIGNS: Mapping[str, tuple[str, ...]] = {  # a module that says: diffusers' names
 }  # fmt: skip
 
 
-def named_base(components: Mapping[str, Mapping[str, ModuleSpec]], name: str) -> Base:
+def named_base(modules: Mapping[str, Mapping[str, ModuleSpec]], name: str) -> Base:
     """A base of these modules, with the family of the catalogue's base that it equals, where it equals just one."""
+    components = {c: Component(of_one) for c, of_one in modules.items()}
     base = Base(name, None, components)
     equal = _by_fingerprint().get(base.fingerprint, ()) if base.denoiser else ()
     if len(equal) != 1:

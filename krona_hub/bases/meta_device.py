@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from krona_hub.bases.base import ModuleSpec
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.errors import UnknownBaseError
 
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, product
 
-from krona_hub.bases.base import ModuleSpec
+from krona_hub.bases.module_spec import ModuleSpec
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole segment of digits
 SHAPE = re.compile(r"(\d+(?:x\d+)*)(b?)(?:g(\d+))?")

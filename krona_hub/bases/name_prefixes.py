@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from krona_hub.bases.base import COMPONENTS, DENOISERS, Base, ModuleSpec
+from krona_hub.bases.base import COMPONENTS, DENOISERS, Base
 
 ROLES: Mapping[str, tuple[tuple[str, str], ...]] = {  # role -> (component, kind of model or ""), the first there is
     "denoiser": tuple((name, "") for name in DENOISERS),
@@ -102,7 +102,7 @@ def components(role: str, base: Base) -> tuple[str, ...]:
     """The components of `base` that a role can mean: all for ANY, else the first of its list that is there."""
     if role == ANY:
         return tuple(base.components)
-    found = (c for c, kind in ROLES[role] if c in base.components and kind in ("", kind_of(base.components[c])))
+    found = (c for c, kind in ROLES[role] if c in base.components and kind in ("", base.components[c].kind))
     return tuple(found)[:1]
 
 
@@ -123,10 +123,3 @@ def may_mean(name: str, component: str) -> bool:
     (True, False, True)
     """
     return any(role == ANY or component in dict(ROLES[role]) for role, _ in readings(name))
-
-
-def kind_of(modules: Mapping[str, ModuleSpec]) -> str:
-    """`clip`, `t5`, or nothing for a model that is neither."""
-    if "encoder.layers.0.self_attn.q_proj" in modules:
-        return "clip"
-    return "t5" if "encoder.block.0.layer.0.SelfAttention.q" in modules else ""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple
 
-from krona_hub.bases.base import ModuleSpec, Placement
+from krona_hub.bases.module_spec import ModuleSpec, Placement
 
 FIRST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

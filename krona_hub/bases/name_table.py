@@ -15,10 +15,11 @@ from functools import cached_property, lru_cache
 from heapq import nlargest
 
 from krona_hub.bases import dialects, ldm_names, name_prefixes
-from krona_hub.bases.base import Base, ModuleSpec, Placement
+from krona_hub.bases.base import Base
+from krona_hub.bases.component import Component
 from krona_hub.bases.dialects import prefixed, processor_name, text_model, uses_originals
+from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_rules import apply
-from krona_hub.bases.original_names import original_of
 from krona_hub.errors import AmbiguousError, InexpressibleError, NotFoundError
 
 DIALECTS = tuple(dialects.DIALECTS)
@@ -38,7 +39,7 @@ class ComponentNames:
     """The names of one component, indexed when they are first asked for."""
 
     component: str
-    modules: Mapping[str, ModuleSpec]
+    modules: Component
 
     @cached_property
     def originals(self) -> Mapping[str, Placements]:
@@ -47,7 +48,7 @@ class ComponentNames:
 
     @cached_property
     def _own_names(self) -> Mapping[str, Placements]:
-        original = original_of(self.modules)
+        original = self.modules.original
         return apply(original.rules, self.modules) if original else ldm_names.names(self.modules)
 
     def _canonical(self, place: Placement) -> Placement:

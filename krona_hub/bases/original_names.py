@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal, NamedTuple
 
-from krona_hub.bases.base import ModuleSpec
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.bases.name_rules import Rule, parse
 
 

@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from krona_hub.bases import ldm_names, name_prefixes
-from krona_hub.bases.base import Base, ModuleSpec
+from krona_hub.bases import ldm_names
+from krona_hub.bases.base import Base
+from krona_hub.bases.component import Component
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.bases.name_table import table
-from krona_hub.bases.original_names import original_of
 from krona_hub.errors import UsageError
 
 Kinds = Literal["all", "linear", "linear+1x1"]
@@ -53,7 +54,7 @@ FLUX = (
     TargetSet("blocks", BLOCKS, "ai-toolkit"),
     TargetSet("fused", r"^(double|single)_blocks\.", "sd-scripts", fused=True),
 )
-ARCHITECTURES: Mapping[str, tuple[TargetSet, ...]] = {  # by the name of `originals.original_of`
+ARCHITECTURES: Mapping[str, tuple[TargetSet, ...]] = {  # by the name of `Component.original`
     "flux1": FLUX,
     "chroma": FLUX,
     "flux2": (
@@ -128,12 +129,12 @@ ARCHITECTURES: Mapping[str, tuple[TargetSet, ...]] = {  # by the name of `origin
 }
 
 
-def sets_of(modules: Mapping[str, ModuleSpec]) -> tuple[TargetSet, ...]:
+def sets_of(modules: Component) -> tuple[TargetSet, ...]:
     """The named sets of a component, `all` last."""
     if ldm_names.is_unet(modules):
         return (*UNET, ALL)
-    by_kind = {"clip": CLIP, "t5": T5}.get(name_prefixes.kind_of(modules))
-    original = original_of(modules)
+    by_kind = {"clip": CLIP, "t5": T5}.get(modules.kind)
+    original = modules.original
     own = by_kind or (ARCHITECTURES.get(original.name) if original else None) or LANGUAGE_MODEL
     return (*own, ALL)
 

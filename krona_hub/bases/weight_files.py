@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from krona_hub.bases.base import ModuleSpec, Placement
+from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import FormatError, IncompleteError
 

@@ -13,17 +13,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_once(path: Path) -> str:
-    """As sha256_of, read again only where the file has changed since: a push asks for the same digest several times."""
+def file_sha256_once(path: Path) -> str:
+    """As file_sha256, read again only where the file has changed: a push asks for the same digest several times."""
     about = path.stat()
     return _remembered(path, about.st_size, about.st_mtime_ns, about.st_ino)
 
 
 @lru_cache(maxsize=64)
 def _remembered(path: Path, size: int, changed: int, inode: int) -> str:
-    return sha256_of(path)
+    return file_sha256(path)

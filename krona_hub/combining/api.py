@@ -63,9 +63,9 @@ def combine(
         dry_run=dry_run or out is None,
     )
     _check_place(request)
-    from krona_hub.combining.execute import carry_out
+    from krona_hub.combining.execute import execute
 
-    return carry_out(request, progress)
+    return execute(request, progress)
 
 
 def _check_wish(terms: int | None, max_error: float | None) -> None:

@@ -15,11 +15,11 @@ from krona_hub.combining.recompression import to_terms, within
 from krona_hub.combining.report import CombinedAdapter, CombineReport
 from krona_hub.combining.request import CombineInput, CombineRequest
 from krona_hub.combining.weighted_sum import weighted_sum
-from krona_hub.conversion.convert_layers import ConvertedLayer
+from krona_hub.conversion.convert_layers import ConvertedLayer, layer_report
 from krona_hub.conversion.report import REFUSED_ABOVE, LayerReport
 from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, LossyError
-from krona_hub.formats.forms.normal_forms import size_of, words_of
+from krona_hub.formats.forms.normal_forms import size_of
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing.encode import cast
@@ -30,7 +30,7 @@ from krona_hub.kron.parallel import in_parallel
 Layers = Mapping[str, LayerDelta]
 
 
-def carry_out(asked: CombineRequest, progress: Progress | None = None) -> CombineReport:
+def execute(asked: CombineRequest, progress: Progress | None = None) -> CombineReport:
     """Do what was asked for; `combine` says what is raised."""
     stored = None if asked.dtype is None else getattr(torch, asked.dtype)
     target, loaded = ConversionTarget(asked.format), [_loaded(x, asked) for x in asked.ingredients]
@@ -97,28 +97,11 @@ def _layer_reports(exact: Layers, outcomes: Mapping[str, ConvertedLayer]) -> tup
     norms: dict[str, float] = {}
     if any(errors.values()):
         norms = dict(in_parallel(lambda name: norm(exact[name].sums), list(exact)))
-    return tuple(_layer_report(n, exact[n], outcomes[n], errors[n], norms.get(n, 0.0)) for n in exact)
+    return tuple(layer_report(n, exact[n], outcomes[n], errors[n], norms.get(n, 0.0)) for n in exact)
 
 
 def _error(found: LayerDelta, meant: LayerDelta) -> float:
     return 0.0 if found.sums == meant.sums else relative_difference(found.sums, meant.sums)
-
-
-def _layer_report(name: str, exact: LayerDelta, outcome: ConvertedLayer, error: float, norm: float) -> LayerReport:
-    (p0, b0), (p1, b1) = size_of(exact), size_of(outcome.delta)
-    return LayerReport(
-        layer=name,
-        before=words_of(exact),
-        after=words_of(outcome.delta),
-        parameters_before=p0,
-        parameters_after=p1,
-        bytes_before=b0,
-        bytes_after=b1,
-        relative_error=error,
-        norm=norm,
-        note=outcome.note,
-        best_other=outcome.best_other,
-    )
 
 
 def _check_loss(report: CombineReport, allowed: bool) -> None:

@@ -43,7 +43,7 @@ class Fit(NamedTuple):
         return size_of(self.delta)[0]
 
 
-def to_terms(layers: Layers, terms: int, progress: Progress = None) -> dict[str, ConvertedLayer]:
+def to_terms(layers: Layers, terms: int, progress: Progress | None = None) -> dict[str, ConvertedLayer]:
     """Every layer in at most `terms` terms of one shape: of the shapes of its parts, the one that loses least.
 
     The terms of a LoRA are its rank. Layers that have no more terms than that stay as they are.
@@ -52,7 +52,7 @@ def to_terms(layers: Layers, terms: int, progress: Progress = None) -> dict[str,
 
 
 def within(
-    layers: Layers, max_error: float, target: ConversionTarget, progress: Progress = None
+    layers: Layers, max_error: float, target: ConversionTarget, progress: Progress | None = None
 ) -> dict[str, ConvertedLayer]:
     """Every layer in the smallest form that the target holds whose relative error is at most `max_error`.
 
@@ -68,7 +68,9 @@ def within(
     return kept | searched | _outcomes(found, len(thick), progress)
 
 
-def _outcomes(found: Iterable[tuple[str, LayerDelta]], total: int, progress: Progress) -> dict[str, ConvertedLayer]:
+def _outcomes(
+    found: Iterable[tuple[str, LayerDelta]], total: int, progress: Progress | None
+) -> dict[str, ConvertedLayer]:
     outcomes: dict[str, ConvertedLayer] = {}
     for name, delta in found:
         outcomes[name] = ConvertedLayer(delta)

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.adapters.provenance import BaseModel, Provenance
-from krona_hub.errors import BaseMismatchError, KronaError, UnsupportedError, UsageError
+from krona_hub.errors import BaseMismatchError, KronaError, UnsupportedError, UsageError, abbreviated
 from krona_hub.formats.forms.normal_forms import lora_of
 from krona_hub.formats.parsing.keys import split_key
-from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora
-
-SHOWN = 4  # names in a note
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, stored_rank
 
 
 class WeightedAdapter(NamedTuple):
@@ -143,7 +141,7 @@ def _structure(s: KronTerms) -> object:
     """What two sums must share to become one: for LoRAs nothing else, for others shape, order of rows and ranks."""
     if _is_lora(s):
         return "LoRA"
-    return s.shape, s.rows, *(f.rank if isinstance(f, LowRank) else None for f in (s.left, s.right))
+    return s.shape, s.rows, *map(stored_rank, (s.left, s.right))
 
 
 def _is_lora(s: KronTerms) -> bool:
@@ -191,7 +189,9 @@ def _extras(adapters: Sequence[tuple[Adapter, float]]) -> tuple[dict[str, Tensor
 def _differing(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
-    return (f"{_few(names)}: the adapters hold different tensors of this name in their extras; the first is kept",)
+    return (
+        f"{abbreviated(names)}: the adapters hold different tensors of this name in their extras; the first is kept",
+    )
 
 
 def _notes(
@@ -204,10 +204,6 @@ def _notes(
     if adapters > 1 and all(len(own) == 1 for own in parts.values()):
         notes.append("the adapters have no layer in common")
     return tuple(notes)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _provenance(parts: Sequence[Provenance], notes: tuple[str, ...]) -> Provenance:

@@ -82,9 +82,9 @@ def convert(
         dry_run=dry_run,
     )
     _check_place(request)
-    from krona_hub.conversion.execute import carry_out
+    from krona_hub.conversion.execute import execute
 
-    return carry_out(request, progress)
+    return execute(request, progress)
 
 
 def _check_place(request: ConvertRequest) -> None:

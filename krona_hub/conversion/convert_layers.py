@@ -7,17 +7,20 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import inf, sqrt
 
+import torch
+
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.aliases import Progress
 from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Rank, Way
+from krona_hub.conversion.report import LayerReport
 from krona_hub.conversion.target import ConversionTarget, Loads
 from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
-from krona_hub.formats.forms.normal_forms import Lora, exact_lora_of, is_lora, lora_rank, size_of, with_lora
+from krona_hub.formats.forms.normal_forms import Lora, exact_lora_of, is_lora, lora_rank, size_of, with_lora, words_of
 from krona_hub.kron.form_search import Choice, realise, smallest_within, within_budget
 from krona_hub.kron.from_lora import nearest_kron_of_loras
 from krona_hub.kron.norms import norm, recompress
 from krona_hub.kron.shapes import KronShape, nearest_split, split
-from krona_hub.kron.terms import Factor, KronTerms, LowRank
+from krona_hub.kron.terms import KronTerms
 from krona_hub.kron.to_lora import nearest_lora
 
 Layers = Mapping[str, LayerDelta]
@@ -35,7 +38,7 @@ class ConvertedLayer:
 
 
 def apply_way(
-    layers: Layers, way: Way, target: ConversionTarget, progress: Progress = None
+    layers: Layers, way: Way, target: ConversionTarget, progress: Progress | None = None
 ) -> dict[str, ConvertedLayer]:
     """Every layer in the form that `way` asks for, among the forms that the target holds."""
     match way:
@@ -77,7 +80,7 @@ def only_loras(weight_shape: tuple[int, ...], shape: KronShape, terms: int, righ
 # --- one shape for every layer ---------------------------------------------------------------------------------
 
 
-def _fixed_shapes(layers: Layers, way: FixedShape, progress: Progress) -> dict[str, ConvertedLayer]:
+def _fixed_shapes(layers: Layers, way: FixedShape, progress: Progress | None) -> dict[str, ConvertedLayer]:
     shapes = {name: _shape_for(name, delta.matrix_shape, way) for name, delta in layers.items()}
     outcomes: dict[str, ConvertedLayer] = {}
     for names in _alike(layers, shapes):
@@ -86,7 +89,7 @@ def _fixed_shapes(layers: Layers, way: FixedShape, progress: Progress) -> dict[s
             shape = shapes[name]
             same = shape[:2] == (way.a1, way.a2)
             note = "" if same else f"{way.a1}x{way.a2} does not divide it: {shape.a1}x{shape.a2}"
-            outcomes[name] = ConvertedLayer(replace(layers[name], sums=(_single(fitted),)), note)
+            outcomes[name] = ConvertedLayer(replace(layers[name], sums=(fitted.to(torch.float32),)), note)
         if progress:
             progress(len(outcomes), len(layers))
     return outcomes
@@ -121,20 +124,11 @@ def _shape_for(name: str, size: tuple[int, int], way: FixedShape) -> KronShape:
         raise e.within(name) from None
 
 
-def _single(terms: KronTerms) -> KronTerms:
-    """New factors are stored in float32."""
-
-    def narrow(factor: Factor) -> Factor:
-        return LowRank(factor.up.float(), factor.down.float()) if isinstance(factor, LowRank) else factor.float()
-
-    return replace(terms, left=narrow(terms.left), right=narrow(terms.right))
-
-
 # --- the smallest form, or the best for a size -------------------------------------------------------------------
 
 
 def _searched(
-    layers: Layers, way: MaxError | Budget, target: ConversionTarget, progress: Progress
+    layers: Layers, way: MaxError | Budget, target: ConversionTarget, progress: Progress | None
 ) -> dict[str, ConvertedLayer]:
     variants = (only_loras,) if target.to_lora else target.loads
     loras = {name: exact_lora_of(delta) for name, delta in layers.items()}
@@ -155,7 +149,7 @@ def _search(
     way: MaxError | Budget,
     total: int,
     loads: Loads,
-    progress: Progress,
+    progress: Progress | None,
     errors: type[KronaError] | tuple[type[KronaError], ...],
 ) -> list[Choice] | None:
     """One choice per layer; None where one of `errors` says that a layer has no form that the target loads."""
@@ -210,7 +204,7 @@ def _outcome(delta: LayerDelta, lora: Lora, choice: Choice, holds_any_shape: Hol
     if not is_lora(delta) and size_of(delta)[0] <= form.parameters and holds_any_shape(delta):
         return ConvertedLayer(delta, "unchanged: no smaller form comes near enough")
     note = "the LoRA itself, truncated" if form.is_lora else ""
-    terms = _single(realise(lora.up, lora.down, form).terms)
+    terms = realise(lora.up, lora.down, form).terms.to(torch.float32)  # as new factors are stored
     return ConvertedLayer(replace(delta, sums=(terms,)), note, best_other if form.is_lora else None)
 
 
@@ -235,3 +229,21 @@ def lora_error_within(layers: Layers, parameters: int) -> float:
     choices = within_budget(loras, parameters, allowed=lambda *form: only_loras((), *form))
     whole = sum(n**2 for n in norms)
     return sqrt(_lost(choices, norms) / whole) if whole else 0.0
+
+
+def layer_report(name: str, before: LayerDelta, outcome: ConvertedLayer, error: float, norm: float) -> LayerReport:
+    """The line of a report about one layer: what it was, what it became, its error and its norm."""
+    (p0, b0), (p1, b1) = size_of(before), size_of(outcome.delta)
+    return LayerReport(
+        layer=name,
+        before=words_of(before),
+        after=words_of(outcome.delta),
+        parameters_before=p0,
+        parameters_after=p1,
+        bytes_before=b0,
+        bytes_after=b1,
+        relative_error=error,
+        norm=norm,
+        note=outcome.note,
+        best_other=outcome.best_other,
+    )

@@ -12,14 +12,14 @@ from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.adapters.provenance import made_of
 from krona_hub.aliases import Progress
 from krona_hub.conversion.bake_dora import bake_dora
-from krona_hub.conversion.convert_layers import ConvertedLayer, apply_way, check_kind, lora_error_within
+from krona_hub.conversion.convert_layers import ConvertedLayer, apply_way, check_kind, layer_report, lora_error_within
 from krona_hub.conversion.methods import Keep, MaxError, Way
 from krona_hub.conversion.output_options import default_out
 from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, LayerReport
 from krona_hub.conversion.request import ConvertRequest
 from krona_hub.conversion.target import ConversionTarget, choose_target, default_way
 from krona_hub.errors import InexpressibleError, LossyError
-from krona_hub.formats.forms.normal_forms import is_lora, size_of, words_of
+from krona_hub.formats.forms.normal_forms import is_lora
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing.encode import cast
@@ -29,7 +29,7 @@ from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.to_lora import nearest_lora
 
 
-def carry_out(asked: ConvertRequest, progress: Progress | None = None) -> ConversionReport:
+def execute(asked: ConvertRequest, progress: Progress | None = None) -> ConversionReport:
     """Do what was asked for; `convert` says what is raised."""
     stored = None if asked.dtype is None else getattr(torch, asked.dtype)
     adapter = read(
@@ -103,21 +103,9 @@ def _layer_reports(
 
 def _layer_report(name: str, before: LayerDelta, meant: LayerDelta, outcome: ConvertedLayer) -> LayerReport:
     """`before` is what the file holds, `meant` the delta it stands for: they differ where a DoRA was merged."""
-    (p0, b0), (p1, b1) = size_of(before), size_of(outcome.delta)
     unchanged = outcome.delta.sums == meant.sums
-    return LayerReport(
-        layer=name,
-        before=words_of(before),
-        after=words_of(outcome.delta),
-        parameters_before=p0,
-        parameters_after=p1,
-        bytes_before=b0,
-        bytes_after=b1,
-        relative_error=0.0 if unchanged else relative_difference(outcome.delta.sums, meant.sums),
-        norm=norm(meant.sums),
-        note=outcome.note,
-        best_other=outcome.best_other,
-    )
+    error = 0.0 if unchanged else relative_difference(outcome.delta.sums, meant.sums)
+    return layer_report(name, before, outcome, error, norm(meant.sums))
 
 
 def _converted(

@@ -1,30 +1,23 @@
-"""`extract`: pair, subtract, fit, measure, refuse or write."""
+"""`extract`: what is asked for, checked before any tensor is read. Torch-free until then."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from krona_hub.adapters.adapter import Adapter
-from krona_hub.adapters.provenance import Provenance
 from krona_hub.aliases import Progress
 from krona_hub.bases import catalogue
 from krona_hub.checkpoints.atomic import check_output
 from krona_hub.conversion.output_options import FOLDERS, default_out, dtype_named, format_named
-from krona_hub.conversion.report import REFUSED_ABOVE
-from krona_hub.conversion.target import ConversionTarget
-from krona_hub.errors import InexpressibleError, LossyError, NoDifferenceError, UnknownBaseError, UsageError
-from krona_hub.extraction.fit_layers import Fitted, fit, steps_of
-from krona_hub.extraction.fit_plan import FitPlan
-from krona_hub.extraction.other_tensors import ChangedTensor, changes
+from krona_hub.errors import InexpressibleError, UnknownBaseError, UsageError
 from krona_hub.extraction.report import ExtractionReport
-from krona_hub.extraction.request import what_is_asked
-from krona_hub.extraction.tensor_pairs import Pairs, pair_up
-from krona_hub.formats.writing.writer import write
+from krona_hub.extraction.request import ExtractRequest, fit_request
+from krona_hub.formats.compatibility.format_limits import LOW_RANK
 from krona_hub.sources import is_remote, resolve, resolve_base
+
+if TYPE_CHECKING:
+    import torch
 
 
 def extract(
@@ -64,46 +57,42 @@ def extract(
     (unless `allow_loss`); InexpressibleError where the target cannot hold what was asked for, and what `write`
     raises. Then nothing is written.
     """
-    asked = what_is_asked(shape, terms, max_error, budget, shape_fallback)
-    target = _target(to, asked.shape is not None)
-    plan = FitPlan(asked, target, _dtype(dtype), threads)
-    before, after = _checkpoint(base), _checkpoint(tuned)
-    path = Path(out) if out is not None else default_out(tuned, target.format)
-    if target.format not in FOLDERS and not dry_run:
-        check_output(path, overwrite=overwrite)
-    pairs = pair_up(before, after, component=component, targets=targets, base_name=base_name)
-    fitted = fit(pairs.layers, plan, _steps(progress, steps_of(plan) * len(pairs.layers)))
-    found = list(changes(pairs.others))
-    report = ExtractionReport(
+    fit = fit_request(shape, terms, max_error, budget, shape_fallback)
+    format = _format(to, with_shape=fit.shape is not None)
+    request = ExtractRequest(
         base=str(base),
         tuned=str(tuned),
-        target_format=target.format,
-        out=path,
-        method=str(asked),
-        layers=tuple(f.taken.report for f in fitted if f.taken is not None),
-        unchanged=sum(f.taken is None and not f.is_rounding for f in fitted),
-        at_rounding=tuple(f.pair.name for f in fitted if f.is_rounding),
-        others=tuple(replace(c.report, kept=also_vectors) for c in found),
-        notes=_notes(pairs),
+        base_path=_checkpoint(base),
+        tuned_path=_checkpoint(tuned),
+        out=Path(out) if out is not None else default_out(tuned, format),
+        fit=fit,
+        format=format,
+        component=component,
+        targets=targets,
+        also_vectors=also_vectors,
+        base_name=base_name,
+        dtype=None if dtype is None else dtype_named(str(dtype).removeprefix("torch.")),
+        allow_loss=allow_loss,
+        overwrite=overwrite,
+        threads=threads,
+        dry_run=dry_run,
     )
-    adapter = _adapter(report, pairs, fitted, found if also_vectors else [])
-    _check(report, adapter, fitted, target, allow_loss)
-    if dry_run:
-        return report
-    written = write(adapter, path, format=target.format, base=pairs.model, dtype=plan.dtype, overwrite=overwrite)
-    notes = (*report.notes, *written.notes)
-    return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
+    if format not in FOLDERS and not dry_run:
+        check_output(request.out, overwrite=overwrite)
+    from krona_hub.extraction.execute import execute
+
+    return execute(request, progress)
 
 
-def _target(to: str, with_shape: bool) -> ConversionTarget:
-    target = ConversionTarget(format_named(to))
-    if target.to_lora and with_shape:
+def _format(to: str, *, with_shape: bool) -> str:
+    format = format_named(to)
+    if format in LOW_RANK and with_shape:
         raise UsageError("a LoRA has no Kronecker shape.", fix="Use --terms for its rank, or --max-error.")
-    if target.format == "diffusekrona":
+    if format == "diffusekrona":
         raise InexpressibleError(
             "DiffuseKronA interleaves rows, which no nearest A ⊗ B does.", fix="Choose --to krona, lokr or lora."
         )
-    return target
+    return format
 
 
 def _checkpoint(source: str | Path) -> Path:
@@ -113,102 +102,3 @@ def _checkpoint(source: str | Path) -> Path:
             f"{source} is a name, and a difference needs the weights.", fix="Give the folder or file of the checkpoint."
         )
     return resolve_base(source) if is_remote(source) else resolve(source)
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    named: torch.dtype = getattr(torch, dtype_named(dtype))
-    return named
-
-
-def _steps(progress: Progress | None, total: int) -> Callable[[], None]:
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, total)
-
-    return step
-
-
-def _adapter(
-    report: ExtractionReport, pairs: Pairs, fitted: Sequence[Fitted], extras: Sequence[ChangedTensor]
-) -> Adapter:
-    """What is written: the layers that have something above the noise."""
-    layers = {f.pair.name: f.taken.delta for f in fitted if f.taken is not None and f.taken.delta.sums}
-    provenance = Provenance(
-        method=report.method,
-        relative_error=report.relative_error,
-        layer_errors={x.layer: x.relative_error for x in report.layers if x.layer in layers},
-    )
-    kept = {change.extra: change.difference for change in extras}
-    return Adapter(layers, pairs.model.model, provenance, kept)
-
-
-def _check(
-    report: ExtractionReport, adapter: Adapter, fitted: Sequence[Fitted], target: ConversionTarget, allow_loss: bool
-) -> None:
-    """Raise what forbids the result: nothing in it, too much missing from it, or a format that cannot hold it."""
-    if not report.layers and not adapter.extras:
-        raise _no_difference(report)
-    if report.beyond_rounding > REFUSED_ABOVE and not allow_loss:
-        raise _too_lossy(report, fitted)
-    if not adapter.layers and not adapter.extras:
-        raise _no_difference(report)
-    refusals = target.refusals(adapter.layers)
-    if refusals:
-        name, why = next(iter(refusals.items()))
-        raise InexpressibleError(
-            f"{len(refusals)} of {len(adapter)} layers cannot be written as {target.format}; the first is "
-            f"{name}: {why}.",
-            fix="Use --to krona, which holds any sum, --to lora, or --shape auto.",
-        )
-
-
-def _no_difference(report: ExtractionReport) -> NoDifferenceError:
-    vectors = len(report.others)
-    fix = f"{vectors} norms, biases or embeddings differ: --also-vectors keeps them." if vectors else ""
-    if report.at_rounding:
-        return NoDifferenceError(
-            f"there is no difference above rounding: {len(report.at_rounding)} layers differ by no more than storing "
-            "them in their dtypes explains.",
-            fix=fix or "Compare checkpoints of more precision, if there are any.",
-        )
-    return NoDifferenceError(
-        f"nothing to extract: all {report.unchanged} layers are equal.", fix=fix or "Are these the right two files?"
-    )
-
-
-def _too_lossy(report: ExtractionReport, fitted: Sequence[Fitted]) -> LossyError:
-    """The refusal, with how many terms would do."""
-    offer = _terms_for(REFUSED_ABOVE, [f for f in fitted if f.taken is not None])
-    return LossyError(
-        f"the result would be {report.relative_error:.1%} error, with {report.energy_kept:.1%} of the difference's "
-        "energy kept; nothing was written.",
-        fix=f"{offer}--max-error 0.05 finds the smallest form within 5 % per layer, --shape auto tries every shape and "
-        "the LoRA form; --allow-loss writes this one anyway.",
-    )
-
-
-def _terms_for(error: float, fitted: Sequence[Fitted]) -> str:
-    """How many terms of the same shape come below that total error, where it is known."""
-    curves = [f.curve.left for f in fitted if f.curve is not None]
-    if not curves or len(curves) < len(fitted):
-        return ""
-    whole = sum(left[0] for left in curves)
-    for terms in range(1, max(map(len, curves))):
-        if sum(left[min(terms, len(left) - 1)] for left in curves) <= error**2 * whole:
-            return f"--terms {terms} of this shape is below {error:.0%}; "
-    return ""
-
-
-def _notes(pairs: Pairs) -> tuple[str, ...]:
-    sides = (("the tuned checkpoint lacks", pairs.only_base), ("the base lacks", pairs.only_tuned))
-    return tuple(
-        f"{words} {len(names)} layers of the other, such as {names[0]}: they are left out"
-        for words, names in sides
-        if names
-    )

@@ -17,7 +17,6 @@ from krona_hub.extraction.layer_difference import LayerDifference, lora_shape
 from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.kron.candidate_forms import Form, is_lora, realise
 from krona_hub.kron.form_search import smallest_within
-from krona_hub.kron.from_dense import cast_terms
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.shapes import choices as shapes_of
@@ -120,7 +119,7 @@ def _smaller(
     choices = smallest_within(loras, error, allowed=_capped(plan, weight), others_within=1.0)
     for layer, (up, down), choice in zip(members, loras, choices, strict=True):
         if not choice.form.is_lora and choice.form.parameters < layer.chosen.parameters:
-            yield layer.pair, cast_terms(realise(up, down, choice.form).terms, torch.float32)
+            yield layer.pair, realise(up, down, choice.form).terms.to(torch.float32)
 
 
 def _factors(lora: KronTerms) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from krona_hub.conversion.target import ONE_FACTOR, ConversionTarget
 from krona_hub.errors import InexpressibleError, ShapeError
 from krona_hub.extraction.error_curves import Allowed, ErrorCurve, above_noise, within
 from krona_hub.extraction.layer_difference import LayerDifference, lora_shape
-from krona_hub.extraction.request import ExtractRequest
+from krona_hub.extraction.request import FitRequest
 from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.formats.compatibility.tools import loads_form
 from krona_hub.kron.candidate_forms import Form, is_lora
@@ -22,7 +22,7 @@ from krona_hub.kron.shapes import KronShape, nearest_split, split
 class FitPlan:
     """The same for all layers."""
 
-    asked: ExtractRequest
+    asked: FitRequest
     target: ConversionTarget
     dtype: torch.dtype | None  # of the factors; None: float32
     threads: int | None

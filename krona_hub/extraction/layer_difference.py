@@ -20,7 +20,7 @@ from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.formats.forms.normal_forms import lora_rank, size_of, words_of
 from krona_hub.formats.writing.encode import cast
 from krona_hub.kron.candidate_forms import Form
-from krona_hub.kron.from_dense import SMALL, DenseSpectrum, RearrangedDense, cast_terms, dense_rows
+from krona_hub.kron.from_dense import SMALL, DenseSpectrum, RearrangedDense, dense_rows
 from krona_hub.kron.rounding_noise import StorageNoise, stored_dtype
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.terms import KronTerms, as_lora
@@ -143,7 +143,7 @@ class LayerDifference:
         known = self.spectra.get(shape)
         if known is None or known.sigma.shape[1] < terms:
             known = self.rearranged(shape).leading(terms)
-        fit = cast_terms(known.first(terms).sums()[0], torch.float32)
+        fit = known.first(terms).sums()[0].to(torch.float32)
         return fit if form.right_rank is None else lora_of_terms(fit)
 
     def take(self, sums: KronTerms | None, dtype: torch.dtype | None, note: str = "") -> Taken:

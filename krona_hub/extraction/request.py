@@ -1,8 +1,10 @@
-"""What was asked for, as a plain value: the shape, and what says where a sum ends. Torch-free."""
+"""What `extract` is asked for, as values: what is compared, and how the difference of a layer is fitted. Torch-free."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from krona_hub.conversion.methods import Budget, parse_budget
 from krona_hub.errors import UsageError
@@ -12,7 +14,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class ExtractRequest:
+class FitRequest:
     """At most one of terms, max_error and budget; without them a sum ends at the rounding noise.
 
     With a shape, `terms` is how many; without one, the most that a layer may have.
@@ -39,16 +41,38 @@ class ExtractRequest:
         return "down to the rounding noise"
 
 
-def what_is_asked(
+@dataclass(frozen=True)
+class ExtractRequest:
+    """An extraction that was asked for, with options that make sense together."""
+
+    base: str  # as the caller named it
+    tuned: str
+    base_path: Path
+    tuned_path: Path
+    out: Path
+    fit: FitRequest
+    format: str  # a name of FORMATS
+    component: str | None
+    targets: str | Sequence[str] | None  # named sets of layers, or regular expressions
+    also_vectors: bool
+    base_name: str | Path | None
+    dtype: str | None  # as torch calls it
+    allow_loss: bool
+    overwrite: bool
+    threads: int | None
+    dry_run: bool
+
+
+def fit_request(
     shape: str | tuple[int, int],
     terms: int | None,
     max_error: float | None,
     budget: str | int | None,
     shape_fallback: str | None,
-) -> ExtractRequest:
+) -> FitRequest:
     """The options as one value. Raises UsageError where they contradict each other.
 
-    >>> str(what_is_asked("8x8", None, None, None, None)), what_is_asked("auto", 4, None, None, None).terms
+    >>> str(fit_request("8x8", None, None, None, None)), fit_request("auto", 4, None, None, None).terms
     ('extract, shape 8x8, down to the rounding noise', 4)
     """
     given = {"--terms": terms, "--max-error": max_error, "--budget": budget}
@@ -64,6 +88,6 @@ def what_is_asked(
     parsed = None if shape == AUTO else parse_shape(shape) if isinstance(shape, str) else shape
     if parsed is None and shape_fallback:
         raise UsageError("--shape-fallback belongs to --shape a1xa2.", fix="Leave it out with --shape auto.")
-    return ExtractRequest(
+    return FitRequest(
         parsed, terms, max_error, None if budget is None else parse_budget(budget), shape_fallback is not None
     )

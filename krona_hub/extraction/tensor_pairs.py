@@ -8,8 +8,10 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from krona_hub.bases.base import Base, ModuleSpec, Placement
+from krona_hub.bases.base import Base
+from krona_hub.bases.component import Component
 from krona_hub.bases.loading import landed, load_base, stored_by_component, weight_files
+from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import table
 from krona_hub.bases.target_sets import choose
 from krona_hub.bases.weight_files import StoredTensor, WeightPlace, stored_in
@@ -170,10 +172,10 @@ def _side(path: Path, model: Base, more: Mapping[str, ModuleSpec]) -> _Side:
 def _extended(model: Base, more: Mapping[str, ModuleSpec]) -> Base:
     """The model with the norms and embeddings of the other checkpoint, so that their names can be read too."""
 
-    def own(component: str) -> dict[str, ModuleSpec]:
+    def own(component: str) -> Component:
         prefix = f"{component}."
         extra = {n.removeprefix(prefix).removeprefix("text_model."): m for n, m in more.items() if n.startswith(prefix)}
-        return {**extra, **model.components[component]}
+        return Component({**extra, **model.components[component]})
 
     return replace(model, components={c: own(c) for c in model.components})
 

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.bases import catalogue
+from krona_hub.checkpoints.file_names import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS
+from krona_hub.checkpoints.file_names import SAFETENSORS as SUFFIX
 from krona_hub.errors import UsageError
 from krona_hub.hub.local_adapter import HUB_NAME
 from krona_hub.hub.preview import Preview, preview
 from krona_hub.hub.repo_layout import CONFIG, MODEL_TYPE, WEIGHTS
 from krona_hub.sources import parse_hub_id
-from krona_hub.sources.choose_file import DIFFUSERS_WEIGHTS, choose
+from krona_hub.sources.choose_file import choose
 from krona_hub.sources.client import client, quiet
 from krona_hub.sources.client_errors import THE_HUB, hub_errors
 from krona_hub.sources.repo_listing import RemoteFile, list_repo
 from krona_hub.sources.retry import retrying
-from krona_hub.sources.safe_names import PEFT_WEIGHTS, is_safe, printable
-from krona_hub.sources.safe_names import WEIGHTS as SUFFIX
+from krona_hub.sources.safe_names import is_safe, printable
 
 
 @dataclass(frozen=True)

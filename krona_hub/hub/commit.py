@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from krona_hub.checkpoints.digest import sha256_once
+from krona_hub.checkpoints.digest import file_sha256_once
 from krona_hub.errors import ConflictError, IntegrityError
 from krona_hub.hub.push_plan import PushPlan, is_same
 from krona_hub.sources import retry
@@ -81,7 +81,7 @@ def operations(plan: PushPlan, paths: Mapping[str, Path]) -> list[Any]:
 
     adds = [CommitOperationAdd(r.file, str(paths[r.file])) for r in plan.changes if r.action != "delete"]
     for add in adds:
-        add.upload_info.sha256 = bytes.fromhex(sha256_once(paths[add.path_in_repo]))  # it need not read it again
+        add.upload_info.sha256 = bytes.fromhex(file_sha256_once(paths[add.path_in_repo]))  # it need not read it again
     return [*adds, *(CommitOperationDelete(r.file) for r in plan.changes if r.action == "delete")]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from krona_hub.adapters.provenance import BaseModel, Provenance, made_of
 from krona_hub.bases import catalogue
-from krona_hub.checkpoints.digest import sha256_once
+from krona_hub.checkpoints.digest import file_sha256_once
 from krona_hub.checkpoints.header import Header
 from krona_hub.errors import ResourceError, UsageError
 from krona_hub.formats.reading.describe import describe
@@ -48,9 +48,9 @@ def check_adapter(source: str | Path, scratch: Path, base_model: str | None, bas
     Raises the first finding of `validate`, ResourceError beyond the limits, UsageError without a Hub id of the base.
     """
     given = resolve(source)
-    path, description = given, describe(given)
+    path, description = given, describe(given, base=base)
     if description.format != "krona":
-        path = _native(given, scratch, base)
+        path = _native(description, scratch, base)
         description = describe(path)
     report, sha256 = _validated(path)
     if report.errors:
@@ -72,16 +72,16 @@ def check_adapter(source: str | Path, scratch: Path, base_model: str | None, bas
 def _validated(path: Path) -> tuple[ValidationReport, str]:
     """What is wrong with a file, and its sha256: hashed while its numbers are looked at."""
     with ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(sha256_once, path)
+        digest = beside.submit(file_sha256_once, path)
         return validate(path), digest.result()
 
 
-def _native(given: Path, scratch: Path, base: str | Path | None) -> Path:
-    from krona_hub.formats.reading.reader import read
+def _native(about: Description, scratch: Path, base: str | Path | None) -> Path:
+    from krona_hub.formats.reading.reader import read_described
     from krona_hub.formats.writing.writer import write
 
-    path, adapter = scratch / "native.safetensors", read(given, base=base)
-    write(replace(adapter, provenance=made_of(given, adapter.provenance)), path, base=base)
+    path, adapter = scratch / "native.safetensors", read_described(about)
+    write(replace(adapter, provenance=made_of(about.path, adapter.provenance)), path, base=base)
     return path
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from krona_hub.checkpoints import strict_json
-from krona_hub.checkpoints.digest import sha256_of
+from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.errors import IntegrityError, KronaError
 from krona_hub.hub.repo_layout import CARD, IMAGES, MANIFEST, PLOTS, SIGNATURE
 from krona_hub.sources.repo_listing import RemoteFile
@@ -80,7 +80,7 @@ def check(manifest: Manifest, names: Iterable[str], files: Mapping[str, RemoteFi
 
 
 def _entry_of(path: Path) -> ManifestEntry:
-    return ManifestEntry(path.stat().st_size, sha256_of(path))
+    return ManifestEntry(path.stat().st_size, file_sha256(path))
 
 
 _ASK = "Ask the owner to push again."

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from krona_hub.checkpoints.atomic import check_folder, check_output
-from krona_hub.checkpoints.digest import sha256_of
+from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.errors import FormatError, IntegrityError, ResourceError, UsageError
 from krona_hub.hub import manifest as manifests
 from krona_hub.hub.installing import SUFFIX, PullDestination, check_file, is_read_first, put_in_place
@@ -230,6 +230,6 @@ def _check_expected(expected: str | None, known: RemoteFile, here: Mapping[str, 
     """Compare with what the Hub names, or with what is here; where there is neither, it is not known yet."""
     if expected is None or not (known.sha256 or known.name in here):
         return
-    found = known.sha256 or sha256_of(here[known.name])
+    found = known.sha256 or file_sha256(here[known.name])
     if found != expected.lower():
         raise IntegrityError(f"{known.name} has the sha256 {found}, not {expected}.", fix="It is not what you expect.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from krona_hub.checkpoints.digest import sha256_once
+from krona_hub.checkpoints.digest import file_sha256_once
 from krona_hub.hub.card_facts import card_facts, config, manifest_facts
 from krona_hub.hub.exports import make_exports
 from krona_hub.hub.local_adapter import LocalAdapter
@@ -65,7 +65,9 @@ def pack(adapter: LocalAdapter, folder: Path, wanted: Wanted) -> PushPackage:
     made = [*(e.name for e in exports), *plots, *(p.name for p in pictures), CONFIG]
     paths = {WEIGHTS: adapter.path, **{name: folder / name for name in made}}
     entries = {
-        name: ManifestEntry(path.stat().st_size, sha256_once(path)) for name, path in paths.items() if name != WEIGHTS
+        name: ManifestEntry(path.stat().st_size, file_sha256_once(path))
+        for name, path in paths.items()
+        if name != WEIGHTS
     }
     entries[WEIGHTS] = ManifestEntry(adapter.size, adapter.sha256)
     samples = tuple(CardSample(p.name, p.prompt) for p in pictures)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from krona_hub.checkpoints.digest import sha256_once
+from krona_hub.checkpoints.digest import file_sha256_once
 from krona_hub.errors import ConflictError
 from krona_hub.hub.push_package import There
 from krona_hub.hub.repo_layout import CARD, CONFIG, MANIFEST, MODEL_TYPE, WEIGHTS
@@ -74,7 +74,7 @@ def is_same(path: Path, known: RemoteFile) -> bool:
     """Whether the file here is the one there."""
     if known.size != path.stat().st_size:
         return False
-    return sha256_once(path) == known.sha256 if known.sha256 else git_sha1_of(path) == known.git_sha1
+    return file_sha256_once(path) == known.sha256 if known.sha256 else git_sha1_of(path) == known.git_sha1
 
 
 def check_theirs(there: There, base_model: str) -> None:

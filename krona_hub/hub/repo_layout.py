@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from krona_hub.sources.safe_names import NATIVE
+from krona_hub.checkpoints.file_names import NATIVE_WEIGHTS
 
 CARD, CONFIG, MANIFEST, SIGNATURE = "README.md", "config.json", "krona_manifest.json", "model.sig"
-WEIGHTS = NATIVE
+WEIGHTS = NATIVE_WEIGHTS
 LORA_EXPORT, LOKR_EXPORT = "pytorch_lora_weights.safetensors", "lycoris_lokr.safetensors"
 EXPORTS = (LORA_EXPORT, LOKR_EXPORT)
 IMAGES, PLOTS = "images/", "plots/"

@@ -10,7 +10,7 @@ from typing import Any
 from krona_hub.aliases import Progress
 from krona_hub.errors import UsageError
 from krona_hub.images import record as records
-from krona_hub.images.execute import carry_out, grid_name, pictures_of
+from krona_hub.images.execute import execute, grid_name, pictures_of
 from krona_hub.images.output_files import check_place
 from krona_hub.images.plan import GeneratePlan, make_plan
 from krona_hub.images.report import GenerateReport
@@ -85,7 +85,7 @@ def generate(
     notes = (*plan.notes, *(repeated.notes(plan) if repeated else ()))
     if dry_run:
         return _planned(plan, folder, notes)
-    report = carry_out(plan, folder, progress or (lambda _done, _total: None))
+    report = execute(plan, folder, progress or (lambda _done, _total: None))
     return replace(report, notes=(*notes, *report.notes), same=repeated.same(report) if repeated else None)
 
 

@@ -43,7 +43,7 @@ def grid_name(plan: GeneratePlan) -> str | None:
     return GRID if plan.count > 1 else None
 
 
-def carry_out(plan: GeneratePlan, folder: Path | None, progress: Progress) -> GenerateReport:
+def execute(plan: GeneratePlan, folder: Path | None, progress: Progress) -> GenerateReport:
     """Make the pictures; with a folder, write them. Raises what loading and drawing raise."""
     run = _Run(plan, folder, progress, list(pictures_of(plan)), [None] * plan.count)
     for base in plan.bases:

@@ -10,6 +10,7 @@ from typing import Any
 
 from krona_hub.bases.loading import load_base
 from krona_hub.checkpoints.digest import file_sha256
+from krona_hub.checkpoints.file_names import SAFETENSORS
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import FormatError, IncompleteError, KronaError, UnknownBaseError, UsageError
 from krona_hub.formats.reading.describe import describe
@@ -18,7 +19,6 @@ from krona_hub.images.grid_cells import Column, GridRow, columns_of, names_of, r
 from krona_hub.images.request import GenerateRequest
 from krona_hub.pipelines.opening import no_base, pipeline_for
 from krona_hub.sources import PIPELINE, resolve, resolve_base
-from krona_hub.sources.safe_names import WEIGHTS
 
 PREFERRED = {"tiny-scenes": (20, 3.0), "flux1-schnell": (4, 0.0)}  # family -> steps and guidance that suit it
 
@@ -110,7 +110,7 @@ def _base(source: str, asked: GenerateRequest) -> BasePlan:
 def _pipeline_class(folder: Path) -> str:
     index = folder / PIPELINE
     if not index.exists():
-        files = sorted(folder.glob(f"*{WEIGHTS}"))
+        files = sorted(folder.glob(f"*{SAFETENSORS}"))
         fix = f"Give the file itself: {files[0]}." if files else "Give the folder above it."
         raise UnknownBaseError(f"{folder} is no pipeline: it has no {PIPELINE}.", fix=fix)
     try:
@@ -127,7 +127,7 @@ def _pipeline_class(folder: Path) -> str:
 
 
 def _check_variant(folder: Path, variant: str) -> None:
-    names = [path.name for path in folder.glob(f"*/*{WEIGHTS}")]
+    names = [path.name for path in folder.glob(f"*/*{SAFETENSORS}")]
     if any(f".{variant}." in name or f".{variant}-" in name for name in names):
         return
     there = sorted({name.split(".")[1].split("-")[0] for name in names if name.count(".") > 1})
@@ -167,7 +167,7 @@ def adapter_sha256(path: Path) -> str:
         return file_sha256(path)
     from hashlib import sha256
 
-    parts = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (WEIGHTS, ".json"))
+    parts = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (SAFETENSORS, ".json"))
     return sha256("".join(f"{file_sha256(p)} {_name(p, path)}\n" for p in parts).encode()).hexdigest()
 
 
@@ -191,7 +191,7 @@ def base_digest(path: Path, most: int = 64_000_000) -> str:
 
 def _files(path: Path) -> Sequence[Path]:
     """What a base consists of: its weights, configurations and vocabularies, not its pictures and cards."""
-    kinds = (WEIGHTS, ".json", ".txt", ".model")
+    kinds = (SAFETENSORS, ".json", ".txt", ".model")
     if path.is_file():
         return [path]
     return [*sorted(p for p in path.glob("*/*") if p.is_file() and p.suffix in kinds), path / PIPELINE]

@@ -23,7 +23,7 @@ from torch import Tensor
 from krona_hub.errors import ShapeError
 from krona_hub.kron.krylov import leading_rows
 from krona_hub.kron.shapes import KronShape, split
-from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, check_terms, dense_factor
+from krona_hub.kron.terms import KronFit, KronTerms, LowRank, check_terms, dense_factor
 
 CHUNK = 1 << 21  # numbers converted to float64 at a time: 16 MiB
 SMALL = 512  # side up to which the Gram matrix is always cheap
@@ -186,16 +186,7 @@ def nearest_kron_of_dense(weights: Tensor, shape: KronShape | tuple[int, int], t
     check_terms(shape, terms)
     dtype = torch.promote_types(weights.dtype, torch.float32)
     found = RearrangedDense.of(weights.to(dtype), shape).leading(terms)
-    return [KronFit(cast_terms(s, dtype), e) for s, e in zip(found.sums(), found.errors(), strict=True)]
-
-
-def cast_terms(terms: KronTerms, dtype: torch.dtype) -> KronTerms:
-    """The same sum with every tensor in another dtype."""
-    return KronTerms(_cast(terms.left, dtype), _cast(terms.right, dtype), terms.rows)
-
-
-def _cast(factor: Factor, dtype: torch.dtype) -> Factor:
-    return LowRank(factor.up.to(dtype), factor.down.to(dtype)) if isinstance(factor, LowRank) else factor.to(dtype)
+    return [KronFit(s.to(dtype), e) for s, e in zip(found.sums(), found.errors(), strict=True)]
 
 
 def dense_rows(terms: KronTerms, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -206,7 +197,8 @@ def dense_rows(terms: KronTerms, dtype: torch.dtype) -> Iterator[Tensor]:
     True
     """
     a1, a2, b1, b2 = terms.shape
-    left, right = _cast(terms.left, dtype), _cast(terms.right, dtype)
+    wide = terms.to(dtype)
+    left, right = wide.left, wide.right
     if isinstance(right, LowRank) and a1 == a2 == 1:
         for rows in torch.split(right.up * dense_factor(left), max(1, CHUNK // b2), 1):
             yield (rows @ right.down).sum(0)

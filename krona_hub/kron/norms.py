@@ -21,7 +21,7 @@ from torch import Tensor
 from krona_hub.kron.from_dense import nearest_kron_of_dense
 from krona_hub.kron.from_lora import nearest_kron_of_lora
 from krona_hub.kron.shapes import KronShape, split
-from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, check_terms, dense_factor
+from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, check_terms, dense_factor, map_factor, rank_bound
 from krona_hub.kron.to_lora import Pair, dense_sum, full_size, long_lora, lora_rank_bound, result_dtype
 
 BLOCK = 1 << 22  # numbers of ΔW held at a time: 32 MiB of float64
@@ -115,8 +115,8 @@ def recompress(sums: Delta, shape: KronShape | tuple[int, int], terms: int) -> K
     if {s.shape for s in sums} == {shape} and len({s.rows for s in sums}) == 1:
         return _recompressed_in_place(sums, shape, terms)
     if 4 * lora_rank_bound(sums) <= min(full):
-        return _cast(nearest_kron_of_lora(*long_lora(sums), shape, terms), result_dtype(sums))
-    return _cast(nearest_kron_of_dense(dense_sum(sums)[None], shape, terms)[0], result_dtype(sums))
+        return nearest_kron_of_lora(*long_lora(sums), shape, terms).to(result_dtype(sums))
+    return nearest_kron_of_dense(dense_sum(sums)[None], shape, terms)[0].to(result_dtype(sums))
 
 
 # ── choosing a way ───────────────────────────────────────────────────────────────────────────────
@@ -125,7 +125,7 @@ def recompress(sums: Delta, shape: KronShape | tuple[int, int], terms: int) -> K
 def _cheapest(sums: Delta) -> str:
     """Which of the three ways costs least, in multiplications."""
     out, in_ = full_size(sums)
-    rank = sum(s.terms * _thickness(s.left) * _thickness(s.right) for s in sums)
+    rank = sum(s.terms * rank_bound(s.left) * rank_bound(s.right) for s in sums)
     costs = {
         "dense": out * in_ * sum(_row_cost(s) for s in sums),
         "lora": BLAS_ADVANTAGE * (out + in_) * rank**2 if rank <= max(out, in_) else inf,
@@ -138,12 +138,6 @@ def _cheapest(sums: Delta) -> str:
     return min(costs, key=lambda way: costs[way])
 
 
-def _thickness(factor: Factor) -> int:
-    """Columns that a factor adds to the long LoRA."""
-    small = min(factor.shape[1:])
-    return min(small, factor.rank) if isinstance(factor, LowRank) else small
-
-
 def _row_cost(s: KronTerms) -> int:
     """Multiplications per number of ΔW, when it is formed by rows."""
     return s.terms * (s.right.rank if isinstance(s.right, LowRank) and s.shape.a2 == 1 else 1) + 4
@@ -151,8 +145,8 @@ def _row_cost(s: KronTerms) -> int:
 
 def _in_r_space(sums: Delta) -> Pair:
     """vec(A)ᵀ (a1·a2, terms) and vec(B) (terms, b1·b2) of sums of one shape: their product is R(ΔW)."""
-    left = torch.cat([dense_factor(_double(s.left)).flatten(1) for s in sums])
-    right = torch.cat([dense_factor(_double(s.right)).flatten(1) for s in sums])
+    left = torch.cat([dense_factor(map_factor(Tensor.double, s.left)).flatten(1) for s in sums])
+    right = torch.cat([dense_factor(map_factor(Tensor.double, s.right)).flatten(1) for s in sums])
     return left.mT, right
 
 
@@ -211,14 +205,4 @@ def _recompressed_in_place(sums: Delta, shape: KronShape, terms: int) -> KronFit
     a = (ql @ u[:, :keep] * root).mT.reshape(keep, shape.a1, shape.a2)
     b = (root[:, None] * (vh[:keep] @ qr.mT)).reshape(keep, shape.b1, shape.b2)
     error = float(torch.linalg.vector_norm(s[keep:]) / whole) if whole > 0 else 0.0
-    return _cast(KronFit(KronTerms(a, b, sums[0].rows), error), result_dtype(sums))
-
-
-def _cast(fit: KronFit, dtype: torch.dtype) -> KronFit:
-    """A dense fit in another dtype."""
-    left, right = dense_factor(fit.terms.left), dense_factor(fit.terms.right)
-    return fit._replace(terms=KronTerms(left.to(dtype), right.to(dtype), fit.terms.rows))
-
-
-def _double(factor: Factor) -> Factor:
-    return LowRank(factor.up.double(), factor.down.double()) if isinstance(factor, LowRank) else factor.double()
+    return KronFit(KronTerms(a, b, sums[0].rows), error).to(result_dtype(sums))

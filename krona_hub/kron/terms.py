@@ -10,6 +10,7 @@ no layer names, and no alpha or rank. Whatever scale a file carried is already i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -59,6 +60,33 @@ Factor = Tensor | LowRank  # (terms, p, q), stored or as a product
 def dense_factor(factor: Factor) -> Tensor:
     """The (terms, p, q) numbers of a factor; float32 at least where it is a product."""
     return factor.dense() if isinstance(factor, LowRank) else factor
+
+
+def map_factor(change: Callable[[Tensor], Tensor], factor: Factor) -> Factor:
+    """The factor with every tensor that it is stored as changed: itself, or its up and its down.
+
+    >>> map_factor(Tensor.double, LowRank(torch.ones(1, 4, 2), torch.ones(1, 2, 6))).up.dtype
+    torch.float64
+    """
+    if isinstance(factor, LowRank):
+        return LowRank(change(factor.up), change(factor.down))
+    return change(factor)
+
+
+def transpose_factor(factor: Factor) -> Factor:
+    """Every matrix of the stack transposed: (terms, p, q) -> (terms, q, p)."""
+    return LowRank(factor.down.mT, factor.up.mT) if isinstance(factor, LowRank) else factor.mT
+
+
+def stored_rank(factor: Factor) -> int | None:
+    """The r of a factor that is kept as up·down; None for a dense one."""
+    return factor.rank if isinstance(factor, LowRank) else None
+
+
+def rank_bound(factor: Factor) -> int:
+    """The rank that each matrix of the stack has at most."""
+    small = min(factor.shape[1:])
+    return min(small, factor.rank) if isinstance(factor, LowRank) else small
 
 
 def factor_tensors(factor: Factor) -> tuple[Tensor, ...]:
@@ -122,16 +150,28 @@ class KronTerms:
         y = (a @ (x @ b.mT)).sum(-3)  # (..., a1, b1)
         return (y.mT if self.rows == "shuffled" else y).flatten(-2)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> KronTerms:
+        """The same sum with every stored tensor changed."""
+        return replace(self, left=map_factor(change, self.left), right=map_factor(change, self.right))
+
+    def to(self, dtype: torch.dtype) -> KronTerms:
+        """The same sum with every stored tensor in another dtype."""
+        return self.map(lambda tensor: tensor.to(dtype))
+
     def scaled(self, weight: float) -> KronTerms:
         """weight · ΔW, with the weight in the first stored tensor (which becomes float32 at least)."""
         if isinstance(self.left, LowRank):
-            return replace(self, left=LowRank(_wide(self.left.up) * weight, self.left.down))
-        return replace(self, left=_wide(self.left) * weight)
+            return replace(self, left=LowRank(wide(self.left.up) * weight, self.left.down))
+        return replace(self, left=wide(self.left) * weight)
 
 
 class KronFit(NamedTuple):
     terms: KronTerms
     relative_error: float  # ‖W - Σ Aₖ ⊗ Bₖ‖ / ‖W‖, Frobenius; 0.0 for W = 0
+
+    def to(self, dtype: torch.dtype) -> KronFit:
+        """The same fit with its tensors in another dtype."""
+        return self._replace(terms=self.terms.to(dtype))
 
 
 def as_lora(up: Tensor, down: Tensor) -> KronTerms:
@@ -174,7 +214,7 @@ def nearest_kron(weight: Tensor, shape: KronShape | tuple[int, int], terms: int 
     if len(shape) == 2:
         shape = split_of(weight, *shape)
     check_terms(shape, terms)
-    u, s, vh = torch.linalg.svd(rearrange(_wide(weight), shape), full_matrices=False)
+    u, s, vh = torch.linalg.svd(rearrange(wide(weight), shape), full_matrices=False)
     root = s[:terms].sqrt()
     left = (u[:, :terms] * root).mT.reshape(terms, shape.a1, shape.a2)
     right = (root[:, None] * vh[:terms]).reshape(terms, shape.b1, shape.b2)
@@ -202,14 +242,14 @@ def check_terms(shape: KronShape, terms: int) -> None:
         )
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """float32 at least: neither SVD nor exact products in half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _wide_alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     """All in the widest of their types, float32 at least: products want equal types, and files mix them."""
-    return _alike(*map(_wide, tensors))
+    return _alike(*map(wide, tensors))
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:

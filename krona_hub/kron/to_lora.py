@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.errors import ShapeError, UsageError
-from krona_hub.kron.terms import Factor, KronTerms, LowRank, dense_factor
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, dense_factor, rank_bound
 
 ROUNDING = 1e-12  # a relative error of a float64 computation that is no error
 Pair = tuple[Tensor, Tensor]  # up (out, r), down (r, in)
@@ -82,7 +82,7 @@ def lora_rank_bound(sums: Sequence[KronTerms]) -> int:
     >>> lora_rank_bound([KronTerms(torch.ones(1, 2, 3), torch.ones(1, 8, 9))])
     16
     """
-    total = sum(s.terms * _rank_bound(s.left) * _rank_bound(s.right) for s in sums)
+    total = sum(s.terms * rank_bound(s.left) * rank_bound(s.right) for s in sums)
     return min(total, *full_size(sums))
 
 
@@ -137,11 +137,6 @@ def _is_one_dense_term(sums: Sequence[KronTerms]) -> bool:
     return len(sums) == 1 and sums[0].terms == 1 and all(isinstance(f, Tensor) for f in (sums[0].left, sums[0].right))
 
 
-def _rank_bound(factor: Factor) -> int:
-    small = min(factor.shape[1:])
-    return min(small, factor.rank) if isinstance(factor, LowRank) else small
-
-
 # ── one term: SVD(A) ⊗ SVD(B) ────────────────────────────────────────────────────────────────────
 
 
@@ -180,12 +175,8 @@ def dense_sum(sums: Sequence[KronTerms]) -> Tensor:
     """Σ sums as an (out, in) matrix of float64. The last resort: it is out·in numbers."""
     total = torch.zeros(full_size(sums), dtype=torch.float64, device=sums[0].tensors[0].device)
     for s in sums:
-        total += KronTerms(_doubled(s.left), _doubled(s.right), s.rows).dense()
+        total += s.to(torch.float64).dense()
     return total
-
-
-def _doubled(factor: Factor) -> Factor:
-    return LowRank(factor.up.double(), factor.down.double()) if isinstance(factor, LowRank) else factor.double()
 
 
 def _cut(sums: Sequence[KronTerms], u: Tensor, s: Tensor, vh: Tensor, rank: int | None, error: float | None) -> LoraFit:

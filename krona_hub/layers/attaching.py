@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.errors import BaseMismatchError, ConflictError, KronaError, ShapeError, UnsupportedError
+from krona_hub.errors import BaseMismatchError, ConflictError, KronaError, ShapeError, UnsupportedError, abbreviated
 from krona_hub.layers.attachment import branch_at, check_not_fused, check_scale, held, names_of, unknown_name
 from krona_hub.layers.fusing import restore
 from krona_hub.layers.kron_conv import KronConv1d, KronConv2d, KronConv3d
@@ -18,7 +18,6 @@ from krona_hub.layers.kron_linear import KronLinear
 from krona_hub.layers.layer_match import Deltas, Parts, Placing, Problems, placings
 from krona_hub.layers.module_tree import Slot, kron_layers, models_of, parts_of, unwrapped
 
-SHOWN = 3  # names in a message
 WRAPPERS: tuple[tuple[type[nn.Module], Callable[[nn.Module], KronLayer]], ...] = (
     (nn.Conv1d, KronConv1d),
     (nn.Conv2d, KronConv2d),
@@ -114,7 +113,7 @@ def _report(name: str, adapter: Adapter, own: Deltas, missing: Problems) -> Atta
     elsewhere = tuple(layer for layer in adapter.layers if layer not in own)
     extras = tuple(adapter.extras)
     notes = [f"{len(elsewhere)} layers are for other components"] if elsewhere else []
-    notes += [f"not applied, as they are no weight deltas: {_few(extras)}"] if extras else []
+    notes += [f"not applied, as they are no weight deltas: {abbreviated(extras)}"] if extras else []
     causes = {layer: error.cause for layer, error in missing.items()}
     return AttachReport(name, matched, causes, elsewhere, extras, tuple(notes))
 
@@ -181,7 +180,7 @@ def _check_matched(deltas: Deltas, missing: Problems, parts: Parts, allow_missin
     first, error = next(iter(missing.items()))
     rest = len(deltas) - len(missing)
     raise BaseMismatchError(
-        f"{rest} of {len(deltas)} modules match; not {_few(missing)}. {first}: {error.cause}",
+        f"{rest} of {len(deltas)} modules match; not {abbreviated(missing)}. {first}: {error.cause}",
         fix=f"{error.fix} allow_missing=True attaches the other {rest}." if rest else error.fix,
     )
 
@@ -190,7 +189,7 @@ def _check_same_layers(old: Iterable[str], new: Iterable[str]) -> None:
     other = sorted(set(old) ^ set(new))
     if other:
         raise BaseMismatchError(
-            f"the adapter does not change the same layers: {len(other)} differ, {_few(other)}.",
+            f"the adapter does not change the same layers: {len(other)} differ, {abbreviated(other)}.",
             fix="Detach the old adapter and attach the new one.",
         )
 
@@ -199,11 +198,6 @@ def _told(delta: LayerDelta) -> str:
     return " + ".join(f"{s.terms} of {s.shape}" for s in delta.sums) + (
         " with DoRA" if delta.magnitude is not None else ""
     )
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 # ── changes of the tree ──────────────────────────────────────────────────────────────────────────

@@ -77,9 +77,9 @@ def merge(
         title=title,
         threads=threads,
     )
-    from krona_hub.merging.execute import carry_out
+    from krona_hub.merging.execute import execute
 
-    return carry_out(request, progress)
+    return execute(request, progress)
 
 
 def _check_options(rounding: str, threads: int) -> None:

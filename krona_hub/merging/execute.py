@@ -40,7 +40,7 @@ with warnings.catch_warnings():  # torch says once per process that it would not
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def carry_out(asked: MergeRequest, progress: Progress | None = None) -> MergeReport:
+def execute(asked: MergeRequest, progress: Progress | None = None) -> MergeReport:
     """Do what was asked for; `merge` says what is raised."""
     started, plan, place = perf_counter(), asked.plan, asked.place
     how = Rounding(asked.rounding, asked.seed, asked.exact_rounding)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo
-from krona_hub.errors import BaseMismatchError, ConflictError, UsageError
+from krona_hub.errors import BaseMismatchError, ConflictError, UsageError, abbreviated
 from krona_hub.merging.base_weights import BaseTree, open_tree, quantised
 from krona_hub.merging.block_weights import BlockWeights
 from krona_hub.merging.merge_input import MergeInput, part_of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 OutDtype = Literal["keep", "fp32-touched", "fp16", "bf16"]
 OUT_DTYPES: Mapping[OutDtype, str | None] = {"keep": None, "fp32-touched": "F32", "fp16": "F16", "bf16": "BF16"}
 WHOLE = ("fp16", "bf16")  # apply to every number of a changed component, not only to what adapters touch
-SHOWN = 3  # names in a message
+MOST_LIKELY = 3  # bases that a message names
 ROOM = 200_000_000  # bytes: torch itself and the buffers of two threads
 COPIED, COMPUTED = 1.5e9, 0.9e9  # bytes per second, warm, on two cores: for an estimate only
 
@@ -222,10 +222,9 @@ def _check_matched(part: MergeInput, tree: BaseTree, component: str | None, allo
         raise BaseMismatchError(
             f"{found}; of the first: {reason}", fix=f"{_likely(part, tree)}krona inspect tells more about it."
         )
-    names, more = list(part.missing)[:SHOWN], len(part.missing) - SHOWN
+    first = next(iter(part.missing.values()))
     raise BaseMismatchError(
-        f"{found}; not there: {', '.join(names)}{f' and {more} more' if more > 0 else ''}. "
-        f"Of the first: {part.missing[names[0]]}",
+        f"{found}; not there: {abbreviated(part.missing)}. Of the first: {first}",
         fix=f"{_likely(part, tree)}--allow-missing merges the others; --component NAME merges one part of the model.",
     )
 
@@ -234,7 +233,7 @@ def _likely(part: MergeInput, tree: BaseTree) -> str:
     """For which bases the adapter is more likely, where this one is not among them."""
     if not part.candidates or {*tree.base.model.names} & {*part.candidates}:
         return ""
-    return f"It looks like an adapter for {' or '.join(part.candidates[:SHOWN])}. "
+    return f"It looks like an adapter for {' or '.join(part.candidates[:MOST_LIKELY])}. "
 
 
 def _check_doras(parts: Sequence[MergeInput], targets: Iterable[tuple[Path, str, TensorTarget]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,14 +10,14 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.bases.base import COMPONENTS, Placement
+from krona_hub.bases.base import COMPONENTS
 from krona_hub.bases.loading import load_base, placed
+from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import table
 from krona_hub.bases.weight_files import StoredTensor, weights_by_module
 from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError
 from krona_hub.formats.reading.reader import read
 from krona_hub.kron.parallel import in_parallel
-from krona_hub.kron.terms import Factor, KronTerms, LowRank
 from krona_hub.merging.arithmetic.patches import Patch
 from krona_hub.merging.arithmetic.rounding import NEAREST, Rounding
 from krona_hub.merging.arithmetic.tiles import merge_tensor
@@ -169,9 +168,4 @@ def _merged(weight: Tensor, patches: Sequence[Patch], dtype: torch.dtype, roundi
 def _on_cpu(delta: LayerDelta) -> LayerDelta:
     if all(t.device.type == "cpu" for t in delta.tensors):
         return delta
-    sums = tuple(KronTerms(_factor_on_cpu(s.left), _factor_on_cpu(s.right), s.rows) for s in delta.sums)
-    return replace(delta, sums=sums, magnitude=None if delta.magnitude is None else delta.magnitude.cpu())
-
-
-def _factor_on_cpu(factor: Factor) -> Factor:
-    return LowRank(factor.up.cpu(), factor.down.cpu()) if isinstance(factor, LowRank) else factor.cpu()
+    return delta.map(Tensor.cpu)

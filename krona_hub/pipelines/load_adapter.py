@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from krona_hub.adapters.adapter import Adapter
-from krona_hub.bases.base import Base, ModuleSpec
+from krona_hub.bases.base import Base
 from krona_hub.bases.loading import load_base, named_base
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.formats.reading.reader import read
 from krona_hub.layers.attaching import AttachReport, attach, detach
 from krona_hub.layers.attachment import attached

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from krona_hub.checkpoints.file_names import (
+    DIFFUSERS_WEIGHTS,
+    NATIVE_WEIGHTS,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    REPO_PICKLES,
+    SAFETENSORS,
+)
 from krona_hub.errors import AmbiguousError, NotFoundError, PickleError
-from krona_hub.sources.safe_names import NATIVE, PEFT_CONFIG, PEFT_WEIGHTS, PICKLES, WEIGHTS, is_safe, printable
-
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+from krona_hub.sources.safe_names import is_safe, printable
 
 
 def choose(names: Collection[str], repo: str, wanted: str | None = None) -> str:
@@ -17,8 +23,8 @@ def choose(names: Collection[str], repo: str, wanted: str | None = None) -> str:
     """
     if wanted is not None:
         return _asked_for(names, repo, wanted)
-    weights = sorted(n for n in names if n.endswith(WEIGHTS) and is_safe(n))
-    standard = [n for n in (NATIVE, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) if n in weights]
+    weights = sorted(n for n in names if n.endswith(SAFETENSORS) and is_safe(n))
+    standard = [n for n in (NATIVE_WEIGHTS, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) if n in weights]
     if standard:
         return standard[0]
     if len(weights) == 1:
@@ -36,7 +42,7 @@ def with_companions(name: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def _asked_for(names: Collection[str], repo: str, wanted: str) -> str:
-    if wanted.lower().endswith(PICKLES):
+    if wanted.lower().endswith(REPO_PICKLES):
         raise PickleError(f"{printable(wanted)} is a pickle, which may run programs when it is opened.", fix=_ASK)
     if wanted not in names:
         raise NotFoundError(f"{repo} has no file {printable(wanted)}.", fix=f"krona hub info {repo} lists its files.")
@@ -53,9 +59,9 @@ _ASK = "Ask its owner for a safetensors file."
 
 
 def _none(names: Collection[str], repo: str) -> NotFoundError | PickleError:
-    odd = next((n for n in sorted(names) if n.endswith(WEIGHTS)), None)
+    odd = next((n for n in sorted(names) if n.endswith(SAFETENSORS)), None)
     if odd is not None:
         return _no_name(odd)
-    if any(n.lower().endswith(PICKLES) for n in names):
+    if any(n.lower().endswith(REPO_PICKLES) for n in names):
         return PickleError(f"{repo} has no safetensors file, only pickles, which may run programs.", fix=_ASK)
     return NotFoundError(f"{repo} has no safetensors file.", fix="Is that the right repository?")

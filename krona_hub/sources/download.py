@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from krona_hub.checkpoints.digest import sha256_of
+from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.errors import IntegrityError, OfflineError, ResourceError
 from krona_hub.sources.client import client, quiet
 from krona_hub.sources.client_errors import hub_errors
@@ -107,7 +107,7 @@ def is_intact(path: Path, known: RemoteFile) -> bool:
     if known.size is not None and path.stat().st_size != known.size:
         return False
     if known.sha256:
-        return sha256_of(path) == known.sha256
+        return file_sha256(path) == known.sha256
     return not known.git_sha1 or git_sha1_of(path) == known.git_sha1
 
 

@@ -10,12 +10,13 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from krona_hub.assets.shipped import folder_of
+from krona_hub.checkpoints.file_names import SAFETENSORS
 from krona_hub.errors import NotFoundError, OfflineError
 from krona_hub.sources.choose_file import choose, with_companions
 from krona_hub.sources.client import endpoint_of
 from krona_hub.sources.download import fetch_all
 from krona_hub.sources.repo_listing import Listing, list_repo, snapshot_of
-from krona_hub.sources.safe_names import WEIGHTS, is_inside
+from krona_hub.sources.safe_names import is_inside
 
 HUB_ID = re.compile(
     r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(?:/(?P<file>.+))?$"
@@ -65,7 +66,7 @@ def _remote(source: str | Path) -> HubId | None:
     path, hub_id = Path(source).expanduser(), parse_hub_id(str(source))
     if path.exists() or hub_id is None:
         return None
-    misspelt = hub_id.file is None and path.suffix == WEIGHTS and not str(source).startswith("hf://")
+    misspelt = hub_id.file is None and path.suffix == SAFETENSORS and not str(source).startswith("hf://")
     return None if misspelt else hub_id
 
 
@@ -123,7 +124,7 @@ def resolve_base(source: str | Path) -> Path:
     hub_id = _remote(source)
     if hub_id is None:
         return folder_of(Path(source).expanduser())
-    if hub_id.file is not None and hub_id.file.endswith(WEIGHTS):
+    if hub_id.file is not None and hub_id.file.endswith(SAFETENSORS):
         return _download(hub_id)
     listing = _listed(hub_id)
     fetch_all(listing, _base_files(listing, hub_id.file), revision=hub_id.revision, again=False)
@@ -135,7 +136,7 @@ def _base_files(listing: Listing, folder: str | None) -> list[str]:
     below = f"{folder}/" if folder else ""
     wanted = [n for n in listing.files if n.startswith(below) and any(fnmatch(n, p) for p in BASE_FILES)]
     wanted = [n for n in wanted if is_inside(n)]
-    if not any(n.endswith(WEIGHTS) for n in wanted):
+    if not any(n.endswith(SAFETENSORS) for n in wanted):
         raise NotFoundError(f"{listing.repo} has no safetensors in {folder or 'it'}.", fix="Check the name.")
     beside = PIPELINE in listing.files
-    return [name for name in wanted if not (beside and "/" not in name and name.endswith(WEIGHTS))]
+    return [name for name in wanted if not (beside and "/" not in name and name.endswith(SAFETENSORS))]

@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from krona_hub.checkpoints.file_names import SAFETENSORS
 from krona_hub.errors import ConflictError
 
-NATIVE = "krona_adapter.safetensors"  # whatever the file was called on the owner's disk
-WEIGHTS = ".safetensors"
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SUFFIXES = (WEIGHTS, ".json", ".md", ".png", ".jpg", ".jpeg", ".webp", ".sig")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+SUFFIXES = (SAFETENSORS, ".json", ".md", ".png", ".jpg", ".jpeg", ".webp", ".sig")
 LONGEST = 180  # characters of one part of a name
 _ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\\:*?\"<>|]")
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)

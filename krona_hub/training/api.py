@@ -11,6 +11,7 @@ from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from krona_hub.aliases import Progress
 from krona_hub.errors import ConflictError, DivergedError, NotFoundError, StoppedError, UsageError
 from krona_hub.pipelines.load_adapter import base_of
 from krona_hub.training.configuration import ECHO, at_home, checked, read_toml, settings_of
@@ -26,7 +27,7 @@ from krona_hub.training.progress.samples import forget_samples
 from krona_hub.training.progress.training_state import StepReport
 from krona_hub.training.report_page import write_report
 from krona_hub.training.settings import TrainingSettings
-from krona_hub.training.setup import FREE, Encoding, prepared
+from krona_hub.training.setup import FREE, prepared
 from krona_hub.training.training_record import base_name
 
 Tell = Callable[[StepReport], None]
@@ -43,7 +44,7 @@ def train(
     preset: str | None = None,
     resume_from: str | Path | None = None,
     progress: Tell | None = None,
-    encoding: Encoding | None = None,
+    encoding: Progress | None = None,
     **given: Any,
 ) -> TrainingReport:
     """Train a Kronecker adapter; its run folder gets the adapter, checkpoints, metrics and samples.

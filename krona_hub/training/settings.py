@@ -48,7 +48,7 @@ class TrainingSettings:
 
     # the adapter
     shape: str = setting("auto", "Size of A as a1xa2, or auto: the best cost for --budget.", panel="Adapter")
-    shapes: Mapping[str, str] = setting({}, "Regular expression of modules = their own a1xa2.", panel="Adapter")
+    shapes: Mapping[str, str] = setting({}, "The shape of the modules that REGEX finds.", panel="Adapter")
     budget: int | None = setting(None, "Parameters that `auto` may spend on all layers.", panel="Adapter", least=1)
     terms: int = setting(1, "Kronecker products that are added up per layer.", panel="Adapter", least=1)
     rank: int | None = setting(None, "Rank of B; without it B is a full matrix.", panel="Adapter", least=1)

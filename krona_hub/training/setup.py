@@ -15,6 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter
+from krona_hub.aliases import Progress
 from krona_hub.bases.base import Base
 from krona_hub.checkpoints.atomic import atomic_text
 from krona_hub.errors import UsageError
@@ -43,7 +44,6 @@ from krona_hub.training.training_record import ELSEWHERE, base_name, recorded
 FREE = ("steps", "checkpoint_every", "keep_checkpoints", "validate_every", "sample_every", "sample_prompts", "export",
         "sample_steps", "sample_guidance", "licence", "nan", *ELSEWHERE)  # what a resumed run may change  # fmt: skip
 EMPTY = 0.25  # share of the class that is shown without a caption
-Encoding = Callable[[int, int], None]  # done, total
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Seen(NamedTuple):
     fingerprint: str
 
 
-def prepared(settings: TrainingSettings, run: Path, encoding: Encoding) -> tuple[Training, Session]:
+def prepared(settings: TrainingSettings, run: Path, encoding: Progress) -> tuple[Training, Session]:
     """A training that can begin, and its pipeline with the adapter attached. Raises what its parts raise."""
     check_settings(settings)
     torch.manual_seed(settings.seed)
@@ -112,7 +112,7 @@ def _start(base: Base, settings: TrainingSettings) -> Adapter:
 # ── pictures ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Encoding, processes: int) -> Seen:
+def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Progress, processes: int) -> Seen:
     """Every picture found, and encoded where that is kept."""
     pictures = read_pictures(encoder.pipe, encoder.family, settings)
     plain = of_the_class(settings)
@@ -154,8 +154,8 @@ def _sampler(
 
 
 def _training(
-    pipe: Any, family: ModelFamily, settings: TrainingSettings, run: Path, accelerator: Accelerator, machine: TrainingDevice,
-    seen: Seen,
+    pipe: Any, family: ModelFamily, settings: TrainingSettings, run: Path, accelerator: Accelerator,
+    machine: TrainingDevice, seen: Seen,
 ) -> Training:  # fmt: skip
     branches = branches_of(pipe)
     parameters: list[Tensor] = [p for branch in branches for p in branch.parameters() if p.requires_grad]

@@ -10,7 +10,7 @@ from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.aliases import Progress
 from krona_hub.bases.loading import weight_files
 from krona_hub.conversion.bake_dora import plain_deltas
-from krona_hub.errors import UnknownBaseError
+from krona_hub.errors import UnknownBaseError, abbreviated
 from krona_hub.formats.forms.normal_forms import words_of
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
@@ -19,8 +19,6 @@ from krona_hub.kron.norms import inner, norm
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.sources import resolve
 from krona_hub.verification.report import DeltaCheck, LayerCheck
-
-SHOWN = 4  # names in a note
 
 Layers = Mapping[str, LayerDelta]
 
@@ -124,11 +122,7 @@ def _alignment(one: Layers, two: Layers) -> tuple[float | None, float | None]:
 def _notes(one: Adapter, two: Adapter, checks: Iterable[LayerCheck]) -> Iterable[str]:
     sizes = [c.layer for c in checks if c.relative_difference == inf and c.first and c.second and c.norm]
     if sizes:
-        yield f"{_few(sizes)}: of different sizes in the two"
+        yield f"{abbreviated(sizes)}: of different sizes in the two"
     extras = sorted(one.extras.keys() ^ two.extras.keys())
     if extras:
-        yield f"{_few(extras)}: in the extras of one only; extras are no part of ΔW and were not compared"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        yield f"{abbreviated(extras)}: in the extras of one only; extras are no part of ΔW and were not compared"

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krona_hub.bases.base import Base, ModuleSpec
+from krona_hub.bases.base import Base
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.reader import load
 from krona_hub.errors import (

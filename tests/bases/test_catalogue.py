@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krona_hub.bases import catalogue
-from krona_hub.bases.base import COMPONENTS, ModuleSpec
+from krona_hub.bases.base import COMPONENTS
 from krona_hub.bases.families import ALIASES, FAMILIES
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.bases.name_patterns import encode, expand
 from krona_hub.errors import UnknownBaseError
 from tests.shared import shared

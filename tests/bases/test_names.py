@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krona_hub.bases import catalogue, loading
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import DIALECTS, table
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import AmbiguousError, InexpressibleError, NotFoundError, UsageError

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from krona_hub.bases import catalogue, ldm_names
-from krona_hub.bases.base import ModuleSpec, Placement
+from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import ComponentNames, table
-from krona_hub.bases.original_names import ORIGINALS, original_of
+from krona_hub.bases.original_names import ORIGINALS
 
 CONVERTERS = {  # base -> function of diffusers.loaders.single_file_utils
     "flux1-dev": "convert_flux_transformer_checkpoint_to_diffusers",
@@ -184,7 +184,7 @@ def test_an_original_table_covers_its_component_once_and_whole(name):
     names = ComponentNames("x", modules).originals
     layers = [place.layer for places in names.values() for place in places]
     assert len(layers) == len(set(layers))
-    original = original_of(modules)
+    original = modules.original
     complete = ldm_names.is_unet(modules) or (original is not None and original.name not in ("z-image", "wan"))
     if names and complete:
         assert set(layers) == {f"x.{path}" for path in modules}
@@ -194,7 +194,7 @@ def test_an_original_table_covers_its_component_once_and_whole(name):
 
 
 def test_every_table_serves_a_base_of_the_catalogue():
-    served = {o.name for c in catalogue.component_names() if (o := original_of(catalogue.component(c).modules))}
+    served = {o.name for c in catalogue.component_names() if (o := catalogue.component(c).modules.original)}
     assert served == {original.name for original in ORIGINALS}
 
 

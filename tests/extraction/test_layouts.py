@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from krona_hub import read
 from krona_hub.bases import ldm_names
-from krona_hub.bases.base import ModuleSpec
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.errors import BaseMismatchError, NotFoundError, UnknownBaseError, UnsupportedError
 from krona_hub.extraction import extract
 from tests import tiny

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from krona_hub.bases.base import Base, ModuleSpec
+from krona_hub.bases.base import Base
+from krona_hub.bases.module_spec import ModuleSpec
 
 TINY = Base(  # rectangular everywhere, so that no mistake of order goes unseen
     "tiny",

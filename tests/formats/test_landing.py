@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from krona_hub.bases import catalogue
-from krona_hub.bases.base import Base, ModuleSpec
+from krona_hub.bases.base import Base
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.errors import (
     AmbiguousError,
     BaseMismatchError,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.errors import InexpressibleError, NonFiniteError
 from krona_hub.formats.forms.normal_forms import lora_of, term_of
 from krona_hub.formats.writing.encode import cast, normalised, tensors_of, why_not

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from krona_hub.bases import catalogue
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import table
 from krona_hub.checkpoints.tensor_entries import DTYPE_BITS
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.merging.arithmetic.patches import Patch
 from krona_hub.merging.arithmetic.rounding import Rounding, rounder
 from tests.merging.cases import kron, numbers

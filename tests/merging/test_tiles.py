@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.errors import BaseMismatchError, ConflictError, NonFiniteError
 from krona_hub.kron.terms import KronTerms
 from krona_hub.merging.arithmetic import kernels, tiles

@@ -113,8 +113,10 @@ def refusal(form: LayerForm, format_name: str) -> str | None:
 def common_peft_factor(splits: Iterable[ChannelSplit]) -> int | None:
     """The `decompose_factor` under which PEFT derives exactly these splits; None where no single one does.
 
-    >>> common_peft_factor([ChannelSplit((4, 80), (4, 192))]), common_peft_factor([ChannelSplit((64, 5), (4, 192))]) is None
-    (4, True)
+    >>> common_peft_factor([ChannelSplit((4, 80), (4, 192))])
+    4
+    >>> common_peft_factor([ChannelSplit((64, 5), (4, 192))]) is None
+    True
     """
     wanted = {pair for split in splits for pair in split}
     largest = max((a for a, _ in wanted), default=1)

@@ -75,9 +75,18 @@ class Tool(NamedTuple):
 TOOLS: Mapping[str, Tool] = {
     tool.name: tool
     for tool in (
-        Tool("comfyui", "ComfyUI", ToolTarget("kohya-lora", "comfyui"), ToolTarget("lycoris-lokr", "comfyui"), (no_dora,)),
-        Tool("forge", "Forge", ToolTarget("kohya-lora", "comfyui"), ToolTarget("lycoris-lokr", "comfyui"), (no_dora,)),
-        Tool("a1111", "AUTOMATIC1111", ToolTarget("kohya-lora", "kohya"), ToolTarget("lycoris-lokr", "kohya"), (no_dora,)),
+        Tool(
+            "comfyui", "ComfyUI", ToolTarget("kohya-lora", "comfyui"), ToolTarget("lycoris-lokr", "comfyui"),
+            (no_dora,),
+        ),
+        Tool(
+            "forge", "Forge", ToolTarget("kohya-lora", "comfyui"), ToolTarget("lycoris-lokr", "comfyui"),
+            (no_dora,),
+        ),
+        Tool(
+            "a1111", "AUTOMATIC1111", ToolTarget("kohya-lora", "kohya"), ToolTarget("lycoris-lokr", "kohya"),
+            (no_dora,),
+        ),
         Tool(
             "diffusers", "diffusers", ToolTarget("diffusers-lora", "diffusers"), ToolTarget("diffusers-lokr", "peft"),
             (only_peft_splits,),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.formats.forms.delta_form import LayerForm, SumForm
-from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, dense_factor, factor_tensors
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, dense_factor, factor_tensors, stored_rank
 from krona_hub.kron.to_lora import nearest_lora
 
 PROPORTIONAL = 1e-7  # relative; two factors this close to multiples of each other are multiples, up to rounding
@@ -34,7 +34,7 @@ def form_of(delta: LayerDelta, layer: str = "") -> LayerForm:
 
 
 def _sum_form(s: KronTerms) -> SumForm:
-    left, right = (f.rank if isinstance(f, LowRank) else None for f in (s.left, s.right))
+    left, right = map(stored_rank, (s.left, s.right))
     return SumForm(s.shape, s.terms, left, right, s.rows)
 
 

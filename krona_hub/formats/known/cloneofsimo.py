@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from math import prod
 
 from krona_hub.bases import catalogue
-from krona_hub.bases.base import Base, ModuleSpec, Placement
+from krona_hub.bases.base import Base
+from krona_hub.bases.component import Component
+from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.errors import BaseMismatchError, IncompleteError, UnknownBaseError
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import AdapterFile
@@ -135,7 +137,7 @@ def _differs(module: ModuleSpec | None, layout: ModuleLayout) -> bool:
 
 
 def _order(base: Base, component: str, classes: frozenset[str]) -> tuple[str, ...]:
-    modules = base.components.get(component, {})
+    modules = base.components.get(component, Component())
     return unet_order(modules, classes) if component == "unet" else clip_order(modules)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from krona_hub.checkpoints.file_names import PEFT_CONFIG
 from krona_hub.errors import IncompleteError, UnsupportedError
 from krona_hub.formats.known.format import Format
-from krona_hub.formats.parsing.adapter_file import CONFIG, AdapterFile
+from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.scales import ScaleConfig, config_of
 
 TYPES = ("LOKR", "LORA")
@@ -23,7 +24,7 @@ def has_type(file: AdapterFile, name: str) -> bool:
     found = peft_type(file)
     if found is not None and found not in TYPES:
         raise UnsupportedError(
-            f"{CONFIG} says peft_type {found or 'nothing'}, which is no Kronecker or low-rank product.",
+            f"{PEFT_CONFIG} says peft_type {found or 'nothing'}, which is no Kronecker or low-rank product.",
             fix=f"krona reads {' and '.join(TYPES)}; merge the others with PEFT (merge_and_unload).",
         )
     return found == name
@@ -33,13 +34,13 @@ def configuration(file: AdapterFile) -> Mapping[str, ScaleConfig]:
     """The configuration of a PEFT folder. Raises IncompleteError where there is none."""
     if file.config is None:
         raise IncompleteError(
-            f"there is no {CONFIG} beside the tensors, so their scale is unknown.",
+            f"there is no {PEFT_CONFIG} beside the tensors, so their scale is unknown.",
             fix="Put it beside the file, or read with --from diffusers-lora or diffusers-lokr, which take scale 1.",
         )
     odd = next((name for name in UNLIKE if file.config.get(name)), None)
     if odd:
         raise UnsupportedError(
-            f"{CONFIG} sets {odd}, which is more than up·down.", fix="Merge it with PEFT (merge_and_unload)."
+            f"{PEFT_CONFIG} sets {odd}, which is more than up·down.", fix="Merge it with PEFT (merge_and_unload)."
         )
     return {"": config_of(file.config)}
 

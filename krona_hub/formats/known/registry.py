@@ -5,6 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
+from krona_hub.checkpoints.file_names import PEFT_CONFIG
 from krona_hub.errors import AmbiguousError, UnrecognisedError, UnsupportedError, UsageError
 from krona_hub.formats.known.cloneofsimo import CLONEOFSIMO
 from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
@@ -13,7 +14,7 @@ from krona_hub.formats.known.format import Format
 from krona_hub.formats.known.kohya import KOHYA_LORA, LYCORIS_LOCON, LYCORIS_LOKR
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.peft import PEFT_LOKR, PEFT_LORA
-from krona_hub.formats.parsing.adapter_file import CONFIG, AdapterFile, open_files
+from krona_hub.formats.parsing.adapter_file import AdapterFile, open_files
 
 FORMATS: tuple[Format, ...] = (
     KRONA,
@@ -80,8 +81,8 @@ def _check_ours(file: AdapterFile) -> None:
     if file.config is None and not scaled and any(m.name.startswith("base_model.model.") for m in keys.modules):
         kind = "lokr" if "lokr" in keys.kinds else "lora"
         raise AmbiguousError(
-            f"these are PEFT tensors without their {CONFIG}: the scale alpha / r is unknown.",
-            fix=f"Put {CONFIG} beside the file, or say --from diffusers-{kind} for scale 1.",
+            f"these are PEFT tensors without their {PEFT_CONFIG}: the scale alpha / r is unknown.",
+            fix=f"Put {PEFT_CONFIG} beside the file, or say --from diffusers-{kind} for scale 1.",
         )
 
 

@@ -15,14 +15,12 @@ from typing import Any
 
 from krona_hub.bases.base import COMPONENTS, Base
 from krona_hub.bases.loading import load_base
+from krona_hub.checkpoints.file_names import ADAPTER_PICKLES, PEFT_CONFIG, PEFT_WEIGHTS
 from krona_hub.checkpoints.header import Header, read_header
 from krona_hub.checkpoints.os_errors import fault
 from krona_hub.errors import AmbiguousError, FormatError, KronaError, NotFoundError, PickleError
 from krona_hub.formats.parsing.keys import Keys, sort_keys
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PICKLES = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
 CONFIG_LIMIT = 10_000_000  # bytes; real ones are a few kB
 
 
@@ -91,9 +89,9 @@ def _files(path: Path) -> tuple[AdapterFile, ...]:
         raise NotFoundError(f"{path} does not exist.", fix="Check the path.")
     if not path.is_dir():
         return (_beside_config(path),)
-    if (path / CONFIG).exists():
+    if (path / PEFT_CONFIG).exists():
         return (_peft(path, None),)
-    parts = sorted(p.parent for p in path.glob(f"*/{CONFIG}"))
+    parts = sorted(p.parent for p in path.glob(f"*/{PEFT_CONFIG}"))
     if parts:
         return tuple(_peft(part, part.name if part.name in COMPONENTS else None) for part in parts)
     return (AdapterFile(read_header(_only_file(path))),)
@@ -102,14 +100,14 @@ def _files(path: Path) -> tuple[AdapterFile, ...]:
 def _beside_config(path: Path) -> AdapterFile:
     """A bare file; with the configuration in its folder where it is the tensors of a PEFT adapter."""
     header = read_header(path)
-    config = path.parent / CONFIG
-    is_peft = path.name == WEIGHTS or any(key.startswith("base_model.model.") for key in header.tensors)
+    config = path.parent / PEFT_CONFIG
+    is_peft = path.name == PEFT_WEIGHTS or any(key.startswith("base_model.model.") for key in header.tensors)
     return AdapterFile(header, _config(config) if is_peft and config.exists() else None)
 
 
 def _peft(folder: Path, component: str | None) -> AdapterFile:
-    config = _config(folder / CONFIG)
-    weights = folder / WEIGHTS
+    config = _config(folder / PEFT_CONFIG)
+    weights = folder / PEFT_WEIGHTS
     path = weights if weights.exists() else _only_file(folder)
     return AdapterFile(read_header(path), config, component or component_of_class(config))
 
@@ -126,7 +124,7 @@ def component_of_class(config: Mapping[str, Any]) -> str | None:
 def _only_file(folder: Path) -> Path:
     """The one safetensors file of a folder, or diffusers' own name among several."""
     files = sorted(folder.glob("*.safetensors"))
-    preferred = [f for f in files if f.name in (WEIGHTS, "pytorch_lora_weights.safetensors")]
+    preferred = [f for f in files if f.name in (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")]
     if len(preferred or files) == 1:
         return (preferred or files)[0]
     if files:
@@ -134,7 +132,7 @@ def _only_file(folder: Path) -> Path:
             f"{folder} holds {len(files)} safetensors files: {', '.join(f.name for f in files[:4])}.",
             fix="Give one of the files.",
         )
-    pickles = [f for f in sorted(folder.iterdir()) if f.suffix in PICKLES]
+    pickles = [f for f in sorted(folder.iterdir()) if f.suffix in ADAPTER_PICKLES]
     if pickles:
         raise PickleError(
             f"{folder} holds only a pickle, {pickles[0].name}, which can run code when it is opened.",

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import prod
 
 from krona_hub.bases import catalogue, detection, name_prefixes
-from krona_hub.bases.base import COMPONENTS, Base, Placement
+from krona_hub.bases.base import COMPONENTS, Base
+from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, UnknownBaseError
 

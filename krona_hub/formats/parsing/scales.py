@@ -118,7 +118,8 @@ def tensor_scale(layout: ModuleLayout, alpha: float | None) -> ModuleScale:
     """The scale of a module by its own tensors. Raises ScaleError where alpha is needed and no usable number.
 
     >>> from krona_hub.kron.shapes import KronShape
-    >>> low, full = ModuleLayout("lora", KronShape(1, 1, 8, 8), (8, 8), rank=4), ModuleLayout("lokr", KronShape(2, 2, 4, 4), (8, 8))
+    >>> low = ModuleLayout("lora", KronShape(1, 1, 8, 8), (8, 8), rank=4)
+    >>> full = ModuleLayout("lokr", KronShape(2, 2, 4, 4), (8, 8))
     >>> tensor_scale(low, 2.0).value, tensor_scale(full, 9999999999.0).value
     (0.5, 1.0)
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from krona_hub.errors import NonFiniteError, ScaleError
 from krona_hub.formats.parsing.module_layout import ModuleLayout
-from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, wide
 
 Parts = Mapping[str, Tensor]
 
@@ -48,7 +48,7 @@ def magnitude_of(parts: Parts) -> Tensor | None:
 def _scaled(terms: KronTerms, scale: float, layout: ModuleLayout) -> KronTerms:
     """The scale goes where LyCORIS puts it: into up of a LoRA, into w1 or w1_a of a LoKr."""
     if layout.kind == "lora" and isinstance(terms.right, LowRank):
-        up = _wide(terms.right.up) * scale
+        up = wide(terms.right.up) * scale
         scaled = KronTerms(terms.left, LowRank(up, terms.right.down))
     else:
         scaled = terms.scaled(scale)
@@ -68,8 +68,8 @@ def _lora(parts: Parts) -> KronTerms:
 
 def _tucker(core: Tensor, inner: Tensor) -> Tensor:
     """Σₙ core[m, n, k…] · inner[n, j] as a matrix (m, j·k…), in float32 at least."""
-    flat = _wide(core).reshape(*core.shape[:2], -1)  # (m, n, k·k…)
-    return torch.einsum("mnk,nj->mjk", flat, _wide(inner)).flatten(1)
+    flat = wide(core).reshape(*core.shape[:2], -1)  # (m, n, k·k…)
+    return torch.einsum("mnk,nj->mjk", flat, wide(inner)).flatten(1)
 
 
 def _lokr(parts: Parts) -> KronTerms:
@@ -95,7 +95,7 @@ def _peft_conv1d(parts: Parts) -> KronTerms:
     """Σₖ w2[:, :, k] ⊗ (w1 ⊗ eₖ): what torch.kron makes of a 2-D and a 3-D tensor, reshaped to (out, in, k)."""
     w2 = parts["w2"]  # (b, d, k)
     left = _lokr_left(parts)
-    w1 = _wide(left.dense() if isinstance(left, LowRank) else left)[0]  # (a, c)
+    w1 = wide(left.dense() if isinstance(left, LowRank) else left)[0]  # (a, c)
     unit = torch.eye(w2.shape[2], dtype=w1.dtype)
     return KronTerms(w2.permute(2, 0, 1).contiguous(), torch.einsum("ac,kl->kacl", w1, unit).flatten(2))
 
@@ -117,7 +117,3 @@ DECODERS: Mapping[str, Callable[[Parts], KronTerms]] = {
     "lora": _lora, "lokr": _lokr, "cdka": _cdka, "dense": _dense, "diffusekrona": _diffusekrona,
     "peft-conv1d": _peft_conv1d,
 }  # fmt: skip
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -67,6 +67,7 @@ def _of_plan(plan: ReadPlan) -> Description:
         training=file_metadata.training_record(file.metadata),
         licence=file_metadata.licence(file.metadata),
         warnings=(*_told(plan.aside), *plan.notes),
+        plans=(plan,),
     )
 
 
@@ -183,4 +184,5 @@ def _joined(path: Path, parts: list[Description]) -> Description:
         training=first.training,
         licence=first.licence,
         warnings=tuple(dict.fromkeys(w for part in parts for w in part.warnings)),
+        plans=tuple(plan for part in parts for plan in part.plans),
     )

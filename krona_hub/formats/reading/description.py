@@ -10,6 +10,7 @@ from typing import Literal
 
 from krona_hub.checkpoints.header import Header
 from krona_hub.formats.forms.delta_form import LayerForm, SumForm
+from krona_hub.formats.reading.read_plan import ReadPlan
 from krona_hub.kron.shapes import KronShape
 
 
@@ -79,6 +80,7 @@ class Description:
     licence: str | None = None
     warnings: tuple[str, ...] = ()
     schema: str | None = None  # version of a native file
+    plans: tuple[ReadPlan, ...] = field(default=(), repr=False)  # how its files are read; none for a native file
 
     @property
     def components(self) -> tuple[str, ...]:

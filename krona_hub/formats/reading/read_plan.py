@@ -21,6 +21,7 @@ from krona_hub.errors import (
     KronaError,
     UnknownBaseError,
     UnsupportedError,
+    abbreviated,
 )
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import AdapterFile
@@ -30,7 +31,6 @@ from krona_hub.formats.parsing.module_layout import ModuleLayout, layout_of
 from krona_hub.formats.parsing.scales import ModuleScale, ScaleConfig, config_scale, tensor_scale
 
 FORGIVABLE = (IncompleteError, UnsupportedError, BaseMismatchError)  # what --allow-missing consents to
-SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class ReadPlan:
     modules: tuple[ModulePlan, ...]
     aside: Mapping[str, KronaError]  # module or key -> why it is not read
     notes: tuple[str, ...]
+    unplaced: KronaError | None = None  # why no base was found; then no module has a place
 
     @property
     def total(self) -> int:
@@ -77,7 +78,9 @@ def make_plan(file: AdapterFile, format: Format, component: str | None = None, *
     then its modules have no places, and a note says why.
     """
     layouts, scales, aside = measure(file, format)
-    landing, why = _landing(file, layouts, format, component, lost)
+    landing, unplaced = _landing(file, layouts, format, component)
+    if unplaced is not None and not lost:
+        raise unplaced
     aside |= {**landing.problems, **_conflicts(landing)}
     modules = tuple(
         ModulePlan(group, layouts[group.name], scales[group.name], landing.places.get(group.name, ()))
@@ -85,14 +88,14 @@ def make_plan(file: AdapterFile, format: Format, component: str | None = None, *
         if group.name in layouts and group.name not in aside
     )
     notes = (
-        *why,
+        *([str(unplaced)] if unplaced else []),
         *format.notes(file),
         *_scale_notes(modules),
         *_conv1d_note(modules),
         *_uncovered(landing),
         *_extras(file),
     )
-    return ReadPlan(file, format.name, format.scale, landing, modules, aside, notes)
+    return ReadPlan(file, format.name, format.scale, landing, modules, aside, notes, unplaced)
 
 
 def measure(
@@ -155,18 +158,16 @@ def _scale(
 
 
 def _landing(
-    file: AdapterFile, layouts: Mapping[str, ModuleLayout], format: Format, component: str | None, lost: bool
-) -> tuple[Landing, tuple[str, ...]]:
-    """Where the modules land, and a note where that is not known and need not be."""
+    file: AdapterFile, layouts: Mapping[str, ModuleLayout], format: Format, component: str | None
+) -> tuple[Landing, KronaError | None]:
+    """Where the modules land, or why that is not known."""
     nowhere = Landing(None, (), {}, {})
     if not layouts:
-        return nowhere, ()
+        return nowhere, None
     try:
-        return _land(file, layouts, format, component), ()
+        return _land(file, layouts, format, component), None
     except (UnknownBaseError, AmbiguousError, BaseMismatchError) as error:
-        if not lost:
-            raise
-        return nowhere, (str(error),)
+        return nowhere, error
 
 
 def _land(file: AdapterFile, layouts: Mapping[str, ModuleLayout], format: Format, component: str | None) -> Landing:
@@ -213,13 +214,8 @@ def _summary(problems: Mapping[str, KronaError], plan: ReadPlan) -> KronaError:
     fix = error.fix
     if isinstance(error, FORGIVABLE) and plan.modules and "--allow-missing" not in fix:
         fix = f"{fix} --allow-missing reads the other {len(plan.modules)}.".strip()
-    where = name if len(alike) == 1 else f"{len(alike)} of {plan.total} modules ({_few(alike)}): {name}"
+    where = name if len(alike) == 1 else f"{len(alike)} of {plan.total} modules ({abbreviated(alike)}): {name}"
     return type(error)(f"{where}: {error.cause}", fix=fix)
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 def _scale_notes(modules: Iterable[ModulePlan]) -> tuple[str, ...]:
@@ -231,7 +227,9 @@ def _conv1d_note(modules: Iterable[ModulePlan]) -> tuple[str, ...]:
     odd = [m.group.name for m in modules if m.layout.kind == "peft-conv1d"]
     if not odd:
         return ()
-    return (f"PEFT makes no proper Kronecker product for a Conv1d with a whole w2; its result is kept ({_few(odd)})",)
+    return (
+        f"PEFT makes no proper Kronecker product for a Conv1d with a whole w2; its result is kept ({abbreviated(odd)})",
+    )
 
 
 def _extras(file: AdapterFile) -> tuple[str, ...]:

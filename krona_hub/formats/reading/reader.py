@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenance
-from krona_hub.bases.base import Base, Placement
+from krona_hub.bases.base import Base
+from krona_hub.bases.module_spec import Placement
 from krona_hub.checkpoints.reader import load
 from krona_hub.errors import ConflictError, KronaError, UnsupportedError
 from krona_hub.formats.known.format import Format
@@ -18,11 +19,12 @@ from krona_hub.formats.known.registry import by_name, detect_format
 from krona_hub.formats.parsing import file_metadata
 from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
 from krona_hub.formats.reading.decode import decode, magnitude_of
+from krona_hub.formats.reading.description import Description
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan, refuse
 from krona_hub.kron.rows import Range, take_rows, transposed
 from krona_hub.kron.terms import KronTerms
 
-__all__ = ["detect_format", "read", "read_planned"]
+__all__ = ["detect_format", "read", "read_described", "read_planned"]
 
 
 def read(
@@ -43,6 +45,18 @@ def read(
     files = open_files(source, base)
     parts = [_read_file(f, known, f.component if len(files) > 1 else component, allow_missing) for f in files]
     return _joined(parts, str(source))
+
+
+def read_described(about: Description, *, allow_missing: bool = False) -> Adapter:
+    """The adapter that `describe` has described, without a second plan. Raises what `read` raises."""
+    if not about.plans:
+        return read(about.path)
+    for plan in about.plans:
+        with in_file(plan.file.path):
+            if plan.unplaced is not None:
+                raise plan.unplaced
+            refuse(plan, allow_missing)
+    return read_planned(about.plans, str(about.path))
 
 
 def read_planned(plans: Sequence[ReadPlan], source: str = "the adapter") -> Adapter:

@@ -100,11 +100,7 @@ def cast(delta: LayerDelta, dtype: torch.dtype | None) -> LayerDelta:
             )
         return small
 
-    def factor(f: Tensor | LowRank) -> Tensor | LowRank:
-        return LowRank(to(f.up), to(f.down)) if isinstance(f, LowRank) else to(f)
-
-    sums = tuple(replace(s, left=factor(s.left), right=factor(s.right)) for s in delta.sums)
-    return replace(delta, sums=sums, magnitude=None if delta.magnitude is None else to(delta.magnitude))
+    return delta.map(to)
 
 
 def tensors_of(delta: LayerDelta, format_name: str) -> dict[str, Tensor]:

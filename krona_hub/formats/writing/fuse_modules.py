@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.errors import InexpressibleError
 from krona_hub.formats.forms.normal_forms import Lora, lora_of, multiples, term_of
-from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor
+from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor, transpose_factor
 
 Part = tuple[Placement, LayerDelta]
 
@@ -136,8 +136,4 @@ def _rolled(factor: Tensor | LowRank, rows: int) -> Tensor | LowRank:
 def _transposed(module: str, s: KronTerms) -> KronTerms:
     if s.rows == "shuffled":
         raise InexpressibleError(f"{module} is stored transposed, and its rows are shuffled.", fix="Use --to lora.")
-    return KronTerms(_flipped(s.left), _flipped(s.right))
-
-
-def _flipped(factor: Tensor | LowRank) -> Tensor | LowRank:
-    return LowRank(factor.down.mT, factor.up.mT) if isinstance(factor, LowRank) else factor.mT
+    return KronTerms(transpose_factor(s.left), transpose_factor(s.right))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.errors import InexpressibleError, UnknownBaseError
 
 if TYPE_CHECKING:

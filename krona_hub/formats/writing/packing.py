@@ -16,7 +16,7 @@ from krona_hub.formats.forms.normal_forms import form_of
 from krona_hub.formats.writing.encode import tensors_of
 from krona_hub.formats.writing.kohya_metadata import kohya_metadata
 from krona_hub.formats.writing.peft_config import LokrModule, keeps_left_products, lokr_config, lora_config
-from krona_hub.kron.terms import KronTerms, LowRank
+from krona_hub.kron.terms import KronTerms, LowRank, stored_rank
 
 
 class FileModule(NamedTuple):
@@ -173,7 +173,7 @@ def _lokr_config(modules: Sequence[FileModule], context: Context) -> tuple[list[
 
 def _lokr_module(delta: LayerDelta) -> LokrModule:
     term, kernel = delta.sums[0], form_of(delta).kernel
-    left, right = (f.rank if isinstance(f, LowRank) else None for f in (term.left, term.right))
+    left, right = map(stored_rank, (term.left, term.right))
     shape = term.shape
     return LokrModule(ChannelSplit((shape.a1, shape.b1), (shape.a2, shape.b2 // kernel)), left, right)
 

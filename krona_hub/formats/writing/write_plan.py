@@ -10,8 +10,9 @@ import torch
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases.base import Base
-from krona_hub.bases.base import ModuleSpec as BaseModule
+from krona_hub.bases.component import Component
 from krona_hub.bases.loading import load_base
+from krona_hub.bases.module_spec import ModuleSpec as BaseModule
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, tool_named
@@ -115,10 +116,10 @@ def _known_base(adapter: Adapter, base: str | Path | Base | None) -> Base | None
 
 def _own_layers(adapter: Adapter) -> Base:
     """The adapted layers as a base of their own, against which canonical names can be read back."""
-    components: dict[str, dict[str, BaseModule]] = {}
+    components: dict[str, Component] = {}
     for layer, delta in adapter.layers.items():
         component, _, path = layer.partition(".")
-        components.setdefault(component, {})[path] = BaseModule(delta.weight_shape)
+        components.setdefault(component, Component())[path] = BaseModule(delta.weight_shape)
     return Base("the adapter's own layers", None, components)
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from krona_hub.kron.terms import Factor, LowRank
+from krona_hub.kron.terms import Factor, LowRank, stored_rank
 from krona_hub.merging.arithmetic.scratch import scratch
 from krona_hub.merging.arithmetic.stored_layout import Sizes, StoredLayout
 
@@ -240,7 +240,7 @@ WAYS: tuple[tuple[Maker, Callable[[Facts], float]], ...] = (
 def cheapest_way(layout: StoredLayout, wide: torch.dtype) -> Way:
     """The sum, ready to be added to rows: by the way that costs least at its sizes."""
     tile_rows = max(1, TILE // (layout.sizes.r * layout.sizes.s))
-    outer_rank, inner_rank = _rank(layout.outer), _rank(layout.inner)
+    outer_rank, inner_rank = stored_rank(layout.outer), stored_rank(layout.inner)
     facts = Facts(layout.sizes, layout.terms, layout.crossed, outer_rank, inner_rank, tile_rows, KEPT)
     return _cheapest(facts)(layout, wide)
 
@@ -249,7 +249,3 @@ def cheapest_way(layout: StoredLayout, wide: torch.dtype) -> Way:
 def _cheapest(facts: Facts) -> Maker:
     """A model has hundreds of layers and a handful of sizes."""
     return min(WAYS, key=lambda way: way[1](facts))[0]
-
-
-def _rank(factor: Factor) -> int | None:
-    return factor.rank if isinstance(factor, LowRank) else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.bases.base import Placement
+from krona_hub.bases.module_spec import Placement
 from krona_hub.errors import BaseMismatchError, ConflictError
 from krona_hub.kron.rows import take_rows
 from krona_hub.merging.arithmetic.kernels import cheapest_way

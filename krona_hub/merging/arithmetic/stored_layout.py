@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from krona_hub.kron.terms import Factor, KronTerms, LowRank, factor_tensors
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, factor_tensors, transpose_factor
 
 BLOCK = 1 << 17  # numbers of a factor that are widened at a time, where it is large
 
@@ -73,7 +73,7 @@ def lay_out(s: KronTerms, *, transposed: bool = False) -> StoredLayout:
     >>> lay_out(KronTerms(torch.ones(1, 6, 2), torch.ones(1, 4, 5), "shuffled"), transposed=True).sizes
     Sizes(p=2, q=5, r=4, s=6)
     """
-    left, right = (_flipped(s.left), _flipped(s.right)) if transposed else (s.left, s.right)
+    left, right = (transpose_factor(s.left), transpose_factor(s.right)) if transposed else (s.left, s.right)
     if s.rows == "shuffled" and not transposed:
         return _simplest(StoredLayout(right, left, crossed=True))
     return _simplest(StoredLayout(left, right, crossed=s.rows == "shuffled"))
@@ -90,10 +90,6 @@ def _simplest(layout: StoredLayout) -> StoredLayout:
 def _holds_any(stack: Tensor) -> bool:
     """Whether a number is not zero; a first row tells mostly."""
     return bool(stack[:1, :1].any()) or bool(stack.any())
-
-
-def _flipped(factor: Factor) -> Factor:
-    return LowRank(factor.down.mT, factor.up.mT) if isinstance(factor, LowRank) else factor.mT
 
 
 def _scaled(factor: Factor, chosen: Tensor, weight: float) -> Factor:

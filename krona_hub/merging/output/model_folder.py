@@ -10,6 +10,7 @@ from pathlib import Path
 
 from krona_hub.bases.weight_files import indices_of
 from krona_hub.checkpoints.byte_ranges import Range
+from krona_hub.checkpoints.file_names import OTHER_WEIGHTS
 from krona_hub.checkpoints.os_errors import fault
 from krona_hub.checkpoints.parallel_write import copied, fill, open_source
 from krona_hub.checkpoints.temporary_files import is_temporary
@@ -18,9 +19,6 @@ from krona_hub.errors import ConflictError, FormatError, NotFoundError
 from krona_hub.merging.output.destination import Output
 
 CACHES = (".git", ".cache")  # a clone's history and the Hub client's records: as large as the model, and not of it
-WEIGHTS = (  # the same weights in other forms, beside the safetensors of a component
-    ".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".tflite", ".gguf",
-)  # fmt: skip
 INDEX = re.compile(r"\.index(\.[^.]+)?\.json$")  # of the plain weights, or of a variant
 
 
@@ -67,7 +65,7 @@ def stale(files: Iterable[Path], changed: Collection[Path]) -> list[Path]:
     ['a.bin', 'a.bin.index.json']
     """
     folders = {path.parent for path in changed}
-    return [path for path in files if path.parent in folders and INDEX.sub("", path.name).endswith(WEIGHTS)]
+    return [path for path in files if path.parent in folders and INDEX.sub("", path.name).endswith(OTHER_WEIGHTS)]
 
 
 def indices(base: Path, growth: Mapping[Path, int]) -> dict[Path, bytes]:

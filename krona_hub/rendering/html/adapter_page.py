@@ -10,14 +10,14 @@ from krona_hub.errors import KronaError
 from krona_hub.formats.compatibility.tools import Verdict
 from krona_hub.formats.forms.normal_forms import size_of
 from krona_hub.formats.reading.description import Description, form_in_words, scale_in_words
-from krona_hub.formats.reading.reader import read
+from krona_hub.formats.reading.reader import read_described
 from krona_hub.rendering.html.charts import Axis, Line, Point, chart
 from krona_hub.rendering.html.heat_map import heat_map
 from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section, table, write_page
 from krona_hub.rendering.html.module_table import modules_table
 from krona_hub.rendering.html.spectra import (
     LARGEST,
-    SHOWN,
+    PLOTTED,
     LayerSpectrum,
     Rearrangement,
     rearrangements,
@@ -74,7 +74,7 @@ def _size(adapter: Adapter) -> int:
 
 def spectrum_chart(spectra: Sequence[LayerSpectrum]) -> Markup:
     """Median and extremes of σₖ/σ₁ over the layers, of every layer that has a k-th value."""
-    relative = [[v / s.sigma[0] for v in s.sigma[:SHOWN]] for s in spectra if s.sigma[0] > 0]
+    relative = [[v / s.sigma[0] for v in s.sigma[:PLOTTED]] for s in spectra if s.sigma[0] > 0]
     ranks = range(max(map(len, relative), default=0))
     columns = [sorted(r[k] for r in relative if k < len(r)) for k in ranks]
     lines = [
@@ -124,7 +124,7 @@ def _spectra_of(found: Sequence[Rearrangement], name: str) -> Markup:
 
 
 def _errors_of(found: Sequence[Rearrangement], own: LayerSpectrum) -> Markup:
-    lora = [(float(k * own.cost), own.error(k)) for k in range(1, min(len(own.sigma), SHOWN) + 1)]
+    lora = [(float(k * own.cost), own.error(k)) for k in range(1, min(len(own.sigma), PLOTTED) + 1)]
     lines = [Line(f"{r.shape.a1}x{r.shape.a2}, more and more terms", r.points, i) for i, r in enumerate(found)]
     told = "The nearest Kronecker sums of this one layer, and its own largest values; sizes on a logarithmic scale."
     axis = Axis("parameters", log=True)
@@ -176,7 +176,7 @@ def modules_of(about: Description) -> Markup:
 def report_file(out: str | Path, about: Description, loads: Mapping[str, Verdict]) -> Path:
     """Read the numbers of the described file and write its page; where they cannot be read, the page says why."""
     try:
-        adapter, unread = read(about.path, base=about.base, format=about.format, allow_missing=True), ""
+        adapter, unread = read_described(about, allow_missing=True), ""
     except KronaError as error:
         adapter, unread = None, error.cause
     return write_page(out, adapter_page(about, loads, adapter, unread))

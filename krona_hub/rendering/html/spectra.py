@@ -20,12 +20,12 @@ from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import ShapeError
 from krona_hub.formats.forms.normal_forms import lora_of, lora_rank
 from krona_hub.kron.shapes import KronShape, smallest_split, split
-from krona_hub.kron.terms import Factor, KronTerms, LowRank, rearrange
+from krona_hub.kron.terms import Factor, KronTerms, dense_factor, map_factor, rearrange
 from krona_hub.kron.to_lora import compact_svd
 
 LARGEST = 2_000_000  # numbers of ΔW up to which R is formed for a picture: about two seconds
 SHAPES = ((64, 4), (32, 32))  # of A: the paper's own, and one near the square
-SHOWN = 64  # values of a spectrum that are drawn
+PLOTTED = 64  # values of a spectrum that are drawn
 ZERO = 1e-12  # relative to the largest value: what rounding leaves of a rank that is not there
 
 
@@ -127,8 +127,8 @@ def _rearranged(dense: Tensor, shape: KronShape) -> Rearrangement:
     relative = sigma / torch.linalg.vector_norm(sigma)
     values = tuple(float(s) for s in relative if float(s) > ZERO)
     one = LayerSpectrum("", values, shape.parameters)
-    points = tuple((float(k * shape.parameters), one.error(k)) for k in range(1, min(len(values), SHOWN) + 1))
-    return Rearrangement(shape, values[:SHOWN], points)
+    points = tuple((float(k * shape.parameters), one.error(k)) for k in range(1, min(len(values), PLOTTED) + 1))
+    return Rearrangement(shape, values[:PLOTTED], points)
 
 
 def _spectrum(name: str, delta: LayerDelta) -> LayerSpectrum | None:
@@ -146,22 +146,22 @@ def _spectrum(name: str, delta: LayerDelta) -> LayerSpectrum | None:
 
 def _of_one_term(terms: KronTerms) -> Tensor:
     """σ(A ⊗ B) = σ(A) ⊗ σ(B)"""
-    left, right = (torch.linalg.svdvals(_double(f)[0]) for f in (terms.left, terms.right))
+    left, right = (torch.linalg.svdvals(_in_double(f)[0]) for f in (terms.left, terms.right))
     products: Tensor = torch.outer(left, right).flatten()
     return products.sort(descending=True).values
 
 
 def _of_terms(terms: KronTerms) -> Tensor:
     """σ(Σₖ vec(Aₖ) vec(Bₖ)ᵀ)"""
-    left, right = (_double(f).flatten(1).mT for f in (terms.left, terms.right))
+    left, right = (_in_double(f).flatten(1).mT for f in (terms.left, terms.right))
     core = torch.linalg.qr(left).R @ torch.linalg.qr(right).R.mT
     sigma: Tensor = torch.linalg.svdvals(core)
     return sigma
 
 
-def _double(factor: Factor) -> Tensor:
+def _in_double(factor: Factor) -> Tensor:
     """Widened before a product is formed: rounding must not look like rank."""
-    return factor.up.double() @ factor.down.double() if isinstance(factor, LowRank) else factor.double()
+    return dense_factor(map_factor(Tensor.double, factor))
 
 
 def _values(sigma: Tensor) -> tuple[float, ...]:

@@ -9,14 +9,14 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-from krona_hub.errors import DataError, NotFoundError
+from krona_hub.errors import DataError, NotFoundError, abbreviated
 from krona_hub.training.configuration import ECHO
 from krona_hub.training.data.pictures import ENDINGS, open_picture
 
 SHIPPED = ("zorbi",)  # folders of krona_hub.assets
 METADATA = "metadata.jsonl"
 CAPTION_FIELDS = ("text", "caption", "prompt")  # of metadata.jsonl: what `datasets` calls it, and two usual names
-SHOWN = 5  # names in a message
+REASONS = 5  # in a message
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def _hidden(path: Path) -> bool:
 
 def _check(folder: Path, examples: list[Example], bad: Mapping[str, str], skip_bad: bool) -> None:
     if bad and not skip_bad:
-        told = "; ".join(list(bad.values())[:SHOWN]).rstrip(".")
-        more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        told = "; ".join(list(bad.values())[:REASONS]).rstrip(".")
+        more = f"; and {len(bad) - REASONS} more" if len(bad) > REASONS else ""
         raise DataError(
             f"{len(bad)} of {len(bad) + len(examples)} pictures cannot be used: {told}{more}.",
             fix="Remove or replace them, or continue without them: --skip-bad.",
@@ -115,7 +115,7 @@ def _check_captions(examples: Iterable[Example]) -> None:
     without = [e.path.name for e in examples if not e.caption]
     if without:
         raise DataError(
-            f"{len(without)} pictures have no caption: {', '.join(without[:SHOWN])}.",
+            f"{len(without)} pictures have no caption: {abbreviated(without)}.",
             fix='Give --prompt "a photo of sks toy", or a .txt file beside each.',
         )
 
@@ -154,7 +154,7 @@ def _check_table(folder: Path, told: Mapping[str, str]) -> None:
     missing = [name for name in told if not (folder / name).is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} pictures of {METADATA} are not there: {', '.join(missing[:SHOWN])}.",
+            f"{len(missing)} pictures of {METADATA} are not there: {abbreviated(missing)}.",
             fix="Correct these lines, or continue without them: --skip-bad.",
         )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from krona_hub.aliases import Progress
 from krona_hub.training.data.captions import drawn_caption, drawn_flip, fixed_caption
 from krona_hub.training.data.dataset import Example
 from krona_hub.training.data.pictures import Size, fitted, open_picture
@@ -19,7 +20,6 @@ from krona_hub.training.randomness import generator
 from krona_hub.training.settings import TrainingSettings
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-Told = Callable[[int, int], None]  # done, total
 
 
 class Encoded(NamedTuple):
@@ -86,7 +86,7 @@ class Encoder:
         drawn = [e.mean + e.std * torch.randn(e.mean.shape, generator=g) for e, g in zip(encoded, draws, strict=True)]
         return (torch.stack(drawn) - self.shift) * self.factor
 
-    def fill(self, examples: Sequence[Example], sizes: Sequence[Size], captions: Iterable[str], told: Told) -> None:
+    def fill(self, examples: Sequence[Example], sizes: Sequence[Size], captions: Iterable[str], told: Progress) -> None:
         """Encode everything that the training will ask for, so that the encoders can go."""
         flips = (False, True) if self.settings.flip else (False,)
         wanted = [(e, s, f) for e, s in zip(examples, sizes, strict=True) for f in flips]

@@ -6,17 +6,17 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.bases.base import Base, ModuleSpec
+from krona_hub.bases.base import Base
+from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.bases.target_sets import choose
 from krona_hub.errors import BaseMismatchError, ShapeError, UsageError
 from krona_hub.kron.shapes import KronShape, choices, parse_shape, smallest_split, split
-from krona_hub.kron.terms import KronTerms, LowRank, nearest_kron
+from krona_hub.kron.terms import KronTerms, LowRank, nearest_kron, stored_rank
 from krona_hub.training.randomness import generator
 from krona_hub.training.settings import TrainingSettings
 
@@ -192,7 +192,7 @@ def started_from(adapter: Adapter, base: Base, settings: TrainingSettings) -> Ad
     A delta that is not in the form becomes the nearest one, by nearest_kron. Layers that it lacks start from zero.
     """
     if settings.shape == "auto" and not settings.shapes:
-        return Adapter({layer: _float(d) for layer, d in adapter.layers.items()}, extras=adapter.extras)
+        return Adapter({layer: _in_float32(d) for layer, d in adapter.layers.items()}, extras=adapter.extras)
     targets = plan_targets(base, settings)
     fresh = fresh_adapter(targets, settings)
     foreign = [layer for layer in adapter.layers if layer not in fresh.layers]
@@ -205,23 +205,18 @@ def started_from(adapter: Adapter, base: Base, settings: TrainingSettings) -> Ad
     return fresh.with_layers({**fresh.layers, **near})
 
 
-def _float(delta: LayerDelta) -> LayerDelta:
+def _in_float32(delta: LayerDelta) -> LayerDelta:
     """With factors of float32 at least, which no file backs any more."""
 
     def wide(t: Tensor) -> Tensor:
         return t.to(torch.promote_types(t.dtype, torch.float32), copy=True)
 
-    def factor(f: Any) -> Any:
-        return LowRank(wide(f.up), wide(f.down)) if isinstance(f, LowRank) else wide(f)
-
-    sums = tuple(KronTerms(factor(s.left), factor(s.right), s.rows) for s in delta.sums)
-    magnitude = None if delta.magnitude is None else wide(delta.magnitude)
-    return LayerDelta(sums, delta.weight_shape, magnitude, delta.magnitude_axis)
+    return delta.map(wide)
 
 
 def _nearest(delta: LayerDelta, target: TrainedLayer, settings: TrainingSettings) -> LayerDelta:
     if len(delta.sums) == 1 and _is_form(delta.sums[0], target, settings):
-        return _float(delta)
+        return _in_float32(delta)
     if delta.magnitude is not None or target.rank is not None:
         raise UsageError(
             f"{target.layer}: DoRA and low-rank B cannot be a nearest start.", fix="Leave out --rank, or --init."
@@ -236,5 +231,5 @@ def _nearest(delta: LayerDelta, target: TrainedLayer, settings: TrainingSettings
 
 
 def _is_form(terms: KronTerms, target: TrainedLayer, settings: TrainingSettings) -> bool:
-    rank = terms.right.rank if isinstance(terms.right, LowRank) else None
+    rank = stored_rank(terms.right)
     return (terms.shape, terms.terms, terms.rows, rank) == (target.shape, target.terms, settings.rows, target.rank)

@@ -1,0 +1,162 @@
+"""An extraction carried out: pair, subtract, fit, measure, refuse or write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from krona_hub.adapters.adapter import Adapter
+from krona_hub.adapters.provenance import Provenance
+from krona_hub.aliases import Progress
+from krona_hub.conversion.report import REFUSED_ABOVE
+from krona_hub.conversion.target import ConversionTarget
+from krona_hub.errors import InexpressibleError, LossyError, NoDifferenceError
+from krona_hub.extraction.fit_layers import Fitted, fit, steps_of
+from krona_hub.extraction.fit_plan import FitPlan
+from krona_hub.extraction.other_tensors import ChangedTensor, changes
+from krona_hub.extraction.report import ExtractionReport
+from krona_hub.extraction.request import ExtractRequest
+from krona_hub.extraction.tensor_pairs import Pairs, pair_up
+from krona_hub.formats.writing.writer import write
+
+
+def execute(request: ExtractRequest, progress: Progress | None = None) -> ExtractionReport:
+    """Do what was asked for; `extract` says what is raised."""
+    target = ConversionTarget(request.format)
+    dtype = None if request.dtype is None else getattr(torch, request.dtype)
+    plan = FitPlan(request.fit, target, dtype, request.threads)
+    pairs = pair_up(
+        request.base_path,
+        request.tuned_path,
+        component=request.component,
+        targets=request.targets,
+        base_name=request.base_name,
+    )
+    fitted = fit(pairs.layers, plan, _steps(progress, steps_of(plan) * len(pairs.layers)))
+    found = list(changes(pairs.others))
+    report = _report(request, pairs, fitted, found)
+    adapter = _adapter(report, pairs, fitted, found if request.also_vectors else [])
+    _check(report, adapter, fitted, target, request.allow_loss)
+    if request.dry_run:
+        return report
+    written = write(
+        adapter,
+        request.out,
+        format=target.format,
+        base=pairs.model,
+        dtype=plan.dtype,
+        overwrite=request.overwrite,
+    )
+    notes = (*report.notes, *written.notes)
+    return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
+
+
+def _report(
+    request: ExtractRequest, pairs: Pairs, fitted: Sequence[Fitted], found: Sequence[ChangedTensor]
+) -> ExtractionReport:
+    return ExtractionReport(
+        base=request.base,
+        tuned=request.tuned,
+        target_format=request.format,
+        out=request.out,
+        method=str(request.fit),
+        layers=tuple(f.taken.report for f in fitted if f.taken is not None),
+        unchanged=sum(f.taken is None and not f.is_rounding for f in fitted),
+        at_rounding=tuple(f.pair.name for f in fitted if f.is_rounding),
+        others=tuple(replace(c.report, kept=request.also_vectors) for c in found),
+        notes=_notes(pairs),
+    )
+
+
+def _steps(progress: Progress | None, total: int) -> Callable[[], None]:
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
+    return step
+
+
+def _adapter(
+    report: ExtractionReport, pairs: Pairs, fitted: Sequence[Fitted], extras: Sequence[ChangedTensor]
+) -> Adapter:
+    """What is written: the layers that have something above the noise."""
+    layers = {f.pair.name: f.taken.delta for f in fitted if f.taken is not None and f.taken.delta.sums}
+    provenance = Provenance(
+        method=report.method,
+        relative_error=report.relative_error,
+        layer_errors={x.layer: x.relative_error for x in report.layers if x.layer in layers},
+    )
+    kept = {change.extra: change.difference for change in extras}
+    return Adapter(layers, pairs.model.model, provenance, kept)
+
+
+def _check(
+    report: ExtractionReport, adapter: Adapter, fitted: Sequence[Fitted], target: ConversionTarget, allow_loss: bool
+) -> None:
+    """Raise what forbids the result: nothing in it, too much missing from it, or a format that cannot hold it."""
+    if not report.layers and not adapter.extras:
+        raise _no_difference(report)
+    if report.beyond_rounding > REFUSED_ABOVE and not allow_loss:
+        raise _too_lossy(report, fitted)
+    if not adapter.layers and not adapter.extras:
+        raise _no_difference(report)
+    refusals = target.refusals(adapter.layers)
+    if refusals:
+        name, why = next(iter(refusals.items()))
+        raise InexpressibleError(
+            f"{len(refusals)} of {len(adapter)} layers cannot be written as {target.format}; the first is "
+            f"{name}: {why}.",
+            fix="Use --to krona, which holds any sum, --to lora, or --shape auto.",
+        )
+
+
+def _no_difference(report: ExtractionReport) -> NoDifferenceError:
+    vectors = len(report.others)
+    fix = f"{vectors} norms, biases or embeddings differ: --also-vectors keeps them." if vectors else ""
+    if report.at_rounding:
+        return NoDifferenceError(
+            f"there is no difference above rounding: {len(report.at_rounding)} layers differ by no more than storing "
+            "them in their dtypes explains.",
+            fix=fix or "Compare checkpoints of more precision, if there are any.",
+        )
+    return NoDifferenceError(
+        f"nothing to extract: all {report.unchanged} layers are equal.", fix=fix or "Are these the right two files?"
+    )
+
+
+def _too_lossy(report: ExtractionReport, fitted: Sequence[Fitted]) -> LossyError:
+    """The refusal, with how many terms would do."""
+    offer = _terms_for(REFUSED_ABOVE, [f for f in fitted if f.taken is not None])
+    return LossyError(
+        f"the result would be {report.relative_error:.1%} error, with {report.energy_kept:.1%} of the difference's "
+        "energy kept; nothing was written.",
+        fix=f"{offer}--max-error 0.05 finds the smallest form within 5 % per layer, --shape auto tries every shape and "
+        "the LoRA form; --allow-loss writes this one anyway.",
+    )
+
+
+def _terms_for(error: float, fitted: Sequence[Fitted]) -> str:
+    """How many terms of the same shape come below that total error, where it is known."""
+    curves = [f.curve.left for f in fitted if f.curve is not None]
+    if not curves or len(curves) < len(fitted):
+        return ""
+    whole = sum(left[0] for left in curves)
+    for terms in range(1, max(map(len, curves))):
+        if sum(left[min(terms, len(left) - 1)] for left in curves) <= error**2 * whole:
+            return f"--terms {terms} of this shape is below {error:.0%}; "
+    return ""
+
+
+def _notes(pairs: Pairs) -> tuple[str, ...]:
+    sides = (("the tuned checkpoint lacks", pairs.only_base), ("the base lacks", pairs.only_tuned))
+    return tuple(
+        f"{words} {len(names)} layers of the other, such as {names[0]}: they are left out"
+        for words, names in sides
+        if names
+    )
