@@ -47,7 +47,7 @@ OPTIONS = {
             ["--for", "tool"],
             metavar="TOOL",
             shell_complete=complete_tools,
-            help="Target application; selects format, key names and layer shapes. A LoRA stays a LoRA without a method.",
+            help="Target application; selects format, key names and layer shapes. A LoRA stays one without a method.",
         ),
         output_option,
         click.Option(["--dtype"], metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16."),

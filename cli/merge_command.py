@@ -144,7 +144,7 @@ def _merge(
     emit(report_document(report), lambda: _show_report(report, every))
 
 
-# --- what it will do -----------------------------------------------------------------------------------------------
+# --- what it will do -------------------------------------------------------------------------------------------------
 
 
 def plan_document(plan: MergePlan) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _plan_facts(plan: MergePlan) -> Iterator[tuple[str, Any]]:
         yield "note", note
 
 
-# --- what it did ---------------------------------------------------------------------------------------------------
+# --- what it did -----------------------------------------------------------------------------------------------------
 
 
 def report_document(report: MergeReport) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _verdict(same: bool, yes: str, no: str) -> tuple[str, Any]:
     return "verdict", Text(yes if same else no, "bold green" if same else "bold red")
 
 
-# --- does this checkpoint contain exactly that? --------------------------------------------------------------------
+# --- does this checkpoint contain exactly that? ----------------------------------------------------------------------
 
 
 def _show_merge(report: MergeCheck, every: bool) -> None:
@@ -161,7 +161,7 @@ def _strengths(values: tuple[float, ...]) -> str | None:
     return ", ".join(f"{v:.4g}" for v in values) or None
 
 
-# --- do these two adapters mean the same? --------------------------------------------------------------------------
+# --- do these two adapters mean the same? ----------------------------------------------------------------------------
 
 
 def _show_delta(report: DeltaCheck, every: bool) -> None:
@@ -191,7 +191,7 @@ def _delta_facts(report: DeltaCheck) -> Iterator[tuple[str, Any]]:
     )
 
 
-# --- does this adapter fit that base? ------------------------------------------------------------------------------
+# --- does this adapter fit that base? --------------------------------------------------------------------------------
 
 
 def _show_fit(report: FitCheck, every: bool) -> None:

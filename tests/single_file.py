@@ -83,11 +83,13 @@ def _tensors(pipe) -> dict[str, Tensor]:
     return tensors | {f"first_stage_model.{name}": t for name, t in pipe.vae.state_dict().items()}
 
 
-# --- U-Net ---------------------------------------------------------------------------------------------------------
+# --- U-Net -----------------------------------------------------------------------------------------------------------
 
 
 def _unet_tensors(unet) -> dict[str, Tensor]:
-    modules = loading.modules_in({k: loading.Stored(None, k, tuple(t.shape)) for k, t in unet.state_dict().items()})
+    modules = loading.modules_in(
+        {k: loading.StoredTensor(None, k, tuple(t.shape)) for k, t in unet.state_dict().items()}
+    )
     homes = {places[0].layer: name for name, places in ldm_names.names(modules).items()}
     split = {key: key.rpartition(".") for key in unet.state_dict()}
     return {f"{UNET}{_unet_name(split[k][0], homes)}.{split[k][2]}": t for k, t in unet.state_dict().items()}
@@ -104,7 +106,7 @@ def _unet_name(path: str, homes: Mapping[str, str]) -> str:
     return homes[f"{attention}.proj_in"].removesuffix("proj_in") + rest
 
 
-# --- text encoders -------------------------------------------------------------------------------------------------
+# --- text encoders ---------------------------------------------------------------------------------------------------
 
 
 def _text_state(model) -> dict[str, Tensor]:
@@ -130,7 +132,7 @@ def _openclip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-# --- FLUX ----------------------------------------------------------------------------------------------------------
+# --- FLUX ------------------------------------------------------------------------------------------------------------
 
 DOUBLE, SINGLE, TIME = "transformer_blocks.0.", "single_transformer_blocks.0.", "time_text_embed."
 FUSED = {  # BFL's module -> the modules whose rows it stacks

@@ -467,7 +467,7 @@ def test_a_base_by_name_is_taken_in_the_place_of_the_pipelines_own(sample, golde
     unload(golden_base)
 
 
-# --- other devices -------------------------------------------------------------------------------------------------
+# --- other devices ---------------------------------------------------------------------------------------------------
 
 
 def test_factors_go_where_the_pipeline_goes(two):

@@ -1,1 +1,5 @@
-"""Parameter accounting: what an adapter of given shapes and ranks costs, before any training."""
+"""Parameter accounting: what an adapter costs before any training, and what files hold. Torch-free."""
+
+from krona_hub.accounting.counting import Accounting as Accounting
+from krona_hub.accounting.counting import account as account
+from krona_hub.accounting.counting import account_file as account_file

@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 
 def file_sha256(path: Path) -> str:
     """The digest in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return rest_sha256(file)
+
+
+def rest_sha256(file: BinaryIO) -> str:
+    """The digest of what an open file holds from its position on."""
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def file_sha256_once(path: Path) -> str:

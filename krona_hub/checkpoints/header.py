@@ -44,8 +44,8 @@ def read_header(path: Path | str) -> Header:
     Reads 8 + n bytes, whatever the size of the file. Raises a FormatError that says what the file really is
     (a pickle, a web page, a git-lfs pointer, truncated, …), NotFoundError, or ResourceError without permission.
     """
-    header, findings = examine(path)
-    raise_first(findings, str(path))
+    header, structural_findings = examine(path)
+    raise_first(structural_findings, str(path))
     return header
 
 
@@ -60,16 +60,16 @@ def examine(path: Path | str) -> tuple[Header, tuple[Finding, ...]]:
         fields = _parse(raw)
     except (OSError, ValueError) as error:
         raise _told(error, path) from None
-    metadata, findings = _metadata(fields.pop("__metadata__", {}))
+    metadata, structural_findings = _metadata(fields.pop("__metadata__", {}))
     tensors: dict[str, TensorInfo] = {}
     for name, value in fields.items():
         try:
             tensors[name] = parse_entry(value)
         except KronaError as error:
-            findings.append(Finding.of(error, where=quoted(name)))
+            structural_findings.append(Finding.of(error, where=quoted(name)))
     if len(tensors) == len(fields):  # holes beside a broken entry are its own
-        findings.extend(layout_findings(tensors, size - 8 - len(raw)))
-    return Header(path, tensors, metadata, 8 + len(raw), size), tuple(findings)
+        structural_findings.extend(layout_findings(tensors, size - 8 - len(raw)))
+    return Header(path, tensors, metadata, 8 + len(raw), size), tuple(structural_findings)
 
 
 def _told(error: OSError | ValueError, path: Path) -> KronaError:
@@ -126,14 +126,14 @@ def _metadata(value: Any) -> tuple[dict[str, str], list[Finding]]:
     if not isinstance(value, dict):
         return {}, [Finding.of(StructureError("it is not an object.", fix=_BROKEN), where="__metadata__")]
     odd = [key for key, text in value.items() if not isinstance(text, str)]
-    findings = [
+    structural_findings = [
         Finding.of(StructureError(f"the value of {quoted(key)} is not text.", fix=_BROKEN), where="__metadata__")
         for key in odd
     ]
-    return {key: text for key, text in value.items() if isinstance(text, str)}, findings
+    return {key: text for key, text in value.items() if isinstance(text, str)}, structural_findings
 
 
-def findings(path: Path | str) -> tuple[Finding, ...]:
+def structural_findings(path: Path | str) -> tuple[Finding, ...]:
     """Every structural problem of the file; () for a sound one. Raises nothing that read_header would raise."""
     try:
         return examine(path)[1]

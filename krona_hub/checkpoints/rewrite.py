@@ -6,7 +6,6 @@ before, so that threads do tensors and stretches of untouched bytes side by side
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import BinaryIO
 
 from krona_hub.checkpoints.atomic import atomic_file
 from krona_hub.checkpoints.byte_ranges import Range, write_at
+from krona_hub.checkpoints.digest import rest_sha256
 from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import Header
 from krona_hub.checkpoints.os_errors import fault
@@ -101,7 +101,7 @@ def _write(
         fill(file, opening, len(opening) + layout.data_size, parts, threads=threads, progress=progress)
     if layout.data_hash:
         file.seek(len(opening))
-        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        digest = rest_sha256(file)
         write_at(file.fileno(), layout.opening(f"0x{digest}"), 0)
 
 

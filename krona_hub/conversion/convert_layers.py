@@ -77,7 +77,7 @@ def only_loras(weight_shape: tuple[int, ...], shape: KronShape, terms: int, righ
     return shape[:2] == (1, 1) and terms == 1 and right_rank is not None
 
 
-# --- one shape for every layer ---------------------------------------------------------------------------------
+# --- one shape for every layer ---------------------------------------------------------------------------------------
 
 
 def _fixed_shapes(layers: Layers, way: FixedShape, progress: Progress | None) -> dict[str, ConvertedLayer]:
@@ -124,7 +124,7 @@ def _shape_for(name: str, size: tuple[int, int], way: FixedShape) -> KronShape:
         raise e.within(name) from None
 
 
-# --- the smallest form, or the best for a size -------------------------------------------------------------------
+# --- the smallest form, or the best for a size -----------------------------------------------------------------------
 
 
 def _searched(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from krona_hub.checkpoints.file_names import NATIVE_WEIGHTS
+from krona_hub.checkpoints.file_names import DIFFUSERS_WEIGHTS, NATIVE_WEIGHTS
 
 CARD, CONFIG, MANIFEST, SIGNATURE = "README.md", "config.json", "krona_manifest.json", "model.sig"
 WEIGHTS = NATIVE_WEIGHTS
-LORA_EXPORT, LOKR_EXPORT = "pytorch_lora_weights.safetensors", "lycoris_lokr.safetensors"
+LORA_EXPORT, LOKR_EXPORT = DIFFUSERS_WEIGHTS, "lycoris_lokr.safetensors"
 EXPORTS = (LORA_EXPORT, LOKR_EXPORT)
 IMAGES, PLOTS = "images/", "plots/"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")

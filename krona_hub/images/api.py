@@ -10,8 +10,7 @@ from typing import Any
 from krona_hub.aliases import Progress
 from krona_hub.errors import UsageError
 from krona_hub.images import record as records
-from krona_hub.images.execute import execute, grid_name, pictures_of
-from krona_hub.images.output_files import check_place
+from krona_hub.images.output_files import check_place, grid_name, pictures_of
 from krona_hub.images.plan import GeneratePlan, make_plan
 from krona_hub.images.report import GenerateReport
 from krona_hub.images.request import (
@@ -85,6 +84,8 @@ def generate(
     notes = (*plan.notes, *(repeated.notes(plan) if repeated else ()))
     if dry_run:
         return _planned(plan, folder, notes)
+    from krona_hub.images.execute import execute
+
     report = execute(plan, folder, progress or (lambda _done, _total: None))
     return replace(report, notes=(*notes, *report.notes), same=repeated.same(report) if repeated else None)
 
@@ -119,7 +120,7 @@ def _checked(**given: Any) -> GenerateRequest:
     )
 
 
-# ── again ────────────────────────────────────────────────────────────────────────────────────────
+# --- again -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class _Repeated:
         return sum(bool(a.pixels == b) for a, b in zip(report.pictures, was, strict=False))
 
 
-# ── planning and drawing ─────────────────────────────────────────────────────────────────────────
+# --- planning and drawing --------------------------------------------------------------------------------------------
 
 
 def _planned(plan: GeneratePlan, folder: Path | None, notes: tuple[str, ...]) -> GenerateReport:

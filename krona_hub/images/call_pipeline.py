@@ -81,7 +81,7 @@ def _place(pipe: Any, machine: ComputeOptions) -> None:
         raise UsageError("offloading needs accelerate.", fix="pip install accelerate") from problem
 
 
-# ── schedulers ───────────────────────────────────────────────────────────────────────────────────
+# --- schedulers ------------------------------------------------------------------------------------------------------
 
 
 def set_scheduler(pipe: Any, name: str | None) -> str:
@@ -110,7 +110,7 @@ def _takes_its_sigmas(pipe: Any, scheduler: Any) -> bool:
     return not hands or "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
 
 
-# ── calls ────────────────────────────────────────────────────────────────────────────────────────
+# --- calls -----------------------------------------------------------------------------------------------------------
 
 
 def call_arguments(pipe: Any) -> Mapping[str, Any]:

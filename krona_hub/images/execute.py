@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from krona_hub.aliases import Progress
 from krona_hub.images.grid_image import RowLabel, labelled_grid
 from krona_hub.images.output_files import (
-    GRID,
+    grid_name,
     make_place,
-    picture_name,
+    pictures_of,
     pixels_sha256,
     write_grid,
     write_pictures,
@@ -27,20 +27,6 @@ from krona_hub.images.request import Settings
 
 if TYPE_CHECKING:
     from krona_hub.images.drawing import Drawn, Ready
-
-
-def pictures_of(plan: GeneratePlan) -> tuple[GeneratedImage, ...]:
-    """The pictures row by row, before they are made."""
-    cells = [(row, column) for row in plan.rows for column in plan.columns]
-    return tuple(
-        GeneratedImage(picture_name(n, plan.count), row.prompt, row.seed, column.label, column.base, column.weights)
-        for n, (row, column) in enumerate(cells, start=1)
-    )
-
-
-def grid_name(plan: GeneratePlan) -> str | None:
-    """A single picture needs no grid."""
-    return GRID if plan.count > 1 else None
 
 
 def execute(plan: GeneratePlan, folder: Path | None, progress: Progress) -> GenerateReport:
@@ -153,7 +139,7 @@ def _told(picture: GeneratedImage) -> dict[str, Any]:
     return {**vars(picture), "adapters": dict(picture.adapters)}
 
 
-# ── the grid ─────────────────────────────────────────────────────────────────────────────────────
+# --- the grid --------------------------------------------------------------------------------------------------------
 
 
 def _grid(plan: GeneratePlan, images: Sequence[Any], record: dict[str, Any]) -> Any:

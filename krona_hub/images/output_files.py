@@ -11,6 +11,7 @@ from typing import Any
 
 from krona_hub.checkpoints.atomic import atomic_file, atomic_text, check_folder
 from krona_hub.errors import ConflictError, KronaError, ResourceError
+from krona_hub.images.plan import GeneratePlan
 from krona_hub.images.record import KEY, of_one, parameters_text, read_record
 from krona_hub.images.report import GeneratedImage
 
@@ -84,3 +85,17 @@ def _write_png(path: Path, image: Any, texts: Mapping[str, str]) -> None:
     image.save(content, "PNG", pnginfo=info)
     with atomic_file(path, overwrite=True) as file:
         file.write(content.getvalue())
+
+
+def pictures_of(plan: GeneratePlan) -> tuple[GeneratedImage, ...]:
+    """The pictures row by row, before they are made."""
+    cells = [(row, column) for row in plan.rows for column in plan.columns]
+    return tuple(
+        GeneratedImage(picture_name(n, plan.count), row.prompt, row.seed, column.label, column.base, column.weights)
+        for n, (row, column) in enumerate(cells, start=1)
+    )
+
+
+def grid_name(plan: GeneratePlan) -> str | None:
+    """A single picture needs no grid."""
+    return GRID if plan.count > 1 else None

@@ -88,7 +88,7 @@ def make_plan(asked: GenerateRequest) -> GeneratePlan:
     return GeneratePlan(asked, bases, adapters, columns_of(asked, names), rows_of(asked))
 
 
-# ── bases ────────────────────────────────────────────────────────────────────────────────────────
+# --- bases -----------------------------------------------------------------------------------------------------------
 
 
 def _base(source: str, asked: GenerateRequest) -> BasePlan:
@@ -144,7 +144,7 @@ def _identity(path: Path) -> tuple[str | None, str | None]:
     return base.family, base.fingerprint
 
 
-# ── adapters ─────────────────────────────────────────────────────────────────────────────────────
+# --- adapters --------------------------------------------------------------------------------------------------------
 
 
 def _adapter(name: str, source: str, weight: float, base: str) -> ImageAdapter:

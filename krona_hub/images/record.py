@@ -100,7 +100,7 @@ def parameters_text(record: Mapping[str, Any]) -> str:
     return "\n".join([record["prompts"][0], *negative, told])
 
 
-# ── again ────────────────────────────────────────────────────────────────────────────────────────
+# --- again -----------------------------------------------------------------------------------------------------------
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

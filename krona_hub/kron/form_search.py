@@ -89,7 +89,7 @@ def frontier(
     return sorted(found, key=lambda form: form.order)
 
 
-# ── layers of one size together ──────────────────────────────────────────────────────────────────
+# --- layers of one size together -------------------------------------------------------------------------------------
 
 
 class _Group(NamedTuple):
@@ -197,7 +197,7 @@ def _smallest_form(size: tuple[int, int], allowed: Allowed | None, error: float)
     return min(forms, key=lambda form: form.order, default=None)
 
 
-# ── a budget ─────────────────────────────────────────────────────────────────────────────────────
+# --- a budget --------------------------------------------------------------------------------------------------------
 
 
 def within_budget(

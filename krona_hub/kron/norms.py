@@ -119,7 +119,7 @@ def recompress(sums: Delta, shape: KronShape | tuple[int, int], terms: int) -> K
     return nearest_kron_of_dense(dense_sum(sums)[None], shape, terms)[0].to(result_dtype(sums))
 
 
-# ── choosing a way ───────────────────────────────────────────────────────────────────────────────
+# --- choosing a way --------------------------------------------------------------------------------------------------
 
 
 def _cheapest(sums: Delta) -> str:
@@ -160,7 +160,7 @@ def _norm_of_product(up: Tensor, down: Tensor) -> float:
     return float(torch.linalg.vector_norm(core))
 
 
-# ── blocks of rows ───────────────────────────────────────────────────────────────────────────────
+# --- blocks of rows --------------------------------------------------------------------------------------------------
 
 
 def _norm_by_rows(sums: Delta) -> float:
@@ -193,7 +193,7 @@ def _rows_of(factor: Factor, index: Tensor) -> Tensor:
     return factor[:, index].double()
 
 
-# ── one shape ────────────────────────────────────────────────────────────────────────────────────
+# --- one shape -------------------------------------------------------------------------------------------------------
 
 
 def _recompressed_in_place(sums: Delta, shape: KronShape, terms: int) -> KronFit:

@@ -137,7 +137,7 @@ def _is_one_dense_term(sums: Sequence[KronTerms]) -> bool:
     return len(sums) == 1 and sums[0].terms == 1 and all(isinstance(f, Tensor) for f in (sums[0].left, sums[0].right))
 
 
-# ── one term: SVD(A) ⊗ SVD(B) ────────────────────────────────────────────────────────────────────
+# --- one term: SVD(A) ⊗ SVD(B) ---------------------------------------------------------------------------------------
 
 
 def _one_term_fits(terms: list[KronTerms], rank: int | None, max_error: float | None) -> list[LoraFit]:
@@ -160,7 +160,7 @@ def _stacked(factors: Sequence[Factor]) -> Tensor:
     return torch.cat([dense_factor(f) for f in factors]).double()
 
 
-# ── several terms: one long LoRA, or the dense matrix ────────────────────────────────────────────
+# --- several terms: one long LoRA, or the dense matrix ---------------------------------------------------------------
 
 
 def _svd_of_sum(sums: Sequence[KronTerms]) -> tuple[Tensor, Tensor, Tensor]:

@@ -160,7 +160,7 @@ def swap(model: Any, adapter: Adapter, name: str = DEFAULT, *, component: str | 
         branch.take(placing.delta, layer.readable_weight)
 
 
-# ── checks ───────────────────────────────────────────────────────────────────────────────────────
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _check_free(name: str, parts: Parts) -> None:
@@ -200,7 +200,7 @@ def _told(delta: LayerDelta) -> str:
     )
 
 
-# ── changes of the tree ──────────────────────────────────────────────────────────────────────────
+# --- changes of the tree ---------------------------------------------------------------------------------------------
 
 
 def _carry_out(found: Iterable[Placing], name: str, scale: float, trainable: bool) -> None:

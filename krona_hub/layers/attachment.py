@@ -80,7 +80,7 @@ def branches_of(model: Any, name: str = DEFAULT) -> list[Branch]:
     return found
 
 
-# ── for the other modules of this ring ───────────────────────────────────────────────────────────
+# --- for the other modules of this ring ------------------------------------------------------------------------------
 
 
 def check_scale(scale: float) -> None:

@@ -45,7 +45,7 @@ class Slot(NamedTuple):
         return (self.rows[1] - self.rows[0], *shape[1:]) if shape and self.rows else shape
 
 
-# ── components ───────────────────────────────────────────────────────────────────────────────────
+# --- components ------------------------------------------------------------------------------------------------------
 
 
 def parts_of(target: Any, wanted: Collection[str] = (), component: str | None = None) -> dict[str, nn.Module]:
@@ -125,7 +125,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
     return None
 
 
-# ── modules ──────────────────────────────────────────────────────────────────────────────────────
+# --- modules ---------------------------------------------------------------------------------------------------------
 
 
 def slots_of(parts: Mapping[str, nn.Module]) -> dict[str, Slot]:

@@ -142,7 +142,7 @@ def _no_weights(said: str) -> KronaError:
     return NotFoundError(f"{said}: no such file or folder.", fix="Check the path.")
 
 
-# ── folders ──────────────────────────────────────────────────────────────────────────────────────
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def _sets(folder: Path) -> tuple[tuple[Path, ...], ...]:
@@ -190,7 +190,7 @@ def _only_others(root: Path, folders: Iterable[Path], configured: Mapping[Path, 
     return IncompleteError(f"{root} has no weights.", fix="Download its safetensors files as well.")
 
 
-# ── quantised weights ────────────────────────────────────────────────────────────────────────────
+# --- quantised weights -----------------------------------------------------------------------------------------------
 
 
 def quantised(path: Path, kind: str) -> UnsupportedError:

@@ -120,7 +120,7 @@ def _tensor(old: memoryview, info: TensorInfo) -> torch.Tensor:
     return torch.frombuffer(old, dtype=TORCH[info.dtype]).view(info.shape)
 
 
-# ── the output's metadata ────────────────────────────────────────────────────────────────────────
+# --- the output's metadata -------------------------------------------------------------------------------------------
 
 
 def _merged_file(work: _Work, file: FilePlan, recipe: Recipe, sha256: str | None, hash: bool | None) -> MergedFile:

@@ -188,7 +188,7 @@ def _names(count: int) -> list[str]:
     return ["the adapter"] if count == 1 else [f"adapter {n}" for n in range(1, count + 1)]
 
 
-# ── does it fit ──────────────────────────────────────────────────────────────────────────────────
+# --- does it fit -----------------------------------------------------------------------------------------------------
 
 
 def _check_base(part: MergeInput, tree: BaseTree, allowed: bool) -> None:
@@ -250,7 +250,7 @@ def _check_doras(parts: Sequence[MergeInput], targets: Iterable[tuple[Path, str,
             )
 
 
-# ── what is added where ──────────────────────────────────────────────────────────────────────────
+# --- what is added where ---------------------------------------------------------------------------------------------
 
 
 def _targets(

@@ -53,6 +53,7 @@ def apply_to_state_dict(
     applied. Touched tensors keep their device, and their type unless `out_dtype` is given, and are rounded once.
     Raises BaseMismatchError where a layer has no weight here (`allow_missing` applies the rest, if there is any).
 
+    >>> from krona_hub.kron.terms import KronTerms
     >>> delta = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 2)),), (2, 4))
     >>> adapter = Adapter({"unet.proj": delta})
     >>> apply_to_state_dict({"proj.weight": torch.zeros(2, 4)}, [(adapter, 0.5)])["proj.weight"][0]
@@ -80,7 +81,7 @@ def _loaded(source: Source, base: str | Path | None, component: str | None) -> A
     return adapter.with_layers({n: d for n, d in adapter.layers.items() if n.split(".", 1)[0] == component})
 
 
-# ── names ────────────────────────────────────────────────────────────────────────────────────────
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def _places(
@@ -139,7 +140,7 @@ def _check_matched(adapter: Adapter, places: Places, allow_missing: bool) -> Non
     )
 
 
-# ── numbers ──────────────────────────────────────────────────────────────────────────────────────
+# --- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def _patches(loaded: Sequence[tuple[Adapter, float]], places: Places) -> dict[str, list[Patch]]:

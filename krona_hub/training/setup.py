@@ -109,7 +109,7 @@ def _start(base: Base, settings: TrainingSettings) -> Adapter:
     return fresh_adapter(plan_targets(base, settings), settings)
 
 
-# ── pictures ─────────────────────────────────────────────────────────────────────────────────────
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Progress, processes: int) -> Seen:
@@ -150,7 +150,7 @@ def _sampler(
     return lambda: draw_samples(pipe, told, settings, machine.device, side)
 
 
-# ── the loop's own ───────────────────────────────────────────────────────────────────────────────
+# --- the loop's own --------------------------------------------------------------------------------------------------
 
 
 def _training(

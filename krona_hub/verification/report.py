@@ -10,7 +10,7 @@ from typing import Literal
 
 SAME, MISFIT, DIFFERS = 0, 5, 6  # exit codes
 
-# --- does this checkpoint contain exactly that? -------------------------------------------------------------------
+# --- does this checkpoint contain exactly that? ----------------------------------------------------------------------
 
 State = Literal[
     "same",  # equal to round(base + Σ w·ΔW) within one unit in the last place; untouched: the base's bytes
@@ -74,7 +74,7 @@ class MergeCheck:
         return SAME if self.same else DIFFERS
 
 
-# --- do these two adapters mean the same? -------------------------------------------------------------------------
+# --- do these two adapters mean the same? ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _root(values: Sequence[float]) -> float:
     return sqrt(sum(value**2 for value in values))
 
 
-# --- does this adapter fit that base? -----------------------------------------------------------------------------
+# --- does this adapter fit that base? --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

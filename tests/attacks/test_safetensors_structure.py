@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from krona_hub.checkpoints.header import examine, findings, read_header
+from krona_hub.checkpoints.header import examine, read_header, structural_findings
 from krona_hub.errors import DtypeError, KronaError, StructureError, TruncatedError
 from tests.attacks.forge import F32, entry, forged, put
 
@@ -82,7 +82,7 @@ def test_each_attack_is_a_coded_error_with_a_fix_and_one_short_line(tmp_path, na
         read_header(path)
     assert type(caught.value) is StructureError and caught.value.fix
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-    assert findings(path)[0].code == "KH125"
+    assert structural_findings(path)[0].code == "KH125"
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -124,12 +124,12 @@ def test_every_problem_is_found_in_one_go_and_the_sound_tensors_are_kept(tmp_pat
     assert [f.where for f in found] == ["__metadata__", "'type'", "'size'", "'shape'"]
     assert list(header.tensors) == ["fine"] and header.metadata == {"good": "1"}
     layout = {"a": entry(0, 8), "b": entry(4, 12), "c": entry(16, 24)}
-    assert len(findings(put(tmp_path, forged(layout, b"\0" * 32)))) == 3
+    assert len(structural_findings(put(tmp_path, forged(layout, b"\0" * 32)))) == 3
 
 
 def test_names_that_would_paint_the_terminal_are_escaped(tmp_path):
     path = put(tmp_path, forged({"\x1b[31mred\x07\n": None, "x" * 100_000: None}))
-    for finding in findings(path):
+    for finding in structural_findings(path):
         assert "\x1b" not in finding.where and "\n" not in finding.where and len(finding.where) <= 120
 
 
@@ -162,9 +162,9 @@ def raises_krona_error_or_nothing(path) -> bool:
         read_header(path)
     except KronaError as error:
         assert error.fix and str(error)
-        assert findings(path)[0].code == error.code
+        assert structural_findings(path)[0].code == error.code
         return False
-    assert findings(path) == ()
+    assert structural_findings(path) == ()
     return True
 
 

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 
-from krona_hub.checkpoints.header import findings, read_header
+from krona_hub.checkpoints.header import read_header, structural_findings
 from krona_hub.errors import (
     FormatError,
     LfsPointerError,
@@ -77,7 +77,7 @@ def test_each_impostor_is_called_by_its_name(tmp_path, name):
     assert type(caught.value) is error, caught.value
     assert caught.value.cause.startswith(str(path)) and caught.value.fix
     assert path.read_bytes() == content
-    assert [f.code for f in findings(path)] == [error.code]
+    assert [f.code for f in structural_findings(path)] == [error.code]
 
 
 @pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x4B50, 0x2028])

@@ -150,8 +150,8 @@ def test_names_and_folders_with_weights_never_import_torch():
     import subprocess
 
     code = (
-        "import sys; from krona_hub.bases import locate, detect; from krona_hub.bases.name_table import table;"
-        f"table(locate.load_base('sdxl')).find('x'); locate.load_base({str(shared('golden', 'base'))!r});"
-        "detect.candidates({'lora_unet_conv_in': None}); sys.exit('torch' in sys.modules)"
+        "import sys; from krona_hub.bases import detection, loading; from krona_hub.bases.name_table import table;"
+        f"table(loading.load_base('sdxl')).find('x'); loading.load_base({str(shared('golden', 'base'))!r});"
+        "detection.candidates({'lora_unet_conv_in': None}); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

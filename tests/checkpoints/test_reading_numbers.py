@@ -103,9 +103,9 @@ def test_only_the_named_tensors_are_loaded(tmp_path):
 def test_headers_single_numbers_and_the_scan_need_no_torch(tmp_path):
     write_tensors(tmp_path / "x", {"alpha": torch.tensor(4.0)})
     code = (
-        "import sys; from krona_hub.checkpoints import finite, header, reader, structure;"
-        "from krona_hub.schema import validate, migrate, layout; h = header.read_header(sys.argv[1]);"
-        "print(reader.read_scalars(h, ['alpha']), finite.scan(h), structure.findings(sys.argv[1]),"
+        "import sys; from krona_hub.checkpoints import finite_scan, header, reader;"
+        "from krona_hub.schema import validate, migrate, tensor_layout; h = header.read_header(sys.argv[1]);"
+        "print(reader.read_scalars(h, ['alpha']), finite_scan.scan(h), header.structural_findings(sys.argv[1]),"
         "{'torch', 'safetensors', 'jsonschema'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True, check=True)

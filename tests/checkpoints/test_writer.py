@@ -226,9 +226,9 @@ def test_a_folder_that_exists_is_refused_unless_empty_and_never_swept_away(tmp_p
 def test_a_limit_of_the_system_on_the_size_of_files_is_told_and_leaves_nothing(tmp_path):
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
-        "from krona_hub.checkpoints.writer import Stored, write_stored;"
+        "from krona_hub.checkpoints.writer import EncodedTensor, write_stored;"
         "from krona_hub.errors import KronaError\n"
-        "try: write_stored(sys.argv[1], {'t': Stored('U8', (99999,), lambda: [bytes(99999)])})\n"
+        "try: write_stored(sys.argv[1], {'t': EncodedTensor('U8', (99999,), lambda: [bytes(99999)])})\n"
         "except KronaError as error: print(error.code, error.exit_code)"
     )
     run = [sys.executable, "-c", code, tmp_path / "x"]

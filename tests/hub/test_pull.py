@@ -153,7 +153,7 @@ def test_a_card_that_its_owner_edited_on_the_web_is_no_reason_to_refuse(hub, sty
     assert pull(REPO, tmp_path / "out").written
 
 
-# --- repositories of others ---
+# --- repositories of others ------------------------------------------------------------------------------------------
 
 
 def test_a_foreign_lora_is_recognised_and_offered_to_convert(hub, tmp_path):
@@ -205,7 +205,7 @@ def test_a_base_model_is_too_large_to_be_an_adapter(hub, tmp_path):
     assert not hub.asked("/blobs/")
 
 
-# --- who may see what ---
+# --- who may see what ------------------------------------------------------------------------------------------------
 
 
 def test_private_gated_missing_disabled_and_renamed_are_told_apart(hub, style, monkeypatch):
@@ -251,7 +251,7 @@ def test_a_renamed_repository_is_followed_and_named(hub, style):
     assert report.repo == "ana/new" and "ana/style is now called ana/new." in report.notes
 
 
-# --- anywhere a file is accepted ---
+# --- anywhere a file is accepted -------------------------------------------------------------------------------------
 
 
 def test_a_hub_id_is_accepted_where_a_file_is(hub, style, tmp_path):

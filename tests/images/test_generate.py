@@ -42,7 +42,7 @@ def compared(base, style, toy):
     return generate(base, PROMPT, adapters=[(style, 0.8), toy], images_per_prompt=2, batch=2, **QUICK)
 
 
-# ── what is drawn ────────────────────────────────────────────────────────────────────────────────
+# --- what is drawn ---------------------------------------------------------------------------------------------------
 
 
 def test_a_comparison_shows_what_diffusers_draws_with_each_adapter_added_to_the_weights(compared, base, style, toy):
@@ -162,7 +162,7 @@ def test_neighbouring_columns_are_compared_pixel_by_pixel(compared):
         assert difference.levels == pytest.approx(wanted)
 
 
-# ── what is written ──────────────────────────────────────────────────────────────────────────────
+# --- what is written -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,7 @@ def test_the_error_of_one_shape_is_that_of_the_dense_fit():
         assert error_of(up, down, (4, 6), terms) == pytest.approx(expected, rel=1e-9)
 
 
-# ── budgets ──────────────────────────────────────────────────────────────────────────────────────
+# --- budgets ---------------------------------------------------------------------------------------------------------
 
 
 def loss(layers, forms):

@@ -79,7 +79,7 @@ def with_deltas(pipe, *adapters: tuple[Adapter, float]) -> dict[str, torch.Tenso
         return tiny.outputs(hooked)
 
 
-# --- every golden adapter ------------------------------------------------------------------------------------------
+# --- every golden adapter --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def assert_layer_adds(layer: KronLayer, delta: torch.Tensor) -> None:
     assert (layer(x) - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
-# --- whole pipelines -----------------------------------------------------------------------------------------------
+# --- whole pipelines -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -185,7 +185,7 @@ def test_half_precision_before_or_after_is_the_sum_within_that_precision(dtype):
     assert want
 
 
-# --- what fits, and what does not ----------------------------------------------------------------------------------
+# --- what fits, and what does not ------------------------------------------------------------------------------------
 
 
 def test_layers_that_are_not_there_are_counted_and_named_and_nothing_is_attached():
@@ -267,7 +267,7 @@ def test_what_is_no_model_is_refused():
         attach(tiny.sd15(), lora(tiny.sd15()), component="vae")
 
 
-# --- a model alone -------------------------------------------------------------------------------------------------
+# --- a model alone ---------------------------------------------------------------------------------------------------
 
 
 def test_a_model_alone_gets_the_layers_of_its_own_component():
@@ -313,7 +313,7 @@ def test_text_encoders_with_and_without_text_model_take_the_same_adapter(prefix)
     assert isinstance(model.get_submodule(f"{prefix}encoder.fc1"), KronLinear)
 
 
-# --- with other tools ----------------------------------------------------------------------------------------------
+# --- with other tools ------------------------------------------------------------------------------------------------
 
 
 def test_peft_adapters_that_are_loaded_stay_and_both_add():
@@ -486,7 +486,7 @@ def test_a_copy_has_its_own_adapters(copied):
     assert torch.equal(tiny.output(loaded), want)
 
 
-# --- state ---------------------------------------------------------------------------------------------------------
+# --- state -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_state_dict_of_a_model_does_not_know_of_what_is_attached():
@@ -526,7 +526,7 @@ def test_a_model_keeps_its_mode_and_gradients_reach_trainable_factors_alone(trai
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
 
 
-# --- extraction and swapping ---------------------------------------------------------------------------------------
+# --- extraction and swapping -----------------------------------------------------------------------------------------
 
 
 def changed(adapter: Adapter, factor: float) -> Adapter:

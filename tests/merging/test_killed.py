@@ -14,7 +14,7 @@ import pytest
 from krona_hub.checkpoints.atomic import atomic_file, atomic_folder
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import ConflictError, ResourceError
-from krona_hub.merging.output.write_model import Place, write_merged
+from krona_hub.merging.output.write_model import MergeDestination, write_merged
 from krona_hub.merging.undo import unmerge
 from tests.merging.made import contents, merged_file, write_base, write_pipeline
 from tests.merging.test_folders import changes
@@ -62,15 +62,15 @@ def killed_before_deed(number, work) -> bool:
 def test_a_merge_of_a_file_killed_at_any_moment_leaves_the_whole_output_or_none(tmp_path):
     base, out, undo = write_base(tmp_path / "base.safetensors"), tmp_path / "out", tmp_path / "undo"
     files = [merged_file(base, "a", "c")]
-    write_merged(Place(base, tmp_path / "whole", tmp_path / "whole undo"), files)
+    write_merged(MergeDestination(base, tmp_path / "whole", tmp_path / "whole undo"), files)
     before, whole, way_back = (p.read_bytes() for p in (base, tmp_path / "whole", tmp_path / "whole undo"))
     number = 1
-    while killed_before_deed(number, lambda: write_merged(Place(base, out, undo, overwrite=True), files)):
+    while killed_before_deed(number, lambda: write_merged(MergeDestination(base, out, undo, overwrite=True), files)):
         assert base.read_bytes() == before
         assert not out.exists() or (out.read_bytes() == whole and undo.read_bytes() == way_back)
         assert not undo.exists() or undo.read_bytes() == way_back
         if number % 3 == 0:  # a later run succeeds and clears away what the killed one left
-            write_merged(Place(base, out, undo, overwrite=True), files)
+            write_merged(MergeDestination(base, out, undo, overwrite=True), files)
             assert {p.name for p in tmp_path.iterdir()} == {base.name, "out", "undo", "whole", "whole undo"}
             out.unlink()
             undo.unlink()
@@ -81,9 +81,9 @@ def test_a_merge_of_a_file_killed_at_any_moment_leaves_the_whole_output_or_none(
 def test_a_merge_of_a_folder_killed_at_any_moment_leaves_the_whole_folder_or_none(tmp_path):
     base, out = write_pipeline(tmp_path / "base"), tmp_path / "out"
     files = changes(base)
-    write_merged(Place(base, tmp_path / "whole"), files)
+    write_merged(MergeDestination(base, tmp_path / "whole"), files)
     before, whole, number = contents(base), contents(tmp_path / "whole"), 1
-    while killed_before_deed(number, lambda: write_merged(Place(base, out), files, threads=1)):
+    while killed_before_deed(number, lambda: write_merged(MergeDestination(base, out), files, threads=1)):
         assert contents(base) == before
         if out.exists():  # the rename was the last but one deed
             assert contents(out) == whole
@@ -101,11 +101,11 @@ def test_a_merge_in_place_killed_at_any_moment_can_be_undone(tmp_path):
     def now():
         return {name: data for name, data in contents(base).items() if not name.endswith(".part")}
 
-    while killed_before_deed(number, lambda: write_merged(Place(base, None, undo), files, threads=1)):
+    while killed_before_deed(number, lambda: write_merged(MergeDestination(base, None, undo), files, threads=1)):
         if now() != before:
             half_done += 1
             with pytest.raises(ConflictError, match="half done"):
-                write_merged(Place(base, None, undo), files)
+                write_merged(MergeDestination(base, None, undo), files)
         if undo.exists():
             unmerge(base, undo, in_place=True)
             undo.unlink()
@@ -151,9 +151,9 @@ def test_a_limit_on_the_size_of_files_is_an_error_that_leaves_nothing(tmp_path):
     def work():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
         for place, files in (
-            (Place(base, tmp_path / "out"), [merged_file(base, "a")]),
-            (Place(pipeline, tmp_path / "out"), changes(pipeline)),
-            (Place(pipeline, None, tmp_path / "undo"), changes(pipeline)),
+            (MergeDestination(base, tmp_path / "out"), [merged_file(base, "a")]),
+            (MergeDestination(pipeline, tmp_path / "out"), changes(pipeline)),
+            (MergeDestination(pipeline, None, tmp_path / "undo"), changes(pipeline)),
         ):
             with pytest.raises(ResourceError, match="limit"):
                 write_merged(place, files)
@@ -166,9 +166,9 @@ LARGE = """
 import json, resource, sys
 from pathlib import Path
 from krona_hub.checkpoints.header import read_header
-from krona_hub.merging.output.write_model import MergedFile, Place, write_merged
+from krona_hub.merging.output.write_model import MergedFile, MergeDestination, write_merged
 from krona_hub.merging.undo import unmerge
-from krona_hub.checkpoints.rewrite import Change
+from krona_hub.checkpoints.rewrite import TensorChange
 assert "torch" not in sys.modules
 resource.setrlimit(resource.RLIMIT_DATA, (100 << 20, 100 << 20))
 
@@ -178,8 +178,8 @@ def backwards(old, sink):
 
 base, merged, undo, back = map(Path, sys.argv[1:])
 header = read_header(base)
-changes = {name: Change("F16", backwards) for name in list(header.tensors)[::3]}
-write_merged(Place(base, merged, undo), [MergedFile(header, changes, {})], threads=2)
+changes = {name: TensorChange("F16", backwards) for name in list(header.tensors)[::3]}
+write_merged(MergeDestination(base, merged, undo), [MergedFile(header, changes, {})], threads=2)
 unmerge(merged, undo, back)
 """
 

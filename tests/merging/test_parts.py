@@ -87,7 +87,7 @@ def test_an_adapter_of_real_size_finds_every_layer_in_every_layout(case, tmp_pat
         assert plan.bytes_to_touch == stored and plan.bytes_of_weights == plan.tree.nbytes
 
 
-# ── whose module is it ───────────────────────────────────────────────────────────────────────────
+# --- whose module is it ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_the_component_must_be_one(sdxl, text):
         plan_merge(sdxl, [(made.lora(text), 1.0)], component="vae")
 
 
-# ── what else is said ────────────────────────────────────────────────────────────────────────────
+# --- what else is said -----------------------------------------------------------------------------------------------
 
 
 def test_a_real_adapter_on_the_wrong_base_says_where_it_belongs(tmp_path):
@@ -215,7 +215,7 @@ def test_weights_that_a_merge_leaves_as_they_are_are_named(tmp_path):
     assert any("model_ema" in note for note in plan_merge(file, [(adapter, 1.0)]).notes)
 
 
-# ── what cannot be read is told by the plan already ──────────────────────────────────────────────
+# --- what cannot be read is told by the plan already -----------------------------------------------------------------
 
 
 @pytest.fixture

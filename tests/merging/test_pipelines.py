@@ -44,7 +44,7 @@ def contents(path: Path) -> dict[str, str]:
     return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-# --- every golden format's kind ------------------------------------------------------------------------------------
+# --- every golden format's kind --------------------------------------------------------------------------------------
 
 
 class Golden:
@@ -100,7 +100,7 @@ def test_a_golden_peft_adapter_merged_is_what_peft_merges(sample, golden_base, t
     assert changed == len(load_file(shared("golden", sample["delta"])))
 
 
-# --- pipelines of three families in every layout -------------------------------------------------------------------
+# --- pipelines of three families in every layout ---------------------------------------------------------------------
 
 
 def save_folder(pipe, path: Path, **options) -> Path:
@@ -218,7 +218,7 @@ def to_double(adapter):
     return adapter.with_layers({name: cast(delta, torch.float64) for name, delta in adapter.layers.items()})
 
 
-# --- fused on one side only ----------------------------------------------------------------------------------------
+# --- fused on one side only ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["folder", "single file"])
@@ -236,7 +236,7 @@ def test_a_flux_lora_with_fused_modules_goes_into_split_and_fused_bases(layout, 
     assert_computes(merged, {"transformer": wanted["transformer"]}, tiny.outputs(pipe))
 
 
-# --- the other verbs, with a merge as their witness ----------------------------------------------------------------
+# --- the other verbs, with a merge as their witness ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -73,7 +73,7 @@ def assert_merged(folder, base, deltas, out=None):
         assert ((after[layer].double() - wanted).abs() <= allowed).all(), layer
 
 
-# ── what is planned is what is done ──────────────────────────────────────────────────────────────
+# --- what is planned is what is done ---------------------------------------------------------------------------------
 
 
 def test_files_are_planned_without_torch(base, adapter):
@@ -154,7 +154,7 @@ def test_the_share_that_rounding_took_is_the_true_one(base, shapes, adapter, tmp
         assert tensor.wanted == pytest.approx(float(wanted[layer].norm()), rel=1e-5)
 
 
-# ── several adapters, weights ────────────────────────────────────────────────────────────────────
+# --- several adapters, weights ---------------------------------------------------------------------------------------
 
 
 def test_adapters_add_up_at_their_weights(base, shapes, tmp_path):
@@ -195,7 +195,7 @@ def test_a_component_folder_takes_its_part_of_an_adapter(base, adapter, shapes, 
         assert len(plan.tensors) == sum(n.startswith("unet.") for n in shapes)
 
 
-# ── refusals ─────────────────────────────────────────────────────────────────────────────────────
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 def test_no_match_is_refused_even_with_consent(base, tmp_path):
@@ -260,7 +260,7 @@ def test_options_without_a_meaning_are_told(options, told, base, shapes):
         merge(base, [(made.lora(shapes), 1.0)])
 
 
-# ── bases ────────────────────────────────────────────────────────────────────────────────────────
+# --- bases -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_name_without_weights_is_no_base(shapes, tmp_path):

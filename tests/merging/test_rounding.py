@@ -40,7 +40,7 @@ def test_a_sum_that_two_roundings_get_wrong_is_right_with_exact_rounding() -> No
     assert float(result) == 1 + 2**-10
 
 
-# ── stochastic ───────────────────────────────────────────────────────────────────────────────────
+# --- stochastic ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("out", NARROW)
@@ -105,7 +105,7 @@ def test_a_stochastic_merge_is_within_one_step_of_the_sum(rounding: Rounding) ->
     assert ((out.double() - total).abs() <= step).all()
 
 
-# ── threads ──────────────────────────────────────────────────────────────────────────────────────
+# --- threads ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_number_of_threads_is_what_it_was_before() -> None:

@@ -142,7 +142,7 @@ def test_a_column_major_weight_is_merged_as_it_reads() -> None:
     assert torch.allclose(after, weight + delta.dense())
 
 
-# ── refusals ─────────────────────────────────────────────────────────────────────────────────────
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 def adapter_of(*layers: str) -> Adapter:

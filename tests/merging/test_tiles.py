@@ -161,7 +161,7 @@ def test_all_but_the_promised_share_of_numbers_is_the_exact_sum_rounded_once(dty
     assert float((apart > 0).double().mean()) <= share
 
 
-# ── what changes nothing ─────────────────────────────────────────────────────────────────────────
+# --- what changes nothing --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE])
@@ -196,7 +196,7 @@ def test_small_tensors_of_any_rank_pass(shape: tuple[int, ...]) -> None:
     assert torch.equal(merged(weight, [])[0], weight)
 
 
-# ── what is told ─────────────────────────────────────────────────────────────────────────────────
+# --- what is told ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["one term", "three terms", "several sums", "shuffled rows"])
@@ -243,7 +243,7 @@ def test_a_delta_of_another_size_is_refused_by_name() -> None:
         merged(numbers(50, 64), [patch("one term", (36, 64), rows=(0, 30))])
 
 
-# ── DoRA ─────────────────────────────────────────────────────────────────────────────────────────
+# --- DoRA ------------------------------------------------------------------------------------------------------------
 
 
 def dora(shape: tuple[int, ...], axis: str, weight: float = 0.6, form: str = "several sums", **place: object) -> Patch:

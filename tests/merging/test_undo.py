@@ -15,7 +15,7 @@ from krona_hub.errors import (
     ResourceError,
     UsageError,
 )  # fmt: skip
-from krona_hub.merging.output.write_model import Place, write_merged
+from krona_hub.merging.output.write_model import MergeDestination, write_merged
 from krona_hub.merging.undo import unmerge
 from tests.merging.made import contents, merged_file, write_base, write_pipeline
 from tests.merging.test_folders import TEXT, UNET, changes
@@ -28,7 +28,7 @@ def file(tmp_path):
     """A base, its merge and the undo file."""
     base = write_base(tmp_path / "base.safetensors")
     merged, undo = tmp_path / "merged.safetensors", tmp_path / "undo.safetensors"
-    write_merged(Place(base, merged, undo), [merged_file(base, "b", "e")])
+    write_merged(MergeDestination(base, merged, undo), [merged_file(base, "b", "e")])
     return base, merged, undo
 
 
@@ -37,7 +37,7 @@ def folder(tmp_path):
     """A base whose types became wider, its merge and the undo file."""
     base = write_pipeline(tmp_path / "base")
     merged, undo = tmp_path / "merged", tmp_path / "undo.safetensors"
-    write_merged(Place(base, merged, undo), changes(base, new="F32"))
+    write_merged(MergeDestination(base, merged, undo), changes(base, new="F32"))
     return base, merged, undo
 
 
@@ -70,7 +70,7 @@ def test_a_folder_is_restored_with_its_index_and_all_but_the_pickles(tmp_path, f
 def test_a_merge_in_place_is_undone_in_place(tmp_path):
     base = write_pipeline(tmp_path / "base")
     before = contents(base)
-    write_merged(Place(base, None, tmp_path / "undo"), changes(base, new="F32"))
+    write_merged(MergeDestination(base, None, tmp_path / "undo"), changes(base, new="F32"))
     assert {n for n, data in contents(base).items() if data != before[n]} == {*UNET, TEXT, INDEX}
     unmerge(base, tmp_path / "undo", in_place=True)
     assert contents(base) == before
@@ -98,7 +98,7 @@ def test_the_undo_file_is_a_sound_safetensors_file_of_the_touched_tensors(file):
 def test_another_file_than_the_merged_one_is_refused(tmp_path, file):
     base, _, undo = file
     other = tmp_path / "other.safetensors"
-    write_merged(Place(base, other), [merged_file(base, "b", "e", factor=2.0)])
+    write_merged(MergeDestination(base, other), [merged_file(base, "b", "e", factor=2.0)])
     before = contents(tmp_path)
     with pytest.raises(IntegrityError, match=r"'[be]\.weight' of .*other.* is not what the merge wrote"):
         unmerge(other, undo, tmp_path / "back")

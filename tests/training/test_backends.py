@@ -63,7 +63,7 @@ def test_a_run_in_float16_goes_on_to_the_same_bytes(quick, tmp_path):
     assert train(resume_from=quick["output"]).adapter.read_bytes() == whole
 
 
-# ── packages ─────────────────────────────────────────────────────────────────────────────────────
+# --- packages --------------------------------------------------------------------------------------------------------
 
 
 def pretend(monkeypatch, name, **content):
@@ -246,7 +246,7 @@ def test_tensorboard_can_read_what_it_is_told(quick):
     assert series(read_metrics(report.run), "loss") == told
 
 
-# ── a full disk ──────────────────────────────────────────────────────────────────────────────────
+# --- a full disk -----------------------------------------------------------------------------------------------------
 
 
 def full(*_, **__):

@@ -27,7 +27,7 @@ def pixels(path):
     return np.asarray(open_picture(path))
 
 
-# ── pictures ──
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def test_a_phone_picture_is_turned_upright(tmp_path):
@@ -102,7 +102,7 @@ def test_a_picture_is_scaled_to_cover_its_bucket_and_cut_in_the_middle():
     assert (cut == 255).all() and corner == (0, 10)
 
 
-# ── folders ──
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def test_bad_files_are_all_named_and_left_out_on_request(tmp_path):
@@ -185,7 +185,7 @@ def test_the_fingerprint_sees_pixels_and_captions(tmp_path):
     assert read_folder(tmp_path, "x").fingerprint != first
 
 
-# ── captions, buckets, order ──
+# --- captions, buckets, order ----------------------------------------------------------------------------------------
 
 
 def test_shuffled_captions_keep_their_first_parts_and_their_words():

@@ -15,7 +15,7 @@ from typing import Any
 
 from krona_hub.bases.base import COMPONENTS, Base
 from krona_hub.bases.loading import load_base
-from krona_hub.checkpoints.file_names import ADAPTER_PICKLES, PEFT_CONFIG, PEFT_WEIGHTS
+from krona_hub.checkpoints.file_names import ADAPTER_PICKLES, DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from krona_hub.checkpoints.header import Header, read_header
 from krona_hub.checkpoints.os_errors import fault
 from krona_hub.errors import AmbiguousError, FormatError, KronaError, NotFoundError, PickleError
@@ -124,7 +124,7 @@ def component_of_class(config: Mapping[str, Any]) -> str | None:
 def _only_file(folder: Path) -> Path:
     """The one safetensors file of a folder, or diffusers' own name among several."""
     files = sorted(folder.glob("*.safetensors"))
-    preferred = [f for f in files if f.name in (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")]
+    preferred = [f for f in files if f.name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)]
     if len(preferred or files) == 1:
         return (preferred or files)[0]
     if files:

@@ -167,7 +167,7 @@ def _spread(use: str, rows: Tensor, columns: Tensor) -> Tensor:
     return torch.index_select(rows, 1, columns, out=out)
 
 
-# ── choosing ─────────────────────────────────────────────────────────────────────────────────────
+# --- choosing --------------------------------------------------------------------------------------------------------
 
 PER_NUMBER, PER_FLOP, PER_SPREAD, PER_RUN, PER_CALL = 0.12, 0.028, 0.4, 5.0, 5000.0  # ns on one core, measured
 

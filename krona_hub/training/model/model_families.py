@@ -36,7 +36,7 @@ class ModelFamily:
     frame: Callable[[Frame], dict[str, Tensor]] = lambda frame: {}  # conditions of one picture, without the batch
 
 
-# ── Stable Diffusion ─────────────────────────────────────────────────────────────────────────────
+# --- Stable Diffusion ------------------------------------------------------------------------------------------------
 
 
 def _encode_sd(pipe: Any, captions: list[str], device: torch.device) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def _predict_sdxl(model: Any, noisy: Tensor, t: Tensor, given: Conditions, _guid
     return out
 
 
-# ── transformers with flow matching ──────────────────────────────────────────────────────────────
+# --- transformers with flow matching ---------------------------------------------------------------------------------
 
 
 def _encode_sd3(pipe: Any, captions: list[str], device: torch.device) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ def _target(layer: str, module: ModuleSpec, shape: KronShape, settings: Training
     return TrainedLayer(layer, module, shape, settings.terms, settings.rank if low else None)
 
 
-# ── auto ─────────────────────────────────────────────────────────────────────────────────────────
+# --- auto ------------------------------------------------------------------------------------------------------------
 
 
 def _spent(layers: Mapping[str, ModuleSpec], own: Mapping[str, str], settings: TrainingSettings) -> int:
@@ -169,7 +169,7 @@ def work(s: KronShape) -> int:
     return min(right_first, left_first)
 
 
-# ── the adapter to start from ────────────────────────────────────────────────────────────────────
+# --- the adapter to start from ---------------------------------------------------------------------------------------
 
 
 def fresh_adapter(targets: tuple[TrainedLayer, ...], settings: TrainingSettings) -> Adapter:

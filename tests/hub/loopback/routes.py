@@ -44,7 +44,7 @@ def as_json(value: Any, **headers: str) -> Answer:
     return Answer(200, json.dumps(value).encode(), {"Content-Type": "application/json", **headers})
 
 
-# --- who may do what ---
+# --- who may do what -------------------------------------------------------------------------------------------------
 
 
 def user_of(hub: Loopback, request: Request) -> User | None:
@@ -94,7 +94,7 @@ def writable(hub: Loopback, request: Request, name: str) -> Repo:
     return repo
 
 
-# --- accounts and repositories ---
+# --- accounts and repositories ---------------------------------------------------------------------------------------
 
 
 @on("GET", "/api/whoami-v2")
@@ -170,7 +170,7 @@ def validate_yaml(hub: Loopback, request: Request) -> Answer:
     return Answer(400 if problems else 200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
 
-# --- what is there ---
+# --- what is there ---------------------------------------------------------------------------------------------------
 
 
 @on("GET", "/api/models")
@@ -307,7 +307,7 @@ def untag(hub: Loopback, request: Request, repo: str, name: str) -> Answer:
     return as_json({})
 
 
-# --- writing ---
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def target_of(hub: Loopback, request: Request, repo: str) -> Repo:
@@ -442,7 +442,7 @@ def _lfs_file(hub: Loopback, oid: str, size: int | None) -> File:
     return File.lfs(oid, len(hub.state.lfs[oid]))
 
 
-# --- reading ---
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 @on("GET HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
