@@ -103,6 +103,7 @@ def refusal(form: LayerForm, format_name: str) -> str | None:
     """Why files of this format cannot hold this form exactly, as a clause; None where they can.
 
     >>> from krona_hub.formats.forms.delta_form import SumForm
+    >>> from krona_hub.kron.shapes import KronShape
     >>> refusal(LayerForm((8, 6), (SumForm(KronShape(2, 2, 4, 3)),)), "kohya-lora")
     'it is a Kronecker sum (2x2 ⊗ 4x3, 1 term) and no product up·down'
     >>> refusal(LayerForm((8, 6), (SumForm(KronShape(2, 2, 4, 3)),)), "lycoris-lokr") is None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.checkpoints.file_names import PEFT_CONFIG, PEFT_WEIGHTS
 from krona_hub.errors import InexpressibleError
 from krona_hub.formats.forms.delta_form import ChannelSplit
 from krona_hub.formats.forms.normal_forms import form_of
@@ -103,9 +104,9 @@ def _peft(format_name: str, modules: Sequence[FileModule], context: Context) -> 
         else:
             config = _lora_config(format_name, members, context)
         keyed = _keyed(format_name, [(f"base_model.model.{m.path}", m) for m in members])
-        files[f"{folder}adapter_model.safetensors"] = Tensors(keyed, {"format": "pt"})
+        files[f"{folder}{PEFT_WEIGHTS}"] = Tensors(keyed, {"format": "pt"})
         config = {**config, "base_model_name_or_path": context.base_id}
-        texts[f"{folder}adapter_config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        texts[f"{folder}{PEFT_CONFIG}"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return FileSet(files, texts)
 
 
