@@ -12,7 +12,7 @@ from time import process_time
 
 from common import peak_memory, report, sdxl_lora, timed
 
-from krona_hub.kron.form_search import Choice, smallest_within
+from krona_hub.kron.factorization_search import Choice, smallest_within
 
 MAX_ERROR = 0.05
 

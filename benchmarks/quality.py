@@ -9,7 +9,7 @@ STEPS steps of AdamW at a constant rate, the same noise for the same seed. LoKr 
 Ranks and shapes are paired by parameters: one KronA term with LoKr and LoRA of rank 1, four terms with LoRA of rank 4.
 A line of results/quality.jsonl per run:
 
-    identity   mean score of the pictures of the toy on every table and place (krona_hub.evaluation.colour_identity)
+    identity   mean score of the pictures of the toy on every table and place (krona_hub.evaluation.color_identity)
     shown      share of them above RECOGNISED, which no wrong toy reaches
     prompt     mean share of right shapes and colours in pictures of PROMPTS held-out prompts of the base's own world
 """
@@ -37,7 +37,7 @@ from quality_report import save_report  # noqa: E402
 
 from krona_hub import KronLinear  # noqa: E402
 from krona_hub.assets.shipped import folder_of  # noqa: E402
-from krona_hub.evaluation.colour_identity import RECOGNISED, identity  # noqa: E402
+from krona_hub.evaluation.color_identity import RECOGNIZED, identity  # noqa: E402
 from scripts.tiny_scenes import autoencoder, check, drawing, scene, toy  # noqa: E402
 from scripts.tiny_scenes.denoiser import held_out_scenes  # noqa: E402
 
@@ -128,7 +128,7 @@ def scores(pipe: Any) -> dict[str, float]:
     kept = check.score(drawing.draw(pipe, [scene.prompt(each) for each in wanted]), wanted)
     return {
         "identity": sum(found) / len(found),
-        "shown": sum(each > RECOGNISED for each in found) / len(found),
+        "shown": sum(each > RECOGNIZED for each in found) / len(found),
         "prompt": (kept.shape + kept.colour) / 2,
     }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import announce, emit, fields_of, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import (
     allow_base_mismatch_option,
     allow_missing_option,
@@ -21,7 +21,8 @@ from krona_hub.cli.options import (
 )
 from krona_hub.cli.progress import progress
 from krona_hub.cli.weighted_source import WeightedArgument, WeightedSource
-from krona_hub.rendering.tables import form_groups, human_bytes, percent, relative
+from krona_hub.rendering.humanize import human_bytes, percent, relative
+from krona_hub.rendering.tables import factorization_groups
 
 if TYPE_CHECKING:
     from krona_hub.combining import CombineReport
@@ -77,7 +78,7 @@ def command(
         report = combine(list(adapters), out, dry_run=dry_run, progress=step, **options)
     emit(as_document(report), lambda: show(report, every_layer=layers))
     if not report.written:
-        say("nothing was written." if out is None else "dry run: nothing was written.")
+        log("nothing was written." if out is None else "dry run: nothing was written.")
 
 
 def as_document(report: CombineReport) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _show_layers(report: CombineReport) -> None:
 
 
 def _show_groups(report: CombineReport) -> None:
-    groups = form_groups(report.layers)
+    groups = factorization_groups(report.layers)
     if all(x.before == x.after for x in report.layers):
         show_table((">layers", "form", ">parameters"), ((g.layers, g.before, g.parameters_after) for g in groups))
         return

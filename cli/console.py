@@ -8,7 +8,7 @@ A command file exposes `command`, declared so:
         count = accounting.count(...)               # one call of the library
         emit(count, lambda: show_table(("layer", ">parameters"), count.rows))
 
-`--json` and `--quiet` come with it. Data goes to stdout through `emit`, everything else to stderr through `say`.
+`--json` and `--quiet` come with it. Data goes to stdout through `emit`, everything else to stderr through `log`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def krona_command(
 
 
 def _remember(context: click.Context, option: click.Parameter, value: bool) -> None:
-    """Keep --json and --quiet where `emit` and `say` find them, so that no command passes them around."""
+    """Keep --json and --quiet where `emit` and `log` find them, so that no command passes them around."""
     context.meta[f"krona.{option.name}"] = value
     if value:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of the Hub's client, where it is used
@@ -89,7 +89,7 @@ _quiet_option = click.Option(
 )
 
 
-def asked_for(option: str) -> bool:
+def flag_is_set(option: str) -> bool:
     """Whether the running command got --json or --quiet."""
     context = click.get_current_context(silent=True)
     return bool(context and context.meta.get(f"krona.{option}"))
@@ -103,7 +103,7 @@ def asked_for(option: str) -> bool:
 
 def emit(document: Any, show: Callable[[], None]) -> None:
     """Print the result: `document` as JSON where --json was given, else whatever `show` prints."""
-    if asked_for("json"):
+    if flag_is_set("json"):
         print(json.dumps(plain(document), ensure_ascii=False, indent=2, allow_nan=False))
     else:
         show()
@@ -114,9 +114,9 @@ def fields_of(report: Any, *, without: Sequence[str] = ()) -> dict[str, Any]:
     return {field.name: getattr(report, field.name) for field in fields(report) if field.name not in without}
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Chatter for a person, on stderr; silent under --quiet and --json."""
-    if not (asked_for("quiet") or asked_for("json")):
+    if not (flag_is_set("quiet") or flag_is_set("json")):
         print(text, file=sys.stderr)
 
 
@@ -128,17 +128,17 @@ class _Aloud(logging.Handler):
         said = context.meta.setdefault("krona.said", set()) if context else set()
         if text not in said:
             said.add(text)
-            say(text)
+            log(text)
 
 
-def hear_the_library() -> None:
+def log_to_stderr() -> None:
     """From now on, notes of the library are said aloud, such as that an offline copy is used."""
     log = logging.getLogger("krona_hub")
     if not any(isinstance(handler, _Aloud) for handler in log.handlers):
         log.addHandler(_Aloud())
 
 
-def hush_the_others() -> None:
+def silence_dependencies() -> None:
     """What torch and torchao tell developers, wherever diffusers looks whether torchao is there, is not said."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -150,13 +150,13 @@ def announce(*sources: str | None) -> None:
 
     for source in sources:
         if source is not None and is_remote(source):
-            say(f"{source} is no path here: asking the Hugging Face Hub.")
+            log(f"{source} is no path here: asking the Hugging Face Hub.")
 
 
 def open_file(path: Path) -> None:
     """Show a file in the viewer that the system has for it."""
     if click.launch(str(path)) != 0:
-        say(f"no viewer was found here; the picture is {path}.")
+        log(f"no viewer was found here; the picture is {path}.")
 
 
 def show_text(text: str = "", style: str = "") -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import announce, emit, fields_of, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import (
     base_option,
     complete_formats,
@@ -21,7 +21,8 @@ from krona_hub.cli.options import (
 )
 from krona_hub.cli.progress import progress
 from krona_hub.errors import LossyError
-from krona_hub.rendering.tables import form_groups, human_bytes, percent, relative
+from krona_hub.rendering.humanize import human_bytes, percent, relative
+from krona_hub.rendering.tables import factorization_groups
 
 if TYPE_CHECKING:
     from krona_hub.conversion import ConversionReport
@@ -116,9 +117,9 @@ def command(file: str, layers: bool, report: str | None, **options: Any) -> None
 
 def _say_page(page: str, file: str, report: ConversionReport, options: dict[str, Any], instead: str = "") -> None:
     """Write the page; `instead` is what a refusal advises."""
-    from krona_hub.rendering.html.conversion_page import report_conversion
+    from krona_hub.rendering.html.conversion_report import report_conversion
 
-    say(f"page: {report_conversion(page, file, report, options, instead)}")
+    log(f"page: {report_conversion(page, file, report, options, instead)}")
 
 
 def as_document(report: ConversionReport) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _show_groups(report: ConversionReport) -> None:
         (">layers", "before", "now", ">parameters", ">now", ">worst error", "note"),
         (
             (g.layers, g.before, g.after, g.parameters_before, g.parameters_after, relative(g.worst_error), g.note)
-            for g in form_groups(report.layers)
+            for g in factorization_groups(report.layers)
         ),
     )
     if worst := worst_layers(report.layers):
@@ -181,4 +182,4 @@ def _show_groups(report: ConversionReport) -> None:
 
 def _say_where(report: ConversionReport) -> None:
     if not report.written:
-        say("dry run: nothing was written.")
+        log("dry run: nothing was written.")

@@ -12,9 +12,9 @@ from typing import Any
 import click
 
 from krona_hub.assets import demo
-from krona_hub.cli.console import asked_for, emit, krona_command, open_file, say, show_facts, show_table, show_text
+from krona_hub.cli.console import emit, flag_is_set, krona_command, log, open_file, show_facts, show_table, show_text
 from krona_hub.cli.options import open_option
-from krona_hub.rendering.tables import human_bytes
+from krona_hub.rendering.humanize import human_bytes
 
 OPTIONS = (
     click.Option(["--folder"], default=demo.FOLDER, type=click.Path(), help="Where the demo puts its files."),
@@ -31,7 +31,7 @@ def command(folder: str, show_grid: bool) -> None:
     """
     place = Path(folder)
     commands = demo.prepare(place)
-    say(demo.ABOUT)
+    log(demo.ABOUT)
     steps = [_run(step.why, line) for step, line in zip(demo.STEPS, commands, strict=True)]
     files = [_facts(path) for path in demo.results(place)]
     found = {"folder": folder, "note": demo.ABOUT, "steps": steps, "files": files, "grid": demo.grid(place)}
@@ -45,7 +45,7 @@ def _run(why: str, line: str) -> dict[str, Any]:
     from krona_hub.cli.main import run_line
 
     arguments = shlex.split(line)[1:]
-    if not asked_for("json"):
+    if not flag_is_set("json"):
         show_text()
         show_text(why, "bold")
         show_text(f"$ {line}", "dim")

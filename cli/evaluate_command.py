@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from krona_hub.cli.console import emit, krona_command, say, show_facts, show_table
+from krona_hub.cli.console import emit, krona_command, log, show_facts, show_table
 
 if TYPE_CHECKING:
     from krona_hub.evaluation import EvaluationReport
@@ -52,7 +52,7 @@ def command(
     report = evaluate(pictures, references, prompt=prompt, clip=clip, dino=dino, device=device)
     emit({**vars(report), "columns": report.columns}, lambda: show(report))
     for line in report.left_out:
-        say(line)
+        log(line)
 
 
 def show(report: EvaluationReport) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import announce, emit, fields_of, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import (
     complete_bases,
     component_option,
@@ -19,7 +19,7 @@ from krona_hub.cli.options import (
     to_option,
 )
 from krona_hub.cli.progress import progress
-from krona_hub.rendering.tables import human_bytes, percent, relative
+from krona_hub.rendering.humanize import human_bytes, percent, relative
 
 if TYPE_CHECKING:
     from krona_hub.extraction import ExtractedLayer, ExtractionReport
@@ -107,7 +107,7 @@ def command(base: str, tuned: str, out: str | None, layers: bool, **options: Any
         report = extract(base, tuned, out, progress=step, **options)
     emit(as_document(report), lambda: show(report, every_layer=layers))
     if not report.written:
-        say("dry run: nothing was written.")
+        log("dry run: nothing was written.")
 
 
 def as_document(report: ExtractionReport) -> dict[str, Any]:

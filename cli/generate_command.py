@@ -13,8 +13,8 @@ from krona_hub.cli.console import (
     emit,
     fields_of,
     krona_command,
+    log,
     open_file,
-    say,
     show_facts,
     show_table,
     show_text,
@@ -174,7 +174,7 @@ def command(adapters: tuple[WeightedArgument, ...], out: str | None, show_grid: 
         report = generate(adapters=list(adapters), out=out or FOLDER, progress=step, **options)
     emit(as_document(report), lambda: show(report))
     if not report.written:
-        say("dry run: nothing was written.")
+        log("dry run: nothing was written.")
     elif show_grid and report.out is not None:
         open_file(report.out / (report.grid or report.pictures[0].file))
 

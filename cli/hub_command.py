@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import emit, fields_of, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import complete_bases
 from krona_hub.errors import UsageError
 from krona_hub.hub.preview import describe_preview
-from krona_hub.rendering.tables import human_bytes
+from krona_hub.rendering.humanize import human_bytes
 
 if TYPE_CHECKING:
     from krona_hub.hub import Cached, Found, RepoInfo
@@ -52,7 +52,7 @@ def command(action: str, what: str | None, base: str | None, limit: int, offline
             raise UsageError("krona hub info wants a repository.", fix="Write krona hub info ns/name.")
         found = hub.info(what, offline=offline, endpoint=endpoint)
         for note in found.notes:
-            say(note)
+            log(note)
         emit(as_document(found), lambda: show_info(found))
     elif action == "search":
         hits = hub.search(what, base=base, limit=limit, endpoint=endpoint)

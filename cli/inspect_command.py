@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import announce, emit, fields_of, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import base_option, component_option, file_argument, from_option, report_option
-from krona_hub.rendering.tables import form_in_words, human_bytes, module_groups, scale_in_words
+from krona_hub.formats.reading.description import factorization_text, scale_text
+from krona_hub.rendering.humanize import human_bytes
+from krona_hub.rendering.tables import module_groups
 
 if TYPE_CHECKING:
     from krona_hub.formats.compatibility.tools import Verdict
@@ -65,9 +67,9 @@ def command(
     sha256 = file_sha256(about.header.path) if hashed else None
     emit(as_document(file, about, verdicts, sha256), lambda: _show(file, about, verdicts, sha256, every=layers))
     if report:
-        from krona_hub.rendering.html.adapter_page import report_file
+        from krona_hub.rendering.html.adapter_report import report_file
 
-        say(f"page: {report_file(report, about, verdicts)}")
+        log(f"page: {report_file(report, about, verdicts)}")
 
 
 def as_document(file: str, about: Description, verdicts: Mapping[str, Verdict], sha256: str | None) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def _show_modules(about: Description) -> None:
     show_table(
         ("layer", "kind", "form", "scale", ">parameters"),
         (
-            (" + ".join(m.layers) or m.name, _kind(m), form_in_words(m), scale_in_words(m), m.parameters)
+            (" + ".join(m.layers) or m.name, _kind(m), factorization_text(m), scale_text(m), m.parameters)
             for m in about.modules
         ),
     )

@@ -13,7 +13,7 @@ import rich_click
 from click.shell_completion import shell_complete
 
 from krona_hub import __version__
-from krona_hub.cli.console import hear_the_library, hush_the_others
+from krona_hub.cli.console import log_to_stderr, silence_dependencies
 from krona_hub.cli.failure_report import report_failure
 
 COMPLETE_VARIABLE = "_KRONA_COMPLETE"
@@ -128,8 +128,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def run_line(arguments: Sequence[str]) -> int:
     """Run one command line; its exit status. Failures are raised."""
-    hear_the_library()
-    hush_the_others()
+    log_to_stderr()
+    silence_dependencies()
     try:
         with cli.make_context("krona", list(arguments)) as context:
             cli.invoke(context)

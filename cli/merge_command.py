@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from krona_hub.bases.base import COMPONENTS
-from krona_hub.cli.console import announce, emit, fields_of, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import (
     allow_base_mismatch_option,
     allow_missing_option,
@@ -21,7 +21,7 @@ from krona_hub.cli.options import (
 )
 from krona_hub.cli.progress import byte_progress
 from krona_hub.cli.weighted_source import WeightedArgument, WeightedSource
-from krona_hub.rendering.tables import human_bytes, percent, rate
+from krona_hub.rendering.humanize import human_bytes, percent, rate
 
 if TYPE_CHECKING:
     from krona_hub.merging.plan import AdapterPlan, MergePlan
@@ -131,7 +131,7 @@ def _plan(base: str, adapters: Sequence[WeightedArgument], options: Mapping[str,
 
     plan = plan_merge(base, list(adapters), **{name: options[name] for name in PLANNED})
     emit(plan_document(plan), lambda: _show_plan(plan))
-    say("dry run: nothing was written.")
+    log("dry run: nothing was written.")
 
 
 def _merge(

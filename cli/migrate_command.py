@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from krona_hub.cli.console import emit, krona_command, say, show_text
+from krona_hub.cli.console import emit, krona_command, log, show_text
 from krona_hub.cli.options import dry_run_option, file_argument, output_option, overwrite_option
 from krona_hub.schema.migrate import Migration, migrate_file
 
@@ -28,7 +28,7 @@ def command(file: str, to: str, out: str | None, overwrite: bool, dry_run: bool)
     done = migrate_file(file, to, out, overwrite=overwrite, dry_run=dry_run)
     emit(_document(done, dry_run), lambda: show_text(f"{done.path}: schema {done.start} -> {done.to}"))
     if dry_run:
-        say("dry run: nothing was written.")
+        log("dry run: nothing was written.")
 
 
 def _document(done: Migration, dry_run: bool) -> dict[str, object]:

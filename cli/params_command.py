@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import emit, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import base_option, report_option
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def command(
     layers costs the same.
     """
     from krona_hub.accounting import counting
-    from krona_hub.rendering.html.count_page import count_page
     from krona_hub.rendering.html.markup import check_page, write_page
+    from krona_hub.rendering.html.parameter_report import count_page
 
     if report:
         check_page(report)
@@ -91,7 +91,7 @@ def command(
         found = counting.account_file(file, base=base, component=next(iter(components), None), **forms)
     emit(found, lambda: _show(found))
     if report:
-        say(f"page: {write_page(report, count_page(found))}")
+        log(f"page: {write_page(report, count_page(found))}")
 
 
 def _no_targets(targets: str | None) -> None:

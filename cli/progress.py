@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
 
-from krona_hub.cli.console import asked_for
-from krona_hub.rendering.tables import human_bytes
+from krona_hub.cli.console import flag_is_set
+from krona_hub.rendering.humanize import human_bytes
 
 PATIENCE = 2.0  # seconds before a progress bar appears
 BETWEEN = 0.1  # seconds between two drawings of it
@@ -86,7 +86,7 @@ def _drawn(words: Callable[[int, int | None, float], str]) -> Iterator[Callable[
     the import of torch, says nothing about the work.
     """
     started, shown, first = time.monotonic(), -inf, (0.0, -1)
-    wanted = sys.stderr.isatty() and not (asked_for("quiet") or asked_for("json"))
+    wanted = sys.stderr.isatty() and not (flag_is_set("quiet") or flag_is_set("json"))
 
     def step(done: int, total: int | None) -> None:
         nonlocal shown, first

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import emit, fields_of, krona_command, say, show_facts
+from krona_hub.cli.console import emit, fields_of, krona_command, log, show_facts
 from krona_hub.cli.options import dry_run_option, output_option, overwrite_option
 from krona_hub.errors import UsageError
 from krona_hub.hub.preview import describe_preview
-from krona_hub.rendering.tables import human_bytes
+from krona_hub.rendering.humanize import human_bytes
 
 if TYPE_CHECKING:
     from krona_hub.hub import PullReport
@@ -51,10 +51,10 @@ def command(source: str, max_size: str, dry_run: bool, **options: Any) -> None:
 
     report = pull(source, max_size=bytes_of(max_size), dry_run=dry_run, **options)
     for note in report.notes:
-        say(note)
+        log(note)
     emit(as_document(report), lambda: show(report))
     if dry_run:
-        say("dry run: no weights were downloaded.")
+        log("dry run: no weights were downloaded.")
 
 
 def bytes_of(text: str) -> int:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from krona_hub.cli.console import asked_for, emit, fields_of, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import emit, fields_of, flag_is_set, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import base_option, dry_run_option, file_argument
 from krona_hub.errors import UsageError
-from krona_hub.rendering.tables import human_bytes
+from krona_hub.rendering.humanize import human_bytes
 
 if TYPE_CHECKING:
     from krona_hub.hub import PushReport
@@ -88,7 +88,7 @@ def command(file: str, repo: str, public: bool | None, with_lora: str | None, ye
     shown = not (yes or options["dry_run"]) and _on_a_terminal()
     emit(as_document(report), lambda: show(report, shown=shown))
     if options["dry_run"]:
-        say("dry run: nothing was sent.")
+        log("dry run: nothing was sent.")
 
 
 def _rank(text: str | None) -> int | bool:
@@ -102,7 +102,7 @@ def _rank(text: str | None) -> int | bool:
 
 
 def _on_a_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty() and not asked_for("json")
+    return sys.stdin.isatty() and sys.stdout.isatty() and not flag_is_set("json")
 
 
 def _ask(plan: PushPlan) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from krona_hub.cli.console import asked_for, emit, krona_command, say, show_facts, show_table, show_text
+from krona_hub.cli.console import emit, flag_is_set, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.progress import noted_progress
 from krona_hub.errors import UsageError
-from krona_hub.rendering.tables import human_bytes
+from krona_hub.rendering.humanize import human_bytes
 from krona_hub.training.configuration import PRESETS
 from krona_hub.training.settings import KINDS, SettingKind
 
@@ -177,8 +177,8 @@ def _show(report: Any) -> None:
 def _check(config: str | None, preset: str | None, given: dict[str, Any]) -> None:
     from krona_hub.training.api import check_training
 
-    if not asked_for("json"):
-        say("Opening the base and reading every picture …")
+    if not flag_is_set("json"):
+        log("Opening the base and reading every picture …")
     plan = check_training(config, preset=preset, timed=True, **given)
     emit(plan, lambda: _show_plan(plan))
 

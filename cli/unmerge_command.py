@@ -10,8 +10,7 @@ import click
 from krona_hub.cli.console import emit, krona_command, show_facts, show_text
 from krona_hub.cli.options import output_option, overwrite_option, threads_option
 from krona_hub.cli.progress import byte_progress, counting
-from krona_hub.rendering.humanize import plain
-from krona_hub.rendering.tables import human_bytes, rate
+from krona_hub.rendering.humanize import human_bytes, plain, rate
 
 if TYPE_CHECKING:
     from krona_hub.merging.undo import UnmergeReport

@@ -11,8 +11,7 @@ from krona_hub.cli.console import announce, emit, krona_command, show_facts, sho
 from krona_hub.cli.options import allow_missing_option, base_option, component_option
 from krona_hub.cli.progress import byte_progress, progress
 from krona_hub.cli.weighted_source import WeightedArgument, WeightedSource
-from krona_hub.rendering.humanize import plain
-from krona_hub.rendering.tables import relative
+from krona_hub.rendering.humanize import plain, relative
 
 if TYPE_CHECKING:
     from krona_hub.verification import DeltaCheck, FitCheck, MergeCheck, VerifyReport

@@ -154,7 +154,7 @@ sides = st.integers(1, 96)
 @given(sides, sides, st.sampled_from([(), (1, 1), (3, 3)]))
 def test_by_width_is_the_least_of_all_splits(out, in_, kernel):
     module = ModuleSpec((out, in_, *kernel))
-    best = next(m.cost(module) for m in costs.methods([], [], []))
+    best = next(m.cost(module) for m in costs.adapter_kinds([], [], []))
     assert best == min(s.parameters for s in choices(*module.matrix))
 
 

@@ -14,14 +14,16 @@ Cost = Callable[[ModuleSpec], int]  # raises ShapeError where the form does not 
 
 
 @dataclass(frozen=True)
-class Method:
+class AdapterKind:
     """One way to adapt a layer, and what it costs."""
 
     label: str
     cost: Cost
 
 
-def methods(shapes: Iterable[str], factors: Iterable[int], ranks: Iterable[int], terms: int = 1) -> list[Method]:
+def adapter_kinds(
+    shapes: Iterable[str], factors: Iterable[int], ranks: Iterable[int], terms: int = 1
+) -> list[AdapterKind]:
     """Every form that was asked for: KronA by width, KronA of each shape, LoKr full and of each rank, LoRA."""
     ranks = list(ranks)
     lokr = [_lokr(f, rank) for f in factors for rank in (None, *ranks)]
@@ -47,14 +49,16 @@ def lora_parameters(module: ModuleSpec, rank: int) -> int:
     return rank * sum(module.matrix)
 
 
-def _krona(shape: str, terms: int) -> Method:
+def _krona(shape: str, terms: int) -> AdapterKind:
     a1, a2 = parse_shape(shape)
-    return Method(f"KronA {a1}x{a2}{_times(terms)}", lambda module: krona_parameters(module, a1, a2, terms))
+    return AdapterKind(f"KronA {a1}x{a2}{_times(terms)}", lambda module: krona_parameters(module, a1, a2, terms))
 
 
-def _krona_by_width(terms: int) -> Method:
+def _krona_by_width(terms: int) -> AdapterKind:
     """The default split: the cheapest of each layer, a1·a2 near √(out·in)."""
-    return Method(f"KronA by width{_times(terms)}", lambda module: terms * smallest_split(module.matrix).parameters)
+    return AdapterKind(
+        f"KronA by width{_times(terms)}", lambda module: terms * smallest_split(module.matrix).parameters
+    )
 
 
 def _times(terms: int) -> str:
@@ -63,14 +67,14 @@ def _times(terms: int) -> str:
     return f" ×{terms} terms" if terms > 1 else ""
 
 
-def _lokr(factor: int, rank: int | None) -> Method:
+def _lokr(factor: int, rank: int | None) -> AdapterKind:
     if factor == 0 or factor < -1:
         raise UsageError(f"{factor} is no LoKr factor.", fix="Give -1 (near the square root) or a positive number.")
     label = f"LoKr factor {factor} {'full' if rank is None else f'rank {rank}'}"
-    return Method(label, lambda module: lokr_parameters(module, factor, rank))
+    return AdapterKind(label, lambda module: lokr_parameters(module, factor, rank))
 
 
-def _lora(rank: int) -> Method:
+def _lora(rank: int) -> AdapterKind:
     if rank < 1:
         raise UsageError(f"{rank} is no rank.", fix="Give a positive number.")
-    return Method(f"LoRA rank {rank}", lambda module: lora_parameters(module, rank))
+    return AdapterKind(f"LoRA rank {rank}", lambda module: lora_parameters(module, rank))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from krona_hub.accounting.costs import Method, lora_parameters, methods
+from krona_hub.accounting.costs import AdapterKind, adapter_kinds, lora_parameters
 from krona_hub.bases import catalogue, loading
 from krona_hub.bases.base import Base
 from krona_hub.bases.families import FAMILIES
@@ -101,7 +101,7 @@ def account(
     base = base if isinstance(base, Base) else loading.load_base(base)
     chosen = {c: _layers(base, c, targets, kernels) for c in components_of(base, component)}
     layers = {name: module for modules in chosen.values() for name, module in modules.items()}
-    rows = tuple(_row(method, layers) for method in methods(shapes, factors, ranks, terms))
+    rows = tuple(_row(method, layers) for method in adapter_kinds(shapes, factors, ranks, terms))
     parts = tuple(_part(base, component, modules) for component, modules in chosen.items())
     return Accounting(base.name, targets, parts, rows, _set_names(base, chosen), base.uncovered)
 
@@ -123,7 +123,7 @@ def account_file(
     about = describe(source, base=base, component=component)
     layers = {m.name: ModuleSpec(m.weight_shape) for m in about.modules}
     own = CountRow(f"this file, {about.format}", about.parameters, len(layers), lora_rank_of(about))
-    rows = (own, *(_row(method, layers) for method in methods(shapes, factors, ranks, terms)))
+    rows = (own, *(_row(method, layers) for method in adapter_kinds(shapes, factors, ranks, terms)))
     return Accounting(about.base or "unknown", f"the layers of {about.path.name}", _file_parts(about.modules), rows, ())
 
 
@@ -178,7 +178,7 @@ def _part(base: Base, component: str, layers: Mapping[str, ModuleSpec]) -> Compo
     )
 
 
-def _row(method: Method, layers: Mapping[str, ModuleSpec]) -> CountRow:
+def _row(method: AdapterKind, layers: Mapping[str, ModuleSpec]) -> CountRow:
     costs = {module: _cost(method, module) for module in set(layers.values())}  # few sizes, many layers
     counted = [module for module in layers.values() if costs[module] is not None]
     undivided = tuple(name for name, module in layers.items() if costs[module] is None)
@@ -192,7 +192,7 @@ def _as_lora(parameters: int, modules: Iterable[ModuleSpec]) -> float:
     return parameters / per_rank if per_rank else 0.0
 
 
-def _cost(method: Method, module: ModuleSpec) -> int | None:
+def _cost(method: AdapterKind, module: ModuleSpec) -> int | None:
     """None where the form does not fit."""
     try:
         return method.cost(module)

@@ -12,7 +12,7 @@ from krona_hub.checkpoints.file_names import PEFT_WEIGHTS
 from krona_hub.version import __version__
 
 
-def this_krona() -> str:
+def creator() -> str:
     """What `created_by` says of a file that is made now."""
     return f"krona_hub {__version__}"
 
@@ -70,11 +70,11 @@ class Provenance:
     notes: tuple[str, ...] = ()  # what the reader of the file wants known; never stored
 
 
-def made_of(source: Path, known: Provenance) -> Provenance:
+def native_provenance(source: Path, known: Provenance) -> Provenance:
     """The provenance of what was read from the foreign `source`, with its sha256 and the krona that writes it anew.
 
     A folder of PEFT stands for its weights; of several components none is the one.
     """
     weights = source / PEFT_WEIGHTS if source.is_dir() else source
     sha256 = file_sha256(weights) if weights.is_file() else None
-    return replace(known, created_by=this_krona(), source_sha256=sha256)
+    return replace(known, created_by=creator(), source_sha256=sha256)

@@ -10,7 +10,7 @@ from krona_hub.aliases import Progress
 from krona_hub.checkpoints.atomic import check_output
 from krona_hub.combining.report import CombineReport
 from krona_hub.combining.request import CombineInput, CombineRequest
-from krona_hub.conversion.methods import choose_way
+from krona_hub.conversion.methods import choose_method
 from krona_hub.conversion.output_options import FOLDERS, dtype_named, format_named
 from krona_hub.errors import UsageError
 from krona_hub.sources import resolve
@@ -73,7 +73,7 @@ def _check_wish(terms: int | None, max_error: float | None) -> None:
         raise UsageError("--terms and --max-error exclude each other.", fix="Give one of them.")
     if terms is not None and terms < 1:
         raise UsageError(f"--terms is {terms}.", fix="Give --terms a whole number from 1 up.")
-    choose_way(max_error=max_error)
+    choose_method(max_error=max_error)
 
 
 def _ingredient(place: int, source: Adapter | str | Path, weight: float) -> CombineInput:

@@ -30,48 +30,48 @@ from krona_hub.kron.parallel import in_parallel
 Layers = Mapping[str, LayerDelta]
 
 
-def execute(asked: CombineRequest, progress: Progress | None = None) -> CombineReport:
+def execute(request: CombineRequest, progress: Progress | None = None) -> CombineReport:
     """Do what was asked for; `combine` says what is raised."""
-    stored = None if asked.dtype is None else getattr(torch, asked.dtype)
-    target, loaded = ConversionTarget(asked.format), [_loaded(x, asked) for x in asked.ingredients]
-    weighted = [(adapter, x.weight) for adapter, x in zip(loaded, asked.ingredients, strict=True)]
-    total = weighted_sum(weighted, allow_base_mismatch=asked.allow_base_mismatch)
-    outcomes = _recompressed(total.layers, asked, target, progress)
+    stored = None if request.dtype is None else getattr(torch, request.dtype)
+    target, loaded = ConversionTarget(request.format), [_loaded(x, request) for x in request.ingredients]
+    weighted = [(adapter, x.weight) for adapter, x in zip(loaded, request.ingredients, strict=True)]
+    total = weighted_sum(weighted, allow_base_mismatch=request.allow_base_mismatch)
+    outcomes = _recompressed(total.layers, request, target, progress)
     outcomes = {name: replace(o, delta=cast(o.delta, stored)) for name, o in outcomes.items()}
     report = CombineReport(
-        parts=tuple(_part(x, adapter, asked) for x, adapter in zip(asked.ingredients, loaded, strict=True)),
+        parts=tuple(_part(x, adapter, request) for x, adapter in zip(request.ingredients, loaded, strict=True)),
         target_format=target.format,
-        out=asked.out,
+        out=request.out,
         layers=_layer_reports(total.layers, outcomes),
         notes=total.provenance.notes,
     )
-    _check_loss(report, asked.allow_loss)
+    _check_loss(report, request.allow_loss)
     _check_expressible(target, outcomes)
-    if asked.out is None or asked.dry_run:
+    if request.out is None or request.dry_run:
         return report
     written = write(
         _described(total, outcomes, report),
-        asked.out,
+        request.out,
         format=target.format,
-        base=asked.base,
+        base=request.base,
         dtype=stored,
-        overwrite=asked.overwrite,
+        overwrite=request.overwrite,
     )
     notes = (*report.notes, *written.notes)
     return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
 
 
-def _loaded(x: CombineInput, asked: CombineRequest) -> Adapter:
+def _loaded(x: CombineInput, request: CombineRequest) -> Adapter:
     if isinstance(x.source, Adapter):
         return x.source
-    return read(x.source, base=asked.base, component=asked.component, allow_missing=asked.allow_missing)
+    return read(x.source, base=request.base, component=request.component, allow_missing=request.allow_missing)
 
 
-def _part(x: CombineInput, adapter: Adapter, asked: CombineRequest) -> CombinedAdapter:
+def _part(x: CombineInput, adapter: Adapter, request: CombineRequest) -> CombinedAdapter:
     return CombinedAdapter(
         source=x.said,
         weight=x.weight,
-        format=None if isinstance(x.source, Adapter) else format_of(x.source, asked.base),
+        format=None if isinstance(x.source, Adapter) else format_of(x.source, request.base),
         layers=len(adapter),
         parameters=sum(size_of(delta)[0] for delta in adapter.layers.values()),
         sha256=file_sha256(x.source) if isinstance(x.source, Path) and x.source.is_file() else None,
@@ -79,12 +79,12 @@ def _part(x: CombineInput, adapter: Adapter, asked: CombineRequest) -> CombinedA
 
 
 def _recompressed(
-    layers: Layers, asked: CombineRequest, target: ConversionTarget, progress: Progress | None
+    layers: Layers, request: CombineRequest, target: ConversionTarget, progress: Progress | None
 ) -> dict[str, ConvertedLayer]:
-    if asked.terms is not None:
-        return to_terms(layers, asked.terms, progress)
-    if asked.max_error is not None:
-        return within(layers, asked.max_error, target, progress)
+    if request.terms is not None:
+        return to_terms(layers, request.terms, progress)
+    if request.max_error is not None:
+        return within(layers, request.max_error, target, progress)
     return {name: ConvertedLayer(delta) for name, delta in layers.items()}
 
 

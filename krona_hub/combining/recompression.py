@@ -15,12 +15,12 @@ import torch
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.aliases import Progress
-from krona_hub.conversion.convert_layers import ConvertedLayer, apply_way
+from krona_hub.conversion.convert_layers import ConvertedLayer, apply_method
 from krona_hub.conversion.methods import MaxError
 from krona_hub.conversion.target import ConversionTarget
 from krona_hub.formats.forms.normal_forms import Lora, size_of, with_lora
 from krona_hub.formats.writing.encode import why_not
-from krona_hub.kron.candidate_forms import ROUNDING
+from krona_hub.kron.candidates import ROUNDING
 from krona_hub.kron.norms import recompress
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.shapes import KronShape
@@ -63,7 +63,7 @@ def within(
     rest = {name: d for name, d in layers.items() if name not in kept}
     thin = {name: d for name, d in rest.items() if target.to_lora or _is_thin(d)}
     thick = [name for name in rest if name not in thin]
-    searched = apply_way(thin, MaxError(max_error), target, progress) if thin else {}
+    searched = apply_method(thin, MaxError(max_error), target, progress) if thin else {}
     found = in_parallel(lambda name: _smallest(name, rest[name], max_error, target), thick)
     return kept | searched | _outcomes(found, len(thick), progress)
 

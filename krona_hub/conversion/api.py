@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from krona_hub.aliases import Progress
 from krona_hub.checkpoints.atomic import check_output
-from krona_hub.conversion.methods import choose_way
+from krona_hub.conversion.methods import choose_method
 from krona_hub.conversion.output_options import FOLDERS, dtype_named, format_named
 from krona_hub.conversion.report import ConversionReport
 from krona_hub.conversion.request import ConvertRequest
@@ -53,7 +53,7 @@ def convert(
     Raises LossyError where the total relative error exceeds 0.5 (unless `allow_loss`), InexpressibleError
     where the target cannot hold a delta, and what `read` and `write` raise; then nothing is written.
     """
-    way = choose_way(
+    method = choose_method(
         shape=shape,
         terms=terms,
         shape_fallback=shape_fallback,
@@ -68,7 +68,7 @@ def convert(
         source=str(source),
         path=resolve(source),
         out=None if out is None else Path(out),
-        way=way,
+        method=method,
         to=None if to is None else format_named(to),
         tool=None if tool is None else tool_named(tool).name,
         base=base,

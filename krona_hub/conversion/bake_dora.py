@@ -12,20 +12,22 @@ from torch import Tensor
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases.loading import read as read_weight
 from krona_hub.bases.loading import weight_files
-from krona_hub.conversion.methods import Keep, Way
+from krona_hub.conversion.methods import Keep, Method
 from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import UnknownBaseError
 from krona_hub.kron.terms import KronTerms
 
 
-def bake_dora(adapter: Adapter, target: ConversionTarget, way: Way, base: str | Path | None) -> dict[str, LayerDelta]:
+def bake_dora(
+    adapter: Adapter, target: ConversionTarget, method: Method, base: str | Path | None
+) -> dict[str, LayerDelta]:
     """The DoRA layers as plain deltas W′ − W, where the way or the target asks for that; often none.
 
     A DoRA that only changes names keeps its magnitude and needs no base weights. Raises UnknownBaseError where
     the base weights are needed and not given.
     """
     names = [name for name, delta in adapter.layers.items() if delta.magnitude is not None]
-    if isinstance(way, Keep):
+    if isinstance(method, Keep):
         names = list(target.refusals({name: adapter.layers[name] for name in names}))
     if not names:
         return {}

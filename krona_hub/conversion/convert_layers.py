@@ -11,12 +11,12 @@ import torch
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.aliases import Progress
-from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Rank, Way
+from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Method, Rank
 from krona_hub.conversion.report import LayerReport
 from krona_hub.conversion.target import ConversionTarget, Loads
 from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
 from krona_hub.formats.forms.normal_forms import Lora, exact_lora_of, is_lora, lora_rank, size_of, with_lora, words_of
-from krona_hub.kron.form_search import Choice, realise, smallest_within, within_budget
+from krona_hub.kron.factorization_search import Choice, realise, smallest_within, within_budget
 from krona_hub.kron.from_lora import nearest_kron_of_loras
 from krona_hub.kron.norms import norm, recompress
 from krona_hub.kron.shapes import KronShape, nearest_split, split
@@ -37,11 +37,11 @@ class ConvertedLayer:
     best_other: str | None = None
 
 
-def apply_way(
-    layers: Layers, way: Way, target: ConversionTarget, progress: Progress | None = None
+def apply_method(
+    layers: Layers, method: Method, target: ConversionTarget, progress: Progress | None = None
 ) -> dict[str, ConvertedLayer]:
     """Every layer in the form that `way` asks for, among the forms that the target holds."""
-    match way:
+    match method:
         case Keep():
             return {name: ConvertedLayer(delta) for name, delta in layers.items()}
         case Exact():
@@ -53,9 +53,9 @@ def apply_way(
         case MaxError(error) if target.to_lora:
             return {name: ConvertedLayer(_nearest_lora(delta, max_error=error)) for name, delta in layers.items()}
         case FixedShape():
-            return _fixed_shapes(layers, way, progress)
+            return _fixed_shapes(layers, method, progress)
         case MaxError() | Budget():
-            return _searched(layers, way, target, progress)
+            return _searched(layers, method, target, progress)
 
 
 def _as_lora(delta: LayerDelta) -> LayerDelta:
@@ -80,15 +80,15 @@ def only_loras(weight_shape: tuple[int, ...], shape: KronShape, terms: int, righ
 # --- one shape for every layer ---------------------------------------------------------------------------------------
 
 
-def _fixed_shapes(layers: Layers, way: FixedShape, progress: Progress | None) -> dict[str, ConvertedLayer]:
-    shapes = {name: _shape_for(name, delta.matrix_shape, way) for name, delta in layers.items()}
+def _fixed_shapes(layers: Layers, method: FixedShape, progress: Progress | None) -> dict[str, ConvertedLayer]:
+    shapes = {name: _shape_for(name, delta.matrix_shape, method) for name, delta in layers.items()}
     outcomes: dict[str, ConvertedLayer] = {}
     for names in _alike(layers, shapes):
-        terms = _nearest([layers[name] for name in names], shapes[names[0]], way.terms)
+        terms = _nearest([layers[name] for name in names], shapes[names[0]], method.terms)
         for name, fitted in zip(names, terms, strict=True):
             shape = shapes[name]
-            same = shape[:2] == (way.a1, way.a2)
-            note = "" if same else f"{way.a1}x{way.a2} does not divide it: {shape.a1}x{shape.a2}"
+            same = shape[:2] == (method.a1, method.a2)
+            note = "" if same else f"{method.a1}x{method.a2} does not divide it: {shape.a1}x{shape.a2}"
             outcomes[name] = ConvertedLayer(replace(layers[name], sums=(fitted.to(torch.float32),)), note)
         if progress:
             progress(len(outcomes), len(layers))
@@ -114,12 +114,12 @@ def _nearest(deltas: Sequence[LayerDelta], shape: KronShape, terms: int) -> list
     return [fit.terms for fit in fits]
 
 
-def _shape_for(name: str, size: tuple[int, int], way: FixedShape) -> KronShape:
+def _shape_for(name: str, size: tuple[int, int], method: FixedShape) -> KronShape:
     try:
-        return split(size, way.a1, way.a2)
+        return split(size, method.a1, method.a2)
     except ShapeError as e:
-        if way.fallback:
-            return nearest_split(size, way.a1, way.a2)
+        if method.fallback:
+            return nearest_split(size, method.a1, method.a2)
         e.fix += " Give --shape-fallback nearest to take it."
         raise e.within(name) from None
 
@@ -128,15 +128,15 @@ def _shape_for(name: str, size: tuple[int, int], way: FixedShape) -> KronShape:
 
 
 def _searched(
-    layers: Layers, way: MaxError | Budget, target: ConversionTarget, progress: Progress | None
+    layers: Layers, method: MaxError | Budget, target: ConversionTarget, progress: Progress | None
 ) -> dict[str, ConvertedLayer]:
     variants = (only_loras,) if target.to_lora else target.loads
     loras = {name: exact_lora_of(delta) for name, delta in layers.items()}
     total = sum(size_of(delta)[0] for delta in layers.values())
     errors = (InexpressibleError, UsageError) if len(variants) > 1 else InexpressibleError
-    found = [_search(layers, list(loras.values()), way, total, loads, progress, errors) for loads in variants]
+    found = [_search(layers, list(loras.values()), method, total, loads, progress, errors) for loads in variants]
     norms = [norm(delta.sums) for delta in layers.values()]
-    choices = _best([choices for choices in found if choices is not None], way, norms)
+    choices = _best([choices for choices in found if choices is not None], method, norms)
     return {
         name: _outcome(delta, loras[name], choice, target.holds_any_shape)
         for (name, delta), choice in zip(layers.items(), choices, strict=True)
@@ -146,7 +146,7 @@ def _searched(
 def _search(
     layers: Layers,
     loras: list[Lora],
-    way: MaxError | Budget,
+    method: MaxError | Budget,
     total: int,
     loads: Loads,
     progress: Progress | None,
@@ -155,21 +155,21 @@ def _search(
     """One choice per layer; None where one of `errors` says that a layer has no form that the target loads."""
     allowed = _allowed_by_size(layers, loads)
     try:
-        if isinstance(way, MaxError):
-            return smallest_within(loras, way.value, allowed=allowed, others_within=OTHERS_WITHIN, progress=progress)
-        return within_budget(loras, way.of(total), allowed=allowed, progress=progress)
+        if isinstance(method, MaxError):
+            return smallest_within(loras, method.value, allowed=allowed, others_within=OTHERS_WITHIN, progress=progress)
+        return within_budget(loras, method.of(total), allowed=allowed, progress=progress)
     except errors:
         return None
 
 
-def _best(found: list[list[Choice]], way: MaxError | Budget, norms: Sequence[float]) -> list[Choice]:
+def _best(found: list[list[Choice]], method: MaxError | Budget, norms: Sequence[float]) -> list[Choice]:
     """The variant of the fewest parameters, or of the least error, by what was asked."""
     if not found:
         raise InexpressibleError(
             "no form that the target loads comes within what was asked.",
             fix="Allow more error or a larger budget, or choose a target that holds any shape, such as --to krona.",
         )
-    if isinstance(way, MaxError):
+    if isinstance(method, MaxError):
         return min(found, key=lambda choices: sum(c.form.parameters for c in choices))
     return min(found, key=lambda choices: _lost(choices, norms))
 
@@ -208,15 +208,15 @@ def _outcome(delta: LayerDelta, lora: Lora, choice: Choice, holds_any_shape: Hol
     return ConvertedLayer(replace(delta, sums=(terms,)), note, best_other if form.is_lora else None)
 
 
-def check_kind(way: Way, to_lora: bool, names: Sequence[str]) -> None:
+def check_kind(method: Method, to_lora: bool, names: Sequence[str]) -> None:
     """Raise UsageError where the way and the kind of the target contradict each other."""
     if not names:
         raise KronaError("the adapter has no layer.", fix="There is nothing to convert.")
-    if to_lora and isinstance(way, FixedShape):
+    if to_lora and isinstance(method, FixedShape):
         raise UsageError(
             "a LoRA has no Kronecker shape.", fix="Use --rank or --max-error, or choose a Kronecker format."
         )
-    if not to_lora and isinstance(way, Rank):
+    if not to_lora and isinstance(method, Rank):
         raise UsageError(
             "--rank belongs to LoRA targets.", fix="Add --to lora, or use --shape, --max-error or --budget."
         )

@@ -9,15 +9,21 @@ from pathlib import Path
 import torch
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.adapters.provenance import made_of
+from krona_hub.adapters.provenance import native_provenance
 from krona_hub.aliases import Progress
 from krona_hub.conversion.bake_dora import bake_dora
-from krona_hub.conversion.convert_layers import ConvertedLayer, apply_way, check_kind, layer_report, lora_error_within
-from krona_hub.conversion.methods import Keep, MaxError, Way
+from krona_hub.conversion.convert_layers import (
+    ConvertedLayer,
+    apply_method,
+    check_kind,
+    layer_report,
+    lora_error_within,
+)
+from krona_hub.conversion.methods import Keep, MaxError, Method
 from krona_hub.conversion.output_options import default_out
 from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, LayerReport
 from krona_hub.conversion.request import ConvertRequest
-from krona_hub.conversion.target import ConversionTarget, choose_target, default_way
+from krona_hub.conversion.target import ConversionTarget, choose_target, default_method
 from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import is_lora
 from krona_hub.formats.known.registry import format_of
@@ -29,61 +35,65 @@ from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.to_lora import nearest_lora
 
 
-def execute(asked: ConvertRequest, progress: Progress | None = None) -> ConversionReport:
+def execute(request: ConvertRequest, progress: Progress | None = None) -> ConversionReport:
     """Do what was asked for; `convert` says what is raised."""
-    stored = None if asked.dtype is None else getattr(torch, asked.dtype)
+    stored = None if request.dtype is None else getattr(torch, request.dtype)
     adapter = read(
-        asked.path,
-        base=asked.base,
-        format=asked.from_format,
-        component=asked.component,
-        allow_missing=asked.allow_missing,
+        request.path,
+        base=request.base,
+        format=request.from_format,
+        component=request.component,
+        allow_missing=request.allow_missing,
     )
-    target = choose_target(adapter, to=asked.to, tool=asked.tool, way=asked.way)
-    way = asked.way if asked.way is not None else default_way(adapter, target)
-    check_kind(way, target.to_lora, list(adapter.layers))
-    baked = bake_dora(adapter, target, way, asked.base)
+    target = choose_target(adapter, to=request.to, tool=request.tool, method=request.method)
+    method = request.method if request.method is not None else default_method(adapter, target)
+    check_kind(method, target.to_lora, list(adapter.layers))
+    baked = bake_dora(adapter, target, method, request.base)
     meant = dict(adapter.layers) | baked  # what the result is measured against
-    kept = {} if asked.way else {n: d for n, d in adapter.layers.items() if n not in baked and _kept(d, way, target)}
+    kept = (
+        {}
+        if request.method
+        else {n: d for n, d in adapter.layers.items() if n not in baked and _kept(d, method, target)}
+    )
     changed = {name: delta for name, delta in meant.items() if name not in kept}
     outcomes = {name: ConvertedLayer(delta) for name, delta in kept.items()}
     if changed:
-        outcomes |= apply_way(changed, MaxError() if isinstance(way, Keep) else way, target, progress)
+        outcomes |= apply_method(changed, MaxError() if isinstance(method, Keep) else method, target, progress)
     target = target.for_result(o.delta for o in outcomes.values())
     outcomes = {name: replace(o, delta=cast(o.delta, stored)) for name, o in outcomes.items()}
 
     report = ConversionReport(
-        source=asked.source,
-        source_format=asked.from_format or format_of(asked.path, asked.base),
+        source=request.source,
+        source_format=request.from_format or format_of(request.path, request.base),
         target_format=target.format,
-        tool=asked.tool,
-        out=asked.out if asked.out is not None else default_out(asked.source, target.format),
+        tool=request.tool,
+        out=request.out if request.out is not None else default_out(request.source, target.format),
         layers=_layer_reports(adapter.layers, meant, outcomes),
         notes=_dora_note(baked),
     )
-    if report.relative_error > REFUSED_ABOVE and not asked.allow_loss:
+    if report.relative_error > REFUSED_ABOVE and not request.allow_loss:
         raise _too_lossy(report, meant)
     _check_expressible(target, outcomes)
-    if asked.dry_run:
+    if request.dry_run:
         return report
     written = write(
-        _converted(adapter, outcomes, report, way, asked.path),
+        _converted(adapter, outcomes, report, method, request.path),
         report.out,
         format=target.format,
-        base=asked.base,
-        tool=asked.tool,
+        base=request.base,
+        tool=request.tool,
         dtype=stored,
-        overwrite=asked.overwrite,
-        split_qkv=asked.split_qkv,
+        overwrite=request.overwrite,
+        split_qkv=request.split_qkv,
     )
     return replace(
         report, checked=str(written), written=True, files=written.files, notes=(*report.notes, *written.notes)
     )
 
 
-def _kept(delta: LayerDelta, way: Way, target: ConversionTarget) -> bool:
+def _kept(delta: LayerDelta, method: Method, target: ConversionTarget) -> bool:
     """Without a way, a layer that is already of the target's kind is not touched."""
-    return isinstance(way, Keep) or is_lora(delta) == target.to_lora
+    return isinstance(method, Keep) or is_lora(delta) == target.to_lora
 
 
 def _dora_note(baked: Mapping[str, LayerDelta]) -> tuple[str, ...]:
@@ -109,14 +119,14 @@ def _layer_report(name: str, before: LayerDelta, meant: LayerDelta, outcome: Con
 
 
 def _converted(
-    adapter: Adapter, outcomes: Mapping[str, ConvertedLayer], report: ConversionReport, way: Way, source: Path
+    adapter: Adapter, outcomes: Mapping[str, ConvertedLayer], report: ConversionReport, method: Method, source: Path
 ) -> Adapter:
     """The adapter to write, with what it was made of and what was measured in its provenance."""
     errors = {x.layer: x.relative_error for x in report.layers if x.relative_error > 0}
     known, becomes_native = adapter.provenance, report.target_format == "krona" != report.source_format
     provenance = replace(
-        made_of(source, known) if becomes_native else known,  # no other format has a place for it
-        method=None if isinstance(way, Keep) else str(way),
+        native_provenance(source, known) if becomes_native else known,  # no other format has a place for it
+        method=None if isinstance(method, Keep) else str(method),
         relative_error=report.relative_error if errors else None,
         layer_errors=errors,
     )

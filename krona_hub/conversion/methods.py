@@ -79,10 +79,10 @@ class Rank:
         return f"convert --rank {self.value}"
 
 
-Way = Keep | Exact | FixedShape | MaxError | Budget | Rank
+Method = Keep | Exact | FixedShape | MaxError | Budget | Rank
 
 
-def choose_way(
+def choose_method(
     *,
     shape: str | tuple[int, int] | None = None,
     terms: int = 1,
@@ -91,12 +91,12 @@ def choose_way(
     budget: str | int | None = None,
     exact: bool = False,
     rank: int | None = None,
-) -> Way | None:
+) -> Method | None:
     """The one way that the options name; None where they name none. Raises UsageError where they name two.
 
-    >>> choose_way(shape="64x4", terms=2)
+    >>> choose_method(shape="64x4", terms=2)
     FixedShape(a1=64, a2=4, terms=2, fallback=False)
-    >>> choose_way(budget="50%")
+    >>> choose_method(budget="50%")
     Budget(parameters=None, share=0.5)
     """
     given = {"--shape": shape, "--max-error": max_error, "--budget": budget, "--exact": exact or None, "--rank": rank}

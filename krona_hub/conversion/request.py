@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from krona_hub.conversion.methods import Way
+from krona_hub.conversion.methods import Method
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class ConvertRequest:
     source: str  # as the caller named it
     path: Path
     out: Path | None
-    way: Way | None
+    method: Method | None
     to: str | None  # a name of FORMATS
     tool: str | None
     base: str | Path | None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.conversion.methods import DEFAULT_MAX_ERROR, Exact, Keep, MaxError, Way
+from krona_hub.conversion.methods import DEFAULT_MAX_ERROR, Exact, Keep, MaxError, Method
 from krona_hub.conversion.output_options import format_named
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.formats.compatibility.format_limits import LOW_RANK
@@ -72,7 +72,7 @@ def _loads_with_factor(
     return split == by_peft and plain(weight, shape, terms, right_rank)
 
 
-def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, way: Way | None) -> ConversionTarget:
+def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, method: Method | None) -> ConversionTarget:
     """The format asked for, or the one that the tool wants for this kind of adapter. Raises UsageError for both.
 
     `--for` never changes the kind: a LoRA stays a LoRA unless a way to make it Kronecker is given.
@@ -82,9 +82,9 @@ def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, way: Wa
     if tool is None:
         return ConversionTarget(format_named(to or "krona"))
     known = tool_named(tool)
-    stays_lora = all(map(is_lora, adapter.layers.values())) and (way is None or isinstance(way, Exact))
+    stays_lora = all(map(is_lora, adapter.layers.values())) and (method is None or isinstance(method, Exact))
     wanted = target_for(known, stays_lora)
-    if wanted is None and way is not None and known.lora is not None:
+    if wanted is None and method is not None and known.lora is not None:
         wanted = known.lora  # a way was given, and the tool takes nothing but LoRA
     if wanted is None:
         raise InexpressibleError(
@@ -94,7 +94,7 @@ def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, way: Wa
     return ConversionTarget(wanted.format, known.name)
 
 
-def default_way(adapter: Adapter, target: ConversionTarget) -> Way:
+def default_method(adapter: Adapter, target: ConversionTarget) -> Method:
     """Without a way nothing changes within a kind or for a tool; into the other kind, the smallest within 5 %."""
     kinds = {is_lora(delta) for delta in adapter.layers.values()}
     return Keep() if target.tool is not None or kinds == {target.to_lora} else MaxError()

@@ -10,16 +10,16 @@ from typing import NamedTuple
 from PIL import Image
 
 from krona_hub.errors import DataError, KronaError, NotFoundError
-from krona_hub.evaluation.colour_identity import identity
+from krona_hub.evaluation.color_identity import identity
 from krona_hub.evaluation.embedders import CLIP, DINO, Embedder, agreement, likeness
 from krona_hub.images.record import read_record
 from krona_hub.training.data.dataset import picture_files, pictures_of
-from krona_hub.training.data.pictures import open_picture
+from krona_hub.training.data.images import open_picture
 
 GRID = "grid.png"  # all pictures in one, which is none of them
 
 
-class Told(NamedTuple):
+class ImageOrigin(NamedTuple):
     """What is known of a picture besides its pixels."""
 
     prompt: str | None
@@ -45,7 +45,7 @@ class EvaluationReport:
 
     pictures: tuple[Path, ...]
     references: tuple[Path, ...]
-    told: tuple[Told, ...]  # of each picture
+    told: tuple[ImageOrigin, ...]  # of each picture
     measures: tuple[Measure, ...]
     left_out: tuple[str, ...]
 
@@ -73,7 +73,7 @@ def evaluate(
     """
     files, known = _files(pictures), _files(references)
     shown, like = ([open_picture(path) for path in paths] for paths in (files, known))
-    told = tuple(told_by(path)._replace(prompt=prompt) if prompt else told_by(path) for path in files)
+    told = tuple(origin_of(path)._replace(prompt=prompt) if prompt else origin_of(path) for path in files)
     measures = [Measure("identity", "vivid colours and their height", tuple(identity(each, like) for each in shown))]
     left_out: list[str] = []
     if model := _embedder("CLIP", clip, CLIP, device, left_out):
@@ -85,7 +85,7 @@ def evaluate(
 
 
 def _by_words(
-    model: Embedder, shown: Sequence[Image.Image], told: Sequence[Told], left_out: list[str]
+    model: Embedder, shown: Sequence[Image.Image], told: Sequence[ImageOrigin], left_out: list[str]
 ) -> list[Measure]:
     prompts = [each.prompt for each in told if each.prompt]
     if len(prompts) < len(told):
@@ -117,10 +117,10 @@ def _files(source: str | Path) -> tuple[Path, ...]:
     return found
 
 
-def told_by(path: Path) -> Told:
+def origin_of(path: Path) -> ImageOrigin:
     """What `krona generate` wrote into a PNG; nothing for other pictures."""
     try:
         picture = read_record(path)["pictures"][0]
-        return Told(str(picture["prompt"]), str(picture["column"]))
+        return ImageOrigin(str(picture["prompt"]), str(picture["column"]))
     except (KronaError, KeyError, IndexError, TypeError):
-        return Told(None, "")
+        return ImageOrigin(None, "")

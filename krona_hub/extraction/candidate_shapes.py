@@ -15,8 +15,8 @@ from krona_hub.extraction.error_curves import Allowed, ErrorCurve, cost, price_o
 from krona_hub.extraction.fit_plan import FitPlan
 from krona_hub.extraction.layer_difference import LayerDifference, lora_shape
 from krona_hub.extraction.tensor_pairs import LayerPair
-from krona_hub.kron.candidate_forms import Form, is_lora, realise
-from krona_hub.kron.form_search import smallest_within
+from krona_hub.kron.candidates import Factorization, is_lora, realise
+from krona_hub.kron.factorization_search import smallest_within
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.shapes import choices as shapes_of
@@ -57,9 +57,9 @@ def _screened(plan: FitPlan, pair: LayerPair) -> list[KronShape]:
     possible = (s for s in shapes_of(*difference.size) if not is_lora(s, None) and s.parameters < limit)
     sizes = {shape: size(shape) for shape in possible if allowed(shape, 1, None)}
     likely = sorted((s for s in sizes if sizes[s] < limit), key=lambda s: (sizes[s], s))[:LIKELY]
-    curves = {shape: difference.curve_to_noise(shape, plan.asked.max_error) for shape in likely}
+    curves = {shape: difference.curve_to_noise(shape, plan.request.max_error) for shape in likely}
     price = price_of_a_number(difference.noise.energy, difference.size)
-    return sorted(likely, key=lambda s: (_cost(curves[s], plan.asked.max_error, price), s))[:KEPT]
+    return sorted(likely, key=lambda s: (_cost(curves[s], plan.request.max_error, price), s))[:KEPT]
 
 
 def _cost(curve: ErrorCurve, max_error: float | None, price: float) -> float:
@@ -76,7 +76,7 @@ class Thin(NamedTuple):
     pair: LayerPair
     curve: ErrorCurve
     lora: KronTerms
-    chosen: Form  # a LoRA too: what another form must be smaller than
+    chosen: Factorization  # a LoRA too: what another form must be smaller than
 
 
 def smaller_than_lora(plan: FitPlan, layers: Sequence[Thin]) -> dict[LayerPair, KronTerms]:
@@ -99,8 +99,8 @@ def _allowed_error(plan: FitPlan, curve: ErrorCurve) -> float:
     Down to the noise, it need not have the noise that the LoRA took in, and may lose a term at the edge of the noise.
     """
     kept, rest = curve.left[0] - curve.left[curve.above], curve.left[curve.above]
-    if plan.asked.max_error is not None:
-        return sqrt(max(0.0, plan.asked.max_error**2 * curve.left[0] - rest) / kept)
+    if plan.request.max_error is not None:
+        return sqrt(max(0.0, plan.request.max_error**2 * curve.left[0] - rest) / kept)
     out, in_ = curve.shape.full
     of_one_number = curve.floor**2 / (sqrt(out) + sqrt(in_)) ** 2
     return min(0.5, sqrt((curve.above * (out + in_) * of_one_number + curve.floor**2) / kept))
@@ -109,7 +109,7 @@ def _allowed_error(plan: FitPlan, curve: ErrorCurve) -> float:
 def _bucket(plan: FitPlan, error: float) -> float:
     """To a power of BUCKET, up or, where the limit was asked for, down: layers of one limit are searched together."""
     step = log(error) / log(BUCKET)
-    return exp((ceil(step) if plan.asked.max_error is None else floor(step)) * log(BUCKET))
+    return exp((ceil(step) if plan.request.max_error is None else floor(step)) * log(BUCKET))
 
 
 def _smaller(
@@ -129,7 +129,7 @@ def _factors(lora: KronTerms) -> tuple[Tensor, Tensor]:
 
 def _capped(plan: FitPlan, weight: tuple[int, ...]) -> Allowed:
     """What the target holds, with no more terms than were asked for."""
-    allowed, most = plan.allowed(weight), plan.asked.terms
+    allowed, most = plan.allowed(weight), plan.request.terms
 
     def capped(shape: KronShape, terms: int, right_rank: int | None) -> bool:
         return (most is None or terms <= most) and allowed(shape, terms, right_rank)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import log2, sqrt
 
 from krona_hub.kron.allocation import Point
-from krona_hub.kron.candidate_forms import Form, parameters_of
+from krona_hub.kron.candidates import Factorization, parameters_of
 from krona_hub.kron.shapes import KronShape
 
 TERMS_COUNT = 0.05  # twice the terms must save this share of the parameters
@@ -29,14 +29,14 @@ class ErrorCurve:
         """(out, 1) ⊗ (1, in): its terms are the ranks of a LoRA, and are written as one."""
         return self.shape.a2 == self.shape.b1 == 1
 
-    def form(self, terms: int) -> Form:
+    def form(self, terms: int) -> Factorization:
         """The first `terms` as they are written."""
         shape, rank = self.shape, None
         count = terms
         if self.is_lora:
             shape, rank, count = KronShape(1, 1, *self.shape.full), terms, 1
         error = sqrt(self.left[terms] / self.left[0]) if self.left[0] else 0.0
-        return Form(shape, count, rank, parameters_of(shape, count, rank), error)
+        return Factorization(shape, count, rank, parameters_of(shape, count, rank), error)
 
     def most(self, allowed: Allowed) -> int:
         """How many of the terms the target holds."""
@@ -54,19 +54,19 @@ class ErrorCurve:
         return next((k for k, left in enumerate(self.left) if left <= limit), None)
 
 
-def nothing(size: tuple[int, int]) -> Form:
+def nothing(size: tuple[int, int]) -> Factorization:
     """The form of a layer that is left out."""
-    return Form(KronShape(1, 1, *size), 0, None, 0, 1.0)
+    return Factorization(KronShape(1, 1, *size), 0, None, 0, 1.0)
 
 
-def whole(size: tuple[int, int]) -> Form:
+def whole(size: tuple[int, int]) -> Factorization:
     """The difference itself, [[1]] ⊗ Δ."""
-    return Form(KronShape(1, 1, *size), 1, None, size[0] * size[1], 0.0)
+    return Factorization(KronShape(1, 1, *size), 1, None, size[0] * size[1], 0.0)
 
 
 def above_noise(
     curves: Sequence[ErrorCurve], noise: float, allowed: Allowed, most: int | None = None, *, dense: bool = True
-) -> Form:
+) -> Factorization:
     """The form that explains the difference best: every term above the noise, of the shape that suits it.
 
     `noise` is the expected energy of the rounding, and makes the price of a number.
@@ -79,7 +79,7 @@ def above_noise(
     return min(forms, key=lambda f: (cost(f, energy, price), f.order), default=nothing(size))
 
 
-def cost(form: Form, energy: float, price: float) -> float:
+def cost(form: Factorization, energy: float, price: float) -> float:
     """What a form leaves and what its numbers must explain; of forms that are much alike the one of fewer terms."""
     return form.relative_error**2 * energy + price * form.parameters * (1 + TERMS_COUNT * log2(max(1, form.terms)))
 
@@ -89,7 +89,9 @@ def price_of_a_number(noise: float, size: tuple[int, int]) -> float:
     return 2 * noise / (size[0] * size[1])
 
 
-def within(curves: Sequence[ErrorCurve], max_error: float, allowed: Allowed, *, dense: bool = True) -> Form | None:
+def within(
+    curves: Sequence[ErrorCurve], max_error: float, allowed: Allowed, *, dense: bool = True
+) -> Factorization | None:
     """The smallest form within an error; None where the target holds none."""
     size = curves[0].shape.full
     forms = [

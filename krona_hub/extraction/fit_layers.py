@@ -18,7 +18,7 @@ from krona_hub.extraction.fit_plan import FitPlan
 from krona_hub.extraction.layer_difference import LayerDifference, Taken
 from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.kron.allocation import allocate
-from krona_hub.kron.candidate_forms import Form
+from krona_hub.kron.candidates import Factorization
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.terms import KronTerms
@@ -70,7 +70,7 @@ def fit(pairs: Sequence[LayerPair], plan: FitPlan, step: Step) -> list[Fitted]:
 
 
 def _at_once(plan: FitPlan) -> bool:
-    return plan.one_shape and plan.asked.budget is None
+    return plan.one_shape and plan.request.budget is None
 
 
 def _fit_at_once(plan: FitPlan, pair: LayerPair) -> Fitted:
@@ -100,7 +100,7 @@ def _in_steps(pairs: Sequence[LayerPair], plan: FitPlan, step: Step) -> list[Fit
         studies[pair] = study
         step()
     known = [s for s in studies.values() if isinstance(s, Study)]
-    wide = [s for s in known if plan.asked.shape is None and not plan.target.to_lora and _is_wide(plan, s)]
+    wide = [s for s in known if plan.request.shape is None and not plan.target.to_lora and _is_wide(plan, s)]
     shapes = best_shapes([s.pair for s in wide], plan)
     for study, curves in in_parallel(partial(_more_curves, plan, shapes), wide, plan.threads):
         studies[study.pair] = replace(study, curves=(*study.curves, *curves))
@@ -134,18 +134,18 @@ def _study(plan: FitPlan, pair: LayerPair) -> Study | Fitted:
 
 def _is_wide(plan: FitPlan, study: Study) -> bool:
     """Whether the shapes are to be tried on the difference itself: a thin LoRA knows all of them by its factors."""
-    return study.lora is None or plan.asked.budget is not None
+    return study.lora is None or plan.request.budget is not None
 
 
 def _more_curves(plan: FitPlan, shapes: dict[tuple[int, int], list[KronShape]], study: Study) -> list[ErrorCurve]:
     wanted = shapes[study.size]
     difference = LayerDifference.of(study.pair) if wanted else None
-    return [] if difference is None else [difference.curve_to_noise(shape, plan.asked.max_error) for shape in wanted]
+    return [] if difference is None else [difference.curve_to_noise(shape, plan.request.max_error) for shape in wanted]
 
 
-def _chosen(plan: FitPlan, studies: Sequence[Study]) -> dict[LayerPair, Form | KronTerms]:
+def _chosen(plan: FitPlan, studies: Sequence[Study]) -> dict[LayerPair, Factorization | KronTerms]:
     """A form, or a sum that is known already, for every layer."""
-    if plan.asked.budget is not None:
+    if plan.request.budget is not None:
         return dict(_within_budget(plan, studies))
     forms = {s.pair: plan.choose(s.pair, list(s.curves), s.noise) for s in studies}
     thin = [
@@ -157,9 +157,9 @@ def _chosen(plan: FitPlan, studies: Sequence[Study]) -> dict[LayerPair, Form | K
     return forms | whole | smaller_than_lora(plan, thin)
 
 
-def _within_budget(plan: FitPlan, studies: Sequence[Study]) -> dict[LayerPair, Form]:
+def _within_budget(plan: FitPlan, studies: Sequence[Study]) -> dict[LayerPair, Factorization]:
     """The least total error for the budget, shared between layers by what each gains."""
-    budget = plan.asked.budget
+    budget = plan.request.budget
     whole = sum(s.size[0] * s.size[1] for s in studies)
     if budget is None or not studies:
         return {}
@@ -171,7 +171,7 @@ def _within_budget(plan: FitPlan, studies: Sequence[Study]) -> dict[LayerPair, F
     return {s.pair: point.form for s, point in zip(studies, found, strict=True)}
 
 
-def _take(plan: FitPlan, study: Study, chosen: Form | KronTerms) -> Fitted:
+def _take(plan: FitPlan, study: Study, chosen: Factorization | KronTerms) -> Fitted:
     nothing_above = not any(c.above for c in study.curves)
     if nothing_above and study.only_rounding:
         return Fitted(study.pair, is_rounding=True)

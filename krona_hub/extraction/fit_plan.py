@@ -14,7 +14,7 @@ from krona_hub.extraction.layer_difference import LayerDifference, lora_shape
 from krona_hub.extraction.request import FitRequest
 from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.formats.compatibility.tools import loads_form
-from krona_hub.kron.candidate_forms import Form, is_lora
+from krona_hub.kron.candidates import Factorization, is_lora
 from krona_hub.kron.shapes import KronShape, nearest_split, split
 
 
@@ -22,7 +22,7 @@ from krona_hub.kron.shapes import KronShape, nearest_split, split
 class FitPlan:
     """The same for all layers."""
 
-    asked: FitRequest
+    request: FitRequest
     target: ConversionTarget
     dtype: torch.dtype | None  # of the factors; None: float32
     threads: int | None
@@ -30,63 +30,65 @@ class FitPlan:
     @property
     def one_shape(self) -> bool:
         """Whether a layer has one curve only: that of the shape asked for, or of a LoRA."""
-        return self.asked.shape is not None or self.target.to_lora
+        return self.request.shape is not None or self.target.to_lora
 
     def curve(self, difference: LayerDifference) -> ErrorCurve:
         """The curve of the one shape, or of the LoRA form; no deeper than it is needed."""
         if not self.one_shape or self.target.to_lora:
-            if self.target.to_lora and self.asked.terms is not None:
-                return difference.curve(lora_shape(difference.size), min(self.asked.terms, *difference.size))
-            return difference.curve_to_noise(lora_shape(difference.size), self.asked.max_error)
+            if self.target.to_lora and self.request.terms is not None:
+                return difference.curve(lora_shape(difference.size), min(self.request.terms, *difference.size))
+            return difference.curve_to_noise(lora_shape(difference.size), self.request.max_error)
         shape = self.shape_of(difference.pair)
-        terms = self.asked.terms
+        terms = self.request.terms
         return difference.curve(shape, None if terms is None else min(terms, shape.max_terms))
 
     def shape_of(self, pair: LayerPair) -> KronShape:
         """The shape asked for. Raises ShapeError, naming the layer, where it does not divide."""
-        (a1, a2), size = self.asked.shape or (1, 1), pair.size
+        (a1, a2), size = self.request.shape or (1, 1), pair.size
         try:
             return split(size, a1, a2)
         except ShapeError as e:
-            if self.asked.fallback:
+            if self.request.fallback:
                 return nearest_split(size, a1, a2)
             e.fix += " Give --shape-fallback nearest to take it, or choose layers with --targets."
             raise e.within(pair.name) from None
 
     def allowed(self, weight: tuple[int, ...]) -> Allowed:
         """Which forms the target holds on a weight of that shape."""
-        return _allowed(self.target.format, weight, self.asked.shape is None and self.target.format in ONE_FACTOR)
+        return _allowed(self.target.format, weight, self.request.shape is None and self.target.format in ONE_FACTOR)
 
-    def choose(self, pair: LayerPair, curves: list[ErrorCurve], noise: float) -> Form:
+    def choose(self, pair: LayerPair, curves: list[ErrorCurve], noise: float) -> Factorization:
         """The form of a layer by its curves. Raises InexpressibleError where the target holds none that will do."""
         allowed, dense = self.allowed(pair.shape), not self.one_shape
-        if self.asked.max_error is not None:
-            form = within(curves, self.asked.max_error, allowed, dense=dense)
+        if self.request.max_error is not None:
+            form = within(curves, self.request.max_error, allowed, dense=dense)
             if form is None:
                 raise InexpressibleError(
                     f"{pair.name} needs more terms than {self.target.format} holds to come within "
-                    f"{self.asked.max_error:g}.",
+                    f"{self.request.max_error:g}.",
                     fix="Choose --to krona, --shape auto, or a larger error.",
                 )
             return form
         if dense:
-            return above_noise(curves, noise, allowed, self.asked.terms)
+            return above_noise(curves, noise, allowed, self.request.terms)
         most = curves[0].most(allowed)
         if not most:
             raise InexpressibleError(
                 f"{pair.name}: {self.target.format} cannot hold {curves[0].shape} on a weight of {list(pair.shape)}.",
                 fix="Choose another shape, --shape auto or --to krona.",
             )
-        if self.asked.terms is not None:
-            return curves[0].form(min(self.asked.terms, most))
+        if self.request.terms is not None:
+            return curves[0].form(min(self.request.terms, most))
         return above_noise(curves, noise, allowed, dense=False)
 
-    def note(self, pair: LayerPair, curve: ErrorCurve, form: Form) -> str:
+    def note(self, pair: LayerPair, curve: ErrorCurve, form: Factorization) -> str:
         """What the reader of the report should know of the choice."""
         notes = []
-        if self.asked.shape is not None and form.terms and form.shape[:2] != self.asked.shape:
-            notes.append(f"{'x'.join(map(str, self.asked.shape))} does not divide it")
-        if self.asked.max_error is None and curve.most(self.allowed(pair.shape)) < (self.asked.terms or curve.above):
+        if self.request.shape is not None and form.terms and form.shape[:2] != self.request.shape:
+            notes.append(f"{'x'.join(map(str, self.request.shape))} does not divide it")
+        if self.request.max_error is None and curve.most(self.allowed(pair.shape)) < (
+            self.request.terms or curve.above
+        ):
             notes.append(f"{curve.above} terms stand above the noise, {self.target.format} holds one")
         return "; ".join(notes)
 

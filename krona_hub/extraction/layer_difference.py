@@ -19,7 +19,7 @@ from krona_hub.extraction.report import NO_FORM, ExtractedLayer
 from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.formats.forms.normal_forms import lora_rank, size_of, words_of
 from krona_hub.formats.writing.encode import cast
-from krona_hub.kron.candidate_forms import Form
+from krona_hub.kron.candidates import Factorization
 from krona_hub.kron.from_dense import SMALL, DenseSpectrum, RearrangedDense, dense_rows
 from krona_hub.kron.rounding_noise import StorageNoise, stored_dtype
 from krona_hub.kron.shapes import KronShape
@@ -134,7 +134,7 @@ class LayerDifference:
         """Whether rounding alone may be all of it: by its energy, where no term stands above the noise."""
         return self.energy <= 1.05 * self.noise.energy
 
-    def sums(self, form: Form) -> KronTerms:
+    def sums(self, form: Factorization) -> KronTerms:
         """The nearest sum of that form, float32."""
         if form.right_rank is None and form.shape[:2] == (1, 1):
             return KronTerms(torch.ones(1, 1, 1), self.delta[None].clone())

@@ -10,12 +10,12 @@ from krona_hub.assets.shipped import SHIPPED
 from krona_hub.bases import catalogue
 from krona_hub.bases.families import FAMILIES
 from krona_hub.formats.compatibility.tools import TOOLS, loads_in
-from krona_hub.formats.reading.description import Description
+from krona_hub.formats.reading.description import Description, factorization_text
 from krona_hub.hub.local_adapter import LocalAdapter
 from krona_hub.hub.manifest import ManifestEntry
 from krona_hub.hub.model_card import CardFacts, CardSample
 from krona_hub.hub.repo_layout import HEADER_SIZE, LORA_EXPORT, MODEL_TYPE, PLOTS, WEIGHTS
-from krona_hub.rendering.tables import form_in_words, human_bytes, percent, relative
+from krona_hub.rendering.humanize import human_bytes, percent, relative
 from krona_hub.schema.modelspec import TITLE, UNTITLED
 from krona_hub.training.configuration import as_toml
 from krona_hub.training.settings import KINDS
@@ -136,7 +136,7 @@ def _parameters_of_base(family: str | None, components: Sequence[str]) -> int:
 
 def _layers(d: Description) -> list[tuple[str, ...]]:
     largest = sorted(d.modules, key=lambda m: (-m.parameters, m.name))[:MOST_LAYERS]
-    return [(f"`{m.name}`", form_in_words(m), f"{m.parameters:,}") for m in largest]
+    return [(f"`{m.name}`", factorization_text(m), f"{m.parameters:,}") for m in largest]
 
 
 def _conversion(export: Mapping[str, Any]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from krona_hub.adapters.provenance import BaseModel, Provenance, made_of
+from krona_hub.adapters.provenance import BaseModel, Provenance, native_provenance
 from krona_hub.bases import catalogue
 from krona_hub.checkpoints.digest import file_sha256_once
 from krona_hub.checkpoints.header import Header
@@ -15,7 +15,7 @@ from krona_hub.errors import ResourceError, UsageError
 from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.description import Description
 from krona_hub.hub.repo_layout import MAX_FILE, MAX_HEADER, MAX_TENSORS
-from krona_hub.rendering.tables import human_bytes
+from krona_hub.rendering.humanize import human_bytes
 from krona_hub.schema.tensor_layout import examine
 from krona_hub.sources import resolve
 from krona_hub.verification import validate
@@ -81,7 +81,7 @@ def _native(about: Description, scratch: Path, base: str | Path | None) -> Path:
     from krona_hub.formats.writing.writer import write
 
     path, adapter = scratch / "native.safetensors", read_described(about)
-    write(replace(adapter, provenance=made_of(about.path, adapter.provenance)), path, base=base)
+    write(replace(adapter, provenance=native_provenance(about.path, adapter.provenance)), path, base=base)
     return path
 
 

@@ -17,7 +17,7 @@ from krona_hub.hub.local_adapter import check_limits
 from krona_hub.hub.preview import Preview, preview
 from krona_hub.hub.repo_layout import CARD, MANIFEST, MAX_FILE, MAX_TEXT, WEIGHTS, is_ours
 from krona_hub.hub.signing import check_can_verify, check_signature
-from krona_hub.rendering.tables import human_bytes
+from krona_hub.rendering.humanize import human_bytes
 from krona_hub.schema.header import HEADER_KEY
 from krona_hub.schema.tensor_layout import is_native
 from krona_hub.sources import HubId, parse_hub_id

@@ -15,7 +15,7 @@ from krona_hub.hub.local_adapter import LocalAdapter
 from krona_hub.hub.manifest import Manifest, ManifestEntry
 from krona_hub.hub.model_card import CardSample, front_matter, render, sections
 from krona_hub.hub.repo_layout import CARD, CONFIG, EXPORTS, IMAGES, MANIFEST, PLOTS, WEIGHTS, is_ours
-from krona_hub.hub.sample_pictures import SAMPLE, draw_curve, gather, last_samples, run_of
+from krona_hub.hub.sample_images import SAMPLE, draw_curve, gather, last_samples, run_of
 from krona_hub.sources.repo_listing import Listing
 
 

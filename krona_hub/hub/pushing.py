@@ -102,7 +102,7 @@ def push(
     _check_reference("branch", revision)
     if tag is not None:
         _check_reference("tag", tag)
-    asked = PushRequest(repo, revision, private, create_pr, tag, message, force, endpoint)
+    request = PushRequest(repo, revision, private, create_pr, tag, message, force, endpoint)
     if card_only and (with_lora or with_lokr or images or not card):
         raise UsageError("--card-only writes the card and nothing else.", fix="Leave it out to push other files too.")
     wanted = Wanted(with_lora, with_lokr, Path(images) if images else None, card, card_only, base)
@@ -115,8 +115,8 @@ def push(
         folder = Path(name)
         package = pack(check_adapter(source, folder, base_model, base), folder, wanted)
         if is_offline():
-            return _report(asked, *_planned(package, asked, There())[:1], notes=("offline: nobody was asked.",))
-        return _push(package, asked, sign_key, dry_run, confirm)
+            return _report(request, *_planned(package, request, There())[:1], notes=("offline: nobody was asked.",))
+        return _push(package, request, sign_key, dry_run, confirm)
 
 
 def _check_reference(kind: str, name: str) -> None:
@@ -126,58 +126,58 @@ def _check_reference(kind: str, name: str) -> None:
 
 
 def _push(
-    package: PushPackage, asked: PushRequest, sign_key: str | Path | None, dry_run: bool, confirm: Confirm | None
+    package: PushPackage, request: PushRequest, sign_key: str | Path | None, dry_run: bool, confirm: Confirm | None
 ) -> PushReport:
-    api = client(asked.endpoint)
-    check_account(api, asked.repo, create_pr=asked.create_pr)
-    there = look(api, asked)
-    _check_repo(package, asked, there)
-    plan = _planned(package, asked, there, sign_key)[0]
-    _check_tag(api, asked, plan)
+    api = client(request.endpoint)
+    check_account(api, request.repo, create_pr=request.create_pr)
+    there = look(api, request)
+    _check_repo(package, request, there)
+    plan = _planned(package, request, there, sign_key)[0]
+    _check_tag(api, request, plan)
     if dry_run or not plan.changes:
-        return _tagged(api, asked, _report(asked, plan), dry_run)
+        return _tagged(api, request, _report(request, plan), dry_run)
     if confirm is not None and not confirm(plan):
-        return _report(asked, plan, notes=("stopped: nothing was sent.",))
+        return _report(request, plan, notes=("stopped: nothing was sent.",))
     if there.listing is None:
-        there = _create(api, asked)
-    report = _commit(api, package, asked, there, sign_key)
+        there = _create(api, request)
+    report = _commit(api, package, request, there, sign_key)
     return replace(report, plan=replace(report.plan, visibility=plan.visibility))
 
 
 def _commit(
-    api: HfApi, package: PushPackage, asked: PushRequest, there: There, sign_key: str | Path | None
+    api: HfApi, package: PushPackage, request: PushRequest, there: There, sign_key: str | Path | None
 ) -> PushReport:
     """Commit; where somebody else committed in between, plan again as long as the two do not touch the same files."""
     for _ in range(MAX_REPLANS):
-        plan, paths = _planned(package, asked, there, sign_key)
+        plan, paths = _planned(package, request, there, sign_key)
         if not plan.changes:
-            return _tagged(api, asked, _report(asked, plan, notes=("somebody else has pushed the same.",)))
+            return _tagged(api, request, _report(request, plan, notes=("somebody else has pushed the same.",)))
         try:
-            made = commit(api, plan, paths, _message(package, asked))
+            made = commit(api, plan, paths, _message(package, request))
         except ConflictError as lost:
-            there = _after_a_race(api, package, asked, there, plan, lost)
+            there = _after_a_race(api, package, request, there, plan, lost)
             continue
         verified = verify(api, plan, paths, made.commit)
-        report = replace(_report(asked, plan), commit=made.commit, pull_request=made.pull_request, verified=verified)
-        return _tagged(api, asked, report)
-    raise ConflictError(f"{asked.repo} changes faster than a push goes.", fix="Push again when it is quiet.")
+        report = replace(_report(request, plan), commit=made.commit, pull_request=made.pull_request, verified=verified)
+        return _tagged(api, request, report)
+    raise ConflictError(f"{request.repo} changes faster than a push goes.", fix="Push again when it is quiet.")
 
 
 def _after_a_race(
-    api: HfApi, package: PushPackage, asked: PushRequest, before: There, plan: PushPlan, lost: ConflictError
+    api: HfApi, package: PushPackage, request: PushRequest, before: There, plan: PushPlan, lost: ConflictError
 ) -> There:
     """The repository as it is now, if what changed is none of our business; else the conflict is raised."""
-    now = look(api, asked)
-    _check_repo(package, asked, now)
+    now = look(api, request)
+    _check_repo(package, request, now)
     old, new = (t.listing.files if t.listing else {} for t in (before, now))
     clash = [row.file for row in plan.changes if old.get(row.file) != new.get(row.file)]
     if before.listing and now.listing and before.listing.commit == now.listing.commit:
         raise lost
-    if not clash or asked.force:
+    if not clash or request.force:
         return now
     sha = now.listing.commit[:7] if now.listing else "?"
     raise ConflictError(
-        f"somebody else changed {clash[0]} of {asked.repo} meanwhile (commit {sha}).",
+        f"somebody else changed {clash[0]} of {request.repo} meanwhile (commit {sha}).",
         fix="Look at it, then push again: what you see then is replaced. --force does so now.",
     )
 
@@ -185,24 +185,24 @@ def _after_a_race(
 # --- before anything is sent -----------------------------------------------------------------------------------------
 
 
-def look(api: HfApi, asked: PushRequest) -> There:
+def look(api: HfApi, request: PushRequest) -> There:
     """What the repository holds at the revision that is to be written."""
     try:
-        listing = ask(api, asked.repo, None if asked.revision == "main" else asked.revision)
+        listing = ask(api, request.repo, None if request.revision == "main" else request.revision)
     except NotFoundError as error:
         if is_missing(error.__cause__ or error):
             return There()
-        listing = _new_branch(api, asked)
+        listing = _new_branch(api, request)
     names = (n for n in (CARD, CONFIG, MANIFEST) if n in listing.files)
-    files = {name: fetch(listing, name, endpoint=asked.endpoint).read_bytes() for name in names}
+    files = {name: fetch(listing, name, endpoint=request.endpoint).read_bytes() for name in names}
     manifest, document = _manifest(files.get(MANIFEST))
     card = files[CARD].decode("utf-8", "replace") if CARD in files else None
     return There(listing, card, manifest, document, _object(files.get(CONFIG)))
 
 
-def _new_branch(api: HfApi, asked: PushRequest) -> Listing:
+def _new_branch(api: HfApi, request: PushRequest) -> Listing:
     """What a branch that is not there yet starts from."""
-    return replace(ask(api, asked.repo), notes=(f"the branch {asked.revision} will be created.",))
+    return replace(ask(api, request.repo), notes=(f"the branch {request.revision} will be created.",))
 
 
 def _manifest(data: bytes | None) -> tuple[Manifest, dict[str, object]]:
@@ -220,45 +220,45 @@ def _object(data: bytes | None) -> dict[str, object] | None:
         return {}
 
 
-def _check_repo(package: PushPackage, asked: PushRequest, there: There) -> None:
-    if not asked.force:
+def _check_repo(package: PushPackage, request: PushRequest, there: There) -> None:
+    if not request.force:
         check_theirs(there, package.adapter.base_model)
     if package.wanted.card_only:
-        _check_weights(package, asked, there)
+        _check_weights(package, request, there)
 
 
-def _check_weights(package: PushPackage, asked: PushRequest, there: There) -> None:
+def _check_weights(package: PushPackage, request: PushRequest, there: There) -> None:
     """Raise ConflictError unless the weights there are those that the card and the manifest are about."""
     known = there.listing.files.get(WEIGHTS) if there.listing else None
     if known is None or not is_same(package.paths[WEIGHTS], known):
         held = "other weights" if known else "no weights"
         raise ConflictError(
-            f"{asked.repo} holds {held}: the card would be that of {package.adapter.source.name}.",
+            f"{request.repo} holds {held}: the card would be that of {package.adapter.source.name}.",
             fix="Push without --card-only, or name the adapter that is there.",
         )
 
 
-def _check_tag(api: HfApi, asked: PushRequest, plan: PushPlan) -> None:
+def _check_tag(api: HfApi, request: PushRequest, plan: PushPlan) -> None:
     """Raise ConflictError for a tag that is taken by another commit: tags are what people pin."""
-    if not asked.tag or plan.parent is None:
+    if not request.tag or plan.parent is None:
         return
-    taken = _tags(api, asked).get(asked.tag)
+    taken = _tags(api, request).get(request.tag)
     if taken is not None and (plan.changes or taken != plan.parent):
         raise ConflictError(
-            f"{asked.repo} has a tag {asked.tag} already, of commit {taken[:7]}.", fix="Choose another."
+            f"{request.repo} has a tag {request.tag} already, of commit {taken[:7]}.", fix="Choose another."
         )
 
 
-def _tags(api: HfApi, asked: PushRequest) -> dict[str, str]:
-    with hub_errors(asked.repo), quiet():
-        refs = retrying(lambda: api.list_repo_refs(asked.repo))
+def _tags(api: HfApi, request: PushRequest) -> dict[str, str]:
+    with hub_errors(request.repo), quiet():
+        refs = retrying(lambda: api.list_repo_refs(request.repo))
     return {t.name: t.target_commit for t in refs.tags}
 
 
 def _planned(
-    package: PushPackage, asked: PushRequest, there: There, sign_key: str | Path | None = None
+    package: PushPackage, request: PushRequest, there: There, sign_key: str | Path | None = None
 ) -> tuple[PushPlan, dict[str, Path]]:
-    paths, gone = finish(package, asked.repo, there)
+    paths, gone = finish(package, request.repo, there)
     paths = dict(paths)
     signed = there.listing is not None and SIGNATURE in there.listing.files
     if not is_still_signed(paths, there):
@@ -269,26 +269,26 @@ def _planned(
     if package.wanted.card_only:
         paths = {name: path for name, path in paths.items() if name in ABOUT}
         gone = tuple(name for name in gone if name in ABOUT)
-    visibility = "as it is" if there.listing else "public" if asked.private is False else "private"
+    visibility = "as it is" if there.listing else "public" if request.private is False else "private"
     plan = PushPlan(
-        repo=asked.repo,
-        revision=asked.revision,
+        repo=request.repo,
+        revision=request.revision,
         parent=there.listing.commit if there.listing else None,
         visibility=visibility,
         rows=rows_of(paths, gone, there, _has_xet()),
-        create_pr=asked.create_pr,
-        tag=asked.tag,
-        notes=_notes(asked, there.listing),
+        create_pr=request.create_pr,
+        tag=request.tag,
+        notes=_notes(request, there.listing),
     )
     return plan, paths
 
 
-def _notes(asked: PushRequest, listing: Listing | None) -> tuple[str, ...]:
+def _notes(request: PushRequest, listing: Listing | None) -> tuple[str, ...]:
     """What has to be said about the repository that is there."""
-    if listing is None or asked.private in (None, listing.private):
+    if listing is None or request.private in (None, listing.private):
         return listing.notes if listing else ()
     stays = "private" if listing.private else "public"
-    return (*listing.notes, f"{asked.repo} exists and stays {stays}: its settings on the Hub change that.")
+    return (*listing.notes, f"{request.repo} exists and stays {stays}: its settings on the Hub change that.")
 
 
 def _has_xet() -> bool:
@@ -300,39 +300,39 @@ def _has_xet() -> bool:
 # --- sending ---------------------------------------------------------------------------------------------------------
 
 
-def _create(api: HfApi, asked: PushRequest) -> There:
+def _create(api: HfApi, request: PushRequest) -> There:
     """The new repository; one that has appeared meanwhile is looked at like any other."""
-    with hub_errors(asked.repo), quiet():
-        retrying(lambda: api.create_repo(asked.repo, private=asked.private is not False, exist_ok=True))
-    there = look(api, asked)
+    with hub_errors(request.repo), quiet():
+        retrying(lambda: api.create_repo(request.repo, private=request.private is not False, exist_ok=True))
+    there = look(api, request)
     if there.listing is None:
-        raise OfflineError(f"{asked.repo} was created and is not there yet.", fix="Push again in a moment.")
+        raise OfflineError(f"{request.repo} was created and is not there yet.", fix="Push again in a moment.")
     return there
 
 
-def _message(package: PushPackage, asked: PushRequest) -> str:
+def _message(package: PushPackage, request: PushRequest) -> str:
     d = package.adapter.description
     return (
-        asked.message
+        request.message
         or f"Upload adapter: {len(d.modules)} layers, {d.parameters:,} parameters (krona-hub {version('krona-hub')})"
     )
 
 
-def _report(asked: PushRequest, plan: PushPlan, notes: tuple[str, ...] = ()) -> PushReport:
-    return PushReport(plan, f"{endpoint_of(asked.endpoint)}/{asked.repo}", notes=(*plan.notes, *notes))
+def _report(request: PushRequest, plan: PushPlan, notes: tuple[str, ...] = ()) -> PushReport:
+    return PushReport(plan, f"{endpoint_of(request.endpoint)}/{request.repo}", notes=(*plan.notes, *notes))
 
 
-def _tagged(api: HfApi, asked: PushRequest, report: PushReport, dry_run: bool = False) -> PushReport:
+def _tagged(api: HfApi, request: PushRequest, report: PushReport, dry_run: bool = False) -> PushReport:
     """The report with the tag that was asked for set; a push that was interrupted before its tag gets it now."""
     target = report.commit or report.plan.parent
-    if not asked.tag or dry_run or target is None or asked.create_pr:
+    if not request.tag or dry_run or target is None or request.create_pr:
         return report
-    tag = asked.tag
-    if _tags(api, asked).get(tag) != target:
+    tag = request.tag
+    if _tags(api, request).get(tag) != target:
         try:
-            with hub_errors(f"{asked.repo}@{tag}"), quiet():
-                retrying(lambda: api.create_tag(asked.repo, tag=tag, revision=target, exist_ok=False))
+            with hub_errors(f"{request.repo}@{tag}"), quiet():
+                retrying(lambda: api.create_tag(request.repo, tag=tag, revision=target, exist_ok=False))
         except ConflictError:
-            if _tags(api, asked).get(tag) != target:  # else only the answer of the first try was lost
+            if _tags(api, request).get(tag) != target:  # else only the answer of the first try was lost
                 raise
     return replace(report, tag=tag)

@@ -156,11 +156,11 @@ class _Repeated:
 
 
 def _planned(plan: GeneratePlan, folder: Path | None, notes: tuple[str, ...]) -> GenerateReport:
-    settings = plan.asked.settings
+    settings = plan.request.settings
     steps, guidance = plan.bases[0].preferred
-    asked = replace(settings, steps=settings.steps or steps, guidance=settings.guidance or guidance)
-    machine = plan.asked.machine
-    record = records.make_record(plan, asked, "", machine.device or "", machine.dtype or "")
+    request = replace(settings, steps=settings.steps or steps, guidance=settings.guidance or guidance)
+    machine = plan.request.machine
+    record = records.make_record(plan, request, "", machine.device or "", machine.dtype or "")
     labels = tuple(column.label for column in plan.columns)
     return GenerateReport(
         folder, pictures_of(plan), labels, len(plan.rows), grid_name(plan), record, 0.0, written=False, notes=notes

@@ -26,7 +26,7 @@ from krona_hub.images.report import GeneratedImage, GenerateReport, PixelDiffere
 from krona_hub.images.request import Settings
 
 if TYPE_CHECKING:
-    from krona_hub.images.drawing import Drawn, Ready
+    from krona_hub.images.image_batches import Drawn, Ready
 
 
 def execute(plan: GeneratePlan, folder: Path | None, progress: Progress) -> GenerateReport:
@@ -56,10 +56,10 @@ class _Run:
 
     def draw(self, base: BasePlan) -> None:
         """All columns of one base."""
-        from krona_hub.images.drawing import draw, prepared
+        from krona_hub.images.image_batches import draw, prepared
 
         self.ready = None  # the base before goes out of memory
-        settings = self.first_settings or self.plan.asked.settings
+        settings = self.first_settings or self.plan.request.settings
         self.ready = ready = prepared(self.plan, base, settings)
         self.notes += ready.notes
         self._begin(ready)
@@ -147,14 +147,14 @@ def _grid(plan: GeneratePlan, images: Sequence[Any], record: dict[str, Any]) -> 
     footer = _footer(record)
     if len(plan.columns) > 1:
         return labelled_grid(images, [c.label for c in plan.columns], _row_labels(plan), footer=footer)
-    heads = [f"seed {seed}" for seed in plan.asked.seeds]
-    labels = [RowLabel(prompt) for prompt in plan.asked.prompts]
+    heads = [f"seed {seed}" for seed in plan.request.seeds]
+    labels = [RowLabel(prompt) for prompt in plan.request.prompts]
     return labelled_grid(images, heads, labels, plan.columns[0].label, footer)
 
 
 def _row_labels(plan: GeneratePlan) -> list[RowLabel]:
     """A prompt stands at the first of its rows."""
-    first = plan.asked.seeds[0]
+    first = plan.request.seeds[0]
     return [RowLabel(row.prompt if row.seed == first else "", f"seed {row.seed}") for row in plan.rows]
 
 

@@ -29,21 +29,21 @@ class GridRow(NamedTuple):
     seed: int
 
 
-def rows_of(asked: GenerateRequest) -> tuple[GridRow, ...]:
+def rows_of(request: GenerateRequest) -> tuple[GridRow, ...]:
     """Every prompt with every seed, prompt by prompt."""
-    return tuple(GridRow(prompt, seed) for prompt in asked.prompts for seed in asked.seeds)
+    return tuple(GridRow(prompt, seed) for prompt in request.prompts for seed in request.seeds)
 
 
-def columns_of(asked: GenerateRequest, names: Sequence[str]) -> tuple[Column, ...]:
+def columns_of(request: GenerateRequest, names: Sequence[str]) -> tuple[Column, ...]:
     """The columns in the order in which they are asked for; equal ones once. `names` are those of the adapters."""
-    own = {name: weight for name, (_, weight) in zip(names, asked.adapters, strict=True)}
-    groups = [own] if asked.together else [{name: weight} for name, weight in own.items()]
-    compare = len(groups) > 1 if asked.compare is None else asked.compare
+    own = {name: weight for name, (_, weight) in zip(names, request.adapters, strict=True)}
+    groups = [own] if request.together else [{name: weight} for name, weight in own.items()]
+    compare = len(groups) > 1 if request.compare is None else request.compare
     sets: list[Mapping[str, float]] = [] if groups and not compare else [{}]
-    sets += [{n: w * s for n, w in group.items()} for group in groups for s in asked.strengths or (1.0,)]
-    several = len(sets) + len(asked.beside) > 1
-    found = [_column(asked.base, weights, bool(asked.strengths), several) for weights in sets]
-    found += [Column(stem_of(base), base) for base in asked.beside]
+    sets += [{n: w * s for n, w in group.items()} for group in groups for s in request.strengths or (1.0,)]
+    several = len(sets) + len(request.beside) > 1
+    found = [_column(request.base, weights, bool(request.strengths), several) for weights in sets]
+    found += [Column(stem_of(base), base) for base in request.beside]
     return _once(found)
 
 

@@ -56,7 +56,7 @@ class ImageAdapter:
 class GeneratePlan:
     """The pictures to make: every column in every row."""
 
-    asked: GenerateRequest
+    request: GenerateRequest
     bases: tuple[BasePlan, ...]
     adapters: tuple[ImageAdapter, ...]
     columns: tuple[Column, ...]
@@ -72,7 +72,7 @@ class GeneratePlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person may have forgotten."""
-        prompts = " ".join(self.asked.prompts).lower()
+        prompts = " ".join(self.request.prompts).lower()
         return tuple(
             f"{adapter.name} was trained on the words {', '.join(adapter.trigger_words)!r}; no prompt has one of them."
             for adapter in self.adapters
@@ -80,30 +80,30 @@ class GeneratePlan:
         )
 
 
-def make_plan(asked: GenerateRequest) -> GeneratePlan:
+def make_plan(request: GenerateRequest) -> GeneratePlan:
     """Find and describe every file. Raises what `resolve_base`, `resolve` and `describe` raise."""
-    bases = tuple(_base(source, asked) for source in dict.fromkeys((asked.base, *asked.beside)))
-    names = names_of([source for source, _ in asked.adapters])
-    adapters = tuple(_adapter(n, s, w, asked.base) for n, (s, w) in zip(names, asked.adapters, strict=True))
-    return GeneratePlan(asked, bases, adapters, columns_of(asked, names), rows_of(asked))
+    bases = tuple(_base(source, request) for source in dict.fromkeys((request.base, *request.beside)))
+    names = names_of([source for source, _ in request.adapters])
+    adapters = tuple(_adapter(n, s, w, request.base) for n, (s, w) in zip(names, request.adapters, strict=True))
+    return GeneratePlan(request, bases, adapters, columns_of(request, names), rows_of(request))
 
 
 # --- bases -----------------------------------------------------------------------------------------------------------
 
 
-def _base(source: str, asked: GenerateRequest) -> BasePlan:
+def _base(source: str, request: GenerateRequest) -> BasePlan:
     path = resolve_base(source)
     if not path.exists():
         raise no_base(source)
     if path.is_file():
         read_header(path)  # refuses what is no safetensors: pickles are never opened
-    elif asked.variant:
-        _check_variant(path, asked.variant)
+    elif request.variant:
+        _check_variant(path, request.variant)
     family, fingerprint = _identity(path)
     if path.is_dir():
         pipeline: str | None = _pipeline_class(path)
     else:
-        pipeline = None if asked.config else pipeline_for(source, family)
+        pipeline = None if request.config else pipeline_for(source, family)
     return BasePlan(source, path, pipeline, family, fingerprint)
 
 

@@ -24,33 +24,33 @@ REPEATED = (  # what is taken from a record as it is: names of the arguments of 
 
 def make_record(plan: GeneratePlan, settings: Settings, scheduler: str, device: str, dtype: str) -> dict[str, Any]:
     """The record without its pictures; `settings` as they were in force, `scheduler` the class of diffusers."""
-    asked = plan.asked
-    first, *beside = [_base(plan.base(source)) for source in (asked.base, *asked.beside)]
+    request = plan.request
+    first, *beside = [_base(plan.base(source)) for source in (request.base, *request.beside)]
     return {
         "krona_generate": VERSION,
         "base": first,
         "beside": beside,
         "adapters": [_adapter(a.name, a.source, a.weight, a.sha256) for a in plan.adapters],
-        "prompts": list(asked.prompts),
+        "prompts": list(request.prompts),
         "negative": settings.negative,
-        "seed": asked.seed,
-        "images_per_prompt": asked.images_per_prompt,
+        "seed": request.seed,
+        "images_per_prompt": request.images_per_prompt,
         "steps": settings.steps,
         "guidance": settings.guidance,
         "scheduler": settings.scheduler,
         "scheduler_class": scheduler,
         "size": list(settings.size) if settings.size else None,
         "more": dict(settings.more),
-        "strengths": list(asked.strengths),
-        "together": asked.together,
-        "compare": asked.compare,
+        "strengths": list(request.strengths),
+        "together": request.together,
+        "compare": request.compare,
         "device": device,
         "dtype": dtype,
-        "offload": asked.machine.offload,
-        "tiled_vae": asked.machine.tiled_vae,
-        "batch": asked.machine.batch,
-        "variant": asked.variant,
-        "config": asked.config,
+        "offload": request.machine.offload,
+        "tiled_vae": request.machine.tiled_vae,
+        "batch": request.machine.batch,
+        "variant": request.variant,
+        "config": request.config,
         "versions": versions(),
     }
 
@@ -163,7 +163,7 @@ def check_same_files(record: Mapping[str, Any], plan: GeneratePlan) -> tuple[str
             )
     notes = [f"{name} is {now}, was {was}" for name, now, was in _changed(record)]
     if plan.bases[0].path.exists() and base_digest(plan.bases[0].path) != record["base"]["digest"]:
-        notes.append(f"{plan.asked.base} is not, file by file, the base of the record")
+        notes.append(f"{plan.request.base} is not, file by file, the base of the record")
     return tuple(notes)
 
 

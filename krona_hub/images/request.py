@@ -121,9 +121,9 @@ def checked_strengths(
     strengths: Sequence[float], adapters: Sequence[tuple[str, float]], together: bool, compare: bool | None
 ) -> tuple[float, ...]:
     """The strengths, each once. Raises UsageError where there is nothing that has a strength."""
-    asked = [word for word, given in (("--strengths", strengths), ("--together", together)) if given]
-    if asked and not adapters:
-        raise UsageError(f"{asked[0]} without an adapter means nothing.", fix="Name one: --adapter FILE.")
+    request = [word for word, given in (("--strengths", strengths), ("--together", together)) if given]
+    if request and not adapters:
+        raise UsageError(f"{request[0]} without an adapter means nothing.", fix="Name one: --adapter FILE.")
     if compare and not adapters:
         raise UsageError("there is no adapter to compare with.", fix="Name one: --adapter FILE.")
     if not all(isfinite(s) for s in (*strengths, *(weight for _, weight in adapters))):

@@ -10,13 +10,13 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from krona_hub.kron.candidate_forms import Form
+from krona_hub.kron.candidates import Factorization
 
 
 class Point(NamedTuple):
     parameters: int
     loss: float  # squared error of the layer, not relative: layers are added up
-    form: Form
+    form: Factorization
 
 
 def hull(points: Sequence[Point]) -> list[Point]:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from krona_hub.kron.bounds import SLACK, Bounds, largest_sums
-from krona_hub.kron.candidate_forms import (
+from krona_hub.kron.candidates import (
     AT_ONCE,
     CANCELLED,
     ROUNDING,
-    Form,
-    FormSpectrum,
+    Factorization,
+    FactorizationSpectrum,
     is_lora,
     most_right_rank,
     parameters_of,
@@ -71,9 +71,9 @@ class Goal:
         return Goal(self.price[layers], self.max_error)
 
 
-class BestForm(NamedTuple):
+class BestFactorization(NamedTuple):
     value: float
-    form: Form
+    form: Factorization
 
 
 class Probe(NamedTuple):
@@ -91,8 +91,8 @@ class Search:
         self.lora, self.goal, self.best_value, self.allowed = lora, goal, roof.clone(), allowed
         self.rough = lora.to(torch.float32 if goal.tolerates_float32 else torch.float64)
         self.bounds = Bounds(self.rough)
-        self.found: list[BestForm | None] = [None] * len(roof)
-        self.points: list[list[Form]] = [[] for _ in roof]  # every form computed that none computed beats
+        self.found: list[BestFactorization | None] = [None] * len(roof)
+        self.points: list[list[Factorization]] = [[] for _ in roof]  # every form computed that none computed beats
         self.shapes = [s for s in choices(*lora.size) if not is_lora(s, None)]
         self.lower = torch.full((len(roof), len(self.shapes)), torch.inf, dtype=torch.float64)
         self.stage = torch.zeros(self.lower.shape, dtype=torch.int8)
@@ -273,7 +273,7 @@ class Search:
         least[: known.done] = torch.inf
         return least
 
-    def _after(self, layer: int, i: int, result: FormSpectrum, j: int, terms: int) -> None:
+    def _after(self, layer: int, i: int, result: FactorizationSpectrum, j: int, terms: int) -> None:
         """Keep what an exact computation says about more terms, and close the shape where that rules them out."""
         last = min(terms, result.kept.shape[1]) - 1
         lost = (result.kept[j, last] - result.kept_by_rank[j, last]).clamp(min=0) - 1e-9
@@ -286,7 +286,7 @@ class Search:
 
     # ── forms ────────────────────────────────────────────────────────────────────────────────────
 
-    def _learn(self, layer: int, shape: KronShape, result: FormSpectrum, j: int) -> None:
+    def _learn(self, layer: int, shape: KronShape, result: FactorizationSpectrum, j: int) -> None:
         """Take the best allowed form of a spectrum, and note those that no other of it beats."""
         left = torch.cat([1 - result.kept[j, :, None], 1 - result.kept_by_rank[j]], dim=1)  # (K, 1 + ρ): dense first
         per_term = [parameters_of(shape, 1, rank) for rank in (None, *range(1, left.shape[1]))]
@@ -302,19 +302,21 @@ class Search:
         if self.goal.max_error is None:
             self._note(layer, shape, left, sizes)
 
-    def _take(self, layer: int, shape: KronShape, terms: int, rank: int | None, result: FormSpectrum, j: int) -> bool:
+    def _take(
+        self, layer: int, shape: KronShape, terms: int, rank: int | None, result: FactorizationSpectrum, j: int
+    ) -> bool:
         """Whether a form is allowed and keeps the error; it becomes the best if it beats the best."""
         if self.allowed is not None and not self.allowed(shape, terms, rank):
             return False
         error = result.error(j, terms, rank)
-        form = Form(shape, terms, rank, parameters_of(shape, terms, rank), error)
+        form = Factorization(shape, terms, rank, parameters_of(shape, terms, rank), error)
         cost = float(self.goal.cost(torch.tensor(error**2, dtype=torch.float64)))
         value = float(self.goal.price[layer]) * form.parameters + cost
         if cost == float("inf"):
             return False
         found = self.found[layer]
         if found is None or (value, form.order) < (found.value, found.form.order):
-            self.found[layer] = BestForm(value, form)
+            self.found[layer] = BestFactorization(value, form)
             self.best_value[layer] = min(value, float(self.best_value[layer]))
         return True
 
@@ -327,7 +329,7 @@ class Search:
             k, rank = at // left.shape[1] + 1, at % left.shape[1] or None
             if self.allowed is None or self.allowed(shape, k, rank):
                 error = max(float(left.flatten()[at]), 0.0) ** 0.5
-                self.points[layer].append(Form(shape, k, rank, parameters_of(shape, k, rank), error))
+                self.points[layer].append(Factorization(shape, k, rank, parameters_of(shape, k, rank), error))
 
 
 def _grouped(members: Iterable[int], keys: Iterable[K]) -> dict[K, list[int]]:

@@ -40,17 +40,17 @@ with warnings.catch_warnings():  # torch says once per process that it would not
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def execute(asked: MergeRequest, progress: Progress | None = None) -> MergeReport:
+def execute(request: MergeRequest, progress: Progress | None = None) -> MergeReport:
     """Do what was asked for; `merge` says what is raised."""
-    started, plan, place = perf_counter(), asked.plan, asked.place
-    how = Rounding(asked.rounding, asked.seed, asked.exact_rounding)
-    recipe = _recipe(plan, asked.options, asked.title)
+    started, plan, place = perf_counter(), request.plan, request.place
+    how = Rounding(request.rounding, request.seed, request.exact_rounding)
+    recipe = _recipe(plan, request.options, request.title)
     work = _Work(plan, how, [part.load() for part in plan.parts])
-    hashed = [_sha256(file.path, asked.hash, place.undo is not None) for file in plan.files]
-    files = [_merged_file(work, file, recipe, sha, asked.hash) for file, sha in zip(plan.files, hashed, strict=True)]
+    hashed = [_sha256(file.path, request.hash, place.undo is not None) for file in plan.files]
+    files = [_merged_file(work, file, recipe, sha, request.hash) for file, sha in zip(plan.files, hashed, strict=True)]
     with one_thread():  # the threads here are those of the writer; torch's own would only wait for each other
         counted = _counted(progress, bytes_to_write(place, files))
-        written = write_merged(place, files, threads=asked.threads, progress=counted)
+        written = write_merged(place, files, threads=request.threads, progress=counted)
     return MergeReport(
         base=plan.tree.root,
         out=place.out or plan.tree.root,
@@ -149,10 +149,10 @@ def _adapter_sha256(part: MergeInput) -> str | None:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _sha256(path: Path, asked: bool | None, undo: bool) -> str | None:
+def _sha256(path: Path, request: bool | None, undo: bool) -> str | None:
     """Of a base's file: for nothing where the Hub's cache tells it, else where it is asked for, needed or cheap."""
     known = known_sha256(path)
-    wanted = is_small([path]) if asked is None else asked
+    wanted = is_small([path]) if request is None else request
     return known or (file_sha256(path) if wanted or undo else None)
 
 

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from krona_hub.formats.reading.description import form_in_words as form_in_words
-from krona_hub.formats.reading.description import scale_in_words as scale_in_words
-from krona_hub.rendering.humanize import human_bytes as human_bytes
-from krona_hub.rendering.humanize import percent as percent
-from krona_hub.rendering.humanize import rate as rate
-from krona_hub.rendering.humanize import relative as relative
+from krona_hub.formats.reading.description import factorization_text, scale_text
 
 if TYPE_CHECKING:
     from krona_hub.conversion import LayerReport
     from krona_hub.formats.reading.description import ModuleInfo
 
 
-class FormGroup(NamedTuple):
+class FactorizationGroup(NamedTuple):
     """Layers that went from one form to another."""
 
     layers: int
@@ -29,7 +24,7 @@ class FormGroup(NamedTuple):
     note: str  # that all of them have
 
 
-def form_groups(layers: Sequence[LayerReport], most: int = 8) -> tuple[FormGroup, ...]:
+def factorization_groups(layers: Sequence[LayerReport], most: int = 8) -> tuple[FactorizationGroup, ...]:
     """The layers of a conversion by what they became, most layers first; what exceeds `most` groups is one group."""
     groups: dict[tuple[str, str], list[LayerReport]] = {}
     for layer in layers:
@@ -41,11 +36,11 @@ def form_groups(layers: Sequence[LayerReport], most: int = 8) -> tuple[FormGroup
     return tuple(_group(before, after, members) for (before, after), members in ordered)
 
 
-def _group(before: str, after: str, members: Sequence[LayerReport]) -> FormGroup:
+def _group(before: str, after: str, members: Sequence[LayerReport]) -> FactorizationGroup:
     parameters = sum(x.parameters_before for x in members), sum(x.parameters_after for x in members)
     notes = {x.note for x in members}
     note = notes.pop() if len(notes) == 1 else ""
-    return FormGroup(len(members), before, after, *parameters, max(x.relative_error for x in members), note)
+    return FactorizationGroup(len(members), before, after, *parameters, max(x.relative_error for x in members), note)
 
 
 class FormatFacts(NamedTuple):
@@ -104,7 +99,7 @@ def module_groups(modules: Sequence[ModuleInfo], most: int = 12) -> tuple[Module
     """The modules by kind, form and scale, most modules first; what exceeds `most` groups is one group."""
     groups: dict[tuple[str, str, str, str | None], list[ModuleInfo]] = {}
     for m in modules:
-        groups.setdefault((m.kind, form_in_words(m), scale_in_words(m), m.dora_axis), []).append(m)
+        groups.setdefault((m.kind, factorization_text(m), scale_text(m), m.dora_axis), []).append(m)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     told = [ModuleRow(len(ms), *key[:3], sum(m.parameters for m in ms), key[3]) for key, ms in ordered]
     if len(told) > most:

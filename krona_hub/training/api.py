@@ -16,16 +16,16 @@ from krona_hub.errors import ConflictError, DivergedError, NotFoundError, Stoppe
 from krona_hub.pipelines.load_adapter import base_of
 from krona_hub.training.configuration import ECHO, at_home, checked, read_toml, settings_of
 from krona_hub.training.finish import ADAPTER, TrainingReport, finished
+from krona_hub.training.html_report import write_report
 from krona_hub.training.loop import Stop, memory_used, one_step, run_loop
 from krona_hub.training.model.device import machine_for, open_base
 from krona_hub.training.model.model_families import family_of
 from krona_hub.training.model.trained_layers import plan_targets
 from krona_hub.training.plan import TrainingPlan, check_settings, counted, forms_of, memory_of, read_pictures
 from krona_hub.training.progress.checkpoint import resume, same_everywhere, saved_states
-from krona_hub.training.progress.prior_pictures import prior_folder
+from krona_hub.training.progress.regularization_images import prior_folder
 from krona_hub.training.progress.samples import forget_samples
 from krona_hub.training.progress.training_state import StepReport
-from krona_hub.training.report_page import write_report
 from krona_hub.training.settings import TrainingSettings
 from krona_hub.training.setup import FREE, prepared
 from krona_hub.training.training_record import base_name

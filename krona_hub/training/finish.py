@@ -8,11 +8,11 @@ from pathlib import Path
 from krona_hub.adapters.adapter import Adapter
 from krona_hub.bases.base import Base
 from krona_hub.formats.writing.writer import write
+from krona_hub.training.html_report import write_report
 from krona_hub.training.loop import memory_used
 from krona_hub.training.progress.metrics import read_metrics, series
 from krona_hub.training.progress.training_state import Training
-from krona_hub.training.progress.validation import as_handed_out
-from krona_hub.training.report_page import write_report
+from krona_hub.training.progress.validation import final_weights
 from krona_hub.training.settings import TrainingSettings
 from krona_hub.training.setup import Session
 from krona_hub.training.training_record import trained_adapter
@@ -41,7 +41,7 @@ def finished(training: Training, session: Session) -> TrainingReport:
     settings, run = training.settings, training.run
     adapter_file = run / ADAPTER
     exports: tuple[Path, ...] = ()
-    with as_handed_out(training):
+    with final_weights(training):
         adapter = trained_adapter(session.pipe, session.base, settings, session.facts)
     rows = read_metrics(run)
     smooth = series(rows, "smooth_loss")

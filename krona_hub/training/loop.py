@@ -18,11 +18,11 @@ from krona_hub.errors import DivergedError, StoppedError
 from krona_hub.layers.attachment import without
 from krona_hub.training.data.encoding import Source
 from krona_hub.training.model.device import peak_memory
-from krona_hub.training.model.optimisers import has_own_mode, rate_at
+from krona_hub.training.model.optimizers import has_own_mode, rate_at
 from krona_hub.training.progress.checkpoint import save, saved_states
 from krona_hub.training.progress.metrics import smoothed
 from krona_hub.training.progress.training_state import StepReport, Training
-from krona_hub.training.progress.validation import due, watch
+from krona_hub.training.progress.validation import due, run_due_checks
 
 PRIOR = 1_000_000  # samples of the prior are numbered from here on
 
@@ -38,7 +38,7 @@ def run_loop(training: Training) -> None:
         training.optimizer.train()  # type: ignore[attr-defined]
     with stoppable() as stop:
         if training.step == 0:
-            watch(training)
+            run_due_checks(training)
         while training.step < training.settings.steps:
             started = time.perf_counter()
             values, stopped = one_step(training, stop)
@@ -179,7 +179,7 @@ def _between(training: Training, stopped: bool) -> None:
     if step == s.steps or stopped or due(step, s.checkpoint_every):
         save(training)
     if step == s.steps or due(step, s.validate_every) or due(step, s.sample_every):
-        watch(training)
+        run_due_checks(training)
 
 
 class Stop:

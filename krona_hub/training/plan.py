@@ -10,12 +10,12 @@ from krona_hub.bases.base import Base
 from krona_hub.errors import UsageError
 from krona_hub.training.data.captions import has_alternatives
 from krona_hub.training.data.dataset import Data, Example, read_folder, split_held_out
-from krona_hub.training.data.pictures import Size, bucket_sizes, nearest_bucket
+from krona_hub.training.data.images import Size, bucket_sizes, nearest_bucket
 from krona_hub.training.model.model_families import ModelFamily, own_resolution, size_multiple
-from krona_hub.training.model.optimisers import OPTIMIZERS, check_schedule
+from krona_hub.training.model.optimizers import OPTIMIZERS, check_schedule
 from krona_hub.training.model.trained_layers import TrainedLayer
 from krona_hub.training.progress.metrics import trackers_of
-from krona_hub.training.progress.prior_pictures import pictures_there, prior_folder
+from krona_hub.training.progress.regularization_images import pictures_there, prior_folder
 from krona_hub.training.randomness import permutation
 from krona_hub.training.settings import TrainingSettings
 
@@ -120,7 +120,7 @@ def check_settings(settings: TrainingSettings) -> None:
     check_schedule(settings.schedule)
     trackers_of(settings)
     if settings.optimizer not in OPTIMIZERS:
-        from krona_hub.training.model.optimisers import make_optimizer
+        from krona_hub.training.model.optimizers import make_optimizer
 
         make_optimizer([], settings)
     if settings.sample_every and not settings.sample_prompts and not settings.prompt:

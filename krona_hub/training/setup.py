@@ -30,12 +30,12 @@ from krona_hub.training.data.encoding import Encoder, Source
 from krona_hub.training.model.device import TrainingDevice, is_wanted, machine_for, open_base, shard
 from krona_hub.training.model.model_families import ModelFamily, family_of
 from krona_hub.training.model.objective import Objective
-from krona_hub.training.model.optimisers import Average, make_optimizer
+from krona_hub.training.model.optimizers import Average, make_optimizer
 from krona_hub.training.model.precision import MixedPrecision
 from krona_hub.training.model.trained_layers import fresh_adapter, plan_targets, started_from
 from krona_hub.training.plan import Pictures, check_settings, read_pictures, square_side
 from krona_hub.training.progress.metrics import Metrics, trackers_of
-from krona_hub.training.progress.prior_pictures import draw_prior, missing_pictures
+from krona_hub.training.progress.regularization_images import draw_prior, missing_pictures
 from krona_hub.training.progress.samples import draw_samples, encode_prompts
 from krona_hub.training.progress.training_state import Training
 from krona_hub.training.settings import TrainingSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.adapters.adapter import Adapter, BaseModel, Provenance
-from krona_hub.adapters.provenance import this_krona
+from krona_hub.adapters.provenance import creator
 from krona_hub.bases.base import Base
 from krona_hub.layers import extract_adapter
 from krona_hub.training.settings import TrainingSettings
@@ -21,7 +21,7 @@ def trained_adapter(pipe: Any, base: Base, settings: TrainingSettings, facts: di
     adapter = extract_adapter(pipe)
     words = (settings.trigger_word,) if settings.trigger_word else ()
     origin = Provenance(
-        created_by=this_krona(),
+        created_by=creator(),
         method="trained",
         training={**recorded(settings), **facts},
         licence=settings.licence,

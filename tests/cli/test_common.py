@@ -8,7 +8,7 @@ import click
 import pytest
 
 from krona_hub.cli import console, progress
-from krona_hub.cli.console import emit, krona_command, say, show_facts, show_table
+from krona_hub.cli.console import emit, krona_command, log, show_facts, show_table
 
 LONG = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0" * 4
 
@@ -16,7 +16,7 @@ LONG = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0" * 4
 @krona_command("toy", examples=("krona toy",))
 def toy() -> None:
     """A command for these tests."""
-    say("chatter")
+    log("chatter")
     emit({"answer": 42, "error": float("nan")}, lambda: show_facts([("answer", 42), ("nothing", None)]))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from krona_hub.cli.convert_command import as_document, show
 from krona_hub.conversion.report import ConversionReport, LayerReport, worst_layers
-from krona_hub.rendering.tables import form_groups
+from krona_hub.rendering.tables import factorization_groups
 
 ONE = LayerReport("unet.a", "LoRA r8", "16x16 ⊗ 20x20", 5120, 656, 10240, 2624, 0.03, 1.0)
 
@@ -45,7 +45,7 @@ def test_layers_lists_them_all_whole(capsys):
 
 def test_the_groups_hold_every_layer_once_and_every_parameter():
     layers = tuple(replace(x, after=f"form {i}") for i, x in enumerate(many(100)))
-    groups = form_groups(layers)
+    groups = factorization_groups(layers)
     assert len(groups) == 8 and sum(g.layers for g in groups) == 100
     assert sum(g.parameters_after for g in groups) == sum(x.parameters_after for x in layers)
     assert max(g.worst_error for g in groups) == max(x.relative_error for x in layers)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.conversion.convert_layers import apply_way, check_kind
+from krona_hub.conversion.convert_layers import apply_method, check_kind
 from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Rank
 from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
@@ -34,7 +34,7 @@ def error(new, old):
 
 
 def convert(delta, way, target=NATIVE):
-    return apply_way({"unet.x": delta}, way, target)["unet.x"]
+    return apply_method({"unet.x": delta}, way, target)["unet.x"]
 
 
 def test_keep_returns_the_very_same_delta():
@@ -99,25 +99,25 @@ def test_max_error_finds_a_planted_kronecker_product():
 
 def test_a_budget_is_respected_over_all_layers_together():
     layers = {f"unet.{i}": lora(rank=4, seed=i) for i in range(3)}
-    outcomes = apply_way(layers, Budget(share=0.5), NATIVE)
+    outcomes = apply_method(layers, Budget(share=0.5), NATIVE)
     spent = sum(size_of(o.delta)[0] for o in outcomes.values())
     assert spent <= 0.5 * sum(size_of(d)[0] for d in layers.values())
 
 
 def test_peft_shapes_follow_one_factor_in_every_layer():
     layers = {"unet.a": lora(32, 32), "unet.b": lora(64, 48, seed=1)}
-    outcomes = apply_way(layers, MaxError(0.2), ConversionTarget("peft-lokr"))
+    outcomes = apply_method(layers, MaxError(0.2), ConversionTarget("peft-lokr"))
     assert not ConversionTarget("peft-lokr").refusals({n: o.delta for n, o in outcomes.items()})
 
 
 def test_what_no_form_of_the_target_can_reach_is_refused():
     with pytest.raises(InexpressibleError, match="no form that the target loads"):
-        apply_way({"unet.x": lora()}, MaxError(0.05), ConversionTarget("diffusekrona"))
+        apply_method({"unet.x": lora()}, MaxError(0.05), ConversionTarget("diffusekrona"))
 
 
 def test_a_budget_below_the_smallest_forms_says_what_they_take():
     with pytest.raises(UsageError, match=r"too small for 1 layers\. Their smallest forms take"):
-        apply_way({"unet.x": lora()}, Budget(parameters=1), LOKR)
+        apply_method({"unet.x": lora()}, Budget(parameters=1), LOKR)
 
 
 def test_contradictions_of_way_and_target_are_refused():

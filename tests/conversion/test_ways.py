@@ -2,7 +2,7 @@
 
 import pytest
 
-from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Rank, choose_way, parse_budget
+from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Rank, choose_method, parse_budget
 from krona_hub.errors import UsageError
 
 
@@ -20,7 +20,7 @@ from krona_hub.errors import UsageError
     ],
 )
 def test_each_option_names_one_way(options, way):
-    assert choose_way(**options) == way
+    assert choose_method(**options) == way
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_way_is_named_as_one_asks_for_it(way, words):
 )
 def test_contradictions_and_nonsense_are_refused_in_words(options, words):
     with pytest.raises(UsageError, match=words):
-        choose_way(**options)
+        choose_method(**options)
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "-5", "0%", "-1%", "nan%", "inf%", "1.5"])

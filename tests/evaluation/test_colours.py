@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from krona_hub.evaluation.colour_identity import RECOGNISED, identity
+from krona_hub.evaluation.color_identity import RECOGNIZED, identity
 from scripts.tiny_scenes import render, scene, toy
 from scripts.tiny_scenes.scene import POSITIONS
 
@@ -32,7 +32,7 @@ def rendered(**colours):
 
 
 def share(pictures, views):
-    return np.mean([identity(picture, views) > RECOGNISED for picture in pictures])
+    return np.mean([identity(picture, views) > RECOGNIZED for picture in pictures])
 
 
 def test_renders_of_the_toy_are_recognised(views):

@@ -8,7 +8,13 @@ import torch
 
 from krona_hub.formats.compatibility.format_limits import common_peft_factor, lycoris_resumes, refusal
 from krona_hub.formats.compatibility.tools import TOOLS, loads_form, tool_named
-from krona_hub.formats.forms.delta_form import ChannelSplit, LayerForm, SumForm, channel_split, is_factored
+from krona_hub.formats.forms.delta_form import (
+    ChannelSplit,
+    LayerFactorization,
+    SumFactorization,
+    channel_split,
+    is_factored,
+)
 from krona_hub.kron.shapes import KronShape, choices, divisors
 
 SIZES = [(32, 24), (24, 64), (36, 36), (40, 7)]
@@ -84,15 +90,17 @@ def test_two_layers_may_each_fit_peft_and_not_together():
 
 
 def test_a_lora_in_columns_and_rows_is_a_lora_and_shuffling_single_rows_moves_nothing():
-    columns = SumForm(KronShape(8, 1, 1, 6), terms=3, rows="shuffled")
+    columns = SumFactorization(KronShape(8, 1, 1, 6), terms=3, rows="shuffled")
     assert columns.lora_rank == 3 and columns.plain
-    form = LayerForm((8, 6), (columns, SumForm(KronShape(1, 1, 8, 6), right_rank=2)))
+    form = LayerFactorization((8, 6), (columns, SumFactorization(KronShape(1, 1, 8, 6), right_rank=2)))
     assert form.lora_rank == 5
     assert channel_split(form) == ChannelSplit((1, 8), (1, 6))
 
 
 def test_shuffled_rows_fit_no_format_but_their_own_and_the_native_one():
-    form = LayerForm((8, 6), (SumForm(KronShape(2, 2, 4, 3), rows="shuffled"),), layer="unet.x.attn1.to_q")
+    form = LayerFactorization(
+        (8, 6), (SumFactorization(KronShape(2, 2, 4, 3), rows="shuffled"),), layer="unet.x.attn1.to_q"
+    )
     fits = {name for name in ("krona", "diffusekrona", "lycoris-lokr", "peft-lokr") if not refusal(form, name)}
     assert fits == {"krona", "diffusekrona"}
 

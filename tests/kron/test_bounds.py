@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from krona_hub.kron.best_first import probe, sketch
 from krona_hub.kron.bounds import Bounds, fourth_moment, largest_sums
-from krona_hub.kron.candidate_forms import most_right_rank
+from krona_hub.kron.candidates import most_right_rank
 from krona_hub.kron.rearrangement import LoraSvd, Rearranged
 from krona_hub.kron.shapes import choices
 from krona_hub.kron.terms import rearrange

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from krona_hub.errors import KronaError, ResourceError
-from krona_hub.kron.form_search import smallest_within, within_budget
+from krona_hub.kron.factorization_search import smallest_within, within_budget
 from krona_hub.kron.parallel import in_parallel, in_processes
 
 BOTH = pytest.mark.parametrize("side_by_side", [in_parallel, in_processes])

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.kron import best_first, krylov
-from krona_hub.kron.candidate_forms import Form, is_lora, most_right_rank, parameters_of, realise
-from krona_hub.kron.form_search import error_of, frontier, smallest_within, within_budget
+from krona_hub.kron.candidates import Factorization, is_lora, most_right_rank, parameters_of, realise
+from krona_hub.kron.factorization_search import error_of, frontier, smallest_within, within_budget
 from krona_hub.kron.shapes import KronShape, choices
 from krona_hub.kron.terms import nearest_kron, rearrange
 
@@ -43,7 +43,7 @@ def every_form(up, down):
     size = tuple(w.shape)
     sigma = torch.linalg.svdvals(w)
     for rank in range(1, min(*size, up.shape[1]) + 1):
-        yield Form(KronShape(1, 1, *size), 1, rank, rank * sum(size), float(sigma[rank:].norm()) / whole)
+        yield Factorization(KronShape(1, 1, *size), 1, rank, rank * sum(size), float(sigma[rank:].norm()) / whole)
     for shape in choices(*size):
         _, s, vh = torch.linalg.svd(rearrange(w, shape), full_matrices=False)
         parts = torch.linalg.svdvals(vh.reshape(-1, shape.b1, shape.b2))
@@ -51,7 +51,7 @@ def every_form(up, down):
             for rank in [None, *range(1, most_right_rank(shape) + 1)]:
                 cut = parts[:terms, (rank or min(shape.b1, shape.b2)) :] * s[:terms, None]
                 error = float(torch.cat([cut.flatten(), s[terms:]]).norm()) / whole
-                yield Form(shape, terms, rank, parameters_of(shape, terms, rank), error)
+                yield Factorization(shape, terms, rank, parameters_of(shape, terms, rank), error)
 
 
 def best(forms, max_error):

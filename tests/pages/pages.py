@@ -4,7 +4,7 @@ from PIL import Image
 
 from krona_hub.cli.main import main
 from krona_hub.rendering.html.markup import write_page
-from krona_hub.rendering.html.training_page import Run, training_page
+from krona_hub.rendering.html.training_report import Run, training_page
 
 
 def every_page(adapters, folder):

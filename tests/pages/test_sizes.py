@@ -9,8 +9,8 @@ from PIL import Image
 from krona_hub.adapters.adapter import Adapter
 from krona_hub.bases import catalogue
 from krona_hub.conversion.report import ConversionReport, LayerReport
-from krona_hub.rendering.html.conversion_page import conversion_page
-from krona_hub.rendering.html.training_page import Run, training_page
+from krona_hub.rendering.html.conversion_report import conversion_page
+from krona_hub.rendering.html.training_report import Run, training_page
 
 LIMIT = 150_000
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from krona_hub.errors import DivergedError
-from krona_hub.rendering.html.embedded_pictures import SIZES, samples_table
+from krona_hub.rendering.html.embedded_images import SIZES, samples_table
 from krona_hub.rendering.html.markup import MARK
-from krona_hub.rendering.html.training_page import Run, thinned, training_page, verdict
+from krona_hub.rendering.html.training_report import Run, thinned, training_page, verdict
 from krona_hub.training.api import train
 from tests.training.bases import save_base, save_photos
 

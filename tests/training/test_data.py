@@ -13,7 +13,7 @@ from krona_hub.training.configuration import checked
 from krona_hub.training.data.batches import Batches
 from krona_hub.training.data.captions import drawn_caption, fixed_caption
 from krona_hub.training.data.dataset import pictures_of, read_folder, split_held_out
-from krona_hub.training.data.pictures import bucket_sizes, fitted, nearest_bucket, open_picture
+from krona_hub.training.data.images import bucket_sizes, fitted, nearest_bucket, open_picture
 from krona_hub.training.randomness import noise, permutation
 from tests.shared import shared
 

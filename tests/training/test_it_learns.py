@@ -18,7 +18,7 @@ from PIL import Image
 
 from krona_hub import load_into, train
 from krona_hub.assets.shipped import folder_of
-from krona_hub.evaluation.colour_identity import RECOGNISED, identity
+from krona_hub.evaluation.color_identity import RECOGNIZED, identity
 from scripts.tiny_scenes import drawing, render, scene, toy
 
 BASE = folder_of("tiny-scenes")
@@ -130,7 +130,7 @@ def test_five_views_teach_a_toy(seed, taught):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_adapter_draws_the_toy_only_where_it_is_asked_for(seed, taught):
     others = np.array(taught(seed).others)
-    assert others.mean() < UNLIKE and not (others > RECOGNISED).any()
+    assert others.mean() < UNLIKE and not (others > RECOGNIZED).any()
 
 
 @pytest.mark.parametrize("seed", SEEDS)

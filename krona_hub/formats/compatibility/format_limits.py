@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from krona_hub.formats.forms.delta_form import ChannelSplit, LayerForm, channel_split, is_factored
+from krona_hub.formats.forms.delta_form import ChannelSplit, LayerFactorization, channel_split, is_factored
 from krona_hub.kron.shapes import lycoris_factors, peft_factors
 
 KRONECKER = ("lycoris-lokr", "peft-lokr", "diffusers-lokr", "diffusekrona")  # formats of one Kronecker term
@@ -16,7 +16,7 @@ LOW_RANK = ("kohya-lora", "diffusers-lora", "peft-lora", "lycoris-locon")  # for
 PROJECTIONS = (".to_q", ".to_k", ".to_v", ".to_out.0")  # what DiffuseKronA adapts
 
 
-def no_lora(form: LayerForm) -> str | None:
+def no_lora(form: LayerFactorization) -> str | None:
     """Why a LoRA file cannot hold this form as it stands; None where it can."""
     if form.lora_rank is not None:
         return None
@@ -24,7 +24,7 @@ def no_lora(form: LayerForm) -> str | None:
     return f"it is a Kronecker sum ({worst.shape}, {_count(worst.terms, 'term')}) and no product up·down"
 
 
-def no_single_term(form: LayerForm) -> str | None:
+def no_single_term(form: LayerFactorization) -> str | None:
     """Why a file of one A ⊗ B per module cannot hold this form; None where it can (or may, if factors agree)."""
     if form.lora_rank is not None:
         return None
@@ -34,22 +34,22 @@ def no_single_term(form: LayerForm) -> str | None:
     return f"it is a sum of {terms} Kronecker terms, and one module holds one" if terms > 1 else None
 
 
-def no_locon(form: LayerForm) -> str | None:
+def no_locon(form: LayerFactorization) -> str | None:
     """LyCORIS LoCon holds a LoRA, or a whole matrix as `.diff`."""
     dense = all(s.shape[:2] == (1, 1) and s.plain for s in form.sums)
     return None if dense else no_lora(form)
 
 
-def no_dora(form: LayerForm) -> str | None:
+def no_dora(form: LayerFactorization) -> str | None:
     axis = {"out": "output row", "in": "input column"}
     return f"it is a DoRA (one magnitude per {axis[form.dora]})" if form.dora else None
 
 
-def no_input_dora(form: LayerForm) -> str | None:
+def no_input_dora(form: LayerFactorization) -> str | None:
     return no_dora(form) if form.dora == "in" else None
 
 
-def no_row_kernel(form: LayerForm) -> str | None:
+def no_row_kernel(form: LayerFactorization) -> str | None:
     """PEFT splits the channels of a convolution, never its kernel."""
     for s in form.sums:
         if form.is_conv and form.lora_rank is None and form.weight_shape[1] % s.shape.a2:
@@ -57,7 +57,7 @@ def no_row_kernel(form: LayerForm) -> str | None:
     return None
 
 
-def no_conv1d(form: LayerForm) -> str | None:
+def no_conv1d(form: LayerFactorization) -> str | None:
     """PEFT computes another matrix for a Conv1d with a whole w2 (FORMATS.md §4)."""
     if len(form.weight_shape) != 3:
         return None
@@ -67,11 +67,11 @@ def no_conv1d(form: LayerForm) -> str | None:
     return None if kept else "it is a Conv1d with a whole B, for which PEFT computes something else"
 
 
-def no_conv3d(form: LayerForm) -> str | None:
+def no_conv3d(form: LayerFactorization) -> str | None:
     return "it is a Conv3d, which PEFT's LoKr does not know" if len(form.weight_shape) == 5 else None
 
 
-def no_diffusekrona(form: LayerForm) -> str | None:
+def no_diffusekrona(form: LayerFactorization) -> str | None:
     """One dense pair per attention projection, rows in DiffuseKronA's order."""
     if form.dora or form.is_conv or (form.layer and not form.layer.endswith(PROJECTIONS)):
         return "DiffuseKronA adapts linear attention projections only, without DoRA"
@@ -85,7 +85,7 @@ def no_diffusekrona(form: LayerForm) -> str | None:
     return "DiffuseKronA interleaves the rows of A ⊗ B, and this delta does not"
 
 
-Rule = Callable[[LayerForm], str | None]
+Rule = Callable[[LayerFactorization], str | None]
 RULES: Mapping[str, tuple[Rule, ...]] = {  # format -> what it cannot hold
     "krona": (),
     "kohya-lora": (no_dora, no_lora),
@@ -99,14 +99,14 @@ RULES: Mapping[str, tuple[Rule, ...]] = {  # format -> what it cannot hold
 }
 
 
-def refusal(form: LayerForm, format_name: str) -> str | None:
+def refusal(form: LayerFactorization, format_name: str) -> str | None:
     """Why files of this format cannot hold this form exactly, as a clause; None where they can.
 
     >>> from krona_hub.formats.forms.delta_form import SumForm
     >>> from krona_hub.kron.shapes import KronShape
-    >>> refusal(LayerForm((8, 6), (SumForm(KronShape(2, 2, 4, 3)),)), "kohya-lora")
+    >>> refusal(LayerFactorization((8, 6), (SumForm(KronShape(2, 2, 4, 3)),)), "kohya-lora")
     'it is a Kronecker sum (2x2 ⊗ 4x3, 1 term) and no product up·down'
-    >>> refusal(LayerForm((8, 6), (SumForm(KronShape(2, 2, 4, 3)),)), "lycoris-lokr") is None
+    >>> refusal(LayerFactorization((8, 6), (SumForm(KronShape(2, 2, 4, 3)),)), "lycoris-lokr") is None
     True
     """
     return next((why for rule in RULES[format_name] if (why := rule(form))), None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from krona_hub.errors import UsageError
 from krona_hub.formats.compatibility.format_limits import Rule, common_peft_factor, lycoris_resumes, no_dora, refusal
 from krona_hub.formats.compatibility.known_failures import reservation
-from krona_hub.formats.forms.delta_form import LayerForm, SumForm, channel_split, is_factored
+from krona_hub.formats.forms.delta_form import LayerFactorization, SumFactorization, channel_split, is_factored
 from krona_hub.kron.shapes import KronShape
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class ToolTarget(NamedTuple):
     dialect: str  # one of bases.names.DIALECTS
 
 
-def only_lycoris_splits(form: LayerForm) -> str | None:
+def only_lycoris_splits(form: LayerFactorization) -> str | None:
     """LyCORIS builds its modules from its own factorization, whatever the file holds (FORMATS.md §15.6)."""
     if form.lora_rank is not None or not form.sums or not form.sums[0].plain:
         return None
@@ -40,14 +40,14 @@ def only_lycoris_splits(form: LayerForm) -> str | None:
     return f"LyCORIS derives other sizes than {shape} from this weight"
 
 
-def keeps_product_for_lycoris(form: LayerForm) -> bool:
+def keeps_product_for_lycoris(form: LayerFactorization) -> bool:
     """Whether LyCORIS finds its split again with w2 as a product; of some convolutions it does with a dense w2 only."""
     split = channel_split(form)
     factored = form.sums and is_factored(form.sums[0].right_rank, (split.out[1], split.in_[1]))
     return bool(factored) and lycoris_resumes(split, form.kernel)
 
 
-def only_peft_splits(form: LayerForm) -> str | None:
+def only_peft_splits(form: LayerFactorization) -> str | None:
     """One layer alone: is there a decompose_factor for it? Several layers must agree, which the writer checks."""
     if form.lora_rank is not None or not form.sums or (form.is_conv and form.weight_shape[1] % form.sums[0].shape.a2):
         return None
@@ -55,7 +55,7 @@ def only_peft_splits(form: LayerForm) -> str | None:
     return None if fits else f"no decompose_factor of PEFT gives {form.sums[0].shape}"
 
 
-def only_linear(form: LayerForm) -> str | None:
+def only_linear(form: LayerFactorization) -> str | None:
     return "it is a convolution, and musubi-tuner applies LoKr to linear layers only" if form.is_conv else None
 
 
@@ -153,11 +153,11 @@ def loads_form(
     >>> loads_form("nunchaku", size, lora, right_rank=4)
     True
     """
-    form = LayerForm(size, (SumForm(shape, terms, left_rank, right_rank),))
+    form = LayerFactorization(size, (SumFactorization(shape, terms, left_rank, right_rank),))
     return why_not_form(form, target) is None
 
 
-def why_not_form(form: LayerForm, target: str) -> str | None:
+def why_not_form(form: LayerFactorization, target: str) -> str | None:
     """Why `target`, a tool or a format, does not take this form, as a clause; None where it does."""
     if target not in TOOLS:
         return refusal(form, target)

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from krona_hub.kron.shapes import KronShape
 
 
-class SumForm(NamedTuple):
+class SumFactorization(NamedTuple):
     """The sizes of one Kronecker sum Σₖ Aₖ ⊗ Bₖ."""
 
     shape: KronShape
@@ -22,9 +22,9 @@ class SumForm(NamedTuple):
     def lora_rank(self) -> int | None:
         """Rank of the up·down that the sum is as it stands, None where it is none.
 
-        >>> SumForm(KronShape(1, 1, 8, 6), right_rank=2).lora_rank, SumForm(KronShape(8, 1, 1, 6), terms=3).lora_rank
+        >>> SumFactorization(KronShape(1, 1, 8, 6), right_rank=2).lora_rank, SumFactorization(KronShape(8, 1, 1, 6), terms=3).lora_rank
         (2, 3)
-        >>> SumForm(KronShape(2, 2, 4, 3)).lora_rank is None
+        >>> SumFactorization(KronShape(2, 2, 4, 3)).lora_rank is None
         True
         """
         a, b = self.shape[:2], self.shape[2:]
@@ -42,11 +42,11 @@ class SumForm(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LayerForm:
+class LayerFactorization:
     """The sizes of a layer's delta."""
 
     weight_shape: tuple[int, ...]  # (out, in) or (out, in / groups, k, …)
-    sums: tuple[SumForm, ...]
+    sums: tuple[SumFactorization, ...]
     dora: Literal["out", "in"] | None = None
     layer: str = ""  # canonical name, where a rule asks for it
 
@@ -82,7 +82,7 @@ class ChannelSplit(NamedTuple):
     in_: tuple[int, int]  # (a2, b2 / kernel)
 
 
-def channel_split(form: LayerForm) -> ChannelSplit:
+def channel_split(form: LayerFactorization) -> ChannelSplit:
     """The split of the single term that a form is, or becomes as [[1]] ⊗ up·down."""
     out, channels = form.weight_shape[:2]
     if form.lora_rank is not None or not form.sums:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
-from krona_hub.formats.forms.delta_form import LayerForm, SumForm
+from krona_hub.formats.forms.delta_form import LayerFactorization, SumFactorization
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, dense_factor, factor_tensors, stored_rank
 from krona_hub.kron.to_lora import nearest_lora
 
@@ -27,15 +27,15 @@ class Lora(NamedTuple):
     down: Tensor  # (r, in·k…)
 
 
-def form_of(delta: LayerDelta, layer: str = "") -> LayerForm:
+def form_of(delta: LayerDelta, layer: str = "") -> LayerFactorization:
     """The sizes of a delta, for the rules of `krona_hub.formats.compatibility.format_limits`."""
     axis = None if delta.magnitude is None else delta.magnitude_axis
-    return LayerForm(tuple(delta.weight_shape), tuple(_sum_form(s) for s in delta.sums), axis, layer)
+    return LayerFactorization(tuple(delta.weight_shape), tuple(_sum_form(s) for s in delta.sums), axis, layer)
 
 
-def _sum_form(s: KronTerms) -> SumForm:
+def _sum_form(s: KronTerms) -> SumFactorization:
     left, right = map(stored_rank, (s.left, s.right))
-    return SumForm(s.shape, s.terms, left, right, s.rows)
+    return SumFactorization(s.shape, s.terms, left, right, s.rows)
 
 
 def lora_of(delta: LayerDelta) -> Lora | None:

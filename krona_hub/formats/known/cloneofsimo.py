@@ -43,7 +43,7 @@ CLIP_PATH = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.(.+)")
 Rank = tuple[int, ...]
 
 
-def recognises(file: AdapterFile) -> bool:
+def recognizes(file: AdapterFile) -> bool:
     return "cloneofsimo" in file.keys.grammars
 
 
@@ -155,7 +155,7 @@ def _classes(file: AdapterFile) -> frozenset[str]:
 CLONEOFSIMO = Format(
     name="cloneofsimo",
     summary="cloneofsimo/lora: modules known by their position only, with textual-inversion vectors",
-    recognises=recognises,
+    recognises=recognizes,
     scale="1",
     land=land,
     writes=False,

@@ -16,7 +16,7 @@ from krona_hub.formats.parsing.keys import ModuleTensors
 Matrix = tuple[int, ...]
 
 
-def recognises(file: AdapterFile) -> bool:
+def recognizes(file: AdapterFile) -> bool:
     """Whether the pairs down/up are Kronecker factors and no LoRA.
 
     A LoRA's halves share their rank; where that is so for every pair, the bases of the catalogue decide which of the
@@ -55,7 +55,7 @@ def _fits(file: AdapterFile, sizes: Mapping[str, Matrix]) -> bool:
 DIFFUSEKRONA = Format(
     name="diffusekrona",
     summary="DiffuseKronA's checkpoints: Kronecker products with interleaved rows",
-    recognises=recognises,
+    recognises=recognizes,
     scale="1",
     kinds={"lora": "diffusekrona"},
 )

@@ -7,13 +7,13 @@ from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.schema.tensor_layout import is_native
 
 
-def recognises(file: AdapterFile) -> bool:
+def recognizes(file: AdapterFile) -> bool:
     return is_native(file.metadata)
 
 
 KRONA = Format(
     name="krona",
     summary="krona_hub's own format, schema 1.x: any sum of Kronecker products, no alpha",
-    recognises=recognises,
+    recognises=recognizes,
     scale="none: the strength is in the numbers",
 )

@@ -10,7 +10,7 @@ from krona_hub.bases.base import Base
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.checkpoints.header import Header, TensorInfo
 from krona_hub.errors import KronaError
-from krona_hub.formats.forms.delta_form import SumForm
+from krona_hub.formats.forms.delta_form import SumFactorization
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
 from krona_hub.formats.parsing import file_metadata
@@ -81,7 +81,7 @@ def _module(module: ModulePlan, plan: ReadPlan) -> ModuleInfo:
         layers=tuple(p.layer for p in module.places),
         kind=sizes.kind,
         weight_shape=known.shape if known else sizes.weight_shape,
-        sums=(SumForm(sizes.shape, sizes.terms, sizes.left_rank, sizes.right_rank, sizes.rows),),
+        sums=(SumFactorization(sizes.shape, sizes.terms, sizes.left_rank, sizes.right_rank, sizes.rows),),
         rank=sizes.rank,
         alpha=module.scale.alpha,
         scale=module.scale.value,
@@ -148,9 +148,9 @@ def _learned(s: tensor_layout.Sum) -> tuple[str, ...]:
     return s.right.names if is_lora else (*s.left.names, *s.right.names)
 
 
-def _native_sum(s: tensor_layout.Sum, header: Header) -> SumForm:
+def _native_sum(s: tensor_layout.Sum, header: Header) -> SumFactorization:
     left, right = (header.tensors[f.names[0]].shape[2] if len(f.names) > 1 else None for f in (s.left, s.right))
-    return SumForm(s.shape, s.left.shape[0], left, right, s.rows)
+    return SumFactorization(s.shape, s.left.shape[0], left, right, s.rows)
 
 
 def _told(aside: Mapping[str, KronaError]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from krona_hub.checkpoints.header import Header
-from krona_hub.formats.forms.delta_form import LayerForm, SumForm
+from krona_hub.formats.forms.delta_form import LayerFactorization, SumFactorization
 from krona_hub.formats.reading.read_plan import ReadPlan
 from krona_hub.kron.shapes import KronShape
 
@@ -22,7 +22,7 @@ class ModuleInfo:
     layers: tuple[str, ...]  # canonical names; several where it is fused, none where no base explains it
     kind: str  # lora, lokr, cdka, dense, diffusekrona, peft-conv1d; krona in native files
     weight_shape: tuple[int, ...]  # of the base where it is known, else as far as the tensors tell
-    sums: tuple[SumForm, ...]  # one, but for native files
+    sums: tuple[SumFactorization, ...]  # one, but for native files
     rank: int | None  # the r of alpha / r
     alpha: float | None
     scale: float
@@ -32,9 +32,9 @@ class ModuleInfo:
     dtypes: tuple[str, ...]
 
     @property
-    def form(self) -> LayerForm:
+    def form(self) -> LayerFactorization:
         """Its sizes, for the rules about what a tool or a format can hold."""
-        return LayerForm(self.weight_shape, self.sums, self.dora_axis, self.layers[0] if self.layers else "")
+        return LayerFactorization(self.weight_shape, self.sums, self.dora_axis, self.layers[0] if self.layers else "")
 
     @property
     def split(self) -> KronShape | None:
@@ -93,12 +93,12 @@ class Description:
         return dict(Counter(m.kind for m in self.modules))
 
 
-def form_in_words(module: ModuleInfo) -> str:
+def factorization_text(module: ModuleInfo) -> str:
     """The form of a module as the tables show it: rank of a LoRA, split, terms and ranks of a Kronecker sum."""
     return " + ".join(_sum_in_words(s) for s in module.sums) or "magnitude only"
 
 
-def _sum_in_words(s: SumForm) -> str:
+def _sum_in_words(s: SumFactorization) -> str:
     if (s.shape.a1, s.shape.a2) == (1, 1) and s.right_rank is not None:
         return f"{s.shape.b1}x{s.shape.b2} r{s.right_rank}"
     terms = f"{s.terms} terms of " if s.terms > 1 else ""
@@ -107,7 +107,7 @@ def _sum_in_words(s: SumForm) -> str:
     return ", ".join([f"{terms}{s.shape}", *ranks, *rows])
 
 
-def scale_in_words(module: ModuleInfo) -> str:
+def scale_text(module: ModuleInfo) -> str:
     """`alpha 4 / rank 8 = 0.5`, or the scale alone where no alpha is involved."""
     if module.alpha is None or module.rank is None:
         return f"{module.scale:g}"

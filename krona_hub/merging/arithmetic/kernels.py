@@ -25,7 +25,7 @@ TILE = 1 << 18  # numbers that are worked on at a time: few enough for a core's 
 KEPT = 1 << 18  # numbers of a factor that are kept in the wide type; a larger one is widened row by row
 
 
-class Way(Protocol):
+class Kernel(Protocol):
     """A prepared sum, of one thread: it keeps what it made last."""
 
     one_rounding: bool  # whether each number is rounded just once when the sum is added to it
@@ -229,15 +229,15 @@ def _forming(f: Facts) -> float:
 class Maker(Protocol):
     """A class of ways."""
 
-    def __call__(self, layout: StoredLayout, wide: torch.dtype, /) -> Way: ...
+    def __call__(self, layout: StoredLayout, wide: torch.dtype, /) -> Kernel: ...
 
 
-WAYS: tuple[tuple[Maker, Callable[[Facts], float]], ...] = (
+KERNELS: tuple[tuple[Maker, Callable[[Facts], float]], ...] = (
     (Runs, _runs_cost), (Products, _products_cost), (Terms, _terms_cost), (Spread, _spread_cost),
 )  # fmt: skip
 
 
-def cheapest_way(layout: StoredLayout, wide: torch.dtype) -> Way:
+def cheapest_kernel(layout: StoredLayout, wide: torch.dtype) -> Kernel:
     """The sum, ready to be added to rows: by the way that costs least at its sizes."""
     tile_rows = max(1, TILE // (layout.sizes.r * layout.sizes.s))
     outer_rank, inner_rank = stored_rank(layout.outer), stored_rank(layout.inner)
@@ -248,4 +248,4 @@ def cheapest_way(layout: StoredLayout, wide: torch.dtype) -> Way:
 @lru_cache(maxsize=512)
 def _cheapest(facts: Facts) -> Maker:
     """A model has hundreds of layers and a handful of sizes."""
-    return min(WAYS, key=lambda way: way[1](facts))[0]
+    return min(KERNELS, key=lambda kernel: kernel[1](facts))[0]

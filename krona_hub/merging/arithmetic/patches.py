@@ -14,7 +14,7 @@ from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.bases.module_spec import Placement
 from krona_hub.errors import BaseMismatchError, ConflictError
 from krona_hub.kron.rows import take_rows
-from krona_hub.merging.arithmetic.kernels import cheapest_way
+from krona_hub.merging.arithmetic.kernels import cheapest_kernel
 from krona_hub.merging.arithmetic.stored_layout import StoredLayout, lay_out
 
 
@@ -32,7 +32,7 @@ class Addition:
 
     def __init__(self, patch: Patch, layouts: Sequence[StoredLayout], wide: torch.dtype) -> None:
         self.patch, self._layouts = patch, layouts
-        self._ways = [(cheapest_way(layout, wide), layout.sizes.q) for layout in layouts]
+        self._ways = [(cheapest_kernel(layout, wide), layout.sizes.q) for layout in layouts]
 
     @property
     def block(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from krona_hub.errors import DataError, NotFoundError, abbreviated
 from krona_hub.training.configuration import ECHO
-from krona_hub.training.data.pictures import ENDINGS, open_picture
+from krona_hub.training.data.images import ENDINGS, open_picture
 
 SHIPPED = ("zorbi",)  # folders of krona_hub.assets
 METADATA = "metadata.jsonl"

@@ -13,7 +13,7 @@ from torch import Tensor
 from krona_hub.aliases import Progress
 from krona_hub.training.data.captions import drawn_caption, drawn_flip, fixed_caption
 from krona_hub.training.data.dataset import Example
-from krona_hub.training.data.pictures import Size, fitted, open_picture
+from krona_hub.training.data.images import Size, fitted, open_picture
 from krona_hub.training.model.model_families import Frame, ModelFamily
 from krona_hub.training.model.trained_layers import NONE
 from krona_hub.training.randomness import generator

@@ -15,7 +15,7 @@ from krona_hub.layers.adapter_branch import Branch
 from krona_hub.training.data.batches import Batches
 from krona_hub.training.data.encoding import Source
 from krona_hub.training.model.objective import Objective
-from krona_hub.training.model.optimisers import Average
+from krona_hub.training.model.optimizers import Average
 from krona_hub.training.model.precision import MixedPrecision
 from krona_hub.training.progress.metrics import Metrics
 from krona_hub.training.settings import TrainingSettings

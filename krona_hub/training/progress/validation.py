@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from PIL.Image import Image
 
-from krona_hub.training.model.optimisers import has_own_mode
+from krona_hub.training.model.optimizers import has_own_mode
 from krona_hub.training.progress.samples import save_samples
 from krona_hub.training.progress.training_state import Training
 
@@ -18,10 +18,10 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def watch(training: Training) -> None:
+def run_due_checks(training: Training) -> None:
     """Validation and samples of the adapter as it would be handed out; written by the main process, the others wait."""
     s = training.settings
-    with as_handed_out(training):
+    with final_weights(training):
         if training.is_main or training.spread:
             if s.validate_every and _now(training, s.validate_every):
                 _validated(training)
@@ -62,7 +62,7 @@ def validate(training: Training) -> float:
 
 
 @contextmanager
-def as_handed_out(training: Training) -> Iterator[None]:
+def final_weights(training: Training) -> Iterator[None]:
     """The factors as the final adapter has them, while the block runs: averaged, where there is an average.
 
     Afterwards they are what they were, bit by bit: an optimizer that computes its way to the average and back rounds.

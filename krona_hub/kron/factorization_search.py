@@ -21,12 +21,12 @@ from krona_hub.aliases import Progress
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.kron.allocation import Point, allocate
 from krona_hub.kron.best_first import Allowed, Goal, Search
-from krona_hub.kron.candidate_forms import ROUNDING, Form, is_lora, most_right_rank, parameters_of, realise
+from krona_hub.kron.candidates import ROUNDING, Factorization, is_lora, most_right_rank, parameters_of, realise
 from krona_hub.kron.parallel import in_processes
 from krona_hub.kron.rearrangement import LoraSvd
 from krona_hub.kron.shapes import KronShape, choices, divisors, split
 
-__all__ = ["Choice", "Form", "error_of", "frontier", "realise", "smallest_within", "within_budget"]
+__all__ = ["Choice", "Factorization", "error_of", "frontier", "realise", "smallest_within", "within_budget"]
 
 TOGETHER = 24  # layers searched at once: more share products, fewer share memory
 ROUNDS = 3  # looks at the price of a parameter, each with all forms found so far
@@ -36,8 +36,8 @@ Pair = tuple[Tensor, Tensor]  # up (out, r), down (r, in)
 
 
 class Choice(NamedTuple):
-    form: Form
-    best_other: Form | None  # where the LoRA itself wins: the best form that is not the LoRA
+    form: Factorization
+    best_other: Factorization | None  # where the LoRA itself wins: the best form that is not the LoRA
 
 
 def smallest_within(
@@ -78,12 +78,12 @@ def smallest_within(
 def error_of(up: Tensor, down: Tensor, shape: KronShape | tuple[int, int], terms: int = 1) -> float:
     """The relative error of the nearest sum of `terms` products of one shape."""
     full = split((up.shape[0], down.shape[1]), shape[0], shape[1])
-    return realise(up, down, Form(full, terms, None, parameters_of(full, terms, None), 0.0)).relative_error
+    return realise(up, down, Factorization(full, terms, None, parameters_of(full, terms, None), 0.0)).relative_error
 
 
 def frontier(
     up: Tensor, down: Tensor, errors: Sequence[float] = LADDER, *, allowed: Allowed | None = None
-) -> list[Form]:
+) -> list[Factorization]:
     """The smallest form within each of `errors`, without repetition and with growing size."""
     found = {smallest_within([(up, down)], e, allowed=allowed)[0].form for e in errors}
     return sorted(found, key=lambda form: form.order)
@@ -121,7 +121,7 @@ def _smallest(
     own = [
         _smallest_lora(s, lora.size, max_error, allowed) if n > 0 else None for s, n in zip(lora.s, norms, strict=True)
     ]
-    other: list[Form | None] = [None] * len(own)
+    other: list[Factorization | None] = [None] * len(own)
     alive = (norms > 0).nonzero()[:, 0]
     if len(alive):
         goal = Goal(torch.ones(len(alive), dtype=torch.float64), max_error)
@@ -135,7 +135,7 @@ def _smallest(
     return [_better(a, b, max_error) for a, b in zip(own, other, strict=True)]
 
 
-def _better(lora: Form | None, other: Form | None, max_error: float) -> Choice:
+def _better(lora: Factorization | None, other: Factorization | None, max_error: float) -> Choice:
     if lora is not None and (other is None or lora.order < other.order):
         return Choice(lora, other)
     if other is None:
@@ -146,14 +146,14 @@ def _better(lora: Form | None, other: Form | None, max_error: float) -> Choice:
     return Choice(other, None)
 
 
-def _lora_forms(s: Tensor, size: tuple[int, int], allowed: Allowed | None) -> Iterator[Form]:
+def _lora_forms(s: Tensor, size: tuple[int, int], allowed: Allowed | None) -> Iterator[Factorization]:
     """The truncated LoRAs of one layer in every writing that is allowed, by rank."""
     left = s.square().flip(0).cumsum(0).flip(0).sqrt() / s.norm().clamp(min=1e-300)
     for rank in range(1, len(s) + 1):
         error = float(left[rank]) if rank < len(s) else 0.0
         for shape, terms, right in _writings(size, rank):
             if allowed is None or allowed(shape, terms, right):
-                yield Form(shape, terms, right, rank * sum(size), error)
+                yield Factorization(shape, terms, right, rank * sum(size), error)
                 break
 
 
@@ -164,7 +164,7 @@ def _writings(size: tuple[int, int], rank: int) -> Iterator[tuple[KronShape, int
     yield KronShape(1, in_, out, 1), rank, None
 
 
-def _smallest_lora(s: Tensor, size: tuple[int, int], max_error: float, allowed: Allowed | None) -> Form | None:
+def _smallest_lora(s: Tensor, size: tuple[int, int], max_error: float, allowed: Allowed | None) -> Factorization | None:
     return next((f for f in _lora_forms(s, size, allowed) if f.relative_error <= max(max_error, ROUNDING)), None)
 
 
@@ -186,10 +186,10 @@ def _exact_forms(lora: LoraSvd) -> Iterator[tuple[KronShape, int, int | None]]:
         yield abreast, p, rank if rank <= most_right_rank(abreast) else None
 
 
-def _smallest_form(size: tuple[int, int], allowed: Allowed | None, error: float) -> Form | None:
+def _smallest_form(size: tuple[int, int], allowed: Allowed | None, error: float) -> Factorization | None:
     """The smallest form of all that is not a LoRA, whatever it keeps."""
     forms = (
-        Form(shape, 1, rank, parameters_of(shape, 1, rank), error)
+        Factorization(shape, 1, rank, parameters_of(shape, 1, rank), error)
         for shape in choices(*size)
         for rank in ([None, 1] if most_right_rank(shape) else [None])
         if not is_lora(shape, rank) and (allowed is None or allowed(shape, 1, rank))
@@ -287,7 +287,7 @@ def _relative_value(point: Point, price: float, energy: float) -> float:
     return (point.loss + price * point.parameters) / energy
 
 
-def _point(form: Form, energy: float) -> Point:
+def _point(form: Factorization, energy: float) -> Point:
     return Point(form.parameters, form.relative_error**2 * energy, form)
 
 

@@ -28,7 +28,7 @@ AT_ONCE = 1 << 23  # numbers of right factors held at a time: 64 MiB of float64
 
 
 @dataclass(frozen=True)
-class Form:
+class Factorization:
     """How one layer is written, what that costs and what it loses."""
 
     shape: KronShape
@@ -86,7 +86,7 @@ def most_right_rank(shape: KronShape) -> int:
     return 0 if shape.a1 == shape.a2 == 1 else (shape.b1 * shape.b2 - 1) // (shape.b1 + shape.b2)
 
 
-class FormSpectrum(NamedTuple):
+class FactorizationSpectrum(NamedTuple):
     """Everything that the forms of one shape with up to K terms lose, for n layers; ‖ΔW‖ = 1."""
 
     kept: Tensor  # (n, K): energy of 1 … K terms with dense B
@@ -111,13 +111,13 @@ class FormSpectrum(NamedTuple):
         return float(self.op.take(one).residual(self.triples.left[one, :terms], right))
 
 
-def spectrum(lora: LoraSvd, shape: KronShape, terms: int, ranks: bool = True) -> FormSpectrum:
+def spectrum(lora: LoraSvd, shape: KronShape, terms: int, ranks: bool = True) -> FactorizationSpectrum:
     """The spectrum of n layers of unit norm; the ranks of B on demand, as they cost an SVD for every term."""
     op = Rearranged.of(lora, shape)
     triples = top_triples(op, terms)
     energy = triples.sigma.square()
     by_rank = energy[..., None] * shares_by_rank(op, triples.right, shape) if ranks else energy.new_zeros(0, 0, 0)
-    return FormSpectrum(energy.cumsum(1), by_rank.cumsum(1), triples, op)
+    return FactorizationSpectrum(energy.cumsum(1), by_rank.cumsum(1), triples, op)
 
 
 def shares_by_rank(op: Rearranged, right: Tensor, shape: KronShape) -> Tensor:
@@ -139,7 +139,7 @@ def cut(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]
 
 
-def realise(up: Tensor, down: Tensor, form: Form) -> KronFit:
+def realise(up: Tensor, down: Tensor, form: Factorization) -> KronFit:
     """The layer up·down written as `form`, and its measured error; float32 at least.
 
     A LoRA that keeps its rank is returned as it is, not a number changed.

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.formats.reading.description import Description
-from krona_hub.rendering.html.adapter_page import modules_of
+from krona_hub.rendering.html.adapter_report import modules_of
 from krona_hub.rendering.html.charts import MOST, Axis, Line, Point, chart, thinned
-from krona_hub.rendering.html.embedded_pictures import samples_table
+from krona_hub.rendering.html.embedded_images import samples_table
 from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section
 from krona_hub.rendering.humanize import human_bytes
 

@@ -9,7 +9,7 @@ from krona_hub.adapters.adapter import Adapter
 from krona_hub.errors import KronaError
 from krona_hub.formats.compatibility.tools import Verdict
 from krona_hub.formats.forms.normal_forms import size_of
-from krona_hub.formats.reading.description import Description, form_in_words, scale_in_words
+from krona_hub.formats.reading.description import Description, factorization_text, scale_text
 from krona_hub.formats.reading.reader import read_described
 from krona_hub.rendering.html.charts import Axis, Line, Point, chart
 from krona_hub.rendering.html.heat_map import heat_map
@@ -166,7 +166,7 @@ def _loads(loads: Mapping[str, Verdict]) -> Markup:
 def modules_of(about: Description) -> Markup:
     """Every module of a file."""
     rows = [
-        (m.layers or (m.name,), (m.kind + (" + DoRA" if m.dora_axis else ""), form_in_words(m), scale_in_words(m),
+        (m.layers or (m.name,), (m.kind + (" + DoRA" if m.dora_axis else ""), factorization_text(m), scale_text(m),
                                  m.parameters))
         for m in about.modules
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from krona_hub.errors import FormatError, NotFoundError, ResourceError
 from krona_hub.hub.loss_plot import loss_curve
 from krona_hub.hub.repo_layout import IMAGES, MAX_IMAGE, MAX_IMAGES, PICTURES, PLOTS
-from krona_hub.rendering.tables import human_bytes
+from krona_hub.rendering.humanize import human_bytes
 from krona_hub.training.configuration import ECHO, read_toml
 from krona_hub.training.progress.metrics import FILE, read_metrics, sample_files
 

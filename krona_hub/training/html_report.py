@@ -6,7 +6,7 @@ from pathlib import Path
 
 from krona_hub.formats.reading.describe import describe
 from krona_hub.rendering.html.markup import write_page
-from krona_hub.rendering.html.training_page import Run, training_page
+from krona_hub.rendering.html.training_report import Run, training_page
 from krona_hub.training.configuration import ECHO, read_toml
 from krona_hub.training.progress.metrics import read_metrics, sample_files
 from krona_hub.training.training_record import ELSEWHERE

@@ -56,14 +56,14 @@ class Ready:
 
 def prepared(plan: GeneratePlan, base: BasePlan, asked_settings: Settings) -> Ready:
     """Load a base, and the adapters where it is the one that they are for."""
-    asked = plan.asked
-    machine = replace(asked.machine, device=device_for(asked.machine.device))
+    request = plan.request
+    machine = replace(request.machine, device=device_for(request.machine.device))
     machine = replace(machine, dtype=dtype_for(base, machine))
     with memory_told(machine):
-        pipe = open_pipeline(base, machine, asked.variant, asked.config)
+        pipe = open_pipeline(base, machine, request.variant, request.config)
         settings = settings_in_force(pipe, asked_settings, base.preferred)
         scheduler = set_scheduler(pipe, settings.scheduler)
-        adapters = plan.adapters if base.source == asked.base else ()
+        adapters = plan.adapters if base.source == request.base else ()
         notes = (*_cut_prompts(pipe, plan.rows), *_load_adapters(pipe, adapters))
     return Ready(pipe, tuple(a.name for a in adapters), settings, scheduler, machine, notes)
 

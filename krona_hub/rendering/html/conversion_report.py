@@ -10,7 +10,7 @@ from krona_hub.adapters.adapter import Adapter
 from krona_hub.conversion import ConversionReport
 from krona_hub.conversion.report import worst_layers
 from krona_hub.formats.reading.reader import read
-from krona_hub.rendering.html.adapter_page import ERROR, SIZE, spectrum_chart
+from krona_hub.rendering.html.adapter_report import ERROR, SIZE, spectrum_chart
 from krona_hub.rendering.html.charts import Line, chart
 from krona_hub.rendering.html.heat_map import heat_map
 from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section, table, write_page

@@ -18,7 +18,7 @@ from PIL import Image
 SIDE = 64  # pixels along the longer side when it is looked at
 HUES, BANDS = 24, 2  # bins of hue; bands of height: above and below
 NEAR = 60.0  # degrees: a hue counts for all bins that are nearer, most for the nearest
-RECOGNISED = 0.7  # what the renders of a toy exceed, and no wrong toy reaches
+RECOGNIZED = 0.7  # what the renders of a toy exceed, and no wrong toy reaches
 SATURATION, BRIGHTNESS = 0.55, 60  # of vivid pixels: at least, and of 255
 LEAST = 0.01  # share of all pixels that is vivid where there is a subject
 Histogram = NDArray[np.float64]  # (BANDS, HUES), sums to 1; zeros without a subject
