@@ -3,7 +3,7 @@
 Tables (`originals/*.txt`): FLUX.1 and Chroma, FLUX.2, SD3/SD3.5, AuraFlow, HunyuanVideo, Lumina 2, Z-Image, Krea 2,
 Wan 2.1, Sana, and the OpenCLIP text encoders of ldm checkpoints; U-Nets follow a rule, in `ldm.py`. Qwen-Image and
 HiDream have the same names in both worlds. PixArt-Σ has no table: no tool of today reads its own names.
-Each table is checked by running diffusers' own converter on it (`tests/bases/test_originals.py`).
+Each table is checked by running diffusers' own converter on it (`tests/bases/test_original_names.py`).
 """
 
 from __future__ import annotations

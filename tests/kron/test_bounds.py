@@ -10,7 +10,7 @@ from krona_hub.kron.candidates import most_right_rank
 from krona_hub.kron.rearrangement import LoraSvd, Rearranged
 from krona_hub.kron.shapes import choices
 from krona_hub.kron.terms import rearrange
-from tests.kron.test_search import SIZES, lora_layer
+from tests.kron.test_factorization_search import SIZES, lora_layer
 
 layers = st.builds(
     lora_layer,

@@ -17,7 +17,7 @@ from krona_hub.errors import ConflictError, ResourceError
 from krona_hub.merging.output.write_model import MergeDestination, write_merged
 from krona_hub.merging.undo import unmerge
 from tests.merging.made import contents, merged_file, write_base, write_pipeline
-from tests.merging.test_folders import changes
+from tests.merging.test_model_folder import changes
 
 DEEDS = ("pwrite", "copy_file_range", "fsync", "rename", "replace", "link", "mkdir", "ftruncate")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

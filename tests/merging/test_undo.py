@@ -18,7 +18,7 @@ from krona_hub.errors import (
 from krona_hub.merging.output.write_model import MergeDestination, write_merged
 from krona_hub.merging.undo import unmerge
 from tests.merging.made import contents, merged_file, write_base, write_pipeline
-from tests.merging.test_folders import TEXT, UNET, changes
+from tests.merging.test_model_folder import TEXT, UNET, changes
 
 INDEX = "unet/model.safetensors.index.json"
 

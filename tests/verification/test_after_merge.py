@@ -11,7 +11,7 @@ from krona_hub.kron.terms import as_lora
 from krona_hub.merging.api import merge
 from krona_hub.verification import verify
 from krona_hub.verification.ulps import units_apart
-from tests.verification.test_merged import DORA, LOKR, LORA, TYPES, UNET, base_of
+from tests.verification.test_check_merge import DORA, LOKR, LORA, TYPES, UNET, base_of
 
 WAYS = {
     "nearest": {},

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from krona_hub.cli.main import main
-from tests.pages.pages import every_page
+from tests.rendering.pages import every_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROBE = """<script>addEventListener("load", () => {

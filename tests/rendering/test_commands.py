@@ -3,7 +3,7 @@
 import json
 
 from krona_hub.cli.main import main
-from tests.pages.pages import every_page
+from tests.rendering.pages import every_page
 
 
 def test_every_command_writes_a_page_without_addresses_and_small(adapters, tmp_path):

@@ -8,7 +8,7 @@ from krona_hub.errors import UsageError
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
 from krona_hub.kron.to_lora import exact_lora, lora_rank_bound, nearest_lora, nearest_loras
-from tests.kron.test_sums import any_sum, deltas, dense, random_sum
+from tests.kron.test_norms import any_sum, deltas, dense, random_sum
 
 
 @settings(deadline=None)
