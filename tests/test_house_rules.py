@@ -36,7 +36,7 @@ FLOORS = {  # the same inside three packages: a file, or a folder of files
         {"configuration", "training_record", "model"},
         {"data"},
         {"progress"},
-        {"plan", "loop", "report_page"},
+        {"plan", "loop", "html_report"},
         {"setup"},
         {"finish"},
         {"api"},

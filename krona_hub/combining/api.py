@@ -11,8 +11,9 @@ from krona_hub.checkpoints.atomic import check_output
 from krona_hub.combining.report import CombineReport
 from krona_hub.combining.request import CombineInput, CombineRequest
 from krona_hub.conversion.methods import choose_method
-from krona_hub.conversion.output_options import FOLDERS, dtype_named, format_named
+from krona_hub.conversion.output_options import dtype_named, format_named
 from krona_hub.errors import UsageError
+from krona_hub.formats.known.registry import storage_of
 from krona_hub.sources import resolve
 
 if TYPE_CHECKING:
@@ -84,5 +85,5 @@ def _ingredient(place: int, source: Adapter | str | Path, weight: float) -> Comb
 
 def _check_place(request: CombineRequest) -> None:
     """Raise now what writing would raise in the end, where the output is a file."""
-    if request.out is not None and request.format not in FOLDERS and not request.dry_run:
+    if request.out is not None and not storage_of(request.format).folder and not request.dry_run:
         check_output(request.out, overwrite=request.overwrite)

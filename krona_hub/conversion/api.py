@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from krona_hub.aliases import Progress
 from krona_hub.checkpoints.atomic import check_output
 from krona_hub.conversion.methods import choose_method
-from krona_hub.conversion.output_options import FOLDERS, dtype_named, format_named
+from krona_hub.conversion.output_options import dtype_named, format_named
 from krona_hub.conversion.report import ConversionReport
 from krona_hub.conversion.request import ConvertRequest
 from krona_hub.errors import UsageError
 from krona_hub.formats.compatibility.tools import tool_named
+from krona_hub.formats.known.registry import storage_of
 from krona_hub.sources import resolve
 
 if TYPE_CHECKING:
@@ -89,5 +90,10 @@ def convert(
 
 def _check_place(request: ConvertRequest) -> None:
     """Raise now what writing would raise in the end, where the output is known to be a file."""
-    if request.out is not None and request.tool is None and request.to not in FOLDERS and not request.dry_run:
+    if (
+        request.out is not None
+        and request.tool is None
+        and (request.to is None or not storage_of(request.to).folder)
+        and not request.dry_run
+    ):
         check_output(request.out, overwrite=request.overwrite)

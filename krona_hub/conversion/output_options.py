@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from krona_hub.errors import UsageError
-from krona_hub.formats.known.registry import by_name
+from krona_hub.formats.known.registry import by_name, storage_of
 from krona_hub.sources import is_remote, parse_hub_id
 
 ALIASES = {"lora": "kohya-lora", "lokr": "lycoris-lokr", "native": "krona"}
-FOLDERS = ("peft-lora", "peft-lokr")  # formats that are a folder of files
 DTYPES = {
     name: dtype
     for dtype, names in {
@@ -42,7 +41,7 @@ def default_out(source: str | Path, format_name: str) -> Path:
     """
     path = _named(source)
     stem = path.name.removesuffix(".safetensors")
-    suffix = "" if format_name in FOLDERS else ".safetensors"
+    suffix = "" if storage_of(format_name).folder else ".safetensors"
     return path.with_name(f"{stem}.{format_name}{suffix}")
 
 

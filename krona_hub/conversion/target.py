@@ -10,13 +10,13 @@ from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.conversion.methods import DEFAULT_MAX_ERROR, Exact, Keep, MaxError, Method
 from krona_hub.conversion.output_options import format_named
 from krona_hub.errors import InexpressibleError, UsageError
-from krona_hub.formats.compatibility.format_limits import LOW_RANK
 from krona_hub.formats.compatibility.tools import loads_form, target_for, tool_named
 from krona_hub.formats.forms.normal_forms import is_lora
+from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
+from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.writing.encode import why_not
 from krona_hub.kron.shapes import KronShape, peft_factors
 
-ONE_FACTOR = ("peft-lokr", "diffusers-lokr")  # one decompose_factor must give the shapes of every layer
 PEFT_FACTORS = (-1, 1, 2, 4, 8, 16, 32, 64)
 
 # May the target hold this many terms of this shape, B of this rank (None: dense), on this weight?
@@ -32,15 +32,15 @@ class ConversionTarget:
 
     @property
     def to_lora(self) -> bool:
-        return self.format in LOW_RANK
+        return storage_of(self.format).kind == "low-rank"
 
     @property
     def loads(self) -> tuple[Loads, ...]:
         """Predicates over the forms of one layer. Where there are several, all layers must follow the same one."""
         plain = partial(_loads, self.tool or self.format)
-        if self.format == "diffusekrona":  # interleaved rows: the nearest plain A ⊗ B is none of its forms
+        if self.format == DIFFUSEKRONA.name:  # interleaved rows: the nearest plain A ⊗ B is none of its forms
             return ()
-        if self.format not in ONE_FACTOR:
+        if not storage_of(self.format).one_factor:
             return (plain,)
         return tuple(partial(_loads_with_factor, plain, factor) for factor in PEFT_FACTORS)
 
@@ -52,7 +52,7 @@ class ConversionTarget:
 
     def holds_any_shape(self, delta: LayerDelta) -> bool:
         """Whether a layer may keep the Kronecker shape it came with: not where all layers must follow one factor."""
-        return self.format not in ONE_FACTOR and why_not(delta, self.format, tool=self.tool) is None
+        return not storage_of(self.format).one_factor and why_not(delta, self.format, tool=self.tool) is None
 
     def refusals(self, layers: Mapping[str, LayerDelta]) -> dict[str, str]:
         """Layer -> why the target cannot hold its delta exactly."""

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from krona_hub.aliases import Progress
 from krona_hub.bases import catalogue
 from krona_hub.checkpoints.atomic import check_output
-from krona_hub.conversion.output_options import FOLDERS, default_out, dtype_named, format_named
+from krona_hub.conversion.output_options import default_out, dtype_named, format_named
 from krona_hub.errors import InexpressibleError, UnknownBaseError, UsageError
 from krona_hub.extraction.report import ExtractionReport
 from krona_hub.extraction.request import ExtractRequest, fit_request
-from krona_hub.formats.compatibility.format_limits import LOW_RANK
+from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
+from krona_hub.formats.known.registry import storage_of
 from krona_hub.sources import is_remote, resolve, resolve_base
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def extract(
         threads=threads,
         dry_run=dry_run,
     )
-    if format not in FOLDERS and not dry_run:
+    if not storage_of(format).folder and not dry_run:
         check_output(request.out, overwrite=overwrite)
     from krona_hub.extraction.execute import execute
 
@@ -86,9 +87,9 @@ def extract(
 
 def _format(to: str, *, with_shape: bool) -> str:
     format = format_named(to)
-    if format in LOW_RANK and with_shape:
+    if storage_of(format).kind == "low-rank" and with_shape:
         raise UsageError("a LoRA has no Kronecker shape.", fix="Use --terms for its rank, or --max-error.")
-    if format == "diffusekrona":
+    if format == DIFFUSEKRONA.name:
         raise InexpressibleError(
             "DiffuseKronA interleaves rows, which no nearest A ⊗ B does.", fix="Choose --to krona, lokr or lora."
         )

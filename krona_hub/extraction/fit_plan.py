@@ -7,13 +7,14 @@ from functools import cache
 
 import torch
 
-from krona_hub.conversion.target import ONE_FACTOR, ConversionTarget
+from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, ShapeError
 from krona_hub.extraction.error_curves import Allowed, ErrorCurve, above_noise, within
 from krona_hub.extraction.layer_difference import LayerDifference, lora_shape
 from krona_hub.extraction.request import FitRequest
 from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.formats.compatibility.tools import loads_form
+from krona_hub.formats.known.registry import storage_of
 from krona_hub.kron.candidates import Factorization, is_lora
 from krona_hub.kron.shapes import KronShape, nearest_split, split
 
@@ -55,7 +56,9 @@ class FitPlan:
 
     def allowed(self, weight: tuple[int, ...]) -> Allowed:
         """Which forms the target holds on a weight of that shape."""
-        return _allowed(self.target.format, weight, self.request.shape is None and self.target.format in ONE_FACTOR)
+        return _allowed(
+            self.target.format, weight, self.request.shape is None and storage_of(self.target.format).one_factor
+        )
 
     def choose(self, pair: LayerPair, curves: list[ErrorCurve], noise: float) -> Factorization:
         """The form of a layer by its curves. Raises InexpressibleError where the target holds none that will do."""

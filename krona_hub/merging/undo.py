@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import BinaryIO, NamedTuple
 
 from krona_hub.checkpoints.byte_ranges import Range, read_at
-from krona_hub.checkpoints.digest import file_sha256
+from krona_hub.checkpoints.digest import file_sha256, rest_sha256
 from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import Header, read_header
 from krona_hub.checkpoints.parallel_write import copied, fill, open_source
@@ -184,7 +184,7 @@ def _restore(undo: Undo, number: int, merged: Path, file: BinaryIO, threads: int
         parts = [*copied(old, file, touched), *copied(rest, file, untouched)]
         fill(file, opening, before.size, parts, threads=threads, progress=progress)
     file.seek(0)
-    if hashlib.file_digest(file, "sha256").hexdigest() != before.sha256:  # type: ignore[arg-type]
+    if rest_sha256(file) != before.sha256:
         raise _foreign(f"{str(merged)!r} was changed after the merge, in tensors that the merge did not touch.")
 
 

@@ -69,17 +69,21 @@ class Cell(NamedTuple):
 def loads_matrix() -> dict[str, dict[str, Cell]]:
     """Format -> tool -> whether the tool loads such files."""
     from krona_hub.formats.compatibility.tools import REJECTS, TOOLS
+    from krona_hub.formats.known.registry import FORMATS
 
-    return {name: {tool: _cell(name, tool) for tool in TOOLS} for name in REJECTS}
+    known = dict.fromkeys((*REJECTS, *(format.name for format in FORMATS)))
+    return {name: {tool: _cell(name, tool) for tool in TOOLS} for name in known}
 
 
 def _cell(format_name: str, tool: str) -> Cell:
-    from krona_hub.formats.compatibility.format_limits import KRONECKER, no_dora
-    from krona_hub.formats.compatibility.tools import REJECTS, TOOLS
+    from krona_hub.formats.compatibility.tools import TOOLS, rejection
+    from krona_hub.formats.forms.limits import no_dora
+    from krona_hub.formats.known.registry import by_name
 
-    if reason := REJECTS[format_name].get(tool):
+    if reason := rejection(format_name, tool):
         return Cell("–", reason)
-    if format_name in KRONECKER and any(rule is not no_dora for rule in TOOLS[tool].rules):
+    storage = by_name(format_name).storage
+    if storage is not None and storage.kind == "kronecker" and any(rule is not no_dora for rule in TOOLS[tool].rules):
         return Cell("some", f"{TOOLS[tool].title} loads some shapes only; krona inspect says which")
     return Cell("yes", "")
 

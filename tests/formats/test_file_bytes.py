@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from krona_hub.errors import KronaError
+from krona_hub.formats.known.registry import FORMATS
 from krona_hub.formats.reading.reader import read
-from krona_hub.formats.writing.packing import PACKERS
 from krona_hub.formats.writing.writer import write
 from tests.shared import SHARED, shared
 
 DIGESTS = Path(__file__).with_name("file_digests.json")
+WRITABLE = [format.name for format in FORMATS if format.writes]
 INDEX = SHARED / "golden" / "index.json"
 SAMPLES = json.loads(INDEX.read_text())["samples"] if INDEX.exists() else []
 SEVERAL = {"cloneofsimo", "kohya_lora", "diffusers_lora", "lycoris_lokr_kohya"}  # formats that hold several components
@@ -50,7 +51,7 @@ def written(sample, folder: Path) -> dict[str, dict[str, str] | str]:
     component = None if sample["format"] in SEVERAL else sample["component"]
     adapter = read(shared("golden") / sample["adapter"], base=base, component=component)
     outcome = {}
-    for name in ("krona", *PACKERS):
+    for name in WRITABLE:
         path = folder / f"{sample['name']}-{name}"
         try:
             write(adapter, path, format=name, base=base)

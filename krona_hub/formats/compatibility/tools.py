@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from krona_hub.errors import UsageError
-from krona_hub.formats.compatibility.format_limits import Rule, common_peft_factor, lycoris_resumes, no_dora, refusal
+from krona_hub.formats.compatibility.format_limits import common_peft_factor, lycoris_resumes, refusal
 from krona_hub.formats.compatibility.known_failures import reservation
 from krona_hub.formats.forms.delta_form import LayerFactorization, SumFactorization, channel_split, is_factored
+from krona_hub.formats.forms.limits import Limit, no_dora
 from krona_hub.kron.shapes import KronShape
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Tool(NamedTuple):
     title: str
     lora: ToolTarget | None
     lokr: ToolTarget | None
-    rules: tuple[Rule, ...] = ()  # what it cannot load though the format could hold it
+    rules: tuple[Limit, ...] = ()  # what it cannot load though the format could hold it
     split_qkv: bool = False  # wants q, k and v as modules of their own
     note: str = ""  # said beside files written for it …
     note_on: tuple[str, ...] = ()  # … of these formats
@@ -207,13 +208,20 @@ REJECTS: Mapping[str, Mapping[str, str]] = {
 }  # fmt: skip
 
 
+def rejection(format_name: str, tool: str) -> str | None:
+    """Why the tool loads no file of that format; None where it loads them, as far as the format goes."""
+    if format_name not in REJECTS:
+        return "it is not known whether it loads this format"
+    return REJECTS[format_name].get(tool)
+
+
 def loads_in(description: Description) -> Mapping[str, Verdict]:
     """For every tool, whether it loads the described file with the meaning that the file has."""
     return {name: _verdict(tool, description) for name, tool in TOOLS.items()}
 
 
 def _verdict(tool: Tool, description: Description) -> Verdict:
-    why = REJECTS.get(description.format, {}).get(tool.name) or reservation(tool.name, description)
+    why = rejection(description.format, tool.name) or reservation(tool.name, description)
     if why is None and tool.name == "lycoris":  # its own files may still have splits that it does not derive
         refused = ((m.name, only_lycoris_splits(m.form)) for m in description.modules if m.kind == "lokr")
         why = next((f"{name}: {clause}" for name, clause in refused if clause), None)

@@ -22,8 +22,10 @@ class SumFactorization(NamedTuple):
     def lora_rank(self) -> int | None:
         """Rank of the up·down that the sum is as it stands, None where it is none.
 
-        >>> SumFactorization(KronShape(1, 1, 8, 6), right_rank=2).lora_rank, SumFactorization(KronShape(8, 1, 1, 6), terms=3).lora_rank
-        (2, 3)
+        >>> SumFactorization(KronShape(1, 1, 8, 6), right_rank=2).lora_rank
+        2
+        >>> SumFactorization(KronShape(8, 1, 1, 6), terms=3).lora_rank
+        3
         >>> SumFactorization(KronShape(2, 2, 4, 3)).lora_rank is None
         True
         """

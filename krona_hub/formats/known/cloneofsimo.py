@@ -155,8 +155,8 @@ def _classes(file: AdapterFile) -> frozenset[str]:
 CLONEOFSIMO = Format(
     name="cloneofsimo",
     summary="cloneofsimo/lora: modules known by their position only, with textual-inversion vectors",
-    recognises=recognizes,
+    recognizes=recognizes,
     scale="1",
+    storage=None,
     land=land,
-    writes=False,
 )

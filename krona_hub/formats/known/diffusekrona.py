@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from krona_hub.bases import detection
 from krona_hub.errors import AmbiguousError
-from krona_hub.formats.known.format import Format
+from krona_hub.formats.forms.limits import no_diffusekrona
+from krona_hub.formats.known.format import Format, Storage
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.keys import ModuleTensors
 
@@ -55,7 +56,8 @@ def _fits(file: AdapterFile, sizes: Mapping[str, Matrix]) -> bool:
 DIFFUSEKRONA = Format(
     name="diffusekrona",
     summary="DiffuseKronA's checkpoints: Kronecker products with interleaved rows",
-    recognises=recognizes,
+    recognizes=recognizes,
     scale="1",
+    storage=Storage(kind="kronecker", layout="plain", dialect="processor", limits=(no_diffusekrona,)),
     kinds={"lora": "diffusekrona"},
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from krona_hub.formats.known.format import Format
+from krona_hub.formats.forms.limits import PEFT_LOKR_LIMITS, no_input_dora, no_lora
+from krona_hub.formats.known.format import Format, Storage
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.scales import ScaleConfig, metadata_configs
 
@@ -51,16 +52,27 @@ def lokr_notes(file: AdapterFile) -> tuple[str, ...]:
 DIFFUSERS_LORA = Format(
     name="diffusers-lora",
     summary="LoRA of diffusers, in the keys of every era, mixed or not",
-    recognises=is_lora,
+    recognizes=is_lora,
     scale=f"lora_alpha / r {SCALE}",
+    storage=Storage(
+        kind="low-rank",
+        layout="diffusers-lora",
+        dialect="diffusers",
+        limits=(no_input_dora, no_lora),
+        lora_keys=("lora_B.weight", "lora_A.weight"),
+        magnitude_key="lora_magnitude_vector",
+    ),
     configs=configs,
     notes=lora_notes,
 )
 DIFFUSERS_LOKR = Format(
     name="diffusers-lokr",
     summary="LoKr as diffusers' save_lora_adapter writes it, the configuration in the metadata",
-    recognises=is_lokr,
+    recognizes=is_lokr,
     scale=f"alpha / r {SCALE}",
+    storage=Storage(
+        kind="kronecker", layout="diffusers-lokr", dialect="peft", limits=PEFT_LOKR_LIMITS, one_factor=True
+    ),
     kinds={"lokr": "peft-lokr"},
     configs=configs,
     notes=lokr_notes,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from krona_hub.formats.known.format import Format
+from krona_hub.formats.forms.limits import no_dora, no_locon, no_lora, no_single_term
+from krona_hub.formats.known.format import Format, Storage
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 
 LYCORIS_PARTS = {"mid", "dora_scale", "diff"}  # that sd-scripts itself never writes
@@ -45,19 +46,45 @@ def kohya_notes(file: AdapterFile) -> tuple[str, ...]:
 KOHYA_LORA = Format(
     name="kohya-lora",
     summary="LoRA of kohya's sd-scripts, under diffusers, ldm or BFL names",
-    recognises=is_kohya_lora,
+    recognizes=is_kohya_lora,
     scale="alpha / rank; 1 without alpha",
+    storage=Storage(
+        kind="low-rank",
+        layout="kohya",
+        dialect="kohya-ldm",
+        limits=(no_dora, no_lora),
+        alpha=True,
+        network_module="networks.lora",
+    ),
     notes=kohya_notes,
 )
 LYCORIS_LOCON = Format(
     name="lycoris-locon",
     summary="LoCon of LyCORIS: LoRA with convolutions, Tucker cores, DoRA or whole matrices",
-    recognises=is_lycoris_locon,
+    recognizes=is_lycoris_locon,
     scale="alpha / rank; 1 without alpha",
+    storage=Storage(
+        kind="low-rank",
+        layout="kohya",
+        dialect="kohya",
+        limits=(no_locon,),
+        alpha=True,
+        network_module="lycoris.kohya",
+        algorithm="locon",
+    ),
 )
 LYCORIS_LOKR = Format(
     name="lycoris-lokr",
     summary="LoKr of LyCORIS, also as OneTrainer, ai-toolkit, SimpleTuner and musubi-tuner write it",
-    recognises=is_lycoris_lokr,
+    recognizes=is_lycoris_lokr,
     scale="alpha / rank of the tensors; 1 where both factors are full, whatever alpha says",
+    storage=Storage(
+        kind="kronecker",
+        layout="kohya",
+        dialect="kohya",
+        limits=(no_single_term,),
+        alpha=True,
+        network_module="lycoris.kohya",
+        algorithm="lokr",
+    ),
 )

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from krona_hub.checkpoints.file_names import PEFT_CONFIG
 from krona_hub.errors import IncompleteError, UnsupportedError
-from krona_hub.formats.known.format import Format
+from krona_hub.formats.forms.limits import PEFT_LOKR_LIMITS, no_input_dora, no_lora
+from krona_hub.formats.known.format import Format, Storage
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.scales import ScaleConfig, config_of
 
@@ -66,8 +67,11 @@ def is_lora(file: AdapterFile) -> bool:
 PEFT_LOKR = Format(
     name="peft-lokr",
     summary="PEFT's LoKr: a folder with adapter_config.json",
-    recognises=is_lokr,
+    recognizes=is_lokr,
     scale="alpha / r of adapter_config.json, also where both factors are full",
+    storage=Storage(
+        kind="kronecker", layout="peft-lokr", dialect="peft", limits=PEFT_LOKR_LIMITS, one_factor=True, folder=True
+    ),
     kinds={"lokr": "peft-lokr"},
     configs=configuration,
     notes=config_notes,
@@ -75,8 +79,17 @@ PEFT_LOKR = Format(
 PEFT_LORA = Format(
     name="peft-lora",
     summary="PEFT's LoRA, with patterns, rank-stabilised scales and DoRA: a folder with adapter_config.json",
-    recognises=is_lora,
+    recognizes=is_lora,
     scale="lora_alpha / r of adapter_config.json, or lora_alpha / √r with use_rslora",
+    storage=Storage(
+        kind="low-rank",
+        layout="peft-lora",
+        dialect="peft",
+        limits=(no_input_dora, no_lora),
+        lora_keys=("lora_B.weight", "lora_A.weight"),
+        magnitude_key="lora_magnitude_vector",
+        folder=True,
+    ),
     configs=configuration,
     notes=config_notes,
 )

@@ -10,7 +10,7 @@ from krona_hub.errors import AmbiguousError, UnrecognisedError, UnsupportedError
 from krona_hub.formats.known.cloneofsimo import CLONEOFSIMO
 from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
 from krona_hub.formats.known.diffusers import DIFFUSERS_LOKR, DIFFUSERS_LORA
-from krona_hub.formats.known.format import Format
+from krona_hub.formats.known.format import Format, Storage
 from krona_hub.formats.known.kohya import KOHYA_LORA, LYCORIS_LOCON, LYCORIS_LOKR
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.peft import PEFT_LOKR, PEFT_LORA
@@ -48,16 +48,25 @@ def by_name(name: str) -> Format:
     return found
 
 
+def storage_of(name: str) -> Storage:
+    """How the format of that name is written. Raises UsageError for one that is unknown or only read."""
+    storage = by_name(name).storage
+    if storage is None:
+        writable = ", ".join(format.name for format in FORMATS if format.writes)
+        raise UsageError(f"{name!r} cannot be written.", fix=f"Choose one of {writable}.")
+    return storage
+
+
 def detect_format(file: AdapterFile) -> Format:
     """The format of a file by its keys, shapes and metadata.
 
     Raises UnrecognisedError for a file without an adapter, UnsupportedError for one of another algorithm only,
     AmbiguousError where two readings fit, naming the option that settles it.
     """
-    if not KRONA.recognises(file):
+    if not KRONA.recognizes(file):
         _check_ours(file)
     for format in FORMATS:
-        if format.recognises(file):
+        if format.recognizes(file):
             return format
     raise UnrecognisedError("no adapter was found in it.", fix="`krona formats` lists what krona reads.")
 

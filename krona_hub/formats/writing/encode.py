@@ -5,7 +5,6 @@ The reverse of `krona_hub.formats.reading.decode`. alpha is written equal to the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -13,20 +12,14 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import InexpressibleError, NonFiniteError
-from krona_hub.formats.compatibility.format_limits import KRONECKER
 from krona_hub.formats.compatibility.tools import TOOLS, keeps_product_for_lycoris, why_not_form
 from krona_hub.formats.forms.delta_form import is_factored
 from krona_hub.formats.forms.normal_forms import Lora, form_of, lora_of, term_of
+from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
+from krona_hub.formats.known.format import Storage
+from krona_hub.formats.known.native import KRONA
+from krona_hub.formats.known.registry import storage_of
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor
-
-LORA_KEYS: Mapping[str, tuple[str, str]] = {  # format -> keys of up and of down
-    "kohya-lora": ("lora_up.weight", "lora_down.weight"),
-    "lycoris-locon": ("lora_up.weight", "lora_down.weight"),
-    "diffusers-lora": ("lora_B.weight", "lora_A.weight"),
-    "peft-lora": ("lora_B.weight", "lora_A.weight"),
-}
-HAS_ALPHA = ("kohya-lora", "lycoris-locon", "lycoris-lokr")
-MAGNITUDE_VECTOR = ("diffusers-lora", "peft-lora")  # the others that hold a DoRA store `dora_scale`
 
 
 def why_not(delta: LayerDelta, format_name: str, tool: str | None = None, *, layer: str = "") -> str | None:
@@ -36,9 +29,14 @@ def why_not(delta: LayerDelta, format_name: str, tool: str | None = None, *, lay
     'it is a Kronecker sum (2x2 ⊗ 4x3, 1 term) and no product up·down'
     """
     asked = [name for name in (tool, format_name) if name is not None]
-    collected = None if format_name in ("krona", "diffusekrona") else _as_one(delta)
+    collected = None if _keeps_its_sums(format_name) else _as_one(delta)
     form = form_of(delta if collected is None else collected, layer)
     return next((why for name in asked if (why := why_not_form(form, name))), None)
+
+
+def _keeps_its_sums(format_name: str) -> bool:
+    """Whether sums are stored as they are, and not joined into one term first: their rows may be shuffled."""
+    return format_name in (KRONA.name, DIFFUSEKRONA.name)
 
 
 def _as_one(delta: LayerDelta) -> LayerDelta:
@@ -55,10 +53,11 @@ def normalised(delta: LayerDelta, format_name: str, tool: str | None = None, *, 
     if why:
         where = TOOLS[tool].title if tool else format_name
         raise InexpressibleError(f"{layer or 'this layer'} cannot be written for {where}: {why}.", fix=_offer(delta))
-    if format_name == "krona":
+    kind = storage_of(format_name).kind
+    if kind == "any":
         return delta
-    if format_name in KRONECKER:
-        one = delta if format_name == "diffusekrona" else _as_one(delta)
+    if kind == "kronecker":
+        one = delta if _keeps_its_sums(format_name) else _as_one(delta)
         return replace(one, sums=tuple(_stored(s, one, tool) for s in one.sums))
     lora = lora_of(delta)
     return _as_one(delta) if lora is None else replace(delta, sums=(as_lora(*lora),))
@@ -105,21 +104,22 @@ def cast(delta: LayerDelta, dtype: torch.dtype | None) -> LayerDelta:
 
 def tensors_of(delta: LayerDelta, format_name: str) -> dict[str, Tensor]:
     """Parameter name -> tensor of one module, for a delta that `normalised` returned for this format."""
-    parts = _magnitude(delta, format_name) if delta.magnitude is not None else {}
-    if format_name == "diffusekrona":
+    storage = storage_of(format_name)
+    parts = _magnitude(delta, storage)
+    if format_name == DIFFUSEKRONA.name:
         return parts | _diffusekrona(delta.sums[0])
-    if format_name in KRONECKER:
-        return parts | _lokr(delta, delta.sums[0], format_name)
+    if storage.kind == "kronecker":
+        return parts | _lokr(delta, delta.sums[0], storage)
     lora = lora_of(delta)
-    return parts | (_dense(delta) if lora is None else _lora(delta, lora, format_name))
+    return parts | (_dense(delta) if lora is None else _lora(delta, lora, storage))
 
 
-def _lora(delta: LayerDelta, lora: Lora, format_name: str) -> dict[str, Tensor]:
-    up_key, down_key = LORA_KEYS[format_name]
+def _lora(delta: LayerDelta, lora: Lora, storage: Storage) -> dict[str, Tensor]:
+    up_key, down_key = storage.lora_keys
     rank, kernel = len(lora.down), delta.weight_shape[2:]
     up = lora.up.reshape(-1, rank, *(1 for _ in kernel))
     down = lora.down.reshape(rank, *delta.weight_shape[1:])
-    return {up_key: up, down_key: down} | _alpha(rank, format_name)
+    return {up_key: up, down_key: down} | _alpha(rank, storage)
 
 
 def _dense(delta: LayerDelta) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ def _dense(delta: LayerDelta) -> dict[str, Tensor]:
     return {"diff": whole.reshape(delta.weight_shape)}
 
 
-def _lokr(delta: LayerDelta, term: KronTerms, format_name: str) -> dict[str, Tensor]:
+def _lokr(delta: LayerDelta, term: KronTerms, storage: Storage) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     rank = 1
     if isinstance(term.left, LowRank):
@@ -142,7 +142,7 @@ def _lokr(delta: LayerDelta, term: KronTerms, format_name: str) -> dict[str, Ten
         parts |= {"lokr_w2_a": term.right.up[0], "lokr_w2_b": term.right.down[0]}
     else:
         parts["lokr_w2"] = _with_kernel(term.right[0], delta.weight_shape, term.shape.a2)
-    return parts | _alpha(rank, format_name)
+    return parts | _alpha(rank, storage)
 
 
 def _with_kernel(w2: Tensor, weight_shape: tuple[int, ...], a2: int) -> Tensor:
@@ -157,16 +157,18 @@ def _diffusekrona(term: KronTerms) -> dict[str, Tensor]:
     return {"up.weight": b.float(), "down.weight": a.float().mT}
 
 
-def _alpha(rank: int, format_name: str) -> dict[str, Tensor]:
-    return {"alpha": torch.tensor(float(rank))} if format_name in HAS_ALPHA else {}
+def _alpha(rank: int, storage: Storage) -> dict[str, Tensor]:
+    return {"alpha": torch.tensor(float(rank))} if storage.alpha else {}
 
 
-def _magnitude(delta: LayerDelta, format_name: str) -> dict[str, Tensor]:
+def _magnitude(delta: LayerDelta, storage: Storage) -> dict[str, Tensor]:
     """The DoRA magnitude in the shape of its key: (out, 1, …) and (1, in, …), or PEFT's (out,) and (1, out, 1, 1)."""
     m, ndim = delta.magnitude, len(delta.weight_shape)
     if m is None:
         return {}
-    if format_name in MAGNITUDE_VECTOR:
-        return {"lora_magnitude_vector": m if ndim == 2 else m.reshape(1, -1, *[1] * (ndim - 2))}
+    if storage.magnitude_key == "lora_magnitude_vector":
+        return {storage.magnitude_key: m if ndim == 2 else m.reshape(1, -1, *[1] * (ndim - 2))}
     ones = [1] * (ndim - 2)
-    return {"dora_scale": m.reshape(-1, 1, *ones) if delta.magnitude_axis == "out" else m.reshape(1, -1, *ones)}
+    return {
+        storage.magnitude_key: m.reshape(-1, 1, *ones) if delta.magnitude_axis == "out" else m.reshape(1, -1, *ones)
+    }

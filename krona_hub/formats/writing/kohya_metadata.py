@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
-MODULES = {"kohya-lora": "networks.lora", "lycoris-locon": "lycoris.kohya", "lycoris-lokr": "lycoris.kohya"}
-ALGORITHMS = {"lycoris-locon": '{"algo": "locon"}', "lycoris-lokr": '{"algo": "lokr"}'}
+from krona_hub.formats.known.registry import storage_of
+
 KEPT = ("ss_", "modelspec.")  # of the file that the adapter came from
 STALE = ("ss_network_", "ss_lowram", "modelspec.hash_sha256", "modelspec.encoder_layer")  # no longer true
 BASES: Mapping[str, tuple[str, str]] = {  # catalogue name -> ss_base_model_version, modelspec.architecture
@@ -36,16 +37,17 @@ def kohya_metadata(
     >>> kohya_metadata("kohya-lora", [4, 4], "sdxl", {"ss_epoch": "3", "sshs_model_hash": "0"})["ss_network_dim"]
     '4'
     """
+    storage = storage_of(format_name)
     kept = {k: v for k, v in source.items() if k.startswith(KEPT) and not k.startswith(STALE)}
     dim = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"  # the word of sd-scripts' resize tool
     written = {
         "format": "pt",
-        "ss_network_module": MODULES[format_name],
+        "ss_network_module": storage.network_module,
         "ss_network_dim": dim,
         "ss_network_alpha": f"{float(dim)}" if dim != "Dynamic" else dim,
     }
-    if format_name in ALGORITHMS:
-        written["ss_network_args"] = ALGORITHMS[format_name]
+    if storage.algorithm:
+        written["ss_network_args"] = json.dumps({"algo": storage.algorithm})
     if family is not None and family in BASES:
         version, architecture = BASES[family]
         written |= {"ss_base_model_version": version, "modelspec.architecture": f"{architecture}/lora"}

@@ -16,16 +16,6 @@ from krona_hub.errors import InexpressibleError, UnknownBaseError
 if TYPE_CHECKING:
     from krona_hub.bases.name_table import NameTable
 
-DIALECTS: Mapping[str, str] = {  # format -> the dialect that most of its readers know
-    "kohya-lora": "kohya-ldm",
-    "lycoris-locon": "kohya",
-    "lycoris-lokr": "kohya",
-    "diffusers-lora": "diffusers",
-    "diffusers-lokr": "peft",
-    "peft-lora": "peft",
-    "peft-lokr": "peft",
-    "diffusekrona": "processor",
-}
 SPLIT: Mapping[str, str] = {"kohya-ldm": "kohya", "comfyui": "diffusers"}  # the same, with q, k and v apart
 PROJECTED = "text_encoder_2"
 # a CLIP in second place is one with a projection (SDXL, SD3), in whose class `text_model.` is part of the path

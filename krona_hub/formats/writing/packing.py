@@ -1,4 +1,4 @@
-"""Modules → the files of a format: keys, tensors, metadata, configuration. One function per layout, in PACKERS."""
+"""Modules → the files of a format: keys, tensors, metadata, configuration. One function per layout."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from krona_hub.checkpoints.file_names import PEFT_CONFIG, PEFT_WEIGHTS
 from krona_hub.errors import InexpressibleError
 from krona_hub.formats.forms.delta_form import ChannelSplit
 from krona_hub.formats.forms.normal_forms import form_of
+from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.writing.encode import tensors_of
 from krona_hub.formats.writing.kohya_metadata import kohya_metadata
 from krona_hub.formats.writing.peft_config import LokrModule, keeps_left_products, lokr_config, lora_config
@@ -61,7 +62,7 @@ class FileSet:
 
 def pack(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
     """The files of `format_name` that hold these modules."""
-    return PACKERS[format_name](format_name, modules, context)
+    return PACKERS[storage_of(format_name).layout](format_name, modules, context)
 
 
 def _kohya(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
@@ -71,7 +72,7 @@ def _kohya(format_name: str, modules: Sequence[FileModule], context: Context) ->
     return FileSet({"": Tensors(tensors, metadata)})
 
 
-def _diffusekrona(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
+def _plain(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
     return FileSet({"": Tensors(_keyed(format_name, [(m.name, m) for m in modules]), {"format": "pt"})})
 
 
@@ -99,7 +100,7 @@ def _peft(format_name: str, modules: Sequence[FileModule], context: Context) -> 
     files, texts = {}, {}
     for component, members in groups.items():
         folder = f"{component}/" if len(groups) > 1 else ""
-        if format_name == "peft-lokr":
+        if storage_of(format_name).kind == "kronecker":
             members, config = _lokr_config(members, context)
         else:
             config = _lora_config(format_name, members, context)
@@ -110,15 +111,13 @@ def _peft(format_name: str, modules: Sequence[FileModule], context: Context) -> 
     return FileSet(files, texts)
 
 
-PACKERS: Mapping[str, Callable[[str, Sequence[FileModule], Context], FileSet]] = {
-    "kohya-lora": _kohya,
-    "lycoris-locon": _kohya,
-    "lycoris-lokr": _kohya,
+PACKERS: Mapping[str, Callable[[str, Sequence[FileModule], Context], FileSet]] = {  # by the layout of a format
+    "kohya": _kohya,
     "diffusers-lora": _diffusers_lora,
     "diffusers-lokr": _diffusers_lokr,
     "peft-lora": _peft,
     "peft-lokr": _peft,
-    "diffusekrona": _diffusekrona,
+    "plain": _plain,
 }
 
 

@@ -17,10 +17,12 @@ from krona_hub.bases.name_table import NameTable, table
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, tool_named
 from krona_hub.formats.forms.normal_forms import lora_of
+from krona_hub.formats.known.native import KRONA
+from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.writing.encode import cast, normalised
 from krona_hub.formats.writing.fuse_modules import fused
-from krona_hub.formats.writing.module_names import DIALECTS, Home, check_one_component, homes, live_path
-from krona_hub.formats.writing.packing import PACKERS, Context, FileModule, FileSet, Tensors, pack
+from krona_hub.formats.writing.module_names import Home, check_one_component, homes, live_path
+from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tensors, pack
 from krona_hub.schema.v1 import to_tensors
 
 CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
@@ -37,7 +39,7 @@ class Aim:
 
     @property
     def is_folder(self) -> bool:
-        return self.format.startswith("peft-")
+        return storage_of(self.format).folder
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,12 @@ def aim_at(adapter: Adapter, format_name: str, tool_name: str | None, split_qkv:
     Raises UsageError for an unknown name or two that contradict each other, InexpressibleError for a LoKr and a
     tool that loads LoRA only.
     """
-    if format_name not in ("krona", *PACKERS):
-        raise UsageError(f"{format_name!r} cannot be written.", fix=f"Choose one of krona, {', '.join(PACKERS)}.")
+    storage = storage_of(format_name)
     if tool_name is None:
-        return Aim(format_name, DIALECTS.get(format_name, ""), None, split_qkv)
+        return Aim(format_name, storage.dialect, None, split_qkv)
     tool = tool_named(tool_name)
     target = _target(adapter, tool)
-    if format_name not in ("krona", target.format):
+    if format_name not in (KRONA.name, target.format):
         raise UsageError(
             f"{tool.title} takes {target.format}, not {format_name}.", fix="Give the format or the tool, not both."
         )
@@ -87,7 +88,7 @@ def _target(adapter: Adapter, tool: Tool) -> ToolTarget:
 
 def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: torch.dtype | None) -> WritePlan:
     """The files for this aim, in memory. Raises what makes the adapter impossible to write so."""
-    if aim.format == "krona":
+    if aim.format == KRONA.name:
         return _native(adapter, aim, dtype)
     known = _known_base(adapter, base)
     names = None if known is None else table(known)
