@@ -4,5 +4,5 @@ from krona_hub.cli import start
 from krona_hub.training import setup
 
 if __name__ == "__main__":  # not where this file is only collected
-    setup.is_wanted = lambda accelerator: True
+    setup.uses_fsdp = lambda accelerator: True
     start()
