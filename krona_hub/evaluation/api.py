@@ -75,7 +75,7 @@ def evaluate(
 
     Parameters
     ----------
-    pictures, references : path
+    `pictures`, `references` : path
         Image or folder of images to score, and of the subject.
     prompt : str, optional
         Prompt of all images. Default: the prompts that `krona generate` stored in the images.

@@ -162,7 +162,7 @@ def check_training(
     --------
     >>> plan = check_training(preset="tiny-scenes", shape="4x4", text_encoders="none", device="cpu")
     >>> plan.pictures, plan.layers, plan.forms[0]
-    (5, 50, ('4x4 ⊗ 20x20', 24))
+    (5, 48, ('4x4 ⊗ 20x20', 24))
     """
     resolved = _settings(settings, preset, given)
     check_settings(resolved)

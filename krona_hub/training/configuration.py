@@ -79,13 +79,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid TOML: {error}.", fix="Write lines such as: steps = 500") from error
     for name in PATHS:
         if isinstance(values.get(name), str):
-            values[name] = _beside(path.parent, values[name])
+            values[name] = _relative_to(path.parent, values[name])
     if isinstance(output := values.get("output"), str) and output:  # the run folder may not exist yet
         values["output"] = str(path.parent / Path(output).expanduser())
     return values
 
 
-def _beside(folder: Path, text: str) -> str:
+def _relative_to(folder: Path, text: str) -> str:
     """Resolve a path relative to `folder`. Keep a Hub id or a catalog name, which does not exist there."""
     candidate = folder / text
     return str(candidate) if text and candidate.exists() and not Path(text).is_absolute() else text

@@ -89,8 +89,8 @@ def test_models_score_by_the_cosine_of_their_embeddings(folders, clip, dino):
     assert columns["toy"]["CLIP-I"] == pytest.approx(1) and columns["toy"]["DINO"] == pytest.approx(1)
     assert columns["base"]["CLIP-I"] < 0.9999
     model = Embedder(clip)
-    (picture,), (words,) = model.pictures([Image.new("RGB", (32, 32), "red")]), model.words(["a red toy"])
-    assert math.isclose(columns["base"]["CLIP-T"], float(picture @ words), abs_tol=1e-5)
+    (image,), (prompt,) = model.embed_images([Image.new("RGB", (32, 32), "red")]), model.embed_prompts(["a red toy"])
+    assert math.isclose(columns["base"]["CLIP-T"], float(image @ prompt), abs_tol=1e-5)
 
 
 def test_a_prompt_for_all_and_pictures_without_one(folders, clip):
@@ -102,9 +102,9 @@ def test_a_prompt_for_all_and_pictures_without_one(folders, clip):
 def test_what_is_not_there_is_told(folders, tmp_path):
     with pytest.raises(NotFoundError, match="hf download"):
         evaluate(folders / "drawn", folders / "toy", dino=str(tmp_path / "none"))
-    with pytest.raises(NotFoundError, match="no folder"):
+    with pytest.raises(NotFoundError, match="No such folder"):
         evaluate(folders / "drawn", folders / "nothing")
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="No images found"):
         evaluate(tmp_path, folders / "toy")
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from krona_hub.errors import DataError, NotFoundError
 from krona_hub.training.configuration import checked
 from krona_hub.training.data.batches import Batches
-from krona_hub.training.data.captions import sample_caption, fixed_caption
+from krona_hub.training.data.captions import fixed_caption, sample_caption
 from krona_hub.training.data.dataset import image_folder, read_folder, split_held_out
 from krona_hub.training.data.images import bucket_sizes, fitted, nearest_bucket, open_image
 from krona_hub.training.randomness import noise, permutation
@@ -27,7 +27,7 @@ def pixels(path):
     return np.asarray(open_image(path))
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_phone_picture_is_turned_upright(tmp_path):
@@ -80,7 +80,7 @@ def test_a_picture_whose_exif_is_broken_is_named(tmp_path, monkeypatch):
 
     path = saved(tmp_path, Image.new("RGB", (8, 8)))
     monkeypatch.setattr(ImageOps, "exif_transpose", broken)
-    with pytest.raises(DataError, match=r"a\.png is broken"):
+    with pytest.raises(DataError, match=r"a\.png is corrupt"):
         open_image(path)
 
 
@@ -134,7 +134,7 @@ def test_a_picture_without_a_caption_and_a_broken_table_are_told(tmp_path):
     with pytest.raises(DataError, match=r"no caption: a\.png"):
         read_folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}')
-    with pytest.raises(DataError, match=r"line 1 of metadata\.jsonl"):
+    with pytest.raises(DataError, match=r"Line 1 of metadata\.jsonl"):
         read_folder(tmp_path, "x")
 
 
@@ -149,10 +149,10 @@ def test_a_table_that_is_no_utf8_or_names_what_is_not_there_is_told(tmp_path):
     saved(tmp_path, Image.new("RGB", (8, 8)))
     table = tmp_path / "metadata.jsonl"
     table.write_bytes('{"file_name": "a.png", "text": "café"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"metadata\.jsonl is no UTF-8"):
+    with pytest.raises(DataError, match=r"metadata\.jsonl is not valid UTF-8"):
         read_folder(tmp_path, "x")
     table.write_text('{"file_name": "b.png", "text": "a toy"}')
-    with pytest.raises(DataError, match=r"not there: b\.png"):
+    with pytest.raises(DataError, match=r"do not exist: b\.png"):
         read_folder(tmp_path, "x")
     assert [e.caption for e in read_folder(tmp_path, "x", skip_bad=True).examples] == ["x"]
 
@@ -160,7 +160,7 @@ def test_a_table_that_is_no_utf8_or_names_what_is_not_there_is_told(tmp_path):
 def test_a_missing_and_an_empty_folder_are_told(tmp_path):
     with pytest.raises(NotFoundError):
         read_folder(tmp_path / "none")
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="No images found"):
         read_folder(tmp_path)
 
 

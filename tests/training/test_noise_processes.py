@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from krona_hub.errors import UnsupportedError
 from krona_hub.training.configuration import checked
 from krona_hub.training.model.model_families import FAMILIES, family_of, packed
-from krona_hub.training.model.noise_processes import Flow, diffusion_of, sample_times, flow_of, loss_weights
+from krona_hub.training.model.noise_processes import Flow, diffusion_of, flow_of, loss_weights, sample_times
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

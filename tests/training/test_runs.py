@@ -116,7 +116,7 @@ def test_a_run_goes_on_longer_but_not_with_other_pictures_or_settings(quick, pho
     with pytest.raises(UsageError, match="learning_rate"):
         train(resume_from=report.run, learning_rate=0.5)
     (own / "0.png").unlink()
-    with pytest.raises(IntegrityError, match="pictures"):
+    with pytest.raises(IntegrityError, match="other images"):
         train(resume_from=report.run, steps=6)
 
 
@@ -128,7 +128,7 @@ def test_a_folder_that_holds_a_training_is_not_written_over(quick):
 
 def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(quick, monkeypatch):
     broken_at(monkeypatch, 3)
-    with pytest.raises(DivergedError, match=r"step 3.*checkpoint is that of step 2"):
+    with pytest.raises(DivergedError, match=r"step 3.*checkpoint is step 2"):
         train(quick | {"checkpoint_every": 1})
 
 
@@ -173,7 +173,7 @@ def test_a_run_does_not_go_on_with_other_pictures_of_the_class(quick, photos, tm
     shutil.copytree(photos, own)
     run = train(quick | {"prior_data": str(own), "prior_prompt": "a toy"}).run
     Image.new("RGB", (16, 16), "red").save(own / "0.png")
-    with pytest.raises(IntegrityError, match="pictures"):
+    with pytest.raises(IntegrityError, match="other images"):
         train(resume_from=run, steps=5)
 
 
@@ -204,7 +204,7 @@ def test_the_command_that_goes_on_with_a_run_can_be_pasted_into_a_shell(quick, t
 
 def test_a_run_folder_that_is_a_file_is_told(quick, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConflictError, match="no folder"):
+    with pytest.raises(ConflictError, match="is not a folder"):
         train(quick | {"output": str(tmp_path / "file")})
 
 
@@ -270,7 +270,7 @@ def test_the_base_draws_pictures_of_the_class_once(quick, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     train(quick | PRIOR, prior_data=str(folder), output=str(tmp_path / "three"), steps=2)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-    with pytest.raises(DataError, match="another base, prompt"):
+    with pytest.raises(DataError, match="another base model, prompt"):
         train(quick | PRIOR, prior_data=str(folder), prior_prompt="a cat", output=str(tmp_path / "four"))
 
 
@@ -283,7 +283,7 @@ def test_pictures_of_the_class_take_the_alternatives_of_their_prompt_in_turn(qui
 
 
 def test_a_prompt_with_alternatives_is_no_caption(quick, photos):
-    with pytest.raises(DataError, match="5 pictures have no caption"):
+    with pytest.raises(DataError, match="5 images have no caption"):
         train(quick, prior_data=photos, prior_prompt="a {red|blue} toy")
 
 

@@ -53,7 +53,7 @@ def saved_states(run: Path) -> dict[int, Path]:
 def load_state(run: Path) -> tuple[int, dict[str, Any]]:
     """Return (step, tree) of the newest readable checkpoint.
 
-    Raises NotFoundError if there is no checkpoint, and the first reading error if none is readable.
+    Raises NotFoundError without any checkpoint, and the first reading error if none is readable.
     """
     problem: KronaError | None = None
     for step, path in sorted(saved_states(run).items(), reverse=True):
