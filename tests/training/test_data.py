@@ -1,4 +1,4 @@
-"""Pictures of every kind that folders hold, captions from wherever they are, and the order they come in."""
+"""Image files of every kind, the sources of captions, and the order of training examples."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""Noise, targets and weights against the schedulers of diffusers; which family a pipeline is of."""
+"""Noise, targets and weights against the schedulers of diffusers, and the families of pipelines."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which layers get which shape, and what an adapter starts from."""
+"""The shapes of trained layers, and the initial adapter."""
 
 import pytest
 import torch
