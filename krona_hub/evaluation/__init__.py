@@ -1,4 +1,4 @@
-"""How well pictures show a subject, and what was asked: measured without a model, and by models that are there."""
+"""Measure how well images match a subject and their prompts, with and without local models."""
 
 from krona_hub.evaluation.api import EvaluationReport as EvaluationReport
 from krona_hub.evaluation.api import Measure as Measure

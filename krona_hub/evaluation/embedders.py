@@ -1,7 +1,7 @@
-"""Scores by models of pictures: CLIP and DINO, from a folder or from what the Hub's cache already holds.
+"""Scores from CLIP and DINO, loaded from a folder or from the cache of the Hub.
 
-CLIP-I, DINO   mean cosine of the embeddings of every picture and every reference
-CLIP-T         mean cosine of the embeddings of each picture and its prompt
+CLIP-I, DINO   mean cosine similarity of the embeddings of each image and all references
+CLIP-T         mean cosine similarity of the embeddings of each image and its prompt
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.nn.functional import normalize
 from krona_hub.errors import NotFoundError
 from krona_hub.pipelines.opening import quiet
 
-CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dino-vits16"  # what DreamBooth's authors compare with
-BATCH = 16  # pictures at a time
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dino-vits16"  # models of the DreamBooth evaluation
+BATCH = 16  # images per forward pass
 
 
 class Embedder:
-    """A model of pictures, and of words if it is CLIP. Raises NotFoundError where it is not on this machine."""
+    """An image embedding model; CLIP also embeds text. Raises NotFoundError if it is not available locally."""
 
     def __init__(self, source: str, device: str = "cpu") -> None:
         from transformers import AutoModel, AutoProcessor
@@ -34,28 +34,28 @@ class Embedder:
                 self.model.eval().to(device)
         except (OSError, ValueError) as error:
             raise NotFoundError(
-                f"the model {source} is not on this machine.",
-                fix=f"Download it: hf download {source}; or give the folder of another.",
+                f"Model {source} is not available locally.",
+                fix=f"Run hf download {source}, or specify the folder of another model.",
             ) from error
 
     @torch.no_grad()
-    def pictures(self, images: Sequence[Image.Image]) -> Tensor:
-        """(n, width), each of length 1."""
-        parts = [self._pictures(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return (n, width) embeddings of unit length."""
+        parts = [self._embed_batch(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
         return normalize(torch.cat(parts), dim=1)
 
-    def _pictures(self, images: Sequence[Image.Image]) -> Tensor:
-        given = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt").to(self.device)
+    def _embed_batch(self, images: Sequence[Image.Image]) -> Tensor:
+        inputs = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt").to(self.device)
         if hasattr(self.model, "get_image_features"):
-            return _tensor(self.model.get_image_features(**given))
-        states: Tensor = self.model(**given).last_hidden_state
+            return _tensor(self.model.get_image_features(**inputs))
+        states: Tensor = self.model(**inputs).last_hidden_state
         return states[:, 0]
 
     @torch.no_grad()
-    def words(self, prompts: Sequence[str]) -> Tensor:
-        """(n, width), each of length 1."""
-        given = self.processor(text=list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
-        return normalize(_tensor(self.model.get_text_features(**given)), dim=1)
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Return (n, width) embeddings of unit length."""
+        inputs = self.processor(text=list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
+        return normalize(_tensor(self.model.get_text_features(**inputs)), dim=1)
 
 
 def _opened(kind: Any, source: str) -> Any:
@@ -63,18 +63,18 @@ def _opened(kind: Any, source: str) -> Any:
 
 
 def _tensor(features: Any) -> Tensor:
-    """The embeddings; newer versions of transformers wrap them up."""
+    """Return the embeddings, which newer versions of transformers wrap in an output object."""
     found: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return found
 
 
-def likeness(model: Embedder, pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> list[float]:
-    """Of each picture to all references, in [-1, 1]."""
-    scores: list[float] = (model.pictures(pictures) @ model.pictures(references).T).mean(1).tolist()
+def image_similarity(model: Embedder, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> list[float]:
+    """Return the mean cosine similarity of each image to all references, in [-1, 1]."""
+    scores: list[float] = (model.embed_images(images) @ model.embed_images(references).T).mean(1).tolist()
     return scores
 
 
-def agreement(model: Embedder, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    """Of each picture with its prompt, in [-1, 1]."""
-    scores: list[float] = (model.pictures(pictures) * model.words(prompts)).sum(1).tolist()
+def prompt_similarity(model: Embedder, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """Return the cosine similarity of each image to its prompt, in [-1, 1]."""
+    scores: list[float] = (model.embed_images(images) * model.embed_prompts(prompts)).sum(1).tolist()
     return scores

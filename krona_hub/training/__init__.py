@@ -1,6 +1,6 @@
-"""Training: settings, pictures, the kinds of models, the loop and what it leaves behind.
+"""Train Kronecker adapters: settings, images, model families, the training loop and its outputs.
 
-`check_training` and `train` are imported when they are first used: settings and presets need no torch.
+`check_training` is imported on first use, because settings and presets do not need torch.
 """
 
 from typing import TYPE_CHECKING, Any

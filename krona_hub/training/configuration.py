@@ -1,4 +1,7 @@
-"""Settings from a TOML file, a preset and flags; checked, and written back into the run folder. Torch-free."""
+"""Read settings from presets, TOML files and flags, check them, and write them as TOML.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,17 @@ from krona_hub.kron.shapes import parse_shape
 from krona_hub.training.settings import KINDS, SettingKind, TrainingSettings
 
 PATHS = ("base", "data", "validation_data", "prior_data", "init", "output")  # relative to the TOML file
-ECHO = "config.toml"  # in the run folder
+ECHO = "config.toml"  # the settings of a run, in its folder
 NUMBERS = (int, float)
-PRODIGY_LEAST = 0.1  # its learning rate is a factor
+PRODIGY_LEAST = 0.1  # minimum learning rate: Prodigy uses it as a factor of its own estimate
 
 
-PAPER: Mapping[str, Any] = {  # Marjit et al., DiffuseKronA (2024): 64×4 on q, k, v, out of both attentions
+PAPER: Mapping[str, Any] = {  # Marjit et al., DiffuseKronA (2024): 64×4 on q, k, v and out of both attentions
     "shape": "64x4", "terms": 1, "rows": "shuffled", "targets": r"attn[12]\.to_(q|k|v|out\.0)$",
     "learning_rate": 1e-3, "batch_size": 1, "accumulation": 4, "schedule": "constant", "warmup": 0,
     "optimizer": "adamw-8bit", "min_snr": 0.0, "prior_weight": 0.0,
 }  # fmt: skip
-TINY_SCENES: Mapping[str, Any] = {  # what teaches the shipped base its toy in minutes on a CPU
+TINY_SCENES: Mapping[str, Any] = {  # teach the shipped base model its toy in minutes on a CPU
     "base": "tiny-scenes", "data": "zorbi", "trigger_word": "zorbi", "targets": "attn+ff", "text_encoders": "attn",
     "steps": 500, "batch_size": 5, "learning_rate": 5e-3, "schedule": "cosine", "min_snr": 0.0,
 }  # fmt: skip
@@ -37,15 +40,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper-sd": {**PAPER, "steps": 500, "resolution": 512},
     "paper-sdxl": {**PAPER, "steps": 1000, "resolution": 1024},
 }
-INSTEAD: Mapping[str, str] = {"adamw-8bit": "adamw"}  # what a preset takes where a package is not installed
+FALLBACKS: Mapping[str, str] = {"adamw-8bit": "adamw"}  # replacement in presets if its package is not installed
 
 
 def settings_of(
     given: Mapping[str, Any], *, file: str | Path | None = None, preset: str | None = None
 ) -> TrainingSettings:
-    """A preset's settings, over them those of a TOML file, over them those `given`; all checked.
+    """Return checked settings: `given` override the TOML file, which overrides the preset.
 
-    Raises UsageError for an unknown field, a value of a wrong type or out of its range, and an unknown preset.
+    Raises UsageError for an unknown setting or preset, and for a value of the wrong type or out of range.
 
     >>> settings_of({"steps": 20}, preset="paper-sd").steps, settings_of({}, preset="paper-sd").shape
     (20, '64x4')
@@ -57,49 +60,49 @@ def settings_of(
 
 
 def preset_values(name: str) -> dict[str, Any]:
-    """The settings of a preset; what needs a package that is missing is replaced by what does not."""
+    """Return the settings of a preset, with a fallback for an optimizer whose package is not installed."""
     if name not in PRESETS:
-        raise UsageError(f"there is no preset {name!r}.", fix=_nearest(name, PRESETS))
+        raise UsageError(f"Unknown preset {name!r}.", fix=_nearest(name, PRESETS))
     values = dict(PRESETS[name])
-    if values.get("optimizer") in INSTEAD and find_spec("bitsandbytes") is None:
-        values["optimizer"] = INSTEAD[values["optimizer"]]
+    if values.get("optimizer") in FALLBACKS and find_spec("bitsandbytes") is None:
+        values["optimizer"] = FALLBACKS[values["optimizer"]]
     return values
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The fields of a TOML file; its paths are relative to the file."""
+    """Return the values of a TOML file. Relative paths in it are relative to the file."""
     if not path.is_file():
-        raise NotFoundError(f"there is no file {str(path)!r}.", fix="Check the spelling of the path.")
+        raise NotFoundError(f"No such file: {str(path)!r}.", fix="Check the path.")
     try:
         values = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no TOML: {error}.", fix="Write lines of the form  steps = 500.") from error
+        raise UsageError(f"{path} is not valid TOML: {error}.", fix="Write lines such as: steps = 500") from error
     for name in PATHS:
         if isinstance(values.get(name), str):
-            values[name] = _beside(path.parent, values[name])
-    if isinstance(output := values.get("output"), str) and output:  # is no path yet before a first training
+            values[name] = _relative_to(path.parent, values[name])
+    if isinstance(output := values.get("output"), str) and output:  # the run folder may not exist yet
         values["output"] = str(path.parent / Path(output).expanduser())
     return values
 
 
-def _beside(folder: Path, text: str) -> str:
-    """A path relative to the file; a Hub id or a catalogue name, which is no path there, stays as it is."""
+def _relative_to(folder: Path, text: str) -> str:
+    """Resolve a path relative to `folder`. Keep a Hub id or a catalog name, which does not exist there."""
     candidate = folder / text
     return str(candidate) if text and candidate.exists() and not Path(text).is_absolute() else text
 
 
-def at_home(settings: TrainingSettings) -> TrainingSettings:
-    """With absolute paths: a run goes on from whatever folder it is called in. What is no path stays as it is."""
+def with_absolute_paths(settings: TrainingSettings) -> TrainingSettings:
+    """Make existing paths absolute, so that a run can be resumed from any working directory."""
     found = {name: value for name in PATHS if (value := getattr(settings, name)) and Path(value).expanduser().exists()}
-    whole: dict[str, Any] = {name: str(Path(value).expanduser().resolve()) for name, value in found.items()}
-    return replace(settings, **whole)
+    absolute: dict[str, Any] = {name: str(Path(value).expanduser().resolve()) for name, value in found.items()}
+    return replace(settings, **absolute)
 
 
 def checked(values: Mapping[str, Any]) -> TrainingSettings:
-    """The settings, each of its type and in its range."""
+    """Build settings from plain values. Raises UsageError for an unknown, mistyped or out-of-range value."""
     unknown = [name for name in values if name not in KINDS]
     if unknown:
-        raise UsageError(f"there is no setting {unknown[0]!r}.", fix=_nearest(unknown[0], KINDS))
+        raise UsageError(f"Unknown setting {unknown[0]!r}.", fix=_nearest(unknown[0], KINDS))
     settings = TrainingSettings(**{name: _value(KINDS[name], value) for name, value in values.items()})
     _check_together(settings)
     return settings
@@ -107,88 +110,103 @@ def checked(values: Mapping[str, Any]) -> TrainingSettings:
 
 def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     near = get_close_matches(name, list(known), n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
+    return f"Did you mean {near[0]!r}?" if near else f"Choose one of: {', '.join(known)}."
 
 
 def _value(kind: SettingKind, value: Any) -> Any:
     if value is None and kind.optional:
         return None
     if kind.type is tuple:
-        return _texts(kind, value)
+        return _strings(kind, value)
     if kind.type is Mapping:
         return _shapes(kind, value)
     if kind.type is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind.type:
-        raise UsageError(f"{kind.name} = {value!r} is no {_word(kind.type)}.", fix=str(kind.metadata["help"]))
+        raise _type_error(kind, value, _type_name(kind.type))
     if kind.choices and value not in kind.choices:
         near = get_close_matches(str(value), kind.choices, n=1)
-        fix = f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(kind.choices)}."
-        raise UsageError(f"{kind.name} = {value!r} is no choice.", fix=fix)
+        fix = f"Did you mean {near[0]!r}?" if near else f"Choose one of: {', '.join(kind.choices)}."
+        raise UsageError(f"Invalid value {value!r} for {kind.name}.", fix=fix)
     return _in_range(kind, value) if isinstance(value, NUMBERS) else value
 
 
-def _word(kind: type) -> str:
-    return {int: "whole number", float: "number", bool: "true or false", str: "text"}.get(kind, kind.__name__)
+def _type_error(kind: SettingKind, value: Any, expected: str) -> UsageError:
+    fix = f"Give {expected}. {kind.name}: {kind.metadata['help']}"
+    return UsageError(f"{kind.name} = {value!r} is not {expected}.", fix=fix)
+
+
+def _type_name(kind: type) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    return names.get(kind, f"a {kind.__name__}")
 
 
 def _in_range(kind: SettingKind, value: Any) -> Any:
     least, most = kind.metadata["least"], kind.metadata["most"]
     if not isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
-        allowed = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+        bounds = [f"{word} {bound}" for word, bound in (("at least", least), ("at most", most)) if bound is not None]
+        allowed = f"a value of {' and '.join(bounds)}" if bounds else "a finite number"
         raise UsageError(f"{kind.name} = {value} is out of range.", fix=f"Give {allowed}.")
     return value
 
 
-def _texts(kind: SettingKind, value: Any) -> tuple[str, ...]:
+def _strings(kind: SettingKind, value: Any) -> tuple[str, ...]:
     parts = value.split(",") if isinstance(value, str) and kind.has_commas else value
     parts = [parts] if isinstance(parts, str) else parts
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        raise UsageError(f"{kind.name} = {value!r} is no list of texts.", fix=str(kind.metadata["help"]))
+        raise _type_error(kind, value, "a list of strings")
     return tuple(part.strip() for part in parts if part.strip())
 
 
 def _shapes(kind: SettingKind, value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
-        raise UsageError(f"{kind.name} is no table of texts.", fix='Write  "attn2.to_[kv]" = "32x8"  under [shapes].')
+        raise UsageError(
+            f"{kind.name} is not a table of strings.", fix='Write "attn2.to_[kv]" = "32x8" under [shapes].'
+        )
     for pattern, shape in value.items():
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UsageError(f"{pattern!r} is no regular expression: {error}.", fix="Quote special signs.") from error
+            raise UsageError(
+                f"Invalid regular expression {pattern!r}: {error}.", fix="Escape special characters with a backslash."
+            ) from error
         if shape != "auto":
             parse_shape(shape)
     return dict(value)
 
 
 def _check_together(settings: TrainingSettings) -> None:
-    """What no field alone can tell."""
+    """Check settings that depend on each other."""
     if settings.shape != "auto":
         parse_shape(settings.shape)
     if "{caption}" not in settings.caption_template:
-        raise UsageError("caption_template has no {caption}.", fix='Write, for example, "a photo, {caption}".')
+        raise UsageError(
+            "caption_template does not contain {caption}.", fix='Write, for example, "a photo, {caption}".'
+        )
     if settings.budget is not None and settings.shape != "auto":
-        raise UsageError("a budget is for --shape auto.", fix="Leave out --shape or --budget.")
+        raise UsageError("--budget requires --shape auto.", fix="Remove --shape or --budget.")
     if settings.prior_prompt and not (settings.prior_data or settings.prior_pictures):
         raise UsageError(
-            "a prompt for the class needs pictures of it.",
-            fix="Give --prior-pictures N, which are drawn, or --prior-data.",
+            "--prior-prompt requires regularization images.",
+            fix="Add --prior-pictures N to generate them, or --prior-data FOLDER.",
         )
     if settings.prior_pictures and not settings.prior_prompt:
         raise UsageError(
-            "pictures of the class need a prompt.", fix='Give, for example, --prior-prompt "a photo of a toy".'
+            "--prior-pictures requires --prior-prompt.", fix='Add, for example, --prior-prompt "a photo of a toy".'
         )
     if settings.optimizer == "schedule-free" and settings.schedule != "constant":
-        raise UsageError(f"schedule-free takes no {settings.schedule} schedule.", fix="Leave out --schedule.")
+        raise UsageError(
+            f"The schedule-free optimizer does not support --schedule {settings.schedule}.", fix="Remove --schedule."
+        )
     if settings.optimizer == "prodigy" and settings.learning_rate < PRODIGY_LEAST:
         raise UsageError(
-            f"Prodigy finds the learning rate itself; {settings.learning_rate:g} would divide it.",
-            fix="Give --learning-rate 1.",
+            f"Prodigy estimates the learning rate itself; --learning-rate {settings.learning_rate:g} would reduce it.",
+            fix="Use --learning-rate 1.",
         )
 
 
 def to_toml(settings: TrainingSettings) -> str:
-    """The settings as TOML that `read_toml` reads back to the same; those that are None are left out.
+    """Return the settings as TOML that `read_toml` reads back unchanged; settings that are None are left out.
 
     >>> tomllib.loads(to_toml(checked({"shapes": {"to_[kv]$": "32x8"}})))["shapes"]
     {'to_[kv]$': '32x8'}
@@ -197,7 +215,7 @@ def to_toml(settings: TrainingSettings) -> str:
 
 
 def as_toml(values: Mapping[str, Any]) -> str:
-    """Plain values and tables of them as TOML, the tables last."""
+    """Return plain values and tables as TOML, with the tables last."""
     lines = [f"{name} = {_toml(value)}" for name, value in values.items() if not isinstance(value, Mapping)]
     for name, table in values.items():
         if isinstance(table, Mapping) and table:

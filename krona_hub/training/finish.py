@@ -1,4 +1,4 @@
-"""The end of a training: the adapter written, its twins in other formats, and what there is to say."""
+"""End a training run: write the adapter, its companion exports and the HTML report, and return a summary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADAPTER = "adapter.safetensors"  # in the run folder
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training has made."""
+    """Outputs and losses of a training run."""
 
     run: Path
     adapter: Path
@@ -33,11 +33,12 @@ class TrainingReport:
     first_loss: float | None  # smoothed
     last_loss: float | None  # smoothed
     validation: tuple[tuple[int, float], ...]  # (step, loss)
-    skipped: int  # batches whose loss was no number
-    memory: int  # bytes
+    skipped: int  # batches whose loss was NaN or infinite
+    memory: int  # peak bytes
 
 
 def finished(training: Training, session: Session) -> TrainingReport:
+    """Write the adapter, its companion exports and the HTML report; close the trackers."""
     settings, run = training.settings, training.run
     adapter_file = run / ADAPTER
     exports: tuple[Path, ...] = ()
@@ -64,7 +65,7 @@ NAMES = {"lora": "kohya-lora", "lycoris": "lycoris-lokr", "lokr": "lycoris-lokr"
 
 
 def _export(adapter: Adapter, settings: TrainingSettings, name: str, base: Base) -> Path:
-    """The same adapter in another format, beside it."""
+    """Write the adapter in another format next to the native file."""
     run = Path(settings.output)
     path = run / f"adapter.{name}.safetensors"
     if name == "lora":

@@ -1,4 +1,4 @@
-"""report.html of a run folder, from the files in it: it can be made again at any time."""
+"""Write report.html of a run folder from the other files in it, so that it can be regenerated at any time."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from krona_hub.rendering.html.markup import write_page
 from krona_hub.rendering.html.training_report import Run, training_page
 from krona_hub.training.configuration import ECHO, read_toml
 from krona_hub.training.progress.metrics import read_metrics, sample_files
-from krona_hub.training.training_record import ELSEWHERE
+from krona_hub.training.training_record import LOCAL_SETTINGS
 
 PAGE = "report.html"  # in the run folder
 
 
 def write_report(run: Path, adapter: Path) -> Path:
-    """Write the page of a run; places of this machine are not in it, since a page is passed on."""
+    """Write the HTML report of a run. It contains no local paths, because reports are shared."""
     settings = read_toml(run / ECHO) if (run / ECHO).is_file() else {}
     prompts = settings.get("sample_prompts") or [settings.get("prompt", "")]
     shown = Run(
         name=run.resolve().name,
         rows=read_metrics(run),
-        settings={name: _words(name, value) for name, value in settings.items() if name not in ELSEWHERE},
+        settings={name: _as_text(name, value) for name, value in settings.items() if name not in LOCAL_SETTINGS},
         adapter=describe(adapter) if adapter.exists() else None,
         samples=sample_files(run),
         prompts=[str(prompt) for prompt in prompts],
@@ -29,11 +29,11 @@ def write_report(run: Path, adapter: Path) -> Path:
     return write_page(run / PAGE, training_page(shown))
 
 
-def _words(name: str, value: object) -> object:
+def _as_text(name: str, value: object) -> object:
     if name == "base":
         return Path(str(value)).name if Path(str(value)).exists() else value
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, dict):
-        return ", ".join(f"{key} = {one}" for key, one in value.items())
+        return ", ".join(f"{key} = {entry}" for key, entry in value.items())
     return str(value)

@@ -1,4 +1,4 @@
-"""The loop: steps, and what happens between them. A step is a function of the state before it and of its number."""
+"""The training loop. A step depends only on the state before it and on its number."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from krona_hub.training.progress.metrics import smoothed
 from krona_hub.training.progress.training_state import StepReport, Training
 from krona_hub.training.progress.validation import due, run_due_checks
 
-PRIOR = 1_000_000  # samples of the prior are numbered from here on
+PRIOR = 1_000_000  # first sample number of regularization images, so that their noise differs
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_loop(training: Training) -> None:
-    """All steps that are left. Raises DivergedError for a loss that is no number, StoppedError after Ctrl-C; what was
-    done until then is saved.
+    """Run the remaining steps.
+
+    Raises DivergedError if the loss becomes NaN or infinite, and StoppedError after Ctrl-C, once a checkpoint is saved.
     """
     if has_own_mode(training.optimizer):
         training.optimizer.train()  # type: ignore[attr-defined]
@@ -42,30 +43,30 @@ def run_loop(training: Training) -> None:
         while training.step < training.settings.steps:
             started = time.perf_counter()
             values, stopped = one_step(training, stop)
-            _note(training, values, time.perf_counter() - started)
-            _between(training, stopped)
+            _record_step(training, values, time.perf_counter() - started)
+            _run_due_tasks(training, stopped)
             if stopped:
                 raise StoppedError(
-                    f"stopped after step {training.step} of {training.settings.steps}; it is saved.",
-                    fix=f"Go on with: {_going_on(training)}",
+                    f"Stopped after step {training.step} of {training.settings.steps}; a checkpoint was saved.",
+                    fix=f"Resume with: {_resume_command(training)}",
                 )
 
 
 def one_step(training: Training, stop: Stop) -> tuple[dict[str, float], bool]:
-    """One optimizer step: its measures, and whether any process was asked to stop."""
+    """Run one optimizer step. Return its metrics, and whether a process received a stop signal."""
     s, rate = training.settings, rate_at(training.step, training.settings)
     for group in training.optimizer.param_groups:
         group["lr"] = rate
     training.optimizer.zero_grad(set_to_none=True)
     loss = _gradients(training)
-    loss, stopped = _shared(training, loss, stop.wanted)
+    loss, stopped = _reduce(training, loss, stop.requested)
     training.precision.unscale(training.optimizer)
     norm = _norm(training.parameters)
     finite = isfinite(loss) and isfinite(norm)
     if finite:
         _clip(training.parameters, norm, s.clip)
     elif not (isfinite(loss) and training.precision.expects_overflow):
-        _not_finite(training)
+        _handle_non_finite(training)
     training.precision.step(training.optimizer, finite=finite)
     if finite and training.average is not None:
         training.average.update(training.step)
@@ -74,7 +75,7 @@ def one_step(training: Training, stop: Stop) -> tuple[dict[str, float], bool]:
 
 
 def _gradients(training: Training) -> float:
-    """Of every forward pass of this process; the loss of its pictures, without the prior's."""
+    """Accumulate the gradients of this process. Return the loss of its images, without the prior-preservation loss."""
     s, total = training.settings, 0.0
     rank = training.accelerator.process_index
     for number, part in enumerate(training.batches.parts(training.step, rank)):
@@ -94,20 +95,20 @@ def _prior_loss(training: Training, number: int, rank: int) -> Tensor | float:
     part = batches.parts(training.step, rank)[number]
     samples = tuple(PRIOR + i for i in part.samples)
     of_base = training.settings.prior_target == "base"
-    target = _base_says(training, source, part.examples, samples) if of_base else None
+    target = _base_prediction(training, source, part.examples, samples) if of_base else None
     latents, given = source.batch(part.examples, training.step, samples)
     return training.objective.loss(latents, given, training.step, samples, target)
 
 
 @torch.no_grad()
-def _base_says(training: Training, source: Source, examples: tuple[int, ...], samples: tuple[int, ...]) -> Tensor:
-    """What the base, without the adapter, says of pictures at the noise of this step."""
+def _base_prediction(training: Training, source: Source, examples: tuple[int, ...], samples: tuple[int, ...]) -> Tensor:
+    """Return the prediction of the base model, without the adapter, at the noise of this step."""
     with without(training.branches):
-        return training.objective.answer(*source.batch(examples, training.step, samples), training.step, samples)
+        return training.objective.predict(*source.batch(examples, training.step, samples), training.step, samples)
 
 
-def _shared(training: Training, loss: float, stop: bool) -> tuple[float, bool]:
-    """Mean gradients and loss over the processes, in one message; whether one of them is to stop."""
+def _reduce(training: Training, loss: float, stop: bool) -> tuple[float, bool]:
+    """Average gradients and loss over the processes in one collective call; return whether one of them is to stop."""
     if training.accelerator.num_processes == 1:
         return loss, stop
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in training.parameters]
@@ -124,57 +125,57 @@ def _norm(parameters: list[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
-def _clip(parameters: list[Tensor], norm: float, most: float) -> None:
-    if most and norm > most:
+def _clip(parameters: list[Tensor], norm: float, limit: float) -> None:
+    if limit and norm > limit:
         for p in parameters:
             if p.grad is not None:
-                p.grad.mul_(most / norm)
+                p.grad.mul_(limit / norm)
 
 
-def _not_finite(training: Training) -> None:
-    """The step is left out, or the training ends."""
+def _handle_non_finite(training: Training) -> None:
+    """Skip the step, or end the run with DivergedError."""
     if training.settings.nan == "skip":
         training.skipped += 1
         return
     steps = sorted(saved_states(training.run))
-    last = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
-    skip = f"go on without such batches: {_going_on(training)} --nan skip" if steps else "add --nan skip"
+    last = f"the last good checkpoint is step {steps[-1]}" if steps else "no checkpoint was saved yet"
+    skip = f"resume without such batches: {_resume_command(training)} --nan skip" if steps else "add --nan skip"
     raise DivergedError(
-        f"the loss of step {training.step + 1} is no number; {last}.",
-        fix=f"Start anew with a lower --learning-rate; or {skip}",
+        f"The loss or gradient of step {training.step + 1} is NaN or infinite; {last}.",
+        fix=f"Start a new run with a lower --learning-rate, or {skip}",
     )
 
 
-def _going_on(training: Training) -> str:
-    """The command, as a shell reads it."""
+def _resume_command(training: Training) -> str:
+    """Return the command that resumes the run, quoted for a shell."""
     return f"krona train --resume {quote(str(training.run))}"
 
 
-def _note(training: Training, values: dict[str, float], seconds: float) -> None:
+def _record_step(training: Training, values: dict[str, float], seconds: float) -> None:
     loss = values["loss"]
     if isfinite(loss):
         training.smooth_loss = smoothed(training.smooth_loss, loss)
     smooth = training.smooth_loss if training.smooth_loss is not None else loss
     if training.is_main:
-        plain = {k: v if isfinite(v) else None for k, v in values.items()}
+        finite = {k: v if isfinite(v) else None for k, v in values.items()}
         epoch = round(training.batches.epoch_of(training.step), 4)
-        training.metrics.add(training.step, **plain, smooth_loss=smooth, epoch=epoch, seconds=round(seconds, 4))
+        training.metrics.add(training.step, **finite, smooth_loss=smooth, epoch=epoch, seconds=round(seconds, 4))
     if training.accelerator.trackers:
         training.accelerator.log({**values, "smooth_loss": smooth}, step=training.step)
-    progress = StepReport(training.step, training.settings.steps, loss, smooth, seconds, memory_used(training))
-    training.tell(progress)
+    report = StepReport(training.step, training.settings.steps, loss, smooth, seconds, memory_used(training))
+    training.on_step(report)
 
 
 def memory_used(training: Training) -> int:
-    """Bytes that the GPU, or else the process, has held at most."""
+    """Return the peak memory in bytes of the GPU or, on other devices, of the process."""
     device = training.accelerator.device
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return peak_memory()
 
 
-def _between(training: Training, stopped: bool) -> None:
-    """Checkpoint, validation and samples, each at its own interval."""
+def _run_due_tasks(training: Training, stopped: bool) -> None:
+    """Save a checkpoint, validate and sample, each at its own interval."""
     s, step = training.settings, training.step
     if step == s.steps or stopped or due(step, s.checkpoint_every):
         save(training)
@@ -183,24 +184,24 @@ def _between(training: Training, stopped: bool) -> None:
 
 
 class Stop:
-    """Whether somebody has asked to stop. A second Ctrl-C does not wait."""
+    """Stop flag set by a signal handler. A second Ctrl-C raises KeyboardInterrupt immediately."""
 
-    wanted = False
+    requested = False
 
-    def ask(self, number: int, _frame: FrameType | None) -> None:
-        if self.wanted and number == signal.SIGINT:
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.wanted = True
+        self.requested = True
 
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Signals set the flag while the block runs; in another thread than the main one they stay as they are."""
+    """Let SIGINT and SIGTERM set the flag within the block. Outside the main thread, signals are left alone."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.ask) for number in SIGNALS}
+    before = {number: signal.signal(number, stop.handle) for number in SIGNALS}
     try:
         yield stop
     finally:

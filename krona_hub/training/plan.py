@@ -1,4 +1,4 @@
-"""What a training will do, found out without doing it: data, layers, parameters, memory."""
+"""Plan a training run without starting it: images, layers, parameters and memory."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from krona_hub.training.model.model_families import ModelFamily, own_resolution,
 from krona_hub.training.model.optimizers import OPTIMIZERS, check_schedule
 from krona_hub.training.model.trained_layers import TrainedLayer
 from krona_hub.training.progress.metrics import trackers_of
-from krona_hub.training.progress.regularization_images import pictures_there, prior_folder
+from krona_hub.training.progress.regularization_images import image_count, prior_folder
 from krona_hub.training.randomness import permutation
 from krona_hub.training.settings import TrainingSettings
 
 FLOAT = 4  # bytes
-ADAM = 4  # numbers kept per factor: itself, its gradient, two moments
+ADAM = 4  # values per factor element: itself, its gradient and two moments
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What a training sees."""
+class TrainingImages:
+    """The training, validation and regularization images of a run."""
 
     train: Data
     validation: tuple[Example, ...]
     prior: tuple[Example, ...]
     resolution: int
-    sizes: tuple[Size, ...]  # of the training pictures
+    sizes: tuple[Size, ...]  # of the training images
     multiple: int  # pixels
 
     def sizes_of(self, examples: tuple[Example, ...], buckets: bool) -> tuple[Size, ...]:
@@ -40,38 +40,39 @@ class Pictures:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What `krona train --check` prints."""
+    """Result of `check_training`, printed by `krona train --check`."""
 
     base: str
     family: str
     prediction: str
     device: str
-    dtype: str  # of the base
+    dtype: str  # of the base model
     pictures: int
     validation_pictures: int
     prior_pictures: int
     bad_pictures: tuple[str, ...]
-    sizes: tuple[tuple[Size, int], ...]  # (width, height) and how many pictures
+    sizes: tuple[tuple[Size, int], ...]  # (width, height) and number of images
     layers: int
-    forms: tuple[tuple[str, int], ...]  # "64x4 ⊗ 5x80" and how many layers
+    forms: tuple[tuple[str, int], ...]  # factorization, such as "64x4 ⊗ 5x80", and number of layers
     parameters: int
     steps: int
     processes: int
     pictures_per_step: int
     epochs: float
-    memory: int  # bytes, estimated: weights, factors, their optimizer; without activations
-    seconds_per_step: float | None = None  # measured by steps that are thrown away, where that was asked for
-    peak_memory: int | None = None  # bytes, in these steps: of the GPU, or of the whole process
+    memory: int  # estimated bytes of weights, factors and optimizer, without activations
+    seconds_per_step: float | None = None  # measured on trial steps, if requested
+    peak_memory: int | None = None  # bytes of the GPU or of the process during the trial steps
 
     @property
     def seconds(self) -> float | None:
+        """Estimated duration of all steps, if it was measured."""
         return None if self.seconds_per_step is None else self.seconds_per_step * self.steps
 
 
-def read_pictures(pipe: Any, family: ModelFamily, settings: TrainingSettings) -> Pictures:
-    """All that is read from the disk; raises DataError with every bad file."""
+def read_images(pipe: Any, family: ModelFamily, settings: TrainingSettings) -> TrainingImages:
+    """Read all images and captions. Raises DataError that lists the unusable files."""
     if not settings.data:
-        raise UsageError("no pictures were given.", fix="Give --data FOLDER.")
+        raise UsageError("Missing option --data.", fix="Specify a folder of images with --data FOLDER.")
     data = read_folder(settings.data, settings.prompt or settings.trigger_word, skip_bad=settings.skip_bad)
     validation: tuple[Example, ...] = ()
     if settings.held_out:
@@ -80,43 +81,43 @@ def read_pictures(pipe: Any, family: ModelFamily, settings: TrainingSettings) ->
         validation += read_folder(settings.validation_data, settings.prompt, skip_bad=settings.skip_bad).examples
     resolution, multiple = _resolution(pipe, family, settings)
     sizes = sizes_for(data.examples, resolution, multiple, settings.buckets)
-    return Pictures(data, validation, _prior(settings), resolution, sizes, multiple)
+    return TrainingImages(data, validation, _prior(settings), resolution, sizes, multiple)
 
 
 def _resolution(pipe: Any, family: ModelFamily, settings: TrainingSettings) -> tuple[int, int]:
-    """In pixels, and what sides are multiples of. Raises UsageError for too few."""
+    """Return the resolution and the multiple of all image sides, in pixels. Raises UsageError if it is too small."""
     resolution, multiple = settings.resolution or own_resolution(pipe, family), size_multiple(pipe, family)
     if resolution < multiple:
         raise UsageError(
-            f"{resolution} pixels are too few for this base.", fix=f"Give --resolution {multiple} or more."
+            f"Resolution {resolution} is too small for this base model.", fix=f"Use --resolution {multiple} or more."
         )
     return resolution, multiple
 
 
 def square_side(pipe: Any, family: ModelFamily, settings: TrainingSettings) -> int:
-    """Pixels of a square picture of the training's resolution."""
+    """Return the side, in pixels, of a square image at the training resolution."""
     resolution, multiple = _resolution(pipe, family, settings)
     return resolution // multiple * multiple
 
 
 def _prior(settings: TrainingSettings) -> tuple[Example, ...]:
-    """Pictures of the class that are there; those that will be drawn are not, before a training."""
+    """Read existing regularization images. Those that a run will generate do not exist before it."""
     folder = prior_folder(settings)
-    if folder is None or (settings.prior_pictures and not pictures_there(settings)):
+    if folder is None or (settings.prior_pictures and not image_count(settings)):
         return ()
     caption = "" if has_alternatives(settings.prior_prompt) else settings.prior_prompt
     return read_folder(folder, caption, skip_bad=settings.skip_bad).examples
 
 
 def sizes_for(examples: tuple[Example, ...], resolution: int, multiple: int, buckets: bool) -> tuple[Size, ...]:
-    """The size that each picture is trained at."""
+    """Return the size at which each image is trained."""
     possible = bucket_sizes(resolution, multiple)
     side = resolution // multiple * multiple
     return tuple(nearest_bucket(e.size, possible) if buckets else (side, side) for e in examples)
 
 
 def check_settings(settings: TrainingSettings) -> None:
-    """What can be wrong before anything is opened."""
+    """Check the settings that need neither the base model nor the images."""
     check_schedule(settings.schedule)
     trackers_of(settings)
     if settings.optimizer not in OPTIMIZERS:
@@ -124,13 +125,17 @@ def check_settings(settings: TrainingSettings) -> None:
 
         make_optimizer([], settings)
     if settings.sample_every and not settings.sample_prompts and not settings.prompt:
-        raise UsageError("samples need prompts.", fix='Give --sample-prompts "a photo of sks toy on a table".')
+        raise UsageError(
+            "--sample-every requires prompts.", fix='Add --sample-prompts "a photo of sks toy on a table".'
+        )
     if settings.validate_every and not (settings.held_out or settings.validation_data):
-        raise UsageError("the validation needs pictures.", fix="Give --held-out N, or --validation-data FOLDER.")
+        raise UsageError(
+            "--validate-every requires validation images.", fix="Add --held-out N or --validation-data FOLDER."
+        )
 
 
 def memory_of(base: Base, pipe: Any, targets: tuple[TrainedLayer, ...], settings: TrainingSettings) -> int:
-    """Bytes of weights, factors, gradients and Adam's moments; activations come on top and depend on the size."""
+    """Estimate the bytes of weights, factors, gradients and Adam moments, without activations."""
     denoiser = getattr(pipe, base.denoiser or "unet")
     weights = sum(p.numel() * p.element_size() for p in denoiser.parameters())
     if not settings.cache:
@@ -140,16 +145,17 @@ def memory_of(base: Base, pipe: Any, targets: tuple[TrainedLayer, ...], settings
     return int(weights + FLOAT * copies * sum(t.parameters for t in targets))
 
 
-def forms_of(targets: tuple[TrainedLayer, ...]) -> tuple[tuple[str, int], ...]:
-    """Form -> layers, most layers first."""
+def factorization_counts(targets: tuple[TrainedLayer, ...]) -> tuple[tuple[str, int], ...]:
+    """Count the layers of each factorization, most frequent first."""
     counts: dict[str, int] = {}
     for t in targets:
         terms = f"{t.terms} terms of " if t.terms > 1 else ""
         rank = f", B r{t.rank}" if t.rank is not None else ""
-        form = f"{terms}{t.shape}{rank}"
-        counts[form] = counts.get(form, 0) + 1
+        factorization = f"{terms}{t.shape}{rank}"
+        counts[factorization] = counts.get(factorization, 0) + 1
     return tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def counted(sizes: tuple[Size, ...]) -> tuple[tuple[Size, int], ...]:
+def size_counts(sizes: tuple[Size, ...]) -> tuple[tuple[Size, int], ...]:
+    """Count the images of each size, smallest first."""
     return tuple((size, sizes.count(size)) for size in sorted(set(sizes), key=lambda s: (prod(s), s)))

@@ -1,6 +1,6 @@
-"""Everything random in a training, drawn by seed, purpose, step and sample: never by process, batch or history.
+"""Random numbers of a training run as functions of seed, purpose, step and sample, not of process, batch or history.
 
-So two processes draw what one would draw, and a resumed training what an uninterrupted one would.
+Therefore several processes use the same numbers as one, and a resumed run the same as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
-    """A fresh generator on the CPU for one purpose.
+    """Return a new CPU generator for one purpose.
 
     >>> a, b = (torch.rand(1, generator=generator(7, "noise", 3, 0)).item() for _ in range(2))
     >>> a == b, a == torch.rand(1, generator=generator(7, "noise", 3, 1)).item()
@@ -25,18 +25,18 @@ def generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
 
 
 def uniform(seed: int, purpose: str, *numbers: int) -> float:
-    """One number in [0, 1), float32."""
+    """Return a uniform float32 number in [0, 1)."""
     return float(torch.rand((), generator=generator(seed, purpose, *numbers)))
 
 
 def permutation(count: int, seed: int, purpose: str, *numbers: int) -> list[int]:
-    """range(count) in a random order."""
+    """Return range(count) in a random order."""
     order: list[int] = torch.randperm(count, generator=generator(seed, purpose, *numbers)).tolist()
     return order
 
 
 def noise(shape: Sequence[int], seed: int, step: int, samples: Sequence[int], offset: float = 0.0) -> Tensor:
-    """(samples, *shape) of normal noise, one draw per sample; `offset` · a normal number per channel is added."""
+    """Return (samples, *shape) normal noise, plus `offset` times one normal number per channel of each sample."""
     return torch.stack([_noise(shape, generator(seed, "noise", step, i), offset) for i in samples])
 
 

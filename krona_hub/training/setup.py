@@ -1,4 +1,4 @@
-"""Everything that a training needs, from its settings: the base, the pictures, the start, the optimizer."""
+"""Set up a training run from its settings: base model, images, initial adapter and optimizer."""
 
 from __future__ import annotations
 
@@ -27,36 +27,38 @@ from krona_hub.training.configuration import ECHO, to_toml
 from krona_hub.training.data.batches import Batches
 from krona_hub.training.data.dataset import Data, Example
 from krona_hub.training.data.encoding import Encoder, Source
-from krona_hub.training.model.device import TrainingDevice, is_wanted, machine_for, open_base, shard
+from krona_hub.training.model.device import TrainingDevice, machine_for, open_base, shard, uses_fsdp
 from krona_hub.training.model.model_families import ModelFamily, family_of
 from krona_hub.training.model.objective import Objective
 from krona_hub.training.model.optimizers import Average, make_optimizer
 from krona_hub.training.model.precision import MixedPrecision
 from krona_hub.training.model.trained_layers import fresh_adapter, plan_targets, started_from
-from krona_hub.training.plan import Pictures, check_settings, read_pictures, square_side
+from krona_hub.training.plan import TrainingImages, check_settings, read_images, square_side
 from krona_hub.training.progress.metrics import Metrics, trackers_of
-from krona_hub.training.progress.regularization_images import draw_prior, missing_pictures
-from krona_hub.training.progress.samples import draw_samples, encode_prompts
+from krona_hub.training.progress.regularization_images import draw_prior, missing_images
+from krona_hub.training.progress.samples import encode_prompts, generate_samples
 from krona_hub.training.progress.training_state import Training
 from krona_hub.training.settings import TrainingSettings
-from krona_hub.training.training_record import ELSEWHERE, base_name, recorded
+from krona_hub.training.training_record import LOCAL_SETTINGS, base_name, recorded
 
-FREE = ("steps", "checkpoint_every", "keep_checkpoints", "validate_every", "sample_every", "sample_prompts", "export",
-        "sample_steps", "sample_guidance", "licence", "nan", *ELSEWHERE)  # what a resumed run may change  # fmt: skip
-EMPTY = 0.25  # share of the class that is shown without a caption
+CHANGEABLE = (  # settings that a resumed run may change
+    "steps", "checkpoint_every", "keep_checkpoints", "validate_every", "sample_every", "sample_prompts", "export",
+    "sample_steps", "sample_guidance", "licence", "nan", *LOCAL_SETTINGS,
+)  # fmt: skip
+EMPTY = 0.25  # fraction of regularization images trained with an empty caption
 
 
 @dataclass(frozen=True)
 class Session:
-    """What the loop does not need and the end does."""
+    """What the end of a run needs in addition to the training state."""
 
     pipe: Any
     base: Base
     facts: dict[str, Any]
 
 
-class Seen(NamedTuple):
-    """The pictures of a training, encoded or to be encoded."""
+class Sources(NamedTuple):
+    """The image sources of a run, and the fingerprint of its data and settings."""
 
     source: Source
     validation: Source | None
@@ -65,32 +67,34 @@ class Seen(NamedTuple):
 
 
 def prepared(settings: TrainingSettings, run: Path, encoding: Progress) -> tuple[Training, Session]:
-    """A training that can begin, and its pipeline with the adapter attached. Raises what its parts raise."""
+    """Return a training run that can start, and its pipeline with the adapter attached."""
     check_settings(settings)
     torch.manual_seed(settings.seed)
     machine = machine_for(settings)
     accelerator = _accelerator(settings, machine, run)
     machine = replace(machine, device=accelerator.device)
-    spread = is_wanted(accelerator)
+    spread = uses_fsdp(accelerator)
     pipe = open_base(settings, machine, denoiser_waits=spread)
     family, base = family_of(pipe), base_of(pipe)
     start, side = _start(base, settings), square_side(pipe, family, settings)
-    if spread and missing_pictures(settings):
-        raise UsageError("with FSDP, nothing can be drawn before the training.", fix="Draw them first, on one device.")
+    if spread and missing_images(settings):
+        raise UsageError(
+            "Regularization images cannot be generated with FSDP.", fix="Generate them first, on one device."
+        )
     with accelerator.main_process_first():
         draw_prior(pipe, family, settings, machine.device, side)
     encoder = Encoder(pipe, family, settings, machine.device, machine.base_dtype)
     sampler = _sampler(pipe, family, settings, machine, side)
-    seen = _seen(encoder, settings, encoding, accelerator.num_processes)
+    sources = _sources(encoder, settings, encoding, accelerator.num_processes)
     encoder.free(keep_vae=sampler is not None)
     attach(pipe, start, trainable=True)
-    training = _training(pipe, family, settings, run, accelerator, machine, seen)
+    training = _training(pipe, family, settings, run, accelerator, machine, sources)
     if spread:
         shard(getattr(pipe, family.denoiser), accelerator, training.parameters)
     training.sampler = sampler
     if accelerator.is_main_process:
         atomic_text(run / ECHO, to_toml(replace(settings, output=str(run.resolve()))), overwrite=True)
-    facts = {"base": base_name(settings), "family": family.name, "pictures": len(seen.source.examples)}
+    facts = {"base": base_name(settings), "family": family.name, "pictures": len(sources.source.examples)}
     return training, Session(pipe, base, facts)
 
 
@@ -103,59 +107,61 @@ def _accelerator(settings: TrainingSettings, machine: TrainingDevice, run: Path)
 
 
 def _start(base: Base, settings: TrainingSettings) -> Adapter:
-    """The adapter that the training begins with."""
+    """Return the initial adapter."""
     if settings.init:
         return started_from(read(resolve(settings.init), base=base), base, settings)
     return fresh_adapter(plan_targets(base, settings), settings)
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
-def _seen(encoder: Encoder, settings: TrainingSettings, encoding: Progress, processes: int) -> Seen:
-    """Every picture found, and encoded where that is kept."""
-    pictures = read_pictures(encoder.pipe, encoder.family, settings)
-    plain = of_the_class(settings)
-    source = Source(encoder, pictures.train.examples, pictures.sizes, settings)
-    validation = _beside(encoder, pictures, pictures.validation, settings)
-    prior = _beside(encoder, pictures, pictures.prior, plain)
+def _sources(encoder: Encoder, settings: TrainingSettings, encoding: Progress, processes: int) -> Sources:
+    """Read all images, and encode them if the cache is enabled."""
+    images = read_images(encoder.pipe, encoder.family, settings)
+    prior_options = prior_settings(settings)
+    source = Source(encoder, images.train.examples, images.sizes, settings)
+    validation = _source_of(encoder, images, images.validation, settings)
+    prior = _source_of(encoder, images, images.prior, prior_options)
     for each in (source, validation, prior):
         if each is not None and settings.cache:
             encoder.fill(each.examples, each.sizes, each.captions, encoding)
-    return Seen(source, validation, prior, _fingerprint(settings, pictures, processes))
+    return Sources(source, validation, prior, _fingerprint(settings, images, processes))
 
 
-def of_the_class(settings: TrainingSettings) -> TrainingSettings:
-    """How captions of the class are told: without what names the subject. Where the base is to stay as it is, some are
-    empty, too: guidance leads away from what it says then.
+def prior_settings(settings: TrainingSettings) -> TrainingSettings:
+    """Return the caption settings of regularization images: no trigger word and no template.
+
+    If their target is the prediction of the base model, some captions are empty, because classifier-free guidance also
+    uses the prediction without a prompt.
     """
     empty = EMPTY if settings.prior_target == "base" else 0.0
     dropout = max(settings.caption_dropout, empty)
     return replace(settings, trigger_word="", caption_template="{caption}", caption_dropout=dropout)
 
 
-def _beside(
-    encoder: Encoder, pictures: Pictures, examples: tuple[Example, ...], settings: TrainingSettings
+def _source_of(
+    encoder: Encoder, images: TrainingImages, examples: tuple[Example, ...], settings: TrainingSettings
 ) -> Source | None:
-    return Source(encoder, examples, pictures.sizes_of(examples, settings.buckets), settings) if examples else None
+    return Source(encoder, examples, images.sizes_of(examples, settings.buckets), settings) if examples else None
 
 
 def _sampler(
     pipe: Any, family: ModelFamily, settings: TrainingSettings, machine: TrainingDevice, side: int
 ) -> Callable[[], list[Image]] | None:
-    """What draws the samples; their prompts are encoded while there are text encoders."""
+    """Return the function that generates the samples. Prompts are encoded now, before the text encoders are freed."""
     if not settings.sample_every:
         return None
-    told = encode_prompts(pipe, family, settings.sample_prompts or (settings.prompt,), machine.device)
-    return lambda: draw_samples(pipe, told, settings, machine.device, side)
+    conditions = encode_prompts(pipe, family, settings.sample_prompts or (settings.prompt,), machine.device)
+    return lambda: generate_samples(pipe, conditions, settings, machine.device, side)
 
 
-# --- the loop's own --------------------------------------------------------------------------------------------------
+# --- training state --------------------------------------------------------------------------------------------------
 
 
 def _training(
     pipe: Any, family: ModelFamily, settings: TrainingSettings, run: Path, accelerator: Accelerator,
-    machine: TrainingDevice, seen: Seen,
+    machine: TrainingDevice, sources: Sources,
 ) -> Training:  # fmt: skip
     branches = branches_of(pipe)
     parameters: list[Tensor] = [p for branch in branches for p in branch.parameters() if p.requires_grad]
@@ -167,17 +173,17 @@ def _training(
         accelerator=accelerator,
         precision=MixedPrecision(machine.autocast, machine.device),
         objective=objective,
-        source=seen.source,
-        batches=_batches(settings, seen.source, accelerator),
+        source=sources.source,
+        batches=_batches(settings, sources.source, accelerator),
         branches=branches,
         parameters=parameters,
         optimizer=make_optimizer(parameters, settings),
         metrics=Metrics(run),
-        fingerprint=seen.fingerprint,
-        validation=seen.validation,
-        prior=None if seen.prior is None else (seen.prior, _batches(settings, seen.prior, accelerator)),
+        fingerprint=sources.fingerprint,
+        validation=sources.validation,
+        prior=None if sources.prior is None else (sources.prior, _batches(settings, sources.prior, accelerator)),
         average=Average(parameters, settings.ema) if settings.ema else None,
-        spread=is_wanted(accelerator),
+        spread=uses_fsdp(accelerator),
     )
 
 
@@ -187,15 +193,15 @@ def _batches(settings: TrainingSettings, source: Source, accelerator: Accelerato
 
 def _denoiser(pipe: Any, family: ModelFamily, settings: TrainingSettings, machine: TrainingDevice) -> Any:
     model = getattr(pipe, family.denoiser)
-    wanted = settings.gradient_checkpointing
-    if wanted or (wanted is None and machine.is_gpu):
+    checkpointing = settings.gradient_checkpointing
+    if checkpointing or (checkpointing is None and machine.is_gpu):
         model.enable_gradient_checkpointing()
     return torch.compile(model) if settings.compile else model
 
 
-def _fingerprint(settings: TrainingSettings, pictures: Pictures, processes: int) -> str:
-    """Of everything that decides a training's numbers and may not change when it goes on."""
-    fixed = {name: value for name, value in settings.named.items() if name not in FREE}
-    others = Data((*pictures.prior, *pictures.validation), {}).fingerprint
-    text = json.dumps([fixed, pictures.train.fingerprint, others, processes], sort_keys=True, default=str)
+def _fingerprint(settings: TrainingSettings, images: TrainingImages, processes: int) -> str:
+    """Hash everything that determines the result and must not change when a run is resumed."""
+    fixed = {name: value for name, value in settings.named.items() if name not in CHANGEABLE}
+    others = Data((*images.prior, *images.validation), {}).fingerprint
+    text = json.dumps([fixed, images.train.fingerprint, others, processes], sort_keys=True, default=str)
     return sha256(text.encode()).hexdigest()

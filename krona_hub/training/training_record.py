@@ -1,4 +1,4 @@
-"""The trained adapter as a value, with the record of how it came to be."""
+"""The trained adapter as a value, with the provenance of its training."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ from krona_hub.bases.base import Base
 from krona_hub.layers import extract_adapter
 from krona_hub.training.settings import TrainingSettings
 
-ELSEWHERE = ("output", "device", "data", "validation_data", "prior_data", "init", "trackers")  # no part of a result
-UNTOLD = ("base", "licence", *ELSEWHERE)  # of the settings, in the file
+LOCAL_SETTINGS = (
+    "output",
+    "device",
+    "data",
+    "validation_data",
+    "prior_data",
+    "init",
+    "trackers",
+)  # not part of the result
+NOT_RECORDED = ("base", "licence", *LOCAL_SETTINGS)  # settings left out of the adapter file
 
 
 def trained_adapter(pipe: Any, base: Base, settings: TrainingSettings, facts: dict[str, Any]) -> Adapter:
-    """The adapter in the pipeline as it is now. Equal trainings give equal values: no times, no places."""
+    """Return the current adapter of the pipeline. It contains no times or paths, so equal runs give equal values."""
     adapter = extract_adapter(pipe)
     words = (settings.trigger_word,) if settings.trigger_word else ()
     origin = Provenance(
@@ -32,15 +40,15 @@ def trained_adapter(pipe: Any, base: Base, settings: TrainingSettings, facts: di
 
 
 def recorded(settings: TrainingSettings) -> dict[str, Any]:
-    """The settings that differ from their defaults and belong to the result; as JSON holds them."""
-    usual = TrainingSettings()
-    told = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in UNTOLD}
-    changed = {name: value for name, value in told.items() if value != getattr(usual, name)}
+    """Return the settings that affect the result and differ from their defaults, as JSON values."""
+    defaults = TrainingSettings()
+    values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in NOT_RECORDED}
+    changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in changed.items()}
     return {"steps": settings.steps, "seed": settings.seed, "learning_rate": settings.learning_rate, **plain}
 
 
 def base_name(settings: TrainingSettings) -> str:
-    """The base for a person: a Hub id as it is, a path without the folders above it."""
+    """Return the display name of the base model: its Hub id, or the last part of its path."""
     path = Path(settings.base)
     return path.name if path.exists() else settings.base

@@ -68,4 +68,4 @@ def test_mistakes_are_told_with_the_way_out(line, more, words, capsys):
 
 def test_a_resumed_run_must_be_one(tmp_path, capsys):
     assert main(["train", "--resume", str(tmp_path)]) == 7
-    assert "no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err

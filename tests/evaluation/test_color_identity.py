@@ -1,4 +1,4 @@
-"""The score without a model: high for the toy it was shown, from whatever side; low for wrong toys."""
+"""The score without a model: high for the reference toy from any side, low for other toys."""
 
 from itertools import product
 
@@ -18,10 +18,10 @@ def views():
     return [Image.fromarray(view) for view in toy.views()]
 
 
-def rendered(**colours):
-    """The toy, or one like it in other colours, in rooms, places and turns that no view shows."""
+def rendered(**colors):
+    """Render the toy, or a variant in other colors, in rooms, positions and rotations that no view shows."""
     kept = toy.BLUE, toy.ORANGE
-    toy.BLUE, toy.ORANGE = colours.get("body", toy.BLUE), colours.get("hat", toy.ORANGE)
+    toy.BLUE, toy.ORANGE = colors.get("body", toy.BLUE), colors.get("hat", toy.ORANGE)
     try:
         rooms = product(POSITIONS, ("grey", "wooden", "green"), ("beige", "dark"))
         return [

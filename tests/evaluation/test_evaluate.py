@@ -1,4 +1,4 @@
-"""Pictures against references and prompts: columns, what is left out, and the models' own numbers."""
+"""Scores of images against references and prompts: columns, skipped measures, and embeddings of the models."""
 
 import json
 import math
@@ -21,17 +21,17 @@ FILES = folder_of("tiny-scenes").parent
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """drawn, with a red picture of column base and a blue one of column toy, and toy, with a blue one."""
-    place = tmp_path_factory.mktemp("pictures")
-    for folder, column, colour in (("drawn", "base", "red"), ("drawn", "toy", "blue"), ("toy", "", "blue")):
-        (place / folder).mkdir(exist_ok=True)
+    """Folder `drawn` with a red image of column base and a blue one of column toy; folder `toy` with a blue image."""
+    root = tmp_path_factory.mktemp("pictures")
+    for folder, column, color in (("drawn", "base", "red"), ("drawn", "toy", "blue"), ("toy", "", "blue")):
+        (root / folder).mkdir(exist_ok=True)
         about = PngInfo()
-        record = {"krona_generate": 1, "pictures": [{"prompt": f"a {colour} toy", "column": column}]}
+        record = {"krona_generate": 1, "pictures": [{"prompt": f"a {color} toy", "column": column}]}
         about.add_text("krona", json.dumps(record))
-        picture = Image.new("RGB", (32, 32), colour)
-        picture.save(place / folder / f"{column or 'own'}.png", pnginfo=about if column else None)
-    Image.new("RGB", (64, 32), "white").save(place / "drawn" / "grid.png")
-    return place
+        image = Image.new("RGB", (32, 32), color)
+        image.save(root / folder / f"{column or 'own'}.png", pnginfo=about if column else None)
+    Image.new("RGB", (64, 32), "white").save(root / "drawn" / "grid.png")
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_what_generate_drew_is_told_apart_by_column_and_prompt(tmp_path):
     lokr, prompt = FILES / "zorbi_lokr.safetensors", "a photo of a zorbi on a blue table, in the middle"
     generate("tiny-scenes", [prompt], adapters=[lokr], compare=True, out=tmp_path / "drawn", device="cpu")
     report = evaluate(tmp_path / "drawn", FILES / "zorbi")
-    assert {told.prompt for told in report.told} == {prompt}
+    assert {origin.prompt for origin in report.told} == {prompt}
     assert list(report.columns) == ["base", "zorbi_lokr"]
     assert report.columns["zorbi_lokr"]["identity"] > 0.5 > 0.3 > report.columns["base"]["identity"]
 
@@ -78,7 +78,7 @@ def test_what_generate_drew_is_told_apart_by_column_and_prompt(tmp_path):
 def test_columns_of_a_comparison_are_told_apart(folders):
     report = evaluate(folders / "drawn", folders / "toy")
     assert report.columns == {"base": {"identity": 0.0}, "toy": {"identity": 1.0}}
-    assert [told.prompt for told in report.told] == ["a red toy", "a blue toy"]
+    assert [origin.prompt for origin in report.told] == ["a red toy", "a blue toy"]
     assert len(report.left_out) == 2  # neither CLIP nor DINO is here
 
 
@@ -89,22 +89,22 @@ def test_models_score_by_the_cosine_of_their_embeddings(folders, clip, dino):
     assert columns["toy"]["CLIP-I"] == pytest.approx(1) and columns["toy"]["DINO"] == pytest.approx(1)
     assert columns["base"]["CLIP-I"] < 0.9999
     model = Embedder(clip)
-    (picture,), (words,) = model.pictures([Image.new("RGB", (32, 32), "red")]), model.words(["a red toy"])
-    assert math.isclose(columns["base"]["CLIP-T"], float(picture @ words), abs_tol=1e-5)
+    (image,), (prompt,) = model.embed_images([Image.new("RGB", (32, 32), "red")]), model.embed_prompts(["a red toy"])
+    assert math.isclose(columns["base"]["CLIP-T"], float(image @ prompt), abs_tol=1e-5)
 
 
 def test_a_prompt_for_all_and_pictures_without_one(folders, clip):
     assert "CLIP-T" not in {m.name for m in evaluate(folders / "toy", folders / "toy", clip=clip).measures}
-    told = evaluate(folders / "toy", folders / "toy", clip=clip, prompt="a toy")
-    assert told.told[0].prompt == "a toy" and told.measures[-1].name == "CLIP-T"
+    report = evaluate(folders / "toy", folders / "toy", clip=clip, prompt="a toy")
+    assert report.told[0].prompt == "a toy" and report.measures[-1].name == "CLIP-T"
 
 
 def test_what_is_not_there_is_told(folders, tmp_path):
     with pytest.raises(NotFoundError, match="hf download"):
         evaluate(folders / "drawn", folders / "toy", dino=str(tmp_path / "none"))
-    with pytest.raises(NotFoundError, match="no folder"):
+    with pytest.raises(NotFoundError, match="No such folder"):
         evaluate(folders / "drawn", folders / "nothing")
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="No images found"):
         evaluate(tmp_path, folders / "toy")
 
 

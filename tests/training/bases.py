@@ -1,4 +1,4 @@
-"""Whole tiny pipelines, with tokenizers and autoencoders, saved as diffusers folders: what a training starts from."""
+"""Complete tiny pipelines, with tokenizers and autoencoders, saved as diffusers folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LENGTH = 16  # tokens
 
 
 def clip_tokenizer(folder: Path):
-    """Every letter is a token; two vectors of the text encoders are for start and end."""
+    """A CLIP tokenizer with a token per letter, and two tokens for start and end."""
     from transformers import CLIPTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def clip_tokenizer(folder: Path):
 
 
 def t5(width: int = 24):
-    """A T5 encoder and a tokenizer of whole words."""
+    """A T5 encoder and a word-level tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -57,7 +57,7 @@ def _flux():
 
 
 def _sd3():
-    """As wide as both CLIPs side by side."""
+    """An SD3 transformer as wide as both CLIP encoders together."""
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(7)
@@ -69,7 +69,7 @@ def _sd3():
 
 
 def _autoencoder():
-    """Eight pixels to a latent along each side, as in the real ones: for photographs."""
+    """An autoencoder with eight pixels per latent along each side, as in real models, for photographs."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(7)
@@ -80,13 +80,13 @@ def _autoencoder():
 
 
 def save_base(kind: str, folder: Path) -> Path:
-    """A pipeline of that kind, with everything a prompt needs; `photographs` is sd15 with a real one's autoencoder."""
+    """Save a complete pipeline; `photographs` is sd15 with an autoencoder of the usual downsampling."""
     pipe = getattr(tiny, "sd15" if kind == "photographs" else kind)()
     more = {"tokenizer": clip_tokenizer(folder / "words")}
     if kind == "photographs":
         more["vae"] = _autoencoder()
     if kind in ("sd3", "flux"):
-        pipe.vae.register_to_config(shift_factor=0.1)  # as theirs have, and their pipelines want
+        pipe.vae.register_to_config(shift_factor=0.1)  # as in the real models; their pipelines require it
     if kind in ("sdxl", "sd3"):
         more["tokenizer_2"] = more["tokenizer"]
     if kind == "sd3":
@@ -100,7 +100,7 @@ def save_base(kind: str, folder: Path) -> Path:
 
 
 def save_photos(folder: Path) -> Path:
-    """Five pictures of three proportions."""
+    """Save five images of four aspect ratios."""
     folder.mkdir()
     random = np.random.default_rng(5)
     for number, size in enumerate([(40, 40), (40, 40), (60, 36), (36, 60), (44, 40)]):

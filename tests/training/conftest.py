@@ -1,4 +1,4 @@
-"""Bases and pictures that the trainings of these tests share."""
+"""Base models and images that the training tests share."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tests.training.bases import save_base, save_photos
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
-    """Kind -> folder of a tiny pipeline, built when it is first asked for."""
-    place, made = tmp_path_factory.mktemp("bases"), {}
+    """Return a function from a kind to the folder of a tiny pipeline, built on first use."""
+    root, built = tmp_path_factory.mktemp("bases"), {}
 
     def base(kind: str) -> str:
-        if kind not in made:
-            made[kind] = str(save_base(kind, place))
-        return made[kind]
+        if kind not in built:
+            built[kind] = str(save_base(kind, root))
+        return built[kind]
 
     return base
 
@@ -27,7 +27,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def quick(bases, photos, tmp_path):
-    """Settings of a training that takes a second."""
+    """Settings of a training run that takes a second."""
     return {
         "base": bases("sd15"), "data": photos, "prompt": "a photo", "resolution": 16, "steps": 4, "device": "cpu",
         "output": str(tmp_path / "run"),

@@ -1,8 +1,8 @@
-"""`krona train` with the denoiser in pieces, on CPUs: what accelerate's configuration asks for on GPUs alone."""
+"""`krona train` with a sharded denoiser on CPUs, which the configuration of accelerate enables only on GPUs."""
 
 from krona_hub.cli import start
 from krona_hub.training import setup
 
 if __name__ == "__main__":  # not where this file is only collected
-    setup.is_wanted = lambda accelerator: True
+    setup.uses_fsdp = lambda accelerator: True
     start()

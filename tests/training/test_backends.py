@@ -1,4 +1,4 @@
-"""Half precision, and what needs packages or machines that may not be here: stand-ins take their place."""
+"""Half precision, and stand-ins for packages and devices that may be missing."""
 
 import errno
 import sys
@@ -67,7 +67,7 @@ def test_a_run_in_float16_goes_on_to_the_same_bytes(quick, tmp_path):
 
 
 def pretend(monkeypatch, name, **content):
-    """A module of that name, for as long as the test runs."""
+    """Install a module of that name for the duration of the test."""
     module = ModuleType(name)
     module.__dict__.update(content)
     module.__spec__ = ModuleSpec(name, None)
@@ -112,7 +112,7 @@ def test_eight_bit_adam_goes_on_to_the_same_bytes(quick, tmp_path):
 
 
 def test_what_a_schedule_free_optimizer_hands_out_are_its_averages(monkeypatch, quick):
-    """Its factors while it trains are others than those that are validated and written."""
+    """The factors in training mode differ from those that are validated and written."""
 
     class AdamWScheduleFree(torch.optim.SGD):
         def __init__(self, parameters, lr, **_):
@@ -137,7 +137,7 @@ def test_what_a_schedule_free_optimizer_hands_out_are_its_averages(monkeypatch, 
 
 
 class Eight(nn.Linear):
-    """Weights in eight bits, as the packages for quantised models hold them: nothing but a call is of use."""
+    """A layer with 8-bit weights, as in quantization packages: its weight is usable only through a call."""
 
     def __init__(self, plain):
         super().__init__(plain.in_features, plain.out_features, plain.bias is not None)
@@ -153,10 +153,10 @@ class Eight(nn.Linear):
 def test_a_quantised_base_trains(how, monkeypatch, quick):
     import diffusers
 
-    asked, load = [], diffusers.DiffusionPipeline.from_pretrained
+    requests, load = [], diffusers.DiffusionPipeline.from_pretrained
 
     def loaded(path, quantization_config, **more):
-        asked.append(quantization_config)
+        requests.append(quantization_config)
         pipe = load(path, **more)
         for parent in list(pipe.unet.modules()):
             for name, child in list(parent.named_children()):
@@ -175,13 +175,13 @@ def test_a_quantised_base_trains(how, monkeypatch, quick):
         train(quick, quantize=how)
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     report = train(quick, quantize=how)
-    assert set(asked[0].quant_mapping) == {"unet", "transformer"}
+    assert set(requests[0].quant_mapping) == {"unet", "transformer"}
     assert any(d.low_rank_delta().any() for d in read(report.adapter, base=quick["base"]).layers.values())
 
 
 @pytest.mark.parametrize(("how", "layer"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
 def test_layers_of_bitsandbytes_train(how, layer, monkeypatch, quick):
-    """The real ones, on whatever there is: diffusers makes them on a GPU only, although they work without."""
+    """Real bitsandbytes layers on any device: diffusers creates them only on a GPU, although they work without."""
     pytest.importorskip("bitsandbytes")
     from diffusers.quantizers.bitsandbytes import bnb_quantizer
 
@@ -210,7 +210,7 @@ def test_tensorboard_is_told_where_it_is_installed_and_a_missing_tracker_is_refu
 
 
 def test_a_tracker_is_told_every_step(monkeypatch, quick):
-    """accelerate's own interface, with a tracker that remembers."""
+    """The tracker interface of accelerate, with a tracker that records its calls."""
     from accelerate.tracking import GeneralTracker
 
     class Remembers(GeneralTracker):
@@ -242,8 +242,8 @@ def test_tensorboard_can_read_what_it_is_told(quick):
     report = train(quick, trackers=["tensorboard"])
     book = events.EventAccumulator(str(report.run / "krona"))
     book.Reload()
-    told = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in book.Scalars("loss")]
-    assert series(read_metrics(report.run), "loss") == told
+    logged = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in book.Scalars("loss")]
+    assert series(read_metrics(report.run), "loss") == logged
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------

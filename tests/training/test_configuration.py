@@ -1,4 +1,4 @@
-"""Settings: what may be written, what is refused, and that they come back as they were."""
+"""Settings: accepted and rejected values, and the round trip through TOML."""
 
 import pytest
 

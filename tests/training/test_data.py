@@ -1,4 +1,4 @@
-"""Pictures of every kind that folders hold, captions from wherever they are, and the order they come in."""
+"""Image files of every kind, the sources of captions, and the order of training examples."""
 
 import json
 import struct
@@ -11,9 +11,9 @@ from PIL import Image
 from krona_hub.errors import DataError, NotFoundError
 from krona_hub.training.configuration import checked
 from krona_hub.training.data.batches import Batches
-from krona_hub.training.data.captions import drawn_caption, fixed_caption
-from krona_hub.training.data.dataset import pictures_of, read_folder, split_held_out
-from krona_hub.training.data.images import bucket_sizes, fitted, nearest_bucket, open_picture
+from krona_hub.training.data.captions import fixed_caption, sample_caption
+from krona_hub.training.data.dataset import image_folder, read_folder, split_held_out
+from krona_hub.training.data.images import bucket_sizes, fitted, nearest_bucket, open_image
 from krona_hub.training.randomness import noise, permutation
 from tests.shared import shared
 
@@ -24,10 +24,10 @@ def saved(tmp_path, image, name="a.png", **more):
 
 
 def pixels(path):
-    return np.asarray(open_picture(path))
+    return np.asarray(open_image(path))
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_phone_picture_is_turned_upright(tmp_path):
@@ -69,7 +69,7 @@ def test_a_broken_picture_is_named(tmp_path):
     empty.write_bytes(b"")
     for path in (short, text, empty):
         with pytest.raises(DataError, match=path.name):
-            open_picture(path)
+            open_image(path)
 
 
 def test_a_picture_whose_exif_is_broken_is_named(tmp_path, monkeypatch):
@@ -80,8 +80,8 @@ def test_a_picture_whose_exif_is_broken_is_named(tmp_path, monkeypatch):
 
     path = saved(tmp_path, Image.new("RGB", (8, 8)))
     monkeypatch.setattr(ImageOps, "exif_transpose", broken)
-    with pytest.raises(DataError, match=r"a\.png is broken"):
-        open_picture(path)
+    with pytest.raises(DataError, match=r"a\.png is corrupt"):
+        open_image(path)
 
 
 def test_a_decompression_bomb_is_refused(tmp_path):
@@ -92,7 +92,7 @@ def test_a_decompression_bomb_is_refused(tmp_path):
     body = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
     with pytest.raises(DataError, match=r"bomb\.png"):
-        open_picture(tmp_path / "bomb.png")
+        open_image(tmp_path / "bomb.png")
 
 
 def test_a_picture_is_scaled_to_cover_its_bucket_and_cut_in_the_middle():
@@ -134,7 +134,7 @@ def test_a_picture_without_a_caption_and_a_broken_table_are_told(tmp_path):
     with pytest.raises(DataError, match=r"no caption: a\.png"):
         read_folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}')
-    with pytest.raises(DataError, match=r"line 1 of metadata\.jsonl"):
+    with pytest.raises(DataError, match=r"Line 1 of metadata\.jsonl"):
         read_folder(tmp_path, "x")
 
 
@@ -149,10 +149,10 @@ def test_a_table_that_is_no_utf8_or_names_what_is_not_there_is_told(tmp_path):
     saved(tmp_path, Image.new("RGB", (8, 8)))
     table = tmp_path / "metadata.jsonl"
     table.write_bytes('{"file_name": "a.png", "text": "café"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"metadata\.jsonl is no UTF-8"):
+    with pytest.raises(DataError, match=r"metadata\.jsonl is not valid UTF-8"):
         read_folder(tmp_path, "x")
     table.write_text('{"file_name": "b.png", "text": "a toy"}')
-    with pytest.raises(DataError, match=r"not there: b\.png"):
+    with pytest.raises(DataError, match=r"do not exist: b\.png"):
         read_folder(tmp_path, "x")
     assert [e.caption for e in read_folder(tmp_path, "x", skip_bad=True).examples] == ["x"]
 
@@ -160,7 +160,7 @@ def test_a_table_that_is_no_utf8_or_names_what_is_not_there_is_told(tmp_path):
 def test_a_missing_and_an_empty_folder_are_told(tmp_path):
     with pytest.raises(NotFoundError):
         read_folder(tmp_path / "none")
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="No images found"):
         read_folder(tmp_path)
 
 
@@ -190,14 +190,14 @@ def test_the_fingerprint_sees_pixels_and_captions(tmp_path):
 
 def test_shuffled_captions_keep_their_first_parts_and_their_words():
     settings = checked({"caption_shuffle": True, "keep_parts": 2, "trigger_word": "sks"})
-    drawn = {drawn_caption("one, two, three, four", settings, step, 0) for step in range(20)}
+    drawn = {sample_caption("one, two, three, four", settings, step, 0) for step in range(20)}
     assert len(drawn) > 2 and all(d.startswith("sks, one, ") for d in drawn)
     assert {frozenset(d.split(", ")) for d in drawn} == {frozenset({"sks", "one", "two", "three", "four"})}
 
 
 def test_captions_are_dropped_as_often_as_asked():
     settings = checked({"caption_dropout": 0.25})
-    empty = sum(not drawn_caption("x", settings, step, 0) for step in range(400))
+    empty = sum(not sample_caption("x", settings, step, 0) for step in range(400))
     assert 70 < empty < 130
     assert fixed_caption("x", settings) == "x"
 
@@ -236,12 +236,12 @@ def test_noise_belongs_to_the_sample_and_not_to_the_batch():
 
 def test_a_run_that_is_named_as_the_shipped_pictures_does_not_hide_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shipped = pictures_of("zorbi")
+    shipped = image_folder("zorbi")
     run = tmp_path / "zorbi"
     run.mkdir()
-    assert pictures_of("zorbi") == shipped  # it is empty yet
+    assert image_folder("zorbi") == shipped  # it is empty yet
     Image.new("RGB", (8, 8)).save(run / "sample.png")
     (run / "config.toml").touch()
-    assert pictures_of("zorbi") == shipped
+    assert image_folder("zorbi") == shipped
     (run / "config.toml").unlink()
-    assert pictures_of("zorbi") == Path("zorbi")
+    assert image_folder("zorbi") == Path("zorbi")

@@ -1,7 +1,7 @@
-"""The proof: five views of a toy that the base does not know, and pictures show it afterwards.
+"""End-to-end proof: after training on five views of a toy unknown to the base model, its images show the toy.
 
-Real data, a real (if small) base, `krona train` as a person would run it. A control goes beside it: what the same
-adapter does to other subjects.
+Real data, a real (if small) base model, and `train` with a preset. The control is what the same adapter does to other
+subjects.
 """
 
 import json
@@ -45,13 +45,13 @@ LOST = 0.05  # share of right shapes, and of right colours, that may be lost, ov
 
 
 class Taught(NamedTuple):
-    """A training, and what its adapter draws."""
+    """A training run, and measurements of the images of its adapter."""
 
     adapter: str | None
     losses: list[float]  # of the validation
-    toys: list[float]  # identities of pictures of the toy on every table and place
+    toys: list[float]  # identity of images of the toy on every table and position
     others: list[float]  # of pictures of other things
-    check: dict[str, float]  # shares of right ones in the base's own check
+    check: dict[str, float]  # fractions of correct images in the check of the base model
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def save(folder, pictures, captions):
 
 
 def save_class(place):
-    """Drawn by the base in a training of one step, under names that every seed may use."""
+    """Generate regularization images in a run of one step, under names that every seed may use."""
     report = train(**{**SETTINGS, "steps": 1}, output=str(place / "first"))
     (place / "class").mkdir()
     for path in sorted((report.run / "prior").iterdir()):
@@ -141,7 +141,7 @@ def test_the_loss_on_other_things_stays_what_it_was(seed, taught, folders, tmp_p
 
 @pytest.mark.parametrize("part", ["shape", "colour"])
 def test_other_prompts_are_followed_nearly_as_by_the_base(part, taught):
-    """On three times 120 held-out prompts, each with the noise that the base had."""
+    """On three times 120 held-out prompts, each with the same noise as for the base model."""
     assert np.mean([taught(seed).check[part] for seed in SEEDS]) >= taught(None).check[part] - LOST
 
 

@@ -1,4 +1,4 @@
-"""Noise, targets and weights against the schedulers of diffusers; which family a pipeline is of."""
+"""Noise, targets and weights against the schedulers of diffusers, and the families of pipelines."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from krona_hub.errors import UnsupportedError
 from krona_hub.training.configuration import checked
 from krona_hub.training.model.model_families import FAMILIES, family_of, packed
-from krona_hub.training.model.noise_processes import Flow, diffusion_of, drawn_times, flow_of, loss_weights
+from krona_hub.training.model.noise_processes import Flow, diffusion_of, flow_of, loss_weights, sample_times
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -53,11 +53,11 @@ def test_min_snr_is_that_of_the_paper():
 
 def test_times_are_drawn_evenly_or_around_the_middle():
     many = tuple(range(2000))
-    even = drawn_times(checked({"timesteps": "uniform"}), Flow(), 0, many)
-    middle = drawn_times(checked({}), Flow(), 0, many)
+    even = sample_times(checked({"timesteps": "uniform"}), Flow(), 0, many)
+    middle = sample_times(checked({}), Flow(), 0, many)
     assert abs(float(even.std()) - 12**-0.5) < 0.02 and abs(float(even.mean()) - 0.5) < 0.03
     assert abs(float(torch.logit(middle).std()) - 1) < 0.06 and float(even.min()) >= 0 and float(middle.max()) < 1
-    assert torch.equal(drawn_times(checked({}), Flow(), 0, (5,)), middle[5:6])
+    assert torch.equal(sample_times(checked({}), Flow(), 0, (5,)), middle[5:6])
 
 
 def test_packing_for_flux_is_that_of_diffusers():

@@ -1,4 +1,4 @@
-"""Whole trainings on tiny bases: every family, resumed runs, what is written, and what goes wrong."""
+"""Complete training runs on tiny base models: every family, resumed runs, outputs and errors."""
 
 import json
 from pathlib import Path
@@ -67,15 +67,15 @@ FULL = {"ema": 0.9, "flip": True, "caption_dropout": 0.3, "noise_offset": 0.1, "
 
 
 def stop_after(step):
-    """A progress that asks to stop, as Ctrl-C does, during a step."""
+    """Return a progress callback that sends SIGINT, as Ctrl-C does, after a step."""
     import os
     import signal
 
-    def tell(progress):
-        if progress.step == step:
+    def on_step(report):
+        if report.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    return tell
+    return on_step
 
 
 def test_ctrl_c_saves_and_a_resumed_run_ends_in_the_same_bytes(quick, tmp_path):
@@ -116,7 +116,7 @@ def test_a_run_goes_on_longer_but_not_with_other_pictures_or_settings(quick, pho
     with pytest.raises(UsageError, match="learning_rate"):
         train(resume_from=report.run, learning_rate=0.5)
     (own / "0.png").unlink()
-    with pytest.raises(IntegrityError, match="pictures"):
+    with pytest.raises(IntegrityError, match="other images"):
         train(resume_from=report.run, steps=6)
 
 
@@ -128,7 +128,7 @@ def test_a_folder_that_holds_a_training_is_not_written_over(quick):
 
 def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(quick, monkeypatch):
     broken_at(monkeypatch, 3)
-    with pytest.raises(DivergedError, match=r"step 3.*checkpoint is that of step 2"):
+    with pytest.raises(DivergedError, match=r"step 3.*checkpoint is step 2"):
         train(quick | {"checkpoint_every": 1})
 
 
@@ -173,7 +173,7 @@ def test_a_run_does_not_go_on_with_other_pictures_of_the_class(quick, photos, tm
     shutil.copytree(photos, own)
     run = train(quick | {"prior_data": str(own), "prior_prompt": "a toy"}).run
     Image.new("RGB", (16, 16), "red").save(own / "0.png")
-    with pytest.raises(IntegrityError, match="pictures"):
+    with pytest.raises(IntegrityError, match="other images"):
         train(resume_from=run, steps=5)
 
 
@@ -197,14 +197,14 @@ def test_peak_memory_is_in_bytes_on_systems_that_count_in_kilobytes_and_in_bytes
 def test_the_command_that_goes_on_with_a_run_can_be_pasted_into_a_shell(quick, tmp_path):
     quick |= {"output": str(tmp_path / "my toy")}
     train(quick)
-    with pytest.raises(ConflictError) as told:
+    with pytest.raises(ConflictError) as caught:
         train(quick)
-    assert f"--resume '{tmp_path}/my toy'," in told.value.fix
+    assert f"--resume '{tmp_path}/my toy'," in caught.value.fix
 
 
 def test_a_run_folder_that_is_a_file_is_told(quick, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConflictError, match="no folder"):
+    with pytest.raises(ConflictError, match="is not a folder"):
         train(quick | {"output": str(tmp_path / "file")})
 
 
@@ -270,7 +270,7 @@ def test_the_base_draws_pictures_of_the_class_once(quick, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     train(quick | PRIOR, prior_data=str(folder), output=str(tmp_path / "three"), steps=2)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-    with pytest.raises(DataError, match="another base, prompt"):
+    with pytest.raises(DataError, match="another base model, prompt"):
         train(quick | PRIOR, prior_data=str(folder), prior_prompt="a cat", output=str(tmp_path / "four"))
 
 
@@ -283,12 +283,12 @@ def test_pictures_of_the_class_take_the_alternatives_of_their_prompt_in_turn(qui
 
 
 def test_a_prompt_with_alternatives_is_no_caption(quick, photos):
-    with pytest.raises(DataError, match="5 pictures have no caption"):
+    with pytest.raises(DataError, match="5 images have no caption"):
         train(quick, prior_data=photos, prior_prompt="a {red|blue} toy")
 
 
 def test_the_base_itself_can_be_the_class(quick, photos, tmp_path):
-    """What it says already is nothing to learn: until something else has moved the adapter."""
+    """The loss against the base model is zero until the training images have changed the adapter."""
     alone = train(quick, steps=1, output=str(tmp_path / "alone"))
     more = {"prior_data": photos, "prior_prompt": "a toy", "prior_target": "base", "prior_weight": 50.0}
     kept = train(quick | more, steps=1, output=str(tmp_path / "kept"))
@@ -305,10 +305,10 @@ def same(one, other, base):
 def test_the_trigger_word_is_not_put_in_front_of_the_class(quick, photos, tmp_path, monkeypatch):
     from krona_hub.training.data.encoding import Encoder
 
-    asked, text = [], Encoder.text
-    monkeypatch.setattr(Encoder, "text", lambda self, captions: asked.extend(captions) or text(self, captions))
+    requests, text = [], Encoder.text
+    monkeypatch.setattr(Encoder, "text", lambda self, captions: requests.extend(captions) or text(self, captions))
     train(quick, trigger_word="sks", caption_template="art: {caption}", prior_data=photos, prior_prompt="a toy")
-    assert set(asked) == {"sks, art: a photo", "a toy"}
+    assert set(requests) == {"sks, art: a photo", "a toy"}
 
 
 def test_a_stopped_run_keeps_its_pictures_of_the_class(quick, tmp_path):

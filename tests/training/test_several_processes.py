@@ -1,4 +1,4 @@
-"""Trainings in processes of their own: two that must equal one, and one that is killed."""
+"""Training runs in separate processes: two that must equal one, and one that is killed."""
 
 import os
 import random

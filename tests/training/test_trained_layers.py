@@ -1,4 +1,4 @@
-"""Which layers get which shape, and what an adapter starts from."""
+"""The shapes of trained layers, and the initial adapter."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_regular_expressions_give_modules_their_own_a1_and_a2():
 
 
 def test_a_pattern_that_finds_nothing_and_a_shape_that_does_not_divide_are_told():
-    with pytest.raises(UsageError, match="finds none"):
+    with pytest.raises(UsageError, match="matches none"):
         targets(shape="64x4", shapes={"nowhere": "8x8"})
     with pytest.raises(ShapeError, match=r"128 of 128 layers do not fit.*nearest"):
         targets(shape="63x4")

@@ -1,1 +1,1 @@
-"""Images, captions and batches of a training."""
+"""Images, captions and batches of a training run."""

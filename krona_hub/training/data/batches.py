@@ -1,4 +1,4 @@
-"""Which pictures a step takes: whole epochs in random order, every batch of one size. A function of the step alone."""
+"""Choose the images of a step: whole epochs in random order, each batch of one size, as a function of the step."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from krona_hub.training.randomness import permutation
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process does in one forward pass."""
+    """The images of one process in one forward pass."""
 
-    examples: tuple[int, ...]  # positions in the data set
-    samples: tuple[int, ...]  # their numbers within the step: what their noise is drawn by
+    examples: tuple[int, ...]  # indices in the data set
+    samples: tuple[int, ...]  # sample numbers within the step, which seed their noise
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The order of a training. `group` pictures of one bucket go through the model together, over all processes."""
+    """The order of images in a run. All processes together train on `group` images of one bucket at a time."""
 
     buckets: tuple[Hashable, ...]  # of each example
     batch_size: int  # per process
@@ -29,35 +29,35 @@ class Batches:
 
     @property
     def group(self) -> int:
+        """Images per forward pass, over all processes."""
         return self.batch_size * self.processes
 
     @property
     def per_epoch(self) -> int:
-        """Groups in an epoch."""
+        """Number of groups in an epoch."""
         return sum(-(-self.buckets.count(b) // self.group) for b in dict.fromkeys(self.buckets))
 
     def epoch_of(self, step: int) -> float:
-        """Epochs that are done when this many steps are."""
+        """Return the number of epochs completed after `step` steps."""
         return step * self.accumulation / self.per_epoch
 
     def parts(self, step: int, process: int) -> list[MicroBatch]:
-        """What a process does in a step, one Part per forward pass; steps count from 0.
+        """Return the micro-batches of a process in a step, one per forward pass. Steps count from 0.
 
-        The pictures of a step, over all processes, depend on `group` and `accumulation` alone.
+        The images of a step, over all processes, depend only on `group` and `accumulation`, apart from the seed.
         """
         return [self._part(step, number, process) for number in range(self.accumulation)]
 
     def _part(self, step: int, number: int, process: int) -> MicroBatch:
-        place = step * self.accumulation + number
-        epoch, inside = divmod(place, self.per_epoch)
-        group = _epoch(self, epoch)[inside]
+        epoch, index = divmod(step * self.accumulation + number, self.per_epoch)
+        group = _epoch(self, epoch)[index]
         own = range(process * self.batch_size, (process + 1) * self.batch_size)
         return MicroBatch(tuple(group[i] for i in own), tuple(number * self.group + i for i in own))
 
 
 @lru_cache(maxsize=4)
 def _epoch(batches: Batches, epoch: int) -> tuple[tuple[int, ...], ...]:
-    """Every example once, in groups of one bucket; a bucket's last group is filled from its beginning."""
+    """Return all examples in groups of one bucket; the last group of a bucket wraps around to its first examples."""
     groups: list[tuple[int, ...]] = []
     order = permutation(len(batches.buckets), batches.seed, "epoch", epoch)
     for bucket in dict.fromkeys(batches.buckets):

@@ -1,4 +1,4 @@
-"""The text that a picture is trained with at one step: template, trigger word, shuffle and dropout."""
+"""Captions of images at a training step: template, trigger word, shuffling and dropout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALTERNATIVES = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 
 
 def fixed_caption(caption: str, settings: TrainingSettings) -> str:
-    """The caption in its template, with the trigger word in front where it is missing.
+    """Return the caption in its template, with the trigger word in front if it is missing.
 
     >>> fixed_caption("a cat, sitting", TrainingSettings(trigger_word="sks", caption_template="photo: {caption}"))
     'sks, photo: a cat, sitting'
@@ -23,8 +23,8 @@ def fixed_caption(caption: str, settings: TrainingSettings) -> str:
     return text if present else f"{word}, {text}"
 
 
-def drawn_caption(caption: str, settings: TrainingSettings, step: int, sample: int) -> str:
-    """The caption for sample number `sample` of a step: perhaps empty, perhaps with its parts in another order."""
+def sample_caption(caption: str, settings: TrainingSettings, step: int, sample: int) -> str:
+    """Return the caption of sample number `sample` in a step, after random dropout and shuffling."""
     if settings.caption_dropout and uniform(settings.seed, "drop", step, sample) < settings.caption_dropout:
         return ""
     text = fixed_caption(caption, settings)
@@ -38,33 +38,32 @@ def _shuffled(text: str, settings: TrainingSettings, step: int, sample: int) -> 
     return ", ".join([*kept, *(rest[i] for i in order)])
 
 
-def drawn_flip(settings: TrainingSettings, step: int, sample: int) -> bool:
-    """Whether the picture is mirrored."""
+def sample_flip(settings: TrainingSettings, step: int, sample: int) -> bool:
+    """Return whether the image is mirrored."""
     return settings.flip and uniform(settings.seed, "flip", step, sample) < 0.5
 
 
 def has_alternatives(text: str) -> bool:
-    """
+    """Return whether a prompt contains alternatives.
+
     >>> has_alternatives("a {red|blue} cube"), has_alternatives("a photo, {caption}")
     (True, False)
     """
     return ALTERNATIVES.search(text) is not None
 
 
-def wording(text: str, seed: int, number: int) -> str:
-    """The prompt of one picture of many: each {group} goes through its alternatives in an order of its own, shuffled
-    anew every round, so that all of them come equally often.
+def prompt_variant(text: str, seed: int, number: int) -> str:
+    """Return the prompt of image `number`. Each {a|b} group cycles through its alternatives in its own order, which is
+    reshuffled every round, so that all alternatives occur equally often.
 
-    >>> sorted(wording("a {red|blue} cube", 0, n) for n in range(4))
+    >>> sorted(prompt_variant("a {red|blue} cube", 0, n) for n in range(4))
     ['a blue cube', 'a blue cube', 'a red cube', 'a red cube']
     """
-    from krona_hub.training.randomness import permutation
-
     groups = count()
 
-    def chosen(found: re.Match[str]) -> str:
-        words = found[1].split("|")
-        turn, place = divmod(number, len(words))
-        return words[permutation(len(words), seed, "wording", next(groups), turn)[place]].strip()
+    def alternative(match: re.Match[str]) -> str:
+        words = match[1].split("|")
+        turn, index = divmod(number, len(words))
+        return words[permutation(len(words), seed, "wording", next(groups), turn)[index]].strip()
 
-    return " ".join(ALTERNATIVES.sub(chosen, text).split())
+    return " ".join(ALTERNATIVES.sub(alternative, text).split())

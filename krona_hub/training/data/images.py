@@ -1,4 +1,4 @@
-"""A picture file of any kind becomes 8-bit RGB, upright; what cannot is named. Pillow and numpy, no torch."""
+"""Open images as upright 8-bit RGB and fit them into size buckets, with Pillow and numpy and without torch."""
 
 from __future__ import annotations
 
@@ -15,22 +15,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from krona_hub.errors import DataError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-BACKGROUND = (255, 255, 255)  # behind what is transparent
-DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # modes of more than 8 bits, which convert() would clip
-BROKEN = (  # what broken files, or broken EXIF in them, make decoders raise
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+BACKGROUND = (255, 255, 255)  # of transparent images
+HIGH_DEPTH_MODES = (
+    "I;16",
+    "I;16B",
+    "I;16L",
+    "I;16N",
+    "I",
+    "F",
+)  # modes of more than 8 bits, which convert() clips
+DECODE_ERRORS = (  # raised by decoders on corrupt files or EXIF data
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error, zlib.error
 )  # fmt: skip
-Picture = NDArray[np.uint8]  # (height, width, 3)
+Pixels = NDArray[np.uint8]  # (height, width, 3)
 
 
-WIDEST = 2.0  # longest side : shortest side
+WIDEST = 2.0  # maximum ratio of the longer to the shorter side
 Size = tuple[int, int]  # (width, height) in pixels
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The picture as upright 8-bit RGB: EXIF orientation applied, transparency on white, CMYK and palettes converted,
-    16 bits scaled (never clipped) to 8. Raises DataError where the file is none, or ends early.
+def open_image(path: Path) -> Image.Image:
+    """Open an image as upright 8-bit RGB.
+
+    EXIF orientation is applied, transparency becomes white, CMYK and palettes are converted, and 16 bits are scaled
+    (never clipped) to 8. Raises DataError if the file is not an image or is corrupt.
     """
     try:
         with warnings.catch_warnings():
@@ -39,12 +48,12 @@ def open_picture(path: Path) -> Image.Image:
                 image.load()
                 return _rgb(ImageOps.exif_transpose(image))
     except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path.name} is no picture that can be read: {_line(error, path)}.", fix=_FIX) from error
-    except BROKEN as error:
-        raise DataError(f"{path.name} is broken: {_line(error, path)}.", fix=_FIX) from error
+        raise DataError(f"{path.name} is not a readable image: {_line(error, path)}.", fix=_FIX) from error
+    except DECODE_ERRORS as error:
+        raise DataError(f"{path.name} is corrupt: {_line(error, path)}.", fix=_FIX) from error
 
 
-_FIX = "Remove or replace it, or continue without it: --skip-bad."
+_FIX = "Remove or replace it, or skip it with --skip-bad."
 
 
 def _line(error: BaseException, path: Path) -> str:
@@ -53,7 +62,7 @@ def _line(error: BaseException, path: Path) -> str:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in DEEP:
+    if image.mode in HIGH_DEPTH_MODES:
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
@@ -74,8 +83,8 @@ def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
     return np.rint(np.clip(numbers / top, 0, 1) * 255).astype(np.uint8)
 
 
-def fitted(image: Image.Image, size: tuple[int, int]) -> tuple[Picture, tuple[int, int]]:
-    """The picture at `size` (width, height): scaled to cover it, the middle cut out; and (top, left) of the cut.
+def fitted(image: Image.Image, size: tuple[int, int]) -> tuple[Pixels, tuple[int, int]]:
+    """Scale an image to cover `size` (width, height) and crop its center. Return the pixels and the crop (top, left).
 
     >>> fitted(Image.new("RGB", (80, 40)), (32, 32))[0].shape, fitted(Image.new("RGB", (80, 40)), (32, 32))[1]
     ((32, 32, 3), (0, 16))
@@ -89,7 +98,9 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> tuple[Picture, tuple[in
 
 
 def bucket_sizes(resolution: int, multiple: int, widest: float = WIDEST) -> tuple[Size, ...]:
-    """Sizes whose sides are multiples and whose area is at most resolution², widest last; the square is among them.
+    """Return sizes with sides in multiples of `multiple` and an area of at most resolution², widest last.
+
+    The largest square is always included.
 
     >>> bucket_sizes(64, 16)
     ((48, 80), (64, 64), (80, 48))
@@ -106,7 +117,7 @@ def bucket_sizes(resolution: int, multiple: int, widest: float = WIDEST) -> tupl
 
 
 def nearest_bucket(size: Size, sizes: tuple[Size, ...]) -> Size:
-    """The bucket whose proportions are nearest, on a logarithmic scale; the larger one of two.
+    """Return the bucket with the nearest aspect ratio on a logarithmic scale, and of several the largest.
 
     >>> nearest_bucket((400, 300), bucket_sizes(512, 64))
     (576, 448)

@@ -1,1 +1,1 @@
-"""The model that is trained: families, noise processes, layers, optimizer, device."""
+"""The trained model: families, noise processes, layers, optimizers and devices."""

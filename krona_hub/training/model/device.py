@@ -1,4 +1,4 @@
-"""Where a training runs: the device, the types of numbers, and the base opened for it."""
+"""Choose the device and the data types of a run, and open the base model for them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ from krona_hub.pipelines.opening import device_for, no_base, pipeline_for, quiet
 from krona_hub.sources import resolve_base
 from krona_hub.training.settings import TrainingSettings
 
-AUTOCASTS = {"bfloat16": "bf16", "float16": "fp16"}  # of a base in that type
+AUTOCASTS = {"bfloat16": "bf16", "float16": "fp16"}  # data type of the base model -> autocast mode
 DENOISERS = ("unet", "transformer")
-CONFIGS: Any = diffusers  # whose classes for quantised models are not typed
-QUANTISED = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8-torchao": "torchao"}  # -> package
+CONFIGS: Any = diffusers  # its quantization classes have no type annotations
+QUANTIZATION_PACKAGES = {
+    "nf4": "bitsandbytes",
+    "int8": "bitsandbytes",
+    "int8-torchao": "torchao",
+}  # --quantize -> package
 
 
 @dataclass(frozen=True)
 class TrainingDevice:
-    """What the forward and backward passes run on."""
+    """Device and data types of the forward and backward passes."""
 
     device: torch.device
     base_dtype: torch.dtype  # of the frozen weights
@@ -43,7 +47,7 @@ class TrainingDevice:
 
 
 def machine_for(settings: TrainingSettings) -> TrainingDevice:
-    """The machine that the settings ask for. Raises NoDeviceError where there is none such."""
+    """Return the device of the settings. Raises NoDeviceError if it is not available."""
     device = torch.device(device_for(settings.device))
     dtype = settings.base_dtype
     if dtype == "auto":
@@ -55,13 +59,15 @@ def machine_for(settings: TrainingSettings) -> TrainingDevice:
 
 
 def open_base(settings: TrainingSettings, machine: TrainingDevice, *, denoiser_waits: bool = False) -> Any:
-    """The pipeline of the base, frozen, on the device; the autoencoder in float32, which some need.
+    """Open the frozen pipeline of the base model on the device. The autoencoder is in float32, as some require.
 
-    A denoiser that waits stays on the CPU: it is spread over several devices later.
-    Raises NotFoundError, UnknownBaseError or IncompleteError where there is no whole pipeline.
+    With `denoiser_waits`, the denoiser stays on the CPU, because it is sharded over several devices later.
+    Raises NotFoundError, UnknownBaseError or IncompleteError if the pipeline is missing or incomplete.
     """
     if not settings.base:
-        raise UnknownBaseError("no base was given.", fix="Give --base: a diffusers folder, a file or a Hub id.")
+        raise UnknownBaseError(
+            "Missing option --base.", fix="Specify --base: a diffusers folder, a checkpoint file or a Hub id."
+        )
     path = resolve_base(settings.base)
     if not path.exists():
         raise no_base(settings.base)
@@ -78,47 +84,52 @@ def open_base(settings: TrainingSettings, machine: TrainingDevice, *, denoiser_w
 
 
 def _loaded(settings: TrainingSettings, path: Path, machine: TrainingDevice) -> Any:
-    how: dict[str, Any] = {"torch_dtype": machine.base_dtype, "local_files_only": True, **_quantised(settings)}
+    arguments: dict[str, Any] = {
+        "torch_dtype": machine.base_dtype,
+        "local_files_only": True,
+        **_quantization_arguments(settings),
+    }
     if path.is_file():
         kind = pipeline_for(settings.base, load_base(path).family)
-        return getattr(diffusers, kind).from_single_file(str(path), **how)
-    return diffusers.DiffusionPipeline.from_pretrained(path, use_safetensors=True, **how)  # type: ignore[no-untyped-call]
+        return getattr(diffusers, kind).from_single_file(str(path), **arguments)
+    return diffusers.DiffusionPipeline.from_pretrained(path, use_safetensors=True, **arguments)  # type: ignore[no-untyped-call]
 
 
-def _quantised(settings: TrainingSettings) -> dict[str, Any]:
-    """What from_pretrained is told for a denoiser in fewer bits. Raises NoDeviceError without the package, and where
-    diffusers would refuse to use it: its bitsandbytes wants a GPU.
+def _quantization_arguments(settings: TrainingSettings) -> dict[str, Any]:
+    """Return the from_pretrained arguments for a quantized denoiser.
+
+    Raises NoDeviceError if the package is not installed, or if it is bitsandbytes, which diffusers supports only on a
+    GPU, and there is no GPU.
     """
     if settings.quantize == "none":
         return {}
-    package = QUANTISED[settings.quantize]
+    package = QUANTIZATION_PACKAGES[settings.quantize]
     if find_spec(package) is None:
         raise NoDeviceError(
-            f"--quantize {settings.quantize} needs the package {package}, which is not installed.",
-            fix=f"pip install {package}, or leave out --quantize.",
+            f"--quantize {settings.quantize} requires the package {package}, which is not installed.",
+            fix=f"Run pip install {package}, or remove --quantize.",
         )
     if package == "bitsandbytes" and not has_gpu():
         raise NoDeviceError(
-            f"--quantize {settings.quantize} needs a GPU, and there is none.",
-            fix="Leave it out, or take int8-torchao, which works on a CPU.",
+            f"--quantize {settings.quantize} requires a GPU, and none was found.",
+            fix="Remove it, or use int8-torchao, which works on a CPU.",
         )
-    config = _configuration(settings.quantize)
+    config = _quantization_config(settings.quantize)
     denoisers = CONFIGS.PipelineQuantizationConfig(quant_mapping=dict.fromkeys(DENOISERS, config))
     return {"quantization_config": denoisers}
 
 
 def has_gpu() -> bool:
-    """Whether there is one that bitsandbytes knows."""
+    """Return whether a GPU that bitsandbytes supports is available."""
     return torch.cuda.is_available() or torch.xpu.is_available()
 
 
-def _configuration(how: str) -> Any:
-    """What the package of a quantisation is told."""
-    if how == "int8-torchao":
+def _quantization_config(method: str) -> Any:
+    if method == "int8-torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
         return CONFIGS.TorchAoConfig(Int8WeightOnlyConfig())
-    if how == "int8":
+    if method == "int8":
         return CONFIGS.BitsAndBytesConfig(load_in_8bit=True)
     return CONFIGS.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
@@ -126,14 +137,14 @@ def _configuration(how: str) -> Any:
 
 
 def models_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """Name -> model of a pipeline."""
+    """Return the models of a pipeline by component name."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most, as the system counts them."""
+    """Return the peak memory of this process in bytes, as the operating system reports it."""
     if sys.platform == "win32":
-        from psutil import Process  # comes with accelerate
+        from psutil import Process  # a dependency of accelerate
 
         return int(Process().memory_info().peak_wset)
     from resource import RUSAGE_SELF, getrusage
@@ -142,22 +153,25 @@ def peak_memory() -> int:
     return getrusage(RUSAGE_SELF).ru_maxrss * unit
 
 
-def is_wanted(accelerator: Accelerator) -> bool:
-    """Whether accelerate's own configuration (`accelerate config`, `accelerate launch --use_fsdp`) says FSDP."""
+def uses_fsdp(accelerator: Accelerator) -> bool:
+    """Return whether `accelerate config` or `accelerate launch --use_fsdp` enables FSDP."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
 def shard(model: Any, accelerator: Accelerator, factors: Sequence[Tensor]) -> None:
-    """Spread the weights, block by block: each comes to the device as it is spread, and whole when it is called."""
+    """Shard the weights block by block. A block moves to the device when sharded, and is gathered when called.
+
+    The factors stay whole in every process.
+    """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    whole: set[nn.Parameter] = {each for each in factors if isinstance(each, nn.Parameter)}
+    unsharded: set[nn.Parameter] = {each for each in factors if isinstance(each, nn.Parameter)}
     for block in [*blocks_of(model), model]:
-        fully_shard(block, mesh=mesh, ignored_params=whole)
+        fully_shard(block, mesh=mesh, ignored_params=unsharded)
     for factor in factors:
         factor.data = factor.data.to(accelerator.device)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The parts that diffusers never splits between devices, inner ones first; they are gathered one at a time."""
+    """Return the modules that diffusers never splits between devices, inner ones first. Each is gathered as a unit."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in reversed(list(model.modules())) if type(module).__name__ in names]

@@ -1,4 +1,4 @@
-"""The kinds of models that can be trained, one value each around one loop: a new family is one entry of FAMILIES."""
+"""The model families that can be trained. To support another family, add an entry to FAMILIES."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from krona_hub.errors import UnsupportedError
 from krona_hub.training.model.noise_processes import Process, diffusion_of, flow_of
 
-Conditions = Mapping[str, Tensor]  # what the denoiser is told besides the noisy picture; (n, …) each
+Conditions = Mapping[str, Tensor]  # inputs of the denoiser besides the noisy latents; (n, …) each
 
 
 class Frame(NamedTuple):
-    """Where a training picture comes from: SDXL is told. Pixels."""
+    """Original size and crop of a training image in pixels, which SDXL uses as conditions."""
 
     original: tuple[int, int]  # (height, width)
     crop: tuple[int, int]  # (top, left)
@@ -25,15 +25,15 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """How one kind of pipeline is trained."""
+    """How to train one family of pipelines."""
 
     name: str
-    pipelines: tuple[str, ...]  # classes of diffusers
+    pipelines: tuple[str, ...]  # class names in diffusers
     denoiser: str  # "unet" or "transformer"
     process: Callable[[Any], Process]  # from the pipeline's scheduler
     encode: Callable[[Any, list[str], torch.device], dict[str, Tensor]]  # captions → conditions, (n, …) each
     predict: Callable[[Any, Tensor, Tensor, Conditions, float], Tensor]  # model, noisy, timesteps, conditions, guidance
-    frame: Callable[[Frame], dict[str, Tensor]] = lambda frame: {}  # conditions of one picture, without the batch
+    frame: Callable[[Frame], dict[str, Tensor]] = lambda frame: {}  # conditions of one image, without a batch dimension
 
 
 # --- Stable Diffusion ------------------------------------------------------------------------------------------------
@@ -59,8 +59,8 @@ def _frame_sdxl(frame: Frame) -> dict[str, Tensor]:
 
 
 def _predict_sdxl(model: Any, noisy: Tensor, t: Tensor, given: Conditions, _guidance: float) -> Tensor:
-    more = {"text_embeds": given["pooled"], "time_ids": given["time_ids"].to(noisy.dtype)}
-    out: Tensor = model(noisy, t, given["text"], added_cond_kwargs=more, return_dict=False)[0]
+    conditions = {"text_embeds": given["pooled"], "time_ids": given["time_ids"].to(noisy.dtype)}
+    out: Tensor = model(noisy, t, given["text"], added_cond_kwargs=conditions, return_dict=False)[0]
     return out
 
 
@@ -86,11 +86,11 @@ def _encode_flux(pipe: Any, captions: list[str], device: torch.device) -> dict[s
 
 
 def _predict_flux(model: Any, noisy: Tensor, t: Tensor, given: Conditions, guidance: float) -> Tensor:
-    """FLUX sees 2×2 patches as a row of tokens, and time in [0, 1]."""
+    """FLUX takes 2×2 patches as a sequence of tokens, and time in [0, 1]."""
     n, _, height, width = noisy.shape
-    strength = torch.full((n,), guidance, device=noisy.device) if model.config.guidance_embeds else None
+    scale = torch.full((n,), guidance, device=noisy.device) if model.config.guidance_embeds else None
     out = model(
-        hidden_states=packed(noisy), timestep=t / 1000, guidance=strength, pooled_projections=given["pooled"],
+        hidden_states=packed(noisy), timestep=t / 1000, guidance=scale, pooled_projections=given["pooled"],
         encoder_hidden_states=given["text"], txt_ids=noisy.new_zeros(given["text"].shape[1], 3),
         img_ids=_positions(height // 2, width // 2).to(noisy), return_dict=False,
     )[0]  # fmt: skip
@@ -116,7 +116,7 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def _positions(rows: int, columns: int) -> Tensor:
-    """(rows · columns, 3): 0, row, column of each token."""
+    """Return (rows · columns, 3): 0, row and column of each token."""
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.zeros_like(y), y, x], -1).reshape(-1, 3).float()
 
@@ -130,29 +130,29 @@ FAMILIES: tuple[ModelFamily, ...] = (
 
 
 def family_of(pipe: Any) -> ModelFamily:
-    """The family of a pipeline. Raises UnsupportedError for one that cannot be trained."""
+    """Return the family of a pipeline. Raises UnsupportedError if it cannot be trained."""
     kind = type(pipe).__name__
     for family in FAMILIES:
         if kind in family.pipelines:
             return family
     known = ", ".join(p for f in FAMILIES for p in f.pipelines)
-    raise UnsupportedError(f"krona does not train a {kind}.", fix=f"It trains {known}.")
+    raise UnsupportedError(f"Training is not supported for {kind}.", fix=f"Use a base model for {known}.")
 
 
 def size_multiple(pipe: Any, family: ModelFamily) -> int:
-    """Both sides of a picture are multiples of so many pixels: the autoencoder's factor and the denoiser's."""
+    """Return the multiple, in pixels, of both image sides: the factor of the autoencoder times that of the denoiser."""
     model = getattr(pipe, family.denoiser)
     halvings = 2 ** (len(model.config.block_out_channels) - 1) if family.denoiser == "unet" else 2
     return vae_factor(pipe) * halvings
 
 
 def vae_factor(pipe: Any) -> int:
-    """Pixels per latent along a side."""
+    """Return the pixels per latent along a side."""
     return int(2 ** (len(pipe.vae.config.block_out_channels) - 1))
 
 
 def own_resolution(pipe: Any, family: ModelFamily) -> int:
-    """Pixels along a side that the base was made for."""
+    """Return the native resolution of the base model, in pixels along a side."""
     if family.name == "flux1":
         return 1024
     return int(getattr(pipe, family.denoiser).config.sample_size) * vae_factor(pipe)

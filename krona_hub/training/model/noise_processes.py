@@ -1,9 +1,9 @@
-"""How a family adds noise, and what its model is to say then: diffusion with epsilon or v, and flow matching.
+"""Noise and prediction targets of a model family: diffusion with epsilon or v-prediction, and flow matching.
 
     diffusion   noisy = √ᾱ x + √(1-ᾱ) ε      epsilon: ε      v: √ᾱ ε - √(1-ᾱ) x      sample: x      snr = ᾱ/(1-ᾱ)
     flow        noisy = (1-σ) x + σ ε         target: ε - x
 
-Time enters as u in [0, 1) and grows with the noise.
+Time is u in [0, 1) and increases with the noise.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from krona_hub.training.settings import TrainingSettings
 
 
 class Noised(NamedTuple):
-    """What goes into the model, and what should come out of it."""
+    """Noisy latents and the target of the model."""
 
     noisy: Tensor  # (n, channels, height, width)
     target: Tensor  # the same shape
-    timesteps: Tensor  # (n,) as the model takes them
-    snr: Tensor | None  # (n,) signal-to-noise ratio; None where min-SNR does not apply
+    timesteps: Tensor  # (n,) in the units of the model
+    snr: Tensor | None  # (n,) signal-to-noise ratio; None if min-SNR does not apply
 
 
 class Process(Protocol):
-    """A way from a picture to noise."""
+    """A process that turns images into noise."""
 
     @property
     def prediction(self) -> str: ...
 
     @property
-    def sampling(self) -> str: ...  # how u is drawn unless somebody asks otherwise
+    def sampling(self) -> str: ...  # default sampling of u
 
     def noised(self, latents: Tensor, noise: Tensor, u: Tensor) -> Noised: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Diffusion:
-    """DDPM's chain of noise levels."""
+    """The discrete noise levels of DDPM."""
 
-    alphas: Tensor  # (timesteps,) ᾱ, falling
+    alphas: Tensor  # (timesteps,) ᾱ, decreasing
     prediction: str  # epsilon, v_prediction or sample
     sampling: str = "uniform"
 
@@ -64,7 +64,7 @@ class Diffusion:
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """Rectified flow; `shift` moves the levels towards noise, as the pipeline's scheduler does."""
+    """Rectified flow. `shift` moves the levels toward noise, as the scheduler of the pipeline does."""
 
     shift: float = 1.0
     timesteps: int = 1000
@@ -78,13 +78,16 @@ class Flow:
 
 
 def diffusion_of(scheduler: Any) -> Diffusion:
-    """The noise levels of a pipeline's own scheduler. Raises UnsupportedError for a prediction that is not known."""
+    """Return the noise levels of a scheduler. Raises UnsupportedError for an unknown prediction type."""
     from diffusers import DDPMScheduler
 
     config = scheduler.config
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction", "sample"):
-        raise UnsupportedError(f"krona does not train {prediction!r}.", fix="Use a base of epsilon or v_prediction.")
+        raise UnsupportedError(
+            f"Training is not supported for prediction type {prediction!r}.",
+            fix="Use a base model with epsilon or v_prediction.",
+        )
     own: Mapping[str, Any] = {k: v for k, v in config.items() if k in LEVELS}
     levels: Any = DDPMScheduler(**own)  # type: ignore[no-untyped-call]
     return Diffusion(levels.alphas_cumprod.float(), prediction)
@@ -94,24 +97,29 @@ LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "tra
 
 
 def flow_of(scheduler: Any) -> Flow:
-    """With the scheduler's own shift where it is fixed; where it depends on the size (FLUX), none, as its trainers."""
+    """Return the flow of a scheduler, with its shift if it is fixed.
+
+    A shift that depends on the image size (FLUX) is ignored, as in other trainers of these models.
+    """
     config = scheduler.config
-    moving = bool(config.get("use_dynamic_shifting", False))
-    return Flow(1.0 if moving else float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
+    dynamic = bool(config.get("use_dynamic_shifting", False))
+    return Flow(1.0 if dynamic else float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
 
 
-def drawn_times(settings: TrainingSettings, process: Process, step: int, samples: tuple[int, ...]) -> Tensor:
-    """(samples,) u in [0, 1), float32, each from its own draw."""
-    how = process.sampling if settings.timesteps == "auto" else settings.timesteps
-    sources = [generator(settings.seed, "time", step, i) for i in samples]
-    if how == "uniform":
-        return torch.stack([torch.rand((), generator=g) for g in sources])
-    normal = torch.stack([torch.randn((), generator=g) for g in sources])
+def sample_times(settings: TrainingSettings, process: Process, step: int, samples: tuple[int, ...]) -> Tensor:
+    """Return (samples,) times u in [0, 1), float32, each from its own generator."""
+    method = process.sampling if settings.timesteps == "auto" else settings.timesteps
+    generators = [generator(settings.seed, "time", step, i) for i in samples]
+    if method == "uniform":
+        return torch.stack([torch.rand((), generator=g) for g in generators])
+    normal = torch.stack([torch.randn((), generator=g) for g in generators])
     return torch.sigmoid(settings.logit_mean + settings.logit_std * normal).clamp(max=1 - 2**-24)
 
 
 def loss_weights(snr: Tensor | None, prediction: str, gamma: float) -> Tensor | float:
-    """min-SNR (Hang et al., 2023): min(snr, γ)/snr for epsilon, /(snr + 1) for v, 1 for the rest and for γ = 0.
+    """Return min-SNR weights (Hang et al., 2023): min(snr, γ)/snr for epsilon and min(snr, γ)/(snr + 1) for v.
+
+    The weight is 1 for other predictions and for γ = 0.
 
     >>> loss_weights(torch.tensor([0.0, 1.0, 10.0]), "epsilon", 5.0)
     tensor([1.0000, 1.0000, 0.5000])

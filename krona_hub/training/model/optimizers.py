@@ -1,4 +1,4 @@
-"""What moves the factors: optimizers by name, learning rates as a function of the step, a running average."""
+"""Optimizers by name, learning rate schedules, and the moving average of the factors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from krona_hub.training.settings import TrainingSettings
 
 
 class OptimizerSpec(NamedTuple):
-    """An optimizer: where it comes from, and what it is given."""
+    """The class of an optimizer, the package that provides it, and its arguments."""
 
     module: str
     class_name: str
-    package: str | None  # to install; None for what comes with torch
+    package: str | None  # None if torch provides it
     arguments: Callable[[TrainingSettings], Mapping[str, Any]]
 
 
@@ -39,9 +39,9 @@ OPTIMIZERS: Mapping[str, OptimizerSpec] = {
     "prodigy": OptimizerSpec("prodigyopt", "Prodigy", "prodigyopt", _prodigy),
     "schedule-free": OptimizerSpec(
         "schedulefree", "AdamWScheduleFree", "schedulefree", _adam
-    ),  # warmed up by `rate_at`
+    ),  # `rate_at` applies the warm-up
 }
-SCHEDULES: Mapping[str, Callable[[float], float]] = {  # share of the steps that are done -> factor
+SCHEDULES: Mapping[str, Callable[[float], float]] = {  # fraction of completed steps -> factor of the learning rate
     "constant": lambda done: 1.0,
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + cos(pi * done)) / 2,
@@ -49,24 +49,29 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {  # share of the steps that
 
 
 def make_optimizer(parameters: Sequence[Tensor], settings: TrainingSettings) -> Optimizer:
-    """Raises UsageError for an unknown name, NoDeviceError where its package is not installed."""
+    """Create the optimizer of the settings.
+
+    Raises UsageError for an unknown name, and NoDeviceError if its package is not installed.
+    """
     kind = OPTIMIZERS.get(settings.optimizer)
     if kind is None:
         near = get_close_matches(settings.optimizer, OPTIMIZERS, n=1)
-        fix = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(OPTIMIZERS)}."
-        raise UsageError(f"there is no optimizer {settings.optimizer!r}.", fix=fix)
+        fix = f"Did you mean {near[0]!r}?" if near else f"Choose one of: {', '.join(OPTIMIZERS)}."
+        raise UsageError(f"Unknown optimizer {settings.optimizer!r}.", fix=fix)
     try:
-        made: Optimizer = getattr(import_module(kind.module), kind.class_name)(parameters, **kind.arguments(settings))
+        optimizer: Optimizer = getattr(import_module(kind.module), kind.class_name)(
+            parameters, **kind.arguments(settings)
+        )
     except ImportError as error:
         raise NoDeviceError(
-            f"the optimizer {settings.optimizer} needs the package {kind.package}, which is not installed.",
-            fix=f"pip install {kind.package}, or --optimizer adamw.",
+            f"Optimizer {settings.optimizer} requires the package {kind.package}, which is not installed.",
+            fix=f"Run pip install {kind.package}, or use --optimizer adamw.",
         ) from error
-    return made
+    return optimizer
 
 
 def rate_at(step: int, settings: TrainingSettings) -> float:
-    """The learning rate of a step, which counts from 0: it grows through the warm-up, then follows the schedule.
+    """Return the learning rate of a step, counted from 0: a linear warm-up, then the schedule.
 
     >>> s = TrainingSettings(steps=10, warmup=2, learning_rate=1.0, schedule="linear")
     >>> [rate_at(i, s) for i in (0, 1, 2, 6)]
@@ -79,20 +84,20 @@ def rate_at(step: int, settings: TrainingSettings) -> float:
 
 
 def check_schedule(name: str) -> None:
-    """Raise UsageError for a schedule that is not known."""
+    """Raise UsageError for an unknown schedule."""
     if name not in SCHEDULES:
         near = get_close_matches(name, SCHEDULES, n=1)
-        fix = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(SCHEDULES)}."
-        raise UsageError(f"there is no schedule {name!r}.", fix=fix)
+        fix = f"Did you mean {near[0]!r}?" if near else f"Choose one of: {', '.join(SCHEDULES)}."
+        raise UsageError(f"Unknown schedule {name!r}.", fix=fix)
 
 
 def has_own_mode(optimizer: Optimizer) -> bool:
-    """Whether its parameters are others while it trains: schedule-free optimizers must be told."""
+    """Return whether an optimizer has train and eval modes with different parameters, as schedule-free ones do."""
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
 class Average:
-    """A running average of the factors, e ← decay·e + (1 - decay)·p, with a decay that starts small."""
+    """An exponential moving average of the factors, e ← decay·e + (1 - decay)·p, with a decay that starts small."""
 
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
         self.decay, self.parameters = decay, list(parameters)
@@ -100,13 +105,13 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After the optimizer step that counts from 0."""
+        """Update the average after optimizer step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for value, parameter in zip(self.values, self.parameters, strict=True):
             value.lerp_(parameter.detach(), 1 - decay)
 
     @torch.no_grad()
-    def give(self) -> None:
-        """The average into the model."""
+    def apply(self) -> None:
+        """Copy the average into the model."""
         for value, parameter in zip(self.values, self.parameters, strict=True):
             parameter.copy_(value)

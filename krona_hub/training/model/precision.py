@@ -1,4 +1,4 @@
-"""How the forward pass rounds, and what keeps small gradients from vanishing in float16."""
+"""Mixed precision: autocast of the forward pass, and gradient scaling for float16."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MixedPrecision:
-    """Autocast to `mode` ("no", "bf16", "fp16"); with fp16, gradients are scaled up so that they do not become 0."""
+    """Autocast to `mode` ("no", "bf16" or "fp16"). With fp16, gradients are scaled up so that they do not underflow."""
 
     def __init__(self, mode: str, device: torch.device) -> None:
         self.device, self.dtype = device, TYPES.get(mode)
         self.scaler = torch.amp.GradScaler(device.type) if mode == "fp16" else None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Around a forward pass."""
+        """Return the context of a forward pass."""
         return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
+        """Backpropagate the loss, scaled for fp16."""
         torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Gradients to their true size, before they are looked at."""
+        """Divide the gradients by the scale, before they are inspected."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer, *, finite: bool) -> None:
-        """A step of the optimizer, unless its gradients are no numbers; then the scale is too large, and shrinks."""
+        """Step the optimizer if the gradients are finite. Otherwise, reduce the scale, which is too large."""
         if self.scaler is None:
             if finite:
                 optimizer.step()
@@ -43,14 +44,15 @@ class MixedPrecision:
 
     @property
     def expects_overflow(self) -> bool:
-        """Whether a gradient that is no number is part of the search for a scale, and no reason to stop."""
+        """Whether NaN or infinite gradients are part of the search for a scale and not a reason to stop."""
         return self.scaler is not None
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Which layers are trained, with which shape, and the adapter that they start from."""
+"""Select the layers to train and their factorizations, and create the initial adapter."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from krona_hub.kron.terms import KronTerms, LowRank, nearest_kron, stored_rank
 from krona_hub.training.randomness import generator
 from krona_hub.training.settings import TrainingSettings
 
-NONE = "none"  # as --text-encoders
-USUAL = 2.0  # times the cheapest split: what `auto` spends where nobody gave a budget
-MARGIN = 3  # names in a message
+NONE = "none"  # value of --text-encoders
+DEFAULT_FACTOR = 2.0  # default budget of `auto`, in multiples of the smallest factorization
+MARGIN = 3  # maximum number of names in an error message
 
 
 @dataclass(frozen=True)
 class TrainedLayer:
-    """A layer to train, and the form of its delta."""
+    """A layer to train, and the factorization of its delta."""
 
-    layer: str  # canonical
+    layer: str  # canonical name
     module: ModuleSpec
     shape: KronShape
     terms: int
@@ -37,17 +37,17 @@ class TrainedLayer:
 
     @property
     def parameters(self) -> int:
-        """terms · (a1·a2 + b1·b2), or with B of rank r: terms · (a1·a2 + r·(b1 + b2))."""
+        """Number of parameters: terms · (a1·a2 + b1·b2), or terms · (a1·a2 + r·(b1 + b2)) if B has rank r."""
         s = self.shape
         b = s.b1 * s.b2 if self.rank is None else self.rank * (s.b1 + s.b2)
         return self.terms * (s.a1 * s.a2 + b)
 
 
 def plan_targets(base: Base, settings: TrainingSettings) -> tuple[TrainedLayer, ...]:
-    """Every layer that is trained, in the order of the base.
+    """Return the layers to train, in the order of the base model.
 
-    Raises UsageError where a pattern picks nothing, ShapeError where a shape does not divide a layer (all such layers
-    are counted), and where no shapes keep within the budget.
+    Raises UsageError if a pattern matches no layer, and ShapeError if shapes do not divide layers (the error counts
+    them) or no shapes fit within the budget.
     """
     layers = picked_layers(base, settings)
     own = _own_shapes(layers, settings)
@@ -68,27 +68,29 @@ def plan_targets(base: Base, settings: TrainingSettings) -> tuple[TrainedLayer, 
 
 
 def picked_layers(base: Base, settings: TrainingSettings) -> dict[str, ModuleSpec]:
-    """Canonical layer -> module, of the denoiser and, where wanted, of the text encoders."""
+    """Return the modules of the denoiser and, if requested, of the text encoders, by canonical layer name."""
     if base.denoiser is None:
-        raise BaseMismatchError(f"{base.name} has no denoiser to train.", fix="Give a whole pipeline.")
+        raise BaseMismatchError(
+            f"{base.name} has no denoiser to train.", fix="Specify a complete pipeline with --base."
+        )
     layers = choose(base, base.denoiser, settings.targets)
     if settings.text_encoders != NONE:
         if not base.text_encoders:
-            raise UsageError(f"{base.name} has no text encoder to train.", fix="Leave out --text-encoders.")
+            raise UsageError(f"{base.name} has no text encoder to train.", fix="Remove --text-encoders.")
         for component in base.text_encoders:
             layers |= choose(base, component, settings.text_encoders)
     return layers
 
 
 def _own_shapes(layers: Mapping[str, ModuleSpec], settings: TrainingSettings) -> dict[str, str]:
-    """Layer -> the shape of the last pattern that finds it. Raises UsageError for a pattern that finds none."""
+    """Return shapes by layer; the last matching pattern wins. Raises UsageError if a pattern matches no layer."""
     own: dict[str, str] = {}
     for pattern, shape in settings.shapes.items():
         found = [layer for layer in layers if re.search(pattern, layer)]
         if not found:
             raise UsageError(
-                f"[shapes] {pattern!r} finds none of the {len(layers)} layers that are trained.",
-                fix=f"They are called {', '.join(list(layers)[:MARGIN])}, …",
+                f"Pattern {pattern!r} in [shapes] matches none of the {len(layers)} trained layers.",
+                fix=f"Match names such as {', '.join(list(layers)[:MARGIN])}.",
             )
         own |= dict.fromkeys(found, shape)
     return own
@@ -97,8 +99,8 @@ def _own_shapes(layers: Mapping[str, ModuleSpec], settings: TrainingSettings) ->
 def _target(layer: str, module: ModuleSpec, shape: KronShape, settings: TrainingSettings) -> TrainedLayer:
     if settings.terms > shape.max_terms:
         raise ShapeError(
-            f"{shape} of {shape.max_terms} terms is any matrix; {settings.terms} are asked for.",
-            fix=f"Ask for at most {shape.max_terms}, or another shape.",
+            f"{shape} with {shape.max_terms} terms represents any matrix; {settings.terms} terms were requested.",
+            fix=f"Use --terms {shape.max_terms} or less, or another shape.",
         )
     low = settings.rank is not None and settings.rank < min(shape.b1, shape.b2)
     return TrainedLayer(layer, module, shape, settings.terms, settings.rank if low else None)
@@ -108,7 +110,7 @@ def _target(layer: str, module: ModuleSpec, shape: KronShape, settings: Training
 
 
 def _spent(layers: Mapping[str, ModuleSpec], own: Mapping[str, str], settings: TrainingSettings) -> int:
-    """Parameters of the layers whose shape is given; what does not divide is told elsewhere."""
+    """Return the parameters of the layers with a given shape. Shapes that do not divide are reported elsewhere."""
     total = 0
     for layer, module in layers.items():
         if (shape := own.get(layer, settings.shape)) != "auto":
@@ -118,38 +120,38 @@ def _spent(layers: Mapping[str, ModuleSpec], own: Mapping[str, str], settings: T
 
 
 def _automatic(layers: Mapping[str, ModuleSpec], settings: TrainingSettings, spent: int) -> dict[str, KronShape]:
-    """The shape of each layer that nobody gave one: layers of equal size get equal shapes.
+    """Choose shapes for layers without a given shape. Layers of equal size get equal shapes.
 
-    The budget is shared in proportion to what the layers' cheapest splits have. Without a budget, a layer gets USUAL
-    times that: the size of a LoRA of rank 2.
+    The budget is shared in proportion to the parameters of the smallest factorization of each layer. Without a budget,
+    a layer gets DEFAULT_FACTOR times that, which is about the size of a LoRA of rank 2.
     """
     least = {m.matrix: smallest_split(m.matrix).parameters * settings.terms for m in layers.values()}
-    whole = sum(least[m.matrix] for m in layers.values())
-    factor = USUAL if settings.budget is None else (settings.budget - spent) / max(whole, 1)
+    total = sum(least[m.matrix] for m in layers.values())
+    factor = DEFAULT_FACTOR if settings.budget is None else (settings.budget - spent) / max(total, 1)
     chosen = {size: _best_within(size, factor * least[size], settings) for size in sorted(least)}
     return {layer: chosen[m.matrix] for layer, m in layers.items()}
 
 
 def _best_within(size: tuple[int, int], parameters: float, settings: TrainingSettings) -> KronShape:
-    """The split of the highest rank that so many parameters allow; of several the one that uses most of them."""
+    """Return the shape of the highest rank within a number of parameters, and of several the one that uses most."""
     possible = [s for s in choices(*size) if settings.terms <= s.max_terms]
-    costs = {s: _form_parameters(s, settings) for s in possible}
+    costs = {s: _parameters_of(s, settings) for s in possible}
     fitting = [s for s in possible if costs[s] <= parameters]
     if not fitting:
         raise ShapeError(
-            f"a layer of {size[0]}x{size[1]} needs {min(costs.values(), default=0):,} parameters, and its share of the "
+            f"A layer of {size[0]}x{size[1]} needs {min(costs.values(), default=0):,} parameters, but its share of the "
             f"budget is {max(0, int(parameters)):,}.",
-            fix="Give a larger --budget, fewer --targets or fewer --terms.",
+            fix="Increase --budget, or reduce --targets or --terms.",
         )
     return min(fitting, key=lambda s: (-highest_rank(s, settings.terms, settings.rank), -costs[s], work(s), s))
 
 
-def _form_parameters(shape: KronShape, settings: TrainingSettings) -> int:
+def _parameters_of(shape: KronShape, settings: TrainingSettings) -> int:
     return _target("", ModuleSpec(shape.full), shape, settings).parameters
 
 
 def highest_rank(s: KronShape, terms: int = 1, rank: int | None = None) -> int:
-    """The rank that ΔW can have: of A times that of B, for each term.
+    """Return the maximum rank of ΔW: the rank of A times the rank of B, summed over the terms.
 
     >>> highest_rank(KronShape(64, 4, 5, 192)), highest_rank(KronShape(64, 4, 5, 192), rank=2)
     (20, 8)
@@ -159,7 +161,7 @@ def highest_rank(s: KronShape, terms: int = 1, rank: int | None = None) -> int:
 
 
 def work(s: KronShape) -> int:
-    """Multiplications per token of (A ⊗ B) x in the better of its two orders.
+    """Return the multiplications per token of (A ⊗ B) x in the cheaper of its two orders.
 
     >>> work(KronShape(64, 4, 5, 192))
     5120
@@ -169,11 +171,14 @@ def work(s: KronShape) -> int:
     return min(right_first, left_first)
 
 
-# --- the adapter to start from ---------------------------------------------------------------------------------------
+# --- initial adapter -------------------------------------------------------------------------------------------------
 
 
 def fresh_adapter(targets: tuple[TrainedLayer, ...], settings: TrainingSettings) -> Adapter:
-    """A ~ N(0, 1/a1²), B = 0, as DiffuseKronA: the model starts as its base. Each layer draws by its own name."""
+    """Return an adapter with A ~ N(0, 1/a1²) and B = 0, as in DiffuseKronA, so that ΔW = 0.
+
+    The random numbers of a layer depend on its name, not on the other layers.
+    """
     return Adapter({t.layer: LayerDelta((_fresh(t, settings),), t.module.shape) for t in targets})
 
 
@@ -187,9 +192,10 @@ def _fresh(target: TrainedLayer, settings: TrainingSettings) -> KronTerms:
 
 
 def started_from(adapter: Adapter, base: Base, settings: TrainingSettings) -> Adapter:
-    """An earlier adapter as the start: as it is, where no shape was asked for; else each delta in the asked form.
+    """Return an initial adapter made from an existing one.
 
-    A delta that is not in the form becomes the nearest one, by nearest_kron. Layers that it lacks start from zero.
+    Without a requested shape, it is used as it is. Otherwise, a delta with another factorization is replaced by the
+    nearest Kronecker sum, and layers that the adapter lacks start from zero.
     """
     if settings.shape == "auto" and not settings.shapes:
         return Adapter({layer: _in_float32(d) for layer, d in adapter.layers.items()}, extras=adapter.extras)
@@ -198,38 +204,39 @@ def started_from(adapter: Adapter, base: Base, settings: TrainingSettings) -> Ad
     foreign = [layer for layer in adapter.layers if layer not in fresh.layers]
     if foreign:
         raise BaseMismatchError(
-            f"--init has {len(foreign)} layers that are not trained: {', '.join(foreign[:MARGIN])}.",
-            fix="Widen --targets, or give an adapter of these layers.",
+            f"--init contains {len(foreign)} layers that are not trained: {', '.join(foreign[:MARGIN])}.",
+            fix="Extend --targets, or use an adapter for the trained layers only.",
         )
     near = {t.layer: _nearest(adapter.layers[t.layer], t, settings) for t in targets if t.layer in adapter.layers}
     return fresh.with_layers({**fresh.layers, **near})
 
 
 def _in_float32(delta: LayerDelta) -> LayerDelta:
-    """With factors of float32 at least, which no file backs any more."""
+    """Copy the factors, in float32 at least, so that they no longer depend on the file."""
 
-    def wide(t: Tensor) -> Tensor:
+    def copied(t: Tensor) -> Tensor:
         return t.to(torch.promote_types(t.dtype, torch.float32), copy=True)
 
-    return delta.map(wide)
+    return delta.map(copied)
 
 
 def _nearest(delta: LayerDelta, target: TrainedLayer, settings: TrainingSettings) -> LayerDelta:
-    if len(delta.sums) == 1 and _is_form(delta.sums[0], target, settings):
+    if len(delta.sums) == 1 and _has_factorization(delta.sums[0], target, settings):
         return _in_float32(delta)
     if delta.magnitude is not None or target.rank is not None:
         raise UsageError(
-            f"{target.layer}: DoRA and low-rank B cannot be a nearest start.", fix="Leave out --rank, or --init."
+            f"{target.layer}: --init with DoRA, or with --rank, cannot be replaced by the nearest Kronecker sum.",
+            fix="Remove --rank or --init.",
         )
     dense = delta.low_rank_delta().reshape(delta.matrix_shape)
-    if not dense.any():  # the nearest to nothing has two zero factors, which no gradient moves
+    if not dense.any():  # the nearest sum to zero has two zero factors, which have no gradient
         return LayerDelta((_fresh(target, settings),), target.module.shape)
-    if settings.rows == "shuffled":  # the rows in the order of A ⊗ B
+    if settings.rows == "shuffled":  # restore the row order of A ⊗ B
         dense = dense.reshape(target.shape.b1, target.shape.a1, -1).transpose(0, 1).reshape(dense.shape)
     near = nearest_kron(dense, target.shape, target.terms).terms
     return LayerDelta((KronTerms(near.left, near.right, settings.rows),), delta.weight_shape)
 
 
-def _is_form(terms: KronTerms, target: TrainedLayer, settings: TrainingSettings) -> bool:
+def _has_factorization(terms: KronTerms, target: TrainedLayer, settings: TrainingSettings) -> bool:
     rank = stored_rank(terms.right)
     return (terms.shape, terms.terms, terms.rows, rank) == (target.shape, target.terms, settings.rows, target.rank)

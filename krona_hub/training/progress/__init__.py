@@ -1,1 +1,1 @@
-"""The state of a training: steps, checkpoints, samples, metrics."""
+"""The state and the intermediate outputs of a run: steps, checkpoints, samples and metrics."""

@@ -1,4 +1,4 @@
-"""A training at one step, as a folder: whole or not there, without pickles."""
+"""Checkpoints of a run: folders that are written atomically and contain no pickles."""
 
 from __future__ import annotations
 
@@ -28,30 +28,33 @@ TENSOR, TUPLE, PAIRS = "__tensor__", "__tuple__", "__pairs__"
 
 
 def save_state(run: Path, step: int, tree: Mapping[str, Any], keep: int) -> Path:
-    """Write `tree` (numbers, texts, tensors in dicts and lists) as checkpoint of a step; older ones than `keep` go."""
+    """Write `tree` (dicts and lists of numbers, strings and tensors) as a checkpoint, and keep the newest `keep`."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:07d}"
     tensors: dict[str, Tensor] = {}
     plain = _packed(tree, tensors)
     if not path.exists():
-        with atomic_folder(path) as place:
-            write_tensors(place / "state.safetensors", tensors)
-            (place / "state.json").write_text(json.dumps(plain), "utf-8")
+        with atomic_folder(path) as temporary:
+            write_tensors(temporary / "state.safetensors", tensors)
+            (temporary / "state.json").write_text(json.dumps(plain), "utf-8")
     for old in sorted(saved_states(run))[:-keep]:
         shutil.rmtree(saved_states(run)[old], ignore_errors=True)
     return path
 
 
 def saved_states(run: Path) -> dict[int, Path]:
-    """Step -> folder of every whole checkpoint."""
+    """Return the folders of all complete checkpoints by step."""
     folder = run / FOLDER
     found = {p: NAME.match(p.name) for p in folder.iterdir()} if folder.is_dir() else {}
     return {int(match[1]): path for path, match in found.items() if match}
 
 
 def load_state(run: Path) -> tuple[int, dict[str, Any]]:
-    """(step, tree) of the newest checkpoint that can be read. Raises NotFoundError where there is none."""
+    """Return (step, tree) of the newest readable checkpoint.
+
+    Raises NotFoundError without any checkpoint, and the first reading error if none is readable.
+    """
     problem: KronaError | None = None
     for step, path in sorted(saved_states(run).items(), reverse=True):
         try:
@@ -60,21 +63,21 @@ def load_state(run: Path) -> tuple[int, dict[str, Any]]:
             problem = problem or error
     if problem is not None:
         raise problem
-    raise NotFoundError(f"{run} has no checkpoint to go on from.", fix="Start the training anew, without --resume.")
+    raise NotFoundError(f"{run} has no checkpoint to resume from.", fix="Start a new run without --resume.")
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         plain = json.loads((path / "state.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise StructureError(f"{path}/state.json cannot be read: {error}.", fix="Delete this checkpoint.") from error
+        raise StructureError(f"Cannot read {path}/state.json: {error}.", fix="Delete this checkpoint.") from error
     tensors = reader.load(read_header(path / "state.safetensors"))
     tree: dict[str, Any] = _unpacked(plain, tensors)
     return tree
 
 
 def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree as JSON, its tensors under numbers."""
+    """Return the tree as JSON, with its tensors replaced by numbered references."""
     if isinstance(value, Tensor):
         name = f"{len(tensors):06d}"
         tensors[name] = value.detach().cpu().contiguous()
@@ -87,7 +90,7 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `_packed`; every tensor is a copy of its own."""
+    """Invert `_packed`; every tensor is a separate copy."""
     if isinstance(value, list):
         return [_unpacked(v, tensors) for v in value]
     if not isinstance(value, dict):
@@ -101,7 +104,7 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def random_states() -> dict[str, Any]:
-    """Of torch, CUDA, numpy and Python."""
+    """Return the random states of torch, CUDA, numpy and Python."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -112,6 +115,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
+    """Restore the result of `random_states`."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
@@ -121,7 +125,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def save(training: Training) -> None:
-    """A checkpoint of this step, by the main process."""
+    """Save a checkpoint of the current step in the main process."""
     if training.is_main:
         average = training.average.values if training.average is not None else []
         tree = {
@@ -139,12 +143,12 @@ def save(training: Training) -> None:
 
 
 def resume(training: Training) -> None:
-    """Set everything to what it was at the newest checkpoint. Raises IntegrityError where the data is another."""
+    """Restore the newest checkpoint. Raises IntegrityError if data or settings have changed since."""
     step, tree = load_state(training.run)
     if tree["fingerprint"] != training.fingerprint:
         raise IntegrityError(
-            f"{training.run} was trained with other pictures, captions or settings, or another number of processes.",
-            fix="Put them back as they were, or start a new run.",
+            f"{training.run} was trained with other images, captions or settings, or another number of processes.",
+            fix="Restore them, or start a new run.",
         )
     with torch.no_grad():
         for parameter, value in zip(training.parameters, tree["factors"], strict=True):
@@ -160,8 +164,8 @@ def resume(training: Training) -> None:
         training.metrics.cut(step)
 
 
-def same_everywhere(training: Training) -> None:
-    """The factors of the main process, in all: they start equal, unless a process read other numbers."""
+def broadcast_factors(training: Training) -> None:
+    """Copy the factors of the main process to all processes, in case one of them read other values."""
     if training.accelerator.num_processes > 1:
         for parameter in training.parameters:
             parameter.data.copy_(broadcast(parameter.data))

@@ -1,4 +1,4 @@
-"""A training in progress, as a value: what a step reads and what it moves."""
+"""The state of a run: everything that a step reads or changes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from krona_hub.training.settings import TrainingSettings
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a person sees while it runs."""
+    """Progress after a training step."""
 
-    step: int  # that are done
+    step: int  # completed steps
     steps: int
     loss: float
     smooth_loss: float
     seconds: float  # of the last step
-    memory: int  # bytes: the most that the device, or the process, has held
+    memory: int  # peak bytes of the GPU, or of the process
 
 
 @dataclass
 class Training:
-    """A training in progress."""
+    """A run in progress."""
 
     settings: TrainingSettings
     run: Path
@@ -44,20 +44,20 @@ class Training:
     objective: Objective
     source: Source
     batches: Batches
-    branches: list[Branch]  # of the adapter, all over the pipeline
-    parameters: list[Tensor]  # theirs, that are trained
+    branches: list[Branch]  # of the adapter, in all models of the pipeline
+    parameters: list[Tensor]  # trainable parameters of the branches
     optimizer: Optimizer
     metrics: Metrics
-    fingerprint: str  # of settings and data: what a checkpoint must have been made with
+    fingerprint: str  # of settings and data, compared with that of a checkpoint
     validation: Source | None = None
     prior: tuple[Source, Batches] | None = None
     average: Average | None = None
-    step: int = 0  # steps that are done
+    step: int = 0  # completed steps
     smooth_loss: float | None = None
-    skipped: int = 0  # batches whose loss was no number
-    sampler: Callable[[], list[Image]] | None = None  # draws the samples
-    spread: bool = False  # the denoiser is in pieces: every process must take part where it is called
-    tell: Callable[[StepReport], None] = field(default=lambda _progress: None)
+    skipped: int = 0  # batches whose loss was NaN or infinite
+    sampler: Callable[[], list[Image]] | None = None  # generates the samples
+    spread: bool = False  # the denoiser is sharded: all processes must take part in every call
+    on_step: Callable[[StepReport], None] = field(default=lambda _report: None)
 
     @property
     def is_main(self) -> bool:

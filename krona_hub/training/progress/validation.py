@@ -1,4 +1,4 @@
-"""Validation and samples: the adapter on its way, seen as it would be handed out."""
+"""Validation and samples during training, with the weights that the final adapter would have."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from krona_hub.training.progress.training_state import Training
 
 
 def due(step: int, every: int) -> bool:
-    """Whether a step is one of every so many; 0 for never."""
+    """Return whether a step is a multiple of `every`; 0 means never."""
     return every > 0 and step % every == 0
 
 
 def run_due_checks(training: Training) -> None:
-    """Validation and samples of the adapter as it would be handed out; written by the main process, the others wait."""
+    """Validate and sample with the final weights. The main process writes the results; the others wait."""
     s = training.settings
     with final_weights(training):
         if training.is_main or training.spread:
-            if s.validate_every and _now(training, s.validate_every):
-                _validated(training)
-            if training.sampler is not None and _now(training, s.sample_every):
-                _sampled(training, training.sampler)
+            if s.validate_every and _is_due(training, s.validate_every):
+                _record_validation(training)
+            if training.sampler is not None and _is_due(training, s.sample_every):
+                _record_samples(training, training.sampler)
     training.accelerator.wait_for_everyone()
 
 
-def _now(training: Training, every: int) -> bool:
-    """At the beginning, at the end, and at every so many steps."""
+def _is_due(training: Training, every: int) -> bool:
+    """Return whether this is the first step, the last step, or a multiple of `every`."""
     return training.step in (0, training.settings.steps) or due(training.step, every)
 
 
-def _validated(training: Training) -> None:
+def _record_validation(training: Training) -> None:
     loss = validate(training)
     if training.is_main:
         training.metrics.add(training.step, validation_loss=loss)
@@ -43,14 +43,14 @@ def _validated(training: Training) -> None:
         training.accelerator.log({"validation_loss": loss}, step=training.step)
 
 
-def _sampled(training: Training, draw: Callable[[], list[Image]]) -> None:
-    images = draw()
+def _record_samples(training: Training, generate: Callable[[], list[Image]]) -> None:
+    images = generate()
     if training.is_main:
         save_samples(training.run, training.step, images)
 
 
 def validate(training: Training) -> float:
-    """Mean loss of the held-out pictures at fixed noise and times."""
+    """Return the mean loss of the validation images at fixed noise and times."""
     source = training.validation
     if source is None:
         return float("nan")
@@ -63,16 +63,16 @@ def validate(training: Training) -> float:
 
 @contextmanager
 def final_weights(training: Training) -> Iterator[None]:
-    """The factors as the final adapter has them, while the block runs: averaged, where there is an average.
+    """Use the weights of the final adapter within the block: the moving average, if there is one.
 
-    Afterwards they are what they were, bit by bit: an optimizer that computes its way to the average and back rounds.
+    The previous weights are restored from a copy, because schedule-free optimizers round when they switch modes.
     """
     before = [p.detach().clone() for p in training.parameters]
     own_mode = has_own_mode(training.optimizer)
     if own_mode:
         training.optimizer.eval()  # type: ignore[attr-defined]
     if training.average is not None:
-        training.average.give()
+        training.average.apply()
     try:
         yield
     finally:
