@@ -62,7 +62,7 @@ def test_the_demo_shows_the_toy_and_its_commands_can_be_repeated(tmp_path, monke
     assert main(["demo"]) == 0
     shown = capsys.readouterr()
     assert "the LoRA itself" in shown.out and " ⊗ " in shown.out and "zorbi" in shown.err
-    assert shown.out.count("Same: ") == 2
+    assert shown.out.count("Match: ") == 2
     assert_toys(tmp_path / "krona-demo/pictures")
     for line in (tmp_path / "krona-demo/commands.txt").read_text().splitlines():
         assert main(shlex.split(line)[1:]) == 0, line

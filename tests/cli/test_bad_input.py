@@ -196,5 +196,5 @@ def test_control_c_stops_without_a_half_written_file(moment, adapters, tmp_path)
         "start()"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 130 and "stopped" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 130 and "Stopped." in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -31,7 +31,7 @@ def test_text_goes_to_stdout_and_chatter_to_stderr(capsys):
 
 def test_what_is_looked_for_on_the_hub_is_said_aloud(capsys, tmp_path):
     console.announce(str(tmp_path), "nobody/nothing", None, "here.safetensors")
-    assert capsys.readouterr().err == "nobody/nothing is no path here: asking the Hugging Face Hub.\n"
+    assert capsys.readouterr().err == "nobody/nothing is not a local path; looking it up on the Hugging Face Hub.\n"
 
 
 def test_quiet_leaves_the_result_alone(capsys):

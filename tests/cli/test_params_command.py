@@ -59,9 +59,9 @@ def test_a_file_is_counted_beside_other_forms_of_its_layers(adapters, capsys):
 @pytest.mark.parametrize(
     ("arguments", "status", "cause"),
     [
-        ([], 2, "neither a file nor a base model"),
+        ([], 2, "Missing argument FILE or option --base"),
         (["--base", "sdlx"], 2, "no base is called 'sdlx'"),
-        (["--base", "sdxl", "--rank", "four"], 2, "no list of numbers"),
+        (["--base", "sdxl", "--rank", "four"], 2, "Invalid value 'four' for --rank"),
         (["--base", "sdxl", "--shape", "64"], 2, "is no shape"),
         (["--base", "sdxl", "--targets", "("], 2, "no regular expression"),
         (["--base", "sdxl", "--component", "transformer"], 2, "has no component transformer"),

@@ -28,7 +28,7 @@ def native(path, layer=LAYER, size=(1280, 1280), value=1.0, version="1.0"):
 def test_a_sound_file_that_fits_its_base_is_sound(tmp_path, capsys):
     path = native(tmp_path / "x.safetensors")
     assert main(["validate", str(path), "--base", "sd15"]) == 0
-    assert capsys.readouterr().out == f"{path}: sound\n"
+    assert capsys.readouterr().out == f"{path}: valid\n"
 
 
 def test_each_problem_is_a_line_with_its_fix_and_the_status_is_2(tmp_path, capsys):
