@@ -120,8 +120,7 @@ def command(base: str, tuned: str, out: str | None, layers: bool, **options: Any
 
 def as_document(report: ExtractionReport) -> dict[str, Any]:
     """The report with the totals computed from its layers."""
-    known = fields_of(report)
-    return {**known, **{name: getattr(report, name) for name in COMPUTED}}
+    return {**fields_of(report), **{name: getattr(report, name) for name in COMPUTED}}
 
 
 def show(report: ExtractionReport, *, every_layer: bool) -> None:

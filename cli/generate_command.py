@@ -161,8 +161,8 @@ OPTIONS = {
     options=OPTIONS,
     examples=(
         'krona generate tiny-scenes --prompt "a photo of a large red cube on a blue table"',
-        'krona generate base --prompt "a harbour" --adapter lora.safetensors --adapter lokr.safetensors:0.8 --dry-run',
-        'krona generate base --prompt "a harbour" --adapter lora.safetensors --strengths 0,0.5,1 --dry-run',
+        'krona generate base --prompt "a harbor" --adapter lora.safetensors --adapter lokr.safetensors:0.8 --dry-run',
+        'krona generate base --prompt "a harbor" --adapter lora.safetensors --strengths 0,0.5,1 --dry-run',
     ),
 )
 def command(adapters: tuple[WeightedArgument, ...], out: str | None, show_grid: bool, **options: Any) -> None:

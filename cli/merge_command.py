@@ -55,13 +55,15 @@ OPTIONS = {
             ["--out-dtype"],
             type=click.Choice(("keep", "fp32-touched", "fp16", "bf16")),
             default="keep",
-            help="keep: as stored; fp32-touched: changed tensors in float32; fp16, bf16: whole changed files [keep].",
+            help="keep: as stored; fp32-touched: changed tensors in float32; fp16, bf16: every tensor of a changed "
+            "file [keep].",
         ),
         click.Option(
             ["--rounding"],
             type=click.Choice(("nearest", "stochastic")),
             default="nearest",
-            help="nearest: least error; stochastic: preserves the strength of small deltas, with more noise [nearest].",
+            help="nearest: smallest error; stochastic: preserves the strength of small deltas, with more noise "
+            "[nearest].",
         ),
         click.Option(["--seed"], type=int, default=0, metavar="N", help="Random seed of stochastic rounding [0]."),
         click.Option(
@@ -215,10 +217,9 @@ def _plan_facts(plan: MergePlan) -> Iterator[tuple[str, Any]]:
 
 def report_document(report: MergeReport) -> dict[str, Any]:
     """The report with the values computed from its tensors, and the lost share of each tensor."""
-    known = fields_of(report)
     tensors = [{**t._asdict(), "share_lost": t.share_lost} for t in report.tensors]
     computed = {name: getattr(report, name) for name in COMPUTED}
-    return {**known, **computed, "tensors": tensors, "written": True}
+    return {**fields_of(report), **computed, "tensors": tensors, "written": True}
 
 
 def _show_report(report: MergeReport, every: bool) -> None:

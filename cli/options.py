@@ -42,7 +42,10 @@ component_option = click.Option(
     help="Component of the base model that the file adapts, if the file does not record it.",
 )
 from_option = click.Option(
-    ["--from", "from_format"], metavar="FORMAT", shell_complete=complete_formats, help="Read the file as FORMAT."
+    ["--from", "from_format"],
+    metavar="FORMAT",
+    shell_complete=complete_formats,
+    help="Format of the adapter file [detected].",
 )
 output_option = click.Option(["-o", "--output", "out"], type=click.Path(), metavar="OUT", help="Output path.")
 overwrite_option = click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists.")

@@ -45,7 +45,7 @@ OPTIONS = {
             metavar="E",
             help="Relative tolerance per layer between two adapters [1e-05].",
         ),
-        click.Option(["--exact"], is_flag=True, help="Merged model: allow no difference, not even of 1 ULP."),
+        click.Option(["--exact"], is_flag=True, help="Require exact equality of a merged model instead of 1 ULP."),
         allow_missing_option,
         click.Option(["--all", "every"], is_flag=True, help="List everything, not only the largest differences."),
     ),
@@ -76,11 +76,11 @@ def command(
 ) -> None:
     """Check a merge, compare two adapters, or check an adapter's fit to a base model.
 
-    krona verify MERGED --base BASE --adapter A:w   Does MERGED equal BASE with A at strength w?
+    `krona verify MERGED --base BASE --adapter A:w` checks that MERGED equals BASE with A at strength w.
 
-    krona verify A B                                Do two adapters represent the same ΔW?
+    `krona verify A B` checks that two adapters represent the same ΔW.
 
-    krona verify A --base BASE                      Does the adapter fit the base model? Reads only headers.
+    `krona verify A --base BASE` checks, from headers alone, that the adapter fits the base model.
 
     The exit status is 0 for a match, 6 for a difference and 5 for an adapter that does not fit its base model.
     """

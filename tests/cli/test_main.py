@@ -38,8 +38,8 @@ def test_a_bare_krona_shows_the_help(capsys):
 
 def test_a_misspelt_command_gets_a_suggestion(capsys):
     assert main(["completoin"]) == 2
-    told = capsys.readouterr().err
-    assert told == "error KH101: No such command 'completoin'.\nfix: Did you mean completion?\n"
+    error = capsys.readouterr().err
+    assert error == "error KH101: No such command 'completoin'.\nfix: Did you mean completion?\n"
 
 
 def test_a_misspelt_option_gets_a_suggestion(capsys):
@@ -74,8 +74,8 @@ def test_a_bug_says_so_without_a_traceback(capsys, monkeypatch):
     monkeypatch.delenv("KRONA_TRACEBACK", raising=False)
     monkeypatch.setattr(cli, "invoke", lambda context: {}["missing"])
     assert main(["completion", "bash"]) == 1
-    told = capsys.readouterr().err
-    assert "This is a bug" in told and "Traceback" not in told and "KRONA_TRACEBACK=1" in told
+    error = capsys.readouterr().err
+    assert "This is a bug" in error and "Traceback" not in error and "KRONA_TRACEBACK=1" in error
 
 
 def test_a_closed_pipe_is_no_error():

@@ -50,8 +50,8 @@ def test_what_is_asked_is_shown_once_and_with_all_that_has_to_be_said(answer, ru
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("hub ls style", "does not accept a name"), ("hub info ana/style --base sd15", "--base"), ("hub ls --base sd15", "--base"),
-     ("hub search --offline", "--offline")],
+    [("hub ls style", "does not accept a name"), ("hub info ana/style --base sd15", "--base"),
+     ("hub ls --base sd15", "--base"), ("hub search --offline", "--offline")],
 )  # fmt: skip
 def test_what_an_action_does_not_know_is_not_passed_over(line, words, run, hub):
     assert words in run(line, 2).err and not hub.log
