@@ -108,7 +108,7 @@ def _sum_text(s: SumFactorization) -> str:
 
 
 def scale_text(module: ModuleInfo) -> str:
-    """Format the scale: `alpha 4 / rank 8 = 0.5`, or the scale alone if there is no alpha."""
+    """Format the scale: `alpha 4 / rank 8 = 0.5`, or the scale alone without an alpha."""
     if module.alpha is None or module.rank is None:
         return f"{module.scale:g}"
     return f"alpha {module.alpha:g} / rank {module.rank} = {module.scale:g}"
