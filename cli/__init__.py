@@ -5,13 +5,13 @@ import sys
 
 
 def start() -> None:
-    """The entry point of `krona`: Ctrl-C ends it in one line and with status 130, at its imports and exit too."""
+    """Run `krona`; Ctrl-C prints one line and exits with status 130, even during imports and at exit."""
     try:
         from krona_hub.cli.main import run
 
         status = run()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and told: only the end of Python is left
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the result is printed; only interpreter shutdown remains
     except KeyboardInterrupt:
-        print("error KH001: stopped; no half-written file is left.", file=sys.stderr)
+        print("error KH001: Stopped. No partially written file was left behind.", file=sys.stderr)
         status = 130
     sys.exit(status)

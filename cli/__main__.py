@@ -1,4 +1,4 @@
-"""`python -m krona_hub.cli`, the same as `krona`."""
+"""Entry point of `python -m krona_hub.cli`, the same as `krona`."""
 
 from krona_hub.cli import start
 

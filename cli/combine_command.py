@@ -1,4 +1,4 @@
-"""`krona combine`: one adapter that is the weighted sum of several."""
+"""`krona combine`: the weighted sum of several adapters as one adapter."""
 
 from __future__ import annotations
 
@@ -29,20 +29,23 @@ if TYPE_CHECKING:
 
 
 OPTIONS = {
-    "Reading": (
+    "Input": (
         base_option,
         component_option,
         allow_missing_option,
         allow_base_mismatch_option,
     ),
-    "Making it smaller (at most one)": (
-        click.Option(["--terms"], type=int, metavar="K", help="The best K terms of the layer's own shape."),
+    "Size reduction (choose at most one)": (
+        click.Option(["--terms"], type=int, metavar="K", help="Keep the best K terms in the shape of each layer."),
         click.Option(
-            ["--max-error"], type=float, metavar="E", help="The smallest form of each layer within this error."
+            ["--max-error"],
+            type=float,
+            metavar="E",
+            help="Use the smallest factorization of each layer within this relative error.",
         ),
         click.Option(["--allow-loss"], is_flag=True, help="Write the result even if its total error exceeds 0.5."),
     ),
-    "Where to": (
+    "Output": (
         output_option,
         to_option,
         dtype_option,
@@ -65,11 +68,11 @@ OPTIONS = {
 def command(
     adapters: tuple[WeightedArgument, ...], layers: bool, dry_run: bool, out: str | None, **options: Any
 ) -> None:
-    """Add adapters, each at its strength, into one adapter.
+    """Combine adapters, each at its strength, into one adapter.
 
-    The sum is exact: the factors of all adapters stand side by side, and no factors are averaged. The strengths
-    (FILE:w, default 1) are folded in, so that the result is used at strength 1. --terms and --max-error make it
-    smaller afterwards, with the error measured. Without -o nothing is written and the report tells what it would be.
+    The sum is exact: the factors of all adapters are concatenated, not averaged. The strengths (FILE:w, default 1) are
+    folded in, so that the result is used at strength 1. --terms and --max-error reduce its size afterwards and report
+    the measured error. Without --output, the result is reported but not written.
     """
     from krona_hub.combining import combine
 
@@ -78,11 +81,11 @@ def command(
         report = combine(list(adapters), out, dry_run=dry_run, progress=step, **options)
     emit(as_document(report), lambda: show(report, every_layer=layers))
     if not report.written:
-        log("nothing was written." if out is None else "dry run: nothing was written.")
+        log("No --output given: nothing was written." if out is None else "Dry run: nothing was written.")
 
 
 def as_document(report: CombineReport) -> dict[str, Any]:
-    """The report with its totals, which are computed from its layers."""
+    """The report with the totals computed from its layers."""
     totals = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")
     measures = ("relative_error", "energy_kept", "verdict")
     computed = {name: getattr(report, name) for name in (*totals, *measures)}
@@ -90,7 +93,7 @@ def as_document(report: CombineReport) -> dict[str, Any]:
 
 
 def show(report: CombineReport, *, every_layer: bool) -> None:
-    """The parts, the forms of the sum, the totals and the verdict."""
+    """Show the parts, the factorizations of the sum, the totals and the verdict."""
     show_table(
         ("adapter", ">strength", "format", ">layers", ">parameters"),
         ((p.source, f"{p.weight:g}", p.format, p.layers, p.parameters) for p in report.parts),
@@ -103,7 +106,7 @@ def show(report: CombineReport, *, every_layer: bool) -> None:
 
 def _show_layers(report: CombineReport) -> None:
     show_table(
-        ("layer", "sum", "now", ">parameters", ">error"),
+        ("layer", "sum", "new factorization", ">parameters", ">error"),
         ((x.layer, x.before, x.after, x.parameters_after, relative(x.relative_error)) for x in report.layers),
     )
 
@@ -111,10 +114,12 @@ def _show_layers(report: CombineReport) -> None:
 def _show_groups(report: CombineReport) -> None:
     groups = factorization_groups(report.layers)
     if all(x.before == x.after for x in report.layers):
-        show_table((">layers", "form", ">parameters"), ((g.layers, g.before, g.parameters_after) for g in groups))
+        show_table(
+            (">layers", "factorization", ">parameters"), ((g.layers, g.before, g.parameters_after) for g in groups)
+        )
         return
     show_table(
-        (">layers", "sum", "now", ">parameters", ">now", ">worst error"),
+        (">layers", "sum", "new factorization", ">parameters", ">new parameters", ">max. error"),
         (
             (g.layers, g.before, g.after, g.parameters_before, g.parameters_after, relative(g.worst_error))
             for g in groups
@@ -126,11 +131,11 @@ def _facts(report: CombineReport) -> Iterator[tuple[str, Any]]:
     yield "total", f"{len(report.layers)} layers, {report.target_format}"
     yield "parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"
     yield "bytes", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"
-    yield "error", f"{relative(report.relative_error)} relative, {percent(report.energy_kept)} of the energy kept"
+    yield "error", f"{relative(report.relative_error)} relative, retained energy {percent(report.energy_kept)}"
     yield "verdict", report.verdict
     for note in report.notes:
         yield "note", note
     yield "file", str(report.out) if report.written else None
     yield "check", report.checked.removeprefix("checked: ")
     if report.written and report.target_format == "krona":
-        yield "next", f"krona convert {report.out} --for TOOL makes a file that TOOL loads"
+        yield "next", f"krona convert {report.out} --for APPLICATION writes a file that APPLICATION loads"

@@ -1,4 +1,4 @@
-"""`krona completion`: the script that completes commands, options, bases and formats in a shell."""
+"""`krona completion`: shell completion of commands, options, base models and formats."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ SHELLS = {
     examples=("krona completion bash",),
 )
 def command(shell: str) -> None:
-    """Print the script that completes krona's commands, options, base names and format names.
+    """Print the shell completion script for commands, options, base models and formats.
 
-    Append its output to the file that your shell reads at start: ~/.bashrc, ~/.zshrc or
-    ~/.config/fish/completions/krona.fish.
+    Append the output to the startup file of your shell: ~/.bashrc, ~/.zshrc or ~/.config/fish/completions/krona.fish.
     """
     from krona_hub.cli.main import COMPLETE_VARIABLE, cli
 

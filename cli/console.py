@@ -1,14 +1,15 @@
-"""What all commands share: how they are declared, their common options, and how they print.
+"""Shared parts of all commands: declaration, common options and printing.
 
-A command file exposes `command`, declared so:
+A command file exposes `command`, declared as follows:
 
     @krona_command("params", options=(base_option,), examples=("krona params --base sdxl --shape 64x8",))
     def command(base: str | None) -> None:
-        \"""Count an adapter's parameters before training it.\"""
+        \"""Count an adapter's parameters before training.\"""
         count = accounting.count(...)               # one call of the library
         emit(count, lambda: show_table(("layer", ">parameters"), count.rows))
 
-`--json` and `--quiet` come with it. Data goes to stdout through `emit`, everything else to stderr through `log`.
+`--json` and `--quiet` are added to every command. Data goes to stdout through `emit`, everything
+else to stderr through `log`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import rich_click
 
 from krona_hub.rendering.humanize import plain
 
-PIPED_WIDTH = 10_000  # columns: a pipe has no edge, so that names are never cut there
+PIPED_WIDTH = 10_000  # columns: output to a pipe is never cut or wrapped
 
 Function = Callable[..., Any]
 
@@ -37,7 +38,7 @@ Function = Callable[..., Any]
 
 
 class KronaCommand(rich_click.RichCommand):
-    """A command that carries its examples; a test runs them in a folder with the demo's adapters."""
+    """A command with its examples, which a test runs in a folder with the demo adapters."""
 
     examples: tuple[str, ...] = ()
 
@@ -51,8 +52,8 @@ def krona_command(
 ) -> Callable[[Function], KronaCommand]:
     """Declare a command by its arguments, options and examples; --json and --quiet are added.
 
-    `options` may be grouped by the titles under which --help shows them; those of the group "" come last. An example
-    is a command line that runs in a folder with `lora.safetensors` (SD 1.5, kohya), `lokr.safetensors` (SD 1.5,
+    `options` may map panel titles of --help to options; options of the panel "" come last. An example is a command
+    line that runs in a folder with `lora.safetensors` (SD 1.5, kohya), `lokr.safetensors` (SD 1.5,
     LyCORIS LoKr) and `krona.safetensors` (the same, native).
     """
     groups = options if isinstance(options, Mapping) else {"": options}
@@ -75,34 +76,31 @@ def krona_command(
 
 
 def _remember(context: click.Context, option: click.Parameter, value: bool) -> None:
-    """Keep --json and --quiet where `emit` and `log` find them, so that no command passes them around."""
+    """Store --json and --quiet in the context, where `emit` and `log` read them, so that commands do not pass them."""
     context.meta[f"krona.{option.name}"] = value
     if value:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of the Hub's client, where it is used
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of the Hub client
 
 
 _json_option = click.Option(
     ["--json"], is_flag=True, expose_value=False, callback=_remember, help="Print one JSON document instead of text."
 )
 _quiet_option = click.Option(
-    ["-q", "--quiet"], is_flag=True, expose_value=False, callback=_remember, help="Say nothing but the result."
+    ["-q", "--quiet"], is_flag=True, expose_value=False, callback=_remember, help="Suppress progress and notes."
 )
 
 
 def flag_is_set(option: str) -> bool:
-    """Whether the running command got --json or --quiet."""
+    """Whether --json or --quiet was given to the running command."""
     context = click.get_current_context(silent=True)
     return bool(context and context.meta.get(f"krona.{option}"))
-
-
-# --- common arguments and options ------------------------------------------------------------------------------------
 
 
 # --- printing --------------------------------------------------------------------------------------------------------
 
 
 def emit(document: Any, show: Callable[[], None]) -> None:
-    """Print the result: `document` as JSON where --json was given, else whatever `show` prints."""
+    """Print the result: `document` as JSON with --json, otherwise the output of `show`."""
     if flag_is_set("json"):
         print(json.dumps(plain(document), ensure_ascii=False, indent=2, allow_nan=False))
     else:
@@ -110,66 +108,66 @@ def emit(document: Any, show: Callable[[], None]) -> None:
 
 
 def fields_of(report: Any, *, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields of a dataclass by name, as the start of a document."""
+    """The fields of a dataclass by name, as the basis of a JSON document."""
     return {field.name: getattr(report, field.name) for field in fields(report) if field.name not in without}
 
 
 def log(text: str) -> None:
-    """Chatter for a person, on stderr; silent under --quiet and --json."""
+    """Print a note to stderr, unless --quiet or --json was given."""
     if not (flag_is_set("quiet") or flag_is_set("json")):
         print(text, file=sys.stderr)
 
 
-class _Aloud(logging.Handler):
-    """Says what the library only notes, since it never prints: once, though a command may open a source twice."""
+class _LogOnce(logging.Handler):
+    """Print log records of the library, each text once: a command may open a source twice."""
 
     def emit(self, record: logging.LogRecord) -> None:
         context, text = click.get_current_context(silent=True), record.getMessage()
-        said = context.meta.setdefault("krona.said", set()) if context else set()
-        if text not in said:
-            said.add(text)
+        logged = context.meta.setdefault("krona.logged", set()) if context else set()
+        if text not in logged:
+            logged.add(text)
             log(text)
 
 
 def log_to_stderr() -> None:
-    """From now on, notes of the library are said aloud, such as that an offline copy is used."""
-    log = logging.getLogger("krona_hub")
-    if not any(isinstance(handler, _Aloud) for handler in log.handlers):
-        log.addHandler(_Aloud())
+    """Send log records of the library, such as the use of an offline copy, to stderr."""
+    logger = logging.getLogger("krona_hub")
+    if not any(isinstance(handler, _LogOnce) for handler in logger.handlers):
+        logger.addHandler(_LogOnce())
 
 
 def silence_dependencies() -> None:
-    """What torch and torchao tell developers, wherever diffusers looks whether torchao is there, is not said."""
+    """Hide messages of torch and torchao for developers, which appear when diffusers looks for torchao."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def announce(*sources: str | None) -> None:
-    """Say aloud which of these are looked for on the Hub, because they are no path here."""
+    """Log which of these sources are looked up on the Hub because they are not local paths."""
     from krona_hub.sources import is_remote
 
     for source in sources:
         if source is not None and is_remote(source):
-            log(f"{source} is no path here: asking the Hugging Face Hub.")
+            log(f"{source} is not a local path; looking it up on the Hugging Face Hub.")
 
 
 def open_file(path: Path) -> None:
-    """Show a file in the viewer that the system has for it."""
+    """Open a file in the system's viewer."""
     if click.launch(str(path)) != 0:
-        log(f"no viewer was found here; the picture is {path}.")
+        log(f"No image viewer found. The image is {path}.")
 
 
 def show_text(text: str = "", style: str = "") -> None:
-    """One line of the result, on stdout; `style` is a style of rich, for a terminal."""
+    """Print one line of the result to stdout; `style` is a rich style, used in a terminal."""
     from rich.text import Text
 
     _print(Text(text, style))
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> None:
-    """A table on stdout. A column named `>parameters` is right-aligned; integers get separators, None is a dash.
+    """Print a table to stdout. A column named `>parameters` is right-aligned; integers get separators, None is a dash.
 
-    In a pipe nothing is cut or wrapped; in a terminal a cell that does not fit is folded onto a second line.
+    Output to a pipe is never cut or wrapped; a terminal folds a cell that does not fit onto a second line.
     """
     from rich.table import Table
 
@@ -183,7 +181,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: 
 
 
 def show_facts(facts: Iterable[tuple[str, Any]]) -> None:
-    """Lines of `label  value` on stdout; a fact whose value is None or empty is left out."""
+    """Print lines of `label  value` to stdout; facts whose value is None or empty are skipped."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -196,7 +194,7 @@ def show_facts(facts: Iterable[tuple[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """A value as a cell; text keeps its brackets, since none of ours is markup."""
+    """A value as a cell; brackets in text are not interpreted as markup."""
     from rich.text import Text
 
     if isinstance(value, bool):
@@ -207,7 +205,7 @@ def _cell(value: Any) -> Any:
 
 
 def _print(renderable: Any) -> None:
-    """Render to stdout without trailing blanks, coloured only where a terminal shows it."""
+    """Render to stdout without trailing blanks, in color only if a terminal supports it."""
     from rich.console import Console
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)

@@ -1,4 +1,4 @@
-"""`krona convert`: an adapter in another format, form or size, with its measured error."""
+"""`krona convert`: an adapter in another format, factorization or size, with its measured error."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import click
 from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import (
     base_option,
+    complete_applications,
     complete_formats,
-    complete_tools,
     component_option,
     dry_run_option,
     file_argument,
@@ -29,26 +29,27 @@ if TYPE_CHECKING:
 
 FEW = 12  # layers that are listed without --layers
 OPTIONS = {
-    "Reading": (
+    "Input": (
         from_option,
         base_option,
         component_option,
         click.Option(
-            ["--allow-missing"], is_flag=True, help="Convert what is understood, though some modules are not."
+            ["--allow-missing"], is_flag=True, help="Convert the recognized modules if others are not recognized."
         ),
     ),
-    "Where to": (
+    "Output": (
         click.Option(
             ["--to"],
             metavar="FORMAT",
             shell_complete=complete_formats,
-            help="The format to write, or `lora` or `lokr`. `krona formats` lists them. Default: krona.",
+            help="Output format: `lora`, `lokr` or a name from `krona formats` [krona].",
         ),
         click.Option(
             ["--for", "tool"],
-            metavar="TOOL",
-            shell_complete=complete_tools,
-            help="Target application; selects format, key names and layer shapes. A LoRA stays one without a method.",
+            metavar="APPLICATION",
+            shell_complete=complete_applications,
+            help="Target application; selects format, key names and layer shapes. A LoRA stays a LoRA unless a method "
+            "is chosen.",
         ),
         output_option,
         click.Option(["--dtype"], metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16."),
@@ -57,20 +58,29 @@ OPTIONS = {
         dry_run_option,
         report_option,
     ),
-    "How (at most one way)": (
+    "Method (choose at most one)": (
         click.Option(
-            ["--max-error"], type=float, metavar="E", help="The smallest form of each layer within this error [0.05]."
+            ["--max-error"],
+            type=float,
+            metavar="E",
+            help="Use the smallest factorization of each layer within this relative error [0.05].",
         ),
-        click.Option(["--budget"], metavar="N|P%", help="The least error for N parameters, or P % of them."),
-        click.Option(["--shape"], metavar="A1xA2", help="This size of A in every layer, by nearest Kronecker product."),
-        click.Option(["--terms"], type=int, default=1, metavar="K", help="With --shape: terms per layer [1]."),
+        click.Option(
+            ["--budget"], metavar="N|P%", help="Minimize the error with N parameters, or P % of the original number."
+        ),
+        click.Option(
+            ["--shape"], metavar="A1xA2", help="Use the nearest Kronecker product with this shape of A in every layer."
+        ),
+        click.Option(
+            ["--terms"], type=int, default=1, metavar="K", help="With --shape: number of terms per layer [1]."
+        ),
         click.Option(
             ["--shape-fallback"],
             type=click.Choice(["nearest"]),
-            help="With --shape: where it does not divide a layer, take the nearest that does.",
+            help="With --shape: use the nearest valid shape for layers that it does not divide.",
         ),
-        click.Option(["--exact"], is_flag=True, help="Equal up to rounding."),
-        click.Option(["--rank"], type=int, metavar="R", help="The best LoRA of rank R, with --to lora."),
+        click.Option(["--exact"], is_flag=True, help="Convert exactly, up to rounding."),
+        click.Option(["--rank"], type=int, metavar="R", help="With --to lora: the best LoRA of rank R."),
         click.Option(["--allow-loss"], is_flag=True, help="Write the result even if its total error exceeds 0.5."),
     ),
     "": (click.Option(["--layers"], is_flag=True, help="List every layer."),),
@@ -90,11 +100,11 @@ OPTIONS = {
     ),
 )
 def command(file: str, layers: bool, report: str | None, **options: Any) -> None:
-    """Write an adapter in another format, form or size.
+    """Convert an adapter to another format, factorization or size.
 
-    Without options a LoRA becomes the smallest Kronecker adapter within 5 % relative error per layer, in krona's
-    own format. Give at most one way: --shape, --max-error, --budget, --exact or --rank. The report says, per layer
-    and in total, what it cost; a result whose total error exceeds 0.5 is refused unless --allow-loss.
+    By default, a LoRA becomes the smallest Kronecker adapter within 5 % relative error per layer, in the native krona
+    format. Choose at most one method: --shape, --max-error, --budget, --exact or --rank. The error is reported per
+    layer and in total. A result whose total error exceeds 0.5 is refused unless --allow-loss is given.
     """
     from krona_hub.conversion import convert
     from krona_hub.rendering.html.markup import check_page
@@ -107,23 +117,23 @@ def command(file: str, layers: bool, report: str | None, **options: Any) -> None
             done = convert(file, progress=step, **options)
     except LossyError as refused:
         if report and refused.report:
-            _say_page(report, file, refused.report, options, refused.fix)
+            _write_report(report, file, refused.report, options, refused.fix)
         raise
     emit(as_document(done), lambda: show(done, every_layer=layers))
-    _say_where(done)
+    _log_dry_run(done)
     if report:
-        _say_page(report, file, done, options)
+        _write_report(report, file, done, options)
 
 
-def _say_page(page: str, file: str, report: ConversionReport, options: dict[str, Any], instead: str = "") -> None:
-    """Write the page; `instead` is what a refusal advises."""
+def _write_report(path: str, file: str, report: ConversionReport, options: dict[str, Any], advice: str = "") -> None:
+    """Write the HTML report; `advice` is the fix of a refused conversion."""
     from krona_hub.rendering.html.conversion_report import report_conversion
 
-    log(f"page: {report_conversion(page, file, report, options, instead)}")
+    log(f"Report: {report_conversion(path, file, report, options, advice)}")
 
 
 def as_document(report: ConversionReport) -> dict[str, Any]:
-    """The report with its totals, which are computed from its layers."""
+    """The report with the totals computed from its layers."""
     totals = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")
     measures = ("relative_error", "energy_kept", "verdict")
     computed = {name: getattr(report, name) for name in (*totals, *measures)}
@@ -131,7 +141,7 @@ def as_document(report: ConversionReport) -> dict[str, Any]:
 
 
 def show(report: ConversionReport, *, every_layer: bool) -> None:
-    """The table of layers, or of the forms they took and the worst of them; then the totals and the verdict."""
+    """Show the layers, or their factorizations and the layers with the largest errors; then totals and verdict."""
     if every_layer or len(report.layers) <= FEW:
         _show_layers(report.layers)
     else:
@@ -142,9 +152,9 @@ def show(report: ConversionReport, *, every_layer: bool) -> None:
             ("total", f"{len(report.layers)} layers, {report.source_format} → {report.target_format}"),
             ("parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"),
             ("bytes", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),
-            ("error", f"{relative(report.relative_error)} relative, {percent(report.energy_kept)} of the energy kept"),
+            ("error", f"{relative(report.relative_error)} relative, retained energy {percent(report.energy_kept)}"),
             ("verdict", report.verdict),
-            *(("also", text) for text in report.alternatives),
+            *(("alternative", text) for text in report.alternatives),
             *(("note", text) for text in report.notes),
             ("file", str(report.out) if report.written else None),
             ("check", report.checked.removeprefix("checked: ")),
@@ -154,13 +164,13 @@ def show(report: ConversionReport, *, every_layer: bool) -> None:
 
 def _show_layers(layers: Any) -> None:
     show_table(
-        ("layer", "before", "now", ">parameters", ">error", "note"),
+        ("layer", "original", "new factorization", ">parameters", ">error", "note"),
         ((x.layer, x.before, x.after, x.parameters_after, relative(x.relative_error), _note(x)) for x in layers),
     )
 
 
 def _note(layer: Any) -> str:
-    best = f"best other: {layer.best_other}" if layer.best_other else ""
+    best = f"best alternative: {layer.best_other}" if layer.best_other else ""
     return "; ".join(filter(None, (layer.note, best)))
 
 
@@ -168,7 +178,7 @@ def _show_groups(report: ConversionReport) -> None:
     from krona_hub.conversion.report import worst_layers
 
     show_table(
-        (">layers", "before", "now", ">parameters", ">now", ">worst error", "note"),
+        (">layers", "original", "new factorization", ">parameters", ">new parameters", ">max. error", "note"),
         (
             (g.layers, g.before, g.after, g.parameters_before, g.parameters_after, relative(g.worst_error), g.note)
             for g in factorization_groups(report.layers)
@@ -177,9 +187,9 @@ def _show_groups(report: ConversionReport) -> None:
     if worst := worst_layers(report.layers):
         show_text()
         rows = ((x.layer, x.after, relative(x.relative_error), x.best_other or "") for x in worst)
-        show_table(("the largest errors (--layers lists all)", "now", ">error", "best other form"), rows)
+        show_table(("largest errors (--layers lists all)", "new factorization", ">error", "best alternative"), rows)
 
 
-def _say_where(report: ConversionReport) -> None:
+def _log_dry_run(report: ConversionReport) -> None:
     if not report.written:
-        log("dry run: nothing was written.")
+        log("Dry run: nothing was written.")

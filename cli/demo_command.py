@@ -1,4 +1,4 @@
-"""`krona demo`: runs the commands of `krona_hub.assets.demo` one after the other, and shows what came of them."""
+"""`krona demo`: run the commands of `krona_hub.assets.demo` one after the other and show the results."""
 
 from __future__ import annotations
 
@@ -17,31 +17,34 @@ from krona_hub.cli.options import open_option
 from krona_hub.rendering.humanize import human_bytes
 
 OPTIONS = (
-    click.Option(["--folder"], default=demo.FOLDER, type=click.Path(), help="Where the demo puts its files."),
+    click.Option(
+        ["--folder"], default=demo.FOLDER, type=click.Path(), help=f"Output folder of the demo [{demo.FOLDER}]."
+    ),
     open_option,
 )
 
 
 @krona_command("demo", options=OPTIONS, examples=("krona demo",))
 def command(folder: str, show_grid: bool) -> None:
-    """Run the main job, offline, on what comes with krona: inspect, convert, merge, draw pictures, verify.
+    """Run the main workflow offline with the bundled adapters: inspect, convert, merge, generate, verify.
 
-    Every step is a krona command that you can repeat; commands.txt in the folder lists them. Two adapters teach a
-    small base model a toy; the grid shows base, original, converted and merged, drawn with equal seeds.
+    Every step is a krona command that you can repeat; commands.txt in the output folder lists them. Two adapters teach
+    a small base model a new toy. The grid shows images of the base, original, converted and merged models, generated
+    with equal seeds.
     """
-    place = Path(folder)
-    commands = demo.prepare(place)
+    path = Path(folder)
+    commands = demo.prepare(path)
     log(demo.ABOUT)
     steps = [_run(step.why, line) for step, line in zip(demo.STEPS, commands, strict=True)]
-    files = [_facts(path) for path in demo.results(place)]
-    found = {"folder": folder, "note": demo.ABOUT, "steps": steps, "files": files, "grid": demo.grid(place)}
-    emit(found, lambda: _show(place, files))
+    files = [_facts(file) for file in demo.results(path)]
+    document = {"folder": folder, "note": demo.ABOUT, "steps": steps, "files": files, "grid": demo.grid(path)}
+    emit(document, lambda: _show(path, files))
     if show_grid:
-        open_file(demo.grid(place))
+        open_file(demo.grid(path))
 
 
 def _run(why: str, line: str) -> dict[str, Any]:
-    """One step: shown as it runs, or under --json caught as the document that it prints."""
+    """Run one step: show its output, or capture its JSON document under --json."""
     from krona_hub.cli.main import run_line
 
     arguments = shlex.split(line)[1:]
@@ -51,14 +54,14 @@ def _run(why: str, line: str) -> dict[str, Any]:
         show_text(f"$ {line}", "dim")
         run_line(arguments)
         return {}
-    caught = io.StringIO()
-    with contextlib.redirect_stdout(caught):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         run_line([*arguments, "--json"])
-    return {"command": line, "result": json.loads(caught.getvalue())}
+    return {"command": line, "result": json.loads(output.getvalue())}
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    """What the last table says about a file."""
+    """A row of the results table."""
     from krona_hub.formats.compatibility.tools import loads_in
     from krona_hub.formats.reading.describe import describe
 
@@ -69,31 +72,33 @@ def _facts(path: Path) -> dict[str, Any]:
         "modules": len(about.modules),
         "parameters": about.parameters,
         "bytes": path.stat().st_size,
-        "loads_in": [tool for tool, verdict in loads_in(about).items() if verdict.ok],
+        "loads_in": [name for name, verdict in loads_in(about).items() if verdict.ok],
     }
 
 
-def _tools(loading: list[str]) -> str:
-    """`9 of 10 tools`; the steps above name them."""
+def _applications(loading: list[str]) -> str:
+    """`9 of 10 applications`; the steps above name them."""
     from krona_hub.formats.compatibility.tools import TOOLS
 
-    return f"{len(loading)} of {len(TOOLS)} tools" if loading else "krona; convert it with --for TOOL"
+    return (
+        f"{len(loading)} of {len(TOOLS)} applications" if loading else "krona only; convert it with --for APPLICATION"
+    )
 
 
-def _show(place: Path, files: list[dict[str, Any]]) -> None:
+def _show(path: Path, files: list[dict[str, Any]]) -> None:
     show_text()
-    show_text("What there is now", "bold")
+    show_text("Results", "bold")
     show_table(
         ("file", "format", ">parameters", ">size", "loads in"),
         (
-            (Path(f["file"]).name, f["format"], f["parameters"], human_bytes(f["bytes"]), _tools(f["loads_in"]))
+            (Path(f["file"]).name, f["format"], f["parameters"], human_bytes(f["bytes"]), _applications(f["loads_in"]))
             for f in files
         ),
     )
     show_text()
     show_facts(
         (
-            ("pictures", f"{demo.grid(place)}: base, original, converted, merged, from equal noise"),
-            ("commands", f"{place / 'commands.txt'}; now your own: krona generate BASE --adapter FILE --prompt …"),
+            ("images", f"{demo.grid(path)}: base, original, converted, merged; equal noise"),
+            ("commands", f"{path / 'commands.txt'}; your own adapter: krona generate BASE --adapter FILE --prompt …"),
         )
     )

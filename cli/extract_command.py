@@ -1,4 +1,4 @@
-"""`krona extract`: an adapter from the difference of two models."""
+"""`krona extract`: an adapter from the difference between two models."""
 
 from __future__ import annotations
 
@@ -32,42 +32,50 @@ COMPUTED = (
 
 
 OPTIONS = {
-    "What": (
+    "Input": (
         component_option,
         click.Option(
-            ["--targets"], metavar="SET", help="Only these layers: a set of `krona params`, or a regular expression."
+            ["--targets"],
+            metavar="SET",
+            help="Adapt only these layers: a target set of `krona params` or a regular expression.",
         ),
         click.Option(
             ["--base-name"],
             metavar="NAME",
             shell_complete=complete_bases,
-            help="What the adapter shall name as its base.",
+            help="Base model name to record in the adapter.",
         ),
-        click.Option(
-            ["--also-vectors"], is_flag=True, help="Store the changes of norms and biases as well, in the extras."
-        ),
+        click.Option(["--also-vectors"], is_flag=True, help="Also store changes to norms and biases, in the extras."),
     ),
-    "How": (
+    "Method (choose at most one of --terms, --max-error and --budget)": (
         click.Option(
-            ["--shape"], metavar="A1xA2", default="auto", help="This size of A in every layer [auto: the best of all]."
+            ["--shape"],
+            metavar="A1xA2",
+            default="auto",
+            help="Shape of A in every layer [auto: the best of all shapes].",
         ),
         click.Option(
-            ["--terms"], type=int, metavar="K", help="Terms per layer, or the rank of a LoRA [down to the noise]."
+            ["--terms"], type=int, metavar="K", help="Terms per layer, or rank of a LoRA [down to the rounding noise]."
         ),
         click.Option(
-            ["--max-error"], type=float, metavar="E", help="The smallest form of each layer within this error."
+            ["--max-error"],
+            type=float,
+            metavar="E",
+            help="Use the smallest factorization of each layer within this relative error.",
         ),
         click.Option(
-            ["--budget"], metavar="N|P%", help="The least error for N parameters, or P % of the difference's."
+            ["--budget"],
+            metavar="N|P%",
+            help="Minimize the error with N parameters, or P % of those of the difference.",
         ),
         click.Option(
             ["--shape-fallback"],
             type=click.Choice(["nearest"]),
-            help="With --shape: where it does not divide a layer, take the nearest that does.",
+            help="With --shape: use the nearest valid shape for layers that it does not divide.",
         ),
         click.Option(["--allow-loss"], is_flag=True, help="Write the result even if its total error exceeds 0.5."),
     ),
-    "Where to": (
+    "Output": (
         output_option,
         to_option,
         dtype_option,
@@ -94,11 +102,11 @@ OPTIONS = {
     ),
 )
 def command(base: str, tuned: str, out: str | None, layers: bool, **options: Any) -> None:
-    """Make the adapter that turns BASE into TUNED: the nearest Kronecker sums, or a LoRA, of their difference.
+    """Extract the adapter that turns BASE into TUNED: Kronecker sums or a LoRA nearest to their difference.
 
-    Both are a diffusers folder, a component folder or a checkpoint file, and their layouts and types may differ. The
-    difference is taken in float32, layer by layer. Without a way, each layer gets as many terms as stand above the
-    noise that rounding left in TUNED. Norms, biases and embeddings that changed are listed.
+    Both are a diffusers folder, a component folder or a checkpoint file, and their layouts and dtypes may differ. The
+    difference is computed in float32, layer by layer. By default, each layer gets as many terms as rise above the
+    rounding noise in TUNED. Changed norms, biases and embeddings are listed.
     """
     from krona_hub.extraction import extract
 
@@ -107,31 +115,30 @@ def command(base: str, tuned: str, out: str | None, layers: bool, **options: Any
         report = extract(base, tuned, out, progress=step, **options)
     emit(as_document(report), lambda: show(report, every_layer=layers))
     if not report.written:
-        log("dry run: nothing was written.")
+        log("Dry run: nothing was written.")
 
 
 def as_document(report: ExtractionReport) -> dict[str, Any]:
-    """The report with its totals, which are computed from its layers."""
-    known = fields_of(report)
-    return {**known, **{name: getattr(report, name) for name in COMPUTED}}
+    """The report with the totals computed from its layers."""
+    return {**fields_of(report), **{name: getattr(report, name) for name in COMPUTED}}
 
 
 def show(report: ExtractionReport, *, every_layer: bool) -> None:
-    """The layers, or the forms they took and the worst of them; what was left; totals and verdict."""
+    """Show the layers, or their factorizations and the layers with the largest errors; then totals and verdict."""
     if every_layer or len(report.layers) <= FEW:
         _show_layers(report.layers, "layer")
     else:
-        _show_forms(report.layers)
+        _show_factorizations(report.layers)
         show_text()
         worst = sorted(report.layers, key=lambda x: -x.beyond_rounding)[:WORST]
-        _show_layers(worst, "the largest errors (--layers lists all)")
+        _show_layers(worst, "largest errors (--layers lists all)")
     show_text()
     show_facts(_facts(report))
 
 
 def _show_layers(layers: Any, title: str) -> None:
     show_table(
-        (title, "form", ">parameters", ">‖Δ‖ / ‖W‖", ">error", ">beyond rounding", "note"),
+        (title, "factorization", ">parameters", ">‖Δ‖ / ‖W‖", ">error", ">beyond rounding", "note"),
         (
             (
                 x.layer,
@@ -145,17 +152,17 @@ def _show_layers(layers: Any, title: str) -> None:
     )
 
 
-def _show_forms(layers: tuple[ExtractedLayer, ...]) -> None:
-    """Layers of the same form together, most layers first."""
+def _show_factorizations(layers: tuple[ExtractedLayer, ...]) -> None:
+    """Show the layers grouped by factorization, largest group first."""
     groups: dict[str, list[ExtractedLayer]] = {}
     for layer in layers:
         groups.setdefault(layer.form, []).append(layer)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     rest = [x for _, members in ordered[FEW - 1 :] for x in members]
     if len(ordered) > FEW:
-        ordered = [*ordered[: FEW - 1], (f"{len(ordered) - FEW + 1} other forms", rest)]
+        ordered = [*ordered[: FEW - 1], (f"{len(ordered) - FEW + 1} other factorizations", rest)]
     show_table(
-        (">layers", "form", ">parameters", ">worst error", ">beyond rounding"),
+        (">layers", "factorization", ">parameters", ">max. error", ">beyond rounding"),
         (
             (
                 len(xs), form, sum(x.parameters for x in xs),
@@ -167,14 +174,14 @@ def _show_forms(layers: tuple[ExtractedLayer, ...]) -> None:
 
 
 def _facts(report: ExtractionReport) -> Iterator[tuple[str, Any]]:
-    yield "total", f"{len(report.layers):,} layers differ, {report.unchanged:,} are equal, → {report.target_format}"
-    yield "only rounding", f"{len(report.at_rounding):,} layers, left out" if report.at_rounding else None
+    yield "total", f"{len(report.layers):,} layers differ, {report.unchanged:,} are equal → {report.target_format}"
+    yield "only rounding", f"{len(report.at_rounding):,} layers, omitted" if report.at_rounding else None
     yield "method", report.method
-    yield "parameters", f"{report.parameters:,} for {report.dense_parameters:,} changed numbers"
+    yield "parameters", f"{report.parameters:,} for {report.dense_parameters:,} changed weights"
     yield "bytes", human_bytes(report.bytes)
-    yield "error", f"{relative(report.relative_error)} relative, {percent(report.energy_kept)} of the energy kept"
-    yield "beyond rounding", f"{relative(report.beyond_rounding)}: what rounding does not explain"
-    yield "not captured", _others(report)
+    yield "error", f"{relative(report.relative_error)} relative, retained energy {percent(report.energy_kept)}"
+    yield "beyond rounding", f"{relative(report.beyond_rounding)}, not explained by rounding"
+    yield "not captured", _not_captured(report)
     yield "verdict", report.verdict
     for note in report.notes:
         yield "note", note
@@ -182,11 +189,11 @@ def _facts(report: ExtractionReport) -> Iterator[tuple[str, Any]]:
     yield "check", report.checked.removeprefix("checked: ")
 
 
-def _others(report: ExtractionReport) -> str | None:
-    """`12 norms, 3 biases, such as unet.conv_norm_out.weight (--also-vectors stores them)`."""
+def _not_captured(report: ExtractionReport) -> str | None:
+    """`changes to 12 norms, e.g. unet.conv_norm_out.weight; --also-vectors stores those of norms and biases`."""
     left = report.not_captured
     if not left:
         return None
     kinds = [x.kind for x in left]
     counts = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
-    return f"changes of {counts}, such as {left[0].name}; --also-vectors stores those of norms and biases"
+    return f"changes to {counts}, e.g. {left[0].name}; --also-vectors stores those of norms and biases"

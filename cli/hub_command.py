@@ -1,4 +1,4 @@
-"""`krona hub`: what is on the Hub, and what of it lies here."""
+"""`krona hub`: adapters on the Hub and in the local cache."""
 
 from __future__ import annotations
 
@@ -16,16 +16,22 @@ if TYPE_CHECKING:
     from krona_hub.hub import Cached, Found, RepoInfo
 
 
-KNOWS = {"info": ("name", "--offline"), "search": ("name", "--base"), "ls": ("--offline",)}
+ACCEPTED = {"info": ("a name", "--offline"), "search": ("a name", "--base"), "ls": ("--offline",)}
 
 
 OPTIONS = (
-    click.Option(["--base"], metavar="BASE", shell_complete=complete_bases, help="search: adapters of this base only."),
     click.Option(
-        ["--limit"], type=click.IntRange(1, 1000), default=20, metavar="N", help="search: at most so many [20]."
+        ["--base"], metavar="BASE", shell_complete=complete_bases, help="search: only adapters for this base model."
     ),
-    click.Option(["--offline"], is_flag=True, help="info: of the copy in the cache."),
-    click.Option(["--endpoint"], metavar="URL", help="The address of another Hub [HF_ENDPOINT]."),
+    click.Option(
+        ["--limit"],
+        type=click.IntRange(1, 1000),
+        default=20,
+        metavar="N",
+        help="search: maximum number of results [20].",
+    ),
+    click.Option(["--offline"], is_flag=True, help="info: use the cached copy."),
+    click.Option(["--endpoint"], metavar="URL", help="URL of another Hub [HF_ENDPOINT]."),
 )
 
 
@@ -33,23 +39,23 @@ OPTIONS = (
     "hub",
     arguments=(
         click.Argument(["action"], type=click.Choice(["info", "search", "ls"])),
-        click.Argument(["what"], required=False),
+        click.Argument(["what"], required=False, metavar="[REPO|TEXT]"),
     ),
     options=OPTIONS,
     examples=("krona hub info ana/style", "krona hub search style --base sd15", "krona hub ls"),
 )
 def command(action: str, what: str | None, base: str | None, limit: int, offline: bool, endpoint: str | None) -> None:
-    """Look at adapters on the Hugging Face Hub.
+    """Show adapters on the Hugging Face Hub and in the local cache.
 
-    `info REPO` describes one from its header alone, `search [TEXT]` lists those of krona, `ls` those in the cache of
-    this machine.
+    `info REPO` describes an adapter from its header alone, `search [TEXT]` lists krona adapters on the Hub, and `ls`
+    lists adapters in the local cache.
     """
     from krona_hub import hub
 
-    _check(action, {"name": what, "--base": base, "--offline": offline})
+    _check(action, {"a name": what, "--base": base, "--offline": offline})
     if action == "info":
         if what is None:
-            raise UsageError("krona hub info wants a repository.", fix="Write krona hub info ns/name.")
+            raise UsageError("Missing argument REPO.", fix="Run krona hub info NAMESPACE/NAME.")
         found = hub.info(what, offline=offline, endpoint=endpoint)
         for note in found.notes:
             log(note)
@@ -63,10 +69,10 @@ def command(action: str, what: str | None, base: str | None, limit: int, offline
 
 
 def _check(action: str, given: dict[str, object]) -> None:
-    """Raise UsageError for what this action would pass over."""
+    """Raise UsageError for arguments and options that this action would ignore."""
     for name, value in given.items():
-        if value and name not in KNOWS[action]:
-            raise UsageError(f"krona hub {action} takes no {name}.", fix="Leave it out.")
+        if value and name not in ACCEPTED[action]:
+            raise UsageError(f"krona hub {action} does not accept {name}.", fix="Remove it.")
 
 
 def as_document(info: RepoInfo) -> dict[str, Any]:
@@ -82,8 +88,8 @@ def show_info(info: RepoInfo) -> None:
             ("repository", info.repo),
             ("commit", info.commit),
             ("access", None if info.private is None else ", ".join(access) or "public"),
-            ("base", info.base_model or about["base"]),
-            ("licence", info.licence),
+            ("base model", info.base_model or about["base"]),
+            ("license", info.licence),
             ("adapter", f"{info.preview.name}, {human_bytes(info.preview.size)}"),
             ("format", about["format"]),
             ("problem", about["problem"]),
@@ -92,27 +98,27 @@ def show_info(info: RepoInfo) -> None:
             ("trigger words", ", ".join(about["trigger_words"])),
             ("loads in", ", ".join(about["loads_in"])),
             ("files", ", ".join(f.name for f in info.files)),
-            ("objections", ", ".join(info.issues)),
+            ("issues", ", ".join(info.issues)),
         )
     )
 
 
 def show_found(hits: tuple[Found, ...]) -> None:
     if not hits:
-        show_text("nothing was found.")
+        show_text("No adapters found.")
         return
     show_table(
-        ("repository", "base", ">downloads", ">likes", "updated"),
+        ("repository", "base model", ">downloads", ">likes", "updated"),
         ((h.repo, ", ".join(h.base_models), h.downloads, h.likes, h.updated) for h in hits),
     )
 
 
 def show_cached(here: tuple[Cached, ...]) -> None:
     if not here:
-        show_text("no adapter is in the cache.")
+        show_text("No adapters in the cache.")
         return
     show_table(
-        ("repository", "commit", "of", "base", ">size", "files"),
+        ("repository", "commit", "revisions", "base model", ">size", "files"),
         (
             (c.repo, c.commit[:7], ", ".join(c.revisions), c.base_model, human_bytes(c.bytes), ", ".join(c.files))
             for c in here

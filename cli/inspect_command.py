@@ -1,4 +1,4 @@
-"""`krona inspect`: what an adapter file is, from its header alone."""
+"""`krona inspect`: a description of an adapter file, from its header alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIONS = (
     base_option,
     component_option,
     click.Option(["--layers"], is_flag=True, help="List every module."),
-    click.Option(["--sha256", "hashed"], is_flag=True, help="Hash the whole file as well."),
+    click.Option(["--sha256", "hashed"], is_flag=True, help="Also compute the SHA-256 of the whole file."),
     report_option,
 )
 
@@ -48,9 +48,9 @@ def command(
     hashed: bool,
     report: str | None,
 ) -> None:
-    """Say what an adapter file is: format, base model, modules, ranks, scale, size, and which tools load it.
+    """Show format, base model, modules, ranks, scale and size of an adapter file, and which applications load it.
 
-    Only the header of the file is read; a page (--report) needs the numbers, too.
+    By default, only the header is read; --report also reads the values and --sha256 hashes the whole file.
     """
     from krona_hub.checkpoints.digest import file_sha256
     from krona_hub.formats.compatibility.tools import loads_in
@@ -69,11 +69,11 @@ def command(
     if report:
         from krona_hub.rendering.html.adapter_report import report_file
 
-        log(f"page: {report_file(report, about, verdicts)}")
+        log(f"Report: {report_file(report, about, verdicts)}")
 
 
 def as_document(file: str, about: Description, verdicts: Mapping[str, Verdict], sha256: str | None) -> dict[str, Any]:
-    """Everything that is known about the file."""
+    """The description of the file as a JSON document."""
     return {
         "file": file,
         "sha256": sha256,
@@ -95,13 +95,13 @@ def _facts(file: str, about: Description, sha256: str | None) -> Iterator[tuple[
     yield "file", f"{file}, {human_bytes(about.bytes)}"
     yield "sha256", sha256
     yield "format", about.format + (f", schema {about.schema}" if about.schema else "")
-    yield "base", about.base or _one_of(about.candidates)
+    yield "base model", about.base or _one_of(about.candidates)
     yield "modules", about.matched
     yield "scale", about.scale_rule
     yield "parameters", about.parameters
     yield "stored as", ", ".join(about.dtypes)
     yield "trigger words", ", ".join(about.trigger_words)
-    yield "licence", about.licence
+    yield "license", about.licence
     yield "training", ", ".join(f"{key} {value}" for key, value in about.training.items())
     yield "extras", ", ".join(about.extras)
     for warning in about.warnings:
@@ -109,30 +109,30 @@ def _facts(file: str, about: Description, sha256: str | None) -> Iterator[tuple[
 
 
 def _loads(verdicts: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
-    """One line of the tools that load the file, then one per reason why others do not."""
-    yield "loads in", ", ".join(tool for tool, v in verdicts.items() if v.ok) or "no tool but krona"
+    """The applications that load the file, then one line per reason why others do not."""
+    yield "loads in", ", ".join(name for name, v in verdicts.items() if v.ok) or "krona only"
     reasons: dict[str, list[str]] = {}
-    for tool, verdict in verdicts.items():
+    for name, verdict in verdicts.items():
         if not verdict.ok:
-            reasons.setdefault(verdict.why, []).append(tool)
-    for why, tools in reasons.items():
-        yield "not in", f"{', '.join(tools)}: {why}"
+            reasons.setdefault(verdict.why, []).append(name)
+    for why, names in reasons.items():
+        yield "not in", f"{', '.join(names)}: {why}"
 
 
 def _one_of(candidates: Sequence[str]) -> str:
-    return f"{' or '.join(candidates)}: --base settles it" if candidates else "unknown"
+    return f"{' or '.join(candidates)}; specify one with --base" if candidates else "unknown"
 
 
 def _show_groups(about: Description) -> None:
     show_table(
-        (">modules", "kind", "form", "scale", ">parameters"),
-        ((g.modules, _kind(g), g.form, g.scale, g.parameters) for g in module_groups(about.modules)),
+        (">modules", "kind", "factorization", "scale", ">parameters"),
+        ((g.modules, _kind(g), g.factorization, g.scale, g.parameters) for g in module_groups(about.modules)),
     )
 
 
 def _show_modules(about: Description) -> None:
     show_table(
-        ("layer", "kind", "form", "scale", ">parameters"),
+        ("layer", "kind", "factorization", "scale", ">parameters"),
         (
             (" + ".join(m.layers) or m.name, _kind(m), factorization_text(m), scale_text(m), m.parameters)
             for m in about.modules

@@ -26,51 +26,60 @@ rich_click.rich_click.COMMAND_GROUPS = {
         {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate"]},
         {"name": "Adapters and models", "commands": ["merge", "unmerge", "extract", "verify"]},
         {"name": "Training", "commands": ["train", "params", "formats"]},
-        {"name": "Pictures", "commands": ["generate", "evaluate"]},
-        {"name": "The Hugging Face Hub", "commands": ["push", "pull", "hub"]},
-        {"name": "Krona itself", "commands": ["demo", "completion"]},
+        {"name": "Images", "commands": ["generate", "evaluate"]},
+        {"name": "Hugging Face Hub", "commands": ["push", "pull", "hub"]},
+        {"name": "Getting started", "commands": ["demo", "completion"]},
     ]
 }
 
 
 class CommandEntry(NamedTuple):
-    """A command as `krona --help` lists it, known without importing its file."""
+    """A command as `krona --help` lists it, without importing its file."""
 
     module: str  # exposes `command`
     summary: str
 
 
 COMMANDS = {
-    "inspect": CommandEntry("krona_hub.cli.inspect_command", "Say what an adapter file is, and which tools load it."),
-    "validate": CommandEntry("krona_hub.cli.validate_command", "Check a file's structure, schema, shapes and numbers."),
-    "convert": CommandEntry("krona_hub.cli.convert_command", "Write an adapter in another format, form or size."),
-    "migrate": CommandEntry("krona_hub.cli.migrate_command", "Rewrite a krona file in another version of its schema."),
-    "merge": CommandEntry("krona_hub.cli.merge_command", "Merge adapters into a base model, exactly rounded."),
-    "unmerge": CommandEntry("krona_hub.cli.unmerge_command", "Restore the base of a merge, byte for byte."),
-    "extract": CommandEntry("krona_hub.cli.extract_command", "Make an adapter of the difference of two models."),
-    "combine": CommandEntry("krona_hub.cli.combine_command", "Add adapters, each at its strength, into one."),
+    "inspect": CommandEntry(
+        "krona_hub.cli.inspect_command", "Show what an adapter file contains and which applications load it."
+    ),
+    "validate": CommandEntry("krona_hub.cli.validate_command", "Check a file's structure, schema, shapes and values."),
+    "convert": CommandEntry(
+        "krona_hub.cli.convert_command", "Convert an adapter to another format, factorization or size."
+    ),
+    "migrate": CommandEntry("krona_hub.cli.migrate_command", "Rewrite a native krona file in another schema version."),
+    "merge": CommandEntry(
+        "krona_hub.cli.merge_command", "Merge adapters into a base model, rounding each weight once."
+    ),
+    "unmerge": CommandEntry("krona_hub.cli.unmerge_command", "Restore the base model of a merge, byte for byte."),
+    "extract": CommandEntry(
+        "krona_hub.cli.extract_command", "Extract an adapter from the difference between two models."
+    ),
+    "combine": CommandEntry(
+        "krona_hub.cli.combine_command", "Combine adapters, each at its strength, into one adapter."
+    ),
     "verify": CommandEntry(
-        "krona_hub.cli.verify_command", "Compare: merged model and adapters, two adapters, adapter and base."
+        "krona_hub.cli.verify_command",
+        "Check a merge, compare two adapters, or check an adapter's fit to a base model.",
     ),
-    "train": CommandEntry("krona_hub.cli.train_command", "Train a Kronecker adapter on pictures."),
-    "generate": CommandEntry("krona_hub.cli.generate_command", "Draw pictures with a base and adapters, side by side."),
-    "evaluate": CommandEntry("krona_hub.cli.evaluate_command", "Score pictures: the subject, and the prompt."),
-    "params": CommandEntry("krona_hub.cli.params_command", "Count an adapter's parameters before training it."),
+    "train": CommandEntry("krona_hub.cli.train_command", "Train a Kronecker adapter on images."),
+    "generate": CommandEntry(
+        "krona_hub.cli.generate_command", "Generate images with a base model and adapters, side by side."
+    ),
+    "evaluate": CommandEntry("krona_hub.cli.evaluate_command", "Score images for subject and prompt fidelity."),
+    "params": CommandEntry("krona_hub.cli.params_command", "Count an adapter's parameters before training."),
     "push": CommandEntry("krona_hub.cli.push_command", "Publish an adapter on the Hugging Face Hub."),
-    "pull": CommandEntry("krona_hub.cli.pull_command", "Download an adapter from the Hub, and check it."),
-    "hub": CommandEntry("krona_hub.cli.hub_command", "Look at adapters on the Hub, and at those in the cache."),
-    "formats": CommandEntry("krona_hub.cli.formats_command", "List the formats, and which tools load them."),
-    "demo": CommandEntry(
-        "krona_hub.cli.demo_command", "Run the main job on an adapter that comes with krona, offline."
-    ),
-    "completion": CommandEntry(
-        "krona_hub.cli.completion_command", "Print the script that completes commands in your shell."
-    ),
+    "pull": CommandEntry("krona_hub.cli.pull_command", "Download an adapter from the Hugging Face Hub and check it."),
+    "hub": CommandEntry("krona_hub.cli.hub_command", "Show adapters on the Hub and in the local cache."),
+    "formats": CommandEntry("krona_hub.cli.formats_command", "List the formats and the applications that load them."),
+    "demo": CommandEntry("krona_hub.cli.demo_command", "Run the main workflow offline with the bundled adapters."),
+    "completion": CommandEntry("krona_hub.cli.completion_command", "Print the shell completion script."),
 }
 
 
 class LazyGroup(rich_click.RichGroup):
-    """Lists its commands from COMMANDS and imports one only to run it or to show its own help."""
+    """A group that lists its commands from COMMANDS and imports a command only to run it or show its help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the table
@@ -81,7 +90,7 @@ class LazyGroup(rich_click.RichGroup):
 
 
 def load(name: str) -> click.Command:
-    """The command itself, imported."""
+    """Import a command."""
     command: click.Command = import_module(COMMANDS[name].module).command
     return command
 
@@ -101,33 +110,33 @@ def load(name: str) -> click.Command:
 def cli(context: click.Context) -> None:
     """Understand, convert and merge Kronecker (LoKr, KronA, DiffuseKronA) and LoRA adapters of diffusion models.
 
-    krona COMMAND --help shows what a command does, with an example.
+    Run krona COMMAND --help for the options of a command and an example.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
 def run() -> int:
-    """Run the command line of this process; its exit status."""
+    """Run the command line of this process and return its exit status."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without ⊗ shows a question mark, and no error
+        stream.reconfigure(errors="replace")  # a terminal without ⊗ shows a question mark instead of raising
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         return shell_complete(cli, {}, "krona", COMPLETE_VARIABLE, instruction)
     return main(sys.argv[1:])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command line; its exit status. Every failure is reported, none escapes."""
+    """Run one command line and return its exit status. Failures are reported, never raised."""
     try:
         status = run_line(arguments)
         sys.stdout.flush()
-    except BaseException as problem:
-        return report_failure(problem, as_json="--json" in arguments)
+    except BaseException as error:
+        return report_failure(error, as_json="--json" in arguments)
     return status
 
 
 def run_line(arguments: Sequence[str]) -> int:
-    """Run one command line; its exit status. Failures are raised."""
+    """Run one command line and return its exit status. Failures are raised."""
     log_to_stderr()
     silence_dependencies()
     try:

@@ -1,4 +1,4 @@
-"""`krona merge`: adapters into the weights of a base model."""
+"""`krona merge`: merge adapters into the weights of a base model."""
 
 from __future__ import annotations
 
@@ -33,54 +33,59 @@ PLANNED = (  # the options that a plan depends on
 )  # fmt: skip
 COMPUTED = ("share_lost", "verdict")
 OPTIONS = {
-    "What": (
+    "Input": (
         click.Option(
             ["--component"],
             metavar="NAME",
             type=click.Choice(COMPONENTS),
-            help="Merge only the layers of this part; also says which part a file is for that does not say.",
+            help="Merge only this component; also the component of adapter files that do not record one.",
         ),
         click.Option(
             ["--block-weights"],
             type=click.Path(dir_okay=False),
             metavar="FILE",
-            help="Lines `regex = weight` (or TOML, JSON): layers that match are merged at w times that.",
+            help="File of `regex = weight` lines (or TOML, JSON) that multiply the strength of matching layers.",
         ),
         from_option,
         allow_missing_option,
         allow_base_mismatch_option,
     ),
-    "Numbers": (
+    "Numerics": (
         click.Option(
             ["--out-dtype"],
             type=click.Choice(("keep", "fp32-touched", "fp16", "bf16")),
             default="keep",
-            help="As stored [keep], changed tensors in float32, or every number of a changed file in a half type.",
+            help="keep: as stored; fp32-touched: changed tensors in float32; fp16, bf16: every tensor of a changed "
+            "file [keep].",
         ),
         click.Option(
             ["--rounding"],
             type=click.Choice(("nearest", "stochastic")),
             default="nearest",
-            help="nearest: least error; stochastic: keeps the strength of small deltas, with more noise [nearest].",
+            help="nearest: smallest error; stochastic: preserves the strength of small deltas, with more noise "
+            "[nearest].",
         ),
-        click.Option(["--seed"], type=int, default=0, metavar="N", help="Of stochastic rounding [0]."),
+        click.Option(["--seed"], type=int, default=0, metavar="N", help="Random seed of stochastic rounding [0]."),
         click.Option(
-            ["--exact-rounding"], is_flag=True, help="Add in float64: every number is the correctly rounded one."
+            ["--exact-rounding"], is_flag=True, help="Add in float64, so that every weight is correctly rounded."
         ),
     ),
-    "Where to": (
+    "Output": (
         output_option,
         overwrite_option,
         click.Option(
-            ["--link"], is_flag=True, help="Hard-link untouched files: a later edit of them would reach the base."
+            ["--link"], is_flag=True, help="Hard-link unchanged files; editing them later also changes the base model."
         ),
-        click.Option(["--in-place"], is_flag=True, help="Change the base itself; only with --undo."),
+        click.Option(["--in-place"], is_flag=True, help="Modify the base model itself; requires --undo."),
         click.Option(
-            ["--undo"], type=click.Path(), metavar="FILE", help="Write what `krona unmerge` needs to restore the base."
+            ["--undo"],
+            type=click.Path(),
+            metavar="FILE",
+            help="Write the undo file with which `krona unmerge` restores the base model.",
         ),
-        click.Option(["--title"], metavar="TEXT", help="The title in the metadata of the output."),
+        click.Option(["--title"], metavar="TEXT", help="Title in the metadata of the output."),
         click.Option(
-            ["--hash/--no-hash"], default=None, help="Record the sha256 of base and output [where it costs little]."
+            ["--hash/--no-hash"], default=None, help="Record the SHA-256 of base model and output [if inexpensive]."
         ),
         dry_run_option,
     ),
@@ -115,9 +120,9 @@ def command(
 ) -> None:
     """Merge adapters, each at its strength, into a base model: a diffusers folder or a checkpoint file.
 
-    The output has the layout of the base. Every changed weight is computed in float32 from all adapters together and
-    rounded once; everything else is copied byte for byte. The report says how much of the adapters survived rounding:
-    in half precision, small deltas mostly do not. --dry-run tells what it would do, from headers alone.
+    The output has the layout of the base model. Every changed weight is computed in float32 from all adapters together
+    and rounded once; everything else is copied byte for byte. The result shows how much of the adapters survived
+    rounding: in half precision, small deltas mostly do not. --dry-run shows the plan from headers alone.
     """
     from krona_hub.merging.block_weights import read_block_weights
 
@@ -131,7 +136,7 @@ def _plan(base: str, adapters: Sequence[WeightedArgument], options: Mapping[str,
 
     plan = plan_merge(base, list(adapters), **{name: options[name] for name in PLANNED})
     emit(plan_document(plan), lambda: _show_plan(plan))
-    log("dry run: nothing was written.")
+    log("Dry run: nothing was written.")
 
 
 def _merge(
@@ -139,16 +144,16 @@ def _merge(
 ) -> None:
     from krona_hub.merging.api import merge
 
-    with byte_progress("merged") as step:
+    with byte_progress("merging") as step:
         report = merge(base, list(adapters), out, progress=step, **options)
     emit(report_document(report), lambda: _show_report(report, every))
 
 
-# --- what it will do -------------------------------------------------------------------------------------------------
+# --- the plan --------------------------------------------------------------------------------------------------------
 
 
 def plan_document(plan: MergePlan) -> dict[str, Any]:
-    """The plan as plain values: which tensors change, what fits and what does not, and what it takes."""
+    """The plan as plain values: changed tensors, matched modules and required resources."""
     measures = ("bytes_to_touch", "bytes_of_weights", "disk", "memory", "seconds")
     return {
         "base": plan.tree.root,
@@ -183,7 +188,7 @@ def _show_plan(plan: MergePlan) -> None:
 
 def _show_adapters(adapters: Sequence[AdapterPlan]) -> None:
     show_table(
-        ("adapter", ">strength", "format", "fits"), ((a.source, f"{a.weight:g}", a.format, a.said) for a in adapters)
+        ("adapter", ">strength", "format", "match"), ((a.source, f"{a.weight:g}", a.format, a.said) for a in adapters)
     )
     for adapter in adapters:
         for module, why in list(adapter.missing.items())[:FEW]:
@@ -192,7 +197,7 @@ def _show_adapters(adapters: Sequence[AdapterPlan]) -> None:
 
 def _plan_facts(plan: MergePlan) -> Iterator[tuple[str, Any]]:
     stored = Counter(t.info.dtype for t in plan.tensors)
-    yield "base", f"{plan.tree.root}, {human_bytes(plan.tree.nbytes)} of weights"
+    yield "base model", f"{plan.tree.root}, {human_bytes(plan.tree.nbytes)} of weights"
     yield (
         "changes",
         (
@@ -201,21 +206,20 @@ def _plan_facts(plan: MergePlan) -> Iterator[tuple[str, Any]]:
         ),
     )
     yield "stored as", ", ".join(f"{dtype} ({n:,} tensors)" for dtype, n in stored.items())
-    yield "needs", f"{human_bytes(plan.disk)} of disk, about {human_bytes(plan.memory)} of memory"
-    yield "takes", f"about {max(plan.seconds, 0.1):.1f} s with the files in memory, longer from a slow disk"
+    yield "required", f"{human_bytes(plan.disk)} of disk space, about {human_bytes(plan.memory)} of memory"
+    yield "time", f"about {max(plan.seconds, 0.1):.1f} s with cached files, longer from a slow disk"
     for note in plan.notes:
         yield "note", note
 
 
-# --- what it did -----------------------------------------------------------------------------------------------------
+# --- the result ------------------------------------------------------------------------------------------------------
 
 
 def report_document(report: MergeReport) -> dict[str, Any]:
-    """The report with what is computed from its tensors, and each tensor with the share of it that was lost."""
-    known = fields_of(report)
+    """The report with the values computed from its tensors, and the lost share of each tensor."""
     tensors = [{**t._asdict(), "share_lost": t.share_lost} for t in report.tensors]
     computed = {name: getattr(report, name) for name in COMPUTED}
-    return {**known, **computed, "tensors": tensors, "written": True}
+    return {**fields_of(report), **computed, "tensors": tensors, "written": True}
 
 
 def _show_report(report: MergeReport, every: bool) -> None:
@@ -224,7 +228,7 @@ def _show_report(report: MergeReport, every: bool) -> None:
     listed = report.tensors if every else worst[:FEW]
     if listed:
         show_text()
-        title = "tensor" if every else "rounded away most in (--tensors lists all)"
+        title = "tensor" if every else "largest rounding losses (--tensors lists all)"
         show_table(
             (title, "stored as", ">‖w·ΔW‖", ">lost"),
             ((t.tensor, t.dtype, f"{t.wanted:.3g}", percent(t.share_lost)) for t in listed),
@@ -236,8 +240,8 @@ def _show_report(report: MergeReport, every: bool) -> None:
 def _report_facts(report: MergeReport) -> Iterator[tuple[str, Any]]:
     changed = f"{len(report.tensors):,} tensors in {_count(len(report.files), 'file')}"
     yield "changed", f"{changed}, {human_bytes(report.bytes_touched)}"
-    yield "kept", f"{_count(report.copied, 'file')} as they were" if report.copied else None
-    yield "left out", ", ".join(report.left_out)
+    yield "unchanged", _count(report.copied, "file") if report.copied else None
+    yield "omitted", ", ".join(report.left_out)
     yield "written", f"{human_bytes(report.bytes_written)} in {rate(report.bytes_written, report.seconds)}"
     yield "verdict", report.verdict
     for note in report.notes:

@@ -1,4 +1,4 @@
-"""`krona migrate`: a native file in another version of its schema."""
+"""`krona migrate`: a native file in another schema version."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from krona_hub.cli.options import dry_run_option, file_argument, output_option, 
 from krona_hub.schema.migrate import Migration, migrate_file
 
 OPTIONS = (
-    click.Option(["--to"], metavar="X.Y", required=True, help="The schema version to write."),
+    click.Option(["--to"], metavar="X.Y", required=True, help="Schema version to write."),
     output_option,
     overwrite_option,
     dry_run_option,
@@ -20,15 +20,15 @@ OPTIONS = (
     "migrate", arguments=(file_argument,), options=OPTIONS, examples=("krona migrate krona.safetensors --to 1.0",)
 )
 def command(file: str, to: str, out: str | None, overwrite: bool, dry_run: bool) -> None:
-    """Rewrite a native krona file in another version of its schema, older or newer.
+    """Rewrite a native krona file in another schema version, older or newer.
 
-    Only the header changes: tensors are copied byte by byte. Without -o the new file is called
-    NAME.schema-X.Y.safetensors and lies beside the old one, which stays as it is.
+    Only the header changes; tensors are copied byte by byte. Without --output, the new file is named
+    NAME.schema-X.Y.safetensors and is written beside the old one, which stays unchanged.
     """
     done = migrate_file(file, to, out, overwrite=overwrite, dry_run=dry_run)
     emit(_document(done, dry_run), lambda: show_text(f"{done.path}: schema {done.start} -> {done.to}"))
     if dry_run:
-        log("dry run: nothing was written.")
+        log("Dry run: nothing was written.")
 
 
 def _document(done: Migration, dry_run: bool) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""`krona params`: how many numbers an adapter would have."""
+"""`krona params`: the number of parameters of an adapter."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ OPTIONS = (
         ["--component", "components"],
         multiple=True,
         metavar="NAME",
-        help="unet, transformer, text_encoder, …; text means every text encoder, all everything. Repeatable. "
-        "Default: the unet or transformer.",
+        help="unet, transformer, text_encoder, …; text for every text encoder, all for everything; repeatable "
+        "[unet or transformer].",
     ),
     click.Option(
         ["--targets"],
         metavar="SET|REGEX",
-        help="attn, attn+ff, all, a trainer's set (listed below the table), or a regular expression [attn].",
+        help="attn, attn+ff, all, a set of a trainer (listed below the table) or a regular expression [attn].",
     ),
     click.Option(
-        ["--shape", "shapes"], default="64x4,64x8,64x16", show_default=True, metavar="A1xA2,…", help="Sizes of A."
+        ["--shape", "shapes"], default="64x4,64x8,64x16", show_default=True, metavar="A1xA2,…", help="Shapes of A."
     ),
     click.Option(
-        ["--factor", "factors"], default="8,16", show_default=True, metavar="N,…", help="LoKr factors; -1: near √n."
+        ["--factor", "factors"], default="8,16", show_default=True, metavar="N,…", help="LoKr factors; -1 for near √n."
     ),
     click.Option(["--rank", "ranks"], default="4,16", show_default=True, metavar="N,…", help="Ranks of LoRA and LoKr."),
     click.Option(["--terms"], default=1, show_default=True, metavar="K", help="Kronecker terms per layer."),
@@ -65,11 +65,11 @@ def command(
     terms: int,
     report: str | None,
 ) -> None:
-    """Count an adapter's parameters before training it, or those of a FILE beside other forms of the same layers.
+    """Count an adapter's parameters before training, or compare a FILE with other factorizations of its layers.
 
-    No weights are needed and nothing is downloaded. KronA and DiffuseKronA of shape a1xa2 cost a1·a2 + out·in/(a1·a2)
-    per layer and term; "by width" is the cheapest split of each layer. The last column says which LoRA of the same
-    layers costs the same.
+    No weights are needed and nothing is downloaded. KronA and DiffuseKronA of shape a1xa2 need a1·a2 + out·in/(a1·a2)
+    parameters per layer and term; "by width" uses the smallest shape for each layer. The last column shows the rank of
+    a LoRA of the same layers with the same number of parameters.
     """
     from krona_hub.accounting import counting
     from krona_hub.rendering.html.markup import check_page, write_page
@@ -77,28 +77,28 @@ def command(
 
     if report:
         check_page(report)
-    forms: dict[str, Any] = {
+    factorizations: dict[str, Any] = {
         "shapes": _words(shapes),
         "factors": _numbers("--factor", factors),
         "ranks": _numbers("--rank", ranks),
         "terms": terms,
     }
     if file is None:
-        wanted = {"targets": targets or "attn", "component": components or None}
-        found = counting.account(base or _missing_base(), **wanted, **forms)
+        selection = {"targets": targets or "attn", "component": components or None}
+        found = counting.account(base or _missing_base(), **selection, **factorizations)
     else:
-        _no_targets(targets)
-        found = counting.account_file(file, base=base, component=next(iter(components), None), **forms)
+        _refuse_targets(targets)
+        found = counting.account_file(file, base=base, component=next(iter(components), None), **factorizations)
     emit(found, lambda: _show(found))
     if report:
-        log(f"page: {write_page(report, count_page(found))}")
+        log(f"Report: {write_page(report, count_page(found))}")
 
 
-def _no_targets(targets: str | None) -> None:
+def _refuse_targets(targets: str | None) -> None:
     from krona_hub.errors import UsageError
 
     if targets is not None:
-        raise UsageError("a file has its own layers.", fix="Leave --targets out, or leave the file out.")
+        raise UsageError("FILE and --targets exclude each other: a file has its own layers.", fix="Remove one of them.")
 
 
 def _missing_base() -> str:
@@ -106,8 +106,8 @@ def _missing_base() -> str:
     from krona_hub.errors import UsageError
 
     raise UsageError(
-        "neither a file nor a base model is named.",
-        fix=f"Name a file, or add --base, one of {', '.join(names())}, or a folder.",
+        "Missing argument FILE or option --base.",
+        fix=f"Specify a file or --base with a folder or one of {', '.join(names())}.",
     )
 
 
@@ -121,13 +121,15 @@ def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(word) for word in _words(text)]
     except ValueError:
-        raise UsageError(f"{option} {text!r} is no list of numbers.", fix=f"Write {option} 4,16.") from None
+        raise UsageError(
+            f"Invalid value {text!r} for {option}.", fix=f"Use comma-separated integers, e.g. {option} 4,16."
+        ) from None
 
 
 def _show(found: Accounting) -> None:
     show_facts(_facts(found))
     show_text()
-    show_table(("method", ">parameters", ">layers", ">MB in fp16", ">as a LoRA of rank"), map(_cells, found.rows))
+    show_table(("method", ">parameters", ">layers", ">MB in fp16", ">equivalent LoRA rank"), map(_cells, found.rows))
     for row in found.rows:
         if row.undivided:
             show_text(f"{row.method} does not divide {_some(row.undivided)}; not counted.", "yellow")
@@ -136,7 +138,7 @@ def _show(found: Accounting) -> None:
 
 
 def _facts(found: Accounting) -> list[tuple[str, object]]:
-    facts: list[tuple[str, object]] = [("base", found.base), ("targets", found.targets)]
+    facts: list[tuple[str, object]] = [("base model", found.base), ("targets", found.targets)]
     for part in found.parts:
         whole = f" of {part.total_parameters:,} parameters" if part.total_parameters else ""
         facts += [(part.component, f"{part.modules:,} layers, {part.weights:,} weights{whole}"), ("", part.checked)]

@@ -11,41 +11,42 @@ from math import inf
 from krona_hub.cli.console import flag_is_set
 from krona_hub.rendering.humanize import human_bytes
 
-PATIENCE = 2.0  # seconds before a progress bar appears
-BETWEEN = 0.1  # seconds between two drawings of it
+DELAY = 2.0  # seconds before a progress bar appears
+INTERVAL = 0.1  # seconds between two updates of it
 WIDTH = 24  # columns of it
 
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left on stderr, for work that reports `(done, total)`; it appears after two seconds.
+    """Show a bar with the remaining time on stderr after two seconds, for work that reports `(done, total)`.
 
     with progress("layers") as step:
         for i, layer in enumerate(layers):
             step(i, len(layers))
     """
 
-    def words(done: int, total: int | None, speed: float) -> str:
-        return f"{_bar(label, done, total or 0)} {done:,}/{total or 0:,}{_left(done, total or 0, speed)}"
+    def text(done: int, total: int | None, speed: float) -> str:
+        return f"{_bar(label, done, total or 0)} {done:,}/{total or 0:,}{_time_left(done, total or 0, speed)}"
 
-    with _drawn(words) as step:
+    with _status_line(text) as step:
         yield step
 
 
 @contextmanager
 def noted_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """The same for work that has more to tell at every step: `(done, total, note)`."""
+    """Show a bar for work that also reports a note at every step: `(done, total, note)`."""
     note = ""
 
-    def words(done: int, total: int | None, speed: float) -> str:
+    def text(done: int, total: int | None, speed: float) -> str:
         rate = f"  {speed:.2f}/s" if speed else ""
-        return f"{_bar(label, done, total or 0)} {done:,}/{total or 0:,}{rate}{_left(done, total or 0, speed)}  {note}"
+        left = _time_left(done, total or 0, speed)
+        return f"{_bar(label, done, total or 0)} {done:,}/{total or 0:,}{rate}{left}  {note}"
 
-    with _drawn(words) as step:
+    with _status_line(text) as step:
 
-        def noted(done: int, total: int, text: str) -> None:
+        def noted(done: int, total: int, new: str) -> None:
             nonlocal note
-            note = text
+            note = new
             step(done, total)
 
         yield noted
@@ -53,21 +54,21 @@ def noted_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
 
 @contextmanager
 def byte_progress(label: str) -> Iterator[Callable[[int, int | None], None]]:
-    """The same for work that reports bytes: with the rate, and without a bar where the total is unknown."""
+    """Show bytes with their rate, and a bar if the total is known, for work that reports `(done, total)` in bytes."""
 
-    def words(done: int, total: int | None, speed: float) -> str:
+    def text(done: int, total: int | None, speed: float) -> str:
         rate = f"  {human_bytes(round(speed))}/s" if speed else ""
         if not total:
             return f"{label} {human_bytes(done)}{rate}"
         counts = f"{human_bytes(done)} of {human_bytes(total)}"
-        return f"{_bar(label, done, total)} {counts}{rate}{_left(done, total, speed)}"
+        return f"{_bar(label, done, total)} {counts}{rate}{_time_left(done, total, speed)}"
 
-    with _drawn(words) as step:
+    with _status_line(text) as step:
         yield step
 
 
 def counting(step: Callable[[int, int | None], None], total: int | None = None) -> Callable[[int], None]:
-    """For work that reports the bytes since its last report."""
+    """Adapt `step` for work that reports the bytes since its last report."""
     done = 0
 
     def more(nbytes: int) -> None:
@@ -79,24 +80,24 @@ def counting(step: Callable[[int, int | None], None], total: int | None = None) 
 
 
 @contextmanager
-def _drawn(words: Callable[[int, int | None, float], str]) -> Iterator[Callable[[int, int | None], None]]:
-    """A line that is drawn over and over while the block runs.
+def _status_line(text: Callable[[int, int | None, float], str]) -> Iterator[Callable[[int, int | None], None]]:
+    """Update a status line while the block runs.
 
-    `words` get what is done, the total and the speed per second since the first report: what came before it, such as
-    the import of torch, says nothing about the work.
+    `text` gets the work done, the total and the speed per second since the first report. Time before the first report,
+    such as the import of torch, does not count as work.
     """
     started, shown, first = time.monotonic(), -inf, (0.0, -1)
-    wanted = sys.stderr.isatty() and not (flag_is_set("quiet") or flag_is_set("json"))
+    visible = sys.stderr.isatty() and not (flag_is_set("quiet") or flag_is_set("json"))
 
     def step(done: int, total: int | None) -> None:
         nonlocal shown, first
         now = time.monotonic()
         if first[1] < 0:
             first = now, done
-        if wanted and now - started > PATIENCE and now - shown > BETWEEN:
+        if visible and now - started > DELAY and now - shown > INTERVAL:
             shown = now
             speed = (done - first[1]) / (now - first[0]) if now > first[0] else 0.0
-            sys.stderr.write(f"\r\x1b[K{words(done, total, speed)}")
+            sys.stderr.write(f"\r\x1b[K{text(done, total, speed)}")
             sys.stderr.flush()
 
     try:
@@ -116,9 +117,9 @@ def _bar(label: str, done: int, total: int) -> str:
     return f"{label} {'━' * filled}{'─' * (WIDTH - filled)}"
 
 
-def _left(done: int, total: int, speed: float) -> str:
+def _time_left(done: int, total: int, speed: float) -> str:
     """
-    >>> _left(200, 400, 2.5), _left(0, 4, 0.0)
+    >>> _time_left(200, 400, 2.5), _time_left(0, 4, 0.0)
     ('  1:20 left', '')
     """
     left = round(max(total - done, 0) / speed) if speed else 0

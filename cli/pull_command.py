@@ -1,4 +1,4 @@
-"""`krona pull`: an adapter from the Hugging Face Hub, checked."""
+"""`krona pull`: download and check an adapter from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 OPTIONS = (
     output_option,
-    click.Option(["--offline"], is_flag=True, help="Use the copy in the cache, and ask nobody."),
-    click.Option(["--expect-sha"], metavar="SHA256", help="Refuse weights with another sha256."),
+    click.Option(["--offline"], is_flag=True, help="Use the cached copy without network access."),
+    click.Option(["--expect-sha"], metavar="SHA256", help="Refuse weights with a different SHA-256."),
     click.Option(["--verify-key"], type=click.Path(), metavar="PEM", help="Check the signature with this public key."),
-    click.Option(["--max-size"], default="2G", metavar="SIZE", help="Refuse larger files, such as 500M [2G]."),
-    click.Option(["--endpoint"], metavar="URL", help="The address of another Hub [HF_ENDPOINT]."),
+    click.Option(["--max-size"], default="2G", metavar="SIZE", help="Refuse files larger than SIZE, e.g. 500M [2G]."),
+    click.Option(["--endpoint"], metavar="URL", help="URL of another Hub [HF_ENDPOINT]."),
     overwrite_option,
     dry_run_option,
 )
@@ -42,10 +42,11 @@ OPTIONS = (
     ),
 )
 def command(source: str, max_size: str, dry_run: bool, **options: Any) -> None:
-    """Download an adapter from the Hugging Face Hub.
+    """Download an adapter from the Hugging Face Hub and check it.
 
-    Shows what it is before any weight is fetched, takes only files that belong to an adapter, compares them with the
-    digests of the Hub and of the manifest, checks structure and numbers, and puts them in place whole.
+    Describes the adapter before any weights are downloaded, downloads only files that belong to an adapter, compares
+    them with the digests of the Hub and of the manifest, checks structure and values, and moves only complete files
+    into place.
     """
     from krona_hub.hub import pull
 
@@ -54,15 +55,15 @@ def command(source: str, max_size: str, dry_run: bool, **options: Any) -> None:
         log(note)
     emit(as_document(report), lambda: show(report))
     if dry_run:
-        log("dry run: no weights were downloaded.")
+        log("Dry run: no weights were downloaded.")
 
 
 def bytes_of(text: str) -> int:
-    """A size that a person writes: 2G, 500M, 1000."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
-    if not found:
-        raise UsageError(f"{text!r} is no size.", fix="Write 500M or 2G.")
-    return int(float(found[1]) * UNITS[found[2]])
+    """Parse a size such as 2G, 500M or 1000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
+    if not match:
+        raise UsageError(f"Invalid size {text!r}.", fix="Use a size such as 500M or 2G.")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def as_document(report: PullReport) -> dict[str, Any]:
@@ -77,12 +78,12 @@ def show(report: PullReport) -> None:
             ("repository", report.repo),
             ("commit", report.commit),
             ("format", about["format"]),
-            ("base", about["base"]),
+            ("base model", about["base"]),
             ("layers", about["layers"]),
             ("parameters", about["parameters"]),
             ("trigger words", ", ".join(about["trigger_words"])),
             ("files", f"{len(report.files)}, {human_bytes(report.bytes)}"),
-            ("left out", f"{len(report.skipped)}: {', '.join(report.skipped[:4])}" if report.skipped else None),
+            ("skipped", f"{len(report.skipped)}: {', '.join(report.skipped[:4])}" if report.skipped else None),
             ("sha256", report.sha256),
             ("output", str(report.out) if report.written else None),
             ("next", report.next if report.written else None),

@@ -1,4 +1,4 @@
-"""`krona push`: an adapter as a repository of the Hugging Face Hub."""
+"""`krona push`: publish an adapter as a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -17,40 +17,46 @@ if TYPE_CHECKING:
     from krona_hub.hub.push_plan import PushPlan
 
 OPTIONS = {
-    "What goes into it": (
+    "Repository contents": (
         click.Option(
             ["--with-lora"],
             is_flag=False,
             flag_value="exact",
             metavar="[RANK]",
-            help="Add a LoRA for diffusers and others: exact, or the best of rank RANK (--with-lora=16).",
+            help="Also add a LoRA for diffusers and others: exact, or the best of rank RANK (--with-lora=16).",
         ),
-        click.Option(["--with-lokr"], is_flag=True, help="Add a LyCORIS LoKr, for ComfyUI and others."),
+        click.Option(["--with-lokr"], is_flag=True, help="Also add a LyCORIS LoKr for ComfyUI and others."),
         click.Option(
-            ["--images"], type=click.Path(), metavar="DIR", help="Sample pictures; x.txt beside x.png is its prompt."
+            ["--images"],
+            type=click.Path(),
+            metavar="DIR",
+            help="Folder of sample images; x.txt beside x.png contains its prompt.",
         ),
-        click.Option(["--card-only"], is_flag=True, help="Write the card anew and leave the weights alone."),
-        click.Option(["--no-card"], is_flag=True, help="Leave README.md alone."),
+        click.Option(["--card-only"], is_flag=True, help="Rewrite only the model card; leave the weights unchanged."),
+        click.Option(["--no-card"], is_flag=True, help="Leave README.md unchanged."),
         click.Option(
-            ["--base-model"], metavar="NS/NAME", help="The base, as the Hub calls it, where the file does not say."
+            ["--base-model"], metavar="NS/NAME", help="Hub id of the base model, if the file does not record it."
         ),
         base_option,
         click.Option(
-            ["--sign-key"], type=click.Path(), metavar="PEM", help="Sign with this private key; needs krona-hub[sign]."
+            ["--sign-key"],
+            type=click.Path(),
+            metavar="PEM",
+            help="Sign with this private key; requires krona-hub[sign].",
         ),
     ),
-    "Where to": (
-        click.Option(["--public/--private", "public"], default=None, help="Who sees a new repository [private]."),
-        click.Option(["--revision"], default="main", metavar="BRANCH", help="The branch to commit to [main]."),
-        click.Option(["--create-pr"], is_flag=True, help="Open a pull request instead."),
-        click.Option(["--tag"], metavar="TAG", help="Tag the commit, such as v1."),
-        click.Option(["--message", "-m"], metavar="TEXT", help="What the commit says."),
-        click.Option(["--endpoint"], metavar="URL", help="The address of another Hub [HF_ENDPOINT]."),
+    "Destination": (
+        click.Option(["--public/--private", "public"], default=None, help="Visibility of a new repository [private]."),
+        click.Option(["--revision"], default="main", metavar="BRANCH", help="Branch to commit to [main]."),
+        click.Option(["--create-pr"], is_flag=True, help="Open a pull request instead of committing to the branch."),
+        click.Option(["--tag"], metavar="TAG", help="Tag of the commit, e.g. v1."),
+        click.Option(["--message", "-m"], metavar="TEXT", help="Commit message."),
+        click.Option(["--endpoint"], metavar="URL", help="URL of another Hub [HF_ENDPOINT]."),
     ),
-    "How": (
+    "Execution": (
         dry_run_option,
-        click.Option(["--yes", "-y"], is_flag=True, help="Do not ask."),
-        click.Option(["--force"], is_flag=True, help="Push though the repository holds something else."),
+        click.Option(["--yes", "-y"], is_flag=True, help="Do not ask for confirmation."),
+        click.Option(["--force"], is_flag=True, help="Push even if the repository contains something else."),
     ),
 }
 
@@ -70,8 +76,8 @@ OPTIONS = {
 def command(file: str, repo: str, public: bool | None, with_lora: str | None, yes: bool, **options: Any) -> None:
     """Publish an adapter on the Hugging Face Hub.
 
-    Checks the file, writes a model card, shows what would change, makes one commit and compares what the Hub then
-    holds. Pushing the same again changes nothing, and what you write into the card yourself stays. The token comes
+    Checks the file, writes a model card, shows the changes, makes one commit and compares the files on the Hub with the
+    local ones. Pushing the same adapter again changes nothing, and your own edits to the card are kept. The token comes
     from `hf auth login` or HF_TOKEN.
     """
     from krona_hub.hub import push
@@ -82,13 +88,13 @@ def command(file: str, repo: str, public: bool | None, with_lora: str | None, ye
         repo,
         private=None if public is None else not public,
         with_lora=_rank(with_lora),
-        confirm=None if yes else _ask,
+        confirm=None if yes else _confirm,
         **options,
     )
-    shown = not (yes or options["dry_run"]) and _on_a_terminal()
+    shown = not (yes or options["dry_run"]) and _is_interactive()
     emit(as_document(report), lambda: show(report, shown=shown))
     if options["dry_run"]:
-        log("dry run: nothing was sent.")
+        log("Dry run: nothing was sent.")
 
 
 def _rank(text: str | None) -> int | bool:
@@ -97,17 +103,19 @@ def _rank(text: str | None) -> int | bool:
     if text == "exact":
         return True
     if not text.isdecimal() or not int(text):
-        raise UsageError(f"--with-lora takes a rank, not {text!r}.", fix="Write --with-lora=16, or put it last.")
+        raise UsageError(
+            f"Invalid rank {text!r} for --with-lora.", fix="Use --with-lora=16, or give --with-lora as the last option."
+        )
     return int(text)
 
 
-def _on_a_terminal() -> bool:
+def _is_interactive() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty() and not flag_is_set("json")
 
 
-def _ask(plan: PushPlan) -> bool:
-    """Show the plan and wait for a yes; where nobody can answer, the command line was the answer."""
-    if not _on_a_terminal():
+def _confirm(plan: PushPlan) -> bool:
+    """Show the plan and ask for confirmation; without a terminal, the command line counts as confirmation."""
+    if not _is_interactive():
         return True
     show_plan(plan)
     return click.confirm(f"Push to {plan.repo}?", err=True)
@@ -119,20 +127,20 @@ def as_document(report: PushReport) -> dict[str, Any]:
 
 
 def show_plan(plan: PushPlan) -> None:
-    """The table of files, and where they go."""
+    """Show the files and their destination."""
     show_table(
-        ("file", ">size", "change", "sent over"),
+        ("file", ">size", "change", "transport"),
         ((r.file, human_bytes(r.size) if r.size else "", r.action, r.transport) for r in plan.rows),
     )
     show_text()
     show_facts(
         (
             ("repository", f"{plan.repo}, new, {plan.visibility}" if plan.is_new else plan.repo),
-            ("on top of", None if plan.is_new or plan.parent is None else plan.parent[:7]),
+            ("parent commit", None if plan.is_new or plan.parent is None else plan.parent[:7]),
             ("branch", plan.revision if plan.revision != "main" else None),
-            ("as", "a pull request" if plan.create_pr else None),
-            ("with the tag", plan.tag),
-            ("sends", human_bytes(plan.bytes_to_send)),
+            ("opens", "a pull request" if plan.create_pr else None),
+            ("tag", plan.tag),
+            ("upload", human_bytes(plan.bytes_to_send)),
             *(("note", note) for note in plan.notes),
         )
     )
@@ -143,10 +151,10 @@ def show(report: PushReport, *, shown: bool) -> None:
         show_plan(report.plan)
         show_text()
     notes = report.notes if report.up_to_date else [n for n in report.notes if n not in report.plan.notes]
-    same = f"already up to date: {len(report.plan.rows)} files" if report.up_to_date else None
+    up_to_date = f"already up to date: {len(report.plan.rows)} files" if report.up_to_date else None
     show_facts(
         (
-            ("result", same),
+            ("result", up_to_date),
             ("url", report.url),
             ("commit", report.plan.parent if report.up_to_date else report.commit),
             ("pull request", report.pull_request),

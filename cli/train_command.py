@@ -1,4 +1,4 @@
-"""`krona train`: an adapter from pictures. Its flags are the fields of the settings."""
+"""`krona train`: an adapter from images. Its flags are the fields of the training settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from krona_hub.rendering.humanize import human_bytes
 from krona_hub.training.configuration import PRESETS
 from krona_hub.training.settings import KINDS, SettingKind
 
-WORLD = "WORLD_SIZE"  # set by a launcher: this process is one of several already
+WORLD = "WORLD_SIZE"  # set by a launcher: this process is already one of several
 
 
 def _option(kind: SettingKind) -> click.Option:
@@ -46,12 +46,12 @@ def _help(kind: SettingKind) -> str:
 OPTIONS = {
     "Run": (
         click.Option(
-            ["--preset"], type=click.Choice(list(PRESETS)), help="Settings to start from; flags and the file win."
+            ["--preset"],
+            type=click.Choice(list(PRESETS)),
+            help="Preset to start from; CONFIG and flags take precedence.",
         ),
-        click.Option(
-            ["--resume", "resume_from"], metavar="RUN", type=click.Path(), help="Go on with a run that was stopped."
-        ),
-        click.Option(["--check"], is_flag=True, help="Check data, base and shapes, print the plan, and stop."),
+        click.Option(["--resume", "resume_from"], metavar="RUN", type=click.Path(), help="Resume a stopped run."),
+        click.Option(["--check"], is_flag=True, help="Check data, base model and shapes, print the plan and exit."),
         click.Option(
             ["--num-processes"], type=click.IntRange(1), metavar="N", help="Train with N processes on this machine."
         ),
@@ -81,14 +81,14 @@ def command(
     num_processes: int | None,
     **flags: Any,
 ) -> None:
-    """Train a Kronecker adapter of a base model on a folder of pictures.
+    """Train a Kronecker adapter for a base model on a folder of images.
 
-    CONFIG is a TOML file of the same settings as the flags, which win over it. The run folder gets adapter.safetensors,
-    checkpoints to go on from, metrics.jsonl, samples and config.toml.
+    CONFIG is a TOML file with the same settings as the flags; flags take precedence. The run folder contains
+    adapter.safetensors, checkpoints to resume from, metrics.jsonl, samples and config.toml.
     """
     given = _given(flags)
     if check and resume_from:
-        raise UsageError("--check is of a new training.", fix="Leave out --check, or --resume.")
+        raise UsageError("--check and --resume exclude each other.", fix="Remove one of them.")
     if num_processes and num_processes > 1 and WORLD not in os.environ:
         sys.stdout.flush()
         raise SystemExit(_launch(num_processes))
@@ -99,10 +99,10 @@ def command(
 
 
 def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that were on the command line."""
+    """The settings given on the command line."""
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
     for name in given:
-        if KINDS[name].has_commas:  # given with commas, one by one, or both
+        if KINDS[name].has_commas:  # comma-separated, repeated, or both
             given[name] = ",".join(given[name])
     if "shapes" in given:
         given["shapes"] = dict(map(_pair, given["shapes"]))
@@ -112,14 +112,16 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
 def _pair(text: str) -> tuple[str, str]:
     pattern, equals, shape = text.rpartition("=")
     if not (equals and pattern):
-        raise UsageError(f"{text!r} is no REGEX=a1xa2.", fix='Write, for example, --shapes "attn2.to_[kv]=32x8".')
+        raise UsageError(
+            f"Invalid value {text!r} for --shapes.", fix='Use REGEX=a1xa2, e.g. --shapes "attn2.to_[kv]=32x8".'
+        )
     return pattern, shape
 
 
 def _launch(processes: int) -> int:
-    """The same command line in several processes, started by torchrun; its status.
+    """Run the same command line in several processes with torchrun and return its status.
 
-    `accelerate launch` starts a single process on a CPU, whatever number it is given.
+    On a CPU, `accelerate launch` starts a single process, whatever number is requested.
     """
     rest = _without(sys.argv[1:], "--num-processes")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -127,35 +129,36 @@ def _launch(processes: int) -> int:
 
 
 def _without(arguments: list[str], option: str) -> list[str]:
-    """
+    """Remove an option and its value from a command line.
+
     >>> _without(["train", "--num-processes", "2", "--steps", "3", "--num-processes=4"], "--num-processes")
     ['train', '--steps', '3']
     """
-    kept, skip = [], False
+    rest, skip = [], False
     for argument in arguments:
         if not skip and argument != option and not argument.startswith(f"{option}="):
-            kept.append(argument)
+            rest.append(argument)
         skip = argument == option
-    return kept
+    return rest
 
 
 def _train(config: str | None, preset: str | None, resume_from: str | None, given: dict[str, Any]) -> None:
     from krona_hub.training.api import train
     from krona_hub.training.progress.training_state import StepReport
 
-    lead = os.environ.get("RANK", "0") == "0"
+    is_main = os.environ.get("RANK", "0") == "0"
     with noted_progress("training") as step:
 
-        def tell(now: StepReport) -> None:
-            if lead:
+        def show_step(now: StepReport) -> None:
+            if is_main:
                 step(
                     now.step,
                     now.steps,
                     f"loss {now.loss:.4f}, smoothed {now.smooth_loss:.4f}  {human_bytes(now.memory)}",
                 )
 
-        report = train(config, preset=preset, resume_from=resume_from, progress=tell, **given)
-    if lead:
+        report = train(config, preset=preset, resume_from=resume_from, progress=show_step, **given)
+    if is_main:
         emit(report, lambda: _show(report))
 
 
@@ -167,9 +170,9 @@ def _show(report: Any) -> None:
             ("steps", report.steps),
             ("loss", f"{report.first_loss:.4f} → {report.last_loss:.4f} (smoothed)" if report.last_loss else None),
             ("validation loss", f"{validation[0]:.4f} → {validation[-1]:.4f}" if validation else None),
-            ("left out", f"{report.skipped} batches whose loss was no number" if report.skipped else None),
-            ("most memory", human_bytes(report.memory)),
-            ("also", ", ".join(str(path) for path in report.exports)),
+            ("skipped", f"{report.skipped} batches with a NaN or infinite loss" if report.skipped else None),
+            ("peak memory", human_bytes(report.memory)),
+            ("companion exports", ", ".join(str(path) for path in report.exports)),
         ]
     )
 
@@ -178,25 +181,30 @@ def _check(config: str | None, preset: str | None, given: dict[str, Any]) -> Non
     from krona_hub.training.api import check_training
 
     if not flag_is_set("json"):
-        log("Opening the base and reading every picture …")
+        log("Opening the base model and reading every image …")
     plan = check_training(config, preset=preset, timed=True, **given)
     emit(plan, lambda: _show_plan(plan))
 
 
 def _memory(plan: Any) -> str:
-    """Measured where steps were tried; else the part that can be counted."""
-    counted = human_bytes(plan.memory)
+    """Memory as measured in trial steps, otherwise the part that can be computed."""
+    fixed = human_bytes(plan.memory)
     if plan.peak_memory is None:
-        return f"{counted} of weights and optimizer, and activations"
-    return f"{human_bytes(plan.peak_memory)} at most while it trains; weights and optimizer are {counted} of that"
+        return f"{fixed} for weights and optimizer, plus activations"
+    return f"{human_bytes(plan.peak_memory)} at peak, of which {fixed} for weights and optimizer"
 
 
 def _duration(seconds: float) -> str:
-    """
+    """A duration in minutes or hours.
+
     >>> _duration(75), _duration(5400)
     ('1.2 min', '1.5 h')
     """
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
 
 
 def _show_plan(plan: Any) -> None:
@@ -204,16 +212,16 @@ def _show_plan(plan: Any) -> None:
     time = None if plan.seconds is None else f"{_duration(plan.seconds)} ({plan.seconds_per_step:.2f} s per step)"
     show_facts(
         [
-            ("base", f"{plan.base} ({plan.family}, {plan.prediction}), {plan.dtype} on {plan.device}"),
-            ("pictures", f"{plan.pictures}: {sizes}"),
-            ("left out", ", ".join(plan.bad_pictures)),
-            ("for validation", plan.validation_pictures or None),
-            ("of the class", plan.prior_pictures or None),
+            ("base model", f"{plan.base} ({plan.family}, {plan.prediction}), {plan.dtype} on {plan.device}"),
+            ("images", f"{plan.pictures}: {sizes}"),
+            ("unreadable images", ", ".join(plan.bad_pictures)),
+            ("validation images", plan.validation_pictures or None),
+            ("regularization images", plan.prior_pictures or None),
             ("layers", plan.layers),
             ("parameters", plan.parameters),
-            ("steps", f"{plan.steps:,} of {plan.pictures_per_step} pictures: {plan.epochs:.3g} epochs"),
+            ("steps", f"{plan.steps:,} × {_images(plan.pictures_per_step)}: {plan.epochs:.3g} epochs"),
             ("memory", _memory(plan)),
             ("time", time),
         ]
     )
-    show_table(("form of the delta", ">layers"), plan.forms)
+    show_table(("factorization", ">layers"), plan.forms)

@@ -1,4 +1,4 @@
-"""`krona unmerge`: the base back, byte for byte."""
+"""`krona unmerge`: restore the base model of a merge, byte for byte."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 OPTIONS = (
     click.Option(
-        ["--undo"], type=click.Path(), required=True, metavar="FILE", help="What `krona merge --undo FILE` wrote."
+        ["--undo"],
+        type=click.Path(),
+        required=True,
+        metavar="FILE",
+        help="Undo file written by `krona merge --undo FILE`.",
     ),
     output_option,
-    click.Option(["--in-place"], is_flag=True, help="Restore the merged model itself."),
+    click.Option(["--in-place"], is_flag=True, help="Restore the merged model in place."),
     overwrite_option,
     threads_option,
 )
@@ -37,27 +41,27 @@ OPTIONS = (
     ),
 )
 def command(merged: str, undo: str, out: str | None, **options: Any) -> None:
-    """Restore the base that a merge started from, byte for byte.
+    """Restore the base model of a merge, byte for byte.
 
-    The undo file holds the original numbers of every changed tensor: subtracting an adapter from rounded weights does
-    not give them back. A model that is not the result of that merge is refused. MERGED may also be a base that a merge
-    --in-place left half done.
+    The undo file contains the original values of every changed tensor, since subtracting an adapter from rounded
+    weights does not restore them. A model that is not the result of this merge is refused. MERGED may also be a base
+    model that an interrupted merge --in-place left partially merged.
     """
     from krona_hub.merging.undo import unmerge
 
-    with byte_progress("restored") as step:
+    with byte_progress("restoring") as step:
         report = unmerge(merged, undo, out, progress=counting(step), **options)
     emit(plain(report), lambda: _show(report))
 
 
 def _show(report: UnmergeReport) -> None:
     show_facts(_facts(report))
-    show_text("restored: every file has the sha256 of the base.", "bold green")
+    show_text("Restored: every file has the SHA-256 of the base model.", "bold green")
 
 
 def _facts(report: UnmergeReport) -> Iterator[tuple[str, Any]]:
     yield "restored", _files(len(report.restored))
-    yield "as they were", _files(len(report.unchanged)) if report.unchanged else None
+    yield "unchanged", _files(len(report.unchanged)) if report.unchanged else None
     yield "copied", _files(len(report.copied)) if report.copied else None
     yield "output", report.out
     yield "written", f"{human_bytes(report.nbytes)} in {rate(report.nbytes, report.seconds)}"

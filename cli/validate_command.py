@@ -1,4 +1,4 @@
-"""`krona validate`: is this file sound, and does it fit its base?"""
+"""`krona validate`: check that a file is valid and fits its base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from krona_hub.cli.console import announce, emit, krona_command, show_text
 from krona_hub.cli.options import base_option, file_argument
 from krona_hub.verification import ValidationReport, validate
 
-COLOURS = {"error": "bold red", "warning": "yellow"}
+COLORS = {"error": "bold red", "warning": "yellow"}
 
 
 OPTIONS = (base_option,)
@@ -23,10 +23,10 @@ OPTIONS = (base_option,)
 )
 @click.pass_context
 def command(context: click.Context, file: str, base: str | None) -> None:
-    """Check an adapter's structure, schema, shapes and numbers, and with --base its layers.
+    """Check structure, schema, shapes and values of an adapter, and with --base its layers.
 
-    Every problem is one line with its fix. The exit status is 0 for a sound file, 2 for a broken one and 5 for one
-    that does not fit its base; warnings do not count.
+    Every problem is reported with its fix. The exit status is 0 for a valid file, 2 for an invalid file and 5 for a
+    file that does not fit its base model. Warnings do not change the exit status.
     """
     announce(file)
     report = validate(file, base)
@@ -46,16 +46,16 @@ def _show(report: ValidationReport) -> None:
 
 def _show_finding(finding: Finding) -> None:
     where = f"{finding.where}: " if finding.where else ""
-    show_text(f"{finding.severity} {finding.code}: {where}{finding.cause}", COLOURS[finding.severity])
+    show_text(f"{finding.severity} {finding.code}: {where}{finding.cause}", COLORS[finding.severity])
     if finding.fix:
         show_text(f"  fix: {finding.fix}")
 
 
 def _verdict(report: ValidationReport) -> str:
-    """`sound`, `sound, 1 warning`, `2 errors, 1 warning`."""
+    """`valid`, `valid, 1 warning` or `2 errors, 1 warning`."""
     errors, warnings = len(report.errors), len(report.findings) - len(report.errors)
     counts = [_count(n, word) for n, word in ((errors, "error"), (warnings, "warning")) if n]
-    return ", ".join(counts if errors else ["sound", *counts])
+    return ", ".join(counts if errors else ["valid", *counts])
 
 
 def _count(number: int, word: str) -> str:

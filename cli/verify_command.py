@@ -1,4 +1,4 @@
-"""`krona verify`: does this checkpoint contain that adapter, are these adapters the same, does it fit the base?"""
+"""`krona verify`: check a merge, compare two adapters, or check an adapter's fit to a base model."""
 
 from __future__ import annotations
 
@@ -16,30 +16,38 @@ from krona_hub.rendering.humanize import plain, relative
 if TYPE_CHECKING:
     from krona_hub.verification import DeltaCheck, FitCheck, MergeCheck, VerifyReport
 
-FEW = 6  # things that are listed without --all
-ALIKE = 0.99  # cosine from which one delta is called a multiple of the other
+FEW = 6  # rows that are listed without --all
+PARALLEL = 0.99  # cosine from which one delta counts as a multiple of the other
+STATES = {  # states whose name in the report differs from the one on the screen
+    "other strength": "different strength", "rounded otherwise": "rounding difference",
+    "other shape": "different shape", "touched": "changed unexpectedly",
+}  # fmt: skip
 PROPERTIES = ("same", "exit_code", "states", "only_first", "only_second", "relative_difference")
 
 
 OPTIONS = {
-    "Question": (
+    "Input": (
         base_option,
         click.Option(
             ["--adapter", "adapters"],
             type=WeightedSource(),
             multiple=True,
             metavar="FILE[:w]",
-            help="With --base: an adapter that FILE should contain, at strength w; repeat it for several.",
+            help="With --base: adapter that FILE should contain at strength w; repeatable.",
         ),
     ),
-    "How": (
+    "Comparison": (
         component_option,
         click.Option(
-            ["--tolerance"], type=float, default=1e-5, metavar="E", help="Of two adapters: relative, per layer [1e-05]."
+            ["--tolerance"],
+            type=float,
+            default=1e-5,
+            metavar="E",
+            help="Relative tolerance per layer between two adapters [1e-05].",
         ),
-        click.Option(["--exact"], is_flag=True, help="Of a checkpoint: allow no unit in the last place."),
+        click.Option(["--exact"], is_flag=True, help="Require exact equality of a merged model instead of 1 ULP."),
         allow_missing_option,
-        click.Option(["--all", "every"], is_flag=True, help="List everything, not what differs most."),
+        click.Option(["--all", "every"], is_flag=True, help="List everything, not only the largest differences."),
     ),
 }
 
@@ -66,60 +74,60 @@ def command(
     every: bool,
     **options: Any,
 ) -> None:
-    """Compare, and answer with numbers, a verdict and an exit status.
+    """Check a merge, compare two adapters, or check an adapter's fit to a base model.
 
-    krona verify MERGED --base BASE --adapter A:w   is MERGED exactly BASE with A at strength w?
+    `krona verify MERGED --base BASE --adapter A:w` checks that MERGED equals BASE with A at strength w.
 
-    krona verify A B                                do two adapters mean the same ΔW?
+    `krona verify A B` checks that two adapters represent the same ΔW.
 
-    krona verify A --base BASE                      does the adapter fit the base? Only headers are read.
+    `krona verify A --base BASE` checks, from headers alone, that the adapter fits the base model.
 
-    The exit status is 0 for yes, 6 for a difference and 5 for an adapter that does not fit its base.
+    The exit status is 0 for a match, 6 for a difference and 5 for an adapter that does not fit its base model.
     """
     from krona_hub.verification import verify
 
     announce(first, second, *(adapter.source for adapter in adapters))
     bar = byte_progress if adapters else progress
-    with bar("compared") as step:
+    with bar("comparing") as step:
         report = verify(first, second, adapters=list(adapters), progress=step, **options)
     emit(as_document(report), lambda: show(report, every=every))
     context.exit(report.exit_code)
 
 
 def as_document(report: VerifyReport) -> dict[str, Any]:
-    """The report, with what is computed from it."""
+    """The report with the values computed from it."""
     return plain(report) | {name: getattr(report, name) for name in PROPERTIES if hasattr(report, name)}
 
 
 def show(report: VerifyReport, *, every: bool) -> None:
-    """What differs, worst first; then the numbers and the verdict."""
+    """Show the differences, largest first; then the measures and the verdict."""
     _SHOW[report.question](report, every)
 
 
-def _listed(columns: Sequence[str], rows: Sequence[Sequence[Any]], every: bool) -> None:
-    """A table of what differs, cut to FEW rows unless all were asked for."""
+def _show_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], every: bool) -> None:
+    """Show a table of differences, cut to FEW rows unless --all was given."""
     if rows:
         show_table(columns, rows if every else rows[:FEW])
         if not every and len(rows) > FEW:
-            show_text(f"and {len(rows) - FEW:,} more; --all lists them")
+            show_text(f"and {len(rows) - FEW:,} more (--all lists them)")
         show_text()
 
 
-def _verdict(same: bool, yes: str, no: str) -> tuple[str, Any]:
-    """The last line: the answer in words, coloured in a terminal."""
+def _verdict(same: bool, match: str, mismatch: str) -> tuple[str, Any]:
+    """The last line, in color in a terminal."""
     from rich.text import Text
 
-    return "verdict", Text(yes if same else no, "bold green" if same else "bold red")
+    return "verdict", Text(match if same else mismatch, "bold green" if same else "bold red")
 
 
-# --- does this checkpoint contain exactly that? ----------------------------------------------------------------------
+# --- a merged model and its adapters ---------------------------------------------------------------------------------
 
 
 def _show_merge(report: MergeCheck, every: bool) -> None:
-    _listed(
-        ("tensor", "is", ">elements", ">unequal", ">units off", ">strength"),
+    _show_rows(
+        ("tensor", "state", ">elements", ">unequal", ">max. ULP error", ">strength"),
         [
-            (t.tensor, t.state, t.elements, t.unequal, f"{t.worst_units:.3g}", _strengths(t.strengths))
+            (t.tensor, _state(t.state), t.elements, t.unequal, f"{t.worst_units:.3g}", _strengths(t.strengths))
             for t in (report.tensors if every else report.different)
         ],
         every,
@@ -130,8 +138,8 @@ def _show_merge(report: MergeCheck, every: bool) -> None:
 def _merge_facts(report: MergeCheck) -> Iterator[tuple[str, Any]]:
     for adapter, weight, matched in zip(report.adapters, report.weights, report.matched, strict=True):
         yield "adapter", f"{adapter} at {weight:g}, {matched}"
-    yield "tensors", ", ".join(f"{count:,} {state}" for state, count in report.states.items())
-    yield "strength found", _strengths(report.strengths)
+    yield "tensors", ", ".join(f"{count:,} {_state(state)}" for state, count in report.states.items())
+    yield "measured strength", _strengths(report.strengths)
     for note in report.notes:
         yield "note", note
     yield _verdict(report.same, _merged(report), _not_merged(report))
@@ -140,33 +148,38 @@ def _merge_facts(report: MergeCheck) -> Iterator[tuple[str, Any]]:
 def _merged(report: MergeCheck) -> str:
     touched = sum(t.touched for t in report.tensors)
     return (
-        f"Same: exactly that. {touched:,} tensors are the rounded sum, within one unit in the last place; "
-        f"{len(report.tensors) - touched:,} are the base's, byte for byte."
+        f"Match: the model equals base + adapters (within 1 ULP). {touched:,} tensors are the rounded sum; "
+        f"{len(report.tensors) - touched:,} are unchanged."
     )
 
 
 def _not_merged(report: MergeCheck) -> str:
-    """What is wrong, in the most telling words that hold for all of it."""
+    """The most specific description that holds for all differences."""
     count = f"{len(report.different):,} of {len(report.tensors):,} tensors"
-    states = {t.state for t in report.different}
+    states = {_state(t.state) for t in report.different}
     if states == {"not merged"}:
-        return f"Different: nothing was merged into {count}."
-    if states == {"other strength"} and len(report.strengths) == 1:
-        return f"Different: merged at {_strengths(report.strengths)}, not at {report.weights[0]:g}."
-    return f"Different: {count} are not what they should be."
+        return f"Mismatch: nothing was merged into {count}."
+    if states == {"different strength"} and len(report.strengths) == 1:
+        return f"Mismatch: merged at {_strengths(report.strengths)}, not at {report.weights[0]:g}."
+    return f"Mismatch: {count} differ from base + adapters."
+
+
+def _state(state: str) -> str:
+    """The state of a tensor as the tables show it."""
+    return STATES.get(state, state)
 
 
 def _strengths(values: tuple[float, ...]) -> str | None:
     return ", ".join(f"{v:.4g}" for v in values) or None
 
 
-# --- do these two adapters mean the same? ----------------------------------------------------------------------------
+# --- two adapters ----------------------------------------------------------------------------------------------------
 
 
 def _show_delta(report: DeltaCheck, every: bool) -> None:
     worst = sorted(report.different, key=lambda x: -x.relative_difference)
     rows = [(x.layer, x.first, x.second, relative(x.relative_difference)) for x in (report.layers if every else worst)]
-    _listed(("layer", "first", "second", ">relative difference"), rows, every)
+    _show_rows(("layer", "first", "second", ">relative difference"), rows, every)
     show_facts(_delta_facts(report))
 
 
@@ -178,33 +191,33 @@ def _delta_facts(report: DeltaCheck) -> Iterator[tuple[str, Any]]:
     yield "only in the second", len(report.only_second) or None
     yield "difference", f"{relative(report.relative_difference)} relative, over all layers"
     if report.scale is not None and report.cosine is not None:
-        alike = abs(report.cosine) > ALIKE
-        words = f"about {report.scale:.4g} times the first" if alike else "no multiple of the first"
+        parallel = abs(report.cosine) > PARALLEL
+        words = f"about {report.scale:.4g}× the first" if parallel else "not a multiple of the first"
         yield "the second is", f"{words}, cosine {report.cosine:.4f}"
     for note in report.notes:
         yield "note", note
     yield _verdict(
         report.same,
-        f"Same: both mean the same ΔW, within {report.tolerance:g} in each of {len(report.layers):,} layers.",
-        f"Different: {len(report.different):,} of {len(report.layers):,} layers, by more than {report.tolerance:g}.",
+        f"Match: both represent the same ΔW, within {report.tolerance:g} in each of {len(report.layers):,} layers.",
+        f"Mismatch: {len(report.different):,} of {len(report.layers):,} layers differ by over {report.tolerance:g}.",
     )
 
 
-# --- does this adapter fit that base? --------------------------------------------------------------------------------
+# --- an adapter and its base model -----------------------------------------------------------------------------------
 
 
 def _show_fit(report: FitCheck, every: bool) -> None:
-    _listed(("module", "why it does not fit"), list(report.problems.items()), every)
+    _show_rows(("module", "reason for the mismatch"), list(report.problems.items()), every)
     show_facts(_fit_facts(report))
 
 
 def _fit_facts(report: FitCheck) -> Iterator[tuple[str, Any]]:
-    yield "modules", f"{report.matched} of {report.total} modules have their layer and shape in {report.base}"
+    yield "modules", f"{report.matched} of {report.total} modules match a layer and its shape in {report.base}"
     yield "layers", ", ".join(f"{part} {done:,} of {of:,}" for part, (done, of) in report.coverage.items())
-    yield "made for", report.recorded
+    yield "recorded base model", report.recorded
     if report.fingerprint_agrees is False:
-        yield "fingerprint", "the file records another base than this one"
-    yield "it fits", ", ".join(report.fits_instead)
+        yield "fingerprint", "the file records a different base model"
+    yield "fits instead", ", ".join(report.fits_instead)
     for note in report.notes:
         yield "note", note
     yield _verdict(report.same, f"Fits {report.base}.", f"Does not fit {report.base}.")

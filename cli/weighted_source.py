@@ -1,4 +1,4 @@
-"""`FILE:w` on the command line: an adapter, and the strength it is taken at."""
+"""`FILE:w` on the command line: an adapter and its strength."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)
 
 
 class WeightedArgument(NamedTuple):
-    """An adapter, as a path or a Hub id, and its strength."""
+    """An adapter, as a path or a Hub id, with its strength."""
 
     source: str
     weight: float = 1.0  # any sign; 0 adds nothing
@@ -26,7 +26,7 @@ class WeightedArgument(NamedTuple):
 
 
 def parse_weighted(text: str) -> WeightedArgument:
-    """Read `FILE:w`: w is what follows the last colon, if that is a number; a path that exists is taken whole.
+    """Parse `FILE:w`: w is the number after the last colon, if there is one. An existing path is not split.
 
     >>> parse_weighted("style.safetensors:0.6"), parse_weighted("hf://ns/name@v1:-1")
     (WeightedArgument(source='style.safetensors', weight=0.6), WeightedArgument(source='hf://ns/name@v1', weight=-1.0))
@@ -38,7 +38,9 @@ def parse_weighted(text: str) -> WeightedArgument:
         return WeightedArgument(text)
     weight = float(tail)
     if not isfinite(weight):
-        raise UsageError(f"{text}: {tail} is no strength.", fix="Write a number after the colon, such as :0.8 or :-1.")
+        raise UsageError(
+            f"Invalid strength {tail!r} in {text}.", fix="Use a finite number after the colon, e.g. :0.8 or :-1."
+        )
     return WeightedArgument(source, weight)
 
 

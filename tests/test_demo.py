@@ -1,4 +1,4 @@
-"""The demo's adapters are what their script makes, say so, and the demo leaves commands that can be repeated."""
+"""The demo adapters are the output of their script and are marked so; the commands of the demo can be repeated."""
 
 import json
 import shlex
@@ -62,20 +62,20 @@ def test_the_demo_shows_the_toy_and_its_commands_can_be_repeated(tmp_path, monke
     assert main(["demo"]) == 0
     shown = capsys.readouterr()
     assert "the LoRA itself" in shown.out and " ⊗ " in shown.out and "zorbi" in shown.err
-    assert shown.out.count("Same: ") == 2
+    assert shown.out.count("Match: ") == 2
     assert_toys(tmp_path / "krona-demo/pictures")
     for line in (tmp_path / "krona-demo/commands.txt").read_text().splitlines():
         assert main(shlex.split(line)[1:]) == 0, line
 
 
 def assert_toys(folder):
-    """Original, converted and merged draw the same, most of them the toy; the base alone never does."""
+    """Original, converted and merged generate the same images, most of them of the toy; the base alone never does."""
     record = json.loads((folder / "record.json").read_text())
     columns = {}
-    for picture in record["pictures"]:
-        columns.setdefault(picture["column"], []).append(np.asarray(Image.open(folder / picture["file"])))
+    for image in record["pictures"]:
+        columns.setdefault(image["column"], []).append(np.asarray(Image.open(folder / image["file"])))
     assert list(columns) == ["base", "lokr", "lokr-as-lora", "merged"]
-    shares = {name: np.mean([toy.shows(picture) for picture in pictures]) for name, pictures in columns.items()}
+    shares = {name: np.mean([toy.shows(image) for image in images]) for name, images in columns.items()}
     assert shares["base"] == 0 and min(shares[name] for name in ("lokr", "lokr-as-lora", "merged")) >= 2 / 3
     original = np.stack(columns["lokr"]).astype(int)
     apart = {name: np.abs(np.stack(columns[name]) - original).mean() for name in columns}

@@ -1,1 +1,1 @@
-"""Tables, words and HTML reports."""
+"""Tables, text and HTML reports."""

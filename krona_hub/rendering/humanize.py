@@ -1,4 +1,4 @@
-"""Numbers and forms in words, for the screen and for pages. Torch-free."""
+"""Numbers as text, for the screen and for HTML reports. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from math import isfinite
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 def human_bytes(count: int) -> str:
-    """A size in the unit a person would choose, decimal.
+    """Format a number of bytes with a decimal unit.
 
     >>> human_bytes(512), human_bytes(3_227_336), human_bytes(5_500_000_000)
     ('512 B', '3.2 MB', '5.5 GB')
@@ -25,7 +22,7 @@ def human_bytes(count: int) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of one as a percentage that keeps nearly nothing apart from nothing, and nearly all from all.
+    """Format a share as a percentage that keeps values near 0 % and near 100 % distinguishable from them.
 
     >>> percent(0.5), percent(0.0123), percent(0.00004), percent(0.0)
     ('50 %', '1.2 %', '0.004 %', '0 %')
@@ -38,7 +35,7 @@ def percent(share: float) -> str:
 
 
 def relative(error: float) -> str:
-    """A relative error in few characters.
+    """Format a relative error with two significant digits.
 
     >>> relative(0.0), relative(3.2e-7), relative(0.0487)
     ('0', '3.2e-07', '0.049')
@@ -47,7 +44,7 @@ def relative(error: float) -> str:
 
 
 def rate(nbytes: int, seconds: float) -> str:
-    """How long it took, and how fast where that means something.
+    """Format a duration, with the throughput if there were enough bytes to measure it.
 
     >>> rate(5_100_000_000, 3.4), rate(20_000, 0.003)
     ('3.4 s, 1.5 GB/s', '0.0 s')
@@ -57,7 +54,7 @@ def rate(nbytes: int, seconds: float) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value as what JSON can hold: dataclasses and named tuples become objects, paths text, NaN null.
+    """Convert a value for JSON: dataclasses and named tuples become objects, paths text, NaN and infinity null.
 
     >>> from pathlib import Path
     >>> from krona_hub.kron.shapes import KronShape

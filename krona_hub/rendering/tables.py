@@ -1,4 +1,4 @@
-"""Turns what the library returns into plain values and words, for the screen and for JSON. Torch-free."""
+"""Library results as plain values and text, for the screen and for JSON. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class FactorizationGroup(NamedTuple):
-    """Layers that went from one form to another."""
+    """Layers with the same original and the same new factorization."""
 
     layers: int
     before: str
@@ -21,18 +21,21 @@ class FactorizationGroup(NamedTuple):
     parameters_before: int
     parameters_after: int
     worst_error: float
-    note: str  # that all of them have
+    note: str  # if all layers share it
 
 
 def factorization_groups(layers: Sequence[LayerReport], most: int = 8) -> tuple[FactorizationGroup, ...]:
-    """The layers of a conversion by what they became, most layers first; what exceeds `most` groups is one group."""
+    """Group the layers of a conversion by factorization, largest group first; groups beyond `most` become one."""
     groups: dict[tuple[str, str], list[LayerReport]] = {}
     for layer in layers:
         groups.setdefault((layer.before, layer.after), []).append(layer)
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     if len(ordered) > most:
         rest = ordered[most - 1 :]
-        ordered = [*ordered[: most - 1], (("various", f"{len(rest)} other forms"), [x for _, xs in rest for x in xs])]
+        ordered = [
+            *ordered[: most - 1],
+            (("various", f"{len(rest)} other factorizations"), [x for _, xs in rest for x in xs]),
+        ]
     return tuple(_group(before, after, members) for (before, after), members in ordered)
 
 
@@ -44,7 +47,7 @@ def _group(before: str, after: str, members: Sequence[LayerReport]) -> Factoriza
 
 
 class FormatFacts(NamedTuple):
-    """A format as `krona formats` lists it."""
+    """A format as listed by `krona formats`."""
 
     name: str
     reads: bool
@@ -53,21 +56,21 @@ class FormatFacts(NamedTuple):
 
 
 def format_facts() -> tuple[FormatFacts, ...]:
-    """Every format of FORMATS, in its order."""
+    """List every format, in the order of FORMATS."""
     from krona_hub.formats.known.registry import FORMATS
 
     return tuple(FormatFacts(format.name, True, format.writes, format.summary) for format in FORMATS)
 
 
 class Cell(NamedTuple):
-    """Whether a tool loads a format."""
+    """Whether an application loads a format."""
 
-    mark: str  # "yes", "some" (shapes; `krona inspect` says which) or "–"
+    mark: str  # "yes", "some" (shapes; `krona inspect` shows which) or "–"
     why: str
 
 
 def loads_matrix() -> dict[str, dict[str, Cell]]:
-    """Format -> tool -> whether the tool loads such files."""
+    """Map each format and application to whether the application loads files of the format."""
     from krona_hub.formats.compatibility.tools import REJECTS, TOOLS
     from krona_hub.formats.known.registry import FORMATS
 
@@ -84,30 +87,30 @@ def _cell(format_name: str, tool: str) -> Cell:
         return Cell("–", reason)
     storage = by_name(format_name).storage
     if storage is not None and storage.kind == "kronecker" and any(rule is not no_dora for rule in TOOLS[tool].rules):
-        return Cell("some", f"{TOOLS[tool].title} loads some shapes only; krona inspect says which")
+        return Cell("some", f"{TOOLS[tool].title} loads only some shapes; krona inspect shows which")
     return Cell("yes", "")
 
 
 class ModuleRow(NamedTuple):
-    """Modules of a file that look alike."""
+    """Modules of a file with the same kind, factorization and scale."""
 
     modules: int
     kind: str
-    form: str  # "r8", "8x8 ⊗ 40x40 r4"
+    factorization: str  # "r8", "8x8 ⊗ 40x40 r4"
     scale: str
     parameters: int
     dora_axis: str | None
 
 
 def module_groups(modules: Sequence[ModuleInfo], most: int = 12) -> tuple[ModuleRow, ...]:
-    """The modules by kind, form and scale, most modules first; what exceeds `most` groups is one group."""
+    """Group modules by kind, factorization and scale, largest group first; groups beyond `most` become one."""
     groups: dict[tuple[str, str, str, str | None], list[ModuleInfo]] = {}
     for m in modules:
         groups.setdefault((m.kind, factorization_text(m), scale_text(m), m.dora_axis), []).append(m)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
-    told = [ModuleRow(len(ms), *key[:3], sum(m.parameters for m in ms), key[3]) for key, ms in ordered]
-    if len(told) > most:
-        rest = told[most - 1 :]
-        whole = sum(g.modules for g in rest), sum(g.parameters for g in rest)
-        told[most - 1 :] = [ModuleRow(whole[0], "various", f"{len(rest)} other forms", "", whole[1], None)]
-    return tuple(told)
+    rows = [ModuleRow(len(ms), *key[:3], sum(m.parameters for m in ms), key[3]) for key, ms in ordered]
+    if len(rows) > most:
+        rest = rows[most - 1 :]
+        total = sum(g.modules for g in rest), sum(g.parameters for g in rest)
+        rows[most - 1 :] = [ModuleRow(total[0], "various", f"{len(rest)} other factorizations", "", total[1], None)]
+    return tuple(rows)

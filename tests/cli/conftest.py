@@ -12,12 +12,12 @@ __all__ = ["adapters", "client_home", "hub", "no_waiting"]
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory):
-    """A folder with lora, lokr and krona.safetensors, the files that the examples of the commands name."""
+    """A folder with lora, lokr and krona.safetensors, the files of the command examples."""
     return add_training(example_folder(tmp_path_factory.mktemp("adapters")))
 
 
 def add_training(folder):
-    """tiny, a pipeline that can be trained; photos; config.toml, and stopped, a run of two steps."""
+    """Add tiny, a trainable pipeline; photos; config.toml; and stopped, a run of two steps."""
     save_base("sd15", folder).rename(folder / "tiny")
     save_photos(folder / "photos")
     (folder / "config.toml").write_text(CONFIG)

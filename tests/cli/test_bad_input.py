@@ -1,4 +1,4 @@
-"""Files that are no adapters, or broken ones: a coded line of cause and one of fix, and nothing is touched."""
+"""Files that are not adapters, or invalid ones: one line of cause with a code, one line of fix, nothing changed."""
 
 import json
 import math
@@ -22,7 +22,7 @@ TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
 def lora(**changed):
-    """A sound LoRA of one module, with some tensors changed or (None) left out."""
+    """A valid LoRA of one module, with some tensors changed or (None) omitted."""
     tensors = {
         "lora_up.weight": torch.ones(320, 4),
         "lora_down.weight": torch.ones(4, 320),
@@ -46,7 +46,7 @@ def zipped_pickle(path):
     return path.read_bytes()
 
 
-BAD = {  # name -> (bytes, codes that may be told)
+BAD = {  # name -> (bytes, accepted codes)
     "an empty file": (b"", {"KH124"}),
     "a pickle": (pickle.dumps({"x": 1}), {"KH121"}),
     "a web page": (b"<!DOCTYPE html><html><body>404</body></html>", {"KH122"}),
@@ -162,8 +162,8 @@ def test_options_that_mean_nothing_are_wrong_usage(options, adapters, tmp_path, 
 def test_a_result_that_lost_too_much_is_refused(adapters, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     assert main(["convert", str(adapters / "lora.safetensors"), "--shape", "64x4", "-o", str(out)]) == 3
-    told = capsys.readouterr().err
-    assert told.startswith("error KH140") and "--allow-loss" in told and not out.exists()
+    error = capsys.readouterr().err
+    assert error.startswith("error KH140") and "--allow-loss" in error and not out.exists()
 
 
 AT_THE_SYNC = """
@@ -196,5 +196,5 @@ def test_control_c_stops_without_a_half_written_file(moment, adapters, tmp_path)
         "start()"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 130 and "stopped" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 130 and "Stopped." in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

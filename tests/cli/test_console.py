@@ -1,4 +1,4 @@
-"""How commands print: tables that survive a pipe, JSON that is one document, chatter that stays on stderr."""
+"""Printing of commands: tables in a pipe, JSON as one document, notes on stderr."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def test_text_goes_to_stdout_and_chatter_to_stderr(capsys):
 
 def test_what_is_looked_for_on_the_hub_is_said_aloud(capsys, tmp_path):
     console.announce(str(tmp_path), "nobody/nothing", None, "here.safetensors")
-    assert capsys.readouterr().err == "nobody/nothing is no path here: asking the Hugging Face Hub.\n"
+    assert capsys.readouterr().err == "nobody/nothing is not a local path; looking it up on the Hugging Face Hub.\n"
 
 
 def test_quiet_leaves_the_result_alone(capsys):
@@ -79,7 +79,7 @@ def test_colour_appears_only_in_a_terminal_without_no_color(capsys, monkeypatch,
 
 
 def on_a_terminal(monkeypatch, *seconds: float) -> None:
-    """A terminal, and a clock that shows these times one after the other."""
+    """Simulate a terminal and a clock that returns these times in order."""
     clock = iter(seconds)
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -103,7 +103,7 @@ def test_a_bar_of_bytes_tells_the_rate_and_the_time_left_since_the_work_began(ca
         step(1_000_000_000, 5_000_000_000)
         assert "1.0 GB of 5.0 GB  250.0 MB/s  0:16 left" in capsys.readouterr().err
         step(1_000_000_001, 5_000_000_000)
-        assert capsys.readouterr().err == "", "drawn ten times a second at most"
+        assert capsys.readouterr().err == "", "updated ten times a second at most"
         step(2_000_000_000, None)
         assert capsys.readouterr().err == "\r\x1b[Kmerged 2.0 GB  250.0 MB/s"
 

@@ -1,4 +1,4 @@
-"""The report of a conversion on the screen: readable for 12 layers and for 800."""
+"""Output of a conversion: readable for 12 layers and for 800."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ def report_of(*layers: LayerReport) -> ConversionReport:
 
 
 def many(count: int) -> tuple[LayerReport, ...]:
-    """Layers of five forms with errors that grow."""
+    """Layers of five factorizations with increasing errors."""
     return tuple(
         replace(ONE, layer=f"unet.block.{i}", after=f"{2 ** (i % 5)}x4 ⊗ 5x5", relative_error=0.0001 * i)
         for i in range(count)
@@ -44,7 +44,7 @@ def test_layers_lists_them_all_whole(capsys):
 
 
 def test_the_groups_hold_every_layer_once_and_every_parameter():
-    layers = tuple(replace(x, after=f"form {i}") for i, x in enumerate(many(100)))
+    layers = tuple(replace(x, after=f"factorization {i}") for i, x in enumerate(many(100)))
     groups = factorization_groups(layers)
     assert len(groups) == 8 and sum(g.layers for g in groups) == 100
     assert sum(g.parameters_after for g in groups) == sum(x.parameters_after for x in layers)

@@ -1,4 +1,4 @@
-"""Every example of every --help runs, and every --json prints one document of the promised shape."""
+"""Every example of every --help runs, and every --json prints one document of the documented shape."""
 
 import json
 import os
@@ -267,7 +267,7 @@ SHAPES = {
 
 @pytest.fixture
 def here(adapters, tmp_path, monkeypatch):
-    """A folder of its own with the files of the examples, as the working directory. No command edits a file."""
+    """A separate working directory with the files of the examples. No command edits a file."""
     shutil.copytree(adapters, tmp_path, copy_function=os.link, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -275,7 +275,7 @@ def here(adapters, tmp_path, monkeypatch):
 
 @pytest.fixture
 def online(request, here):
-    """For commands that need a Hub: one of our own, with the adapter that `pull` and `hub` are about."""
+    """A fake Hub for commands that need one, with the adapter of the `pull` and `hub` examples."""
     line = request.node.callspec.params["line"].removeprefix("krona ")
     if line.split()[0] in ("push", "pull", "hub"):
         request.getfixturevalue("hub")

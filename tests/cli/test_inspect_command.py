@@ -1,4 +1,4 @@
-"""`krona inspect`: true numbers, every tool once, and nothing but the header read."""
+"""`krona inspect`: correct numbers, every application once, and only the header read."""
 
 import hashlib
 import json
@@ -37,9 +37,9 @@ def test_the_numbers_are_those_of_the_file(lora, capsys):
 
 def test_the_text_names_every_tool_once(lora, capsys):
     assert main(["inspect", str(lora)]) == 0
-    told = capsys.readouterr().out.partition("loads in")[2]
+    shown = capsys.readouterr().out.partition("loads in")[2]
     for tool in TOOLS:
-        assert told.replace(",", " ").replace(":", " ").split().count(tool) == 1, tool
+        assert shown.replace(",", " ").replace(":", " ").split().count(tool) == 1, tool
 
 
 def test_the_groups_hold_every_module_once(lora):

@@ -38,8 +38,8 @@ def test_a_bare_krona_shows_the_help(capsys):
 
 def test_a_misspelt_command_gets_a_suggestion(capsys):
     assert main(["completoin"]) == 2
-    told = capsys.readouterr().err
-    assert told == "error KH101: no such command 'completoin'.\nfix: Did you mean completion?\n"
+    error = capsys.readouterr().err
+    assert error == "error KH101: No such command 'completoin'.\nfix: Did you mean completion?\n"
 
 
 def test_a_misspelt_option_gets_a_suggestion(capsys):
@@ -74,8 +74,8 @@ def test_a_bug_says_so_without_a_traceback(capsys, monkeypatch):
     monkeypatch.delenv("KRONA_TRACEBACK", raising=False)
     monkeypatch.setattr(cli, "invoke", lambda context: {}["missing"])
     assert main(["completion", "bash"]) == 1
-    told = capsys.readouterr().err
-    assert "this is a bug" in told and "Traceback" not in told and "KRONA_TRACEBACK=1" in told
+    error = capsys.readouterr().err
+    assert "This is a bug" in error and "Traceback" not in error and "KRONA_TRACEBACK=1" in error
 
 
 def test_a_closed_pipe_is_no_error():
@@ -108,5 +108,5 @@ def test_a_command_says_nothing_that_torch_and_torchao_tell_developers(tmp_path)
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     line = ["train", "--base", "tiny-scenes", "--data", str(tmp_path), "--check", "--device", "cpu"]
     done = subprocess.run([sys.executable, "-m", "krona_hub.cli", *line], capture_output=True, text=True, check=True)
-    assert "pictures" in done.stdout
-    assert done.stderr.splitlines() == ["Opening the base and reading every picture …"]
+    assert "images" in done.stdout
+    assert done.stderr.splitlines() == ["Opening the base model and reading every image …"]

@@ -1,4 +1,4 @@
-"""merge, verify, unmerge, extract and combine from the outside: exit statuses, what is printed, what is left behind."""
+"""merge, verify, unmerge, extract and combine as commands: exit statuses, output and files."""
 
 import hashlib
 import json
@@ -95,7 +95,7 @@ def test_what_is_extracted_from_a_merge_is_what_was_merged(here, capsys):
 
 
 REFUSED = {  # command line -> code
-    "merge base lora.safetensors": "KH101",  # nowhere to write
+    "merge base lora.safetensors": "KH101",  # no output
     "merge base -o new": "KH101",
     "merge base lora.safetensors:nan -o new": "KH101",
     "merge base lora.safetensors --in-place": "KH101",
@@ -108,7 +108,7 @@ REFUSED = {  # command line -> code
     "merge base lora.safetensors -o base/new": "KH170",
     "merge base lora.safetensors -o new --undo undo.safetensors": "KH170",
     "merge base lora.safetensors -o no/where/new": "KH190",
-    "merge base krona.safetensors -o new": "KH160",  # made for the whole of sd15
+    "merge base krona.safetensors -o new": "KH160",  # made for all of sd15
     "merge base lora.safetensors --component text_encoder -o new": "KH160",
     "merge base lora.safetensors --block-weights unused.txt -o new": "KH101",
     "merge base lora.safetensors --block-weights nonsense.txt -o new": "KH101",

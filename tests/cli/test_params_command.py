@@ -1,4 +1,4 @@
-"""`krona params`: the published figures on the screen, in JSON the same, and every mistake with its fix."""
+"""`krona params`: the published figures as text and as JSON, and every mistake with its fix."""
 
 import json
 
@@ -10,13 +10,13 @@ from krona_hub.formats.reading.describe import describe
 from krona_hub.rendering.humanize import plain
 
 
-def told(capsys, *arguments) -> str:
+def output_of(capsys, *arguments) -> str:
     assert main(["params", *map(str, arguments)]) == 0
     return capsys.readouterr().out
 
 
 def test_the_table_has_the_figures_of_the_paper(capsys):
-    out = told(capsys, "--base", "sdxl", "--shape", "64x4,64x8,64x16", "--rank", "4")
+    out = output_of(capsys, "--base", "sdxl", "--shape", "64x4,64x8,64x16", "--rank", "4")
     numbers = {
         line.rpartition("  ")[0].split("  ")[0].strip(): line.split() for line in out.splitlines() if "560" in line
     }
@@ -28,28 +28,28 @@ def test_the_table_has_the_figures_of_the_paper(capsys):
 
 
 def test_json_is_the_accounting_itself(capsys):
-    found = json.loads(told(capsys, "--base", "sd15", "--component", "all", "--shape", "64x4", "--json"))
+    found = json.loads(output_of(capsys, "--base", "sd15", "--component", "all", "--shape", "64x4", "--json"))
     assert found == json.loads(json.dumps(plain(account("sd15", component="all", shapes=["64x4"]))))
     assert {row["method"]: row["parameters"] for row in found["rows"]}["KronA 64x4"] == 520_928
 
 
 def test_components_can_be_named_one_by_one(capsys):
-    both = told(capsys, "--base", "sd15", "--component", "unet", "--component", "text_encoder", "--json")
-    assert json.loads(both) == json.loads(told(capsys, "--base", "sd15", "--component", "all", "--json"))
+    both = output_of(capsys, "--base", "sd15", "--component", "unet", "--component", "text_encoder", "--json")
+    assert json.loads(both) == json.loads(output_of(capsys, "--base", "sd15", "--component", "all", "--json"))
 
 
 def test_layers_that_a_shape_does_not_divide_are_named(capsys):
-    out = told(capsys, "--base", "sdxl", "--targets", "conv_in|conv_out|mid_block.*to_k", "--shape", "64x8")
+    out = output_of(capsys, "--base", "sdxl", "--targets", "conv_in|conv_out|mid_block.*to_k", "--shape", "64x8")
     assert "KronA 64x8 does not divide unet.conv_in, unet.conv_out; not counted." in out
 
 
 def test_the_sets_of_a_base_are_listed(capsys):
-    assert "kqvo, attn, attn+ff, blocks, fused, all" in told(capsys, "--base", "flux1-dev")
+    assert "kqvo, attn, attn+ff, blocks, fused, all" in output_of(capsys, "--base", "flux1-dev")
 
 
 def test_a_file_is_counted_beside_other_forms_of_its_layers(adapters, capsys):
     for name in ("lora.safetensors", "lokr.safetensors", "krona.safetensors"):
-        found = json.loads(told(capsys, adapters / name, "--json", "--rank", "4"))
+        found = json.loads(output_of(capsys, adapters / name, "--json", "--rank", "4"))
         about = describe(adapters / name)
         assert found["rows"][0]["parameters"] == about.parameters
         assert found["rows"][0]["modules"] == sum(part["modules"] for part in found["parts"]) == len(about.modules)
@@ -59,9 +59,9 @@ def test_a_file_is_counted_beside_other_forms_of_its_layers(adapters, capsys):
 @pytest.mark.parametrize(
     ("arguments", "status", "cause"),
     [
-        ([], 2, "neither a file nor a base model"),
+        ([], 2, "Missing argument FILE or option --base"),
         (["--base", "sdlx"], 2, "no base is called 'sdlx'"),
-        (["--base", "sdxl", "--rank", "four"], 2, "no list of numbers"),
+        (["--base", "sdxl", "--rank", "four"], 2, "Invalid value 'four' for --rank"),
         (["--base", "sdxl", "--shape", "64"], 2, "is no shape"),
         (["--base", "sdxl", "--targets", "("], 2, "no regular expression"),
         (["--base", "sdxl", "--component", "transformer"], 2, "has no component transformer"),

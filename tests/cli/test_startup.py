@@ -1,4 +1,4 @@
-"""Start-up: what people type often answers without importing the heavy libraries."""
+"""Startup: frequent commands run without importing the heavy libraries."""
 
 import subprocess
 import sys
@@ -55,7 +55,7 @@ def test_unmerge_imports_no_heavy_library(adapters, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-MISTAKES = {  # what is wrong with a command line is told before torch is imported -> the error
+MISTAKES = {  # command line whose mistake is reported before torch is imported -> code
     "convert lora.safetensors --exact --rank 4": "KH101",
     "convert lora.safetensors --terms 4": "KH101",
     "convert lora.safetensors --to lor": "KH101",

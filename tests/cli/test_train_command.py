@@ -1,4 +1,4 @@
-"""`krona train`: flags become settings, mistakes are told, the plan and the result are printed."""
+"""`krona train`: flags become settings, mistakes are reported, the plan and the result are printed."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.training.conftest import bases, photos  # noqa: F401  fixtures
 
 @pytest.fixture
 def line(bases, photos, tmp_path):  # noqa: F811
-    """A command line that trains for a second."""
+    """A command line that trains for about a second."""
     return [
         "train", "--base", bases("sd15"), "--data", photos, "--prompt", "a photo", "--resolution", "16", "--steps", "2",
         "--device", "cpu", "-o", str(tmp_path / "run"),

@@ -28,7 +28,7 @@ def native(path, layer=LAYER, size=(1280, 1280), value=1.0, version="1.0"):
 def test_a_sound_file_that_fits_its_base_is_sound(tmp_path, capsys):
     path = native(tmp_path / "x.safetensors")
     assert main(["validate", str(path), "--base", "sd15"]) == 0
-    assert capsys.readouterr().out == f"{path}: sound\n"
+    assert capsys.readouterr().out == f"{path}: valid\n"
 
 
 def test_each_problem_is_a_line_with_its_fix_and_the_status_is_2(tmp_path, capsys):
@@ -120,8 +120,8 @@ def test_migrate_writes_beside_and_refuses_what_it_must(tmp_path, capsys):
 def test_a_dry_run_of_migrate_checks_everything_and_writes_nothing(tmp_path, capsys):
     path = native(tmp_path / "x.safetensors")
     assert main(["migrate", str(path), "--to", "1.0", "--dry-run"]) == 0
-    told = capsys.readouterr()
-    assert "schema 1.0 -> 1.0" in told.out and "nothing was written" in told.err
+    shown = capsys.readouterr()
+    assert "schema 1.0 -> 1.0" in shown.out and "nothing was written" in shown.err
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
     (tmp_path / "x.schema-1.0.safetensors").touch()
     assert main(["migrate", str(path), "--to", "1.0", "--dry-run"]) == 5

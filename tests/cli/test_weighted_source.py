@@ -44,5 +44,5 @@ def test_a_path_that_exists_is_taken_whole(tmp_path):
 
 @pytest.mark.parametrize("tail", ["nan", "inf", "-inf", "NaN", "Infinity", "1e999"])
 def test_a_strength_is_finite(tail):
-    with pytest.raises(UsageError, match="no strength"):
+    with pytest.raises(UsageError, match="Invalid strength"):
         parse_weighted(f"a.safetensors:{tail}")

@@ -38,7 +38,7 @@ def test_push_pull_and_look(run, hub, tmp_path):
 def test_what_is_asked_is_shown_once_and_with_all_that_has_to_be_said(answer, run, monkeypatch):
     run("push STYLE ana/style")
     seen = []
-    monkeypatch.setattr("krona_hub.cli.push_command._on_a_terminal", lambda: True)
+    monkeypatch.setattr("krona_hub.cli.push_command._is_interactive", lambda: True)
     monkeypatch.setattr("click.confirm", lambda text, **_: seen.append(text) or answer)
     shown = run("push STYLE ana/style --with-lora --public --revision dev --tag v1").out
     assert seen == ["Push to ana/style?"] and shown.count("pytorch_lora_weights.safetensors") == 1
@@ -50,8 +50,8 @@ def test_what_is_asked_is_shown_once_and_with_all_that_has_to_be_said(answer, ru
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("hub ls style", "takes no name"), ("hub info ana/style --base sd15", "--base"), ("hub ls --base sd15", "--base"),
-     ("hub search --offline", "--offline")],
+    [("hub ls style", "does not accept a name"), ("hub info ana/style --base sd15", "--base"),
+     ("hub ls --base sd15", "--base"), ("hub search --offline", "--offline")],
 )  # fmt: skip
 def test_what_an_action_does_not_know_is_not_passed_over(line, words, run, hub):
     assert words in run(line, 2).err and not hub.log
@@ -66,10 +66,10 @@ def test_a_search_reads_all_pages(run, hub):
 
 
 def test_dry_runs_say_so_and_write_nothing(run, hub, tmp_path):
-    assert "dry run: nothing was sent." in run("push STYLE ana/style --dry-run").err
+    assert "Dry run: nothing was sent." in run("push STYLE ana/style --dry-run").err
     assert not hub.writes
     run("push STYLE ana/style")
-    assert "dry run: no weights were downloaded." in run("pull ana/style --dry-run").err
+    assert "Dry run: no weights were downloaded." in run("pull ana/style --dry-run").err
     assert not (tmp_path / "style").exists()
 
 

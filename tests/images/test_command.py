@@ -19,10 +19,10 @@ def here(tmp_path, monkeypatch):
 def test_a_comparison_is_listed_and_lies_where_it_is_said_to_lie(base, style, toy, here, capsys):
     status = main(["generate", base, *WORDS, "--adapter", f"{style}:0.5", "-a", toy])
     out = capsys.readouterr().out
-    assert status == 0 and "style × 0.5" in out and "toy from style × 0.5 by " in out
+    assert status == 0 and "style × 0.5" in out and "toy differs from style × 0.5 by " in out
     assert "krona-pictures/grid.png" in out and (here / "krona-pictures/grid.png").exists()
     assert main(["generate", "--again", "krona-pictures", "-o", "again"]) == 0
-    assert "3 of 3 pictures equal the record's" in capsys.readouterr().out
+    assert "3 of 3 images match the record" in capsys.readouterr().out
 
 
 def test_set_reads_values_as_json_and_text(base, here, capsys):
@@ -39,7 +39,7 @@ def test_open_shows_the_grid_or_the_only_picture(base, here, monkeypatch, capsys
     assert opened == ["one/001.png", "two/grid.png"]
     monkeypatch.setattr(click, "launch", lambda path: 1)
     assert main(["generate", base, *WORDS, "--open", "-o", "three"]) == 0
-    assert "no viewer" in capsys.readouterr().err
+    assert "No image viewer" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_base_is_named_with_its_modules(base, adapter_for, here, capsys):

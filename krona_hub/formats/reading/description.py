@@ -1,4 +1,4 @@
-"""What `describe` returns: an adapter file in plain values. Torch-free."""
+"""The result of `describe`: an adapter file in plain values. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from krona_hub.kron.shapes import KronShape
 class ModuleInfo:
     """One module of a file."""
 
-    name: str  # as the file spells it
-    layers: tuple[str, ...]  # canonical names; several where it is fused, none where no base explains it
+    name: str  # as in the file
+    layers: tuple[str, ...]  # canonical names; several if fused, none if no base model matches
     kind: str  # lora, lokr, cdka, dense, diffusekrona, peft-conv1d; krona in native files
-    weight_shape: tuple[int, ...]  # of the base where it is known, else as far as the tensors tell
-    sums: tuple[SumFactorization, ...]  # one, but for native files
+    weight_shape: tuple[int, ...]  # of the base model if known, otherwise as far as the tensors determine it
+    sums: tuple[SumFactorization, ...]  # exactly one, except in native files
     rank: int | None  # the r of alpha / r
     alpha: float | None
     scale: float
     dora_axis: Literal["out", "in"] | None
-    parameters: int  # of the file's own tensors; alpha and the constant [[1]] of a LoRA are not counted
+    parameters: int  # in the file's tensors, without alpha and the constant [[1]] of a LoRA
     bytes: int
     dtypes: tuple[str, ...]
 
     @property
     def form(self) -> LayerFactorization:
-        """Its sizes, for the rules about what a tool or a format can hold."""
+        """The factorization, for the rules about what an application or a format supports."""
         return LayerFactorization(self.weight_shape, self.sums, self.dora_axis, self.layers[0] if self.layers else "")
 
     @property
     def split(self) -> KronShape | None:
-        """Of the first sum; None for a native layer without sums (a DoRA whose directions did not move)."""
+        """Shape of the first sum; None for a native layer without sums (a DoRA whose directions did not change)."""
         return self.sums[0].shape if self.sums else None
 
     @property
@@ -60,31 +60,31 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class Description:
-    """A file, or the files of a folder, described."""
+    """Description of a file, or of the files of a folder."""
 
     path: Path
     format: str  # a name of FORMATS
     scale_rule: str
     header: Header  # of the first file
     modules: tuple[ModuleInfo, ...]
-    base: str | None  # that it fits; None where it is unknown
-    candidates: tuple[str, ...]  # catalogue names that fit equally well
+    base: str | None  # base model that it fits; None if unknown
+    candidates: tuple[str, ...]  # names of base models that fit equally well
     matched: str  # "N of M modules matched …"
-    parameters: int  # of the modules, alpha not counted
+    parameters: int  # in the modules, without alpha
     bytes: int  # of the files
     dtypes: Mapping[str, int]  # dtype -> tensors
     extras: tuple[str, ...] = ()  # embeddings, norms, biases
-    unmatched: Mapping[str, str] = field(default_factory=dict)  # module or key -> why it is not read
+    unmatched: Mapping[str, str] = field(default_factory=dict)  # module or key -> reason why it is not read
     trigger_words: tuple[str, ...] = ()
     training: Mapping[str, str] = field(default_factory=dict)
     licence: str | None = None
     warnings: tuple[str, ...] = ()
     schema: str | None = None  # version of a native file
-    plans: tuple[ReadPlan, ...] = field(default=(), repr=False)  # how its files are read; none for a native file
+    plans: tuple[ReadPlan, ...] = field(default=(), repr=False)  # how its files are read; empty for a native file
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The components that it adapts."""
+        """The adapted components."""
         return tuple(sorted({layer.partition(".")[0] for m in self.modules for layer in m.layers}))
 
     @property
@@ -94,11 +94,11 @@ class Description:
 
 
 def factorization_text(module: ModuleInfo) -> str:
-    """The form of a module as the tables show it: rank of a LoRA, split, terms and ranks of a Kronecker sum."""
-    return " + ".join(_sum_in_words(s) for s in module.sums) or "magnitude only"
+    """Format the factorization of a module: rank of a LoRA, or shape, terms and ranks of a Kronecker sum."""
+    return " + ".join(_sum_text(s) for s in module.sums) or "magnitude only"
 
 
-def _sum_in_words(s: SumFactorization) -> str:
+def _sum_text(s: SumFactorization) -> str:
     if (s.shape.a1, s.shape.a2) == (1, 1) and s.right_rank is not None:
         return f"{s.shape.b1}x{s.shape.b2} r{s.right_rank}"
     terms = f"{s.terms} terms of " if s.terms > 1 else ""
@@ -108,7 +108,7 @@ def _sum_in_words(s: SumFactorization) -> str:
 
 
 def scale_text(module: ModuleInfo) -> str:
-    """`alpha 4 / rank 8 = 0.5`, or the scale alone where no alpha is involved."""
+    """Format the scale: `alpha 4 / rank 8 = 0.5`, or the scale alone without an alpha."""
     if module.alpha is None or module.rank is None:
         return f"{module.scale:g}"
     return f"alpha {module.alpha:g} / rank {module.rank} = {module.scale:g}"
