@@ -10,6 +10,7 @@ import click
 from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import (
     allow_base_mismatch_option,
+    allow_loss_option,
     allow_missing_option,
     base_option,
     component_option,
@@ -43,12 +44,12 @@ OPTIONS = {
             metavar="E",
             help="Use the smallest factorization of each layer within this relative error.",
         ),
-        click.Option(["--allow-loss"], is_flag=True, help="Write the result even if its total error exceeds 0.5."),
     ),
     "Output": (
         output_option,
         to_option,
         dtype_option,
+        allow_loss_option,
         overwrite_option,
         dry_run_option,
     ),

@@ -8,6 +8,7 @@ import click
 
 from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import (
+    allow_loss_option,
     base_option,
     complete_applications,
     complete_formats,
@@ -54,6 +55,7 @@ OPTIONS = {
         output_option,
         click.Option(["--dtype"], metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16."),
         click.Option(["--split-qkv"], is_flag=True, help="Write fused q, k, v projections as three modules."),
+        allow_loss_option,
         overwrite_option,
         dry_run_option,
         report_option,
@@ -81,7 +83,6 @@ OPTIONS = {
         ),
         click.Option(["--exact"], is_flag=True, help="Convert exactly, up to rounding."),
         click.Option(["--rank"], type=int, metavar="R", help="With --to lora: the best LoRA of rank R."),
-        click.Option(["--allow-loss"], is_flag=True, help="Write the result even if its total error exceeds 0.5."),
     ),
     "": (click.Option(["--layers"], is_flag=True, help="List every layer."),),
 }

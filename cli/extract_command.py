@@ -9,6 +9,7 @@ import click
 
 from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import (
+    allow_loss_option,
     complete_bases,
     component_option,
     dry_run_option,
@@ -73,12 +74,12 @@ OPTIONS = {
             type=click.Choice(["nearest"]),
             help="With --shape: use the nearest valid shape for layers that it does not divide.",
         ),
-        click.Option(["--allow-loss"], is_flag=True, help="Write the result even if its total error exceeds 0.5."),
     ),
     "Output": (
         output_option,
         to_option,
         dtype_option,
+        allow_loss_option,
         overwrite_option,
         dry_run_option,
     ),

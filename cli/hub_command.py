@@ -13,7 +13,7 @@ from krona_hub.hub.preview import describe_preview
 from krona_hub.rendering.humanize import human_bytes
 
 if TYPE_CHECKING:
-    from krona_hub.hub import Cached, Found, RepoInfo
+    from krona_hub.hub import Cached, RepoInfo, SearchHit
 
 
 ACCEPTED = {"info": ("a name", "--offline"), "search": ("a name", "--base"), "ls": ("--offline",)}
@@ -103,7 +103,7 @@ def show_info(info: RepoInfo) -> None:
     )
 
 
-def show_found(hits: tuple[Found, ...]) -> None:
+def show_found(hits: tuple[SearchHit, ...]) -> None:
     if not hits:
         show_text("No adapters found.")
         return

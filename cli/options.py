@@ -55,6 +55,9 @@ allow_missing_option = click.Option(
 allow_base_mismatch_option = click.Option(
     ["--allow-base-mismatch"], is_flag=True, help="Continue even if an adapter was made for another base model."
 )
+allow_loss_option = click.Option(
+    ["--allow-loss"], is_flag=True, help="Write the result even if its total error exceeds 0.5."
+)
 dtype_option = click.Option(["--dtype"], metavar="TYPE", help="Store every tensor as float32, float16 or bfloat16.")
 to_option = click.Option(
     ["--to"],
