@@ -21,17 +21,17 @@ def _kind(pattern: bytes, error: type[FormatError], cause: str, fix: str) -> Fil
     return FileKind(re.compile(pattern, re.DOTALL | re.IGNORECASE), error, cause, fix)
 
 
-_RESAVE = "Save it as safetensors with the application that wrote it: a pickle can execute code."
+_RESAVE = "Save it as safetensors with the application that wrote it: pickles can execute code."
 _AGAIN = "Download the file again: use its direct link, and log in if the page requires it."
 _GIVE = "Specify the .safetensors file of the adapter."
 _UNPACK = "Unpack it, and specify the .safetensors file inside."
 _SPACES = rb"(?:\xef\xbb\xbf)?\s*"
 
 KINDS = (
-    _kind(rb"\x80[\x00-\x05][\x00-\xff]", PickleError, "a pickle (.pt, .ckpt, .bin), whatever its file name.", _RESAVE),
+    _kind(rb"\x80[\x00-\x05][\x00-\xff]", PickleError, "a pickle (.pt, .ckpt, .bin), whatever its name.", _RESAVE),
     _kind(rb"(?:\(dp|\(lp|\}q\x00|c(?:copy_reg|collections|torch|__builtin__)[\n.])", PickleError,
-          "a pickle (.pt, .ckpt, .bin), whatever its file name.", _RESAVE),
-    _kind(rb"PK(?:\x03\x04|\x05\x06)", PickleError, "a zip archive, the format in which PyTorch saves pickles.", _RESAVE),
+          "a pickle (.pt, .ckpt, .bin), whatever its name.", _RESAVE),
+    _kind(rb"PK(?:\x03\x04|\x05\x06)", PickleError, "a zip archive, the container of PyTorch pickles.", _RESAVE),
     _kind(_SPACES + rb"(?:<!--.*?-->\s*)?<(?:!doctype|html|head|body|\?xml|script)", WebPageError,
           "a web page, not a model file.", _AGAIN),
     _kind(rb"version https://git-lfs", LfsPointerError, "a Git LFS pointer, not the file that it refers to.",

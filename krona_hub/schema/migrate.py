@@ -61,7 +61,7 @@ def parse_version(text: str) -> Version | None:
 
 
 def version_of(metadata: Mapping[str, str]) -> Version:
-    """Return the schema version. Raises UnrecognisedError for files that are not native, SchemaError if it is invalid."""
+    """Return the schema version. Raises UnrecognisedError for other formats, SchemaError if it is invalid."""
     if SCHEMA_KEY not in metadata:
         raise UnrecognisedError(
             f"this is not a native krona file: its metadata has no {SCHEMA_KEY}.",

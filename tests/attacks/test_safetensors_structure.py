@@ -110,7 +110,7 @@ def test_an_unknown_type_is_an_error_of_its_own(tmp_path, dtype):
 def test_data_that_stops_early_is_called_truncated(tmp_path):
     header = {"a": entry(0, 8), "b": entry(8, 16)}
     for kept in (0, 1, 8, 15):
-        with pytest.raises(TruncatedError, match="ends early"):
+        with pytest.raises(TruncatedError, match="is truncated"):
             read_header(put(tmp_path, forged(header, b"\0" * kept)))
 
 

@@ -127,7 +127,7 @@ def test_a_tensor_that_is_not_made_whole_and_in_order_is_no_output(tmp_path, pie
 
 def test_a_change_of_a_tensor_that_is_not_there_is_an_error(tmp_path):
     base = write_base(tmp_path / "base.safetensors")
-    with pytest.raises(IncompleteError, match=r"no tensor 'z\.weight'"):
+    with pytest.raises(IncompleteError, match=r"tensor 'z\.weight' not found"):
         rewrite(read_header(base), tmp_path / "out", {"z.weight": times(2)}, metadata={})
 
 
@@ -264,7 +264,7 @@ def test_a_system_without_these_calls_copies_through_memory(tmp_path, monkeypatc
 def test_a_source_that_ends_too_early_is_an_error_and_no_endless_loop(tmp_path):
     (tmp_path / "a").write_bytes(b"short")
     source, target = (tmp_path / "a").open("rb"), (tmp_path / "b").open("w+b")
-    with source, target, pytest.raises(ResourceError, match="shrank"):
+    with source, target, pytest.raises(ResourceError, match="was truncated while it was being read"):
         Copier(source, target).copy(Range(0, 0, 6))
 
 

@@ -268,9 +268,9 @@ def test_a_repository_that_is_empty_or_has_a_card_only_is_free(hub, style):
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        ("hf_reader", "may not do that"),
+        ("hf_reader", "does not permit this operation"),
         ("hf_wrong", "does not accept the token"),
-        ("hf_other", "may not do that"),
+        ("hf_other", "does not permit this operation"),
     ],
 )
 def test_without_the_right_token_nothing_is_sent(token, message, hub, style, monkeypatch):
@@ -313,7 +313,7 @@ def test_a_token_that_may_hide_organisations_is_left_to_the_hub(hub, style):
 
 @pytest.mark.parametrize("repo", ["style", "a/b/c", "../x/y", "ana/..", "ana/st yle", "", "-a/b"])
 def test_names_that_are_no_repository_are_told_at_once(repo, hub, style):
-    with pytest.raises(UsageError, match="no name of a repository"):
+    with pytest.raises(UsageError, match="is not a valid repository name"):
         push(style, repo)
     assert not hub.log
 
