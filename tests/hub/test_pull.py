@@ -71,7 +71,7 @@ def test_what_is_here_already_is_not_copied_again(hub, style, tmp_path):
     again = pull(REPO, tmp_path / "out")
     assert "already here, file by file." in again.notes
     (tmp_path / "out/config.json").write_text("{}")
-    with pytest.raises(ConflictError, match="exists already"):
+    with pytest.raises(ConflictError, match="already exists"):
         pull(REPO, tmp_path / "out")
     pull(REPO, tmp_path / "out", overwrite=True)
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "krona"

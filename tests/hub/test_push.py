@@ -313,7 +313,7 @@ def test_a_token_that_may_hide_organisations_is_left_to_the_hub(hub, style):
 
 @pytest.mark.parametrize("repo", ["style", "a/b/c", "../x/y", "ana/..", "ana/st yle", "", "-a/b"])
 def test_names_that_are_no_repository_are_told_at_once(repo, hub, style):
-    with pytest.raises(UsageError, match="is not a valid repository name"):
+    with pytest.raises(UsageError, match="no name of a repository"):
         push(style, repo)
     assert not hub.log
 

@@ -242,5 +242,5 @@ def test_a_louder_layer_gets_more_of_the_budget():
 
 
 def test_a_budget_that_holds_nothing_says_what_would():
-    with pytest.raises(UsageError, match="smallest forms take"):
+    with pytest.raises(UsageError, match="size of their smallest factorizations"):
         within_budget([lora_layer((16, 24), 4, 1)], 5)

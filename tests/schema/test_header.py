@@ -35,7 +35,7 @@ def test_each_wrong_field_is_named_with_what_it_must_be_and_the_rest_is_read():
         ("krona.header base.family", "it must be a string."),
         ("krona.header base.fingerprint", "it must be 64 hexadecimal digits."),
         ("krona.header provenance.relative_error", "it must be a nonnegative number."),
-        ("krona.header layers 'unet.x'.rows", "it must be a list of kron and shuffled."),
+        ("krona.header layers 'unet.x'.rows", "it must be a list of kron or shuffled."),
         ("krona.header layers 'unet.y'", "it must be an object."),
     ]
 
