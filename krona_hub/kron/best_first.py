@@ -42,9 +42,7 @@ Allowed = Callable[[KronShape, int, int | None], bool]
 BOUNDED, PROBED, CLOSED = range(3)
 DENSE_PROBE = 192  # side of R up to which the probe is exact
 FIRST = 4  # right factors whose ranks the probe examines
-CERTAIN = (
-    0.9  # certain fraction of the loss of the first B: vectors of close singular values mix, and so do their losses
-)
+CERTAIN = 0.9  # fraction of the estimated loss of the first B that is certain: vectors of close values mix
 OVERSAMPLING = 8  # columns of a sketch beyond the requested terms
 PROMISING = 0.25  # fraction of the value to beat: shapes with a bound below it are computed before others are refined
 HINTS = 3  # promising shapes per layer that are computed first
@@ -74,8 +72,6 @@ class Goal:
 
 
 class BestFactorization(NamedTuple):
-    """The best factorization found, with its value."""
-
     value: float
     form: Factorization
 
@@ -350,7 +346,7 @@ def probe(op: Rearranged, shape: KronShape, terms: int) -> tuple[Tensor, Tensor]
 
     Exact if the smaller side of R is short. If it is long, one step of subspace iteration gives a subspace Q: the sum
     of the K largest eigenvalues of H = R Rᵀ is at most that of QᵀHQ plus the part of the trace outside Q (Bourin & Lee
-    2012), and there is no bound by rank.
+    2012), without a bound by rank.
     """
     small = op if op.shape[0] <= op.shape[1] else op.T
     m, n, slack = small.shape[0], len(op.u), SLACK[op.u.dtype]

@@ -90,7 +90,7 @@ def readable(metadata: Mapping[str, str], steps: Steps = STEPS) -> dict[str, str
 def migrate(metadata: Mapping[str, str], to: str, steps: Steps = STEPS) -> dict[str, str]:
     """Return a copy of the metadata migrated to version `to`; keys other than the header are kept.
 
-    Raises SchemaError if there is no migration path, UsageError if `to` is not a version.
+    Raises SchemaError if no migration path exists, UsageError if `to` is not a version.
     """
     start, end = version_of(metadata), parse_version(to)
     if end is None:

@@ -1,6 +1,6 @@
 """Schema 1.x: conversion between an Adapter and the tensors and metadata of a native file.
 
-A native file stores the factors of ΔW at strength 1 in their own dtypes; there is no alpha.
+A native file stores the factors of ΔW at strength 1 in their own dtypes, without an alpha.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def _with_copy(gone: KronaError, repo: str, revision: str | None) -> KronaError:
 
 
 def cached_listing(repo: str, revision: str | None, *, why: str) -> Listing:
-    """List the files of `repo` in the client's cache. Raises OfflineError if there is no copy."""
+    """List the files of `repo` in the client's cache. Raises OfflineError if it has none."""
     folder = cache_folder(repo)
     commit = _cached_commit(folder, revision)
     snapshot = folder / "snapshots" / (commit or "-")
