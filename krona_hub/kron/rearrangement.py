@@ -54,12 +54,7 @@ class Rearranged:
 
     u: Tensor  # (n, r, a1', b1'), scaled by the singular values of the LoRA
     v: Tensor  # (n, r, a2', b2')
-    modes: tuple[Tensor | None, ...] = (
-        None,
-        None,
-        None,
-        None,
-    )  # (n, a1, a1'), (n, a2, a2'), (n, b1, b1'), (n, b2, b2')
+    modes: tuple[Tensor | None, ...] = (None,) * 4  # (n, a1, a1'), (n, a2, a2'), (n, b1, b1'), (n, b2, b2')
 
     @classmethod
     def of(cls, lora: LoraSvd, shape: KronShape) -> Rearranged:

@@ -80,7 +80,7 @@ class StorageNoise:
     absent if the tuned model was made from the stored base, and present if both were rounded independently.
     """
 
-    tuned: Tensor  # (out, in), as stored
+    tuned: Tensor  # (out, in), in the stored dtype
     base: Tensor
 
     @cached_property

@@ -30,6 +30,8 @@ PIPELINE = "model_index.json"
 
 
 class HubId(NamedTuple):
+    """A repository on the Hub, with an optional revision and file."""
+
     repo: str  # ns/name
     revision: str | None
     file: str | None

@@ -1,4 +1,4 @@
-"""nearest_kron_of_lora against the dense SVD of R(ΔW), whichever of its three ways is taken."""
+"""nearest_kron_of_lora against the dense SVD of R(ΔW), for each of its three methods."""
 
 import pytest
 import torch

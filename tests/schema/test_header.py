@@ -1,4 +1,4 @@
-"""What `krona.header` may say, and how one is told what it may not."""
+"""The permitted contents of `krona.header`, and the findings for invalid ones."""
 
 import json
 

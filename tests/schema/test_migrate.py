@@ -1,4 +1,4 @@
-"""The walker between versions, with versions made up for the test: 0.9 before ours, 1.1 and 2.0 after it."""
+"""Migration between versions, with versions invented for the test: 0.9 before 1.0, 1.1 and 2.0 after it."""
 
 import json
 

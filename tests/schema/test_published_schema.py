@@ -1,4 +1,4 @@
-"""The published JSON Schemas: frozen for ever, and saying what our own reader does."""
+"""The published JSON Schemas are frozen forever and agree with the reader."""
 
 import hashlib
 import json
@@ -97,7 +97,7 @@ def test_any_valid_header_is_written_back_without_loss(header):
     if not found:
         again, _ = parse(render(known))
         kept = {name for name, facts in known.layers.items() if facts != LayerFacts()}
-        kept |= known.provenance.unknown.get("layers", {}).keys()  # an entry that says nothing is left out
+        kept |= known.provenance.unknown.get("layers", {}).keys()  # an empty entry is left out
         assert again == replace(known, layers={name: known.layers[name] for name in kept})
 
 

@@ -1,4 +1,4 @@
-"""Paths, Hub ids, and what is said when neither leads anywhere."""
+"""Paths and Hub ids, and the errors when neither can be resolved."""
 
 import pytest
 
