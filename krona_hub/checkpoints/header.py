@@ -24,7 +24,7 @@ __all__ = ["DTYPE_BITS", "FLOATS", "MAX_HEADER", "Header", "TensorInfo", "examin
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 _AGAIN = "Download or copy it again."
-_BROKEN = "The file is corrupt or forged: download it again, or save it again with the application that wrote it."
+_BROKEN = "Download the file again, or save it again with its application: it is corrupt or forged."
 
 
 @dataclass(frozen=True)

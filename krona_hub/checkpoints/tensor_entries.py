@@ -23,7 +23,7 @@ DTYPE_BITS = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_BYTES = 2**63 - 1  # largest offset
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_BROKEN = "The file is corrupt or forged: download it again, or save it again with the application that wrote it."
+_BROKEN = "Download the file again, or save it again with its application: it is corrupt or forged."
 
 
 class TensorInfo(NamedTuple):

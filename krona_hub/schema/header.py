@@ -116,7 +116,7 @@ def named_errors(names: Iterable[str], row: tuple[float | None, ...]) -> dict[st
 
 
 def _broken(error: StructureError) -> SchemaError:
-    return SchemaError(error.cause, fix="The header was edited and is not valid JSON: use the original file.")
+    return SchemaError(error.cause, fix="Use the original file: the header was edited and is not valid JSON.")
 
 
 def _provenance(origin: Mapping[str, Any], top: Mapping[str, Any], unknown: Mapping[str, Any]) -> Provenance:

@@ -26,7 +26,7 @@ EXTRAS = "extras."
 MAGNITUDE = "magnitude"
 _PART = re.compile(r"(?P<layer>[^.]+\..+)\.(?P<part>kron_[ab](?:_up|_down)?)\.(?P<index>0|[1-9][0-9]{0,5})", re.DOTALL)
 _WHOLE = re.compile(rf"(?P<layer>[^.]+\..+)\.{MAGNITUDE}", re.DOTALL)
-_BROKEN = "The file is incomplete or was edited: use the original file, or convert it again."
+_BROKEN = "Use the original file, or convert it again: this file is incomplete or was edited."
 
 
 class Factor(NamedTuple):

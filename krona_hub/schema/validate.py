@@ -48,7 +48,7 @@ def number_findings(header: Header) -> Iterator[Finding]:
     for name, count in counts.items():
         error = NonFiniteError(
             f"{count:,} of its {header.tensors[name].numel:,} values are NaN or infinite.",
-            fix="Training diverged or a cast overflowed: use an earlier checkpoint, or save it as F32 or BF16.",
+            fix="Use an earlier checkpoint, or save it as F32 or BF16: training diverged or a cast overflowed.",
         )
         yield Finding.of(error, where=quoted(name))
 
