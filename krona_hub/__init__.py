@@ -1,6 +1,6 @@
 """Krona Hub: read, convert, merge, validate and account for Kronecker adapters of diffusion models.
 
-The public names below are imported when they are first used, so that `import krona_hub` costs nothing.
+Public names are imported on first use, so `import krona_hub` stays fast and does not import torch.
 """
 
 from importlib import import_module
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from krona_hub.training.api import train as train
     from krona_hub.verification import verify as verify
 
-PUBLIC = {  # name -> the module that defines it
+PUBLIC = {  # name -> defining module
     "read": "krona_hub.formats.reading.reader",
     "write": "krona_hub.formats.writing.writer",
     "convert": "krona_hub.conversion",

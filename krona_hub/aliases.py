@@ -1,7 +1,7 @@
-"""Types that several packages share."""
+"""Type aliases shared by several packages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[int, int], None]  # done, total: layers, bytes or steps, as the caller says
+Progress = Callable[[int, int], None]  # (done, total), in layers, bytes or steps

@@ -1,7 +1,41 @@
-"""Every error krona_hub raises on purpose.
+"""The errors that krona_hub raises deliberately, each with a cause, a fix, a stable code and an exit status.
 
-An error is one line of cause and one line of fix, with a code that never changes its meaning and the
-exit status that the command line returns for it. `docs/errors.md` lists them all.
+A code never changes its meaning. `docs/errors.md` lists all of them.
+
+    KronaError (KH100)
+    ├── UsageError (KH101), also a ValueError
+    ├── ShapeError (KH110), also a ValueError
+    ├── FormatError (KH120), also a ValueError
+    │   ├── PickleError (KH121)
+    │   ├── WebPageError (KH122)
+    │   ├── LfsPointerError (KH123)
+    │   ├── TruncatedError (KH124)
+    │   ├── StructureError (KH125)
+    │   ├── UnrecognisedError (KH126)
+    │   ├── AmbiguousError (KH127)
+    │   ├── UnsupportedError (KH128)
+    │   ├── IncompleteError (KH129)
+    │   ├── DtypeError (KH150)
+    │   ├── NonFiniteError (KH151)
+    │   └── ScaleError (KH152)
+    ├── SchemaError (KH130), also a ValueError
+    │   └── NewerSchemaError (KH131)
+    ├── LossyError (KH140)
+    │   └── InexpressibleError (KH141)
+    ├── NoDifferenceError (KH142)
+    ├── BaseMismatchError (KH160)
+    ├── UnknownBaseError (KH161)
+    ├── ConflictError (KH170)
+    ├── IntegrityError (KH180)
+    ├── NotFoundError (KH190), also a FileNotFoundError
+    ├── ResourceError (KH200)
+    ├── OfflineError (KH210)
+    ├── AuthError (KH220)
+    ├── RateLimitError (KH230)
+    ├── DataError (KH240)
+    ├── DivergedError (KH241)
+    ├── NoDeviceError (KH242)
+    └── StoppedError (KH243)
 """
 
 from __future__ import annotations
@@ -14,7 +48,7 @@ E = TypeVar("E", bound="KronaError")
 
 
 def abbreviated(names: Iterable[str], most: int = 3) -> str:
-    """The first `most` of some names as a message lists them, and how many more there are.
+    """Join the first `most` names for a message, followed by the number of names left out.
 
     >>> abbreviated(["a", "b", "c", "d", "e"]), abbreviated(["a", "b"])
     ('a, b, c and 2 more', 'a, b')
@@ -25,8 +59,26 @@ def abbreviated(names: Iterable[str], most: int = 3) -> str:
 
 
 class KronaError(Exception):
-    """Base of all errors a user can fix. Anything else that escapes is a bug in krona_hub.
+    """Base class of all errors that a user can fix; any other exception is a bug in krona_hub.
 
+    The module docstring shows the tree of subclasses.
+
+    Parameters
+    ----------
+    cause : str
+        What went wrong, in one line; names the file, the option and the value.
+    fix : str, default ""
+        What the user can do about it, in one line in the imperative.
+
+    Attributes
+    ----------
+    code : str
+        Stable identifier of the class, such as ``"KH110"``.
+    exit_code : int
+        Exit status of the command line for this error.
+
+    Examples
+    --------
     >>> error = ShapeError("3 does not divide 4.", fix="Choose 1, 2 or 4.")
     >>> str(error), error.code, error.exit_code
     ('3 does not divide 4. Choose 1, 2 or 4.', 'KH110', 2)
@@ -46,162 +98,165 @@ class KronaError(Exception):
         return f"{self.cause} {self.fix}".strip()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """So that an error crosses from one process to another (a keyword is nothing that pickle passes on)."""
+        """Support pickling, so that errors cross process boundaries: pickle drops the keyword argument `fix`."""
         return partial(type(self), fix=self.fix), (self.cause,)
 
     def within(self: E, context: str) -> E:
-        """The same error with the file or the layer in front: inner code states the cause, outer adds where."""
+        """Prefix the cause with a file or layer name, in place, and return this error.
+
+        Inner code states the cause; outer code adds the location.
+        """
         self.cause = f"{context}: {self.cause}"
         return self
 
 
 class UsageError(KronaError, ValueError):
-    """Options that contradict each other, or an argument that means nothing."""
+    """Contradictory options, or an invalid or missing argument."""
 
     code = "KH101"
 
 
 class ShapeError(KronaError, ValueError):
-    """Tensors whose sizes cannot mean what the caller says they mean."""
+    """Tensor sizes or Kronecker shapes that do not fit each other or the weight."""
 
     code = "KH110"
 
 
 class FormatError(KronaError, ValueError):
-    """A file that is not, or is a broken, adapter of the format asked for."""
+    """A file that is not a valid adapter of the expected format."""
 
     code = "KH120"
 
 
 class PickleError(FormatError):
-    """A pickle (`.pt`, `.ckpt`, `.bin`), whatever its name says. Never opened."""
+    """A pickle file (`.pt`, `.ckpt`, `.bin`), detected by its content or its name; krona never loads pickles."""
 
     code = "KH121"
 
 
 class WebPageError(FormatError):
-    """An HTML page saved in place of a file."""
+    """An HTML page or a server's error message that was saved in place of the file."""
 
     code = "KH122"
 
 
 class LfsPointerError(FormatError):
-    """A git-lfs pointer: the text that stands for the real file."""
+    """A Git LFS pointer file in place of the file that it refers to."""
 
     code = "KH123"
 
 
 class TruncatedError(FormatError):
-    """An empty file, or one that ends before its header says."""
+    """An empty file, or a file shorter than its header declares."""
 
     code = "KH124"
 
 
 class StructureError(FormatError):
-    """A safetensors file whose header is not what the specification allows."""
+    """A safetensors file whose header violates the safetensors specification."""
 
     code = "KH125"
 
 
 class UnrecognisedError(FormatError):
-    """A sound safetensors file that holds no adapter krona_hub knows."""
+    """A valid safetensors file that does not contain an adapter of a known format."""
 
     code = "KH126"
 
 
 class AmbiguousError(FormatError):
-    """A file that two readings fit; `--from`, `--base` or `--component` settles it."""
+    """A file that can be read in more than one way; specify `--from`, `--base` or `--component`."""
 
     code = "KH127"
 
 
 class UnsupportedError(FormatError):
-    """An algorithm that is no Kronecker product (LoHa, OFT, …), or a quantised tensor."""
+    """An unsupported algorithm (LoHa, OFT, …), quantized tensors, or an operation that the format does not allow."""
 
     code = "KH128"
 
 
 class IncompleteError(FormatError):
-    """A module with a missing half, or keys that belong to nothing."""
+    """Missing tensors or files, or tensors that do not belong to any module."""
 
     code = "KH129"
 
 
 class SchemaError(KronaError, ValueError):
-    """A krona file whose header breaks its own schema version."""
+    """A native file whose header violates the schema version that it declares."""
 
     code = "KH130"
 
 
 class NewerSchemaError(SchemaError):
-    """A krona file of a newer major version than this krona_hub reads."""
+    """A native file with a newer major schema version than this version of krona_hub can read."""
 
     code = "KH131"
 
 
 class LossyError(KronaError):
-    """A conversion that would lose something the caller did not agree to lose."""
+    """A result that would lose more than the allowed error; nothing is written."""
 
     code, exit_code = "KH140", 3
-    report: Any = None  # the ConversionReport of what was not written, where it was measured
+    report: Any = None  # report of the rejected result, if it was measured
 
 
 class InexpressibleError(LossyError):
-    """A delta that the target format cannot hold exactly."""
+    """A delta that the target format cannot represent exactly or within the error limit."""
 
     code = "KH141"
 
 
 class NoDifferenceError(KronaError):
-    """Two checkpoints that are equal, or differ by nothing but the rounding of their numbers."""
+    """Two checkpoints that are identical or differ only by rounding."""
 
     code = "KH142"
 
 
 class DtypeError(FormatError):
-    """A tensor of a type that adapters do not use."""
+    """A tensor with an unknown dtype, or with a dtype that adapters do not use."""
 
     code = "KH150"
 
 
 class NonFiniteError(FormatError):
-    """NaN or infinity in a tensor, or produced by a cast."""
+    """NaN or infinite values in a tensor, or produced by a cast."""
 
     code = "KH151"
 
 
 class ScaleError(FormatError):
-    """An alpha or a rank that gives no usable scale."""
+    """An alpha or a rank that does not yield a usable scale."""
 
     code = "KH152"
 
 
 class BaseMismatchError(KronaError):
-    """Layers that the base model does not have, or has with other shapes."""
+    """Layers that are missing from the base model or have other shapes in it."""
 
     code, exit_code = "KH160", 5
 
 
 class UnknownBaseError(KronaError):
-    """A base that is needed and was not given, or a name that is in no catalogue."""
+    """A required base model that was not specified, or an unknown base model name."""
 
     code = "KH161"
 
 
 class ConflictError(KronaError):
-    """Something is in the way: an output that exists, two adapters on one tensor."""
+    """A conflict with existing data, such as an output that already exists or two adapters for the same layer."""
 
     code, exit_code = "KH170", 5
 
 
 class IntegrityError(KronaError):
-    """What was read back is not what was written."""
+    """Content that does not match its digest, its size or what was written."""
 
     code, exit_code = "KH180", 6
 
 
 class NotFoundError(KronaError, FileNotFoundError):
-    """A path, a repository or a file that does not exist."""
+    """A path, a repository, a revision, a file or a layer that does not exist."""
 
     code, exit_code = "KH190", 7
 
@@ -210,48 +265,48 @@ class NotFoundError(KronaError, FileNotFoundError):
 
 
 class ResourceError(KronaError):
-    """The disk is full, the place is not writable, memory or a limit is exceeded."""
+    """A full disk, missing permissions, insufficient memory, or an exceeded size limit."""
 
     code, exit_code = "KH200", 8
 
 
 class AuthError(KronaError):
-    """The Hub wants a token, or the token has no access."""
+    """A missing or invalid Hub token, or a token without the required access."""
 
     code, exit_code = "KH220", 4
 
 
 class OfflineError(KronaError):
-    """The network is needed and cannot be reached."""
+    """The Hub cannot be reached, the transfer was interrupted, or offline mode is enabled."""
 
     code, exit_code = "KH210", 10
 
 
 class RateLimitError(KronaError):
-    """The Hub wants fewer requests."""
+    """Too many requests to the Hub."""
 
     code, exit_code = "KH230", 9
 
 
 class DataError(KronaError):
-    """Training pictures or captions that cannot be used: each bad file is named."""
+    """Training images or captions that cannot be used; the message names the files."""
 
     code = "KH240"
 
 
 class DivergedError(KronaError):
-    """A training whose loss is no number any more."""
+    """Training diverged: the loss became NaN or infinite."""
 
     code, exit_code = "KH241", 8
 
 
 class NoDeviceError(KronaError):
-    """A device that this machine does not have, or a package for it that is not installed."""
+    """A device that this machine does not have, or a missing package for it."""
 
     code, exit_code = "KH242", 8
 
 
 class StoppedError(KronaError):
-    """A training that was stopped on purpose; its last state is saved."""
+    """Training was stopped by the user; the last state is saved."""
 
     code, exit_code = "KH243", 130

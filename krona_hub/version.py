@@ -1,3 +1,3 @@
-"""The version of this package: what files that it writes record as their maker, and what it tells the Hub."""
+"""The version of this package, recorded in the files that it writes and sent with requests to the Hub."""
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""The published JSON Schemas, frozen per version."""
+"""The published JSON Schemas, one frozen file per version."""

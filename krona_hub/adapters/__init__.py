@@ -1,1 +1,1 @@
-"""An adapter in memory: its layers, and where it came from."""
+"""The in-memory adapter: its layers and its provenance."""

@@ -1,7 +1,7 @@
-"""The adapter in memory: what every file means, whatever its format.
+"""The in-memory adapter, common to all file formats.
 
-An Adapter is a mapping from canonical layer names to LayerDelta values. The ΔW of a layer is defined
-here and nowhere else; alpha, rank and every other scale exist only inside `krona_hub.formats`.
+An Adapter is a mapping from canonical layer names to LayerDelta values. The ΔW of a layer is defined only here;
+alpha, rank and all other scales exist only inside `krona_hub.formats`.
 
 Canonical names are `<component>.<diffusers module path>` without `text_model.`, for example
 `unet.mid_block.attentions.0.proj_in` or `text_encoder.encoder.layers.0.mlp.fc1`.
@@ -30,7 +30,26 @@ Axis = Literal["out", "in"]
 
 @dataclass(frozen=True, eq=False)
 class LayerDelta:
-    """What an adapter adds to one weight: a tuple of Kronecker sums, and a DoRA magnitude where there is one."""
+    """The change of one weight: a tuple of Kronecker sums, and an optional DoRA magnitude.
+
+    Frozen. Raises ShapeError if the sums or the magnitude do not fit the weight.
+
+    Parameters
+    ----------
+    sums : tuple of KronTerms
+        The Kronecker sums, each of full size (out, in·k…); they are added up.
+    weight_shape : tuple of int
+        (out, in) for linear layers, (out, in / groups, k, …) for convolutions.
+    magnitude, magnitude_axis : Tensor, optional; {"out", "in"}, default "out"
+        The DoRA magnitude, (out,) or (in,) according to the axis (Liu et al., 2024, arXiv:2402.09353).
+
+    Examples
+    --------
+    >>> from krona_hub import KronTerms
+    >>> delta = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 2, 3)),), (4, 6))
+    >>> delta.parameters, tuple(delta.dense().shape)
+    (10, (4, 6))
+    """
 
     sums: tuple[KronTerms, ...]
     weight_shape: tuple[int, ...]  # (out, in) or (out, in / groups, k, …)
@@ -43,17 +62,17 @@ class LayerDelta:
                 raise ShapeError(
                     f"{s.shape} is a delta of {s.shape.full}, but the weight {self.weight_shape} is "
                     f"{self.matrix_shape} as a matrix.",
-                    fix="a1·b1 must be out, and a2·b2 the product of the other sizes.",
+                    fix="Choose a1·b1 = out and a2·b2 = the product of the other sizes.",
                 )
         if self.magnitude is not None and tuple(self.magnitude.shape) != (self._magnitude_length,):
             raise ShapeError(
-                f"a magnitude of {tuple(self.magnitude.shape)} does not fit the weight {self.weight_shape}.",
-                fix=f"DoRA on the {self.magnitude_axis}put axis needs ({self._magnitude_length},).",
+                f"a magnitude of shape {tuple(self.magnitude.shape)} does not fit the weight {self.weight_shape}.",
+                fix=f"For DoRA on the {self.magnitude_axis}put axis, pass shape ({self._magnitude_length},).",
             )
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(out, in·k…): the weight flattened from dimension 1."""
+        """(out, in·k…), the size of the weight flattened from dimension 1."""
         return self.weight_shape[0], prod(self.weight_shape[1:])
 
     @property
@@ -62,21 +81,22 @@ class LayerDelta:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every stored tensor, the magnitude last."""
+        """All stored tensors, the magnitude last."""
         own = () if self.magnitude is None else (self.magnitude,)
         return tuple(t for s in self.sums for t in s.tensors) + own
 
     @property
     def parameters(self) -> int:
+        """Number of stored values."""
         return sum(t.numel() for t in self.tensors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LayerDelta:
-        """The same delta with every stored tensor changed: to another dtype, to another device."""
+        """Apply `change` to every stored tensor, for example to convert the dtype or move it to a device."""
         magnitude = None if self.magnitude is None else change(self.magnitude)
         return replace(self, sums=tuple(s.map(change) for s in self.sums), magnitude=magnitude)
 
     def low_rank_delta(self) -> Tensor:
-        """Σ A ⊗ B in the shape of the weight, before any DoRA step; float32 at least."""
+        """Return Σ A ⊗ B in the shape of the weight, before the DoRA normalization; at least float32."""
         device = self.tensors[0].device if self.tensors else None
         total = torch.zeros(self.matrix_shape, device=device)
         for s in self.sums:
@@ -85,35 +105,35 @@ class LayerDelta:
         return total.reshape(self.weight_shape)
 
     def dense(self, base_weight: Tensor | None = None) -> Tensor:
-        """ΔW in the shape of the weight: what is added to the base weight at strength 1; float32 at least.
+        """Return ΔW in the shape of the weight, which is added to the base weight at strength 1; at least float32.
 
-        With a DoRA magnitude m this is (W + D)·m/‖W + D‖ − W (Liu et al., 2024), D = Σ A ⊗ B, the norm
-        taken per output row or per input column. Raises UnknownBaseError where W is needed and missing.
+        With a DoRA magnitude m, ΔW is (W + D)·m/‖W + D‖ − W (Liu et al., 2024) with D = Σ A ⊗ B, where the norm is
+        computed per output row or per input column. Raises UnknownBaseError if W is required but missing.
         """
         delta = self.low_rank_delta()
         if self.magnitude is None:
             return delta
         if base_weight is None:
             raise UnknownBaseError(
-                "a DoRA layer has no delta without its base weight.",
-                fix="Give the base weights with --base (a diffusers folder or checkpoint file).",
+                "the delta of a DoRA layer depends on its base weight, which is missing.",
+                fix="Specify the base model with --base (a diffusers folder or a checkpoint file).",
             )
         if prod(base_weight.shape) != prod(self.weight_shape) or len(base_weight) != self.weight_shape[0]:
             raise ShapeError(
-                f"the base weight is {tuple(base_weight.shape)}, the adapter expects {self.weight_shape}.",
-                fix="Give the base model that the adapter was trained on.",
+                f"the base weight has shape {tuple(base_weight.shape)}, but the adapter expects {self.weight_shape}.",
+                fix="Specify the base model that the adapter was trained on.",
             )
         base = base_weight.reshape(self.weight_shape).to(delta.dtype)
         return dora_weight(base + delta, self.magnitude.to(delta.dtype), self.magnitude_axis) - base
 
 
 def dora_weight(directed: Tensor, magnitude: Tensor, axis: Axis) -> Tensor:
-    """V·m/‖V‖ with one norm per output row (`out`) or per input channel (`in`); zero rows stay zero."""
+    """Return V·m/‖V‖ with one norm per output row (`out`) or per input channel (`in`); zero rows stay zero."""
     return directed * dora_gain(directed, magnitude, axis)
 
 
 def dora_gain(directed: Tensor, magnitude: Tensor, axis: Axis) -> Tensor:
-    """m/‖V‖ in a shape that multiplies V: (out, 1, …) or (1, in, 1, …)."""
+    """Return m/‖V‖ in a shape that broadcasts to V: (out, 1, …) or (1, in, 1, …)."""
     kept = 0 if axis == "out" else 1
     others = [d for d in range(directed.ndim) if d != kept]
     norm = torch.linalg.vector_norm(directed, dim=others, keepdim=True)
@@ -127,11 +147,25 @@ def _frozen(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Adapter(Mapping[str, LayerDelta]):
-    """A mapping of layer names to LayerDelta, with what is known about its base model and its origin.
+    """A mapping from layer names to LayerDelta values, with its base model and its provenance.
 
-    It is frozen: functions return new adapters. Layer names are canonical; look-ups accept `text_model.` in them, too.
-    Two adapters are equal only where they are the same object: compare deltas with `krona_hub.verify`.
+    Adapters are frozen: functions return new ones. Layer names are canonical; lookups also accept names that contain
+    `text_model.`, and raise NotFoundError for unknown ones. Two adapters are equal only if they are the same object;
+    use `krona_hub.verify` to compare their deltas.
 
+    Parameters
+    ----------
+    layers : mapping of str to LayerDelta
+        The layers by name, such as ``unet.mid_block.attentions.0.proj_in``.
+    base : BaseModel, optional
+        The base model of the adapter, if known.
+    provenance : Provenance, optional
+        Origin, measured errors and training record of the adapter.
+    extras : mapping of str to Tensor, optional
+        Tensors that are not deltas: embeddings, norms, biases.
+
+    Examples
+    --------
     >>> from krona_hub.kron.terms import as_lora
     >>> delta = LayerDelta((as_lora(torch.ones(4, 2), torch.ones(2, 6)),), (4, 6))
     >>> adapter = Adapter({"text_encoder.text_model.encoder.layers.0.mlp.fc1": delta})
@@ -142,7 +176,7 @@ class Adapter(Mapping[str, LayerDelta]):
     layers: Mapping[str, LayerDelta]
     base: BaseModel | None = None
     provenance: Provenance = field(default_factory=Provenance)
-    extras: Mapping[str, Tensor] = field(default_factory=dict)  # what is no delta: embeddings, norms, biases
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # not deltas: embeddings, norms, biases
 
     def __post_init__(self) -> None:
         layers = {canonical_name(name): delta for name, delta in sorted(self.layers.items())}
@@ -150,7 +184,7 @@ class Adapter(Mapping[str, LayerDelta]):
         object.__setattr__(self, "extras", _frozen(self.extras))
 
     def __getitem__(self, layer: str) -> LayerDelta:
-        """The delta of a layer, with or without `text_model.` in its name; NotFoundError names the nearest."""
+        """Return the delta of a layer, with or without `text_model.`; NotFoundError suggests the nearest name."""
         name = canonical_name(layer)
         if name not in self.layers:
             from difflib import get_close_matches
@@ -158,7 +192,7 @@ class Adapter(Mapping[str, LayerDelta]):
             near = get_close_matches(name, self.layers, n=1)
             raise NotFoundError(
                 f"the adapter has no layer {layer!r}.",
-                fix=f"Did you mean {near[0]!r}?" if near else "adapter.layers lists what it has.",
+                fix=f"Did you mean {near[0]!r}?" if near else "List the layers with adapter.layers.",
             )
         return self.layers[name]
 
@@ -172,29 +206,30 @@ class Adapter(Mapping[str, LayerDelta]):
         return isinstance(layer, str) and canonical_name(layer) in self.layers
 
     def get(self, layer: str, default: Any = None) -> Any:
-        """The delta of a layer, or `default`."""
+        """Return the delta of a layer, or `default`."""
         return self.layers.get(canonical_name(layer), default)
 
-    __eq__ = object.__eq__  # a comparison of tensors is no yes or no
+    __eq__ = object.__eq__  # comparing tensors does not give a single bool
     __hash__ = object.__hash__
 
     @property
     def parameters(self) -> int:
+        """Number of stored values in all layers."""
         return sum(delta.parameters for delta in self.layers.values())
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The components that the layers belong to, in the order of COMPONENTS."""
+        """The components of the layers, in the order of COMPONENTS."""
         present = {name.split(".", 1)[0] for name in self.layers}
         return tuple(c for c in COMPONENTS if c in present)
 
     def with_layers(self, layers: Mapping[str, LayerDelta]) -> Adapter:
-        """The same adapter with other layers."""
+        """Return the same adapter with other layers."""
         return replace(self, layers=layers)
 
 
 def canonical_name(layer: str) -> str:
-    """The name without `text_model.`, which transformers 5 dropped from some encoders and kept in others.
+    """Remove `text_model.` from a layer name, which transformers 5 dropped from some encoders but not from others.
 
     >>> canonical_name("text_encoder.text_model.encoder.layers.0.mlp.fc1")
     'text_encoder.encoder.layers.0.mlp.fc1'

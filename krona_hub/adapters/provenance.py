@@ -1,4 +1,4 @@
-"""Where an adapter belongs and where it comes from, as plain values. Torch-free: headers are read without it."""
+"""The base model and the provenance of an adapter, as plain values. Torch-free, as reading headers is."""
 
 from __future__ import annotations
 
@@ -13,34 +13,49 @@ from krona_hub.version import __version__
 
 
 def creator() -> str:
-    """What `created_by` says of a file that is made now."""
+    """Return the `created_by` value of new files."""
     return f"krona_hub {__version__}"
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which base an adapter belongs to, as a plain value; every field may be unknown."""
+    """The base model of an adapter, as a plain value; every field may be unknown.
 
-    family: str | None = None  # catalogue name, such as "sdxl"
-    hub_id: str | None = None  # such as "stabilityai/stable-diffusion-xl-base-1.0"
+    Parameters
+    ----------
+    family, hub_id, revision : str, optional
+        Catalog name, such as ``sdxl``; Hub id, such as ``stabilityai/stable-diffusion-xl-base-1.0``; Hub revision.
+    fingerprint : str, optional
+        SHA-256 of the sorted canonical ``name shape`` lines of the base model.
+    candidates : tuple of str, default ()
+        Catalog names that fit equally well.
+
+    Examples
+    --------
+    >>> BaseModel("sd21", candidates=("sd21", "sd21-base")).names
+    ('sd21', 'sd21-base')
+    """
+
+    family: str | None = None
+    hub_id: str | None = None
     revision: str | None = None
-    fingerprint: str | None = None  # sha256 of the base's sorted canonical `name shape` lines
-    candidates: tuple[str, ...] = ()  # catalogue names that fit equally well
+    fingerprint: str | None = None
+    candidates: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every catalogue name that it may be, the likeliest first."""
+        """All possible catalog names, the most likely first."""
         return tuple(dict.fromkeys((*([self.family] if self.family else []), *self.candidates)))
 
     @property
     def words(self) -> str:
-        """What it is, for a message."""
-        return self.family or self.hub_id or f"a base with fingerprint {(self.fingerprint or 'unknown')[:12]}"
+        """A description for messages."""
+        return self.family or self.hub_id or f"a base model with fingerprint {(self.fingerprint or 'unknown')[:12]}"
 
     def agrees_with(self, other: BaseModel) -> bool:
-        """Whether both may be the same base: what is unknown agrees with everything.
+        """Return whether both may be the same base model; unknown fields agree with everything.
 
-        Names count before fingerprints: an inpainting U-Net has another fingerprint than its family.
+        Names take precedence over fingerprints: an inpainting U-Net has another fingerprint than its family.
 
         >>> BaseModel("sd21", candidates=("sd21", "sd21-base")).agrees_with(BaseModel("sd21-base"))
         True
@@ -54,26 +69,26 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an adapter comes from, and what was measured on the way."""
+    """The origin of an adapter, and the errors measured during its conversion."""
 
     created_by: str | None = None
     source_format: str | None = None  # a name of FORMATS
     source_sha256: str | None = None
     method: str | None = None
-    relative_error: float | None = None  # overall, Frobenius
+    relative_error: float | None = None  # overall, Frobenius norm
     layer_errors: Mapping[str, float] = field(default_factory=dict)  # layer name -> relative error
     training: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
     trigger_words: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of the file it was read from
-    unknown: Mapping[str, Any] = field(default_factory=dict)  # header fields of newer minor versions, kept
-    notes: tuple[str, ...] = ()  # what the reader of the file wants known; never stored
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of the file that it was read from
+    unknown: Mapping[str, Any] = field(default_factory=dict)  # header fields of newer minor versions
+    notes: tuple[str, ...] = ()  # messages of the reader of the file; never stored
 
 
 def native_provenance(source: Path, known: Provenance) -> Provenance:
-    """The provenance of what was read from the foreign `source`, with its sha256 and the krona that writes it anew.
+    """Return the provenance of a native file converted from `source`: adds its sha256 and this krona version.
 
-    A folder of PEFT stands for its weights; of several components none is the one.
+    For a PEFT folder the sha256 is that of its weights; for a folder of several components it is None.
     """
     weights = source / PEFT_WEIGHTS if source.is_dir() else source
     sha256 = file_sha256(weights) if weights.is_file() else None

@@ -1,1 +1,1 @@
-"""Big files without big memory: headers parsed by hand, tensors read as needed, writes that are whole or absent."""
+"""Safetensors files with bounded memory: strict header parsing, lazy tensor reading, atomic writing."""

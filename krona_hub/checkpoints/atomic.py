@@ -1,4 +1,4 @@
-"""Files and folders that appear whole, by rename, or not at all. Torch-free."""
+"""Atomic output: files and folders appear complete, by rename, or not at all. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ _OVERWRITE = "Add --overwrite, or choose another output with -o."
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
-    """Raise what writing a file to `path` would raise, before any work is done for it."""
+    """Raise the errors that writing a file to `path` would raise, before any work is done."""
     _check_parent(path)
     if path.is_dir():
-        raise ConflictError(f"{str(path)!r} is a folder.", fix="Name a file in it.")
+        raise ConflictError(f"{str(path)!r} is a folder.", fix="Specify a file name inside it.")
     if os.path.lexists(path) and not path.is_file() and not path.is_symlink():
-        raise ConflictError(f"{str(path)!r} is no regular file.", fix="Choose another output with -o.")
+        raise ConflictError(f"{str(path)!r} is not a regular file.", fix="Choose another output with -o.")
     if os.path.lexists(path) and not overwrite:
-        raise ConflictError(f"{str(path)!r} exists already.", fix=_OVERWRITE)
+        raise ConflictError(f"{str(path)!r} already exists.", fix=_OVERWRITE)
 
 
 def check_folder(path: Path, *, overwrite: bool = False) -> None:
-    """Raise what writing a folder to `path` would raise, before any work is done for it."""
+    """Raise the errors that writing a folder to `path` would raise, before any work is done."""
     _check_parent(path)
     if not os.path.lexists(path):
         return
     if not path.is_dir():
-        raise ConflictError(f"{str(path)!r} is a file; a folder is to be written.", fix="Choose another name with -o.")
+        raise ConflictError(f"{str(path)!r} is a file, but the output is a folder.", fix="Choose another name with -o.")
     if any(path.iterdir()) and not overwrite:
-        raise ConflictError(f"{str(path)!r} exists already and is not empty.", fix=_OVERWRITE)
+        raise ConflictError(f"{str(path)!r} already exists and is not empty.", fix=_OVERWRITE)
 
 
 @contextmanager
 def atomic_file(path: Path | str, *, overwrite: bool = False) -> Iterator[BinaryIO]:
-    """A file to write to, which becomes `path` when the block ends well and vanishes when it does not.
+    """Open a temporary file that becomes `path` if the block succeeds and is removed otherwise.
 
-    A link at `path` is replaced, not followed. Raises ConflictError where something is in the way,
-    NotFoundError without the parent folder, ResourceError for a full disk or a place that is not writable.
+    A symbolic link at `path` is replaced, not followed. Raises ConflictError if the output already exists,
+    NotFoundError if the parent folder does not exist, ResourceError if the disk is full or not writable.
     """
     path = Path(path)
     try:
@@ -61,17 +61,17 @@ def atomic_file(path: Path | str, *, overwrite: bool = False) -> Iterator[Binary
 
 
 def atomic_text(path: Path | str, text: str, *, overwrite: bool = False) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    """Write `text` as UTF-8 to `path`, atomically."""
     with atomic_file(path, overwrite=overwrite) as file:
         file.write(text.encode("utf-8"))
 
 
 @contextmanager
 def atomic_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` when the block ends well and vanishes when it does not.
+    """Create a temporary folder that becomes `path` if the block succeeds and is removed otherwise.
 
-    An empty folder at `path` is no conflict. With `overwrite`, files of a folder that is there are replaced one
-    by one, each by rename, and files that were not written stay: nobody's home folder is ever swept away.
+    An empty folder at `path` is not a conflict. With `overwrite`, the files of an existing folder are replaced one
+    by one, each by rename, and all other files stay: an existing folder is never deleted.
     """
     path = Path(path)
     try:
@@ -92,7 +92,7 @@ def atomic_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path
 def _check_parent(path: Path) -> None:
     parent = path.parent
     if "\0" in str(path):
-        raise NotFoundError("a path cannot hold a NUL character.", fix="Check the spelling of the path.")
+        raise NotFoundError("a path cannot contain a NUL character.", fix="Check the spelling of the path.")
     if not parent.exists():
         raise NotFoundError(f"the folder {str(parent)!r} does not exist.", fix=f"Create it: mkdir -p {str(parent)!r}")
     if not parent.is_dir():
@@ -101,23 +101,23 @@ def _check_parent(path: Path) -> None:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path`; whatever bears it is gone when the block ends, Ctrl-C included.
+    """Yield a temporary name beside `path` and remove that file or folder when the block ends, even on Ctrl-C.
 
-    What an earlier process left there because it was killed is removed first.
+    Leftovers of earlier processes that were killed are removed first.
     """
     remove_leftovers(path)
     temporary = temporary_name(path)
     try:
         yield temporary
     except KronaError as error:
-        error.cause = error.cause.replace(str(temporary), str(path))  # nobody else knows that name
+        error.cause = error.cause.replace(str(temporary), str(path))  # users only know the final name
         raise
     finally:
         remove(temporary)
 
 
 def _create(path: Path) -> BinaryIO:
-    """A new locked file with the rights that a plain open() would give it, which mkstemp's are not."""
+    """Create and lock a new file with the permissions of a plain open(), unlike mkstemp."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     file = os.fdopen(os.open(path, flags, 0o666), "w+b")
     lock(path, file.fileno())
@@ -126,9 +126,9 @@ def _create(path: Path) -> BinaryIO:
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """A new folder, locked while the block runs."""
+    """Create a new folder that stays locked while the block runs."""
     path.mkdir()
-    if not hasattr(os, "O_DIRECTORY"):  # where folders cannot be opened
+    if not hasattr(os, "O_DIRECTORY"):  # on systems where folders cannot be opened
         yield
         return
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -144,7 +144,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _move(temporary: Path, path: Path) -> None:
-    """One rename where nothing or an empty folder is there, else a rename per file."""
+    """Rename the folder as a whole if `path` is missing or empty, otherwise rename file by file."""
     if not path.exists():
         temporary.rename(path)
         return
@@ -160,7 +160,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make the rename itself durable, where the system can."""
+    """Make the rename itself durable, if the system supports it."""
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:

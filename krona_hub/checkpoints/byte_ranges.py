@@ -1,4 +1,4 @@
-"""Byte ranges from one open file to another, by the fastest means that both file systems allow. Torch-free."""
+"""Copying byte ranges between open files by the fastest method that both file systems support. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import BinaryIO, NamedTuple
 
 from krona_hub.errors import ResourceError
 
-CHUNK = 1 << 24  # bytes copied in one go: large enough to be fast, small enough to stop and to share out
-_BUFFER = 1 << 18  # bytes held by a copy through memory
-_WRITE = 1 << 16  # bytes per call. Large ones make the system look for large pages, which costs up to four times as
-# much on virtual machines that hand free memory back to their host, and gains nothing elsewhere (measured on ext4)
-_seeking = threading.Lock()  # a file has one position, which threads would move under each other
+CHUNK = 1 << 24  # bytes per copy: large enough to be fast, small enough to interrupt and to distribute
+_BUFFER = 1 << 18  # bytes held in memory when copying through memory
+_WRITE = 1 << 16  # bytes per call. Larger writes make the kernel allocate large pages, which takes up to four times as
+# long on virtual machines that return free memory to their host, and gains nothing elsewhere (measured on ext4)
+_seeking = threading.Lock()  # threads share the one position of a file
 
 
 class Range(NamedTuple):
-    """`length` bytes, from where they are to where they go."""
+    """A byte range to copy: `length` bytes from offset `source` to offset `target`."""
 
-    source: int  # bytes from the start of the file
-    target: int
+    source: int  # offset in the source file
+    target: int  # offset in the target file
     length: int
 
 
 def joined(ranges: Iterable[Range]) -> list[Range]:
-    """The same bytes in as few ranges as there are, where one follows the other in both files; empty ones left out.
+    """Merge ranges that are adjacent in both files, and drop empty ones.
 
     >>> joined([Range(0, 8, 4), Range(4, 12, 6), Range(20, 18, 1), Range(21, 19, 0)])
     [Range(source=0, target=8, length=10), Range(source=20, target=18, length=1)]
@@ -41,9 +41,9 @@ def joined(ranges: Iterable[Range]) -> list[Range]:
 
 
 def chunks(piece: Range, size: int = CHUNK) -> Iterator[Range]:
-    """The range in parts of at most `size` bytes, cut where the target reaches a multiple of it.
+    """Split a range into parts of at most `size` bytes, at target offsets that are multiples of `size`.
 
-    Writes that begin at round places fill whole pages, and large ones: on ext4 that halves the time of a copy.
+    Aligned writes fill whole pages: on ext4 this halves the time of a copy.
 
     >>> [(c.target, c.length) for c in chunks(Range(0, 3, 8), 4)]
     [(3, 1), (4, 4), (8, 3)]
@@ -56,35 +56,36 @@ def chunks(piece: Range, size: int = CHUNK) -> Iterator[Range]:
 
 
 class Copier:
-    """Copies ranges from one open file to another; several threads may use one.
+    """Copy ranges from one open file to another; one instance can be shared by several threads.
 
-    In the kernel where it can (`copy_file_range`, which may share blocks instead of copying; `sendfile` where that is
-    refused, as between two file systems), else through memory. What failed once for this pair is not tried again.
+    Copies in the kernel if possible (`copy_file_range`, which may share blocks instead of copying; `sendfile` if that
+    is refused, for example between two file systems), otherwise through memory. A method that failed once for this
+    pair of files is not tried again.
     """
 
     def __init__(self, source: BinaryIO, target: BinaryIO) -> None:
         self.source, self.target = source, target
-        self._ways = [_in_kernel, _by_sendfile, _through_memory]
+        self._methods = [_in_kernel, _by_sendfile, _through_memory]
 
     def copy(self, piece: Range) -> None:
-        """Raises OSError where the disk is full or broken, ResourceError where the source ends too early."""
+        """Copy one range. Raises OSError if the disk is full or broken, ResourceError if the source ends too early."""
         while piece.length:
-            done = self._some(piece)
+            done = self._copy_some(piece)
             piece = Range(piece.source + done, piece.target + done, piece.length - done)
 
-    def _some(self, piece: Range) -> int:
-        """Bytes copied, at least one. Only the last way is believed when it fails."""
-        way = self._ways[0]
+    def _copy_some(self, piece: Range) -> int:
+        """Copy some bytes, at least one, and return their number; only an error of the last method is raised."""
+        method = self._methods[0]
         try:
-            done = way(self.source.fileno(), self.target.fileno(), piece)
-        except (OSError, AttributeError):  # an AttributeError: a system without that call
-            if way is _through_memory:
+            done = method(self.source.fileno(), self.target.fileno(), piece)
+        except (OSError, AttributeError):  # AttributeError: the system lacks the call
+            if method is _through_memory:
                 raise
             done = 0
-        if not done and way is _through_memory:
-            raise ResourceError(f"{self.source.name!r} shrank while it was read.", fix="Try again.")
-        if not done and self._ways[0] is way:
-            self._ways = self._ways[1:]
+        if not done and method is _through_memory:
+            raise ResourceError(f"{self.source.name!r} was truncated while it was being read.", fix="Try again.")
+        if not done and self._methods[0] is method:
+            self._methods = self._methods[1:]
         return done
 
 
@@ -105,7 +106,7 @@ def _through_memory(source: int, target: int, piece: Range) -> int:
 
 
 def read_at(file: int, count: int, offset: int) -> bytes:
-    """Up to `count` bytes from `offset` on; fewer at the end of the file."""
+    """Read up to `count` bytes at `offset`; fewer at the end of the file."""
     if hasattr(os, "pread"):
         return os.pread(file, count, offset)
     with _seeking:
@@ -114,7 +115,7 @@ def read_at(file: int, count: int, offset: int) -> bytes:
 
 
 def write_at(file: int, data: bytes | memoryview, offset: int) -> None:
-    """All of `data` at `offset`."""
+    """Write all of `data` at `offset`."""
     view = memoryview(data).cast("B")
     while view:
         done = _write_some(file, view[: _WRITE - offset % _WRITE], offset)

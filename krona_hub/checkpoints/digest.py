@@ -1,4 +1,4 @@
-"""The sha256 of a file, read in pieces. Done only where it is asked for: large files take seconds. Torch-free."""
+"""SHA-256 digests of files, computed only on request: large files take seconds. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import BinaryIO
 
 
 def file_sha256(path: Path) -> str:
-    """The digest in hexadecimal."""
+    """Return the SHA-256 digest of a file in hexadecimal."""
     with path.open("rb") as file:
         return rest_sha256(file)
 
 
 def rest_sha256(file: BinaryIO) -> str:
-    """The digest of what an open file holds from its position on."""
+    """Return the SHA-256 digest of an open file from its current position to the end."""
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def file_sha256_once(path: Path) -> str:
-    """As file_sha256, read again only where the file has changed: a push asks for the same digest several times."""
-    about = path.stat()
-    return _remembered(path, about.st_size, about.st_mtime_ns, about.st_ino)
+    """Like file_sha256, but cached until the file changes: a push needs the same digest several times."""
+    status = path.stat()
+    return _cached_sha256(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 @lru_cache(maxsize=64)
-def _remembered(path: Path, size: int, changed: int, inode: int) -> str:
+def _cached_sha256(path: Path, size: int, modified: int, inode: int) -> str:
     return file_sha256(path)

@@ -1,4 +1,4 @@
-"""What a check found: the same facts as an error, as a value, so that one run can report many. Torch-free."""
+"""Findings of a check: errors as plain values, so that one run can report many. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ Severity = Literal["error", "warning"]
 
 
 class Finding(NamedTuple):
-    """One problem of a file: a cause, where it is, and what to do about it."""
+    """One problem in a file: its cause, its location and a fix."""
 
-    code: str  # of the error that it would be, KH…
-    where: str  # tensor, layer or field; "" for the file as a whole
+    code: str  # code of the corresponding error, KH…
+    where: str  # tensor, layer or field; "" for the whole file
     cause: str
     fix: str
     severity: Severity = "error"
 
     @classmethod
     def of(cls, error: KronaError, where: str = "", severity: Severity = "error") -> Finding:
-        """The finding that says what `error` says."""
+        """Convert an error to a finding."""
         return cls(error.code, where, error.cause, error.fix, severity)
 
     def error(self) -> KronaError:
-        """The error that says what this finding says.
+        """Convert this finding to an error.
 
         >>> str(Finding("KH110", "unet.x", "3 does not divide 4.", "Choose 1, 2 or 4.").error())
         'unet.x: 3 does not divide 4. Choose 1, 2 or 4.'
@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 
 def raise_first(findings: Iterable[Finding], context: str) -> None:
-    """Raise the first finding that is an error, with the file in front; warnings pass."""
+    """Raise the first finding of severity "error", prefixed with `context`; ignore warnings."""
     for finding in findings:
         if finding.severity == "error":
             raise finding.error().within(context)
@@ -52,7 +52,7 @@ _CLASSES = {cls.code: cls for cls in _subclasses(errors.KronaError) if cls.__mod
 
 
 def quoted(name: object, limit: int = 120) -> str:
-    """A name from a file, safe to print: quoted, control characters escaped, cut where it is absurdly long.
+    """Quote a name from a file for printing: escape control characters and truncate it to `limit` characters.
 
     >>> quoted("unet.x"), quoted("a\\x1b[31m"), len(quoted("x" * 10_000))
     ("'unet.x'", "'a\\\\x1b[31m'", 120)

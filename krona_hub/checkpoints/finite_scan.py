@@ -1,4 +1,4 @@
-"""Finding NaN and infinity by their bits, piece by piece: numpy knows no bfloat16. Torch-free."""
+"""Detection of NaN and infinity by bit patterns, since NumPy has no bfloat16. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 from krona_hub.checkpoints.header import Header, TensorInfo
 from krona_hub.checkpoints.os_errors import fault
 
-PIECE = 1 << 20  # bytes looked at in one go: small enough to stay in the cache
+PIECE = 1 << 20  # bytes per step: small enough to stay in the CPU cache
 
 
 class Exponent(NamedTuple):
-    view: str  # numpy's name of the unsigned integer that holds the bits
+    view: str  # NumPy name of the unsigned integer that holds the bits
     mask: int  # NaN and infinity have all of these bits set
 
 
@@ -24,12 +24,12 @@ _IEEE = {
     "F16": Exponent("<u2", 0x7C00),
     "BF16": Exponent("<u2", 0x7F80),
     "F8_E5M2": Exponent("|u1", 0x7C),
-    "F8_E4M3": Exponent("|u1", 0x7F),  # only NaN: this format has no infinity
+    "F8_E4M3": Exponent("|u1", 0x7F),  # NaN only: this format has no infinity
 }
 
 
 def scan(header: Header) -> dict[str, int]:
-    """The tensors that hold NaN or infinity -> how many such numbers; integers cannot. Reads the file once."""
+    """Count the NaN and infinite values per tensor, and return the tensors that have any. Reads the file once."""
     suspects = {name: info for name, info in header.tensors.items() if info.dtype in _IEEE and info.numel}
     if not suspects:
         return {}
@@ -43,7 +43,7 @@ def scan(header: Header) -> dict[str, int]:
 
 
 def _count_in(file: BufferedReader, data_start: int, info: TensorInfo, buffer: memoryview) -> int:
-    """How many numbers of one tensor are NaN or infinite."""
+    """Count the NaN and infinite values of one tensor."""
     exponent = _IEEE[info.dtype]
     return sum(
         _count(piece, exponent) for piece in _pieces(file, data_start + info.start, info.end - info.start, buffer)
@@ -51,18 +51,18 @@ def _count_in(file: BufferedReader, data_start: int, info: TensorInfo, buffer: m
 
 
 def _pieces(file: BufferedReader, start: int, left: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Bytes of a file, read into the buffer again and again: a map of the file would in the end be in memory whole."""
+    """Read bytes of a file through one buffer; a memory map would eventually hold the whole file in memory."""
     file.seek(start)
     while left:
         piece = buffer[: min(left, len(buffer))]
         if file.readinto(piece) < len(piece):
-            raise OSError("the file was cut short meanwhile")
+            raise OSError("the file was truncated while it was being read")
         yield piece
         left -= len(piece)
 
 
 def _count(raw: memoryview, exponent: Exponent) -> int:
-    """How many of the numbers in some bytes are NaN or infinite."""
+    """Count the NaN and infinite values in some bytes."""
     import numpy as np
 
     exponents = np.frombuffer(raw, exponent.view) & exponent.mask

@@ -1,4 +1,4 @@
-"""A new file of known size, filled at known places by several threads. Torch-free."""
+"""Writing a new file of known size by several threads, at known offsets. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from krona_hub.checkpoints.os_errors import fault
 from krona_hub.checkpoints.workers import ByteCounter, Task, run_tasks
 from krona_hub.errors import IntegrityError
 
-STEP = 1 << 26  # bytes that are worth a sync
+STEP = 1 << 26  # bytes written between two syncs
 
 
 class FilePart(NamedTuple):
-    """Bytes of the new file, and the work that puts them there."""
+    """A part of the new file: its offset, and the task that writes it."""
 
-    offset: int  # of the first one
+    offset: int  # of the first byte
     write: Task
 
 
@@ -34,37 +34,37 @@ def fill(
     threads: int = 2,
     progress: ByteCounter | None = None,
 ) -> None:
-    """Make `file` `size` bytes long: `opening`, then the parts, begun in the order of their places.
+    """Write a file of `size` bytes: `opening`, then the parts, started in the order of their offsets.
 
-    The bytes are on their way to the disk when it ends, not surely there: an fsync must follow.
+    On return the bytes are not guaranteed to be on the disk: an fsync must follow.
     """
     file.truncate(size)
     ordered = [FilePart(0, partial(_put, file, opening)), *sorted(parts, key=lambda part: part.offset)]
-    with syncing_behind(file) as wrote:
+    with background_sync(file) as count_written:
 
-        def told(count: int) -> None:
-            wrote(count)
+        def report(count: int) -> None:
+            count_written(count)
             if progress is not None:
                 progress(count)
 
-        run_tasks((part.write for part in ordered), threads=threads, progress=told)
+        run_tasks((part.write for part in ordered), threads=threads, progress=report)
 
 
 def copied(source: BinaryIO, target: BinaryIO, ranges: Iterable[Range]) -> list[FilePart]:
-    """The work of copying ranges, in parts that are small enough to share out."""
+    """Return the tasks that copy ranges, in parts small enough to distribute over threads."""
     copier = Copier(source, target)
     return [FilePart(c.target, partial(_copy, copier, c)) for run in joined(ranges) for c in chunks(run)]
 
 
 def open_source(path: Path, size: int) -> BinaryIO:
-    """The file, to be read from start to end. Raises IntegrityError where it has not `size` bytes."""
+    """Open a file for sequential reading. Raises IntegrityError if its size is not `size` bytes."""
     try:
         file = path.open("rb")
     except OSError as error:
         raise fault(error, path) from None
     if os.fstat(file.fileno()).st_size != size:
         file.close()
-        raise IntegrityError(f"{str(path)!r} changed while it was read.", fix="Try again.")
+        raise IntegrityError(f"{str(path)!r} changed while it was being read.", fix="Try again.")
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return file
@@ -81,29 +81,30 @@ def _copy(copier: Copier, piece: Range, report: ByteCounter) -> None:
 
 
 @contextmanager
-def syncing_behind(file: BinaryIO) -> Iterator[ByteCounter]:
-    """Gives a function to be told the bytes written to `file`; a thread syncs them. Ends when no sync is under way.
+def background_sync(file: BinaryIO) -> Iterator[ByteCounter]:
+    """Sync `file` in a background thread; yields a function that counts the bytes written so far.
 
-    Nothing is promised about what is on the disk: an fsync must follow, and tells whether all went well.
+    The block ends when no sync is in progress. An fsync must follow: it guarantees that the bytes are on the disk and
+    reports errors.
     """
-    behind = _Behind(file.fileno())
-    thread = threading.Thread(target=behind.follow, name="krona-sync", daemon=True)
+    syncer = _Syncer(file.fileno())
+    thread = threading.Thread(target=syncer.run, name="krona-sync", daemon=True)
     thread.start()
     try:
-        yield behind.wrote
+        yield syncer.count_written
     finally:
-        behind.end()
+        syncer.end()
         thread.join()
 
 
-class _Behind:
-    """A count of bytes that are not yet on their way, between the writers and the thread that syncs."""
+class _Syncer:
+    """The count of bytes that are not synced yet, shared by the writers and the syncing thread."""
 
     def __init__(self, file: int) -> None:
         self.file, self.waiting, self.ended = file, 0, False
         self.changed = threading.Condition()
 
-    def wrote(self, count: int) -> None:
+    def count_written(self, count: int) -> None:
         with self.changed:
             self.waiting += count
             if self.waiting >= STEP:
@@ -114,13 +115,13 @@ class _Behind:
             self.ended = True
             self.changed.notify()
 
-    def follow(self) -> None:
-        while self._due():
-            with suppress(OSError):  # the fsync at the end tells
+    def run(self) -> None:
+        while self._wait_until_due():
+            with suppress(OSError):  # the fsync at the end reports errors
                 getattr(os, "fdatasync", os.fsync)(self.file)
 
-    def _due(self) -> bool:
-        """Wait for enough bytes; False at the end."""
+    def _wait_until_due(self) -> bool:
+        """Wait until enough bytes are written; return False at the end."""
         with self.changed:
             self.changed.wait_for(lambda: self.ended or self.waiting >= STEP)
             self.waiting = 0

@@ -1,4 +1,4 @@
-"""Tensors of a file, read as they are needed."""
+"""Reading tensors from a safetensors file on demand."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SCALARS = {
 
 
 def load(header: Header, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The named tensors, or all, in the order of their names; mapped from the file, so that reading is lazy.
+    """Load the named tensors, or all, sorted by name; memory-mapped, so reading is lazy.
 
-    Raises IncompleteError for a name that the file does not have.
+    Raises IncompleteError for a name that is not in the file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -35,16 +35,16 @@ def load(header: Header, names: Iterable[str] | None = None) -> dict[str, Tensor
             return {name: file.get_tensor(name) for name in wanted}
     except OSError as error:
         raise fault(error, header.path) from None
-    except SafetensorError as error:  # the header was sound when we read it
+    except SafetensorError as error:  # the header was valid when we read it
         raise StructureError(
-            f"{header.path}: safetensors refuses the file ({error}).", fix="Did it change meanwhile? Try again."
+            f"{header.path}: safetensors cannot read the file ({error}).", fix="It may have changed: try again."
         ) from None
 
 
 def read_scalars(header: Header, names: Iterable[str]) -> dict[str, float]:
-    """The values of tensors of one number each, such as alpha, without torch.
+    """Read tensors that contain one value each, such as alpha, without torch.
 
-    Raises ShapeError for a tensor of several numbers, DtypeError for a type that holds no plain number.
+    Raises ShapeError for a tensor with several values, DtypeError for an unsupported dtype.
     """
     wanted = {name: _info(header, name) for name in names}
     if not wanted:
@@ -59,13 +59,15 @@ def read_scalars(header: Header, names: Iterable[str]) -> dict[str, float]:
 def _scalar(file: BinaryIO, header: Header, name: str, info: TensorInfo) -> float:
     where = f"{header.path}: {quoted(name)}"
     if info.numel != 1:
-        raise ShapeError(f"{where} should be one number but is {list(info.shape)}.", fix="Save the adapter again.")
+        raise ShapeError(
+            f"{where} has shape {list(info.shape)}, expected a single value.", fix="Save the adapter again."
+        )
     if info.dtype not in _SCALARS:
-        raise DtypeError(f"{where} is {info.dtype}, which is no plain number.", fix="Save it again as F32.")
+        raise DtypeError(f"{where} has the unsupported dtype {info.dtype}.", fix="Save it again as F32.")
     file.seek(header.data_start + info.start)
     raw = file.read(info.nbytes)
     if len(raw) < info.nbytes:
-        raise StructureError(f"{where} cannot be read: the file changed meanwhile.", fix="Try again.")
+        raise StructureError(f"{where} cannot be read: the file has changed.", fix="Try again.")
     if info.dtype == "BF16":  # the upper half of a float32
         raw = b"\0\0" + raw
     return float(struct.unpack(_SCALARS[info.dtype], raw)[0])
@@ -73,5 +75,7 @@ def _scalar(file: BinaryIO, header: Header, name: str, info: TensorInfo) -> floa
 
 def _info(header: Header, name: str) -> TensorInfo:
     if name not in header.tensors:
-        raise IncompleteError(f"{header.path}: there is no tensor {quoted(name)}.", fix="Is this the right file?")
+        raise IncompleteError(
+            f"{header.path}: tensor {quoted(name)} not found.", fix="Check that this is the right file."
+        )
     return header.tensors[name]

@@ -1,4 +1,4 @@
-"""Where everything lies in a file that is written anew with other dtypes or metadata. Torch-free."""
+"""Offsets in a file that is rewritten with other dtypes or metadata. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,57 +17,60 @@ _NO_HASH = "0x" + 64 * "0"
 
 @dataclass(frozen=True)
 class FileLayout:
-    """The new file, known before any of it is made."""
+    """The layout of the new file, computed before it is written."""
 
     old: Header
-    tensors: Mapping[str, TensorInfo]  # in the order in which they lie
+    tensors: Mapping[str, TensorInfo]  # in the order of their offsets
     metadata: Mapping[str, str]
-    data_hash: str | None  # the metadata key that gets the sha256 of the data
+    data_hash: str | None  # the metadata key that receives the sha256 of the data
 
     @classmethod
     def of(
         cls, old: Header, dtypes: Mapping[str, str], metadata: Mapping[str, str], data_hash: str | None = None
     ) -> FileLayout:
-        """The layout in which the tensors of `dtypes` have those. Raises IncompleteError for one that is not there."""
+        """Compute the layout; `dtypes` changes some tensors. Raises IncompleteError for a missing tensor."""
         for name in dtypes.keys() - old.tensors.keys():
-            raise IncompleteError(f"{old.path}: there is no tensor {quoted(name)}.", fix="Is this the right file?")
+            raise IncompleteError(
+                f"{old.path}: tensor {quoted(name)} not found.", fix="Check that this is the right file."
+            )
         return cls(old, _placed(old.tensors, dtypes), metadata, data_hash)
 
     def opening(self, digest: str = _NO_HASH) -> bytes:
-        """The header and its size, of one length whatever the digest."""
+        """Return the header size and the header; their length does not depend on the digest."""
         hashed = {self.data_hash: digest} if self.data_hash else {}
         order = [(name, EncodedTensor(info.dtype, info.shape, tuple)) for name, info in self.tensors.items()]
         return _padded(header_bytes(order, {**self.metadata, **hashed}), self.old.data_start)
 
     @property
     def data_size(self) -> int:
-        """Bytes after the header."""
+        """Size of the data section in bytes."""
         return max((info.end for info in self.tensors.values()), default=0)
 
 
 def new_size(
     header: Header, dtypes: Mapping[str, str], *, metadata: Mapping[str, str], data_hash: str | None = None
 ) -> int:
-    """The bytes of the file that `rewrite` will write, where the tensors of `dtypes` get those dtypes."""
+    """Return the size in bytes of the file that `rewrite` writes with new `dtypes` for some tensors."""
     layout = FileLayout.of(header, dtypes, metadata, data_hash)
     return len(layout.opening()) + layout.data_size
 
 
 def _padded(opening: bytes, data_start: int) -> bytes:
-    """With spaces after the header, so that the data lies in its pages as it did in the old file.
+    """Pad the header with spaces, so that the data keeps its position within pages of the old file.
 
-    Whole pages are copied in half the time of halves, and file systems that can share blocks share them.
+    Whole pages are copied in half the time, and file systems that support block sharing can share them.
     """
     spaces = (data_start - len(opening)) % PAGE
-    if spaces % ALIGNMENT:  # the old data is not aligned, the new is
+    if spaces % ALIGNMENT:  # the old data is not aligned, the new data is
         return opening
     return (len(opening) - 8 + spaces).to_bytes(8, "little") + opening[8:] + b" " * spaces
 
 
 def _placed(old: Mapping[str, TensorInfo], dtypes: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """The tensors with their new dtypes and places, in the order of the file.
+    """Return the tensors with their new dtypes and offsets, in file order.
 
-    By falling width where a wider dtype would leave one misaligned that was not: some readers refuse that.
+    Sorts them by descending dtype width if a wider dtype would misalign a tensor that was aligned: some readers reject
+    misaligned tensors.
     """
     order = sorted(old, key=lambda name: (old[name].start, old[name].end))
     changed = {name: old[name]._replace(dtype=dtypes.get(name, old[name].dtype)) for name in order}

@@ -1,7 +1,7 @@
-"""A safetensors file written anew with some tensors changed: one pass, any size, little memory. Torch-free.
+"""Rewriting a safetensors file with some tensors changed: one pass, any size, little memory. Torch-free.
 
-The old file is mapped, so that its pages belong to the system; the new one is written at offsets that are known
-before, so that threads do tensors and stretches of untouched bytes side by side.
+The old file is memory-mapped, so its pages belong to the system. All offsets of the new file are known in advance, so
+threads write changed tensors and ranges of unchanged bytes in parallel.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from krona_hub.errors import IntegrityError, ResourceError
 
 __all__ = ["ByteSink", "TensorChange", "check_space", "new_size", "rewrite"]
 
-ByteSink = Callable[[int, memoryview], None]  # (byte offset inside the tensor, bytes)
+ByteSink = Callable[[int, memoryview], None]  # (byte offset within the tensor, bytes)
 
 
 @dataclass(frozen=True)
 class TensorChange:
-    """What becomes of a tensor; its shape stays."""
+    """A new dtype and new bytes for one tensor; its shape does not change."""
 
-    info_dtype: str  # the dtype it has in the output, as in the header: F16, F32, …
+    info_dtype: str  # dtype in the output, as in the header: F16, F32, …
     produce: Callable[[memoryview, ByteSink], None]
-    """Gets the old bytes (mapped, read-only, valid until it returns) and sends those of the new tensor in their order.
+    """Receives the old bytes (mapped, read-only, valid until it returns) and sends the new bytes in order.
 
-    Called on any thread; the sink may be called from that thread only, and raises when the work is to stop.
+    Called on any thread; the sink must be called on that thread only, and raises when the work must stop.
     """
 
 
@@ -55,15 +55,15 @@ def rewrite(
     progress: ByteCounter | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the file of `header` to `out` with `changes` made and with `metadata` in place of its own.
+    """Write the file of `header` to `out` with `changes` applied and with its metadata replaced by `metadata`.
 
-    Tensors keep their order (unless a wider dtype would leave one misaligned) and untouched ones their bytes. `out`
-    is a path, which then appears whole by rename, or a file open for reading and writing, which the caller makes so.
-    `data_hash` names a metadata key that receives `0x` + the sha256 of all bytes after the header. `progress` gets
-    the bytes written since its last call, `new_size` in sum, and is never called twice at a time.
+    Tensors keep their order (unless a wider dtype would misalign one), and unchanged tensors keep their bytes. `out`
+    is a path, which is written atomically, or a file open for reading and writing, which the caller makes atomic.
+    `data_hash` names a metadata key that receives `0x` + the sha256 of all bytes after the header. `progress` receives
+    the bytes written since its last call, `new_size` in total, and is never called concurrently.
 
-    Raises IncompleteError for a change of a tensor that is not there, IntegrityError where a `produce` sends too few
-    or too many bytes, ResourceError for a full disk; the error of a `produce` comes out as it is.
+    Raises IncompleteError if a changed tensor does not exist, IntegrityError if a `produce` sends too few or too many
+    bytes, ResourceError if the disk is full; errors of a `produce` propagate unchanged.
     """
     layout = FileLayout.of(header, {name: change.info_dtype for name, change in changes.items()}, metadata, data_hash)
     if isinstance(out, Path):
@@ -75,15 +75,15 @@ def rewrite(
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise ResourceError, with how much is missing, where `folder`'s disk has less than `needed` bytes free."""
+    """Raise ResourceError, stating how much is missing, if the disk of `folder` has less than `needed` bytes free."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise fault(error, folder) from None
     if free < needed:
         raise ResourceError(
-            f"{str(folder)!r} needs {needed / 1e9:,.2f} GB, {(needed - free) / 1e9:,.2f} GB more than are free there.",
-            fix="Free some space, or write to another disk with -o.",
+            f"{str(folder)!r} needs {needed / 1e9:,.2f} GB, {(needed - free) / 1e9:,.2f} GB more than are free.",
+            fix="Free up disk space, or write to another disk with -o.",
         )
 
 
@@ -92,12 +92,17 @@ def _write(
 ) -> None:
     opening, old = layout.opening(), layout.old
     with open_source(old.path, old.file_size) as source, _mapped(source) as mapped:
-        makings = [
-            _Making(name, change, _of(old.tensors[name], old.data_start), _of(layout.tensors[name], len(opening)))
+        writers = [
+            _TensorWriter(
+                name,
+                change,
+                _bytes_of(old.tensors[name], old.data_start),
+                _bytes_of(layout.tensors[name], len(opening)),
+            )
             for name, change in changes.items()
         ]
-        parts = [FilePart(making.new.start, partial(making.write, mapped, file.fileno())) for making in makings]
-        parts += _untouched(layout, changes, len(opening), source, file)
+        parts = [FilePart(writer.new.start, partial(writer.write, mapped, file.fileno())) for writer in writers]
+        parts += _unchanged(layout, changes, len(opening), source, file)
         fill(file, opening, len(opening) + layout.data_size, parts, threads=threads, progress=progress)
     if layout.data_hash:
         file.seek(len(opening))
@@ -107,7 +112,7 @@ def _write(
 
 @contextmanager
 def _mapped(file: BinaryIO) -> Iterator[mmap.mmap]:
-    """The bytes of the file. What a `produce` still holds of them lives on until it lets go."""
+    """Map a file into memory; views that a `produce` keeps stay valid until it releases them."""
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         yield mapped
@@ -116,10 +121,10 @@ def _mapped(file: BinaryIO) -> Iterator[mmap.mmap]:
             mapped.close()
 
 
-def _untouched(
+def _unchanged(
     layout: FileLayout, changes: Mapping[str, TensorChange], opening: int, source: BinaryIO, target: BinaryIO
 ) -> list[FilePart]:
-    """The work for all tensors without a change, neighbours together."""
+    """Return the copy tasks for all unchanged tensors; adjacent ones are merged."""
     ranges = [
         Range(layout.old.data_start + layout.old.tensors[name].start, opening + new.start, new.nbytes)
         for name, new in layout.tensors.items()
@@ -129,13 +134,13 @@ def _untouched(
 
 
 @dataclass(frozen=True)
-class _Making:
-    """The work of making one changed tensor."""
+class _TensorWriter:
+    """Writes one changed tensor."""
 
     name: str
     change: TensorChange
-    old: slice  # of the old file
-    new: slice  # of the new file
+    old: slice  # byte range in the old file
+    new: slice  # byte range in the new file
 
     def write(self, mapped: mmap.mmap, file: int, report: ByteCounter) -> None:
         sent, length = 0, self.new.stop - self.new.start
@@ -143,7 +148,7 @@ class _Making:
         def sink(offset: int, data: memoryview) -> None:
             nonlocal sent
             if offset != sent or offset + data.nbytes > length:
-                raise self._wrong(f"bytes {offset:,} to {offset + data.nbytes:,} were sent after {sent:,}")
+                raise self._wrong_size(f"bytes {offset:,} to {offset + data.nbytes:,} were sent after {sent:,}")
             write_at(file, data, self.new.start + offset)
             sent += data.nbytes
             report(data.nbytes)
@@ -151,27 +156,27 @@ class _Making:
         with _pages(mapped, self.old) as old:
             self.change.produce(old, sink)
         if sent != length:
-            raise self._wrong(f"{sent:,} bytes were sent")
+            raise self._wrong_size(f"{sent:,} bytes were sent")
 
-    def _wrong(self, cause: str) -> IntegrityError:
+    def _wrong_size(self, cause: str) -> IntegrityError:
         length = self.new.stop - self.new.start
         return IntegrityError(f"{quoted(self.name)} has {length:,} bytes, but {cause}.", fix="Please report this bug.")
 
 
-def _of(info: TensorInfo, data_start: int) -> slice:
+def _bytes_of(info: TensorInfo, data_start: int) -> slice:
     return slice(data_start + info.start, data_start + info.end)
 
 
 @contextmanager
-def _pages(mapped: mmap.mmap, place: slice) -> Iterator[memoryview]:
-    """The bytes at `place`; the system is told to fetch their pages before and to forget the mapping after."""
-    start = place.start // mmap.PAGESIZE * mmap.PAGESIZE
-    length = place.stop - start
-    view = memoryview(mapped)[place]
+def _pages(mapped: mmap.mmap, section: slice) -> Iterator[memoryview]:
+    """Yield the bytes of `section`; advises the system to prefetch their pages and to unmap them afterwards."""
+    start = section.start // mmap.PAGESIZE * mmap.PAGESIZE
+    length = section.stop - start
+    view = memoryview(mapped)[section]
     if length and hasattr(mmap, "MADV_WILLNEED"):
         mapped.madvise(mmap.MADV_WILLNEED, start, length)
     yield view
-    if length and hasattr(mmap, "MADV_DONTNEED"):  # unmaps only: the page cache keeps what it holds
+    if length and hasattr(mmap, "MADV_DONTNEED"):  # unmaps only: the page cache keeps the pages
         mapped.madvise(mmap.MADV_DONTNEED, start, length)
     with suppress(BufferError):
         view.release()

@@ -1,4 +1,4 @@
-"""JSON from strangers: duplicate keys, NaN, lone surrogates and bottomless nesting are errors. Torch-free."""
+"""Strict parser for untrusted JSON: rejects duplicate keys, NaN, lone surrogates and deep nesting. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_DEPTH = 64  # levels of nesting; a header has three
 
 
 def parse(text: str | bytes) -> dict[str, Any]:
-    """The object that `text` is. Raises StructureError, with the cause only, for anything else.
+    """Parse a JSON object. Raises StructureError, with the cause only, for anything else.
 
     >>> parse('{"a": [1, 2]}')
     {'a': [1, 2]}
@@ -25,18 +25,18 @@ def parse(text: str | bytes) -> dict[str, Any]:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
         value = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         _check_depth(value)
-        if "\\u" in decoded:  # the only way for half a surrogate pair to get in
+        if "\\u" in decoded:  # only an escape can produce a lone surrogate
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeError:
         raise StructureError("it is not valid UTF-8.") from None
     except RecursionError:
         raise StructureError("it is nested too deeply.") from None
     except json.JSONDecodeError as error:
-        raise StructureError(f"it is not JSON ({error.msg} at character {error.pos}).") from None
+        raise StructureError(f"it is not valid JSON ({error.msg} at character {error.pos}).") from None
     except StructureError:
         raise
     except ValueError:  # int() refuses numbers of thousands of digits
-        raise StructureError("it holds a number that is too long.") from None
+        raise StructureError("it contains a number with too many digits.") from None
     if not isinstance(value, dict):
         raise StructureError("it is not a JSON object.")
     return value
@@ -52,11 +52,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise StructureError(f"it is not JSON ({name} is no number there).")
+    raise StructureError(f"it is not valid JSON ({name} is not allowed).")
 
 
 def _check_depth(value: Any) -> None:
-    """Iteratively, for the recursive way is what such a file attacks."""
+    """Limit the nesting, iteratively: deeply nested files are an attack on recursion."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [child for item in level for child in _children(item)]
@@ -71,8 +71,8 @@ def _children(item: Any) -> list[Any]:
 
 
 def _finite(text: str) -> float:
-    """1e999 is a number of JSON that no float can hold."""
+    """Parse a number and reject those that overflow a float, such as 1e999."""
     number = float(text)
     if isinf(number):
-        raise StructureError("it holds a number that is too large.")
+        raise StructureError("it contains a number that is too large.")
     return number

@@ -1,4 +1,4 @@
-"""Temporary files of writers that were killed: told from those of living ones by a lock, and removed. Torch-free."""
+"""Cleanup of temporary files left by killed processes; a lock marks those still in use. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SUFFIX = len(".01234567.part")
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside `path`, so on the same disk."""
+    """Return a new name in the folder of `path`, hence on the same disk."""
     return path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file is one that is being written, or a leftover.
+    """Return whether a file name is that of a temporary file, in use or left over.
 
     >>> is_temporary(".x.safetensors.0123abcd.part"), is_temporary("x.part")
     (True, False)
@@ -34,30 +34,30 @@ def is_temporary(name: str) -> bool:
 
 
 def lock(path: Path, file: int) -> None:
-    """Mark the open file or folder at `path` as somebody's: the system drops the lock when its holder dies.
+    """Lock the open file or folder at `path`; the system releases the lock when the process ends.
 
-    Raises ConflictError where another process took it for a leftover before it was locked.
+    Raises ConflictError if another process removed it as a leftover before it was locked.
     """
     try:
         _flock(file)
     except BlockingIOError:
-        raise _taken() from None
-    except OSError:  # a file system without locks: leftovers stay there
+        raise _in_use() from None
+    except OSError:  # a file system without locks: leftovers are kept
         return
     if not path.exists():
-        raise _taken()
+        raise _in_use()
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of their tries to write `path`; it may be as large as the whole output."""
-    if sys.platform != "win32":  # which has no such lock
+    """Remove the leftovers of killed processes that wrote `path`; they can be as large as the output."""
+    if sys.platform != "win32":  # Windows has no such lock
         for other in path.parent.iterdir():
             if is_temporary(other.name) and other.name[:-_SUFFIX] == f".{path.name[:100]}":
                 _remove_if_dead(other)
 
 
 def _remove_if_dead(path: Path) -> None:
-    with suppress(OSError):  # locked, or gone already
+    with suppress(OSError):  # locked, or already removed
         file = os.open(path, os.O_RDONLY)
         try:
             _flock(file)
@@ -67,7 +67,7 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -80,5 +80,5 @@ def _flock(file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _taken() -> ConflictError:
-    return ConflictError("another process writes to the same place.", fix="Try again when it is done.")
+def _in_use() -> ConflictError:
+    return ConflictError("another process is writing to the same location.", fix="Try again when it has finished.")

@@ -1,6 +1,6 @@
-"""The entries of a safetensors header: types, shapes and places, and what may be wrong with them. Torch-free.
+"""Entries of a safetensors header: dtypes, shapes and offsets, and their validation. Torch-free.
 
-The data section must be covered by the tensors without holes, overlaps or trailing bytes.
+The data section must be covered by the tensors without gaps, overlaps or trailing bytes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ DTYPE_BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
-MAX_BYTES = 2**63 - 1  # what an offset may reach
+MAX_BYTES = 2**63 - 1  # largest offset
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_BROKEN = "The file is broken or forged: download it again, or save it again with its own tool."
+_BROKEN = "Download the file again, or save it again with its application: it is corrupt or forged."
 
 
 class TensorInfo(NamedTuple):
+    """The header entry of one tensor."""
+
     dtype: str  # as in the header: F32, BF16, …
     shape: tuple[int, ...]
-    start: int  # bytes from the start of the data section
+    start: int  # offset in bytes from the start of the data section
     end: int
 
     @property
@@ -42,7 +44,7 @@ class TensorInfo(NamedTuple):
 
 
 def parse_entry(value: Any) -> TensorInfo:
-    """One entry of the header. Raises StructureError or DtypeError, with the cause only."""
+    """Parse one entry of the header. Raises StructureError or DtypeError without the tensor name."""
     if not isinstance(value, dict):
         raise StructureError("its entry is not an object.", fix=_BROKEN)
     if value.keys() != _FIELDS:
@@ -51,17 +53,18 @@ def parse_entry(value: Any) -> TensorInfo:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise DtypeError(
-            f"its type {quoted(dtype, 40)} is unknown.", fix="Save it again as F32, F16 or BF16 with its own tool."
+            f"unknown dtype {quoted(dtype, 40)}.",
+            fix="Save it again as F32, F16 or BF16 with the application that wrote it.",
         )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        raise StructureError("its shape or its offsets are no lists of sizes.", fix=_BROKEN)
+        raise StructureError("its shape or its offsets are not lists of sizes.", fix=_BROKEN)
     info = TensorInfo(dtype, tuple(shape), *offsets)
     _check_length(info)
     return info
 
 
 def _sizes(value: Any) -> bool:
-    """A list of integers that fit in an offset; True and 1.0 are none."""
+    """Return whether the value is a list of integers that fit in an offset; True and 1.0 do not count."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= MAX_BYTES for n in value)
 
 
@@ -76,7 +79,7 @@ def _check_length(info: TensorInfo) -> None:
 
 
 def layout_findings(tensors: Mapping[str, TensorInfo], data_size: int) -> Iterator[Finding]:
-    """What is wrong with the places of the tensors in a data section of `data_size` bytes."""
+    """Yield a finding for every gap, overlap and overrun in a data section of `data_size` bytes."""
     reached = 0
     sound = True
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -94,19 +97,19 @@ def layout_findings(tensors: Mapping[str, TensorInfo], data_size: int) -> Iterat
 
 def _misplaced(name: str, info: TensorInfo, reached: int) -> Finding:
     cause = (
-        f"its data overlaps the tensor before it by {reached - info.start:,} bytes."
+        f"its data overlaps the previous tensor by {reached - info.start:,} bytes."
         if info.start < reached
-        else f"a hole of {info.start - reached:,} bytes lies before its data."
+        else f"there is a gap of {info.start - reached:,} bytes before its data."
     )
     return Finding.of(StructureError(cause, fix=_BROKEN), where=quoted(name))
 
 
-def _short(promised: int, found: int) -> KronaError:
+def _short(declared: int, found: int) -> KronaError:
     return TruncatedError(
-        f"the file ends early: its header promises {promised:,} bytes of data, {found:,} are there.",
+        f"the file is truncated: its header declares {declared:,} bytes of data, {found:,} found.",
         fix="Download or copy it again.",
     )
 
 
-def _overflow(promised: int, found: int) -> KronaError:
-    return StructureError(f"tensors lie {promised - found:,} bytes beyond the end of the file.", fix=_BROKEN)
+def _overflow(declared: int, found: int) -> KronaError:
+    return StructureError(f"the tensors extend {declared - found:,} bytes beyond the end of the file.", fix=_BROKEN)

@@ -1,4 +1,4 @@
-"""Work on a file, shared out to threads: pieces in their order, and all stop when one fails. Torch-free."""
+"""Running file tasks on several threads, in order; all stop when one fails. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-ByteCounter = Callable[[int], None]  # gets the bytes done since the last call; never called twice at a time
-Task = Callable[[ByteCounter], None]  # tells the bytes it has done as it goes, at least every second or so
+ByteCounter = Callable[[int], None]  # receives the bytes done since the last call; never called concurrently
+Task = Callable[[ByteCounter], None]  # reports the bytes done while it runs, about once per second or more often
 
 
 class _Stopped(Exception):
-    """Another worker failed."""
+    """Raised in a worker after another worker failed."""
 
 
 def run_tasks(tasks: Iterable[Task], *, threads: int = 2, progress: ByteCounter | None = None) -> None:
-    """Do all tasks, begun in order, `threads` side by side; with one thread in the caller's own.
+    """Run all tasks, started in order, on `threads` threads; a single thread is the caller's own.
 
-    The first error comes out; tasks that run then end at their next word of progress, and no other begins.
+    Raises the first error; running tasks then end at their next progress report, and no other task starts.
     """
     crew = _Crew(iter(tasks), progress)
     if threads < 2:
@@ -30,7 +30,7 @@ def run_tasks(tasks: Iterable[Task], *, threads: int = 2, progress: ByteCounter 
 
 
 class _Crew:
-    """What the workers share."""
+    """The state that the workers share."""
 
     def __init__(self, tasks: Iterator[Task], progress: ByteCounter | None) -> None:
         self.tasks, self.progress = tasks, progress
@@ -39,7 +39,7 @@ class _Crew:
         self.error: BaseException | None = None
 
     def work(self) -> None:
-        """Do one task after the other, until there are none or somebody fails."""
+        """Run tasks one by one until none is left or a worker fails."""
         try:
             while (task := self._next()) is not None:
                 task(self._report)
@@ -49,7 +49,7 @@ class _Crew:
             self.error, self.stopped = self.error or error, True
 
     def wait(self, workers: Iterable[Future[None]]) -> None:
-        """Until all are done. Ctrl-C reaches only the thread that waits: it stops the others."""
+        """Wait for all workers. Ctrl-C reaches only the waiting thread, which then stops the workers."""
         try:
             for worker in workers:
                 worker.result()

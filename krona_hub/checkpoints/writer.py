@@ -1,7 +1,7 @@
-"""Safetensors files: written whole, with the same bytes for the same content on every machine.
+"""Atomic, deterministic writer of safetensors files: equal content gives equal bytes on every machine.
 
-The header is ours, for the reference writer puts the metadata in an order that changes from run to run. Tensors
-lie by falling width of their type and then by name, so that every one is aligned, and the data starts at a
+It writes its own header, because the order of the metadata in the reference writer changes from run to run. Tensors
+are sorted by descending dtype width and then by name, so that all of them are aligned, and the data starts at a
 multiple of eight bytes.
 """
 
@@ -28,12 +28,12 @@ DTYPE_NAMES = {
     "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
     "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2": "F8_E5M2", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip  # torch's name of a type -> the name in the header
-CHUNK = 1 << 24  # bytes copied in one go
+}  # fmt: skip  # torch dtype -> dtype in the header
+CHUNK = 1 << 24  # bytes per copy
 
 
 class EncodedTensor(NamedTuple):
-    """A tensor to be written; its bytes are asked for when their turn comes."""
+    """A tensor to be written; its bytes are produced on demand."""
 
     dtype: str  # as in the header: F32, BF16, …
     shape: tuple[int, ...]
@@ -54,10 +54,10 @@ def write_tensors(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write a safetensors file: whole or not at all, and the same bytes for equal input.
+    """Write a safetensors file atomically; equal input gives equal bytes.
 
-    Raises ConflictError where `path` exists and `overwrite` is not given, NotFoundError where its folder does not,
-    ResourceError where the disk is full or the place is not writable, DtypeError for a type the format lacks.
+    Raises ConflictError if `path` exists and `overwrite` is false, NotFoundError if its folder does not exist,
+    ResourceError if the disk is full or not writable, DtypeError for a dtype that the format does not support.
     """
     write_stored(path, {name: _stored(name, t) for name, t in tensors.items()}, metadata, overwrite=overwrite)
 
@@ -69,7 +69,7 @@ def write_stored(
     *,
     overwrite: bool = False,
 ) -> None:
-    """As write_tensors, from bytes, one tensor in memory at a time. Torch-free."""
+    """Like write_tensors, but from bytes, with one tensor in memory at a time. Torch-free."""
     order = sorted(tensors.items(), key=lambda item: (-DTYPE_BITS[item[1].dtype], item[0]))
     opening = header_bytes(order, metadata or {})
     with atomic_file(path, overwrite=overwrite) as file:
@@ -80,7 +80,7 @@ def write_stored(
 
 
 def header_bytes(order: Iterable[tuple[str, EncodedTensor]], metadata: Mapping[str, str]) -> bytes:
-    """The size and the JSON text that open a file whose tensors lie in the given order, padded with spaces."""
+    """Return the header size and the JSON header of tensors in the given order, padded with spaces."""
     fields: dict[str, object] = {}
     if metadata:
         fields["__metadata__"] = {key: _text(key, metadata[key]) for key in sorted(metadata)}
@@ -93,14 +93,14 @@ def header_bytes(order: Iterable[tuple[str, EncodedTensor]], metadata: Mapping[s
     text += b" " * (-len(text) % ALIGNMENT)
     if len(text) > MAX_HEADER:
         raise ResourceError(
-            f"the header would take {len(text):,} bytes; {MAX_HEADER:,} is the limit of the format.",
+            f"the header would be {len(text):,} bytes; {MAX_HEADER:,} is the limit of the format.",
             fix="Shorten the metadata.",
         )
     return len(text).to_bytes(8, "little") + text
 
 
 def copied(header: Header) -> dict[str, EncodedTensor]:
-    """The tensors of a file as they are, byte by byte, for a file with another header. Torch-free."""
+    """Return the tensors of a file unchanged, for a file with another header. Torch-free."""
 
     def reading(start: int, end: int) -> Callable[[], Iterable[bytes]]:
         return lambda: _slices(header.path, header.data_start + start, header.data_start + end)
@@ -114,7 +114,7 @@ def _slices(path: Path, start: int, end: int) -> Iterable[bytes]:
         while start < end:
             piece = file.read(min(CHUNK, end - start))
             if not piece:
-                raise ResourceError(f"{str(path)!r} shrank while it was read.", fix="Try again.")
+                raise ResourceError(f"{str(path)!r} was truncated while it was being read.", fix="Try again.")
             start += len(piece)
             yield piece
 
@@ -123,33 +123,33 @@ def _encoded(fields: Mapping[str, object]) -> bytes:
     try:
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError:
-        raise UsageError(
-            "a name or a metadata text holds half a character (a lone surrogate).", fix="Remove it."
-        ) from None
+        raise UsageError("a tensor name or a metadata value contains a lone surrogate.", fix="Remove it.") from None
 
 
 def _name(name: str) -> str:
     if name == "__metadata__":
-        raise UsageError("a tensor cannot be called '__metadata__'.", fix="Rename it.")
+        raise UsageError("a tensor cannot be named '__metadata__'.", fix="Rename it.")
     return name
 
 
 def _text(key: str, value: object) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"the metadata of {quoted(key)} must be text.", fix="Pass json.dumps(value) or str(value).")
+        raise UsageError(
+            f"the metadata value of {quoted(key)} must be a string.", fix="Pass json.dumps(value) or str(value)."
+        )
     return value
 
 
 def _stored(name: str, tensor: Tensor) -> EncodedTensor:
-    """A tensor of torch as bytes that are made when asked for."""
+    """Encode a torch tensor; its bytes are produced on demand."""
     import torch
 
     dtype = DTYPE_NAMES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or tensor.layout != torch.strided or tensor.is_meta:
         raise DtypeError(
             f"{quoted(name)} is a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device}, which "
-            "safetensors cannot hold.",
-            fix="Write plain tensors of F32, F16 or BF16.",
+            "safetensors cannot store.",
+            fix="Write dense F32, F16 or BF16 tensors.",
         )
 
     def data() -> Iterable[memoryview]:

@@ -1,1 +1,1 @@
-"""Pure mathematics of Kronecker sums: knows no files, no layer names, no alpha."""
+"""The mathematics of Kronecker sums, independent of files, layer names and alpha."""

@@ -1,7 +1,7 @@
-"""A budget of parameters shared between layers, each with its own list of forms.
+"""Allocation of a parameter budget to layers, each with its own list of factorizations.
 
-The layer whose next parameter gains most gets it: down the convex hull of every layer's (size, squared error)
-points, dearest gain first, until nothing more fits; then whatever single step still fits and gains most.
+Greedy: steps down the convex hull of every layer's (size, squared error) points, largest gain per parameter first,
+until nothing more fits; then the single steps that still fit, largest gain first.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from krona_hub.kron.candidates import Factorization
 
 
 class Point(NamedTuple):
+    """A factorization of one layer, with its size and its loss."""
+
     parameters: int
-    loss: float  # squared error of the layer, not relative: layers are added up
+    loss: float  # absolute squared error, which is additive over layers
     form: Factorization
 
 
 def hull(points: Sequence[Point]) -> list[Point]:
-    """The lower left convex hull: growing size, falling loss, falling gain per parameter."""
+    """Return the lower left convex hull: increasing size, decreasing loss, decreasing gain per parameter."""
     corners: list[Point] = []
     for point in sorted(points, key=lambda p: (p.parameters, p.loss, p.form.order)):
         if corners and point.loss >= corners[-1].loss:
@@ -34,12 +36,12 @@ def hull(points: Sequence[Point]) -> list[Point]:
 
 
 def gain(before: Point, after: Point) -> float:
-    """Loss saved per parameter."""
+    """Return the reduction of the loss per parameter."""
     return (before.loss - after.loss) / (after.parameters - before.parameters)
 
 
 def allocate(layers: Sequence[Sequence[Point]], budget: int) -> tuple[list[Point], float]:
-    """One point per layer, within the budget if the smallest fit, and the gain at which the budget ran out."""
+    """Return one point per layer, within the budget if the smallest fit, and the gain at which the budget ran out."""
     hulls = [hull(points) for points in layers]
     at, left = [0] * len(hulls), budget - sum(corners[0].parameters for corners in hulls)
     queue = [(-gain(*corners[:2]), i) for i, corners in enumerate(hulls) if len(corners) > 1]
@@ -60,7 +62,7 @@ def allocate(layers: Sequence[Sequence[Point]], budget: int) -> tuple[list[Point
 
 
 def _filled(layers: Sequence[Sequence[Point]], chosen: list[Point], left: int) -> list[Point]:
-    """Single steps to points that need not be on the hull, the largest saving first, while they fit."""
+    """Take single steps to any points, on the hull or not, largest saving first, while they fit."""
     chosen = list(chosen)
     while True:
         best = None

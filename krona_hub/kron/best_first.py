@@ -1,14 +1,14 @@
-"""Best-first search over the shapes of a LoRA layer: the best form of all, having computed few.
+"""Best-first search over the shapes of a LoRA layer: finds the best factorization while computing few.
 
-Every shape of every layer carries a lower bound of the value that any of its forms can have. The shape with the
-least bound is refined, by the next dearer way, until no bound is below the best form found:
+Every shape of every layer has a lower bound of the value of its factorizations. The shape with the lowest bound is
+refined by the next, more expensive step, until no bound is below the best factorization found:
 
     bounds    mode spectra and products of `bounds.py`, for all shapes at once
-    moment    the fourth moment, for the shapes that are left
-    probe     what K terms keep: exactly, by a Gram matrix, or from above, by a sketch; what the first B lose by rank
-    exact     the forms themselves
+    moment    the fourth moment, for the remaining shapes
+    probe     energy of K terms: exact, by a Gram matrix, or an upper bound, by a sketch; loss of the first B by rank
+    exact     the factorizations themselves
 
-Layers of one size go through it together, and whatever shape several of them want next is computed for all of these.
+Layers of one size are searched together; a shape that several of them need next is computed for all of them at once.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ Allowed = Callable[[KronShape, int, int | None], bool]
 
 BOUNDED, PROBED, CLOSED = range(3)
 DENSE_PROBE = 192  # side of R up to which the probe is exact
-FIRST = 4  # right factors whose ranks the probe looks at
-CERTAIN = 0.9  # of what the first B seem to lose: vectors of close values mix, and their losses with them
-OVERSAMPLING = 8  # columns of a sketch beyond the terms asked for
-PROMISING = 0.25  # of the value to beat: a shape with a bound below it is followed before others are bounded further
-HINTS = 3  # shapes of a layer that are followed so
+FIRST = 4  # right factors whose ranks the probe examines
+CERTAIN = 0.9  # fraction of the estimated loss of the first B that is certain: vectors of close values mix
+OVERSAMPLING = 8  # columns of a sketch beyond the requested terms
+PROMISING = 0.25  # fraction of the value to beat: shapes with a bound below it are computed before others are refined
+HINTS = 3  # promising shapes per layer that are computed first
 SEED = 1
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is minimised: price · parameters + the squared error, or the parameters within an error."""
+    """The objective: price · parameters + squared error, or the parameters within an error limit."""
 
-    price: Tensor  # (n,) per parameter, for a layer of energy 1
-    max_error: float | None  # None: the squared error is part of the value
+    price: Tensor  # (n,), per parameter, for a layer of energy 1
+    max_error: float | None  # None: the squared error is part of the objective
 
     def cost(self, left: Tensor) -> Tensor:
-        """The part of the value that a relative squared error makes."""
+        """Return the contribution of a relative squared error to the objective."""
         if self.max_error is None:
             return left.clamp(min=0)
         return torch.where(left <= max(self.max_error, ROUNDING) ** 2 * (1 + 1e-12), 0.0, torch.inf)
 
     @property
     def tolerates_float32(self) -> bool:
-        """Whether bounds of float32, with their slack, still tell shapes apart."""
+        """Whether float32 bounds, with their slack, are still precise enough to rank shapes."""
         return self.max_error is None or self.max_error >= 0.02
 
     def take(self, layers: Tensor) -> Goal:
@@ -77,22 +77,24 @@ class BestFactorization(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What is known of one shape of one layer."""
+    """Bounds for one shape of one layer."""
 
-    kept: Tensor  # (K,): the most that 1 … K terms keep
-    lost: Tensor  # (f, ρ): the least that B of rank 1 … ρ lose in the first 1 … f of the terms
-    done: int = 0  # terms up to which every form has been computed
+    kept: Tensor  # (K,): upper bound of the energy of 1 … K terms
+    lost: Tensor  # (f, ρ): lower bound of the loss by B of rank 1 … ρ in the first 1 … f terms
+    done: int = 0  # terms up to which all factorizations have been computed
 
 
 class Search:
-    """The search for n layers of one size and of unit norm. `roof` (n,) is a value known to be reachable."""
+    """Search for n layers of one size and of unit norm; `roof` (n,) is a value known to be attainable."""
 
     def __init__(self, lora: LoraSvd, goal: Goal, roof: Tensor, allowed: Allowed | None = None) -> None:
         self.lora, self.goal, self.best_value, self.allowed = lora, goal, roof.clone(), allowed
         self.rough = lora.to(torch.float32 if goal.tolerates_float32 else torch.float64)
         self.bounds = Bounds(self.rough)
         self.found: list[BestFactorization | None] = [None] * len(roof)
-        self.points: list[list[Factorization]] = [[] for _ in roof]  # every form computed that none computed beats
+        self.points: list[list[Factorization]] = [
+            [] for _ in roof
+        ]  # all computed factorizations that no other one dominates
         self.shapes = [s for s in choices(*lora.size) if not is_lora(s, None)]
         self.lower = torch.full((len(roof), len(self.shapes)), torch.inf, dtype=torch.float64)
         self.stage = torch.zeros(self.lower.shape, dtype=torch.int8)
@@ -126,7 +128,7 @@ class Search:
         return self._least(shape, layers, kept, None).min(1).values
 
     def _least(self, shape: KronShape, layers: Tensor, kept: Tensor, lost: Tensor | None) -> Tensor:
-        """(n, K): a value that no form of 1 … K terms goes below, from `kept` (n, K) and `lost` (n, f, ρ)."""
+        """Lower bound of the value of 1 … K terms, (n, K), from `kept` (n, K) and `lost` (n, f, ρ)."""
         goal, terms = self.goal.take(layers), kept.shape[1]
         a, dense, thin = shape.a1 * shape.a2, shape.b1 * shape.b2, shape.b1 + shape.b2
         a = a if a > 1 else 0
@@ -147,7 +149,7 @@ class Search:
 
     @staticmethod
     def _by_loss(goal: Goal, kept: Tensor, lost: Tensor, a: int, thin: int) -> Tensor:
-        """The value over all ranks ρ of B, given what each loses at least: (n, K)."""
+        """Lower bound of the value over all ranks ρ of B, (n, K), from the loss of each rank."""
         k, rank = torch.arange(1, kept.shape[1] + 1)[:, None], torch.arange(1, lost.shape[2] + 1)
         size = goal.price[:, None, None] * k * (a + rank * thin)
         lost = lost[:, (k[:, 0] - 1).clamp(max=lost.shape[1] - 1)]
@@ -155,12 +157,12 @@ class Search:
 
     @staticmethod
     def _at(by_rank: Tensor, q: Tensor) -> Tensor:
-        """by_rank at total rank q; beyond its end the last value still bounds nothing, so zero."""
+        """Index by_rank by total rank q; beyond its end there is no bound, so zero."""
         inside = q <= by_rank.shape[1]
         return torch.where(inside, by_rank[:, q.clamp(max=by_rank.shape[1]) - 1], 0.0)
 
     def _most_terms(self, shape: KronShape, layers: Tensor) -> int:
-        """Terms beyond which any form of the shape is worse than what is known."""
+        """Number of terms beyond which every factorization of the shape is worse than the best known value."""
         a = shape.a1 * shape.a2
         right = min(shape.b1 * shape.b2, shape.b1 + shape.b2) if most_right_rank(shape) else shape.b1 * shape.b2
         per_term = right + (a if a > 1 else 0)
@@ -172,7 +174,7 @@ class Search:
         return int(affordable.clamp(max=1e6)) + 1
 
     def _not_allowed(self, shape: KronShape, terms: int) -> Tensor:
-        """(K,): infinite where no form of that many terms is allowed."""
+        """Return (K,): infinite where no factorization with that many terms is allowed."""
         if self.allowed is None:
             return torch.zeros(terms, dtype=torch.float64)
         known = self._terms_allowed.get(shape)
@@ -186,20 +188,20 @@ class Search:
     # ── rounds ───────────────────────────────────────────────────────────────────────────────────
 
     def _open(self) -> Tensor:
-        """Shapes that may still hold a better form; at equal size too, as the order of forms decides."""
+        """Mask of shapes that may still give a better factorization, or one of equal size that comes first in order."""
         best = self.best_value[:, None]
         beaten = self.lower > best if self.goal.max_error is not None else self.lower >= best * (1 - 1e-9)
         return ~beaten & (self.stage != CLOSED) & self.lower.isfinite()
 
     def _follow_hints(self, layers: Tensor) -> None:
-        """Go straight to the forms of the few shapes with the least bounds, each to its end, where these are low.
+        """Compute the few shapes with the lowest bounds first, completely, if these bounds are promising.
 
-        That is where planted structure is, and one good form rules out nearly all the other shapes.
+        Layers with planted structure are found this way, and one good factorization rules out almost all other shapes.
         """
         for _ in range(HINTS):
             value, pick = torch.where(self._open(), self.lower, torch.inf).min(1)
             low = value.isfinite() & (value <= PROMISING * self.best_value)
-            layers = layers[low[layers] & self._unlucky()[layers]]
+            layers = layers[low[layers] & self._unsolved()[layers]]
             for i, members in _grouped(layers.tolist(), pick[layers].tolist()).items():
                 following = torch.tensor(members)
                 self._trust_bounds(following, i)
@@ -208,14 +210,14 @@ class Search:
                     low = self._open()[following, i] & (
                         self.lower[following, i] <= PROMISING * self.best_value[following]
                     )
-                    following = following[low & self._unlucky()[following]]
+                    following = following[low & self._unsolved()[following]]
 
-    def _unlucky(self) -> Tensor:
-        """(n,): the layers for which no form has been found yet."""
+    def _unsolved(self) -> Tensor:
+        """Mask (n,) of the layers without a factorization so far."""
         return torch.tensor([found is None for found in self.found])
 
     def _round(self) -> bool:
-        """Refine the most promising shape of every layer."""
+        """Refine the most promising shape of every layer; return False when the search is complete."""
         value, pick = torch.where(self._open(), self.lower, torch.inf).min(1)
         wanted = value.isfinite().nonzero()[:, 0]
         stages = self.stage[wanted, pick[wanted]].tolist()
@@ -224,7 +226,7 @@ class Search:
         return len(wanted) > 0
 
     def _trust_bounds(self, layers: Tensor, i: int) -> None:
-        """Take the first bounds for a probe."""
+        """Use the first bounds in place of a probe."""
         shape = self.shapes[i]
         kept = self.bounds.kept_by_terms(shape, self._most_terms(shape, layers), layers)
         for j, layer in enumerate(layers.tolist()):
@@ -246,7 +248,7 @@ class Search:
         self.stage[layers, i] = PROBED
 
     def _compute(self, layers: Tensor, i: int) -> None:
-        """All forms of a shape up to the number of terms that is promising now."""
+        """Compute all factorizations of a shape up to the number of terms that is promising now."""
         shape = self.shapes[i]
         terms = max(self._next_terms(shape, layer, i) for layer in layers.tolist())
         if not terms:
@@ -260,34 +262,34 @@ class Search:
                 self._after(layer, i, result, j, terms)
 
     def _next_terms(self, shape: KronShape, layer: int, i: int) -> int:
-        """The fewest terms that may help, and half more than last time at least; 0 where none can."""
+        """The fewest terms that may help, at least 1.5 times those of the last time; 0 if none can."""
         promising = (self._least_of_probe(shape, layer, i) <= self.best_value[layer]).nonzero()[:, 0] + 1
         if not len(promising):
             return 0
         return min(max(int(promising[0]), 3 * self.probes[layer, i].done // 2), int(promising[-1]))
 
     def _least_of_probe(self, shape: KronShape, layer: int, i: int) -> Tensor:
-        """(K,): what forms that are not computed yet may still reach."""
+        """Lower bound (K,) of the value of factorizations that are not computed yet."""
         known = self.probes[layer, i]
         least = self._least(shape, torch.tensor([layer]), known.kept[None], known.lost[None])[0]
         least[: known.done] = torch.inf
         return least
 
     def _after(self, layer: int, i: int, result: FactorizationSpectrum, j: int, terms: int) -> None:
-        """Keep what an exact computation says about more terms, and close the shape where that rules them out."""
+        """Update the bounds of more terms from an exact computation, and close the shape if they rule these out."""
         last = min(terms, result.kept.shape[1]) - 1
         lost = (result.kept[j, last] - result.kept_by_rank[j, last]).clamp(min=0) - 1e-9
         kept = self.probes[layer, i].kept.clone()
-        more = torch.arange(1, max(1, len(kept) - last))  # terms that follow, none of them larger than the last
+        more = torch.arange(1, max(1, len(kept) - last))  # following terms, none larger than the last
         at_most = result.kept[j, last] + more * result.triples.sigma[j, last] ** 2 + 1e-9
         kept[last + 1 :] = torch.minimum(kept[last + 1 :], at_most)
         self.probes[layer, i] = Probe(kept, lost[None], terms)
         self.lower[layer, i] = self._least_of_probe(self.shapes[i], layer, i).min()
 
-    # ── forms ────────────────────────────────────────────────────────────────────────────────────
+    # ── factorizations ───────────────────────────────────────────────────────────────────────────
 
     def _learn(self, layer: int, shape: KronShape, result: FactorizationSpectrum, j: int) -> None:
-        """Take the best allowed form of a spectrum, and note those that no other of it beats."""
+        """Record the best allowed factorization of a spectrum, and its Pareto front."""
         left = torch.cat([1 - result.kept[j, :, None], 1 - result.kept_by_rank[j]], dim=1)  # (K, 1 + ρ): dense first
         per_term = [parameters_of(shape, 1, rank) for rank in (None, *range(1, left.shape[1]))]
         sizes = torch.arange(1, len(left) + 1)[:, None] * torch.tensor(per_term)
@@ -305,7 +307,7 @@ class Search:
     def _take(
         self, layer: int, shape: KronShape, terms: int, rank: int | None, result: FactorizationSpectrum, j: int
     ) -> bool:
-        """Whether a form is allowed and keeps the error; it becomes the best if it beats the best."""
+        """Return whether a factorization is allowed and within the error; record it if it is the best so far."""
         if self.allowed is not None and not self.allowed(shape, terms, rank):
             return False
         error = result.error(j, terms, rank)
@@ -321,7 +323,7 @@ class Search:
         return True
 
     def _note(self, layer: int, shape: KronShape, left: Tensor, sizes: Tensor) -> None:
-        """The forms of a spectrum with the least error for their size."""
+        """Record the factorizations of a spectrum with the smallest error for their size."""
         order = torch.sort(sizes.flatten(), stable=True).indices
         sorted_left = left.flatten()[order].clamp(min=0)
         before = torch.cat([sorted_left.new_tensor([2.0]), sorted_left.cummin(0).values[:-1]])
@@ -340,11 +342,11 @@ def _grouped(members: Iterable[int], keys: Iterable[K]) -> dict[K, list[int]]:
 
 
 def probe(op: Rearranged, shape: KronShape, terms: int) -> tuple[Tensor, Tensor]:
-    """The most that 1 … terms products keep, (n, K), and the least that B of rank 1 … ρ lose, (n, f, ρ).
+    """Bound the energy of 1 … terms products from above, (n, K), and the loss by B of rank 1 … ρ from below, (n, f, ρ).
 
-    Both are what R has, where its smaller side is short. Where it is long, a subspace Q is found by one step of
-    subspace iteration: Σ of the K largest eigenvalues of H = R Rᵀ is at most that of QᵀHQ plus what of the trace Q
-    leaves (Bourin & Lee 2012), and nothing is said about ranks.
+    Exact if the smaller side of R is short. If it is long, one step of subspace iteration gives a subspace Q: the sum
+    of the K largest eigenvalues of H = R Rᵀ is at most that of QᵀHQ plus the part of the trace outside Q (Bourin & Lee
+    2012), without a bound by rank.
     """
     small = op if op.shape[0] <= op.shape[1] else op.T
     m, n, slack = small.shape[0], len(op.u), SLACK[op.u.dtype]
@@ -360,7 +362,7 @@ def probe(op: Rearranged, shape: KronShape, terms: int) -> tuple[Tensor, Tensor]
 
 
 def most_by_rank(op: Rearranged, right: Tensor, shape: KronShape) -> Tensor:
-    """The most that 1 … ρ ranks of each unit-norm B keep, by the fourth moment of its spectrum: (n, k, ρ)."""
+    """Bound the energy of ranks 1 … ρ of each unit-norm B, (n, k, ρ), by the fourth moment of its spectrum."""
     n, k, _ = right.shape
     stack = right.reshape(n, k, *op.columns)
     gram = stack @ stack.mT if stack.shape[2] <= stack.shape[3] else stack.mT @ stack
@@ -369,7 +371,7 @@ def most_by_rank(op: Rearranged, right: Tensor, shape: KronShape) -> Tensor:
 
 
 def sketch(op: Rearranged, terms: int) -> Tensor:
-    """(n, K): an upper bound of what 1 … K terms keep, for layers of unit norm."""
+    """Return an upper bound (n, K) of the energy of 1 … K terms, for layers of unit norm."""
     generator = torch.Generator().manual_seed(SEED)
     start = torch.randn(terms + OVERSAMPLING, op.shape[0], generator=generator, dtype=op.u.dtype)
     basis = torch.linalg.qr(op.matmul(op.T.matmul(start.expand(len(op.u), -1, -1))).mT).Q.mT
@@ -384,13 +386,13 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def _padded(kept: Tensor, terms: int) -> Tensor:
-    """(n, K): cumulative sums, cut or held at their last value."""
-    held: Tensor = kept[:, torch.arange(terms).clamp(max=kept.shape[1] - 1)]
-    return held
+    """Cut cumulative sums to K terms, or extend them with their last value: (n, K)."""
+    extended: Tensor = kept[:, torch.arange(terms).clamp(max=kept.shape[1] - 1)]
+    return extended
 
 
 def _slices(op: Rearranged, vectors: int) -> list[Tensor]:
-    """The layers of a batch, as many at a time as memory allows."""
+    """Split the layers of a batch so that memory stays bounded."""
     rank = op.u.shape[1]
     sides = max(op.rows[0] ** 2, op.rows[1] ** 2, op.columns[0] ** 2, op.columns[1] ** 2) * rank**2
     dense = op.shape[0] * op.shape[1]

@@ -1,12 +1,12 @@
-"""The forms that a LoRA layer can take, each with its size and its error.
+"""The candidate factorizations of a LoRA layer, each with its size and its error.
 
-One form is a shape, a number of terms K, and either dense right factors or right factors of one rank ρ:
+A factorization is a shape, a number of terms K, and either dense right factors or right factors of one rank ρ:
 
     ΔW ≈ Σₖ Aₖ ⊗ Bₖ     Aₖ, Bₖ from the K largest singular triples of R(ΔW), each Bₖ cut to rank ρ by its SVD
 
-As the vec(Aₖ) are orthonormal, what is left is ‖ΔW‖² − Σₖ σₖ² Σⱼ≤ρ sₖⱼ², with sₖⱼ the singular values of the unit-norm
-Bₖ: the errors of all forms of a shape follow from one set of triples. With A = [[1]] and a rank ρ the form is the LoRA
-itself, whole or truncated.
+Because the vec(Aₖ) are orthonormal, the squared error is ‖ΔW‖² − Σₖ σₖ² Σⱼ≤ρ sₖⱼ², where sₖⱼ are the singular values of
+the unit-norm Bₖ: one set of triples gives the errors of all factorizations of a shape. With A = [[1]] and a rank ρ the
+factorization is the LoRA itself, complete or truncated.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from krona_hub.kron.rearrangement import LoraSvd, Rearranged
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, as_lora
 
-ROUNDING = 1e-12  # a relative error that is no error: forms this close are equal up to rounding
+ROUNDING = 1e-12  # relative error up to which factorizations are equal up to rounding
 CANCELLED = 1e-8  # squared relative error below which 1 − Σσ² has too few digits left
-AT_ONCE = 1 << 23  # numbers of right factors held at a time: 64 MiB of float64
+AT_ONCE = 1 << 23  # values of right factors in memory at once: 64 MiB of float64
 
 
 @dataclass(frozen=True)
 class Factorization:
-    """How one layer is written, what that costs and what it loses."""
+    """The factorization of one layer: shape, terms and rank, with its size and its error."""
 
     shape: KronShape
     terms: int
-    right_rank: int | None  # of every B; None for dense B
-    parameters: int  # numbers stored; a constant A = [[1]] counts for nothing
-    relative_error: float  # ‖ΔW − form‖ / ‖ΔW‖, Frobenius
+    right_rank: int | None  # rank of every B; None for dense B
+    parameters: int  # stored values; a constant A = [[1]] does not count
+    relative_error: float  # ‖ΔW − factorization‖ / ‖ΔW‖, Frobenius norm
 
     @property
     def energy(self) -> float:
-        """The share of ‖ΔW‖² that the form keeps."""
+        """The retained energy, as a share of ‖ΔW‖²."""
         return 1 - self.relative_error**2
 
     @property
     def is_lora(self) -> bool:
-        """Whether this is the LoRA itself, whole or truncated, under whichever shape it is written."""
+        """Whether this is the LoRA itself, complete or truncated, whatever its shape."""
         return is_lora(self.shape, self.right_rank)
 
     @property
     def order(self) -> tuple[int, bool, int, KronShape, int]:
-        """Fewer parameters first; at equal size the LoRA itself, then fewer terms, then smaller shapes."""
+        """Sort key: fewer parameters first; at equal size the LoRA itself, then fewer terms, then smaller shapes."""
         return self.parameters, not self.is_lora, self.terms, self.shape, self.right_rank or 0
 
     def __str__(self) -> str:
@@ -59,14 +59,14 @@ class Factorization:
 
 
 def is_lora(shape: KronShape, right_rank: int | None) -> bool:
-    """[[1]] ⊗ (up·down), or the columns of up beside the rows of down: (out, 1) ⊗ (1, in) and its mirror image."""
+    """Return whether a factorization is a LoRA: [[1]] ⊗ (up·down), or (out, 1) ⊗ (1, in) and its mirror image."""
     if shape.a1 == shape.a2 == 1:
-        return right_rank is not None  # dense, it is the matrix
+        return right_rank is not None  # a dense B is the matrix itself
     return shape.a2 == shape.b1 == 1 or shape.a1 == shape.b2 == 1
 
 
 def parameters_of(shape: KronShape, terms: int, right_rank: int | None) -> int:
-    """Numbers stored by a form.
+    """Return the number of values that a factorization stores.
 
     >>> parameters_of(KronShape(64, 8, 20, 160), 2, None), parameters_of(KronShape(64, 8, 20, 160), 2, 4)
     (7424, 2464)
@@ -79,15 +79,15 @@ def parameters_of(shape: KronShape, terms: int, right_rank: int | None) -> int:
 
 
 def most_right_rank(shape: KronShape) -> int:
-    """The largest rank at which low-rank right factors still cost less than dense ones; 0 where none does.
+    """Return the largest rank at which low-rank right factors are smaller than dense ones; 0 if there is none.
 
-    0 too for A = [[1]]: that is the LoRA itself, whose errors need no search.
+    Also 0 for A = [[1]]: that is the LoRA itself, whose errors need no search.
     """
     return 0 if shape.a1 == shape.a2 == 1 else (shape.b1 * shape.b2 - 1) // (shape.b1 + shape.b2)
 
 
 class FactorizationSpectrum(NamedTuple):
-    """Everything that the forms of one shape with up to K terms lose, for n layers; ‖ΔW‖ = 1."""
+    """Retained energy of all factorizations of one shape with up to K terms, for n layers with ‖ΔW‖ = 1."""
 
     kept: Tensor  # (n, K): energy of 1 … K terms with dense B
     kept_by_rank: Tensor  # (n, K, ρ): energy of 1 … K terms with B of rank 1 … ρ
@@ -95,7 +95,7 @@ class FactorizationSpectrum(NamedTuple):
     op: Rearranged
 
     def error(self, layer: int, terms: int, right_rank: int | None) -> float:
-        """The relative error of one form, exact where it is far below √rounding too."""
+        """Return the relative error of one factorization, exact even if it is far below the square root of rounding."""
         kept = (
             self.kept if right_rank is None else self.kept_by_rank[..., min(right_rank, self.kept_by_rank.shape[2]) - 1]
         )
@@ -112,7 +112,7 @@ class FactorizationSpectrum(NamedTuple):
 
 
 def spectrum(lora: LoraSvd, shape: KronShape, terms: int, ranks: bool = True) -> FactorizationSpectrum:
-    """The spectrum of n layers of unit norm; the ranks of B on demand, as they cost an SVD for every term."""
+    """Compute the spectrum of n layers of unit norm; `ranks` are optional, as they cost a decomposition per term."""
     op = Rearranged.of(lora, shape)
     triples = top_triples(op, terms)
     energy = triples.sigma.square()
@@ -121,7 +121,7 @@ def spectrum(lora: LoraSvd, shape: KronShape, terms: int, ranks: bool = True) ->
 
 
 def shares_by_rank(op: Rearranged, right: Tensor, shape: KronShape) -> Tensor:
-    """What the best 1 … ρ ranks of each unit-norm right factor keep: (n, k, b1'·b2') -> (n, k, ρ)."""
+    """Return the energy of ranks 1 … ρ of each unit-norm right factor: (n, k, b1'·b2') -> (n, k, ρ)."""
     n, k, _ = right.shape
     most = min(most_right_rank(shape), *op.columns)
     if not most:
@@ -133,16 +133,16 @@ def shares_by_rank(op: Rearranged, right: Tensor, shape: KronShape) -> Tensor:
 
 
 def cut(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Each matrix (…, p, q) at its best rank, as up (…, p, rank) and down (…, rank, q), evenly shared."""
+    """Truncate matrices (…, p, q) to `rank`, as up (…, p, rank) and down (…, rank, q) that share each σ evenly."""
     u, s, vh = torch.linalg.svd(stack, full_matrices=False)
     root = s[..., :rank].sqrt()
     return u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]
 
 
 def realise(up: Tensor, down: Tensor, form: Factorization) -> KronFit:
-    """The layer up·down written as `form`, and its measured error; float32 at least.
+    """Factorize the layer up·down as `form`, and measure its error; the result is at least float32.
 
-    A LoRA that keeps its rank is returned as it is, not a number changed.
+    A LoRA that keeps its rank is returned unchanged.
     """
     dtype = torch.promote_types(torch.promote_types(up.dtype, down.dtype), torch.float32)
     if form.shape[:2] == (1, 1) and form.right_rank is not None:

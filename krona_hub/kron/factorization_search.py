@@ -1,8 +1,8 @@
-"""Which Kronecker form each layer of a LoRA should take: the smallest within an error, or the best for a budget.
+"""Choice of a Kronecker factorization for each layer of a LoRA: the smallest within an error, or the best for a budget.
 
-The family of forms is that of `forms.py`: every divisor shape, every number of terms, right factors dense or of one
-rank; the LoRA itself, whole or truncated, is always among them. The result is that of computing them all, which
-`pruning.py` avoids.
+The candidates are those of `candidates.py`: every divisor shape, every number of terms, right factors dense or of one
+rank; the LoRA itself, complete or truncated, is always one of them. The result equals that of an exhaustive search,
+which `best_first.py` avoids.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ from krona_hub.kron.shapes import KronShape, choices, divisors, split
 
 __all__ = ["Choice", "Factorization", "error_of", "frontier", "realise", "smallest_within", "within_budget"]
 
-TOGETHER = 24  # layers searched at once: more share products, fewer share memory
-ROUNDS = 3  # looks at the price of a parameter, each with all forms found so far
-LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01)  # errors that a frontier is shown at
+TOGETHER = 24  # layers searched at once: more share more products, fewer need less memory
+ROUNDS = 3  # updates of the price of a parameter, each with all factorizations found so far
+LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01)  # default error limits of a frontier
 
 Pair = tuple[Tensor, Tensor]  # up (out, r), down (r, in)
 
 
 class Choice(NamedTuple):
+    """The chosen factorization of one layer."""
+
     form: Factorization
-    best_other: Factorization | None  # where the LoRA itself wins: the best form that is not the LoRA
+    best_other: Factorization | None  # if `form` is the LoRA itself: the best alternative
 
 
 def smallest_within(
@@ -48,12 +50,12 @@ def smallest_within(
     others_within: float = inf,
     progress: Progress | None = None,
 ) -> list[Choice]:
-    """Per layer, the form with the fewest parameters whose relative error is at most `max_error`.
+    """Return, per layer, the factorization with the fewest parameters whose relative error is at most `max_error`.
 
-    `allowed(shape, terms, right_rank)` says which forms may be used. At equal size the LoRA itself is preferred,
-    then fewer terms. Where the LoRA itself is near enough, other forms are looked for up to `others_within` times
-    its size: the search among few allowed forms is long where none is small. An error below 1e-12 counts as none.
-    Raises UsageError for a negative error, InexpressibleError where no allowed form is near enough.
+    `allowed(shape, terms, right_rank)` restricts the candidates. At equal size the LoRA itself is preferred, then fewer
+    terms. If the LoRA itself is within the error, alternatives are searched up to `others_within` times its size:
+    otherwise the search among few allowed candidates takes long if none is small. Errors below 1e-12 count as zero.
+    Raises UsageError for a negative or NaN error, InexpressibleError if no allowed candidate is within the error.
 
     >>> up, down = torch.kron(torch.eye(4), torch.ones(6, 1)), torch.kron(torch.eye(4), torch.ones(1, 6))
     >>> form = smallest_within([(up, down)], 0.01)[0].form
@@ -61,7 +63,7 @@ def smallest_within(
     ('1 × 4x4 ⊗ 6x6, B of rank 1', 28)
     """
     if not max_error >= 0:
-        raise UsageError(f"an error of {max_error} cannot be kept.", fix="Choose an error of 0 or more.")
+        raise UsageError(f"Invalid maximum error {max_error}.", fix="Choose an error of 0 or more.")
 
     def work(members: list[int]) -> list[Choice]:
         group = _group(loras, members)
@@ -76,7 +78,7 @@ def smallest_within(
 
 
 def error_of(up: Tensor, down: Tensor, shape: KronShape | tuple[int, int], terms: int = 1) -> float:
-    """The relative error of the nearest sum of `terms` products of one shape."""
+    """Return the relative error of the nearest sum of `terms` products of one shape."""
     full = split((up.shape[0], down.shape[1]), shape[0], shape[1])
     return realise(up, down, Factorization(full, terms, None, parameters_of(full, terms, None), 0.0)).relative_error
 
@@ -84,24 +86,24 @@ def error_of(up: Tensor, down: Tensor, shape: KronShape | tuple[int, int], terms
 def frontier(
     up: Tensor, down: Tensor, errors: Sequence[float] = LADDER, *, allowed: Allowed | None = None
 ) -> list[Factorization]:
-    """The smallest form within each of `errors`, without repetition and with growing size."""
+    """Return the smallest factorization within each of `errors`, without duplicates, sorted by size."""
     found = {smallest_within([(up, down)], e, allowed=allowed)[0].form for e in errors}
     return sorted(found, key=lambda form: form.order)
 
 
-# --- layers of one size together -------------------------------------------------------------------------------------
+# --- layers of one size ----------------------------------------------------------------------------------------------
 
 
 class _Group(NamedTuple):
-    """Some layers of one size."""
+    """A batch of layers of one size."""
 
-    members: list[int]  # their places in the list
-    lora: LoraSvd  # of unit norm, but for those that are zero
+    members: list[int]  # their indices in the list
+    lora: LoraSvd  # of unit norm, except zero layers
     norms: Tensor  # (n,)
 
 
 def _batches(loras: Sequence[Pair]) -> list[list[int]]:
-    """The places of layers of one size and rank, TOGETHER at a time."""
+    """Return the indices of layers of one size and rank, in batches of at most TOGETHER."""
     by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, (up, down) in enumerate(loras):
         by_size[up.shape[0], down.shape[1], up.shape[1]].append(i)
@@ -140,24 +142,24 @@ def _better(lora: Factorization | None, other: Factorization | None, max_error: 
         return Choice(lora, other)
     if other is None:
         raise InexpressibleError(
-            f"no form that is allowed comes within an error of {max_error:g}.",
-            fix="Allow a larger error, or a format that holds the LoRA itself.",
+            f"no allowed factorization is within an error of {max_error:g}.",
+            fix="Increase the maximum error, or choose a format that can store the LoRA itself.",
         )
     return Choice(other, None)
 
 
 def _lora_forms(s: Tensor, size: tuple[int, int], allowed: Allowed | None) -> Iterator[Factorization]:
-    """The truncated LoRAs of one layer in every writing that is allowed, by rank."""
+    """Yield the truncated LoRAs of one layer by rank, each in the first allowed shape."""
     left = s.square().flip(0).cumsum(0).flip(0).sqrt() / s.norm().clamp(min=1e-300)
     for rank in range(1, len(s) + 1):
         error = float(left[rank]) if rank < len(s) else 0.0
-        for shape, terms, right in _writings(size, rank):
+        for shape, terms, right in _lora_shapes(size, rank):
             if allowed is None or allowed(shape, terms, right):
                 yield Factorization(shape, terms, right, rank * sum(size), error)
                 break
 
 
-def _writings(size: tuple[int, int], rank: int) -> Iterator[tuple[KronShape, int, int | None]]:
+def _lora_shapes(size: tuple[int, int], rank: int) -> Iterator[tuple[KronShape, int, int | None]]:
     out, in_ = size
     yield KronShape(1, 1, out, in_), 1, rank
     yield KronShape(out, 1, 1, in_), rank, None
@@ -169,13 +171,13 @@ def _smallest_lora(s: Tensor, size: tuple[int, int], max_error: float, allowed: 
 
 
 def _roof(lora: LoraSvd, allowed: Allowed | None) -> Tensor:
-    """A size that some form other than the LoRA certainly needs no more than, for every layer."""
+    """Return, for every layer, a size within which some alternative to the LoRA is guaranteed to be exact."""
     sizes = [parameters_of(*form) for form in _exact_forms(lora) if allowed is None or allowed(*form)]
     return torch.full((len(lora.s),), float(min(sizes, default=torch.inf)), dtype=torch.float64)
 
 
 def _exact_forms(lora: LoraSvd) -> Iterator[tuple[KronShape, int, int | None]]:
-    """Forms that hold any LoRA of this rank: the matrix itself, and LoRAs side by side or one above the other."""
+    """Yield factorizations that represent any LoRA of this rank: the dense matrix, and stacked or adjacent LoRAs."""
     (out, in_), rank = lora.size, lora.s.shape[1]
     yield KronShape(1, 1, out, in_), 1, None
     for p in divisors(out)[1:2]:
@@ -187,7 +189,7 @@ def _exact_forms(lora: LoraSvd) -> Iterator[tuple[KronShape, int, int | None]]:
 
 
 def _smallest_form(size: tuple[int, int], allowed: Allowed | None, error: float) -> Factorization | None:
-    """The smallest form of all that is not a LoRA, whatever it keeps."""
+    """Return the smallest factorization that is not a LoRA, whatever its error."""
     forms = (
         Factorization(shape, 1, rank, parameters_of(shape, 1, rank), error)
         for shape in choices(*size)
@@ -197,16 +199,16 @@ def _smallest_form(size: tuple[int, int], allowed: Allowed | None, error: float)
     return min(forms, key=lambda form: form.order, default=None)
 
 
-# --- a budget --------------------------------------------------------------------------------------------------------
+# --- budget ----------------------------------------------------------------------------------------------------------
 
 
 def within_budget(
     loras: Sequence[Pair], parameters: int, *, allowed: Allowed | None = None, progress: Progress | None = None
 ) -> list[Choice]:
-    """The forms of all layers together with the least total squared error for at most `parameters` numbers.
+    """Return the factorizations of all layers that minimize the total squared error within `parameters` values.
 
-    The budget goes where a parameter gains most: down the convex hull of each layer's (size, squared error) points,
-    then to whatever still fits. Raises UsageError where the smallest forms of all layers exceed the budget.
+    Each step spends the budget where a parameter gains most: along the convex hull of each layer's (size, squared
+    error) points, then on what still fits. Raises UsageError if the smallest factorizations exceed the budget.
     """
     _check_budget(parameters)
     groups = [_group(loras, members) for members in _batches(loras)]
@@ -233,11 +235,11 @@ def within_budget(
 
 def _check_budget(parameters: int) -> None:
     if parameters < 1:
-        raise UsageError(f"a budget of {parameters} parameters holds nothing.", fix="Choose 1 or more.")
+        raise UsageError(f"Invalid budget of {parameters} parameters.", fix="Choose 1 or more.")
 
 
 def _first_points(loras: Sequence[Pair], groups: list[_Group], allowed: Allowed | None) -> list[list[Point]]:
-    """Per layer the truncated LoRAs and the smallest form of all."""
+    """Return, per layer, the truncated LoRAs and the smallest factorization."""
     points: list[list[Point]] = [[] for _ in loras]
     for members, lora, norms in groups:
         smallest = _smallest_form(lora.size, allowed, 1.0)
@@ -248,7 +250,9 @@ def _first_points(loras: Sequence[Pair], groups: list[_Group], allowed: Allowed 
                 error = realise(*loras[i], smallest).relative_error
                 points[i].append(_point(replace(smallest, relative_error=error), energy))
         if not all(points[i] for i in members):
-            raise InexpressibleError("no form is allowed for a layer.", fix="Choose a format that holds more shapes.")
+            raise InexpressibleError(
+                "the format allows no factorization of a layer.", fix="Choose a format that supports more shapes."
+            )
     return points
 
 
@@ -257,7 +261,7 @@ def _allocated(points: list[list[Point]], parameters: int) -> tuple[list[Point],
     if least > parameters:
         raise UsageError(
             f"a budget of {parameters} parameters is too small for {len(points)} layers.",
-            fix=f"Their smallest forms take {least}.",
+            fix=f"Choose at least {least}, the size of their smallest factorizations.",
         )
     return allocate(points, parameters)
 
@@ -265,7 +269,7 @@ def _allocated(points: list[list[Point]], parameters: int) -> tuple[list[Point],
 def _more_points(
     points: list[list[Point]], price: float, allowed: Allowed | None, group: _Group
 ) -> dict[int, list[Point]]:
-    """Per layer every form found on the way to the best one at this price of a parameter."""
+    """Return, per layer, all factorizations found in the search for the best one at this price of a parameter."""
     members, lora, norms = group
     alive = (norms > 0).nonzero()[:, 0]
     if not len(alive) or not price:
@@ -292,7 +296,7 @@ def _point(form: Factorization, energy: float) -> Point:
 
 
 def _with_other(point: Point, points: list[Point], price: float) -> Choice:
-    """The chosen form and, where it is the LoRA, the other form that is worth most at the final price."""
+    """Return the chosen factorization and, if it is the LoRA, the best alternative at the final price."""
     others = [p for p in points if not p.form.is_lora]
     if not point.form.is_lora or not others:
         return Choice(point.form, None)

@@ -1,14 +1,14 @@
-"""The nearest Kronecker sums of dense matrices: a difference of two checkpoints, say, that has no factors yet.
+"""Nearest Kronecker sums of dense matrices, such as the difference of two checkpoints.
 
     Δ ≈ Σₖ Aₖ ⊗ Bₖ     the truncated SVD of R(Δ): (a1·a2, b1·b2), by Van Loan & Pitsianis (1993)
 
-Two ways lead to its singular vectors on the smaller side, m numbers each, and the cheaper is taken:
+The singular vectors of the smaller side, of length m, are computed by the cheaper of two methods:
 
     small side or many terms   the Gram matrix of that side, in float64, whose eigenvalues are all σ²
     few terms                  block Krylov
 
-The other side follows by one product with R. As the vectors are orthonormal, what is left out is
-‖Δ‖² − Σ‖R·vector‖² whatever their last digits are. Everything is batched over matrices of one size.
+One product with R gives the other side. Because the vectors are orthonormal, the squared error is
+‖Δ‖² − Σ‖R·vector‖², however accurate they are. Everything is batched over matrices of one size.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from krona_hub.kron.krylov import leading_rows
 from krona_hub.kron.shapes import KronShape, split
 from krona_hub.kron.terms import KronFit, KronTerms, LowRank, check_terms, dense_factor
 
-CHUNK = 1 << 21  # numbers converted to float64 at a time: 16 MiB
+CHUNK = 1 << 21  # values converted to float64 at once: 16 MiB
 SMALL = 512  # side up to which the Gram matrix is always cheap
-FEW = 16  # Krylov where R has this many rows for each term
-PROBES = 12  # random vectors for a first look at a spectrum
+FEW = 16  # Krylov if R has at least this many rows per term
+PROBES = 12  # random vectors for a first estimate of a spectrum
 CANCELLED = 1e-6  # squared relative error below which ‖Δ‖² − Σσ² has too few digits left
 
 
 @dataclass(frozen=True, eq=False)
 class DenseMatrix:
-    """n matrices of one size as an operator for `krylov.py`."""
+    """n dense matrices of one size, as an operator for `krylov.py`."""
 
     values: Tensor  # (n, rows, columns)
 
@@ -66,7 +66,7 @@ class DenseMatrix:
         return total
 
     def columns(self) -> Iterator[Tensor]:
-        """Some columns at a time, in float64."""
+        """Yield blocks of columns in float64."""
         step = max(1, CHUNK // (self.count * self.shape[0]))
         for start in range(0, self.shape[1], step):
             yield self.values[:, :, start : start + step].double()
@@ -88,11 +88,11 @@ class RearrangedDense:
 
     matrix: DenseMatrix  # (n, m, m'), m ≤ m'
     shape: KronShape
-    flipped: bool  # whether the rows are those of B
+    flipped: bool  # whether the rows belong to B
 
     @classmethod
     def of(cls, weights: Tensor, shape: KronShape) -> RearrangedDense:
-        """Of weights (n, out, in), float32 at least."""
+        """Rearrange weights (n, out, in), at least float32."""
         flipped = shape.a1 * shape.a2 > shape.b1 * shape.b2
         blocks = weights.reshape(-1, shape.a1, shape.b1, shape.a2, shape.b2)
         rows, columns = ((2, 4), (1, 3)) if flipped else ((1, 3), (2, 4))
@@ -100,18 +100,18 @@ class RearrangedDense:
 
     @cached_property
     def energy(self) -> Tensor:
-        """‖Δ‖² of each, (n,), float64."""
+        """‖Δ‖² of each matrix, (n,), float64."""
         return torch.stack([part.square().sum((1, 2)) for part in self.matrix.columns()]).sum(0)
 
     def spectrum(self) -> DenseSpectrum:
-        """Every singular value and its vector, by the Gram matrix."""
+        """Compute all singular values and vectors by the Gram matrix."""
         gram = self.matrix.gram()
         squares, vectors = torch.linalg.eigh(gram)
         energy = gram.diagonal(dim1=1, dim2=2).sum(1)
         return DenseSpectrum(self, squares.clamp_(min=0).sqrt_().flip(1), vectors.mT.flip(1), energy)
 
     def leading(self, terms: int) -> DenseSpectrum:
-        """The largest `terms`, by the cheaper way."""
+        """Compute the largest `terms` singular values and vectors by the cheaper method."""
         m = self.matrix.shape[0]
         if m <= SMALL or m < FEW * terms:
             return self.spectrum().first(terms)
@@ -120,7 +120,7 @@ class RearrangedDense:
         return DenseSpectrum(self, sigma, vectors, self.energy)
 
     def concentration(self) -> float:
-        """About (Σσ²)² / Σσ⁴, the number of terms that the energy is spread over, by a few random vectors."""
+        """Estimate (Σσ²)² / Σσ⁴, the effective number of terms, by a few random vectors."""
         generator = torch.Generator().manual_seed(0)
         probes = torch.randn(1, PROBES, self.matrix.shape[0], generator=generator).to(self.matrix.values)
         images = self.matrix.matmul(self.matrix.T.matmul(probes))
@@ -141,12 +141,12 @@ class DenseSpectrum:
         return DenseSpectrum(self.source, self.sigma[:, :terms], self.vectors[:, :terms], self.energy)
 
     def left_out(self) -> Tensor:
-        """‖Δ − sum of the first 0, 1, … k terms‖², each (n, k + 1), not below what float64 tells apart from none."""
+        """Return ‖Δ − sum of the first 0, 1, … k terms‖², (n, k + 1), clamped at zero."""
         kept = torch.cat([torch.zeros_like(self.sigma[:, :1]), self.sigma.square().cumsum(1)], 1)
         return (self.energy[:, None] - kept).clamp(min=0)
 
     def sums(self) -> list[KronTerms]:
-        """The Kronecker sums of these terms, float64, each σ shared evenly."""
+        """Return the Kronecker sums of these terms in float64, with each σ shared evenly."""
         images = self.source.matrix.project(self.vectors)  # σ times the vectors of the other side
         root = torch.linalg.vector_norm(images, dim=2, keepdim=True).sqrt()
         near, far = self.vectors * root, images / root.where(root > 0, 1.0)
@@ -156,14 +156,14 @@ class DenseSpectrum:
         return [KronTerms(*ab) for ab in factors]
 
     def errors(self) -> list[float]:
-        """Relative, of each sum; 0.0 for a zero matrix."""
+        """Return the relative error of each sum; 0.0 for a zero matrix."""
         missing = self.left_out()[:, -1]
         if bool((missing < CANCELLED * self.energy).any()):
             missing = self._residual()
         return [float(e) for e in (missing / self.energy.where(self.energy > 0, 1.0)).sqrt()]
 
     def _residual(self) -> Tensor:
-        """‖M − vectorsᵀ·vectors·M‖², (n,), without cancellation."""
+        """Return ‖M − vectorsᵀ·vectors·M‖², (n,), without cancellation."""
         total = torch.zeros_like(self.energy)
         for part in self.source.matrix.columns():
             total += (part - self.vectors.mT @ (self.vectors @ part)).square().sum((1, 2))
@@ -171,17 +171,20 @@ class DenseSpectrum:
 
 
 def nearest_kron_of_dense(weights: Tensor, shape: KronShape | tuple[int, int], terms: int = 1) -> list[KronFit]:
-    """The sums of `terms` Kronecker products nearest to each of n matrices: weights (n, out, in).
+    """Return the nearest sum of `terms` Kronecker products for each of n matrices: weights (n, out, in).
 
-    As `nearest_kron`, the dense oracle, but through the smaller side of R(Δ), many matrices at once. Factors are
-    float32 at least; errors are those of the factors returned. Raises ShapeError where the shape does not divide.
+    Like `nearest_kron`, but via the smaller side of R(Δ) and for many matrices at once. Factors are at least float32;
+    errors are those of the returned factors. Raises ShapeError if the shape does not divide the weights.
 
     >>> fit = nearest_kron_of_dense(torch.kron(torch.eye(3), torch.ones(2, 4))[None], (3, 3))[0]
     >>> fit.relative_error < 1e-7, fit.terms.shape.full
     (True, (6, 12))
     """
     if weights.ndim != 3:
-        raise ShapeError(f"weights of {tuple(weights.shape)} are no (n, out, in).", fix="Pass weight[None] for one.")
+        raise ShapeError(
+            f"the weights have shape {tuple(weights.shape)}, expected (n, out, in).",
+            fix="Pass weight[None] for a single weight.",
+        )
     shape = split((weights.shape[1], weights.shape[2]), shape[0], shape[1])
     check_terms(shape, terms)
     dtype = torch.promote_types(weights.dtype, torch.float32)
@@ -190,7 +193,7 @@ def nearest_kron_of_dense(weights: Tensor, shape: KronShape | tuple[int, int], t
 
 
 def dense_rows(terms: KronTerms, dtype: torch.dtype) -> Iterator[Tensor]:
-    """ΔW from top to bottom, some rows at a time: (rows, in) each. One product of matrices makes b1 rows.
+    """Yield ΔW from top to bottom in blocks of rows, (rows, in) each; one matrix product gives b1 rows.
 
     >>> terms = KronTerms(torch.rand(2, 3, 2), torch.rand(2, 4, 5))
     >>> torch.allclose(torch.cat(list(dense_rows(terms, torch.float32))), terms.dense())

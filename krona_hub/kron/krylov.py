@@ -1,11 +1,11 @@
-"""The largest singular triples of a rearranged LoRA, by the cheapest of three ways.
+"""The largest singular triples of a rearranged LoRA, by the cheapest of three methods.
 
     small R     its SVD
     many terms  the Gram matrix of its smaller side, and one step through R to undo the squaring
-    few terms   block Krylov with full reorthogonalisation, then the same step
+    few terms   block Krylov with full reorthogonalization, then the same step
 
-All in float64, batched over layers. Whatever the way, the triples are those of R restricted to the subspace found,
-so that Σσ² is what these terms capture even before the last digit has converged.
+Results are in float64, batched over layers. With every method the triples are those of R restricted to the computed
+subspace, so Σσ² is the energy that these terms capture even if the last digits have not converged.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from torch import Tensor
 from krona_hub.kron.rearrangement import Rearranged
 
 SMALL = 96  # side of R up to which its SVD costs less than a Gram matrix
-FEW = 4, 20  # Krylov for 4 terms, and for more where R has 20 rows for each: above it the Gram matrix costs less
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}  # residual of a Ritz value, relative; its error is the square
-MOST_STEPS = 160  # of the Krylov space; what has not converged by then goes through the Gram matrix
-CHECK_EVERY = 8  # vectors between two looks at convergence, and two steps at least
-SEED = 0  # the start is random but always the same: equal input, equal output
+FEW = 4, 20  # Krylov for up to 4 terms, or if R has 20 rows per term; otherwise the Gram matrix costs less
+TOLERANCE = {
+    torch.float32: 2e-5,
+    torch.float64: 1e-6,
+}  # relative residual of a Ritz value; its error is the square of that
+MOST_STEPS = 160  # of the Krylov space; layers that do not converge use the Gram matrix
+CHECK_EVERY = 8  # vectors between two convergence checks, at least two steps
+SEED = 0  # a fixed random start: equal input gives equal output
 
 
 class Operator(Protocol):
-    """n matrices of one size, known by their products: R of LoRAs, or stored whole."""
+    """n matrices of one size, accessed by products: R of LoRAs, or dense matrices."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -44,7 +47,7 @@ class Operator(Protocol):
 
 
 class Triples(NamedTuple):
-    """Σ σₖ leftₖ rightₖᵀ, the largest σ first."""
+    """Singular triples, Σ σₖ leftₖ rightₖᵀ, the largest σ first."""
 
     left: Tensor  # (n, k, a1'·a2'), orthonormal
     sigma: Tensor  # (n, k)
@@ -52,7 +55,7 @@ class Triples(NamedTuple):
 
 
 def top_triples(op: Rearranged, k: int) -> Triples:
-    """The k largest singular triples of R, or all where there are fewer."""
+    """Return the k largest singular triples of R, or all if there are fewer."""
     m, n = op.shape
     k = min(k, m, n)
     if m > n:
@@ -61,14 +64,14 @@ def top_triples(op: Rearranged, k: int) -> Triples:
     if m <= SMALL:
         u, s, vh = torch.linalg.svd(op.dense(), full_matrices=False)
         return Triples(u[..., :k].mT, s[:, :k], vh[:, :k])
-    return _through(op, leading_rows(op, k) if k <= max(FEW[0], m // FEW[1]) else _by_gram(op, k))
+    return _refined(op, leading_rows(op, k) if k <= max(FEW[0], m // FEW[1]) else _by_gram(op, k))
 
 
-def _through(op: Rearranged, basis: Tensor) -> Triples:
-    """The triples of R on a subspace of its rows, basis (n, k, m), after one step of subspace iteration.
+def _refined(op: Rearranged, basis: Tensor) -> Triples:
+    """Return the triples of R on a subspace of its rows, basis (n, k, m), after one step of subspace iteration.
 
-    The step goes through R and Rᵀ one at a time and so works in σ and not in σ²: it turns a basis that is
-    good to √eps into one that is good to eps wherever σₖ₊₁ is well below σₖ.
+    The step applies R and Rᵀ one at a time and therefore works in σ, not in σ²: it turns a basis that is accurate to
+    √eps into one that is accurate to eps wherever σₖ₊₁ is well below σₖ.
     """
     right = torch.linalg.qr(op.T.matmul(basis).mT).Q
     left, coupling = torch.linalg.qr(op.matmul(right.mT).mT)
@@ -82,10 +85,10 @@ def _by_gram(op: Operator, k: int) -> Tensor:
 
 
 def leading_rows(op: Operator, k: int) -> Tensor:
-    """A basis (n, k, m) of the dominant left subspace, float64.
+    """Return a basis (n, k, m) of the dominant left subspace, float64.
 
-    float32 finds it for nearly every layer, and `_through` repairs the digits; where σₖ is too far below σ₁ for
-    that, float64 does it again, and the Gram matrix does what neither could.
+    float32 converges for almost every layer, and `_refined` restores the digits. If σₖ is too far below σ₁ for that,
+    the layer is repeated in float64, and with the Gram matrix if that fails, too.
     """
     found = torch.empty(op.count, k, op.shape[0], dtype=torch.float64, device=op.device)
     waiting = torch.arange(op.count, device=op.device)
@@ -98,7 +101,7 @@ def leading_rows(op: Operator, k: int) -> Tensor:
 
 
 def _krylov_in(dtype: torch.dtype, op: Operator, waiting: Tensor, found: Tensor) -> Tensor:
-    """Fill `found` for the layers `waiting` as they converge, and return those that did not."""
+    """Fill `found` for the layers `waiting` as they converge, and return the layers that did not."""
     space, again = _Space.start(op.take(waiting).to(dtype), found.shape[1], dtype), []
     while space.room:
         space.grow()
@@ -116,13 +119,13 @@ def _krylov_in(dtype: torch.dtype, op: Operator, waiting: Tensor, found: Tensor)
 
 @dataclass(eq=False)
 class _Space:
-    """A block Krylov space of R Rᵀ under construction. The one object of this package that changes in place."""
+    """A growing block Krylov space of R Rᵀ. The only object of this package that changes in place."""
 
     op: Operator
     basis: Tensor  # (n, room for j vectors, m), orthonormal
     projected: Tensor  # (n, j, j): basis · R Rᵀ · basisᵀ, lower triangle
-    block: Tensor  # (n, k, m): the vectors that come next
-    coupling: Tensor  # (n, k, k): how strongly they are tied to those before
+    block: Tensor  # (n, k, m): the next vectors
+    coupling: Tensor  # (n, k, k): their coupling to the previous vectors
     steps: int = 0
 
     @classmethod
@@ -150,7 +153,7 @@ class _Space:
         return _Space(self.op.take(layers), *parts, steps=self.steps)
 
     def grow(self) -> None:
-        """One block more: R Rᵀ of the newest, freed from all before it."""
+        """Add one block: R Rᵀ applied to the newest one, orthogonalized against all previous ones."""
         self.basis[:, self.size : self.size + self.k] = self.block
         image = self.op.matmul(self.op.T.matmul(self.block))
         self.steps += 1
@@ -163,12 +166,12 @@ class _Space:
         self.block = self.block - (self.block @ basis.mT) @ basis
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The k best vectors of the space, (n, k, m); which layers have converged, (n,), and which only seem to.
+        """Return the k best vectors (n, k, m), and masks (n,) of the layers that converged and that only seem to.
 
-        A Ritz value below the rounding of the largest has a small residual whatever its vector is. float32 must
-        leave such a layer to float64; beyond that `_through` is what helps.
+        A Ritz value below the rounding error of the largest one has a small residual whatever its vector is. float32
+        must leave such a layer to float64; beyond that, `_refined` corrects it.
         """
-        values, vectors = torch.linalg.eigh(self.projected[:, : self.size, : self.size])  # of the lower triangle
+        values, vectors = torch.linalg.eigh(self.projected[:, : self.size, : self.size])  # uses the lower triangle
         values, vectors = values[:, -self.k :].flip(-1), vectors[..., -self.k :].flip(-1)
         residual, tolerance = (self.coupling.mT @ vectors[:, -self.k :]).norm(dim=1), TOLERANCE[values.dtype]
         noise = torch.finfo(values.dtype).eps * values[:, :1].clamp(min=0)
@@ -178,7 +181,7 @@ class _Space:
 
 
 def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (n, k, m) = coupling · orthonormal rows; zero where there is nothing left to orthonormalise."""
+    """Factor rows (n, k, m) = coupling · orthonormal rows; rows that are linearly dependent become zero."""
     if rows.shape[1] == 1:
         length = rows.norm(dim=2, keepdim=True)
         return rows / length.clamp(min=torch.finfo(rows.dtype).tiny), length

@@ -1,13 +1,13 @@
-"""Norms, inner products and differences of Kronecker sums, without forming ΔW and without squaring away digits.
+"""Norms, inner products and differences of Kronecker sums, without forming ΔW and without loss of precision.
 
-A delta is a sequence of Kronecker sums of one size (out, in), each with a shape and a row order of its own. Three
-ways lead to its norm, and the cheapest is taken:
+A delta is a sequence of Kronecker sums of one size (out, in), each with its own shape and row order. Its norm is
+computed by the cheapest of three methods:
 
     one shape      ‖Σₖ Aₖ ⊗ Bₖ‖ = ‖vec(A)ᵀ vec(B)‖, a product of two thin matrices, by a QR of each
     low rank       the delta as one long LoRA, by a QR of up and of down
-    anything else  blocks of rows of ΔW in float64, a bounded number at a time
+    otherwise      blocks of rows of ΔW in float64, with bounded memory
 
-Each is accurate to about 1e-15 of the largest part, so that a difference of 1e-12 is a figure and not noise.
+Each method is accurate to about 1e-15 of the largest part, so a difference of 1e-12 is significant.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from krona_hub.kron.shapes import KronShape, split
 from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, check_terms, dense_factor, map_factor, rank_bound
 from krona_hub.kron.to_lora import Pair, dense_sum, full_size, long_lora, lora_rank_bound, result_dtype
 
-BLOCK = 1 << 22  # numbers of ΔW held at a time: 32 MiB of float64
-CANCELS = 0.1  # Σ/Σ|·| of squares below which a norm is not taken from them: digits would be lost
-BLAS_ADVANTAGE = 8  # a QR works about this many times slower per operation than a matrix product
+BLOCK = 1 << 22  # values of ΔW in memory at once: 32 MiB of float64
+CANCELS = 0.1  # Σ/Σ|·| of squares below which a norm is not computed from them: digits would be lost
+BLAS_ADVANTAGE = 8  # a QR is about this many times slower per operation than a matrix product
 
 Delta = Sequence[KronTerms]
 
 
 def norm(sums: Delta) -> float:
-    """‖Σ sums‖, Frobenius, to about 1e-15 of its largest part even where parts cancel; 0.0 for no sums.
+    """Return the Frobenius norm ‖Σ sums‖, accurate to about 1e-15 of its largest part even if parts cancel.
 
     >>> norm([KronTerms(torch.ones(1, 2, 2), 3 * torch.ones(1, 1, 4))])
     12.0
@@ -40,14 +40,14 @@ def norm(sums: Delta) -> float:
     sums = [s for s in sums if s.terms]
     if not sums:
         return 0.0
-    way = _cheapest(sums)
-    if way == "dense":
+    method = _cheapest(sums)
+    if method == "dense":
         return _norm_by_rows(sums)
-    return _norm_of_product(*(_in_r_space(sums) if way == "shape" else long_lora(sums)))
+    return _norm_of_product(*(_in_r_space(sums) if method == "shape" else long_lora(sums)))
 
 
 def inner(a: Delta, b: Delta) -> float:
-    """⟨Σ a, Σ b⟩, the sum of the products of all entries.
+    """Return the inner product ⟨Σ a, Σ b⟩, the sum of the products of all entries.
 
     >>> one = [KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 4))]
     >>> inner(one, one)
@@ -56,17 +56,17 @@ def inner(a: Delta, b: Delta) -> float:
     a, b = [s for s in a if s.terms], [s for s in b if s.terms]
     if not a or not b:
         return 0.0
-    way = _cheapest([*a, *b])
-    if way == "dense":
+    method = _cheapest([*a, *b])
+    if method == "dense":
         pairs = zip(_row_blocks(a), _row_blocks(b), strict=True)
         return sum(float(torch.vdot(x.flatten(), y.flatten())) for x, y in pairs)
-    to_product = _in_r_space if way == "shape" else long_lora
+    to_product = _in_r_space if method == "shape" else long_lora
     (ua, da), (ub, db) = to_product(a), to_product(b)
     return float(((ua.mT @ ub) * (da @ db.mT)).sum())
 
 
 def relative_difference(a: Delta, b: Delta) -> float:
-    """‖Σ a − Σ b‖ / ‖Σ b‖, good to about 1e-14; 0.0 where both are zero, inf where only b is.
+    """Return ‖Σ a − Σ b‖ / ‖Σ b‖, accurate to about 1e-14; 0.0 if both are zero, inf if only b is.
 
     >>> one = KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 4))
     >>> relative_difference([one.scaled(1.5)], [one])
@@ -81,7 +81,7 @@ def relative_difference(a: Delta, b: Delta) -> float:
 
 
 def _identical(a: Delta, b: Delta) -> bool:
-    """Number for number the same factors, in the same shapes."""
+    """Return whether all factors have equal values and shapes."""
     return len(a) == len(b) and all(
         x.shape == y.shape
         and x.rows == y.rows
@@ -92,22 +92,22 @@ def _identical(a: Delta, b: Delta) -> bool:
 
 
 def scaled(sums: Delta, weight: float) -> tuple[KronTerms, ...]:
-    """weight · Σ sums, sum by sum."""
+    """Return weight · Σ sums, sum by sum."""
     return tuple(s.scaled(weight) for s in sums)
 
 
 def minus(terms: KronTerms) -> KronTerms:
-    """−ΔW, exact in every dtype: only a sign changes."""
+    """Return −ΔW, exact in every dtype, since only signs change."""
     left = terms.left
     flipped: Factor = LowRank(-left.up, left.down) if isinstance(left, LowRank) else -left
     return KronTerms(flipped, terms.right, terms.rows)
 
 
 def recompress(sums: Delta, shape: KronShape | tuple[int, int], terms: int) -> KronFit:
-    """The sum of `terms` Kronecker products of one `shape` nearest to Σ sums, in the Frobenius norm.
+    """Return the sum of `terms` Kronecker products of one `shape` nearest to Σ sums in the Frobenius norm.
 
-    Sums that all have that shape and one order of rows keep both, and cost a QR; others go through their
-    LoRA where it is thin, else through ΔW. Raises ShapeError where the shape does not divide.
+    Sums that all have this shape and one row order keep both, at the cost of a QR; others are computed from their LoRA
+    if it is thin, otherwise from ΔW. Raises ShapeError if the shape does not divide the size.
     """
     full = full_size(sums)
     shape = split(full, shape[0], shape[1])
@@ -119,11 +119,11 @@ def recompress(sums: Delta, shape: KronShape | tuple[int, int], terms: int) -> K
     return nearest_kron_of_dense(dense_sum(sums)[None], shape, terms)[0].to(result_dtype(sums))
 
 
-# --- choosing a way --------------------------------------------------------------------------------------------------
+# --- choice of a method ----------------------------------------------------------------------------------------------
 
 
 def _cheapest(sums: Delta) -> str:
-    """Which of the three ways costs least, in multiplications."""
+    """Return the cheapest of the three methods, in multiplications."""
     out, in_ = full_size(sums)
     rank = sum(s.terms * rank_bound(s.left) * rank_bound(s.right) for s in sums)
     costs = {
@@ -135,23 +135,23 @@ def _cheapest(sums: Delta) -> str:
         smaller = min(terms, shape.a1 * shape.a2), min(terms, shape.b1 * shape.b2)
         work = shape.a1 * shape.a2 * terms * smaller[0] + shape.b1 * shape.b2 * terms * smaller[1]
         costs["shape"] = BLAS_ADVANTAGE * work
-    return min(costs, key=lambda way: costs[way])
+    return min(costs, key=lambda method: costs[method])
 
 
 def _row_cost(s: KronTerms) -> int:
-    """Multiplications per number of ΔW, when it is formed by rows."""
+    """Return the multiplications per value of ΔW when it is formed by rows."""
     return s.terms * (s.right.rank if isinstance(s.right, LowRank) and s.shape.a2 == 1 else 1) + 4
 
 
 def _in_r_space(sums: Delta) -> Pair:
-    """vec(A)ᵀ (a1·a2, terms) and vec(B) (terms, b1·b2) of sums of one shape: their product is R(ΔW)."""
+    """Return vec(A)ᵀ (a1·a2, terms) and vec(B) (terms, b1·b2) of sums of one shape; their product is R(ΔW)."""
     left = torch.cat([dense_factor(map_factor(Tensor.double, s.left)).flatten(1) for s in sums])
     right = torch.cat([dense_factor(map_factor(Tensor.double, s.right)).flatten(1) for s in sums])
     return left.mT, right
 
 
 def _norm_of_product(up: Tensor, down: Tensor) -> float:
-    """‖up·down‖ from the Gram matrices where nothing cancels, else by a QR of both sides, before squaring."""
+    """Return ‖up·down‖ from the Gram matrices if nothing cancels, otherwise by a QR of both sides."""
     parts = (up.mT @ up) * (down @ down.mT)
     squared, bulk = float(parts.sum()), float(parts.abs().sum())
     if squared > CANCELS * bulk:
@@ -168,7 +168,7 @@ def _norm_by_rows(sums: Delta) -> float:
 
 
 def _row_blocks(sums: Delta) -> Iterator[Tensor]:
-    """ΔW from top to bottom, in float64, at most BLOCK numbers at a time: (rows, in) each."""
+    """Yield ΔW from top to bottom in float64, in blocks (rows, in) of about BLOCK values."""
     out, in_ = full_size(sums)
     step = max(1, BLOCK // in_)
     for start in range(0, out, step):
@@ -180,7 +180,7 @@ def _row_blocks(sums: Delta) -> Iterator[Tensor]:
 
 
 def _some_rows(s: KronTerms, index: Tensor) -> Tensor:
-    """The rows `index` of ΔW: (n,) -> (n, in). Row i of A ⊗ B is Σₖ Aₖ[i // b1] ⊗ Bₖ[i % b1]."""
+    """Return the rows `index` of ΔW: (n,) -> (n, in). Row i of A ⊗ B is Σₖ Aₖ[i // b1] ⊗ Bₖ[i % b1]."""
     a1, _, b1, _ = s.shape
     i, j = (index // b1, index % b1) if s.rows == "kron" else (index % a1, index // a1)
     left, right = _rows_of(s.left, i), _rows_of(s.right, j)  # (terms, n, a2), (terms, n, b2)

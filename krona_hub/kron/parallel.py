@@ -1,6 +1,6 @@
-"""Batches of layers side by side: a thread or a process per core, each of one core.
+"""Parallel processing of layers: one single-threaded worker, a thread or a process, per core.
 
-The algebra is thousands of small operations, which one core does faster than several that wait for each other.
+The algebra consists of thousands of small operations, which run faster on one core than split over several.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from krona_hub.errors import ResourceError
 
-MOST_THREADS = 4  # each may hold some 200 MB
+MOST_THREADS = 4  # each can use about 200 MB
 MOST_PROCESSES = 8
 
 Task = TypeVar("Task")
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 def in_parallel(
     work: Callable[[Task], Result], tasks: Sequence[Task], threads: int | None = None
 ) -> Iterator[tuple[Task, Result]]:
-    """Each task with its result, in order. By default as many threads as torch would use itself, four at most.
+    """Yield each task with its result, in order. The default number of threads is that of torch, at most four.
 
     >>> list(in_parallel(abs, [-1, 2]))
     [(-1, 1), (2, 2)]
@@ -45,11 +45,11 @@ def in_parallel(
 
 
 def in_processes(work: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[Task, Result]]:
-    """The same in forked processes, for work that is bound by Python itself and whose results are plain values.
+    """Like in_parallel, but in forked processes, for work that is bound by Python and returns plain values.
 
-    A forked process has the tensors of its parent without a copy, and no script must be guarded against it. Where
-    the system has no safe fork (macOS, Windows), or the parent is one of such processes itself, threads do the work.
-    Raises ResourceError where the system ends a process, as it does when memory is short.
+    A forked process shares the tensors of its parent without a copy, and scripts need no `__main__` guard. Uses threads
+    if the system has no safe fork (macOS, Windows), or inside such a process. Raises ResourceError if the system ends a
+    process, for example because memory is low.
 
     >>> list(in_processes(abs, [-1, 2]))
     [(-1, 1), (2, 2)]
@@ -63,14 +63,14 @@ def in_processes(work: Callable[[Task], Result], tasks: Sequence[Task]) -> Itera
             yield from zip(tasks, pool.map(_work_on, range(len(tasks))), strict=True)
         except BrokenProcessPool as error:
             raise ResourceError(
-                "a process was ended by the system, most likely for want of memory.",
-                fix="Close other programs, or limit it with OMP_NUM_THREADS=1.",
+                "a worker process was ended by the system, most likely due to insufficient memory.",
+                fix="Close other programs, or set OMP_NUM_THREADS=1.",
             ) from error
 
 
 @contextmanager
 def _forked(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes know `work` and `tasks`; where the block fails, they end at once."""
+    """Yield a pool whose processes inherit `work` and `tasks`; if the block fails, they are terminated."""
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("fork")  # arguments of a forked process are inherited, never pickled
     pool = ProcessPoolExecutor(processes, context, initializer=_inherit, initargs=(work, tasks))
@@ -84,7 +84,7 @@ def _forked(work: Callable[[Task], Result], tasks: Sequence[Task], processes: in
         pool.shutdown(cancel_futures=True)
 
 
-_inherited: tuple[Callable[[Any], Any], Sequence[Any]]  # what a forked process works on
+_inherited: tuple[Callable[[Any], Any], Sequence[Any]]  # (work, tasks) of a forked process
 
 
 def _inherit(work: Callable[[Task], Result], tasks: Sequence[Task]) -> None:
@@ -94,16 +94,16 @@ def _inherit(work: Callable[[Task], Result], tasks: Sequence[Task]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the others
 
 
-def _work_on(place: int) -> Any:
+def _work_on(index: int) -> Any:
     work, tasks = _inherited
-    return work(tasks[place])
+    return work(tasks[index])
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch works on the calling thread alone, inside; afterwards on as many as before.
+    """Limit torch to one thread inside the block, and restore the number of threads afterwards.
 
-    Threads that are started inside begin with one too. Costs nothing where it is so already.
+    Threads that are started inside also use one thread. Does nothing if torch already uses one.
 
     >>> with one_thread():
     ...     torch.get_num_threads()

@@ -1,10 +1,10 @@
-"""R(up·down) as an operator: products with it and its Gram matrix, without forming ΔW or R.
+"""R(up·down) as an operator: products with R and its Gram matrix, without forming ΔW or R.
 
     R(up·down) = Σᵢ Uᵢ ⊗ Vᵢ     Uᵢ = mat(up[:, i]): (a1, b1)     Vᵢ = mat(down[i, :]): (a2, b2)     R: (a1·a2, b1·b2)
 
-Each of the four modes that is longer than the rest of its factor allows (a1 > r·b1, say) is first turned into
-its own coordinates by a QR, which leaves the singular values of R as they are: a LoRA of rank 16 seen with
-A of 1280x1 is a 16x16 matrix and no more. Everything is batched over layers of one size, and in float64.
+Each of the four modes that is longer than its rank allows (for example a1 > r·b1) is first reduced to coordinates in an
+orthonormal basis by a QR, which preserves the singular values of R: for a LoRA of rank 16 and A of 1280x1, R is only a
+16x16 matrix. Everything is batched over layers of one size, in float64.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.to_lora import compact_svd
 
-BLOCK = 1 << 22  # numbers of R held at a time where its blocks are formed: 32 MiB of float64
+BLOCK = 1 << 22  # values of R in memory at once when blocks are formed: 32 MiB of float64
 
 
 @dataclass(frozen=True, eq=False)
 class LoraSvd:
-    """The SVD of n LoRAs of one size, of float64: what every form of a layer is computed from."""
+    """The SVD of n LoRAs of one size, in float64, from which all factorizations are computed."""
 
     u: Tensor  # (n, out, r)
     s: Tensor  # (n, r), descending; a layer of lower rank has zeros at the end
@@ -32,7 +32,7 @@ class LoraSvd:
 
     @classmethod
     def of(cls, ups: Tensor, downs: Tensor) -> LoraSvd:
-        """Of ups (n, out, r) and downs (n, r, in). Directions that are zero in every layer are dropped."""
+        """Compute the SVD of ups (n, out, r) and downs (n, r, in); drops directions that are zero in every layer."""
         u, s, vh = compact_svd(ups, downs)
         rank = max(1, int((s > torch.finfo(s.dtype).eps * s[:, :1]).sum(1).max()))
         return cls(u[..., :rank].contiguous(), s[:, :rank].contiguous(), vh[:, :rank].contiguous())
@@ -50,26 +50,21 @@ class LoraSvd:
 
 @dataclass(frozen=True, eq=False)
 class Rearranged:
-    """R of n layers for one shape, in the coordinates of its own modes (marked ' below)."""
+    """R of n layers for one shape, in reduced coordinates (marked ' below)."""
 
-    u: Tensor  # (n, r, a1', b1'), with the singular values of the LoRA in it
+    u: Tensor  # (n, r, a1', b1'), scaled by the singular values of the LoRA
     v: Tensor  # (n, r, a2', b2')
-    modes: tuple[Tensor | None, ...] = (
-        None,
-        None,
-        None,
-        None,
-    )  # (n, a1, a1'), (n, a2, a2'), (n, b1, b1'), (n, b2, b2')
+    modes: tuple[Tensor | None, ...] = (None,) * 4  # (n, a1, a1'), (n, a2, a2'), (n, b1, b1'), (n, b2, b2')
 
     @classmethod
     def of(cls, lora: LoraSvd, shape: KronShape) -> Rearranged:
         n, rank = lora.s.shape
         u = (lora.u * lora.s[:, None]).mT.reshape(n, rank, shape.a1, shape.b1)
         v = lora.vh.reshape(n, rank, shape.a2, shape.b2)
-        u, mode_a1 = _shorten(u)
-        v, mode_a2 = _shorten(v)
-        ut, mode_b1 = _shorten(u.mT)
-        vt, mode_b2 = _shorten(v.mT)
+        u, mode_a1 = _reduce_mode(u)
+        v, mode_a2 = _reduce_mode(v)
+        ut, mode_b1 = _reduce_mode(u.mT)
+        vt, mode_b2 = _reduce_mode(v.mT)
         return cls(ut.mT, vt.mT, (mode_a1, mode_a2, mode_b1, mode_b2))
 
     @property
@@ -92,18 +87,18 @@ class Rearranged:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The size of R in these coordinates."""
+        """The size of R in reduced coordinates."""
         return self.rows[0] * self.rows[1], self.columns[0] * self.columns[1]
 
     @cached_property
     def T(self) -> Rearranged:
-        """Rᵀ: the two factors of the Kronecker product change places."""
+        """Rᵀ: the two factors of the Kronecker product are swapped."""
         a1, a2, b1, b2 = self.modes
         return Rearranged(self.u.mT.contiguous(), self.v.mT.contiguous(), (b1, b2, a1, a2))
 
     @cached_property
     def _wide_u(self) -> Tensor:
-        """[U₁ U₂ …] side by side: (n, a1', r·b1'). Kept, as thousands of products use it."""
+        """[U₁ U₂ …] side by side: (n, a1', r·b1'). Cached, since thousands of products use it."""
         return self.u.transpose(1, 2).flatten(2)
 
     @cached_property
@@ -115,11 +110,11 @@ class Rearranged:
         return Rearranged(self.u[layers], self.v[layers], tuple(m if m is None else m[layers] for m in self.modes))
 
     def to(self, dtype: torch.dtype) -> Rearranged:
-        """In another dtype, without the way back out of these coordinates."""
+        """Convert the dtype; the result cannot be lifted back to original coordinates."""
         return Rearranged(self.u.to(dtype), self.v.to(dtype))
 
     def matmul(self, x: Tensor) -> Tensor:
-        """R x for k vectors per layer: x (n, k, b1'·b2') -> (n, k, a1'·a2')."""
+        """Return R x for k vectors per layer: x (n, k, b1'·b2') -> (n, k, a1'·a2')."""
         n, k, _ = x.shape
         rank, (a1, a2), (b1, b2) = self.u.shape[1], self.rows, self.columns
         x = x.reshape(n, k, b1, b2)
@@ -133,20 +128,20 @@ class Rearranged:
         return (y @ self._tall_v).reshape(n, k, a1 * a2)
 
     def gram(self) -> Tensor:
-        """R Rᵀ = Σᵢⱼ (Uᵢ Uⱼᵀ) ⊗ (Vᵢ Vⱼᵀ): (n, a1'·a2', a1'·a2')."""
+        """Return R Rᵀ = Σᵢⱼ (Uᵢ Uⱼᵀ) ⊗ (Vᵢ Vⱼᵀ): (n, a1'·a2', a1'·a2')."""
         (a1, a2), n = self.rows, len(self.u)
         uu = _products(self.u).permute(0, 2, 4, 1, 3).reshape(n, a1 * a1, -1)
         vv = _products(self.v).permute(0, 1, 3, 2, 4).reshape(n, -1, a2 * a2)
         return (uu @ vv).reshape(n, a1, a1, a2, a2).transpose(2, 3).reshape(n, a1 * a2, a1 * a2)
 
     def dense(self) -> Tensor:
-        """R itself, (n, a1'·a2', b1'·b2'): for small ones."""
+        """Return R itself, (n, a1'·a2', b1'·b2'); only for small sizes."""
         return torch.cat(list(self._blocks()), dim=1)
 
     def residual(self, left: Tensor, right: Tensor) -> Tensor:
-        """‖R − leftᵀ·right‖ per layer, by blocks: left (n, k, a1'·a2'), right (n, k, b1'·b2') -> (n,).
+        """Return ‖R − leftᵀ·right‖ per layer, by blocks: left (n, k, a1'·a2'), right (n, k, b1'·b2') -> (n,).
 
-        This is exact to float64 rounding of ‖R‖, where ‖R‖² − Σσ² would lose half of the digits.
+        Exact up to float64 rounding of ‖R‖, whereas ‖R‖² − Σσ² would lose half of the digits.
         """
         total, row = torch.zeros(len(left), dtype=left.dtype, device=left.device), 0
         for block in self._blocks():
@@ -156,15 +151,15 @@ class Rearranged:
         return total.sqrt()
 
     def lift(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors in these coordinates as the matrices they stand for: -> (n, k, a1, a2), (n, k, b1, b2)."""
+        """Convert vectors in reduced coordinates to matrices (n, k, a1, a2) and (n, k, b1, b2)."""
         a1, a2, b1, b2 = self.modes
         return (
-            _turn(left.reshape(*left.shape[:2], *self.rows), a1, a2),
-            _turn(right.reshape(*right.shape[:2], *self.columns), b1, b2),
+            _expand(left.reshape(*left.shape[:2], *self.rows), a1, a2),
+            _expand(right.reshape(*right.shape[:2], *self.columns), b1, b2),
         )
 
     def _blocks(self) -> Iterator[Tensor]:
-        """R from top to bottom, some rows of U at a time."""
+        """Yield R from top to bottom, in blocks of rows of U."""
         (a1, a2), (b1, b2), n = self.rows, self.columns, len(self.u)
         step = max(1, BLOCK // (n * a2 * b1 * b2))
         for start in range(0, a1, step):
@@ -173,8 +168,8 @@ class Rearranged:
             yield block.reshape(n, -1, b1, a2, b2).transpose(2, 3).reshape(n, -1, b1 * b2)
 
 
-def _shorten(stack: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Matrices (n, r, p, q) with p > r·q, as their coordinates (n, r, r·q, q) in a basis (n, p, r·q)."""
+def _reduce_mode(stack: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Reduce matrices (n, r, p, q) with p > r·q to coordinates (n, r, r·q, q) in a basis (n, p, r·q)."""
     n, rank, p, q = stack.shape
     if p <= rank * q:
         return stack, None
@@ -182,15 +177,15 @@ def _shorten(stack: Tensor) -> tuple[Tensor, Tensor | None]:
     return coordinates.reshape(n, rank * q, rank, q).transpose(1, 2), basis
 
 
-def _turn(stack: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Matrices (n, k, p', q') back in their own coordinates, (n, k, p, q)."""
+def _expand(stack: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Convert matrices (n, k, p', q') back to original coordinates, (n, k, p, q)."""
     if rows is not None:
         stack = rows[:, None] @ stack
     return stack if columns is None else stack @ columns[:, None].mT
 
 
 def _products(stack: Tensor) -> Tensor:
-    """Mᵢ Mⱼᵀ for every pair: (n, r, p, q) -> (n, r, p, r, p), indexed i, row, j, column."""
+    """Return Mᵢ Mⱼᵀ for every pair: (n, r, p, q) -> (n, r, p, r, p), indexed i, row, j, column."""
     n, rank, p, q = stack.shape
     flat = stack.reshape(n, rank * p, q)
     return (flat @ flat.mT).reshape(n, rank, p, rank, p)

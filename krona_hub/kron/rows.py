@@ -1,4 +1,4 @@
-"""Rows of a Kronecker sum, exactly: parts of a fused projection, swapped halves, the transpose (FORMATS §13)."""
+"""Exact row operations on Kronecker sums: parts of fused projections, swapped halves, transposes (FORMATS §13)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from krona_hub.errors import UnsupportedError
 from krona_hub.kron.terms import Factor, KronTerms, LowRank
 
-Range = tuple[int, int]  # first row, and the row behind the last
+Range = tuple[int, int]  # first row, and one past the last row
 
 
 def take_rows(terms: KronTerms, ranges: Sequence[Range]) -> KronTerms:
-    """The rows of `ranges`, in that order, as a sum of Kronecker products again.
+    """Return the rows of `ranges`, in that order, as a sum of Kronecker products.
 
-    With B of b1 rows, a range that starts and ends at multiples of b1 takes rows of A. Otherwise B is cut into blocks
-    of g = gcd(b1, every start and end) rows, A ⊗ B = Σₘ (A ⊗ eₘ) ⊗ Bₘ, which has b1 / g times as many terms. Where A
-    has one row (a LoRA), the rows are rows of B. Of DiffuseKronA's interleaved rows, whole groups of a1 are rows of B;
-    raises UnsupportedError for others.
+    If B has b1 rows, ranges that start and end at multiples of b1 select rows of A. Otherwise B is split into blocks of
+    g = gcd(b1, every start and end) rows, A ⊗ B = Σₘ (A ⊗ eₘ) ⊗ Bₘ, which has b1 / g times as many terms. If A has one
+    row (a LoRA), the rows are rows of B. In DiffuseKronA's interleaved order, groups of a1 rows are rows of B; other
+    ranges raise UnsupportedError.
 
     >>> terms = KronTerms(torch.rand(1, 2, 2), torch.rand(1, 6, 3))
     >>> part = take_rows(terms, [(4, 8)])
@@ -38,30 +38,34 @@ def take_rows(terms: KronTerms, ranges: Sequence[Range]) -> KronTerms:
 
 
 def _interleaved_rows(terms: KronTerms, ranges: Sequence[Range]) -> KronTerms:
-    """Row i1·a1 + j1 is row j1·b1 + i1 of A ⊗ B: the rows of one i1 stand together."""
+    """Select interleaved rows: row i1·a1 + j1 is row j1·b1 + i1 of A ⊗ B, so the rows of one i1 are adjacent."""
     unit = terms.shape.a1
     if any(edge % unit for each in ranges for edge in each):
-        raise UnsupportedError("interleaved rows cannot be taken apart.", fix="Convert it to LoRA first (--to lora).")
+        raise UnsupportedError(
+            "interleaved rows cannot be split at these positions.", fix="Convert the adapter to LoRA first (--to lora)."
+        )
     return replace(terms, right=_rows(terms.right, [(start // unit, stop // unit) for start, stop in ranges]))
 
 
 def transposed(terms: KronTerms) -> KronTerms:
-    """ΔWᵀ = Σₖ Aₖᵀ ⊗ Bₖᵀ. Raises UnsupportedError for interleaved rows.
+    """Return ΔWᵀ = Σₖ Aₖᵀ ⊗ Bₖᵀ. Raises UnsupportedError for interleaved rows.
 
     >>> terms = KronTerms(torch.rand(2, 2, 5), torch.rand(2, 6, 3))
     >>> torch.equal(transposed(terms).dense(), terms.dense().mT)
     True
     """
     if terms.rows != "kron" and 1 not in terms.shape[::2]:
-        raise UnsupportedError("interleaved rows have no transpose of this form.", fix="Convert it to LoRA first.")
+        raise UnsupportedError(
+            "a sum with interleaved rows cannot be transposed.", fix="Convert the adapter to LoRA first (--to lora)."
+        )
     return KronTerms(_transposed(terms.left), _transposed(terms.right))
 
 
 def among_rows(terms: KronTerms, first: int, height: int) -> KronTerms:
-    """The sum in rows `first`, first + 1, … of a matrix of `height` rows that are zero elsewhere: take_rows undoes it.
+    """Embed the sum at row `first` of a matrix of `height` rows that is zero elsewhere; the inverse of take_rows.
 
-    Only where the rows are one of height / out equal shares, as q, k and v of a fused projection mostly are: A (or B,
-    where the rows are interleaved) gets rows of zeros. Raises UnsupportedError elsewhere.
+    The rows must be one of height / out equal shares, as q, k and v of a fused projection usually are: A (or B, if the
+    rows are interleaved) is padded with zero rows. Raises UnsupportedError otherwise.
 
     >>> terms = KronTerms(torch.rand(1, 2, 2), torch.rand(1, 3, 2))
     >>> tall = among_rows(terms, 6, 18)
@@ -71,7 +75,7 @@ def among_rows(terms: KronTerms, first: int, height: int) -> KronTerms:
     out = terms.shape.full[0]
     if first % out or height % out:
         raise UnsupportedError(
-            f"rows {first} to {first + out} are no equal share of {height}.", fix="Take the fused projection apart."
+            f"rows {first} to {first + out} are not an equal share of {height}.", fix="Split the fused projection."
         )
     shares = height // out, first // out
     if terms.rows == "shuffled":
@@ -80,7 +84,7 @@ def among_rows(terms: KronTerms, first: int, height: int) -> KronTerms:
 
 
 def _among(factor: Factor, shares: int, own: int) -> Factor:
-    """(terms, p, q) → (terms, shares·p, q), zero outside of the share `own`."""
+    """Embed a factor: (terms, p, q) → (terms, shares·p, q), zero outside of the share `own`."""
     if isinstance(factor, LowRank):
         return LowRank(_among_tensor(factor.up, shares, own), factor.down)
     return _among_tensor(factor, shares, own)
@@ -94,7 +98,7 @@ def _among_tensor(tensor: Tensor, shares: int, own: int) -> Tensor:
 
 
 def _cut(terms: KronTerms, unit: int) -> KronTerms:
-    """The same sum with B of `unit` rows: (A ⊗ eₘ) ⊗ Bₘ for each block m of B, terms · b1/unit in all."""
+    """Split B into blocks of `unit` rows: (A ⊗ eₘ) ⊗ Bₘ for each block m, terms · b1/unit in total."""
     blocks = terms.shape.b1 // unit
     if blocks == 1:
         return terms
@@ -102,7 +106,7 @@ def _cut(terms: KronTerms, unit: int) -> KronTerms:
 
 
 def _spread(factor: Factor, blocks: int) -> Factor:
-    """(terms, p, q) → (terms·blocks, p·blocks, q): term k·blocks + m is factor[k] ⊗ eₘ."""
+    """Expand A: (terms, p, q) → (terms·blocks, p·blocks, q), where term k·blocks + m is factor[k] ⊗ eₘ."""
     if isinstance(factor, LowRank):
         return LowRank(_spread_tensor(factor.up, blocks), factor.down.repeat_interleave(blocks, 0))
     return _spread_tensor(factor, blocks)
@@ -114,7 +118,7 @@ def _spread_tensor(tensor: Tensor, blocks: int) -> Tensor:
 
 
 def _blocks(factor: Factor, blocks: int) -> Factor:
-    """(terms, p, q) → (terms·blocks, p/blocks, q): the row blocks of each term one after the other."""
+    """Split B: (terms, p, q) → (terms·blocks, p/blocks, q), the row blocks of each term in order."""
     if isinstance(factor, LowRank):
         return LowRank(_blocks_tensor(factor.up, blocks), factor.down.repeat_interleave(blocks, 0))
     return _blocks_tensor(factor, blocks)
@@ -126,12 +130,12 @@ def _blocks_tensor(tensor: Tensor, blocks: int) -> Tensor:
 
 def _rows(factor: Factor, ranges: Sequence[Range]) -> Factor:
     if isinstance(factor, LowRank):
-        return _without_idle(LowRank(_rows_tensor(factor.up, ranges), factor.down))
+        return _without_unused(LowRank(_rows_tensor(factor.up, ranges), factor.down))
     return _rows_tensor(factor, ranges)
 
 
-def _without_idle(factor: LowRank) -> LowRank:
-    """The product without the columns that these rows do not use: two thirds where q, k and v were fused."""
+def _without_unused(factor: LowRank) -> LowRank:
+    """Drop the inner dimensions that these rows do not use, such as two thirds if q, k and v were fused."""
     used = (factor.up != 0).any(1).any(0)
     if bool(used.all()):
         return factor

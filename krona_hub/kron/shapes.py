@@ -1,4 +1,4 @@
-"""Which Kronecker splits fit a weight, what they cost, and how other tools choose theirs. Torch-free.
+"""Kronecker shapes that fit a weight, their sizes, and the rules by which other libraries choose them. Torch-free.
 
 ΔW = Σₖ Aₖ ⊗ Bₖ     ΔW: (out, in)   Aₖ: (a1, a2)   Bₖ: (b1, b2)   out = a1·b1   in = a2·b2
 """
@@ -14,7 +14,21 @@ from krona_hub.errors import ShapeError, UsageError
 
 
 class KronShape(NamedTuple):
-    """Sizes of the left factor A (a1, a2) and of the right factor B (b1, b2)."""
+    """Shape of a Kronecker product A ⊗ B: A is (a1, a2), B is (b1, b2).
+
+    Parameters
+    ----------
+    a1, a2 : int
+        Size of the left factor A.
+    b1, b2 : int
+        Size of the right factor B.
+
+    Examples
+    --------
+    >>> shape = KronShape(64, 4, 5, 192)
+    >>> shape.full, shape.parameters, str(shape)
+    ((320, 768), 1216, '64x4 ⊗ 5x192')
+    """
 
     a1: int
     a2: int
@@ -28,12 +42,12 @@ class KronShape(NamedTuple):
 
     @property
     def max_terms(self) -> int:
-        """Terms that suffice to write any (out, in) matrix exactly: the rank bound of R(W)."""
+        """Number of terms that represents any (out, in) matrix exactly: the rank bound of R(W)."""
         return min(self.a1 * self.a2, self.b1 * self.b2)
 
     @property
     def parameters(self) -> int:
-        """Numbers in one term with both factors dense: a1·a2 + b1·b2."""
+        """Number of values in one term with dense factors: a1·a2 + b1·b2."""
         return self.a1 * self.a2 + self.b1 * self.b2
 
     def __str__(self) -> str:
@@ -42,7 +56,7 @@ class KronShape(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def divisors(n: int) -> tuple[int, ...]:
-    """The divisors of n, ascending.
+    """Return the divisors of n in ascending order.
 
     >>> divisors(12)
     (1, 2, 3, 4, 6, 12)
@@ -52,7 +66,7 @@ def divisors(n: int) -> tuple[int, ...]:
 
 
 def choices(out: int, in_: int) -> Iterator[KronShape]:
-    """Every split of an (out, in) matrix, from A = [[1]] to B = [[1]].
+    """Yield all shapes of an (out, in) matrix, from A = [[1]] to B = [[1]].
 
     >>> [str(s) for s in choices(2, 3)]
     ['1x1 ⊗ 2x3', '1x3 ⊗ 2x1', '2x1 ⊗ 1x3', '2x3 ⊗ 1x1']
@@ -63,9 +77,9 @@ def choices(out: int, in_: int) -> Iterator[KronShape]:
 
 
 def split(size: tuple[int, int], a1: int, a2: int) -> KronShape:
-    """The split of an (out, in) matrix with A of (a1, a2).
+    """Return the shape of an (out, in) matrix with A of size (a1, a2).
 
-    Raises ShapeError, naming the nearest sizes that divide, where a1 or a2 does not.
+    Raises ShapeError, which suggests the nearest valid shape, if a1 does not divide out or a2 does not divide in.
 
     >>> split((320, 768), 64, 4)
     KronShape(a1=64, a2=4, b1=5, b2=192)
@@ -75,27 +89,27 @@ def split(size: tuple[int, int], a1: int, a2: int) -> KronShape:
         best = nearest_split(size, a1, a2)
         raise ShapeError(
             f"{a1}x{a2} does not divide a weight of {out}x{in_}.",
-            fix=f"The nearest shape that does is {best.a1}x{best.a2}.",
+            fix=f"Choose {best.a1}x{best.a2}, the nearest shape that does.",
         )
     return KronShape(a1, a2, out // a1, in_ // a2)
 
 
 def nearest_split(size: tuple[int, int], a1: int, a2: int) -> KronShape:
-    """The split whose A is nearest to (a1, a2), side by side on a logarithmic scale; ties go to the smaller.
+    """Return the shape whose A is nearest to (a1, a2), per side on a logarithmic scale; ties go to the smaller size.
 
     >>> nearest_split((30, 77), 64, 4)
     KronShape(a1=30, a2=7, b1=1, b2=11)
     """
     out, in_ = size
     c1, c2 = (
-        min(divisors(n), key=lambda d: (max(d, want) / min(d, want), d))
-        for n, want in ((out, max(a1, 1)), (in_, max(a2, 1)))
+        min(divisors(n), key=lambda d: (max(d, target) / min(d, target), d))
+        for n, target in ((out, max(a1, 1)), (in_, max(a2, 1)))
     )
     return KronShape(c1, c2, out // c1, in_ // c2)
 
 
 def smallest_split(size: tuple[int, int]) -> KronShape:
-    """The split with the fewest parameters per term: a1·a2 near √(out·in); about the size of a rank-1 LoRA.
+    """Return the shape with the fewest parameters per term: a1·a2 near √(out·in), about the size of a rank-1 LoRA.
 
     >>> str(smallest_split((1280, 1280))), smallest_split((1280, 1280)).parameters
     ('1x1280 ⊗ 1280x1', 2560)
@@ -104,38 +118,38 @@ def smallest_split(size: tuple[int, int]) -> KronShape:
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """Read `64x4` as (a1, a2), the size of A. Raises UsageError for anything else.
+    """Parse `64x4` as (a1, a2), the size of A. Raises UsageError for anything else.
 
     >>> parse_shape("64x4")
     (64, 4)
     """
     a1, cross, a2 = text.lower().replace("×", "x").partition("x")
     if not (cross and a1.strip().isdecimal() and a2.strip().isdecimal() and int(a1) and int(a2)):
-        raise UsageError(f"{text!r} is no shape.", fix="Write the size of A as a1xa2, for example 64x4.")
+        raise UsageError(f"Invalid shape {text!r}.", fix="Specify the size of A as A1xA2, for example 64x4.")
     return int(a1), int(a2)
 
 
 def lycoris_factors(n: int, factor: int = -1) -> tuple[int, int]:
-    """The pair (m, n/m), m ≤ n/m, into which LyCORIS splits a dimension (FORMATS.md §3, `factorization`).
+    """Return the pair (m, n/m), m ≤ n/m, into which LyCORIS splits a dimension (FORMATS.md §3, `factorization`).
 
     >>> lycoris_factors(320), lycoris_factors(320, 32), lycoris_factors(320, 8)
     ((16, 20), (10, 32), (8, 40))
     """
-    first, second = _walk(n, factor)
+    first, second = _factor_pair(n, factor)
     return (first, second) if first <= second else (second, first)
 
 
 def peft_factors(n: int, factor: int = -1) -> tuple[int, int]:
-    """The pair of PEFT: as LyCORIS, but not swapped where `factor` divides n and exceeds √n.
+    """Return the pair of PEFT: as in LyCORIS, but not swapped if `factor` divides n and exceeds √n.
 
     >>> peft_factors(320), peft_factors(320, 32)
     ((16, 20), (32, 10))
     """
-    return _walk(n, factor)
+    return _factor_pair(n, factor)
 
 
-def _walk(n: int, factor: int) -> tuple[int, int]:
-    """The common rule: `factor` itself where it divides, else the most balanced pair not above it."""
+def _factor_pair(n: int, factor: int) -> tuple[int, int]:
+    """Return `factor` and its cofactor if it divides n, otherwise the most balanced pair not above it."""
     if factor > 0 and n % factor == 0:
         return factor, n // factor
     limit = n if factor < 0 else factor

@@ -1,11 +1,11 @@
-"""Sums of Kronecker products, and the one nearest to a given matrix.
+"""Sums of Kronecker products, and the nearest such sum of a given matrix.
 
     ΔW = Σₖ Aₖ ⊗ Bₖ     ΔW: (out, in)   Aₖ: (a1, a2)   Bₖ: (b1, b2)   out = a1·b1   in = a2·b2
 
-The letters are those of DiffuseKronA and mean the same in every file of krona_hub; the nearest
-sum is that of Van Loan & Pitsianis, "Approximation with Kronecker Products" (1993). Either factor may
-itself be low-rank, A = up·down: a LoRA is [[1]] ⊗ (up·down). This module knows tensors only: no files,
-no layer names, and no alpha or rank. Whatever scale a file carried is already in the numbers.
+The letters are those of DiffuseKronA and have the same meaning throughout krona_hub; the nearest sum is that of
+Van Loan & Pitsianis, "Approximation with Kronecker Products" (1993). Either factor can itself be low-rank,
+A = up·down: a LoRA is [[1]] ⊗ (up·down). This module deals with tensors only: no files, layer names or alpha. The
+scale of a file is already folded into the factors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Rows = Literal["kron", "shuffled"]
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """A stack of matrices kept as products: matrix k is up[k] @ down[k]."""
+    """A stack of matrices stored as low-rank products: matrix k is up[k] @ down[k]."""
 
     up: Tensor  # (terms, p, r)
     down: Tensor  # (terms, r, q)
@@ -41,15 +41,16 @@ class LowRank:
 
     @property
     def shape(self) -> torch.Size:
-        """(terms, p, q), as if the products were formed."""
+        """(terms, p, q), the shape of the products."""
         return torch.Size((len(self.up), self.up.shape[1], self.down.shape[2]))
 
     @property
     def rank(self) -> int:
+        """The inner dimension r of the products."""
         return self.up.shape[2]
 
     def dense(self) -> Tensor:
-        """The products, (terms, p, q), in the wider dtype of the two and in float32 at least."""
+        """Return the products, (terms, p, q), in the wider of the two dtypes, at least float32."""
         up, down = _wide_alike(self.up, self.down)
         return up @ down
 
@@ -58,12 +59,12 @@ Factor = Tensor | LowRank  # (terms, p, q), stored or as a product
 
 
 def dense_factor(factor: Factor) -> Tensor:
-    """The (terms, p, q) numbers of a factor; float32 at least where it is a product."""
+    """Return the values (terms, p, q) of a factor; a low-rank factor is at least float32."""
     return factor.dense() if isinstance(factor, LowRank) else factor
 
 
 def map_factor(change: Callable[[Tensor], Tensor], factor: Factor) -> Factor:
-    """The factor with every tensor that it is stored as changed: itself, or its up and its down.
+    """Apply `change` to every stored tensor of a factor: to itself, or to its up and its down.
 
     >>> map_factor(Tensor.double, LowRank(torch.ones(1, 4, 2), torch.ones(1, 2, 6))).up.dtype
     torch.float64
@@ -74,32 +75,45 @@ def map_factor(change: Callable[[Tensor], Tensor], factor: Factor) -> Factor:
 
 
 def transpose_factor(factor: Factor) -> Factor:
-    """Every matrix of the stack transposed: (terms, p, q) -> (terms, q, p)."""
+    """Transpose every matrix of the stack: (terms, p, q) -> (terms, q, p)."""
     return LowRank(factor.down.mT, factor.up.mT) if isinstance(factor, LowRank) else factor.mT
 
 
 def stored_rank(factor: Factor) -> int | None:
-    """The r of a factor that is kept as up·down; None for a dense one."""
+    """Return the rank of a factor stored as up·down; None for a dense factor."""
     return factor.rank if isinstance(factor, LowRank) else None
 
 
 def rank_bound(factor: Factor) -> int:
-    """The rank that each matrix of the stack has at most."""
+    """Return an upper bound of the rank of each matrix of the stack."""
     small = min(factor.shape[1:])
     return min(small, factor.rank) if isinstance(factor, LowRank) else small
 
 
 def factor_tensors(factor: Factor) -> tuple[Tensor, ...]:
-    """The tensors that a factor is stored as: itself, or (up, down)."""
+    """Return the stored tensors of a factor: itself, or (up, down)."""
     return (factor.up, factor.down) if isinstance(factor, LowRank) else (factor,)
 
 
 @dataclass(frozen=True, eq=False)
 class KronTerms:
-    """Σₖ Aₖ ⊗ Bₖ, kept as its factors: left[k] is Aₖ and right[k] is Bₖ.
+    """A Kronecker sum Σₖ Aₖ ⊗ Bₖ of size (a1·b1, a2·b2), stored as its factors.
 
-    `rows` says how the rows of the sum are laid out. In the order of DiffuseKronA, "shuffled", row
-    i1·a1 + j1 of W is row j1·b1 + i1 of A ⊗ B (FORMATS.md §8): the blocks are interleaved.
+    Raises ShapeError if the factors are not three-dimensional or differ in the number of terms.
+
+    Parameters
+    ----------
+    left, right : Tensor or LowRank
+        The factors Aₖ, (terms, a1, a2), and Bₖ, (terms, b1, b2).
+    rows : {"kron", "shuffled"}, default "kron"
+        Row order of the sum. In the order of DiffuseKronA, "shuffled", row i1·a1 + j1 of W is row j1·b1 + i1 of
+        A ⊗ B (FORMATS.md §8): the blocks are interleaved.
+
+    Examples
+    --------
+    >>> w = KronTerms(torch.ones(2, 3, 2), torch.ones(2, 4, 5))
+    >>> str(w.shape), w.terms, w.parameters, tuple(w.dense().shape)
+    ('3x2 ⊗ 4x5', 2, 52, (12, 10))
     """
 
     left: Factor  # (terms, a1, a2)
@@ -116,23 +130,26 @@ class KronTerms:
 
     @property
     def shape(self) -> KronShape:
+        """Shape of each term."""
         return KronShape(*self.left.shape[1:], *self.right.shape[1:])
 
     @property
     def terms(self) -> int:
+        """Number of terms."""
         return self.left.shape[0]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every stored tensor: of A, then of B."""
+        """All stored tensors: those of A, then those of B."""
         return factor_tensors(self.left) + factor_tensors(self.right)
 
     @property
     def parameters(self) -> int:
+        """Number of stored values."""
         return sum(t.numel() for t in self.tensors)
 
     def dense(self) -> Tensor:
-        """The (out, in) matrix itself, in float32 at least. For small matrices and tests: it is out·in numbers."""
+        """Return the (out, in) matrix, at least float32. For small matrices and tests only: it has out·in values."""
         a, b = _wide_alike(dense_factor(self.left), dense_factor(self.right))
         shape = self.shape
         blocks = (a.flatten(1).mT @ b.flatten(1)).view(shape.a1, shape.a2, shape.b1, shape.b2)  # R(W), see rearrange
@@ -140,10 +157,10 @@ class KronTerms:
         return blocks.permute(order).reshape(shape.full)
 
     def apply(self, x: Tensor) -> Tensor:
-        """W x along the last axis, without forming W: (..., in) -> (..., out).
+        """Return W x along the last axis, without forming W: (..., in) -> (..., out).
 
-        Row-major vec turns (A ⊗ B) vec(X) into vec(A X Bᵀ), with X of size (a2, b2). The result is in the widest
-        type of A, B and x.
+        With row-major vec, (A ⊗ B) vec(X) = vec(A X Bᵀ) for X of size (a2, b2). The result has the widest dtype of A, B
+        and x.
         """
         a, b, x = _alike(dense_factor(self.left), dense_factor(self.right), x)
         x = x.reshape(*x.shape[:-1], 1, self.shape.a2, self.shape.b2)
@@ -151,31 +168,33 @@ class KronTerms:
         return (y.mT if self.rows == "shuffled" else y).flatten(-2)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> KronTerms:
-        """The same sum with every stored tensor changed."""
+        """Apply `change` to every stored tensor."""
         return replace(self, left=map_factor(change, self.left), right=map_factor(change, self.right))
 
     def to(self, dtype: torch.dtype) -> KronTerms:
-        """The same sum with every stored tensor in another dtype."""
+        """Convert every stored tensor to another dtype."""
         return self.map(lambda tensor: tensor.to(dtype))
 
     def scaled(self, weight: float) -> KronTerms:
-        """weight · ΔW, with the weight in the first stored tensor (which becomes float32 at least)."""
+        """Return weight · ΔW; the weight is folded into the first stored tensor, which becomes at least float32."""
         if isinstance(self.left, LowRank):
             return replace(self, left=LowRank(wide(self.left.up) * weight, self.left.down))
         return replace(self, left=wide(self.left) * weight)
 
 
 class KronFit(NamedTuple):
+    """A fitted Kronecker sum and its relative error."""
+
     terms: KronTerms
     relative_error: float  # ‖W - Σ Aₖ ⊗ Bₖ‖ / ‖W‖, Frobenius; 0.0 for W = 0
 
     def to(self, dtype: torch.dtype) -> KronFit:
-        """The same fit with its tensors in another dtype."""
+        """Convert the tensors of the fit to another dtype."""
         return self._replace(terms=self.terms.to(dtype))
 
 
 def as_lora(up: Tensor, down: Tensor) -> KronTerms:
-    """A LoRA as the Kronecker sum it is: up (out, r) · down (r, in) = [[1]] ⊗ (up·down).
+    """Express a LoRA as a Kronecker sum: up (out, r) · down (r, in) = [[1]] ⊗ (up·down).
 
     >>> as_lora(torch.ones(4, 2), torch.ones(2, 6)).dense().shape
     torch.Size([4, 6])
@@ -185,7 +204,7 @@ def as_lora(up: Tensor, down: Tensor) -> KronTerms:
 
 
 def rearrange(weight: Tensor, shape: KronShape) -> Tensor:
-    """R(W): one row per (b1, b2) block of W, so that R(A ⊗ B) = vec(A) vec(B)ᵀ.
+    """Return R(W) with one row per (b1, b2) block of W, so that R(A ⊗ B) = vec(A) vec(B)ᵀ.
 
     (out, in) -> (a1·a2, b1·b2)
     """
@@ -200,12 +219,32 @@ def rearrange(weight: Tensor, shape: KronShape) -> Tensor:
 
 
 def nearest_kron(weight: Tensor, shape: KronShape | tuple[int, int], terms: int = 1) -> KronFit:
-    """The sum of `terms` Kronecker products nearest to `weight` in the Frobenius norm.
+    """Return the sum of `terms` Kronecker products nearest to `weight` in the Frobenius norm.
 
-    By Van Loan & Pitsianis (1993) this is the truncated SVD of R(W), and what is left out is
-    the tail of its singular values. Each σₖ is shared evenly, so that ‖Aₖ‖ = ‖Bₖ‖ = √σₖ.
-    `shape` is a KronShape, or the size (a1, a2) of A. Raises ShapeError where it does not divide.
+    It is the truncated SVD of R(W) (Van Loan & Pitsianis, 1993), and its error is the tail of the singular values. Each
+    σₖ is shared evenly: ‖Aₖ‖ = ‖Bₖ‖ = √σₖ.
 
+    Parameters
+    ----------
+    weight : Tensor
+        The matrix, (out, in); flatten convolutions with ``weight.flatten(1)``.
+    shape : KronShape or tuple of int
+        The shape of each term, or the size (a1, a2) of A.
+    terms : int, default 1
+        Number of products, at most min(a1·a2, b1·b2).
+
+    Returns
+    -------
+    KronFit
+        ``terms``, the sum, at least float32; ``relative_error``, ‖W − Σ Aₖ ⊗ Bₖ‖ / ‖W‖.
+
+    Raises
+    ------
+    ShapeError
+        If the shape does not divide the weight, or `terms` is out of range.
+
+    Examples
+    --------
     >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]])
     >>> fit = nearest_kron(torch.kron(a, b), (1, 2))
     >>> torch.allclose(fit.terms.dense(), torch.kron(a, b)), fit.relative_error < 1e-6
@@ -224,7 +263,7 @@ def nearest_kron(weight: Tensor, shape: KronShape | tuple[int, int], terms: int 
 
 
 def split_of(weight: Tensor, a1: int, a2: int) -> KronShape:
-    """The KronShape of a 2-D weight with A of (a1, a2). Raises ShapeError where it does not divide."""
+    """Return the KronShape of a 2-D weight with A of size (a1, a2). Raises ShapeError if it does not divide."""
     if weight.ndim != 2:
         raise ShapeError(
             f"a Kronecker split needs a matrix, but the weight is {tuple(weight.shape)}.",
@@ -234,21 +273,21 @@ def split_of(weight: Tensor, a1: int, a2: int) -> KronShape:
 
 
 def check_terms(shape: KronShape, terms: int) -> None:
-    """Raise ShapeError unless `terms` is between 1 and the number that already makes the sum exact."""
+    """Raise ShapeError unless `terms` is between 1 and the number at which the sum is exact."""
     if not 1 <= terms <= shape.max_terms:
         raise ShapeError(
-            f"{terms} terms asked for, but {tuple(shape)} has room for 1 to {shape.max_terms}.",
+            f"invalid number of terms {terms}: {tuple(shape)} holds 1 to {shape.max_terms}.",
             fix=f"With {shape.max_terms} the result is already exact.",
         )
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """float32 at least: neither SVD nor exact products in half precision."""
+    """Convert to at least float32, since half precision supports neither SVD nor exact products."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _wide_alike(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All in the widest of their types, float32 at least: products want equal types, and files mix them."""
+    """Convert all to their widest dtype, at least float32: products need equal dtypes, and files mix them."""
     return _alike(*map(wide, tensors))
 
 

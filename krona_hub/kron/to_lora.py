@@ -1,9 +1,9 @@
-"""Kronecker sums as LoRAs: exactly, or the best one of a rank, through the factors.
+"""Conversion of Kronecker sums to LoRAs, exact or the best of a rank, computed from the factors.
 
     A ⊗ (up·down) = (A ⊗ up)(I ⊗ down)      SVD(A ⊗ B) = SVD(A) ⊗ SVD(B)      up: (out, r)   down: (r, in)
 
-The singular values of one Kronecker product are all products of those of its factors, so its best LoRA of
-any rank is two tiny SVDs and a sort. A sum of several is first one long LoRA, then a QR of each side.
+The singular values of one Kronecker product are all products of those of its factors, so its best LoRA of any rank
+takes two small SVDs and a sort. A sum of several products becomes one long LoRA, followed by a QR of each side.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from torch import Tensor
 from krona_hub.errors import ShapeError, UsageError
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, dense_factor, rank_bound
 
-ROUNDING = 1e-12  # a relative error of a float64 computation that is no error
+ROUNDING = 1e-12  # relative errors up to this one are rounding in float64
 Pair = tuple[Tensor, Tensor]  # up (out, r), down (r, in)
 
 
 class LoraFit(NamedTuple):
+    """A fitted LoRA, its singular values and its relative error."""
+
     up: Tensor  # (out, r)
     down: Tensor  # (r, in)
     singular_values: Tensor  # (r,) of up·down, descending, float64
@@ -31,9 +33,9 @@ class LoraFit(NamedTuple):
 
 
 def exact_lora(terms: KronTerms) -> Pair:
-    """A Kronecker sum as one LoRA, equal up to the rounding of its dtype (float32 at least).
+    """Convert a Kronecker sum to one LoRA, equal up to rounding in its dtype (at least float32).
 
-    The rank is Σₖ rank(Aₖ)·rank(Bₖ), less what the terms have in common, and min(out, in) at most.
+    The rank is at most Σₖ rank(Aₖ)·rank(Bₖ) and at most min(out, in); directions shared by several terms are merged.
 
     >>> up, down = exact_lora(KronTerms(torch.ones(1, 2, 3), torch.eye(4)[None]))
     >>> tuple(up.shape), tuple(down.shape)
@@ -45,11 +47,11 @@ def exact_lora(terms: KronTerms) -> Pair:
 
 
 def nearest_lora(sums: Sequence[KronTerms], rank: int | None = None, max_error: float | None = None) -> LoraFit:
-    """The LoRA nearest to ΔW = Σ sums in the Frobenius norm.
+    """Return the LoRA nearest to ΔW = Σ sums in the Frobenius norm.
 
-    Its rank is at most `rank`, and no more than `max_error` (relative) needs; with neither, the LoRA is exact
-    up to rounding. Each σ is shared evenly between up and down. Raises UsageError for a rank below 1 or a
-    negative error, ShapeError where the sums differ in size.
+    Its rank is at most `rank`, and the smallest within the relative error `max_error`; with neither, the LoRA is exact
+    up to rounding. Each σ is shared evenly between up and down. Raises UsageError for a rank below 1 or a negative
+    error, ShapeError if the sums differ in size.
 
     >>> w = KronTerms(torch.diag(torch.tensor([2.0, 1.0]))[None], torch.diag(torch.tensor([3.0, 1.0]))[None])
     >>> fit = nearest_lora([w], rank=2)
@@ -62,8 +64,8 @@ def nearest_lora(sums: Sequence[KronTerms], rank: int | None = None, max_error: 
 def nearest_loras(
     deltas: Sequence[Sequence[KronTerms]], rank: int | None = None, max_error: float | None = None
 ) -> list[LoraFit]:
-    """`nearest_lora` of many layers; those that are one term of one shape go through one batched SVD."""
-    _check_wish(rank, max_error)
+    """Apply `nearest_lora` to many layers; single terms of equal shape share one batched SVD."""
+    _check_limits(rank, max_error)
     fits: dict[int, LoraFit] = {}
     groups: dict[object, list[int]] = defaultdict(list)
     for i, sums in enumerate(deltas):
@@ -77,7 +79,7 @@ def nearest_loras(
 
 
 def lora_rank_bound(sums: Sequence[KronTerms]) -> int:
-    """The rank that a LoRA of Σ sums never exceeds, known from sizes alone.
+    """Return an upper bound of the rank of Σ sums, from sizes alone.
 
     >>> lora_rank_bound([KronTerms(torch.ones(1, 2, 3), torch.ones(1, 8, 9))])
     16
@@ -87,26 +89,26 @@ def lora_rank_bound(sums: Sequence[KronTerms]) -> int:
 
 
 def full_size(sums: Sequence[KronTerms]) -> tuple[int, int]:
-    """(out, in) of a sum of sums. Raises ShapeError where they differ or where there are none."""
+    """Return the common size (out, in) of some sums. Raises ShapeError if they differ or if there are none."""
     sizes = sorted({s.shape.full for s in sums})
     if len(sizes) != 1:
         raise ShapeError(
-            f"a sum needs parts of one size, but got {sizes or 'none'}.", fix="Pass the sums of one layer together."
+            f"the sums must have one size, but have {sizes or 'none'}.", fix="Pass the sums of one layer only."
         )
     return sizes[0]
 
 
 def long_lora(sums: Sequence[KronTerms]) -> Pair:
-    """Σ sums as a LoRA in float64, with nothing dropped and nothing merged: rank Σₖ rank(Aₖ)·rank(Bₖ).
+    """Convert Σ sums to a LoRA in float64 without truncation or merging: rank Σₖ rank(Aₖ)·rank(Bₖ).
 
-    Every product is exact but for float64 rounding, so that differences of such LoRAs keep their digits.
+    Every product is exact up to float64 rounding, so differences of such LoRAs keep their digits.
     """
     full_size(sums)
     return _concatenated(sums, 0.0)
 
 
 def shuffle_rows(rows: Tensor, terms: KronTerms) -> Tensor:
-    """Rows in the order of A ⊗ B, put into the order of `terms`: (out, …) -> (out, …)."""
+    """Reorder rows from the order of A ⊗ B to that of `terms`: (out, …) -> (out, …)."""
     if terms.rows == "kron":
         return rows
     a1, _, b1, _ = terms.shape
@@ -114,23 +116,23 @@ def shuffle_rows(rows: Tensor, terms: KronTerms) -> Tensor:
 
 
 def result_dtype(sums: Iterable[KronTerms]) -> torch.dtype:
-    """The widest dtype of all factors, and float32 at least."""
+    """Return the widest dtype of all factors, at least float32."""
     return reduce(torch.promote_types, (t.dtype for s in sums for t in s.tensors), torch.float32)
 
 
 def compact_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of up·down through a QR of each side: U (…, out, r), σ (…, r) and Vᴴ (…, r, in), all of float64."""
+    """Compute the SVD of up·down by a QR of each side: U (…, out, r), σ (…, r) and Vᴴ (…, r, in), in float64."""
     qu, ru = torch.linalg.qr(up.double())
     qd, rd = torch.linalg.qr(down.double().mT)
     u, s, vh = torch.linalg.svd(ru @ rd.mT, full_matrices=False)
     return qu @ u, s, vh @ qd.mT
 
 
-def _check_wish(rank: int | None, max_error: float | None) -> None:
+def _check_limits(rank: int | None, max_error: float | None) -> None:
     if rank is not None and rank < 1:
-        raise UsageError(f"a LoRA of rank {rank} holds nothing.", fix="Choose a rank of 1 or more.")
+        raise UsageError(f"Invalid rank {rank}.", fix="Choose a rank of 1 or more.")
     if max_error is not None and not max_error >= 0:
-        raise UsageError(f"an error of {max_error} cannot be kept.", fix="Choose an error of 0 or more.")
+        raise UsageError(f"Invalid maximum error {max_error}.", fix="Choose an error of 0 or more.")
 
 
 def _is_one_dense_term(sums: Sequence[KronTerms]) -> bool:
@@ -141,7 +143,7 @@ def _is_one_dense_term(sums: Sequence[KronTerms]) -> bool:
 
 
 def _one_term_fits(terms: list[KronTerms], rank: int | None, max_error: float | None) -> list[LoraFit]:
-    """Best LoRAs of layers that are one dense term of one shape."""
+    """Return the best LoRAs of layers that are one dense term of one shape."""
     ua, sa, va = torch.linalg.svd(_stacked([t.left for t in terms]), full_matrices=False)
     ub, sb, vb = torch.linalg.svd(_stacked([t.right for t in terms]), full_matrices=False)
     products = (sa[:, :, None] * sb[:, None, :]).flatten(1).sort(dim=1, descending=True, stable=True)
@@ -156,7 +158,7 @@ def _one_term_fits(terms: list[KronTerms], rank: int | None, max_error: float | 
 
 
 def _stacked(factors: Sequence[Factor]) -> Tensor:
-    """One factor of many layers: (n, p, q) in float64."""
+    """Stack one factor of many layers: (n, p, q) in float64."""
     return torch.cat([dense_factor(f) for f in factors]).double()
 
 
@@ -164,7 +166,7 @@ def _stacked(factors: Sequence[Factor]) -> Tensor:
 
 
 def _svd_of_sum(sums: Sequence[KronTerms]) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of Σ sums in float64: by QR of the long LoRA where that is thinner than ΔW, dense where not."""
+    """Compute the SVD of Σ sums in float64: by QR of the long LoRA if that is thinner than ΔW, otherwise dense."""
     if lora_rank_bound(sums) < min(full_size(sums)):
         return compact_svd(*long_lora(sums))
     u, s, vh = torch.linalg.svd(dense_sum(sums), full_matrices=False)
@@ -172,7 +174,7 @@ def _svd_of_sum(sums: Sequence[KronTerms]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense_sum(sums: Sequence[KronTerms]) -> Tensor:
-    """Σ sums as an (out, in) matrix of float64. The last resort: it is out·in numbers."""
+    """Return Σ sums as an (out, in) matrix in float64. The last resort: it has out·in values."""
     total = torch.zeros(full_size(sums), dtype=torch.float64, device=sums[0].tensors[0].device)
     for s in sums:
         total += s.to(torch.float64).dense()
@@ -185,16 +187,16 @@ def _cut(sums: Sequence[KronTerms], u: Tensor, s: Tensor, vh: Tensor, rank: int 
 
 
 def _kept(sigma: Tensor, rank: int | None, max_error: float | None) -> int:
-    """How many of the descending σ to keep: what `max_error` needs, `rank` at most, and 1 at least."""
-    tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[k]: what is lost when k are kept
-    wanted = int((tail > max(max_error or 0.0, ROUNDING) * tail[0]).sum())
+    """Return how many of the descending σ to keep: as `max_error` requires, at most `rank`, and at least 1."""
+    tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[k]: error if k are kept
+    needed = int((tail > max(max_error or 0.0, ROUNDING) * tail[0]).sum())
     if max_error is None and rank is not None:
-        wanted = int((sigma > ROUNDING * sigma[0]).sum())
-    return max(1, min(wanted, len(sigma) if rank is None else rank))
+        needed = int((sigma > ROUNDING * sigma[0]).sum())
+    return max(1, min(needed, len(sigma) if rank is None else rank))
 
 
 def _shared(sums: Sequence[KronTerms], u: Tensor, sigma: Tensor, vh: Tensor, keep: int) -> LoraFit:
-    """The fit of the first `keep` singular triples, with the root of each σ on either side."""
+    """Return the fit of the first `keep` singular triples, with the square root of each σ on either side."""
     root, whole = sigma[:keep].sqrt(), torch.linalg.vector_norm(sigma)
     error = torch.linalg.vector_norm(sigma[keep:]) / whole if whole > 0 else whole
     dtype = result_dtype(sums)
@@ -202,7 +204,7 @@ def _shared(sums: Sequence[KronTerms], u: Tensor, sigma: Tensor, vh: Tensor, kee
 
 
 def _concatenated(sums: Sequence[KronTerms], tolerance: float) -> Pair:
-    """Every term of every sum as columns of one up and rows of one down, float64."""
+    """Concatenate all terms of all sums as columns of one up and rows of one down, in float64."""
     ups, downs = [], []
     for s in sums:
         for k in range(s.terms):
@@ -214,12 +216,12 @@ def _concatenated(sums: Sequence[KronTerms], tolerance: float) -> Pair:
 
 
 def _kron(a: Tensor, b: Tensor) -> Tensor:
-    """A ⊗ B of two matrices. torch.kron fails on a column of a transpose (torch 2.13)."""
+    """Return A ⊗ B of two matrices. torch.kron fails on a column of a transpose (torch 2.13)."""
     return torch.einsum("ac,bd->abcd", a, b).reshape(a.shape[0] * b.shape[0], -1)
 
 
 def _thin(factor: Factor, k: int, tolerance: float) -> Pair:
-    """Factor k as up·down of the least rank: as stored, beside an identity, or cut to its rank by SVD."""
+    """Return factor k as up·down of minimal rank: as stored, with an identity, or truncated to its rank by SVD."""
     if isinstance(factor, LowRank):
         up, down = factor.up[k].double(), factor.down[k].double()
         if factor.rank <= min(factor.shape[1:]):
@@ -232,15 +234,15 @@ def _thin(factor: Factor, k: int, tolerance: float) -> Pair:
         rank = max(1, int((s > tolerance * s[0]).sum()))
         if rank < len(s):
             return u[:, :rank] * s[:rank], vh[:rank]
-    return _beside_identity(matrix)
+    return _with_identity(matrix)
 
 
 def _of_least_rank(terms: KronTerms, tolerance: float) -> Pair:
-    """The sum at its numerical rank; its own factors, untouched, where that saves nothing."""
+    """Reduce the sum to its numerical rank; returns its own factors, unchanged, if that saves nothing."""
     if terms.terms == 1:
         return _concatenated([terms], tolerance)
     smallest, bound = min(terms.shape.full), lora_rank_bound([terms])
-    long = _concatenated([terms], 0.0) if bound < smallest else _beside_identity(dense_sum([terms]))
+    long = _concatenated([terms], 0.0) if bound < smallest else _with_identity(dense_sum([terms]))
     u, s, vh = compact_svd(*long)
     rank = max(1, int((s > tolerance * s[0]).sum()))
     if rank == long[0].shape[1]:
@@ -249,8 +251,8 @@ def _of_least_rank(terms: KronTerms, tolerance: float) -> Pair:
     return u[:, :rank] * root, root[:, None] * vh[:rank]
 
 
-def _beside_identity(matrix: Tensor) -> Pair:
-    """A matrix as up·down with an identity on its shorter side: rank min(p, q), exactly."""
+def _with_identity(matrix: Tensor) -> Pair:
+    """Return a matrix as up·down with an identity on its shorter side: rank min(p, q), exact."""
     p, q = matrix.shape
     one = torch.eye(min(p, q), dtype=matrix.dtype, device=matrix.device)
     return (one, matrix) if p <= q else (matrix, one)

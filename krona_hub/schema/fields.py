@@ -1,6 +1,6 @@
-"""The fields of `krona.header`, version 1.0, as a table: what each may hold. Torch-free.
+"""The fields of `krona.header`, version 1.0, and their permitted values. Torch-free.
 
-`schemas/krona-adapter-1.0.json` says the same for other languages; a test holds the two together.
+`schemas/krona-adapter-1.0.json` defines the same for other languages; a test keeps the two consistent.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from krona_hub.errors import SchemaError
 
 
 class FieldKind(NamedTuple):
-    """What the value of a field must be."""
+    """The permitted values of a field."""
 
-    words: str  # "text", for "must be text"
+    words: str  # "a string", for "must be a string"
     accepts: Callable[[Any], bool]
 
 
@@ -24,7 +24,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_error(value: Any) -> bool:
-    """A relative error: a number, neither negative nor beyond all reason, as an integer of JSON can be."""
+    """Return whether the value is a relative error: a number from 0 to MAX_ERROR, since JSON integers are unbounded."""
     return type(value) in (int, float) and 0 <= value <= MAX_ERROR
 
 
@@ -46,16 +46,16 @@ def _is_text_object(value: Any) -> bool:
 
 
 MAX_ERROR = 1e300
-OPS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}  # -> sizes in the weight_shape
+OPS = {"linear": 2, "conv1d": 3, "conv2d": 4, "conv3d": 5}  # -> length of weight_shape
 ROWS = ("kron", "shuffled")
 AXES = ("out", "in")
-TEXT = FieldKind("text", _is_text)
-TEXTS = FieldKind("a list of texts", _list_of(_is_text))
+TEXT = FieldKind("a string", _is_text)
+TEXTS = FieldKind("a list of strings", _list_of(_is_text))
 OBJECT = FieldKind("an object", _is_object)
 SHA256 = FieldKind(
     "64 hexadecimal digits", lambda v: _is_text(v) and len(v) == 64 and not set(v) - set("0123456789abcdef")
 )
-RELATIVE_ERROR = FieldKind("a number that is not negative", _is_error)
+RELATIVE_ERROR = FieldKind("a nonnegative number", _is_error)
 
 BASE = {"family": TEXT, "hub_id": TEXT, "revision": TEXT, "fingerprint": SHA256, "candidates": TEXTS}
 PROVENANCE = {
@@ -64,13 +64,13 @@ PROVENANCE = {
     "source_sha256": SHA256,
     "method": TEXT,
     "relative_error": RELATIVE_ERROR,
-    "layer_errors": FieldKind("a list of numbers or null", _list_of(lambda v: v is None or _is_error(v))),
-    "metadata": FieldKind("an object of texts", _is_text_object),
+    "layer_errors": FieldKind("a list of nonnegative numbers or null", _list_of(lambda v: v is None or _is_error(v))),
+    "metadata": FieldKind("an object with string values", _is_text_object),
 }
 LAYER = {
     "op": FieldKind(f"one of {', '.join(OPS)}", lambda v: _is_text(v) and v in OPS),
     "weight_shape": FieldKind("a list of 2 to 5 sizes", _is_weight_shape),
-    "rows": FieldKind(f"a list of {' and '.join(ROWS)}", _list_of(lambda v: _is_text(v) and v in ROWS)),
+    "rows": FieldKind(f"a list of {' or '.join(ROWS)}", _list_of(lambda v: _is_text(v) and v in ROWS)),
     "magnitude_axis": FieldKind("out or in", lambda v: _is_text(v) and v in AXES),
 }
 TOP = {
@@ -81,19 +81,19 @@ TOP = {
     "licence": TEXT,
     "trigger_words": TEXTS,
 }
-_FIX = "docs/schema-1.0.md lists every field; leave out what is unknown instead of writing null."
+_FIX = "See docs/schema-1.0.md for all fields; omit unknown values instead of writing null."
 
 
 class FieldSplit(NamedTuple):
-    """An object of the header taken apart."""
+    """An object of the header, split into known fields, unknown fields and findings."""
 
-    known: dict[str, Any]  # fields of 1.0 whose values are what they must be
-    unknown: dict[str, Any]  # fields of newer minor versions, to be kept
+    known: dict[str, Any]  # fields of 1.0 with valid values
+    unknown: dict[str, Any]  # fields of newer minor versions, to be preserved
     findings: list[Finding]
 
 
 def split(value: Any, table: Mapping[str, FieldKind], where: str) -> FieldSplit:
-    """Take an object apart by a table; what breaks the table is a finding at `where`.
+    """Split an object by a table of fields; every violation is a finding at `where`.
 
     >>> split({"family": "sdxl", "hub_id": 3, "new": 1}, BASE, "base")[:2]
     ({'family': 'sdxl'}, {'new': 1})
@@ -111,9 +111,9 @@ def _wrong(where: str, kind: FieldKind) -> Finding:
 
 
 def op_findings(layers: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
-    """An `op` is a reading aid: it must say what the weight_shape says (two sizes where it is left out)."""
+    """Check that each `op` matches the length of its weight_shape, which is 2 if omitted."""
     for name, layer in layers.items():
         if "op" in layer and len(layer.get("weight_shape", (0, 0))) != OPS[layer["op"]]:
             yield Finding.of(
-                SchemaError(f"its op {layer['op']} does not fit its weight_shape.", fix=_FIX), where=quoted(name)
+                SchemaError(f"its op {layer['op']} does not match its weight_shape.", fix=_FIX), where=quoted(name)
             )

@@ -1,7 +1,6 @@
-"""`krona.header`, version 1.0: the JSON text of a native file ↔ plain values. Torch-free.
+"""Conversion of `krona.header`, version 1.0, between the JSON text of a native file and plain values. Torch-free.
 
-Fields that this version does not know are kept where they were found and written back: a file of a newer
-minor version passes through unharmed.
+Unknown fields are preserved in their positions and written back, so files of newer minor versions survive a round trip.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from krona_hub.schema import fields as table
 Rows = Literal["kron", "shuffled"]
 Axis = Literal["out", "in"]
 SCHEMA_KEY, HEADER_KEY = "krona.schema", "krona.header"  # in the metadata of the file
-ERROR_DIGITS = 6  # of a relative error in the header: a record, not a weight
+ERROR_DIGITS = 6  # significant digits of relative errors in the header
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What the tensors of a layer cannot tell."""
+    """Properties of a layer that its tensors do not determine."""
 
-    weight_shape: tuple[int, ...] | None = None  # None: (out, in) of its first sum
+    weight_shape: tuple[int, ...] | None = None  # None: (out, in) of the first sum
     rows: tuple[Rows, ...] = ()  # one per sum; (): all "kron"
     magnitude_axis: Axis = "out"
 
 
 @dataclass(frozen=True)
 class NativeHeader:
-    """The header as values; `provenance.unknown` holds what is left of it when the known fields are taken out."""
+    """The header as plain values; `provenance.unknown` contains its unknown fields."""
 
     base: BaseModel | None = None
     provenance: Provenance = field(default_factory=Provenance)
@@ -43,7 +42,7 @@ class NativeHeader:
 
 
 def parse(text: str) -> tuple[NativeHeader, tuple[Finding, ...]]:
-    """The header that `text` is, as far as it is sound, and what is wrong with the rest.
+    """Parse a header, and return its valid part and a finding for every problem.
 
     >>> parse('{"base": {"family": "sdxl"}, "rating": 5}')[0].provenance.unknown
     {'rating': 5}
@@ -59,10 +58,10 @@ def parse(text: str) -> tuple[NativeHeader, tuple[Finding, ...]]:
     known_layers = {name: layer.known for name, layer in layers.items()}
     inner = {"base": base.unknown, "provenance": origin.unknown}
     inner["layers"] = {name: layer.unknown for name, layer in layers.items() if layer.unknown}
-    leftover = top.unknown | {k: v for k, v in inner.items() if v}
+    unknown = top.unknown | {k: v for k, v in inner.items() if v}
     header = NativeHeader(
         BaseModel(**_tuples(base.known)) if "base" in top.known else None,
-        _provenance(origin.known, top.known, leftover),
+        _provenance(origin.known, top.known, unknown),
         {name: LayerFacts(**_tuples(_without(layer, "op"))) for name, layer in known_layers.items()},
         tuple(origin.known.get("layer_errors", ())),
     )
@@ -71,9 +70,9 @@ def parse(text: str) -> tuple[NativeHeader, tuple[Finding, ...]]:
 
 
 def render(header: NativeHeader) -> str:
-    """The JSON text of a header: sorted keys, defaults left out, unknown fields back in their places.
+    """Return the JSON text of a header: keys sorted, defaults omitted, unknown fields in their original positions.
 
-    Raises UsageError where the training record or an unknown field holds what JSON cannot.
+    Raises UsageError if the training record or an unknown field contains a value that JSON does not support.
     """
     p = header.provenance
     origin = {
@@ -86,18 +85,18 @@ def render(header: NativeHeader) -> str:
         "metadata": dict(p.metadata),
     }
     known = {
-        "layers": _said({name: _plain(facts) for name, facts in header.layers.items()}),
-        "provenance": _said(origin),
+        "layers": _nonempty({name: _plain(facts) for name, facts in header.layers.items()}),
+        "provenance": _nonempty(origin),
         "training": dict(p.training),
         "licence": p.licence,
         "trigger_words": list(p.trigger_words),
     }
-    base = {} if header.base is None else {"base": _plain(header.base)}  # {"base": {}}: there is one, unknown
-    return _dumped(_merged(_of_present_layers(p.unknown, header.layers), base | _said(known)))
+    base = {} if header.base is None else {"base": _plain(header.base)}  # {"base": {}}: an unknown base model
+    return _dumped(_merged(_of_present_layers(p.unknown, header.layers), base | _nonempty(known)))
 
 
 def ordered_errors(names: Iterable[str], errors: Mapping[str, float]) -> tuple[float | None, ...]:
-    """Relative errors as the header keeps them: one per layer in the order of the names, () where none is known.
+    """Return relative errors as stored in the header: one per layer, sorted by name; () if none is known.
 
     >>> ordered_errors(["a", "b"], {"b": 0.25}), ordered_errors(["a"], {})
     ((None, 0.25), ())
@@ -107,17 +106,17 @@ def ordered_errors(names: Iterable[str], errors: Mapping[str, float]) -> tuple[f
 
 
 def named_errors(names: Iterable[str], row: tuple[float | None, ...]) -> dict[str, float]:
-    """The reverse of ordered_errors. Raises SchemaError where the row has not one entry per layer."""
+    """Invert ordered_errors. Raises SchemaError unless the row has one entry per layer."""
     known = sorted(names)
     if row and len(row) != len(known):
         raise SchemaError(
-            f"layer_errors has {len(row)} entries for {len(known)} layers.", fix="Write one per layer, or leave it out."
+            f"layer_errors has {len(row)} entries for {len(known)} layers.", fix="Write one per layer, or omit it."
         )
     return {name: error for name, error in zip(known, row, strict=False) if error is not None}
 
 
 def _broken(error: StructureError) -> SchemaError:
-    return SchemaError(error.cause, fix="The file was edited by something that does not know JSON: take the original.")
+    return SchemaError(error.cause, fix="Use the original file: the header was edited and is not valid JSON.")
 
 
 def _provenance(origin: Mapping[str, Any], top: Mapping[str, Any], unknown: Mapping[str, Any]) -> Provenance:
@@ -126,12 +125,12 @@ def _provenance(origin: Mapping[str, Any], top: Mapping[str, Any], unknown: Mapp
 
 
 def _rounded(error: float | None) -> float | None:
-    """Six digits; an error that is no number is not known."""
+    """Round to ERROR_DIGITS digits; NaN and infinite errors become None."""
     return None if error is None or not 0 <= error <= table.MAX_ERROR else float(f"{error:.{ERROR_DIGITS}g}")
 
 
 def _plain(value: BaseModel | LayerFacts) -> dict[str, Any]:
-    """The fields of a flat dataclass that differ from their defaults."""
+    """Return the fields of a flat dataclass that differ from their defaults."""
     return {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
 
 
@@ -143,13 +142,13 @@ def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k != key}
 
 
-def _said(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what says nothing: None, and empty objects and lists."""
+def _nonempty(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove None, empty objects and empty lists."""
     return {k: v for k, v in values.items() if v is not None and v not in ({}, [])}
 
 
 def _of_present_layers(unknown: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, Any]:
-    """The unknown fields, without those of layers that are gone, and without the version they came in."""
+    """Return the unknown fields, without those of removed layers and without the schema version of their file."""
     kept = {k: v for k, v in unknown.items() if k != SCHEMA_KEY}
     if "layers" in kept:
         kept["layers"] = {k: v for k, v in kept["layers"].items() if k in layers}
@@ -157,7 +156,7 @@ def _of_present_layers(unknown: Mapping[str, Any], layers: Mapping[str, Any]) ->
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Two trees as one; what we know wins over what we kept."""
+    """Merge two trees; `over` takes precedence."""
     both = {k: _merged(under[k], over[k]) for k in under if _is_tree(under, k) and _is_tree(over, k)}
     return {**under, **over, **both}
 
@@ -171,6 +170,6 @@ def _dumped(tree: Mapping[str, Any]) -> str:
         return json.dumps(tree, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"the header holds something that JSON cannot: {error}.",
-            fix="Keep texts, finite numbers, lists and objects in the training record.",
+            f"the header contains a value that JSON does not support: {error}.",
+            fix="Use only strings, finite numbers, lists and objects in the training record.",
         ) from None

@@ -1,7 +1,7 @@
-"""Native files across versions: a walker that takes one step at a time, up or down. Torch-free.
+"""Migration of native files between schema versions, one step at a time, up or down. Torch-free.
 
-A step rewrites the header; the tensors of a file are copied as they are. A minor version may only add optional
-header fields, so that reading a newer minor needs no step; a new kind of tensor is a new major version.
+A step rewrites the header; tensors are copied unchanged. A minor version may only add optional header fields, so
+reading a newer minor version needs no step; a new kind of tensor requires a new major version.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _NUMBER = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
 
 
 class Version(NamedTuple):
+    """A schema version, MAJOR.MINOR."""
+
     major: int
     minor: int
 
@@ -34,14 +36,14 @@ class Version(NamedTuple):
 CURRENT = Version(1, 0)
 
 Tree = dict[str, Any]  # krona.header, parsed
-Step = Callable[[Tree], Tree]  # gets a copy of its own; what it returns is the header of the other version
+Step = Callable[[Tree], Tree]  # receives its own copy and returns the header of the other version
 Steps = Mapping[tuple[Version, Version], Step]
 
-STEPS: Steps = {}  # (from, to) -> step, one entry per neighbour and direction; 1.0 is the first version there is
+STEPS: Steps = {}  # (from, to) -> step, one entry per adjacent pair and direction; 1.0 is the first version
 
 
 class Migration(NamedTuple):
-    """What `migrate_file` did."""
+    """The result of `migrate_file`."""
 
     path: Path
     start: Version
@@ -49,7 +51,7 @@ class Migration(NamedTuple):
 
 
 def parse_version(text: str) -> Version | None:
-    """`1.0` as a Version; None for anything else.
+    """Parse a version such as `1.0`; None for anything else.
 
     >>> parse_version("1.10"), parse_version("1.0.0"), parse_version("01.0")
     (Version(major=1, minor=10), None, None)
@@ -59,59 +61,57 @@ def parse_version(text: str) -> Version | None:
 
 
 def version_of(metadata: Mapping[str, str]) -> Version:
-    """The schema version of a native file. Raises UnrecognisedError for other files, SchemaError for nonsense."""
+    """Return the schema version. Raises UnrecognisedError for other formats, SchemaError if it is invalid."""
     if SCHEMA_KEY not in metadata:
         raise UnrecognisedError(
-            f"this is no native krona file: its metadata has no {SCHEMA_KEY}.",
-            fix="`krona convert FILE` makes one of it.",
+            f"this is not a native krona file: its metadata has no {SCHEMA_KEY}.",
+            fix="Convert it with `krona convert FILE`.",
         )
     version = parse_version(metadata[SCHEMA_KEY])
     if version is None:
-        raise SchemaError(
-            f"{SCHEMA_KEY} is {quoted(metadata[SCHEMA_KEY])}, which is no version.", fix="It must be MAJOR.MINOR."
-        )
+        raise SchemaError(f"invalid {SCHEMA_KEY} {quoted(metadata[SCHEMA_KEY])}.", fix="Use the form MAJOR.MINOR.")
     return version
 
 
 def readable(metadata: Mapping[str, str], steps: Steps = STEPS) -> dict[str, str]:
-    """The metadata in a version that this krona_hub reads: as it is, or walked up from an older major.
+    """Return the metadata in a readable version: unchanged, or migrated from an older major version.
 
-    Raises NewerSchemaError for a newer major version, SchemaError for an old one that no step leads out of.
+    Raises NewerSchemaError for a newer major version, SchemaError for an older one without a migration.
     """
     version = version_of(metadata)
     if version.major > CURRENT.major:
         raise NewerSchemaError(
-            f"this file has schema {version}, and this krona_hub reads up to {CURRENT.major}.x.",
+            f"this file has schema {version}, but this version of krona_hub reads up to {CURRENT.major}.x.",
             fix="Update krona-hub: pip install -U krona-hub.",
         )
     return dict(metadata) if version.major == CURRENT.major else migrate(metadata, str(CURRENT), steps)
 
 
 def migrate(metadata: Mapping[str, str], to: str, steps: Steps = STEPS) -> dict[str, str]:
-    """The metadata of a native file in version `to`; the input is not touched, other keys are kept.
+    """Return a copy of the metadata migrated to version `to`; keys other than the header are kept.
 
-    Raises SchemaError where no chain of steps leads there, UsageError where `to` is no version.
+    Raises SchemaError if no migration path exists, UsageError if `to` is not a version.
     """
     start, end = version_of(metadata), parse_version(to)
     if end is None:
-        raise UsageError(f"{quoted(to)} is no version.", fix=f"Write MAJOR.MINOR, for example {CURRENT}.")
+        raise UsageError(f"Invalid version {quoted(to)}.", fix=f"Use the form MAJOR.MINOR, for example {CURRENT}.")
     path = route(start, end, steps)
     if not path:
         return dict(metadata)
     tree = _tree(metadata)
     for step in path:
-        tree = step(json.loads(json.dumps(tree)))  # a copy: a step may do with it as it likes
+        tree = step(json.loads(json.dumps(tree)))  # a copy, which the step may modify
     return {**metadata, SCHEMA_KEY: str(end), HEADER_KEY: _text(tree)}
 
 
 def route(start: Version, end: Version, steps: Steps = STEPS) -> list[Step]:
-    """The steps from one version to the other, each to the nearest neighbour on the way."""
+    """Return the migration steps between two versions, each to the nearest version on the way."""
     found: list[Step] = []
     here = start
     while here != end:
         ahead = [b for a, b in steps if a == here and (here < b <= end or end <= b < here)]
         if not ahead:
-            raise _no_way(start, end, steps)
+            raise _no_path(start, end, steps)
         nearest = min(ahead) if here < end else max(ahead)
         found.append(steps[here, nearest])
         here = nearest
@@ -127,10 +127,10 @@ def migrate_file(
     dry_run: bool = False,
     steps: Steps = STEPS,
 ) -> Migration:
-    """Write the native file `path` in schema version `to`; its tensors are copied byte by byte.
+    """Migrate the native file `path` to schema version `to`; tensors are copied byte for byte.
 
-    Without `out` the new file lies beside the old one and is called `<stem>.schema-<to>.safetensors`. With `dry_run`
-    everything is checked and nothing written. Raises what `read_header`, `migrate` and `atomic_file` raise.
+    `out` defaults to `<stem>.schema-<to>.safetensors` in the folder of `path`. With `dry_run` everything is checked and
+    nothing is written. Raises the errors of `read_header`, `migrate` and `atomic_file`.
     """
     header = read_header(path)
     try:
@@ -149,18 +149,18 @@ def _tree(metadata: Mapping[str, str]) -> Tree:
     try:
         return strict_json.parse(metadata.get(HEADER_KEY, "{}"))
     except StructureError as error:
-        raise SchemaError(f"{HEADER_KEY}: {error.cause}", fix="Take the original file.") from None
+        raise SchemaError(f"{HEADER_KEY}: {error.cause}", fix="Use the original file.") from None
 
 
 def _text(tree: Tree) -> str:
     return json.dumps(tree, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def _no_way(start: Version, end: Version, steps: Steps) -> SchemaError:
+def _no_path(start: Version, end: Version, steps: Steps) -> SchemaError:
     known = sorted({str(v) for pair in steps for v in pair} | {str(CURRENT)})
     newer = max(start, end) > CURRENT
     error = NewerSchemaError if newer else SchemaError
     return error(
-        f"no step leads from schema {start} to {end}; this krona_hub knows {', '.join(known)}.",
+        f"no migration from schema {start} to {end}; this version of krona_hub supports {', '.join(known)}.",
         fix="Update krona-hub: pip install -U krona-hub." if newer else f"Choose --to {CURRENT}.",
     )

@@ -1,6 +1,7 @@
-"""The `modelspec.*` keys that let other tools show what a native file is. Torch-free.
+"""The `modelspec.*` metadata keys that describe a native file to other applications. Torch-free.
 
-ModelSpec 1.0.0: https://github.com/Stability-AI/ModelSpec. No date and no hash: equal input gives equal bytes.
+ModelSpec 1.0.0: https://github.com/Stability-AI/ModelSpec. Date and hash are omitted:
+equal input gives equal bytes.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Mapping
 from krona_hub.adapters.provenance import BaseModel, Provenance
 
 PREFIX = "modelspec."
-TITLE, UNTITLED = f"{PREFIX}title", "Krona adapter for "  # and how the titles begin that nobody has given
-ARCHITECTURES = {  # catalogue name -> architecture id; families that are not listed go by their own name
+TITLE, UNTITLED = f"{PREFIX}title", "Krona adapter for "  # UNTITLED: start of generated titles
+ARCHITECTURES = {  # catalog name -> architecture id; other families keep their name
     "sd15": "stable-diffusion-v1",
     "sd21-base": "stable-diffusion-v2-512",
     "sd21": "stable-diffusion-v2-768-v",
@@ -23,12 +24,12 @@ ARCHITECTURES = {  # catalogue name -> architecture id; families that are not li
     "flux1-dev": "flux-1-dev",
     "flux1-schnell": "flux-1-schnell",
 }
-ADAPTER = "krona"  # the keys differ from those of a LoRA, and so must the architecture
-_ABOUT_BYTES = (f"{PREFIX}hash_", f"{PREFIX}date")  # true of the file they were read from only
+ADAPTER = "krona"  # the tensor names differ from those of a LoRA, so the architecture must differ, too
+_ABOUT_BYTES = (f"{PREFIX}hash_", f"{PREFIX}date")  # valid only for the file that they were read from
 
 
 def keys(base: BaseModel | None, provenance: Provenance) -> dict[str, str]:
-    """The keys for a file: those of its source that are still true, and the four that the standard demands.
+    """Return the keys for a file: those of its source that are still valid, the required ones, and those known.
 
     >>> keys(BaseModel(family="sdxl"), Provenance())["modelspec.architecture"]
     'stable-diffusion-xl-v1-base/krona'
@@ -47,7 +48,7 @@ def keys(base: BaseModel | None, provenance: Provenance) -> dict[str, str]:
 
 
 def added(metadata: Mapping[str, str], base: BaseModel | None, provenance: Provenance) -> dict[str, str]:
-    """The keys of a file's metadata that somebody added or edited after it was written."""
+    """Return the metadata keys that were added or edited after the file was written."""
     ours = {"format": "pt"} | keys(base, provenance)
     return {k: v for k, v in metadata.items() if not k.startswith("krona.") and ours.get(k) != v}
 

@@ -1,8 +1,8 @@
-"""What the tensors of a native file are, told from names and sizes alone. Torch-free.
+"""Interpretation of the tensors of a native file from their names and sizes alone. Torch-free.
 
-A tensor is called `<layer>.<part>`: `kron_a.i` (terms, a1, a2) or the pair `kron_a_up.i` (terms, a1, r) and
+A tensor is named `<layer>.<part>`: `kron_a.i` (terms, a1, a2) or the pair `kron_a_up.i` (terms, a1, r) and
 `kron_a_down.i` (terms, r, a2) for the A of the i-th sum, likewise `kron_b…` for B, `magnitude` for DoRA; and
-`extras.<name>` for what is no delta.
+`extras.<name>` for tensors that are not deltas.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ EXTRAS = "extras."
 MAGNITUDE = "magnitude"
 _PART = re.compile(r"(?P<layer>[^.]+\..+)\.(?P<part>kron_[ab](?:_up|_down)?)\.(?P<index>0|[1-9][0-9]{0,5})", re.DOTALL)
 _WHOLE = re.compile(rf"(?P<layer>[^.]+\..+)\.{MAGNITUDE}", re.DOTALL)
-_BROKEN = "The file is incomplete or was edited: take the original, or convert it again."
+_BROKEN = "Use the original file, or convert it again: this file is incomplete or was edited."
 
 
 class Factor(NamedTuple):
-    """A or B of a sum: the one tensor that it is, or the names of up and down."""
+    """The factor A or B of a sum: the name of its tensor, or the names of up and down."""
 
     names: tuple[str, ...]
-    shape: tuple[int, int, int]  # (terms, p, q), as if a product were formed
+    shape: tuple[int, int, int]  # (terms, p, q), of the product if it is low-rank
 
 
 class Sum(NamedTuple):
@@ -49,24 +49,24 @@ class Sum(NamedTuple):
 class Layer(NamedTuple):
     sums: tuple[Sum, ...]
     weight_shape: tuple[int, ...]
-    magnitude: str | None  # the name of its tensor
+    magnitude: str | None  # name of its tensor
     magnitude_axis: Axis
 
 
 @dataclass(frozen=True)
 class NativeLayout:
-    """A native file, understood."""
+    """The interpreted contents of a native file."""
 
-    version: Version  # of the file, before any step
+    version: Version  # of the file, before any migration
     header: NativeHeader
     layers: Mapping[str, Layer]
     errors: Mapping[str, float]  # layer -> relative error, where recorded
     extras: Mapping[str, str]  # name -> name of the tensor
 
     def provenance(self, metadata: Mapping[str, str]) -> Provenance:
-        """The record of the header, completed from the file's own `metadata`.
+        """Return the provenance of the header, completed from the `metadata` of the file.
 
-        What others added to the metadata is kept; so is a newer minor version, under the name that it has there.
+        Keys that other applications added are kept, and so is a newer minor version, under its metadata key.
         """
         known = self.header.provenance
         newer = {SCHEMA_KEY: str(self.version)} if self.version > CURRENT else {}
@@ -82,17 +82,17 @@ Parts = dict[str, str]  # `kron_a.0` -> name of the tensor
 
 
 def examine(file: Header) -> tuple[NativeLayout, tuple[Finding, ...]]:
-    """What is sound of a native file, and what is wrong with the rest.
+    """Return the valid part of a native file and a finding for every problem.
 
-    Raises UnrecognisedError for a file that is not native, NewerSchemaError for one of a newer major version.
+    Raises UnrecognisedError for a file that is not native, NewerSchemaError for a newer major version.
     """
     metadata = readable(file.metadata)
     if HEADER_KEY not in metadata:
         raise SchemaError(f"a native file needs {HEADER_KEY} in its metadata.", fix=_BROKEN)
     header, found = parse(metadata[HEADER_KEY])
     findings = [*found, *_dtype_findings(file.tensors)]
-    parts, extras, strangers = _grouped(file.tensors)
-    findings.extend(map(_stranger, strangers))
+    parts, extras, unknown = _grouped(file.tensors)
+    findings.extend(map(_unknown_tensor, unknown))
     layers: dict[str, Layer] = {}
     for name in sorted(parts.keys() | header.layers.keys()):
         try:
@@ -108,7 +108,7 @@ def examine(file: Header) -> tuple[NativeLayout, tuple[Finding, ...]]:
 
 
 def is_native(metadata: Mapping[str, str]) -> bool:
-    """Whether the metadata is that of a native file, of whatever version."""
+    """Return whether the metadata belongs to a native file of any version."""
     try:
         version_of(metadata)
     except UnrecognisedError:
@@ -121,15 +121,15 @@ def is_native(metadata: Mapping[str, str]) -> bool:
 def _dtype_findings(tensors: Mapping[str, TensorInfo]) -> Iterator[Finding]:
     for name, info in tensors.items():
         if info.dtype not in FLOATS:
-            error = DtypeError(f"its type is {info.dtype}.", fix=f"A native file holds {', '.join(FLOATS)} only.")
+            error = DtypeError(f"unsupported dtype {info.dtype}.", fix=f"Save it as one of {', '.join(FLOATS)}.")
             yield Finding.of(error, where=quoted(name))
 
 
 def _grouped(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Parts], dict[str, str], list[str]]:
-    """Parts by layer, extras by name, and the names that are neither."""
+    """Group tensors into parts by layer and extras by name; the rest are unknown names."""
     parts: dict[str, Parts] = {}
     extras: dict[str, str] = {}
-    strangers = []
+    unknown = []
     for name in tensors:
         if name.startswith(EXTRAS) and len(name) > len(EXTRAS):
             extras[name.removeprefix(EXTRAS)] = name
@@ -138,27 +138,27 @@ def _grouped(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Parts], dict[
         elif match := _WHOLE.fullmatch(name):
             parts.setdefault(match["layer"], {})[MAGNITUDE] = name
         else:
-            strangers.append(name)
-    return parts, extras, strangers
+            unknown.append(name)
+    return parts, extras, unknown
 
 
-def _stranger(name: str) -> Finding:
-    error = IncompleteError("this tensor belongs to nothing that schema 1.0 knows.", fix=_BROKEN)
+def _unknown_tensor(name: str) -> Finding:
+    error = IncompleteError("this tensor is not part of schema 1.0.", fix=_BROKEN)
     return Finding.of(error, where=quoted(name))
 
 
 def _layer(name: str, parts: Parts, facts: LayerFacts, tensors: Mapping[str, TensorInfo]) -> Layer:
-    """One layer. Raises SchemaError, IncompleteError or ShapeError, with the cause only."""
+    """Interpret one layer. Raises SchemaError, IncompleteError or ShapeError without the layer name."""
     _check_name(name)
     count = len({part.rsplit(".", 1)[1] for part in parts if part != MAGNITUDE})
     if facts.rows and len(facts.rows) != count:
-        raise SchemaError(f"the header names rows of {len(facts.rows)} sums, but {count} are there.", fix=_BROKEN)
+        raise SchemaError(f"the header lists rows of {len(facts.rows)} sums, but the file has {count}.", fix=_BROKEN)
     rows: tuple[Rows, ...] = facts.rows or tuple("kron" for _ in range(count))
     sums = tuple(
         Sum(_factor("kron_a", i, parts, tensors), _factor("kron_b", i, parts, tensors), rows[i]) for i in range(count)
     )
     if facts.weight_shape is None and not sums:
-        raise IncompleteError("it has neither a sum nor a weight_shape in the header.", fix=_BROKEN)
+        raise IncompleteError("the layer has neither a sum nor a weight_shape in the header.", fix=_BROKEN)
     weight_shape = facts.weight_shape or sums[0].shape.full
     for i, s in enumerate(sums):
         _check_sum(i, s, weight_shape)
@@ -170,21 +170,21 @@ def _layer(name: str, parts: Parts, facts: LayerFacts, tensors: Mapping[str, Ten
 def _check_name(name: str) -> None:
     component, _, path = name.partition(".")
     if not component or not path or name.startswith(EXTRAS):
-        raise SchemaError("a layer is called <component>.<module path>.", fix=_BROKEN)
+        raise SchemaError("a layer name must have the form <component>.<module path>.", fix=_BROKEN)
     if component.startswith("text_encoder") and path.startswith("text_model."):
-        raise SchemaError("layer names are written without `text_model.`.", fix=_BROKEN)
+        raise SchemaError("a layer name must not contain `text_model.`.", fix=_BROKEN)
 
 
 def _factor(part: str, index: int, parts: Parts, tensors: Mapping[str, TensorInfo]) -> Factor:
-    """A or B of sum `index`: stored, or as the product up·down."""
-    forms = {suffix: parts.get(f"{part}{suffix}.{index}") for suffix in ("", "_up", "_down")}
-    present = {suffix: name for suffix, name in forms.items() if name is not None}
+    """Return the factor A or B of sum `index`: one tensor, or the product up·down."""
+    names = {suffix: parts.get(f"{part}{suffix}.{index}") for suffix in ("", "_up", "_down")}
+    present = {suffix: name for suffix, name in names.items() if name is not None}
     if present.keys() == {""}:
         return Factor((present[""],), _stack(present[""], tensors))
     if present.keys() != {"_up", "_down"}:
-        have = ", ".join(f"{part}{suffix}.{index}" for suffix in present) or "nothing"
+        found = ", ".join(f"{part}{suffix}.{index}" for suffix in present) or "neither"
         raise IncompleteError(
-            f"sum {index} needs {part}.{index}, or {part}_up.{index} with {part}_down.{index}; it has {have}.",
+            f"sum {index} needs {part}.{index}, or {part}_up.{index} and {part}_down.{index}; found {found}.",
             fix=_BROKEN,
         )
     (terms, p, r), (other, s, q) = (_stack(present[suffix], tensors) for suffix in ("_up", "_down"))
@@ -200,20 +200,20 @@ def _factor(part: str, index: int, parts: Parts, tensors: Mapping[str, TensorInf
 def _stack(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[int, int, int]:
     shape = tensors[name].shape
     if len(shape) != 3 or 0 in shape:
-        raise ShapeError(f"{quoted(name)} is {list(shape)[:8]}, not (terms, rows, columns).", fix=_BROKEN)
+        raise ShapeError(f"{quoted(name)} has shape {list(shape)[:8]}, expected (terms, rows, columns).", fix=_BROKEN)
     return shape[0], shape[1], shape[2]
 
 
 def _check_sum(index: int, s: Sum, weight_shape: tuple[int, ...]) -> None:
     if s.left.shape[0] != s.right.shape[0]:
         raise ShapeError(
-            f"sum {index} has {s.left.shape[0]} terms on its left and {s.right.shape[0]} on its right.", fix=_BROKEN
+            f"sum {index} has {s.left.shape[0]} left factors and {s.right.shape[0]} right factors.", fix=_BROKEN
         )
-    wanted = weight_shape[0], prod(weight_shape[1:])
-    if s.shape.full != wanted:
+    expected = weight_shape[0], prod(weight_shape[1:])
+    if s.shape.full != expected:
         raise ShapeError(
-            f"sum {index} is {s.shape}, a delta of {s.shape.full[0]}x{s.shape.full[1]}, but the weight "
-            f"{list(weight_shape)} is {wanted[0]}x{wanted[1]} as a matrix.",
+            f"sum {index} has shape {s.shape}, a delta of {s.shape.full[0]}x{s.shape.full[1]}, but the weight "
+            f"{list(weight_shape)} is {expected[0]}x{expected[1]} as a matrix.",
             fix=_BROKEN,
         )
 
@@ -222,5 +222,5 @@ def _check_magnitude(info: TensorInfo, weight_shape: tuple[int, ...], axis: str)
     length = weight_shape[0 if axis == "out" else 1]
     if info.shape != (length,):
         raise ShapeError(
-            f"its magnitude is {list(info.shape)[:8]}; on the {axis}put axis it must be [{length}].", fix=_BROKEN
+            f"its magnitude has shape {list(info.shape)[:8]}; on the {axis}put axis it must be [{length}].", fix=_BROKEN
         )

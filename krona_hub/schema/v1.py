@@ -1,6 +1,6 @@
-"""Schema 1.x: an Adapter ↔ the tensors and the metadata of a native file.
+"""Schema 1.x: conversion between an Adapter and the tensors and metadata of a native file.
 
-What is stored is ΔW at strength 1, as its factors and in their own types: there is no alpha to get wrong.
+A native file stores the factors of ΔW at strength 1 in their own dtypes, without an alpha.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from krona_hub.schema import modelspec, tensor_layout
 from krona_hub.schema.header import HEADER_KEY, SCHEMA_KEY, LayerFacts, NativeHeader, ordered_errors, render
 from krona_hub.schema.migrate import CURRENT
 
-_NO_ALPHA = "A native file stores ΔW at strength 1, in finite numbers."
+_FINITE = "Replace the NaN and infinite values; a native file stores only finite numbers."
 
 
 def to_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of the native file that means this adapter, exactly.
+    """Return the tensors and the metadata of the native file that represents this adapter exactly.
 
-    Types are kept; sums of nothing (no terms, or rank 0) are left out. Raises DtypeError or NonFiniteError for
-    numbers that the format does not hold, ShapeError for weights that are no layers, UsageError for bad names.
+    Dtypes are kept; empty sums (no terms, or rank 0) are left out. Raises DtypeError or NonFiniteError for values that
+    the format cannot store, ShapeError for weights of unsupported shapes, UsageError for invalid layer names.
     """
-    layers = {name: _kept_sums(delta) for name, delta in adapter.layers.items()}
+    layers = {name: _nonempty_sums(delta) for name, delta in adapter.layers.items()}
     magnitudes = {
         f"{n}.{tensor_layout.MAGNITUDE}": d.magnitude for n, d in adapter.layers.items() if d.magnitude is not None
     }
@@ -50,10 +50,10 @@ def to_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def from_tensors(header: Header, tensors: Mapping[str, Tensor]) -> Adapter:
-    """The adapter that a native file means; `tensors` are those of the file, by their names.
+    """Return the adapter of a native file; `tensors` maps the names in the file to its tensors.
 
-    Raises SchemaError, ShapeError, DtypeError, NonFiniteError or IncompleteError for a file that breaks its
-    schema, NewerSchemaError for one of a newer major version, UnrecognisedError for one of another format.
+    Raises SchemaError, ShapeError, DtypeError, NonFiniteError or IncompleteError if the file violates its schema,
+    NewerSchemaError for a newer major version, UnrecognisedError for another format.
     """
     try:
         known, findings = tensor_layout.examine(header)
@@ -70,7 +70,7 @@ def from_tensors(header: Header, tensors: Mapping[str, Tensor]) -> Adapter:
     )
 
 
-def _kept_sums(delta: LayerDelta) -> tuple[KronTerms, ...]:
+def _nonempty_sums(delta: LayerDelta) -> tuple[KronTerms, ...]:
     return tuple(s for s in delta.sums if all(t.numel() for t in s.tensors))
 
 
@@ -87,18 +87,18 @@ def _factor_parts(factor: Factor) -> tuple[tuple[str, Tensor], ...]:
 
 
 def _facts(name: str, delta: LayerDelta, sums: tuple[KronTerms, ...]) -> LayerFacts:
-    """What the tensors will not tell."""
+    """Return the properties of a layer that its tensors do not determine."""
     if name.startswith(tensor_layout.EXTRAS) or not all(name.partition(".")[::2]):
-        raise UsageError(f"{quoted(name)} is no name of a layer.", fix="Call layers <component>.<module path>.")
+        raise UsageError(f"Invalid layer name {quoted(name)}.", fix="Use the form <component>.<module path>.")
     if not 2 <= len(delta.weight_shape) <= 5 or 0 in delta.weight_shape:
         raise ShapeError(
-            f"{quoted(name)}: a weight of {list(delta.weight_shape)} is no linear or convolution layer.",
-            fix="Keep what is no such layer in extras.",
+            f"{quoted(name)}: a weight of shape {list(delta.weight_shape)} is not a linear or convolution layer.",
+            fix="Store other tensors in extras.",
         )
-    told = bool(sums) and len(delta.weight_shape) == 2
+    is_implied = bool(sums) and len(delta.weight_shape) == 2
     rows: tuple[Rows, ...] = tuple(s.rows for s in sums)
     return LayerFacts(
-        weight_shape=None if told else delta.weight_shape,
+        weight_shape=None if is_implied else delta.weight_shape,
         rows=rows if "shuffled" in rows else (),
         magnitude_axis="out" if delta.magnitude is None else delta.magnitude_axis,
     )
@@ -107,13 +107,15 @@ def _facts(name: str, delta: LayerDelta, sums: tuple[KronTerms, ...]) -> LayerFa
 def _check_tensor(name: str, tensor: Tensor) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if DTYPE_NAMES.get(dtype) not in FLOATS:
-        raise DtypeError(f"{quoted(name)} is {dtype}.", fix=f"A native file holds {', '.join(FLOATS)} only.")
+        raise DtypeError(
+            f"{quoted(name)} has the unsupported dtype {dtype}.", fix=f"Convert it to one of {', '.join(FLOATS)}."
+        )
     _check_finite(name, tensor)
 
 
 def _check_finite(name: str, tensor: Tensor, path: str = "") -> None:
     if not bool(torch.isfinite(tensor).all()):
-        error = NonFiniteError(f"{quoted(name)} holds NaN or infinity.", fix=_NO_ALPHA)
+        error = NonFiniteError(f"{quoted(name)} contains NaN or infinity.", fix=_FINITE)
         raise error.within(path) if path else error
 
 

@@ -1,4 +1,4 @@
-"""Is this file sound? Structure, types and numbers of any file; schema, shapes and base of a native one. Torch-free."""
+"""Validation: structure, dtypes and values of any file; schema, shapes and base of a native file. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from krona_hub.errors import BaseMismatchError, DtypeError, KronaError, NonFinit
 from krona_hub.schema import tensor_layout
 from krona_hub.schema.tensor_layout import Layer, NativeLayout
 
-_OTHER_BASE = "Give the base that the adapter was made for, or convert the file again with --base."
+_OTHER_BASE = "Specify the base model that the adapter was made for, or convert the file again with --base."
 
 
 def validate(path: Path | str, base: Base | None = None) -> tuple[Finding, ...]:
-    """All that is wrong with a file, the worst first; () for a sound one.
+    """Return the findings of a file, errors before warnings; () for a valid file.
 
-    A native file is checked against its schema, and against `base` where one is given; of a file of another format
-    only the structure, the types and the numbers are checked here.
+    A native file is checked against its schema, and against `base` if given; for a file of another format only the
+    structure, the dtypes and the values are checked here.
     """
     try:
         header, findings = examine(path)
     except KronaError as error:
         return (Finding.of(error),)
-    if findings:  # offsets that lie are no place to read numbers from
+    if findings:  # values cannot be read at invalid offsets
         return findings
     native = tensor_layout.is_native(header.metadata)
     own = native_findings(header, base) if native else dtype_findings(header)
@@ -34,12 +34,12 @@ def validate(path: Path | str, base: Base | None = None) -> tuple[Finding, ...]:
 
 
 def ordered(findings: list[Finding]) -> tuple[Finding, ...]:
-    """Errors before warnings, each in the order they were found."""
+    """Sort errors before warnings, otherwise in the order of discovery."""
     return tuple(sorted(findings, key=lambda f: f.severity != "error"))
 
 
 def number_findings(header: Header) -> Iterator[Finding]:
-    """NaN and infinity, by tensor."""
+    """Yield a finding for every tensor with NaN or infinite values."""
     try:
         counts = finite_scan.scan(header)
     except KronaError as fault:
@@ -47,22 +47,22 @@ def number_findings(header: Header) -> Iterator[Finding]:
         return
     for name, count in counts.items():
         error = NonFiniteError(
-            f"{count:,} of its {header.tensors[name].numel:,} numbers are NaN or infinite.",
-            fix="The training diverged or a cast overflowed: take an earlier checkpoint, or save it as F32 or BF16.",
+            f"{count:,} of its {header.tensors[name].numel:,} values are NaN or infinite.",
+            fix="Use an earlier checkpoint, or save it as F32 or BF16: training diverged or a cast overflowed.",
         )
         yield Finding.of(error, where=quoted(name))
 
 
 def dtype_findings(header: Header) -> Iterator[Finding]:
-    """Tensors of types that adapters do not use; a single number, such as a counter, is only worth a warning."""
+    """Yield a finding for every dtype that adapters do not use; only a warning for scalars, such as counters."""
     for name, info in header.tensors.items():
         if info.dtype not in FLOATS:
-            error = DtypeError(f"its type is {info.dtype}.", fix=f"Adapters hold {', '.join(FLOATS)}: save it again.")
+            error = DtypeError(f"unsupported dtype {info.dtype}.", fix=f"Save it as one of {', '.join(FLOATS)}.")
             yield Finding.of(error, where=quoted(name), severity="warning" if info.numel == 1 else "error")
 
 
 def native_findings(header: Header, base: Base | None = None) -> Iterator[Finding]:
-    """What a native file breaks of its schema, and of `base`."""
+    """Yield the findings of a native file against its schema, and against `base` if given."""
     try:
         known, findings = tensor_layout.examine(header)
     except KronaError as refusal:
@@ -70,14 +70,14 @@ def native_findings(header: Header, base: Base | None = None) -> Iterator[Findin
         return
     yield from findings
     if not known.layers and not findings:
-        error = UnrecognisedError("the file holds no layer.", fix="Was the right file converted?")
+        error = UnrecognisedError("the file contains no layers.", fix="Check that the right file was converted.")
         yield Finding.of(error, severity="warning")
     if base is not None:
         yield from base_findings(known, base)
 
 
 def base_findings(known: NativeLayout, base: Base) -> Iterator[Finding]:
-    """Layers that `base` does not have, or has with another shape; a base with other hashes is worth a warning."""
+    """Yield a finding for every layer missing from `base` or of another shape; a warning if the base differs."""
     yield from _fingerprint_finding(known, base)
     for name, layer in known.layers.items():
         module = base.module(name)
@@ -87,21 +87,23 @@ def base_findings(known: NativeLayout, base: Base) -> Iterator[Finding]:
             yield Finding.of(_unknown_layer(name, base), where=quoted(name), severity=severity)
         elif not _same_weight(layer, module.shape):
             error = BaseMismatchError(
-                f"its weight is {list(layer.weight_shape)}, in {base.name} it is {list(module.shape)}.",
+                f"its weight has shape {list(layer.weight_shape)}, but {list(module.shape)} in {base.name}.",
                 fix=_OTHER_BASE,
             )
             yield Finding.of(error, where=quoted(name))
 
 
 def _fingerprint_finding(known: NativeLayout, base: Base) -> Iterator[Finding]:
-    noted = known.header.base.fingerprint if known.header.base else None
-    if noted and noted != base.fingerprint:
-        error = BaseMismatchError(f"the file was made for a base with other layers than {base.name}.", fix=_OTHER_BASE)
+    recorded = known.header.base.fingerprint if known.header.base else None
+    if recorded and recorded != base.fingerprint:
+        error = BaseMismatchError(
+            f"the file was made for a base model with other layers than {base.name}.", fix=_OTHER_BASE
+        )
         yield Finding.of(error, where="krona.header base.fingerprint", severity="warning")
 
 
 def _same_weight(layer: Layer, shape: tuple[int, ...]) -> bool:
-    """Equal, or equal but for trailing kernels of size 1: a linear layer that was once a 1x1 convolution."""
+    """Return whether the shapes are equal apart from kernels of size 1, so that linear fits 1x1 convolution."""
     ours, theirs = layer.weight_shape, shape
     return ours[:2] == theirs[:2] and _kernel(ours) == _kernel(theirs)
 
@@ -113,6 +115,7 @@ def _kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _unknown_layer(name: str, base: Base) -> KronaError:
     component = name.partition(".")[0]
     if component not in base.components:
-        have = ", ".join(base.components)
-        return BaseMismatchError(f"{base.name} has no component {quoted(component)}; it has {have}.", fix=_OTHER_BASE)
-    return BaseMismatchError(f"{base.name} has no such layer.", fix=_OTHER_BASE)
+        available = ", ".join(base.components)
+        cause = f"{base.name} has no component {quoted(component)}; it has {available}."
+        return BaseMismatchError(cause, fix=_OTHER_BASE)
+    return BaseMismatchError(f"layer not found in {base.name}.", fix=_OTHER_BASE)

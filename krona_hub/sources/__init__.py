@@ -1,4 +1,4 @@
-"""A path or a Hub id becomes a local path. The only package outside `hub/` that may touch the network.
+"""Resolving paths and Hub ids to local paths. The only package outside `hub/` that may use the network.
 
 A source is a path if it exists; otherwise `hf://ns/name[@revision][/file]` or `ns/name[@revision][/file]`.
 """

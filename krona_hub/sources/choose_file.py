@@ -1,4 +1,4 @@
-"""Which file of a repository is the adapter."""
+"""Selection of the adapter file of a repository."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from krona_hub.sources.safe_names import is_safe, printable
 
 
 def choose(names: Collection[str], repo: str, wanted: str | None = None) -> str:
-    """The adapter among the files of a repository: the one asked for, krona's own, the standard names, or the only one.
+    """Select the adapter file: the `wanted` file, the native file, a standard name, or the only safetensors file.
 
-    Pickles are never taken in its place. Raises NotFoundError, AmbiguousError or PickleError with the fix.
+    Pickles are never selected. Raises NotFoundError, AmbiguousError or PickleError with the fix.
     """
     if wanted is not None:
-        return _asked_for(names, repo, wanted)
+        return _requested(names, repo, wanted)
     weights = sorted(n for n in names if n.endswith(SAFETENSORS) and is_safe(n))
     standard = [n for n in (NATIVE_WEIGHTS, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) if n in weights]
     if standard:
@@ -30,38 +30,44 @@ def choose(names: Collection[str], repo: str, wanted: str | None = None) -> str:
     if len(weights) == 1:
         return weights[0]
     if weights:
-        raise AmbiguousError(f"{repo} has {len(weights)} safetensors files.", fix=f"Name one: {repo}/{weights[0]}")
+        raise AmbiguousError(
+            f"{repo} has {len(weights)} safetensors files.", fix=f"Specify one of them, for example {repo}/{weights[0]}"
+        )
     raise _none(names, repo)
 
 
 def with_companions(name: str, names: Collection[str]) -> tuple[str, ...]:
-    """The file, and the one beside it without which it means nothing."""
+    """Return the file and the configuration file that it requires, if any."""
     folder, _, last = name.rpartition("/")
     config = f"{folder}/{PEFT_CONFIG}" if folder else PEFT_CONFIG
     return (name, config) if last == PEFT_WEIGHTS and config in names else (name,)
 
 
-def _asked_for(names: Collection[str], repo: str, wanted: str) -> str:
+def _requested(names: Collection[str], repo: str, wanted: str) -> str:
     if wanted.lower().endswith(REPO_PICKLES):
-        raise PickleError(f"{printable(wanted)} is a pickle, which may run programs when it is opened.", fix=_ASK)
+        raise PickleError(f"{printable(wanted)} is a pickle, which can execute code when loaded.", fix=_ASK)
     if wanted not in names:
-        raise NotFoundError(f"{repo} has no file {printable(wanted)}.", fix=f"krona hub info {repo} lists its files.")
+        raise NotFoundError(
+            f"{repo} has no file {printable(wanted)}.", fix=f"List its files with krona hub info {repo}."
+        )
     if not is_safe(wanted):
-        raise _no_name(wanted)
+        raise _unsafe_name(wanted)
     return wanted
 
 
-def _no_name(name: str) -> NotFoundError:
-    return NotFoundError(f"{printable(name)} is no name that krona downloads.", fix="Ask its owner to rename it.")
+def _unsafe_name(name: str) -> NotFoundError:
+    return NotFoundError(f"{printable(name)} is not a safe file name.", fix="Ask the owner to rename the file.")
 
 
-_ASK = "Ask its owner for a safetensors file."
+_ASK = "Ask the owner for a safetensors file."
 
 
 def _none(names: Collection[str], repo: str) -> NotFoundError | PickleError:
     odd = next((n for n in sorted(names) if n.endswith(SAFETENSORS)), None)
     if odd is not None:
-        return _no_name(odd)
+        return _unsafe_name(odd)
     if any(n.lower().endswith(REPO_PICKLES) for n in names):
-        return PickleError(f"{repo} has no safetensors file, only pickles, which may run programs.", fix=_ASK)
-    return NotFoundError(f"{repo} has no safetensors file.", fix="Is that the right repository?")
+        return PickleError(
+            f"{repo} has no safetensors file, only pickles, which can execute code when loaded.", fix=_ASK
+        )
+    return NotFoundError(f"{repo} has no safetensors file.", fix="Check that this is the right repository.")

@@ -1,4 +1,4 @@
-"""The client of the Hub, as krona uses it: with time limits, and with a check of what servers say about files."""
+"""The Hub client as krona configures it: with timeouts, and with validation of file digests in responses."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from krona_hub.version import __version__
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-CONNECT, READ = 10.0, 60.0  # seconds that a server may take to accept, and to say the next thing
+CONNECT, READ = 10.0, 60.0  # timeouts in seconds: to connect, and to read
 DEFAULT_ENDPOINT = "https://huggingface.co"
-CLIENT = "huggingface_hub"  # its logger
-LARGE = 20_000_000  # bytes that take long enough to be watched
+CLIENT = "huggingface_hub"  # name of its logger
+LARGE = 20_000_000  # bytes; larger transfers show a progress bar
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _lock, _installed = threading.Lock(), False
 
 
 def client(endpoint: str | None = None) -> HfApi:
-    """The client, with krona's name in its requests. `endpoint` is the address of the Hub, or of one like it.
+    """Return a client that identifies as krona-hub; `endpoint` is the URL of the Hub or of a compatible server.
 
-    The token is the one that `hf auth login` or the environment gives; it is never taken as an argument.
+    The token comes from `hf auth login` or the environment, never from an argument.
     """
     from huggingface_hub import HfApi
 
@@ -42,7 +42,7 @@ def endpoint_of(endpoint: str | None = None) -> str:
 
 
 def is_offline() -> bool:
-    """Whether the user keeps the client offline with HF_HUB_OFFLINE."""
+    """Return whether HF_HUB_OFFLINE keeps the client offline."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
@@ -50,15 +50,15 @@ def is_offline() -> bool:
 
 @contextmanager
 def quiet(nbytes: int = 0) -> Iterator[None]:
-    """Without the client's own warnings: krona says in its own words what matters of them.
+    """Suppress the client's warnings, since krona reports what matters itself.
 
-    Its bars stay where so many bytes take their time and somebody sits before a terminal. Several threads may be in
-    here: the first one in remembers how things were, the last one out puts them back.
+    Progress bars stay for transfers of at least LARGE bytes on a terminal. Several threads can be inside the block:
+    the first to enter saves the settings, the last to leave restores them.
     """
     global _before
     with _lock:
         _inside.append(nbytes)
-        _before = _before or _as_it_is()
+        _before = _before or _current_output()
         _set_bars(_before.bars and max(_inside) >= LARGE and sys.stderr.isatty())
         logging.getLogger(CLIENT).setLevel(logging.ERROR)
     try:
@@ -72,21 +72,21 @@ def quiet(nbytes: int = 0) -> Iterator[None]:
                 _before = None
 
 
-class _Talk(NamedTuple):
-    """How much the client says."""
+class _ClientOutput(NamedTuple):
+    """Log level and progress bars of the client."""
 
     level: int
     bars: bool
 
 
-_inside: list[int] = []  # bytes that the threads in `quiet` move
-_before: _Talk | None = None
+_inside: list[int] = []  # bytes to transfer, per thread inside `quiet`
+_before: _ClientOutput | None = None
 
 
-def _as_it_is() -> _Talk:
+def _current_output() -> _ClientOutput:
     from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 
-    return _Talk(logging.getLogger(CLIENT).level, not are_progress_bars_disabled())
+    return _ClientOutput(logging.getLogger(CLIENT).level, not are_progress_bars_disabled())
 
 
 def _set_bars(wanted: bool) -> None:
@@ -98,7 +98,7 @@ def _set_bars(wanted: bool) -> None:
 
 @contextmanager
 def without_xet() -> Iterator[None]:
-    """Uploads over LFS: the client itself does not go back to it where a Hub has no Xet (huggingface_hub #4786)."""
+    """Upload over LFS: the client has no fallback for servers without Xet (huggingface_hub #4786)."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_DISABLE_XET
@@ -110,18 +110,18 @@ def without_xet() -> Iterator[None]:
 
 
 def _install() -> None:
-    """Wrap the client factory that is in place, once per process: the client by itself waits for ever."""
+    """Wrap the current client factory, once per process: by default the client has no timeouts."""
     global _installed
     with _lock:
         if _installed:
             return
         from huggingface_hub.utils import _http, set_client_factory  # type: ignore[attr-defined]
 
-        set_client_factory(_careful(_http._GLOBAL_CLIENT_FACTORY))
+        set_client_factory(_with_timeouts(_http._GLOBAL_CLIENT_FACTORY))
         _installed = True
 
 
-def _careful(factory: Callable[[], Any]) -> Callable[[], Any]:
+def _with_timeouts(factory: Callable[[], Any]) -> Callable[[], Any]:
     def make() -> Any:
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
@@ -136,18 +136,18 @@ def _careful(factory: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def check_names(response: Any) -> None:
-    """Refuse an ETag or a commit that is no digest: the client makes file names of both, `../` and all."""
+    """Reject an ETag or a commit that is not a digest: the client uses both as file names, even with `../`."""
     if "/resolve/" not in response.request.url.path:
         return
-    for header, form in (("X-Linked-Etag", _ETAG), ("X-Repo-Commit", _COMMIT)):
-        _check(header, response.headers.get(header), form)
+    for header, pattern in (("X-Linked-Etag", _ETAG), ("X-Repo-Commit", _COMMIT)):
+        _check(header, response.headers.get(header), pattern)
     if "X-Linked-Etag" not in response.headers and "X-Repo-Commit" in response.headers:
         _check("ETag", response.headers.get("ETag"), _ETAG)
 
 
-def _check(header: str, value: str | None, form: re.Pattern[str]) -> None:
-    if value is not None and not form.fullmatch(value.removeprefix("W/").strip('"')):
+def _check(header: str, value: str | None, pattern: re.Pattern[str]) -> None:
+    if value is not None and not pattern.fullmatch(value.removeprefix("W/").strip('"')):
         raise IntegrityError(
-            f"the server names a file with the {header} {value[:80]!r}, which is no digest.",
-            fix="This is not the Hub, or somebody is in between: check HF_ENDPOINT and the proxy.",
+            f"the server sent the {header} {value[:80]!r}, which is not a digest.",
+            fix="The server is not the Hub, or a proxy interferes: check HF_ENDPOINT and the proxy.",
         )

@@ -1,4 +1,4 @@
-"""Files of a repository on this disk, each with the digest that the Hub names: the client itself does not look."""
+"""Downloading files of a repository, with a check of their digests, which the client omits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from krona_hub.sources.retry import retrying
 
 IsRight = Callable[[Path, RemoteFile], bool]
 CHUNK = 1 << 22  # bytes
-ROOM = 2  # times the bytes of a download that must be free: the cache's copy and the user's
+ROOM = 2  # multiple of the download size that must be free: for the cache's copy and the user's copy
 
 
 def fetch(listing: Listing, name: str, *, endpoint: str | None = None, is_right: IsRight | None = None) -> Path:
-    """The path of a file in the client's cache, downloaded where it is not there, its digest checked.
+    """Return the path of a file in the client's cache; downloads it if it is missing, and checks its digest.
 
-    `is_right` does the looking where it can be done on the way. A file that is not what the Hub says is removed and
-    downloaded once more. Raises IntegrityError where it is wrong again, and what the network brings.
+    `is_right` replaces the check, for callers that hash during the download. A file with a wrong digest is removed and
+    downloaded once more. Raises IntegrityError if it is wrong again, and the errors of the download.
     """
     known, is_right = listing.files[name], is_right or is_intact
     path = _download(listing, name, endpoint)
@@ -36,8 +36,8 @@ def fetch(listing: Listing, name: str, *, endpoint: str | None = None, is_right:
             return path
         _remove(path)
     raise IntegrityError(
-        f"{listing.repo}/{name} is not what the Hub says: its sha256 differs.",
-        fix="It was removed from the cache. Pull again; if it happens again, something in between changes it.",
+        f"{listing.repo}/{name} differs from the file on the Hub: its sha256 does not match.",
+        fix="Pull again: the file was removed from the cache. If the error persists, check the proxy.",
     )
 
 
@@ -49,14 +49,14 @@ def fetch_all(
     endpoint: str | None = None,
     again: bool = True,
 ) -> dict[str, Path]:
-    """Name -> path of several files. Checks that the disk has room for those that are to come.
+    """Fetch several files and return a mapping from name to path; checks the free disk space first.
 
-    `again=False` hashes only those: of what lies in the cache already, the size is compared.
+    With `again=False` only new downloads are hashed; for files that are already in the cache, the size is compared.
     """
-    names, place = list(names), snapshot_of(listing)
-    here = {n: place / n for n in names if _is_here(place / n, listing.files[n])}
-    check_room(sum(listing.files[n].size or 0 for n in names if n not in here))
-    paths = here if not again else {}
+    names, folder = list(names), snapshot_of(listing)
+    cached = {n: folder / n for n in names if _is_cached(folder / n, listing.files[n])}
+    check_room(sum(listing.files[n].size or 0 for n in names if n not in cached))
+    paths = cached if not again else {}
     for name in names:
         if name not in paths:
             paths[name] = fetch(listing, name, endpoint=endpoint)
@@ -64,22 +64,22 @@ def fetch_all(
     return paths
 
 
-def _is_here(path: Path, known: RemoteFile) -> bool:
+def _is_cached(path: Path, known: RemoteFile) -> bool:
     return path.is_file() and path.stat().st_size == known.size
 
 
 def check_room(nbytes: int) -> None:
-    """Raise ResourceError unless the disk of the cache has room for a download of that size."""
+    """Raise ResourceError unless the disk of the cache has enough free space for a download of that size."""
     from huggingface_hub import constants
 
-    place = Path(constants.HF_HUB_CACHE).expanduser()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    folder = Path(constants.HF_HUB_CACHE).expanduser()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     if ROOM * nbytes > free:
         raise ResourceError(
-            f"{nbytes / 1e6:,.0f} MB are to be downloaded, and {place} has {free / 1e6:,.0f} MB left.",
-            fix="Free some space, or set HF_HOME to another disk. `hf cache prune` removes old copies.",
+            f"the download of {nbytes / 1e6:,.0f} MB does not fit in {folder}: {free / 1e6:,.0f} MB are free.",
+            fix="Free up disk space, or set HF_HOME to another disk. `hf cache prune` removes old copies.",
         )
 
 
@@ -97,13 +97,13 @@ def _download(listing: Listing, name: str, endpoint: str | None, *, force: bool 
 
 
 def _remove(path: Path) -> None:
-    """Take a file out of the cache, the blob behind the link too."""
+    """Remove a file from the cache, including the blob that it links to."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
 def is_intact(path: Path, known: RemoteFile) -> bool:
-    """Whether the file has the size and the digest that the Hub names."""
+    """Return whether the file has the size and the digest that the Hub reports."""
     if known.size is not None and path.stat().st_size != known.size:
         return False
     if known.sha256:
@@ -112,12 +112,12 @@ def is_intact(path: Path, known: RemoteFile) -> bool:
 
 
 def digest_for(known: RemoteFile) -> hashlib._Hash:
-    """What has to be fed with the bytes of a file to get the digest that the Hub names: sha256, or the sha1 of git."""
+    """Return the hash object for the digest that the Hub reports: sha256, or the SHA-1 of a Git blob."""
     return hashlib.sha256() if known.sha256 else hashlib.sha1(b"blob %d\0" % (known.size or 0))
 
 
 def git_sha1_of(path: Path) -> str:
-    """The digest that git gives a file: of its length and its bytes."""
+    """Return the Git blob SHA-1 of a file, computed from its length and its bytes."""
     digest = digest_for(RemoteFile(path.name, path.stat().st_size))
     with path.open("rb") as file:
         while piece := file.read(CHUNK):

@@ -1,7 +1,8 @@
-"""Reading a file while the client still writes it, so that hashing and copying are done when the download is.
+"""Reading a file while the client downloads it, so that hashing and copying finish with the download.
 
-The client writes `<digest>.<chance>.incomplete` beside the blobs of its cache and renames it at the end. Nothing here
-has to be trusted: what was read counts only if it has the digest that the Hub names, and is read again otherwise.
+The client writes `<digest>.<random>.incomplete` beside the blobs of its cache and renames it at the end. This code does
+not have to be reliable: the bytes read are used only if they have the digest that the Hub reports; otherwise the file
+is read again.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from types import TracebackType
 from typing import BinaryIO
 
 PIECE = 1 << 20  # bytes
-PAUSE = 0.005  # seconds between two looks at a file that has not grown
+PAUSE = 0.005  # seconds between two polls of a file that has not grown
 
 
 class Follower:
-    """`with Follower(folder, digest, take):` around a download gives `take` its bytes, from the first on, as they come.
+    """Context manager around a download that passes its bytes to `take` in order, as they arrive.
 
-    Nothing happens where the file does not grow from its start to its end, or is not downloaded at all; nor on systems
-    where the client could not rename a file that is open here.
+    Does nothing if the file is not written sequentially or not downloaded at all, or on systems where the client
+    cannot rename a file that is open elsewhere.
     """
 
     def __init__(self, folder: Path, digest: str, take: Callable[[memoryview], object]) -> None:
         self._pattern, self._folder, self._take = f"{digest}*.incomplete", folder, take
         self._done, self._inode = Event(), -1
-        self._before = set(folder.glob(self._pattern))  # of other processes
+        self._before = set(folder.glob(self._pattern))  # downloads of other processes
         self._thread = Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Follower:
@@ -38,7 +39,7 @@ class Follower:
         self._end()
 
     def has_taken(self, path: Path) -> bool:
-        """Whether all bytes of this file, which is complete now, were given away. It is not followed any more."""
+        """Stop following, and return whether `take` received all bytes of this file, which is now complete."""
         self._end()
         return self._inode == path.stat().st_ino
 
@@ -52,7 +53,7 @@ class Follower:
             if file is not None:
                 with file:
                     self._read(file)
-        except OSError:  # the plain copy that follows meets it again, and says so
+        except OSError:  # the regular copy afterwards raises it again
             self._inode = -1
 
     def _found(self) -> BinaryIO | None:

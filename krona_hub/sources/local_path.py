@@ -1,4 +1,4 @@
-"""The local path of an adapter or of a base model, downloaded from the Hub where it is not a path already."""
+"""Resolving adapters and base models to local paths; Hub ids are downloaded."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ PIPELINE = "model_index.json"
 
 
 class HubId(NamedTuple):
+    """A repository on the Hub, with an optional revision and file."""
+
     repo: str  # ns/name
     revision: str | None
     file: str | None
 
 
 def parse_hub_id(source: str, endpoint: str | None = None) -> HubId | None:
-    """Read `hf://ns/name@rev/file`, or the address of its page; None for what cannot be a Hub id.
+    """Parse `hf://ns/name@rev/file`, `ns/name@rev/file` or the URL of a Hub page; None if it is not a Hub id.
 
-    A page is one of the Hub that is asked: addresses of other sites are none of ours.
+    URLs must belong to the Hub or to the server at `endpoint`.
 
     >>> parse_hub_id("hf://ns/name@v1/sub/x.safetensors")
     HubId(repo='ns/name', revision='v1', file='sub/x.safetensors')
@@ -57,23 +59,23 @@ def parse_hub_id(source: str, endpoint: str | None = None) -> HubId | None:
 
 
 def is_remote(source: str | Path) -> bool:
-    """True where `resolve` would ask the Hub: the caller says so aloud."""
+    """Return whether `resolve` would contact the Hub, so that the caller can log it."""
     return _remote(source) is not None
 
 
 def _remote(source: str | Path) -> HubId | None:
-    """The Hub id that is meant: of what is no path, and does not look like the path of a file that is missing."""
+    """Return the Hub id, unless the source is an existing path or looks like the path of a missing file."""
     path, hub_id = Path(source).expanduser(), parse_hub_id(str(source))
     if path.exists() or hub_id is None:
         return None
-    misspelt = hub_id.file is None and path.suffix == SAFETENSORS and not str(source).startswith("hf://")
-    return None if misspelt else hub_id
+    is_missing_file = hub_id.file is None and path.suffix == SAFETENSORS and not str(source).startswith("hf://")
+    return None if is_missing_file else hub_id
 
 
 def resolve(source: str | Path) -> Path:
-    """The local path of an adapter or base. Downloads from the Hub only what is no existing path.
+    """Return the local path of an adapter or base model; downloads from the Hub only if no such path exists.
 
-    Raises NotFoundError, AuthError or OfflineError with the fix for each.
+    Raises NotFoundError, AuthError or OfflineError, each with a fix.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -93,19 +95,19 @@ def _similar(path: Path) -> str:
 
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, names, n=1)
-    return f"Did you mean {path.parent / near[0]}?" if near else "Check the path; a Hub id is written ns/name."
+    return f"Did you mean {path.parent / near[0]}?" if near else "Check the path; a Hub id has the form ns/name."
 
 
 def _download(hub_id: HubId) -> Path:
-    """The adapter of a repository, in the client's cache, its digest checked; a folder where it is one of PEFT's."""
-    listing = _listed(hub_id)
+    """Download the adapter of a repository to the client's cache and check it; PEFT adapters give a folder."""
+    listing = _listing_of(hub_id)
     name = choose(listing.files, listing.repo, hub_id.file)
     paths = fetch_all(listing, with_companions(name, listing.files), revision=hub_id.revision)
     return paths[name].parent if len(paths) > 1 else paths[name]
 
 
-def _listed(hub_id: HubId) -> Listing:
-    """What the repository holds; that a copy is used, or another name, is noted in the log of `krona_hub`."""
+def _listing_of(hub_id: HubId) -> Listing:
+    """List the repository; logs a warning if a cached copy is used or the repository was renamed."""
     listing = list_repo(hub_id.repo, hub_id.revision)
     for note in listing.notes:
         logging.getLogger("krona_hub").warning(note)
@@ -113,30 +115,32 @@ def _listed(hub_id: HubId) -> Listing:
 
 
 def resolve_base(source: str | Path) -> Path:
-    """The local path of a base with its weights: a path, or the Hub id of a model, of a folder or a file in it.
+    """Return the local path of a base model: a path, or the Hub id of a model, of a folder or of a file in it.
 
-    Of a repository the safetensors, configurations and tokenizers are downloaded, into the Hub's own cache; of a
-    pipeline not the whole model in one file that often lies beside its components. Each is compared with the digest
-    that the Hub names when it arrives; later only its size is, since bases have gigabytes. Raises NotFoundError,
-    AuthError or OfflineError with the fix for each; catalogue names are no weights, and not found here, but for the
-    base that ships.
+    Downloads the safetensors, configurations and tokenizers of a repository to the Hub cache. For a pipeline it skips
+    single-file checkpoints beside the components. Downloads are compared with the digests that the Hub reports; cached
+    files are compared by size only, because base models have gigabytes. Raises NotFoundError, AuthError or
+    OfflineError, each with a fix. Catalogue names have no weights and are not resolved here, except for the base model
+    that ships with the package.
     """
     hub_id = _remote(source)
     if hub_id is None:
         return folder_of(Path(source).expanduser())
     if hub_id.file is not None and hub_id.file.endswith(SAFETENSORS):
         return _download(hub_id)
-    listing = _listed(hub_id)
+    listing = _listing_of(hub_id)
     fetch_all(listing, _base_files(listing, hub_id.file), revision=hub_id.revision, again=False)
     return snapshot_of(listing) / (hub_id.file or "")
 
 
 def _base_files(listing: Listing, folder: str | None) -> list[str]:
-    """The files of a base, or of one folder of it."""
-    below = f"{folder}/" if folder else ""
-    wanted = [n for n in listing.files if n.startswith(below) and any(fnmatch(n, p) for p in BASE_FILES)]
+    """Return the files of a base model, or of one folder of it."""
+    prefix = f"{folder}/" if folder else ""
+    wanted = [n for n in listing.files if n.startswith(prefix) and any(fnmatch(n, p) for p in BASE_FILES)]
     wanted = [n for n in wanted if is_inside(n)]
     if not any(n.endswith(SAFETENSORS) for n in wanted):
-        raise NotFoundError(f"{listing.repo} has no safetensors in {folder or 'it'}.", fix="Check the name.")
-    beside = PIPELINE in listing.files
-    return [name for name in wanted if not (beside and "/" not in name and name.endswith(SAFETENSORS))]
+        raise NotFoundError(
+            f"{listing.repo} has no safetensors files{f' in {folder}' if folder else ''}.", fix="Check the name."
+        )
+    is_pipeline = PIPELINE in listing.files
+    return [name for name in wanted if not (is_pipeline and "/" not in name and name.endswith(SAFETENSORS))]

@@ -1,4 +1,4 @@
-"""The files of a repository at one commit: from the Hub, or from what is left of it in the client's cache."""
+"""The files of a repository at one commit, listed by the Hub or from the client's cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the Hub describes it."""
+    """A file as reported by the Hub."""
 
     name: str
     size: int | None  # bytes
-    sha256: str | None = None  # of a file in large storage
-    git_sha1: str | None = None  # of a file in git
+    sha256: str | None = None  # for files in LFS or Xet storage
+    git_sha1: str | None = None  # for files in Git
 
     @property
     def digest(self) -> str | None:
@@ -43,16 +43,16 @@ class Listing:
     private: bool = False
     gated: bool = False
     tags: tuple[str, ...] = ()
-    card: Mapping[str, Any] = field(default_factory=dict)  # its front matter
-    issues: tuple[str, ...] = ()  # files that the Hub's scanners complain about
-    notes: tuple[str, ...] = ()  # what has to be said aloud
-    cached: bool = False  # not asked of the Hub: what the cache holds
+    card: Mapping[str, Any] = field(default_factory=dict)  # front matter of the model card
+    issues: tuple[str, ...] = ()  # files that the Hub's scanners flagged
+    notes: tuple[str, ...] = ()  # messages to log
+    cached: bool = False  # listed from the cache, not from the Hub
 
 
 def list_repo(repo: str, revision: str | None = None, *, offline: bool = False, endpoint: str | None = None) -> Listing:
-    """The files of `repo` at `revision`; of the cache where the Hub does not answer, which `notes` say aloud.
+    """List the files of `repo` at `revision`, from the cache if the Hub does not respond (see `notes`).
 
-    One request. Raises AuthError, NotFoundError, RateLimitError, or OfflineError where the cache has nothing either.
+    Makes one request. Raises AuthError, NotFoundError, RateLimitError, or OfflineError if the cache has no copy.
     """
     if offline or is_offline():
         return cached_listing(repo, revision, why="offline")
@@ -60,7 +60,7 @@ def list_repo(repo: str, revision: str | None = None, *, offline: bool = False, 
         return ask(client(endpoint), repo, revision)
     except OfflineError as down:
         try:
-            return cached_listing(repo, revision, why="the Hub does not answer")
+            return cached_listing(repo, revision, why="the Hub does not respond")
         except OfflineError:
             raise down from None
     except (AuthError, NotFoundError) as gone:
@@ -68,18 +68,18 @@ def list_repo(repo: str, revision: str | None = None, *, offline: bool = False, 
 
 
 def ask(api: HfApi, repo: str, revision: str | None = None) -> Listing:
-    """As `list_repo`, of the Hub alone."""
+    """Like `list_repo`, without the cache."""
     what = f"{repo}@{revision}" if revision else repo
     with hub_errors(what), quiet():
         info = retrying(
             lambda: api.model_info(repo, revision=revision, files_metadata=True, securityStatus=revision is None)
         )
     commit = str(info.sha)
-    if not COMMIT.fullmatch(commit):  # folders of the cache are called like it
-        told = f"{what}: the server names no commit, but {commit[:80]!r}."
-        raise IntegrityError(told, fix="This is not the Hub, or somebody is in between: check HF_ENDPOINT.")
+    if not COMMIT.fullmatch(commit):  # it becomes the name of a cache folder
+        cause = f"{what}: the server sent {commit[:80]!r} instead of a commit."
+        raise IntegrityError(cause, fix="The server is not the Hub, or a proxy interferes: check HF_ENDPOINT.")
     files = {s.rfilename: _file(s) for s in info.siblings or ()}
-    notes = () if info.id == repo else (f"{repo} is now called {info.id}.",)
+    notes = () if info.id == repo else (f"{repo} was renamed to {info.id}.",)
     card = dict(vars(info.card_data)) if info.card_data else {}
     status = info.security_repo_status or {}
     issues = tuple(str(f.get("path", "")) for f in status.get("filesWithIssues") or ())
@@ -95,27 +95,27 @@ def _file(sibling: Any) -> RemoteFile:
 
 
 def _with_copy(gone: KronaError, repo: str, revision: str | None) -> KronaError:
-    """The same error; where the cache still holds a copy, its fix says how to use it."""
+    """Return the same error; if the cache has a copy, its fix explains how to use it."""
     try:
         copy = cached_listing(repo, revision, why="")
     except OfflineError:
         return gone
-    gone.fix = f"{gone.fix} A copy of commit {copy.commit[:7]} is in the cache: --offline uses it."
+    gone.fix = f"{gone.fix} To use the cached copy of commit {copy.commit[:7]}, add --offline."
     return gone
 
 
 def cached_listing(repo: str, revision: str | None, *, why: str) -> Listing:
-    """What the client's cache holds of `repo`. Raises OfflineError where that is nothing."""
+    """List the files of `repo` in the client's cache. Raises OfflineError if it has none."""
     folder = cache_folder(repo)
     commit = _cached_commit(folder, revision)
-    place = folder / "snapshots" / (commit or "-")
-    if commit is None or not place.is_dir():
+    snapshot = folder / "snapshots" / (commit or "-")
+    if commit is None or not snapshot.is_dir():
         raise OfflineError(
-            f"{repo}: no copy of it is in the cache, and the Hub is not asked: offline.",
-            fix="Connect once: krona pull keeps a copy. HF_HUB_OFFLINE=0 asks the Hub.",
+            f"{repo}: no copy in the cache, and offline mode is enabled.",
+            fix="Run krona pull once while online to cache a copy, or set HF_HUB_OFFLINE=0.",
         )
-    files = [_cached_file(p, place) for p in sorted(place.rglob("*")) if p.is_file()]
-    note = f"offline copy {commit[:7]} of {repo} used ({why})."
+    files = [_cached_file(p, snapshot) for p in sorted(snapshot.rglob("*")) if p.is_file()]
+    note = f"Using the cached copy {commit[:7]} of {repo} ({why})."
     return Listing(repo, commit, {f.name: f for f in files}, notes=(note,), cached=True)
 
 
@@ -126,12 +126,12 @@ def cache_folder(repo: str) -> Path:
 
 
 def snapshot_of(listing: Listing) -> Path:
-    """The folder of the client's cache that the files of a commit are in, those that were downloaded."""
+    """Return the cache folder with the downloaded files of a commit."""
     return cache_folder(listing.repo) / "snapshots" / listing.commit
 
 
 def blobs_of(listing: Listing) -> Path:
-    """The folder of the client's cache that the contents of files are in, under their digests."""
+    """Return the cache folder that stores file contents under their digests."""
     return cache_folder(listing.repo) / "blobs"
 
 
@@ -143,9 +143,9 @@ def _cached_commit(folder: Path, revision: str | None) -> str | None:
     return text if COMMIT.fullmatch(text) else None
 
 
-def _cached_file(path: Path, place: Path) -> RemoteFile:
-    """A file of the cache; the name of the blob behind it is its digest."""
-    name = path.relative_to(place).as_posix()
+def _cached_file(path: Path, snapshot: Path) -> RemoteFile:
+    """Describe a file of the cache; the name of the blob that it links to is its digest."""
+    name = path.relative_to(snapshot).as_posix()
     digest = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", digest):
         return RemoteFile(name, path.stat().st_size, sha256=digest)
@@ -153,7 +153,7 @@ def _cached_file(path: Path, place: Path) -> RemoteFile:
 
 
 def remember_revision(listing: Listing, revision: str | None) -> None:
-    """Note in the cache which commit a branch or tag is, as the client itself does, for use without a network."""
+    """Record the commit of a branch or tag in the cache for offline use, as the client does."""
     folder, name = cache_folder(listing.repo), revision or "main"
     if listing.cached or COMMIT.fullmatch(name) or not folder.is_dir() or ".." in name.split("/"):
         return

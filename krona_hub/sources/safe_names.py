@@ -1,4 +1,4 @@
-"""Which files of a repository krona touches at all: exact rules for their names, since anybody may choose them."""
+"""Rules for safe file names in repositories, since anyone can choose these names."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from krona_hub.checkpoints.file_names import SAFETENSORS
 from krona_hub.errors import ConflictError
 
 SUFFIXES = (SAFETENSORS, ".json", ".md", ".png", ".jpg", ".jpeg", ".webp", ".sig")
-LONGEST = 180  # characters of one part of a name
+LONGEST = 180  # bytes of one part of a name
 _ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\\:*?\"<>|]")
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def is_safe(name: str) -> bool:
-    """Whether a file of that name may be written inside a folder of ours, on any system.
+    """Return whether a file of that name can be written inside a folder, on any system.
 
     >>> is_safe("unet/style (v2).safetensors"), is_safe("../x.safetensors"), is_safe(".git/x.json"), is_safe("x.pkl")
     (True, False, False, False)
@@ -31,7 +31,7 @@ def _is_safe_part(part: str) -> bool:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name stays inside the folder that it is put into. Bases have tokenizers of many suffixes.
+    """Return whether a name stays inside its folder; accepts any suffix, since tokenizers use many.
 
     >>> is_inside("tokenizer/spiece.model"), is_inside("../x.json"), is_inside(".git/config.json")
     (True, False, False)
@@ -40,19 +40,19 @@ def is_inside(name: str) -> bool:
 
 
 def check_collisions(names: Iterable[str]) -> None:
-    """Raise ConflictError where two names are one on a system that does not tell capitals from small letters."""
+    """Raise ConflictError if two names are equal on a case-insensitive file system."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(name.casefold(), name)
         if other != name:
             raise ConflictError(
-                f"the repository holds both {printable(other)} and {printable(name)}, which many disks cannot.",
-                fix="Name the one file that you want: ns/name/FILE.",
+                f"the repository contains {printable(other)} and {printable(name)}, which are equal on many disks.",
+                fix="Specify the file that you want as ns/name/FILE.",
             )
 
 
 def printable(text: str, most: int = 120) -> str:
-    """Text of others for the screen: without what steers a terminal, and not endless.
+    """Return untrusted text without terminal control characters, truncated to `most` characters.
 
     >>> printable("a\\x1b[31mb")
     'a?[31mb'

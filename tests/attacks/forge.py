@@ -1,4 +1,4 @@
-"""Files made byte by byte, for what no library would write."""
+"""Files built byte by byte, which no library would write."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ def entry(start=0, end=8, shape=(2,), dtype="F32", **more):
 
 
 def forged(header: dict | bytes, data: bytes = b"\0" * 8, length: int | None = None) -> bytes:
-    """Size, header, data; `length` lies about the size."""
+    """Build size, header and data; `length` overrides the declared size."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 

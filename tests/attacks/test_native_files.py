@@ -1,4 +1,4 @@
-"""Native files that break their schema: coded errors from the reader, and the same findings from validate."""
+"""Native files that violate their schema: the reader raises coded errors, and validate reports the same findings."""
 
 import json
 
@@ -30,7 +30,7 @@ LONG = {"text_encoder.text_model.y.kron_a.0": [1, 2, 3], "text_encoder.text_mode
 
 
 def native(tensors, header="{}", version="1.0", dtype="F32") -> bytes:
-    """A native file of ones with tensors of the given shapes."""
+    """Build a native file of ones with tensors of the given shapes."""
     entries, data = {}, b""
     for name, shape in tensors.items():
         values = torch.ones(shape).numpy().tobytes()

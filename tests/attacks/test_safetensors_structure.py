@@ -1,4 +1,4 @@
-"""Headers that break the safetensors specification: each is a coded error with a fix, and all are found in one go."""
+"""Headers that violate the safetensors specification: each gives a coded error with a fix, and one run finds all."""
 
 import json
 import random
@@ -87,7 +87,7 @@ def test_each_attack_is_a_coded_error_with_a_fix_and_one_short_line(tmp_path, na
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_safetensors_library_opens_hardly_any_of_them_either(tmp_path, name):
-    """Where it is more lenient than its own specification, we say so here."""
+    """Cases in which the library is more lenient than its own specification are listed here."""
     lenient = {
         "the same field twice", "the same metadata twice", "the same tensor twice", "two metadata",
         "an entry with a field too many", "metadata that is null",
@@ -110,7 +110,7 @@ def test_an_unknown_type_is_an_error_of_its_own(tmp_path, dtype):
 def test_data_that_stops_early_is_called_truncated(tmp_path):
     header = {"a": entry(0, 8), "b": entry(8, 16)}
     for kept in (0, 1, 8, 15):
-        with pytest.raises(TruncatedError, match="ends early"):
+        with pytest.raises(TruncatedError, match="is truncated"):
             read_header(put(tmp_path, forged(header, b"\0" * kept)))
 
 
@@ -157,7 +157,7 @@ headers = st.dictionaries(st.text(max_size=4) | st.just("__metadata__"), entries
 
 
 def raises_krona_error_or_nothing(path) -> bool:
-    """Whether the header is sound; any other exception than a KronaError fails the test."""
+    """Return whether the header is valid; any exception other than KronaError fails the test."""
     try:
         read_header(path)
     except KronaError as error:

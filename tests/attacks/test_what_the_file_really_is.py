@@ -1,4 +1,4 @@
-"""Files that are no safetensors files are told apart by their first bytes, and nothing is ever opened."""
+"""Files that are not safetensors are identified by their first bytes, and nothing is ever loaded."""
 
 import io
 import os
@@ -82,7 +82,7 @@ def test_each_impostor_is_called_by_its_name(tmp_path, name):
 
 @pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x4B50, 0x2028])
 def test_a_header_whose_size_looks_like_a_pickle_is_still_a_header(tmp_path, length):
-    """80 02 00 … is protocol 2 of pickle, and also a header of 640 bytes."""
+    """80 02 00 … starts a protocol 2 pickle, and also a header of 640 bytes."""
     header = b'{"t":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     good = put(tmp_path, forged(header.ljust(length), b"\0" * 8))
     assert list(read_header(good).tensors) == ["t"]
@@ -131,7 +131,7 @@ def test_a_file_that_may_not_be_read_is_a_coded_error(tmp_path, monkeypatch, ref
 
 def test_only_the_header_is_read_however_large_the_file(tmp_path):
     path = put(tmp_path, forged({"t": {"dtype": "U8", "shape": [2**40], "data_offsets": [0, 2**40]}}, b""))
-    os.truncate(path, path.stat().st_size + 2**40)  # a file of holes: a terabyte on no disk
+    os.truncate(path, path.stat().st_size + 2**40)  # a sparse file of one terabyte
     assert read_header(path).tensors["t"].numel == 2**40
 
 

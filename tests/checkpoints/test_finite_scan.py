@@ -1,4 +1,4 @@
-"""The torch-free readers of numbers against torch: single numbers, and where NaN and infinity are."""
+"""The torch-free readers against torch: scalars, and the detection of NaN and infinity."""
 
 import subprocess
 import sys
@@ -42,10 +42,10 @@ def test_every_pattern_of_bits_is_judged_as_torch_judges_it(tmp_path, dtype):
 
 
 def test_a_single_nan_is_found_in_any_chunk_and_at_any_offset(tmp_path, monkeypatch):
-    monkeypatch.setattr(finite_scan, "PIECE", 14)  # bytes: seven numbers
-    for place in range(30):
+    monkeypatch.setattr(finite_scan, "PIECE", 14)  # bytes: seven values
+    for index in range(30):
         tensor = torch.ones(30).bfloat16()
-        tensor[place] = float("nan")
+        tensor[index] = float("nan")
         write_tensors(tmp_path / "x", {"a": torch.ones(1, dtype=torch.uint8), "t": tensor}, overwrite=True)
         assert finite_scan.scan(read_header(tmp_path / "x")) == {"t": 1}
 

@@ -1,4 +1,4 @@
-"""A checkpoint written anew: changed tensors are what they were told to be, all other bytes as they were."""
+"""Rewritten checkpoints: changed tensors have their new values, and all other bytes are unchanged."""
 
 import errno
 import hashlib
@@ -37,8 +37,8 @@ def test_changed_tensors_are_new_and_all_others_keep_their_bytes(tmp_path_factor
     base, out = folder / "base.safetensors", folder / "out.safetensors"
     write_in_order(base, {name: tensors()[name] for name in order})
     changes = {f"{n}.weight": times(-1.5, new="F32" if n in widened else "F16") for n in changed}
-    told = []
-    rewrite(read_header(base), out, changes, metadata={"b": "2", "a": "1"}, threads=threads, progress=told.append)
+    counts = []
+    rewrite(read_header(base), out, changes, metadata={"b": "2", "a": "1"}, threads=threads, progress=counts.append)
     expected = {
         name: (tensor.float() * -1.5).to(torch.float32 if name[0] in widened else torch.float16)
         if name in changes
@@ -54,11 +54,11 @@ def test_changed_tensors_are_new_and_all_others_keep_their_bytes(tmp_path_factor
     assert safe_open(out, "pt").metadata() == dict(read_header(out).metadata) == {"a": "1", "b": "2"}
     dtypes = {name: change.info_dtype for name, change in changes.items()}
     size = new_size(read_header(base), dtypes, metadata={"a": "1", "b": "2"})
-    assert sum(told) == out.stat().st_size == size
+    assert sum(counts) == out.stat().st_size == size
 
 
 def write_in_order(path, content):
-    """The tensors one after the other in the given order: as no writer would place them, but as a file may be."""
+    """Store the tensors in the given order, which no writer would use but the format allows."""
     import json
 
     from krona_hub.checkpoints.writer import DTYPE_NAMES
@@ -127,7 +127,7 @@ def test_a_tensor_that_is_not_made_whole_and_in_order_is_no_output(tmp_path, pie
 
 def test_a_change_of_a_tensor_that_is_not_there_is_an_error(tmp_path):
     base = write_base(tmp_path / "base.safetensors")
-    with pytest.raises(IncompleteError, match=r"no tensor 'z\.weight'"):
+    with pytest.raises(IncompleteError, match=r"tensor 'z\.weight' not found"):
         rewrite(read_header(base), tmp_path / "out", {"z.weight": times(2)}, metadata={})
 
 
@@ -185,13 +185,13 @@ def test_progress_is_never_told_by_two_threads_at_a_time(tmp_path):
     base = write_base(tmp_path / "base.safetensors")
     inside, most = [], []
 
-    def told(count):
+    def report(count):
         inside.append(count)
         most.append(len(inside))
         inside.pop()
 
     changes = {f"{n}.weight": times(2) for n in "abcdef"}
-    rewrite(read_header(base), tmp_path / "out", changes, metadata={}, threads=4, progress=told)
+    rewrite(read_header(base), tmp_path / "out", changes, metadata={}, threads=4, progress=report)
     assert set(most) == {1}
 
 
@@ -264,7 +264,7 @@ def test_a_system_without_these_calls_copies_through_memory(tmp_path, monkeypatc
 def test_a_source_that_ends_too_early_is_an_error_and_no_endless_loop(tmp_path):
     (tmp_path / "a").write_bytes(b"short")
     source, target = (tmp_path / "a").open("rb"), (tmp_path / "b").open("w+b")
-    with source, target, pytest.raises(ResourceError, match="shrank"):
+    with source, target, pytest.raises(ResourceError, match="was truncated while it was being read"):
         Copier(source, target).copy(Range(0, 0, 6))
 
 

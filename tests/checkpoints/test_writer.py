@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, are the same bytes for the same content, and the safetensors library reads them."""
+"""Files are written atomically and deterministically, and the safetensors library reads them."""
 
 import errno
 import os
@@ -126,8 +126,8 @@ def test_a_full_disk_is_a_coded_error_and_leaves_nothing(tmp_path, full_disk):
 
 
 def test_a_full_disk_in_the_middle_of_a_folder_names_the_folder_that_was_asked_for(tmp_path, full_disk):
-    with pytest.raises(ResourceError) as caught, atomic_folder(tmp_path / "run") as place:
-        write_tensors(place / "x", {"t": torch.ones(3)})
+    with pytest.raises(ResourceError) as caught, atomic_folder(tmp_path / "run") as folder:
+        write_tensors(folder / "x", {"t": torch.ones(3)})
     assert repr(str(tmp_path / "run" / "x")) in caught.value.cause and not list(tmp_path.iterdir())
 
 

@@ -36,7 +36,7 @@ def test_each_problem_is_a_line_with_its_fix_and_the_status_is_2(tmp_path, capsy
     broken = path.read_bytes().replace(b"kron_a.0", b"kron_x.0")
     assert main(["validate", str(put(tmp_path, broken, "broken.safetensors"))]) == 2
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"error KH129: '{LAYER}.kron_x.0': this tensor belongs to nothing")
+    assert lines[0].startswith(f"error KH129: '{LAYER}.kron_x.0': this tensor is not part of schema 1.0")
     assert lines[1].startswith("  fix: ") and lines[2].startswith(f"error KH129: '{LAYER}': sum 0 needs kron_a.0")
     assert lines[-1].endswith("broken.safetensors: 2 errors")
 
@@ -76,7 +76,7 @@ def test_infinite_numbers_are_counted_by_tensor(tmp_path, capsys):
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"a.lora_up.weight": torch.tensor([1.0, float("inf"), float("nan")]), "b": torch.ones(3)})
     assert main(["validate", str(path)]) == 2
-    assert "2 of its 3 numbers are NaN or infinite" in capsys.readouterr().out
+    assert "2 of its 3 values are NaN or infinite" in capsys.readouterr().out
 
 
 def test_a_file_of_100_mb_is_validated_without_torch(tmp_path):

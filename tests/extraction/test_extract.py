@@ -234,7 +234,7 @@ def test_the_file_remembers_what_was_done(tmp_path):
         ({"terms": 2, "max_error": 0.1}, "exclude each other"),
         ({"terms": 0}, "--terms is 0"),
         ({"max_error": 1.5}, "--max-error is 1.5"),
-        ({"shape": "8x"}, "is no shape"),
+        ({"shape": "8x"}, "Invalid shape '8x'"),
         ({"shape": "8x4", "to": "lora"}, "no Kronecker shape"),
         ({"shape_fallback": "nearest"}, "belongs to --shape"),
         ({"targets": "no_such"}, "picks no layer"),

@@ -125,7 +125,7 @@ def test_that_a_copy_serves_while_the_hub_is_down_is_said_aloud(line, run, hub, 
     run("pull ana/style -o here")
     commit = hub.state.repos["ana/style"].head().sha
     hub.refuse("^GET /api/models", 503, times=99)
-    told = f"offline copy {commit[:7]} of ana/style used (the Hub does not answer)."
+    told = f"Using the cached copy {commit[:7]} of ana/style (the Hub does not respond)."
     assert told in run(line).err
     assert not run(f"{line}{'2' if line.startswith('pull') else ''} --json").err
 

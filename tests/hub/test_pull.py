@@ -71,7 +71,7 @@ def test_what_is_here_already_is_not_copied_again(hub, style, tmp_path):
     again = pull(REPO, tmp_path / "out")
     assert "already here, file by file." in again.notes
     (tmp_path / "out/config.json").write_text("{}")
-    with pytest.raises(ConflictError, match="exists already"):
+    with pytest.raises(ConflictError, match="already exists"):
         pull(REPO, tmp_path / "out")
     pull(REPO, tmp_path / "out", overwrite=True)
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "krona"
@@ -218,17 +218,17 @@ def test_private_gated_missing_disabled_and_renamed_are_told_apart(hub, style, m
         with pytest.raises(error) as caught:
             pull(name)
         told[name] = caught.value
-    assert "is private and the token may not see it" in told["ana/style"].cause
+    assert "it is private and the token has no access" in told["ana/style"].cause
     assert "disabled by the Hub" in told["ben/gone"].cause
     monkeypatch.setenv("HF_TOKEN", "hf_owner")
-    with pytest.raises(AuthError, match="gated: its owner wants consent"):
+    with pytest.raises(AuthError, match="gated: you must accept its terms first"):
         pull("ben/gated")
     with pytest.raises(NotFoundError, match="no such branch, tag or commit"):
         pull(f"{REPO}@v9")
     with pytest.raises(NotFoundError, match=r"has no file nothing\.safetensors"):
         pull(f"{REPO}/nothing.safetensors")
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(AuthError, match="nobody is logged in"):
+    with pytest.raises(AuthError, match="you are not logged in"):
         pull(REPO)
 
 
@@ -248,7 +248,7 @@ def test_a_renamed_repository_is_followed_and_named(hub, style):
     hub.state.repos["ana/new"].name = "ana/new"
     hub.state.renamed[REPO] = "ana/new"
     report = pull(REPO, dry_run=True)
-    assert report.repo == "ana/new" and "ana/style is now called ana/new." in report.notes
+    assert report.repo == "ana/new" and "ana/style was renamed to ana/new." in report.notes
 
 
 # --- anywhere a file is accepted -------------------------------------------------------------------------------------
@@ -348,13 +348,13 @@ def test_a_copy_serves_without_the_hub_and_that_is_said_aloud(hub, style, tmp_pa
     shutil.rmtree(tmp_path / "first")
     hub.log.clear()
     report = pull(REPO, tmp_path / "a", offline=True)
-    assert not hub.log and report.notes == (f"offline copy {commit[:7]} of {REPO} used (offline).",)
+    assert not hub.log and report.notes == (f"Using the cached copy {commit[:7]} of {REPO} (offline).",)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert pull(REPO, tmp_path / "b").written and resolve(REPO).read_bytes() == style.read_bytes()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub.stop()
     report = pull(REPO, tmp_path / "c")
-    assert report.notes == (f"offline copy {commit[:7]} of {REPO} used (the Hub does not answer).",)
+    assert report.notes == (f"Using the cached copy {commit[:7]} of {REPO} (the Hub does not respond).",)
     assert (tmp_path / "c/krona_adapter.safetensors").read_bytes() == style.read_bytes()
 
 
@@ -369,7 +369,7 @@ def test_a_damaged_copy_is_not_used_offline(hub, style, tmp_path):
     pull(REPO, tmp_path / "first")
     blob = resolve(REPO).resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"x")
-    with pytest.raises(IntegrityError, match="is not what the Hub says"):
+    with pytest.raises(IntegrityError, match="differs from the file on the Hub"):
         pull(REPO, tmp_path / "out", offline=True)
     assert pull(REPO, tmp_path / "out").written  # and with the Hub it is repaired
 
@@ -380,7 +380,7 @@ def test_a_repository_that_was_deleted_says_that_a_copy_is_here(hub, style, tmp_
     del hub.state.repos[REPO]
     with pytest.raises(NotFoundError) as told:
         pull(REPO, tmp_path / "out")
-    assert f"A copy of commit {commit[:7]} is in the cache: --offline uses it." in told.value.fix
+    assert f"To use the cached copy of commit {commit[:7]}, add --offline." in told.value.fix
 
 
 def test_nothing_in_the_cache_and_no_hub_is_offline(hub, tmp_path):

@@ -268,9 +268,9 @@ def test_a_repository_that_is_empty_or_has_a_card_only_is_free(hub, style):
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        ("hf_reader", "may not do that"),
+        ("hf_reader", "does not permit this operation"),
         ("hf_wrong", "does not accept the token"),
-        ("hf_other", "may not do that"),
+        ("hf_other", "does not permit this operation"),
     ],
 )
 def test_without_the_right_token_nothing_is_sent(token, message, hub, style, monkeypatch):

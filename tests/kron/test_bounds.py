@@ -1,4 +1,4 @@
-"""No bound of the search may cut off what a shape really keeps."""
+"""No bound of the search may be below the energy that a shape retains."""
 
 import torch
 from hypothesis import given, settings
@@ -21,7 +21,7 @@ layers = st.builds(
 
 
 def unit_layer(pair):
-    """A layer of norm 1, dense and as the search sees it."""
+    """Return a layer of norm 1, dense and as the input of the search."""
     up, down = pair
     w = up @ down
     lora = LoraSvd.of(up[None] / w.norm(), down[None])

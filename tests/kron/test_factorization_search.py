@@ -1,4 +1,4 @@
-"""The pruned search against computing every form of every shape densely."""
+"""The pruned search against a dense computation of all factorizations of every shape."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def lora_layer(size, rank, seed, planted=None, noise=0.0):
 
 
 def every_form(up, down):
-    """The whole family, from the dense SVD of every rearrangement: the definition of what the search looks for."""
+    """Compute all factorizations from the dense SVD of every rearrangement, the oracle of the search."""
     w = up @ down
     whole = float(w.norm())
     size = tuple(w.shape)
@@ -102,7 +102,7 @@ def test_the_choice_for_a_planted_layer_is_that_of_an_exhaustive_search(size, ra
 
 @pytest.fixture(params=["as usual", "every way forced"])
 def thresholds(request, monkeypatch):
-    """Small layers take the ways of large ones: Krylov, Gram matrices, sketches."""
+    """Force the methods for large layers on small ones: Krylov, Gram matrices, sketches."""
     if request.param == "every way forced":
         monkeypatch.setattr(krylov, "SMALL", 0)
         monkeypatch.setattr(best_first, "DENSE_PROBE", 16)
@@ -210,7 +210,7 @@ def loss(layers, forms):
 
 @pytest.mark.parametrize("share", [0.2, 0.3, 0.5, 0.8])
 def test_a_budget_is_kept_and_spent_about_as_well_as_the_exhaustive_family_allows(share):
-    """No allocation can lose less than the relaxation: every layer's best value at a common price."""
+    """No allocation can have a smaller error than the relaxation: every layer's best value at a common price."""
     layers = [lora_layer((16, 24), 4, seed, (4, 6, 2) if seed % 2 else None, 0.01) for seed in range(4)]
     budget = int(share * 4 * 4 * 40)
     forms = [c.form for c in within_budget(layers, budget)]
@@ -242,5 +242,5 @@ def test_a_louder_layer_gets_more_of_the_budget():
 
 
 def test_a_budget_that_holds_nothing_says_what_would():
-    with pytest.raises(UsageError, match="smallest forms take"):
+    with pytest.raises(UsageError, match="size of their smallest factorizations"):
         within_budget([lora_layer((16, 24), 4, 1)], 5)

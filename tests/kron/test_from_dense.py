@@ -55,7 +55,7 @@ def test_a_zero_matrix_has_no_error():
 
 
 def test_what_does_not_fit_is_told():
-    with pytest.raises(ShapeError, match="no \\(n, out, in\\)"):
+    with pytest.raises(ShapeError, match="expected \\(n, out, in\\)"):
         nearest_kron_of_dense(torch.zeros(6, 8), (2, 2))
     with pytest.raises(ShapeError, match="does not divide"):
         nearest_kron_of_dense(torch.zeros(1, 6, 8), (4, 2))

@@ -1,4 +1,4 @@
-"""nearest_kron_of_lora against the dense SVD of R(ΔW), whichever of its three ways is taken."""
+"""nearest_kron_of_lora against the dense SVD of R(ΔW), for each of its three methods."""
 
 import pytest
 import torch
@@ -151,7 +151,7 @@ def test_the_operator_is_the_rearranged_matrix(shape, rank, n, seed):
 
 
 def test_sizes_that_do_not_fit_say_what_does():
-    with pytest.raises(ShapeError, match="nearest shape that does is 4x2"):
+    with pytest.raises(ShapeError, match="Choose 4x2, the nearest shape that does"):
         nearest_kron_of_lora(torch.ones(4, 1), torch.ones(1, 6), (3, 2))
     with pytest.raises(ShapeError, match=r"room for 1 to 4"):
         nearest_kron_of_lora(torch.ones(4, 1), torch.ones(1, 6), (2, 2), terms=5)

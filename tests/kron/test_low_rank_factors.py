@@ -1,4 +1,4 @@
-"""Low-rank factors and shuffled rows against the dense definitions they stand for."""
+"""Low-rank factors and shuffled rows against their dense definitions."""
 
 import pytest
 import torch

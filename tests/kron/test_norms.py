@@ -108,7 +108,7 @@ def test_tiny_numbers_are_not_squared_away():
 
 
 def test_parts_of_different_sizes_are_refused():
-    with pytest.raises(ShapeError, match="parts of one size"):
+    with pytest.raises(ShapeError, match="sums must have one size"):
         norms.norm([random_sum(KronShape(3, 6, 4, 3), 1, 1), random_sum(KronShape(3, 6, 4, 4), 1, 1)])
 
 

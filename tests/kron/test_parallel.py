@@ -1,4 +1,4 @@
-"""Work on layers side by side: the results of one, whatever does it."""
+"""Parallel work on layers gives the results of sequential work."""
 
 import multiprocessing
 import os

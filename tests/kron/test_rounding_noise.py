@@ -1,4 +1,4 @@
-"""The noise of storing numbers, against numbers that were stored."""
+"""The rounding noise model against matrices that were actually rounded."""
 
 import pytest
 import torch

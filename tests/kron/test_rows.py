@@ -84,5 +84,5 @@ def test_rows_among_others_stand_where_they_should_and_come_back(rows, low_rank)
 
 @pytest.mark.parametrize(("first", "height"), [(6, 36), (0, 20)])
 def test_rows_that_are_no_equal_share_are_refused(first, height):
-    with pytest.raises(UnsupportedError, match="no equal share"):
+    with pytest.raises(UnsupportedError, match="not an equal share"):
         among_rows(KronTerms(torch.rand(1, 3, 2), torch.rand(1, 4, 5)), first, height)

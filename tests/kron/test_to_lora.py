@@ -84,7 +84,7 @@ def test_a_zero_delta_is_a_lora_of_rank_one(terms):
     assert not (fit.up @ fit.down).any()
 
 
-@pytest.mark.parametrize("wish", [{"rank": 0}, {"max_error": -0.1}, {"max_error": float("nan")}])
-def test_impossible_wishes_are_usage_errors(wish):
+@pytest.mark.parametrize("limits", [{"rank": 0}, {"max_error": -0.1}, {"max_error": float("nan")}])
+def test_impossible_wishes_are_usage_errors(limits):
     with pytest.raises(UsageError):
-        nearest_lora([random_sum(KronShape(4, 2, 3, 5), 1, 1)], **wish)
+        nearest_lora([random_sum(KronShape(4, 2, 3, 5), 1, 1)], **limits)

@@ -215,7 +215,7 @@ def test_shapes_that_do_not_fit_are_never_merged(base, shapes):
 
 def test_a_recorded_base_that_differs_is_refused(base, shapes):
     told = replace(made.lora(shapes), base=BaseModel(family=None, fingerprint="0" * 64))
-    with pytest.raises(BaseMismatchError, match="was made for a base with fingerprint 000000000000"):
+    with pytest.raises(BaseMismatchError, match="was made for a base model with fingerprint 000000000000"):
         plan_merge(base, [(told, 1.0)])
     assert plan_merge(base, [(told, 1.0)], allow_base_mismatch=True).tensors
     right = replace(told, base=load_base(base).model)

@@ -1,4 +1,4 @@
-"""What `krona.header` may say, and how one is told what it may not."""
+"""The permitted contents of `krona.header`, and the findings for invalid ones."""
 
 import json
 
@@ -31,11 +31,11 @@ def test_each_wrong_field_is_named_with_what_it_must_be_and_the_rest_is_read():
     assert known.base == BaseModel(hub_id="a/b") and known.provenance.method == "svd"
     assert known.layers["unet.x"].weight_shape == (4, 6, 3)
     assert where_and_why(json.dumps(header)) == [
-        ("krona.header licence", "it must be text."),
-        ("krona.header base.family", "it must be text."),
+        ("krona.header licence", "it must be a string."),
+        ("krona.header base.family", "it must be a string."),
         ("krona.header base.fingerprint", "it must be 64 hexadecimal digits."),
-        ("krona.header provenance.relative_error", "it must be a number that is not negative."),
-        ("krona.header layers 'unet.x'.rows", "it must be a list of kron and shuffled."),
+        ("krona.header provenance.relative_error", "it must be a nonnegative number."),
+        ("krona.header layers 'unet.x'.rows", "it must be a list of kron or shuffled."),
         ("krona.header layers 'unet.y'", "it must be an object."),
     ]
 

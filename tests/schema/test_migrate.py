@@ -1,4 +1,4 @@
-"""The walker between versions, with versions made up for the test: 0.9 before ours, 1.1 and 2.0 after it."""
+"""Migration between versions, with versions invented for the test: 0.9 before 1.0, 1.1 and 2.0 after it."""
 
 import json
 
@@ -92,12 +92,14 @@ def test_a_newer_minor_is_read_as_it_is_and_a_newer_major_is_refused_by_name():
 
 def test_an_older_major_is_walked_up_when_it_is_read():
     assert readable(metadata("0.9", OLD), SYNTHETIC)["krona.schema"] == "1.0"
-    with pytest.raises(SchemaError, match=r"no step leads from schema 0\.9 to 1\.0"):
+    with pytest.raises(SchemaError, match=r"no migration from schema 0\.9 to 1\.0"):
         readable(metadata("0.9", OLD))
 
 
 def test_where_no_step_leads_the_known_versions_are_named():
-    with pytest.raises(NewerSchemaError, match=r"from schema 1\.0 to 3\.0; this krona_hub knows 0\.9, 1\.0, 1\.1"):
+    with pytest.raises(
+        NewerSchemaError, match=r"from schema 1\.0 to 3\.0; this version of krona_hub supports 0\.9, 1\.0, 1\.1"
+    ):
         migrate(metadata("1.0", {}), "3.0", SYNTHETIC)
     with pytest.raises(SchemaError, match=r"from schema 1\.0 to 0\.1") as caught:
         migrate(metadata("1.0", {}), "0.1", SYNTHETIC)
@@ -116,7 +118,7 @@ def test_what_is_no_version_is_an_error_wherever_it_stands(text):
 
 
 def test_a_file_without_a_version_is_not_native():
-    with pytest.raises(UnrecognisedError, match="no native krona file"):
+    with pytest.raises(UnrecognisedError, match="not a native krona file"):
         readable({"format": "pt"})
 
 

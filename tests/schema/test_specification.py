@@ -110,11 +110,11 @@ def test_the_file_of_the_page_is_read_by_both_readers_as_the_page_says(tmp_path)
     shown = "".join(line[60:].removesuffix("|") for line in block("hexdump").splitlines())
     assert shown == "".join(chr(b) if 32 <= b < 127 else "." for b in raw)
     assert f"The header has {int.from_bytes(raw[:8], 'little')} bytes" in PAGE
-    path, said = put(tmp_path, raw), json.loads(block("json"))
-    assert {name: delta.tolist() for name, delta in reader_of_the_page()(path).items()} == said
+    path, expected = put(tmp_path, raw), json.loads(block("json"))
+    assert {name: delta.tolist() for name, delta in reader_of_the_page()(path).items()} == expected
     header = read_header(path)
     adapter = from_tensors(header, load(header))
-    assert {name: delta.dense().tolist() for name, delta in adapter.layers.items()} == said
+    assert {name: delta.dense().tolist() for name, delta in adapter.layers.items()} == expected
     assert validate(path) == ()
 
 

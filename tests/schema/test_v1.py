@@ -1,4 +1,4 @@
-"""Schema 1.0: what is written is what is read, to the last bit and to the last unknown field."""
+"""Schema 1.0: a round trip preserves every bit and every unknown field."""
 
 import json
 

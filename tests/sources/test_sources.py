@@ -1,4 +1,4 @@
-"""Paths, Hub ids, and what is said when neither leads anywhere."""
+"""Paths and Hub ids, and the errors when neither can be resolved."""
 
 import pytest
 
@@ -94,7 +94,7 @@ def test_of_a_pipeline_on_the_hub_its_components_are_downloaded_and_no_pickle(pi
 def test_a_component_of_a_repository_is_a_base_too(pipeline):
     folder = resolve_base("ben/name/unet")
     assert folder.name == "unet" and below(folder) == {"config.json", "diffusion_pytorch_model.safetensors"}
-    with pytest.raises(NotFoundError, match="no safetensors in vae"):
+    with pytest.raises(NotFoundError, match="no safetensors files in vae"):
         resolve_base("ben/name/vae")
 
 
@@ -119,7 +119,7 @@ def test_weights_of_a_base_that_arrive_damaged_are_downloaded_again_or_refused(p
     assert once.seen and weights.read_bytes() == b"unet/diffusion_pytorch_model.safetensors" * 9
     pipeline.state.put("ben/name", {"unet/diffusion_pytorch_model.safetensors": b"others"})
     pipeline.change("^GET /blobs/", flipped, times=9)
-    with pytest.raises(IntegrityError, match="is not what the Hub says"):
+    with pytest.raises(IntegrityError, match="differs from the file on the Hub"):
         resolve_base("ben/name")
 
 
