@@ -153,7 +153,7 @@ def test_the_operator_is_the_rearranged_matrix(shape, rank, n, seed):
 def test_sizes_that_do_not_fit_say_what_does():
     with pytest.raises(ShapeError, match="Choose 4x2, the nearest shape that does"):
         nearest_kron_of_lora(torch.ones(4, 1), torch.ones(1, 6), (3, 2))
-    with pytest.raises(ShapeError, match=r"room for 1 to 4"):
+    with pytest.raises(ShapeError, match=r"holds 1 to 4"):
         nearest_kron_of_lora(torch.ones(4, 1), torch.ones(1, 6), (2, 2), terms=5)
     with pytest.raises(ShapeError, match="equal r"):
         nearest_kron_of_lora(torch.ones(4, 1), torch.ones(2, 6), (2, 2))
