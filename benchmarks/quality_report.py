@@ -41,13 +41,13 @@ def table(rows: list[dict[str, Any]], ways: Sequence[str], rates: Sequence[float
     cells = [of(rows, way, rate, "identity") for way in ways for rate in rates]
     top = max((mean(cell) for cell in cells if cell), default=0.0)
     lines = [
-        f"| adapter | parameters | best rate | identity | toy shown | prompt | rates within {USEFUL:.0%} of the best "
-        f"identity | identity where prompt is {KEPT:.0%} | runs |",
+        f"| adapter | parameters | best rate | identity | toy shown | prompt score | rates within {USEFUL:.0%} of the "
+        f"best identity | identity at a prompt score of {KEPT:.0%} | runs |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     if base:
         lines.append(
-            f"| the base alone | 0 | | {base['identity']:.3f} | {base['shown']:.0%} | {base['prompt']:.0%} | | | 1 |"
+            f"| base model alone | 0 | | {base['identity']:.3f} | {base['shown']:.0%} | {base['prompt']:.0%} | | | 1 |"
         )
     lines += [_line(rows, way, rates, top) for way in ways if any(row["way"] == way for row in rows)]
     return "\n".join(lines) + "\n"
