@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lora(folder):
     """The pipeline that peft trained for three steps; its files lie in `folder`."""
-    pipe = make_tiny_adapters.opened(folder / "base")
+    pipe = make_tiny_adapters.load_frozen(folder / "base")
     make_tiny_adapters.train_lora(pipe, folder, steps=3)
     return pipe
 
@@ -61,7 +61,7 @@ def test_the_lora_is_what_peft_computes(folder, lora):
 
 @pytest.mark.slow
 def test_diffusers_draws_the_same_from_the_file(folder, lora):
-    fresh = make_tiny_adapters.opened(folder / "base")
+    fresh = make_tiny_adapters.load_frozen(folder / "base")
     plain = first_pixels(fresh)
     fresh.load_lora_weights(folder, weight_name=make_tiny_adapters.FILES["lora diffusers"])
     assert abs(first_pixels(fresh) - first_pixels(lora)).max() <= 2
@@ -70,10 +70,10 @@ def test_diffusers_draws_the_same_from_the_file(folder, lora):
 
 @pytest.mark.slow
 def test_the_lokr_is_what_lycoris_computes(folder):
-    pipe = make_tiny_adapters.opened(folder / "base")
+    pipe = make_tiny_adapters.load_frozen(folder / "base")
     make_tiny_adapters.train_lokr(pipe, folder, steps=3)
     adapter = krona_hub.read(folder / make_tiny_adapters.FILES["lokr"], base="tiny-scenes")
-    fresh = make_tiny_adapters.opened(folder / "base")
+    fresh = make_tiny_adapters.load_frozen(folder / "base")
     plain = first_pixels(fresh)
     for name, delta in adapter.layers.items():
         component, _, path = name.partition(".")

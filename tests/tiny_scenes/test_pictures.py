@@ -10,7 +10,7 @@ from scripts.tiny_scenes.render import render
 from scripts.tiny_scenes.shapes import REACH, SURFACES
 
 RED_CUBE = scene.Scene("cube", "red", "large", "on the left", "blue", "white", "right", 7)
-OF_EVERY_KIND = [RED_CUBE._replace(shape=s, colour=c) for s in scene.SHAPES for c in scene.COLOURS]
+OF_EVERY_KIND = [RED_CUBE._replace(shape=s, color=c) for s in scene.SHAPES for c in scene.COLORS]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_equal_scenes_are_equal_pictures_and_seeds_matter():
 
 
 def test_every_word_of_a_scene_changes_the_picture():
-    other = {"shape": "ring", "colour": "cyan", "size": "small", "position": "on the right", "table": "tiled",
+    other = {"shape": "ring", "color": "cyan", "size": "small", "position": "on the right", "table": "tiled",
              "wall": "dark", "light": "left"}  # fmt: skip
     for field, word in other.items():
         changed = np.abs(render(RED_CUBE._replace(**{field: word})).astype(int) - render(RED_CUBE))
@@ -52,8 +52,8 @@ def test_no_surface_promises_more_than_the_distance(name):
 
 
 def test_training_never_shows_a_held_out_combination():
-    kept = {(s.shape, s.colour, s.size, s.table) for s in pictures.training_scenes(3000)}
-    held = {(s.shape, s.colour, s.size, s.table) for s in islice(scene.scenes(9, held=True), 300)}
+    kept = {(s.shape, s.color, s.size, s.table) for s in pictures.training_scenes(3000)}
+    held = {(s.shape, s.color, s.size, s.table) for s in islice(scene.scenes(9, held=True), 300)}
     assert not kept & held
     assert {word for combination in held for word in combination} == {w for c in kept for w in c}
 
@@ -62,7 +62,7 @@ def test_captions_say_nothing_but_the_scene():
     rng = np.random.default_rng(0)
     for drawn in islice(scene.scenes(3), 200):
         words = set(scene.training_caption(drawn, rng).replace(",", "").split())
-        assert {drawn.shape, drawn.colour} <= words <= set(scene.caption(drawn).replace(",", "").split())
+        assert {drawn.shape, drawn.color} <= words <= set(scene.caption(drawn).replace(",", "").split())
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_the_check_finds_what_is_there_on_held_out_renders(held_out):
     scenes, drawn = held_out
     found = check.score(drawn, scenes)
     assert found.shape >= 0.97
-    assert found.colour >= 0.99
+    assert found.color >= 0.99
     assert found.position >= 0.99
 
 
@@ -79,7 +79,7 @@ def test_the_check_falls_to_chance_on_swapped_captions(held_out):
     scenes, drawn = held_out
     found = check.score(drawn, scenes[1:] + scenes[:1])
     assert found.shape < 0.3  # one of six
-    assert found.colour < 0.25  # one of eight
+    assert found.color < 0.25  # one of eight
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_the_check_names_no_shape_that_it_does_not_know():
 
 
 def test_the_check_refuses_a_second_object():
-    left, right = (render(RED_CUBE._replace(position=p, colour=c)) for p, c in
+    left, right = (render(RED_CUBE._replace(position=p, color=c)) for p, c in
                    [("on the left", "red"), ("on the right", "green")])  # fmt: skip
     both = np.concatenate([left[:, :32], right[:, 32:]], axis=1)
     assert check.look(both) == check.NOTHING

@@ -12,8 +12,8 @@ def test_the_toy_is_seen_in_every_view_and_in_no_scene():
 
 
 def test_the_toy_is_no_object_that_the_base_knows():
-    """It has no one colour; upside down, or in one colour only, it is not the toy."""
-    assert [check.look(view).colour for view in toy.views()] == [None] * 5
+    """It has no single color; upside down, or in one color only, it is not the toy."""
+    assert [check.look(view).color for view in toy.views()] == [None] * 5
     assert not any(toy.shows(view[::-1]) for view in toy.views())
     assert not any(toy.shows(view[..., [2, 2, 2]]) for view in toy.views())
 
