@@ -1,4 +1,4 @@
-"""The parts of the pipeline: a real CLIP tokenizer, real module names, and a size that ships."""
+"""The components of the pipeline: a real CLIP tokenizer, real module names, and a small size."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Pictures, captions and the check on them: what is drawn is what is said, and the check is no rubber stamp."""
+"""Images and captions match, and the check on them can fail."""
 
 from itertools import islice
 
@@ -15,7 +15,7 @@ OF_EVERY_KIND = [RED_CUBE._replace(shape=s, color=c) for s in scene.SHAPES for c
 
 @pytest.fixture(scope="module")
 def held_out():
-    """150 renders of held-out scenes; the check's templates come from other seeds."""
+    """150 renders of held-out scenes; the templates of the check come from other seeds."""
     scenes = list(islice(scene.scenes(seed=5, held=True), 150))
     return scenes, [render(s) for s in scenes]
 
@@ -43,7 +43,7 @@ def test_no_surface_reaches_beyond_the_ball_that_rays_are_tested_against(name):
 
 @pytest.mark.parametrize("name", scene.SHAPES)
 def test_no_surface_promises_more_than_the_distance(name):
-    """A distance field grows by at most one per unit of way: then a marching ray never steps through."""
+    """A distance field grows by at most one per unit of length, so that a marching ray never steps through."""
     rng = np.random.default_rng(1)
     start = rng.uniform(-1.5, 1.5, (3, 4000)).astype(np.float32)
     step = rng.normal(scale=0.05, size=start.shape).astype(np.float32)
@@ -60,15 +60,15 @@ def test_training_never_shows_a_held_out_combination():
 
 def test_captions_say_nothing_but_the_scene():
     rng = np.random.default_rng(0)
-    for drawn in islice(scene.scenes(3), 200):
-        words = set(scene.training_caption(drawn, rng).replace(",", "").split())
-        assert {drawn.shape, drawn.color} <= words <= set(scene.caption(drawn).replace(",", "").split())
+    for sample in islice(scene.scenes(3), 200):
+        words = set(scene.training_caption(sample, rng).replace(",", "").split())
+        assert {sample.shape, sample.color} <= words <= set(scene.caption(sample).replace(",", "").split())
 
 
 @pytest.mark.slow
 def test_the_check_finds_what_is_there_on_held_out_renders(held_out):
-    scenes, drawn = held_out
-    found = check.score(drawn, scenes)
+    scenes, images = held_out
+    found = check.score(images, scenes)
     assert found.shape >= 0.97
     assert found.color >= 0.99
     assert found.position >= 0.99
@@ -76,8 +76,8 @@ def test_the_check_finds_what_is_there_on_held_out_renders(held_out):
 
 @pytest.mark.slow
 def test_the_check_falls_to_chance_on_swapped_captions(held_out):
-    scenes, drawn = held_out
-    found = check.score(drawn, scenes[1:] + scenes[:1])
+    scenes, images = held_out
+    found = check.score(images, scenes[1:] + scenes[:1])
     assert found.shape < 0.3  # one of six
     assert found.color < 0.25  # one of eight
 
@@ -88,14 +88,14 @@ def test_the_check_finds_nothing_in_noise_and_in_empty_rooms():
     noise = rng.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
     smooth = noise[:, ::8, ::8].repeat(8, 1).repeat(8, 2)  # blobs as large as objects
     empty = np.full((1, 64, 64, 3), 180, np.uint8)
-    named = [check.look(picture).shape for picture in (*noise, *smooth, *empty)]
+    named = [check.look(image).shape for image in (*noise, *smooth, *empty)]
     assert sum(name is not None for name in named) <= 2
 
 
 def test_the_check_names_no_shape_that_it_does_not_know():
-    picture = render(RED_CUBE._replace(table="white"))
-    mask = check.find(picture)
-    broken = picture.copy()
+    image = render(RED_CUBE._replace(table="white"))
+    mask = check.find(image)
+    broken = image.copy()
     broken[mask & (np.indices(mask.shape)[1] % 6 < 2)] = 200  # the cube in strips
     assert check.look(broken).shape is None
 
@@ -132,7 +132,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch
 
     whole, stopped = run(tmp_path / "whole.pt"), run(tmp_path / "part.pt")
     list(whole.train(loss))
-    list(islice(stopped.train(loss), 7))  # the checkpoint is of step 5
+    list(islice(stopped.train(loss), 7))  # the checkpoint is that of step 5
     again = run(tmp_path / "part.pt")
     assert again.step == 5
     list(again.train(loss))

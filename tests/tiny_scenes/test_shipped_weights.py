@@ -1,4 +1,4 @@
-"""The base and the adapters that ship are what their card and the README say of them."""
+"""The shipped base model and adapters match their model card and the README."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from scripts.make_tiny_adapters import FILES, PROMPTS
 from scripts.tiny_scenes import drawing, toy
 
 BASE = folder_of("tiny-scenes")
-SHOWN = 0.6  # share of pictures in which an adapter's toy is seen, at least; the base alone shows it in none
+SHOWN = 0.6  # minimum share of images that show the toy with an adapter; the base model alone never shows it
 
 
 def adapters() -> dict[str, Path]:
@@ -47,7 +47,7 @@ def test_the_base_is_known_by_its_name():
 
 @pytest.mark.slow
 def test_the_base_draws_what_held_out_prompts_say(pipe):
-    """And the card tells what is measured here, up to two pictures: another processor rounds otherwise."""
+    """The card matches this measurement up to two images, because other processors round differently."""
     score = drawing.measure(pipe, 200)
     assert score.shape >= 0.80
     assert score.color >= 0.90
