@@ -1,8 +1,8 @@
-"""`krona convert --max-error 0.05` of a whole SDXL-shaped rank-16 LoRA file, in a process of its own.
+"""Benchmark `krona convert --max-error 0.05` on a complete SDXL-shaped rank-16 LoRA file, in a separate process.
 
-Half of the 560 layers hold planted Kronecker sums, so that returning the input does not win. Reports wall time, the
-largest memory of its processes together, and how large the result is; beside it the time of reading and rewriting the
-same file, so that there is a ratio of two things measured in one run.
+Half of the 560 layers contain planted Kronecker sums, so that returning the input is not optimal. Reports wall time,
+the peak memory of all its processes together, and the size of the result. Reading and rewriting the same file is timed
+in the same run, as the reference of a ratio.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from krona_hub.bases import catalogue
 
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
-WITHIN = 0.05
+MAX_ERROR = 0.05
 
 
 def attention_layers() -> dict[tuple[int, int], list[str]]:
-    """Size -> the attention projections of SDXL's UNet that have it."""
+    """Return the attention projections of the SDXL U-Net, grouped by size."""
     sizes: dict[tuple[int, int], list[str]] = {}
     for path, module in catalogue.get("sdxl").components["unet"].items():
         if path.endswith(ATTENTION):
@@ -33,7 +33,7 @@ def attention_layers() -> dict[tuple[int, int], list[str]]:
 
 
 def write_lora(path: Path) -> int:
-    """The generated LoRA under the names of SDXL, as diffusers writes them; the number of its layers."""
+    """Write the generated LoRA with the names of SDXL in diffusers; return the number of layers."""
     names, tensors = attention_layers(), {}
     for layer in sdxl_lora():
         name = names[layer.up.shape[0], layer.down.shape[1]].pop()
@@ -44,27 +44,27 @@ def write_lora(path: Path) -> int:
 
 
 def run(*arguments: str) -> tuple[float, float, dict]:
-    """Seconds, peak GB and the JSON of one `krona` command."""
+    """Run one `krona` command; return seconds, peak memory in GB and its JSON output."""
     command = [sys.executable, "-m", "krona_hub.cli", *arguments, "--json", "--quiet"]
     start, peak = perf_counter(), 0
-    with tempfile.TemporaryFile() as told, subprocess.Popen(command, stdout=told) as running:
+    with tempfile.TemporaryFile() as output, subprocess.Popen(command, stdout=output) as running:
         while running.poll() is None:
             peak = max(peak, memory_of(running.pid))
             sleep(0.1)
         seconds = perf_counter() - start
-        told.seek(0)
-        printed = told.read()
+        output.seek(0)
+        printed = output.read()
     if running.returncode:
         raise SystemExit(printed.decode())
     return seconds, peak / 1e9, json.loads(printed)
 
 
 def memory_of(process: int) -> int:
-    """Bytes that a process and its children hold together, shared pages counted once."""
+    """Return the memory of a process and its children in bytes, with shared pages counted once."""
     try:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
         sizes = Path(f"/proc/{process}/smaps_rollup").read_text()
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return 0
     own = next(int(line.split()[1]) for line in sizes.splitlines() if line.startswith("Pss:"))
     return own * 1024 + sum(memory_of(int(child)) for child in children)
@@ -79,14 +79,14 @@ def main() -> None:
             "convert", str(source), "--for", "comfyui", "-o", str(Path(folder, "a.safetensors"))
         )
         search, memory, result = run(
-            "convert", str(source), "--max-error", str(WITHIN), "-o", str(Path(folder, "b.safetensors"))
+            "convert", str(source), "--max-error", str(MAX_ERROR), "-o", str(Path(folder, "b.safetensors"))
         )
         found = Path(folder, "b.safetensors").stat().st_size
     report(
         "convert",
         {
             "layers": layers,
-            "max_error": WITHIN,
+            "max_error": MAX_ERROR,
             "total_error": result["relative_error"],
             "parameters_before": result["parameters_before"],
             "parameters_after": result["parameters_after"],

@@ -1,9 +1,9 @@
-"""Every linear layer of SDXL's U-Net to 8x8, from the differences of fp16 weights in memory, on two cores.
+"""Benchmark extraction to 8x8 of every linear layer of the SDXL U-Net, from fp16 weights in memory, on two cores.
 
-Ours is the whole work on a layer but reading and writing: the float32 difference, its rounding noise, the nearest sum
-down to that noise, its error. Half of the layers hold two planted terms, half a difference of full rank, which has all
-64 terms above the noise. Against it, on the first layers of each size and scaled by their number: `nearest_kron`, the
-dense SVD of R(Δ). `--share 0.05` measures a twentieth of the layers and scales.
+The measured time is all work on a layer except reading and writing: the float32 difference, its rounding noise, the
+nearest sum down to that noise, and its error. Half of the layers contain two planted terms, the other half a full-rank
+difference with all 64 terms above the noise. The reference is `nearest_kron`, the dense SVD of R(Δ), on one layer of
+each size, scaled by the number of layers. `--share 0.05` measures one twentieth of the layers and scales the result.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.terms import nearest_kron
 
 SHAPE, TERMS, CORES, TARGET = (8, 8), 2, 2, 120.0
-NOWHERE = WeightPlace(Path(), "", Placement(""))
+NO_PLACE = WeightPlace(Path(), "", Placement(""))
 
 
-class Made(NamedTuple):
-    """A layer of both checkpoints."""
+class SampleLayer(NamedTuple):
+    """A generated layer of both checkpoints."""
 
     pair: LayerPair
     base: Tensor
@@ -61,44 +61,44 @@ def main() -> None:
 
 
 def ours(sizes: list[tuple[int, ...]]) -> tuple[float, int]:
-    """Seconds for these layers, making them excluded, and the most terms found in a planted one."""
+    """Return the seconds for these layers, without generating them, and the most terms found in a planted one."""
     plan = FitPlan(FitRequest(shape=SHAPE), ConversionTarget("krona"), None, CORES)
     seconds, most = 0.0, 0
     for batch in batches(sizes):
         start = perf_counter()
-        fitted = [f for _, f in in_parallel(lambda made: fit(plan, made), batch, CORES)]
+        fitted = [f for _, f in in_parallel(lambda layer: fit(plan, layer), batch, CORES)]
         seconds += perf_counter() - start
-        most = max([most, *(f.taken.report.terms for f, made in zip(fitted, batch, strict=True) if is_planted(made))])
+        most = max([most, *(f.taken.report.terms for f, layer in zip(fitted, batch, strict=True) if is_planted(layer))])
     return seconds, most
 
 
-def fit(plan: FitPlan, made: Made):
-    return fit_difference(plan, made.pair, LayerDifference.between(*made))
+def fit(plan: FitPlan, layer: SampleLayer):
+    return fit_difference(plan, layer.pair, LayerDifference.between(*layer))
 
 
-def batches(sizes: list[tuple[int, ...]], together: int = 8) -> Iterator[list[Made]]:
-    for start in range(0, len(sizes), together):
-        yield [made_layer(i, size) for i, size in enumerate(sizes[start : start + together], start)]
+def batches(sizes: list[tuple[int, ...]], batch_size: int = 8) -> Iterator[list[SampleLayer]]:
+    for start in range(0, len(sizes), batch_size):
+        yield [made_layer(i, size) for i, size in enumerate(sizes[start : start + batch_size], start)]
 
 
-def made_layer(i: int, size: tuple[int, ...]) -> Made:
+def made_layer(i: int, size: tuple[int, ...]) -> SampleLayer:
     generator = torch.Generator().manual_seed(i)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    pair = LayerPair(str(i), size, NOWHERE, NOWHERE)
+    pair = LayerPair(str(i), size, NO_PLACE, NO_PLACE)
     base = 0.02 * normal(*size)
-    if is_planted(Made(pair, base, base)):
+    if is_planted(SampleLayer(pair, base, base)):
         rest = size[0] // SHAPE[0], size[1] // SHAPE[1]
         delta = 3e-4 * sum(torch.kron(normal(*SHAPE), normal(*rest)) for _ in range(TERMS))
     else:
         delta = 6e-4 * normal(*size)
-    return Made(pair, base.half(), (base.half().float() + delta).half())
+    return SampleLayer(pair, base.half(), (base.half().float() + delta).half())
 
 
-def is_planted(made: Made) -> bool:
-    return int(made.pair.name) % 2 == 0
+def is_planted(layer: SampleLayer) -> bool:
+    return int(layer.pair.name) % 2 == 0
 
 
 def numbers(size: tuple[int, ...]) -> int:
@@ -106,7 +106,7 @@ def numbers(size: tuple[int, ...]) -> int:
 
 
 def dense_seconds(sizes: list[tuple[int, ...]]) -> tuple[float, float]:
-    """Seconds that the dense SVD takes for all layers, and the worst difference of our error of one term from its."""
+    """Return the seconds of the dense SVD for all layers, and the worst relative difference between the errors."""
     total, worst = 0.0, 0.0
     for size in sorted(set(sizes)):
         weight = made_layer(1, size).base.float()

@@ -1,9 +1,9 @@
-"""Up to which size it is better to form the weight of a layer: a training step of one layer, both ways in turn.
+"""Benchmark up to which size it is faster to form the weight of a layer, with training steps of one layer.
 
     python benchmarks/bench_formed.py
 
-Forward and backward of KronLinear in float32 on one thread, through W + ΔW and through the chain of products of
-`layers.contraction`; process CPU time, what the bare layer takes is subtracted. Best of the rounds.
+Runs forward and backward of KronLinear in float32 on one thread, alternating between W + ΔW and the chain of products
+of `layers.contraction`. Reports process CPU time without that of the bare layer, best of the rounds.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SIZES = [  # rows of x, out, in
     (64, 640, 640), (1024, 640, 640), (256, 1280, 1280),
 ]  # fmt: skip
 SHAPES = ((8, 8), (16, 4), (64, 4))
-WAYS = {"formed": 2**62, "chain": 0}
-ROUNDS, WORK = 7, 2e8  # multiply-adds of the bare layer in a round
+VARIANTS = {"formed": 2**62, "chain": 0}
+ROUNDS, WORK = 7, 2e8  # multiply-adds of the bare layer per round
 
 
 def main() -> None:
@@ -43,29 +43,29 @@ def main() -> None:
 def _row(n: int, out: int, in_: int, shape: tuple[int, int]) -> dict[str, object]:
     bare = nn.Linear(in_, out).requires_grad_(False)
     layer, x = KronLinear(nn.Linear(in_, out).requires_grad_(False), shape=shape), torch.randn(n, in_)
-    times = max(4, int(WORK / (n * out * in_)))
-    taken: dict[str, list[float]] = {"bare": [], **{way: [] for way in WAYS}}
+    steps = max(4, int(WORK / (n * out * in_)))
+    taken: dict[str, list[float]] = {"bare": [], **{variant: [] for variant in VARIANTS}}
     for _ in range(ROUNDS):
-        taken["bare"].append(_seconds(bare, x, times))
-        for way, limit in WAYS.items():
+        taken["bare"].append(_seconds(bare, x, steps))
+        for variant, limit in VARIANTS.items():
             with patch.object(kron_linear, "SMALL", limit):
-                taken[way].append(_seconds(layer, x, times))
-    best = {way: min(found) for way, found in taken.items()}
-    added = {way: best[way] - best["bare"] for way in WAYS}
-    found = {f"{way}, µs": round(1e6 * seconds, 1) for way, seconds in added.items()}
-    about = {"rows": n, "out": out, "in": in_, "shape": f"{shape[0]}x{shape[1]}", "weight": out * in_}
-    return about | found | {"formed / chain": round(added["formed"] / added["chain"], 2)}
+                taken[variant].append(_seconds(layer, x, steps))
+    best = {variant: min(found) for variant, found in taken.items()}
+    added = {variant: best[variant] - best["bare"] for variant in VARIANTS}
+    found = {f"{variant}, µs": round(1e6 * seconds, 1) for variant, seconds in added.items()}
+    case = {"rows": n, "out": out, "in": in_, "shape": f"{shape[0]}x{shape[1]}", "weight": out * in_}
+    return case | found | {"formed / chain": round(added["formed"] / added["chain"], 2)}
 
 
-def _seconds(layer: Callable[[Tensor], Tensor], x: Tensor, times: int) -> float:
-    """Of one step."""
+def _seconds(layer: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> float:
+    """Return the CPU seconds of one step."""
     x = x.clone().requires_grad_()
     start = process_time()
-    for _ in range(times):
+    for _ in range(steps):
         out = layer(x)
         out.backward(out.detach())
         x.grad = None
-    return (process_time() - start) / times
+    return (process_time() - start) / steps
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Push and pull of a 200 MB adapter through a hub on this machine, against the bare client with the same bytes.
+"""Benchmark push and pull of a 200 MB adapter through a local hub, against the bare client with the same bytes.
 
-The hub runs in a process of its own, as a real one does on another machine. The bare client is `create_commit` of the
-one file, and `hf_hub_download` of it: neither checks what it sends or gets. Both take turns at going first, and the
-ratio is that of their medians. Memory is what a process of its own needs more for a push or pull than it held before,
-for two sizes: where the larger file needs no more, no file is ever held whole.
+The hub runs in a separate process, as a real one runs on another machine. The bare client calls `create_commit` and
+`hf_hub_download` for the single file; neither verifies what it transfers. Both alternate in going first, and the ratio
+is that of their medians. Memory is the additional memory of a separate process for a push or pull, for two sizes: if
+the larger file needs no more, no file is ever held in memory completely.
 
     python -m benchmarks.bench_hub
 """
@@ -24,9 +24,9 @@ from time import perf_counter
 from benchmarks.common import peak_memory, report
 
 ROUNDS = 7
-LAYERS = 170  # of 1280x2048 with rank 88: about 200 MB in float32
-SIZES = (LAYERS, 3 * LAYERS)  # layers of the files that memory is measured with
-WAYS = ("push", "bare push", "pull", "bare pull")
+LAYERS = 170  # layers of 1280x2048 with rank 88: about 200 MB in float32
+SIZES = (LAYERS, 3 * LAYERS)  # layers of the files for the memory measurement
+VARIANTS = ("push", "bare push", "pull", "bare pull")
 FILE = "krona_adapter.safetensors"
 SERVER = """
 import sys
@@ -34,7 +34,7 @@ from tests.hub.loopback.server import Loopback
 with Loopback() as hub:
     print(hub.url, flush=True)
     for line in sys.stdin:
-        hub.state.lfs.clear()  # what earlier rounds have sent
+        hub.state.lfs.clear()  # forget the files of earlier rounds
 """
 MEMORY = """
 import sys
@@ -46,16 +46,18 @@ print(memory_of(*sys.argv[1:]))
 def main() -> None:
     with tempfile.TemporaryDirectory() as name, loopback(Path(name)) as forget:
         times = measure(Path(name), forget)
-        memory = {way: [needed(Path(name), way, size, forget) for size in SIZES] for way in WAYS}
-    middle = {way: statistics.median(values) for way, values in times.items()}
-    both = [(way, f"{way} ratio") for way in ("push", "pull")]
+        memory = {variant: [needed_memory(Path(name), variant, size, forget) for size in SIZES] for variant in VARIANTS}
+    medians = {variant: statistics.median(values) for variant, values in times.items()}
+    ratios = [(variant, f"{variant} ratio") for variant in ("push", "pull")]
     figures = {
         "megabytes": round(LAYERS * 88 * (1280 + 2048) * 4 / 1e6, 1),
         "rounds": ROUNDS,
-        "seconds, median": {way: round(value, 3) for way, value in middle.items()},
-        "seconds, best": {way: round(min(values), 3) for way, values in times.items()},
-        **{f"{name} (at most 1.3)": round(middle[way] / middle[f"bare {way}"], 2) for way, name in both},
-        **{f"{name}, best": round(min(times[way]) / min(times[f"bare {way}"]), 2) for way, name in both},
+        "seconds, median": {variant: round(value, 3) for variant, value in medians.items()},
+        "seconds, best": {variant: round(min(values), 3) for variant, values in times.items()},
+        **{
+            f"{name} (at most 1.3)": round(medians[variant] / medians[f"bare {variant}"], 2) for variant, name in ratios
+        },
+        **{f"{name}, best": round(min(times[variant]) / min(times[f"bare {variant}"]), 2) for variant, name in ratios},
         "MB more in memory than for 1 MB, with 200 MB and with 600 MB": memory,
     }
     report("hub", figures)
@@ -63,7 +65,7 @@ def main() -> None:
 
 @contextmanager
 def loopback(folder: Path) -> Iterator[Callable[[], None]]:
-    """The hub in its own process, and this client's settings for it; gives what makes it forget all large files."""
+    """Start the hub in a separate process and configure the client; yield a function that clears all large files."""
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     os.environ |= {
         "HF_ENDPOINT": server.stdout.readline().strip(), "HF_TOKEN": "hf_owner", "HF_HUB_DISABLE_XET": "1",
@@ -83,61 +85,63 @@ def loopback(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def measure(folder: Path, forget: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds of every round. Each has bytes of its own, since a hub takes none twice, and starts with empty caches."""
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    work = made(folder / "work.safetensors", LAYERS)
+    """Return the seconds of every round, each with empty caches and new bytes that the hub does not have."""
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    work = write_adapter(folder / "work.safetensors", LAYERS)
     for n in range(ROUNDS):
         for kind in ("push", "pull"):
-            for way in (kind, f"bare {kind}")[:: 1 if n % 2 else -1]:
+            for variant in (kind, f"bare {kind}")[:: 1 if n % 2 else -1]:
                 if kind == "push":
-                    stamp(work, 2 * n + way.startswith("bare"))
-                times[way].append(seconds(lambda way=way, n=n: run(way, work, f"{n}", folder / "out")))
+                    stamp(work, 2 * n + variant.startswith("bare"))
+                times[variant].append(seconds(lambda variant=variant, n=n: run(variant, work, f"{n}", folder / "out")))
         shutil.rmtree(folder / "out")
         forget()
     return times
 
 
-def run(way: str, path: Path, number: str, out: Path) -> None:
-    """One push or pull, by krona or by the bare client."""
+def run(variant: str, path: Path, number: str, out: Path) -> None:
+    """Run one push or pull with krona or with the bare client."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     from krona_hub.hub import pull, push
 
-    if way == "push":
+    if variant == "push":
         push(path, f"ana/style{number}", base_model="ana/base")
-    elif way == "pull":
+    elif variant == "pull":
         pull(f"ana/style{number}", out)
-    elif way == "bare push":
+    elif variant == "bare push":
         HfApi().create_repo(f"ana/bare{number}")
         HfApi().create_commit(f"ana/bare{number}", [CommitOperationAdd(FILE, str(path))], commit_message="bare")
     else:
         HfApi().hf_hub_download(f"ana/bare{number}", FILE)
 
 
-def needed(folder: Path, way: str, layers: int, forget: Callable[[], None]) -> int:
-    """MB that a process needs for it, beyond what it held after doing the same with a small file."""
-    files = {f"{way}-{layers}-{n}".replace(" ", "-"): made(folder / f"{n}.safetensors", n) for n in (1, layers)}
-    if way.endswith("pull"):  # something has to be there
+def needed_memory(folder: Path, variant: str, layers: int, forget: Callable[[], None]) -> int:
+    """Return the MB that a process needs in addition to those for the same operation with a small file."""
+    files = {
+        f"{variant}-{layers}-{n}".replace(" ", "-"): write_adapter(folder / f"{n}.safetensors", n) for n in (1, layers)
+    }
+    if variant.endswith("pull"):  # there must be something to pull
         for number, path in files.items():
-            run(way.replace("pull", "push"), path, number, folder)
+            run(variant.replace("pull", "push"), path, number, folder)
         shutil.rmtree(folder / "hf", ignore_errors=True)
-    told = [way, *(text for pair in files.items() for text in map(str, pair))]
-    done = subprocess.run([sys.executable, "-c", MEMORY, *told], capture_output=True, text=True, check=True)
+    arguments = [variant, *(text for pair in files.items() for text in map(str, pair))]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True)
     forget()
     return int(done.stdout)
 
 
-def memory_of(way: str, *files: str) -> int:
-    """What `needed` runs: MB more for the second file than for the first."""
+def memory_of(variant: str, *files: str) -> int:
+    """Return the additional MB for the second file; run by `needed_memory` in a separate process."""
     held = []
     for number, path in zip(files[::2], files[1::2], strict=True):
-        run(way, Path(path), number, Path(path).parent / number)
+        run(variant, Path(path), number, Path(path).parent / number)
         held.append(peak_memory())
     return round((held[-1] - held[0]) * 1000)
 
 
 def stamp(path: Path, number: int) -> None:
-    """Other bytes in the last numbers of a file, which stay finite."""
+    """Change the last values of a file; they stay finite."""
     with path.open("r+b") as file:
         file.seek(-8, os.SEEK_END)
         file.write(number.to_bytes(2, "little") * 4)
@@ -149,8 +153,8 @@ def seconds(work: Callable[[], object]) -> float:
     return perf_counter() - start
 
 
-def made(path: Path, layers: int) -> Path:
-    """A native adapter of random numbers, of about 1.2 MB per layer."""
+def write_adapter(path: Path, layers: int) -> Path:
+    """Write a native adapter with random values, about 1.2 MB per layer."""
     import torch
 
     from krona_hub.adapters.adapter import Adapter, LayerDelta

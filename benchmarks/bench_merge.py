@@ -1,9 +1,9 @@
-"""`krona_hub.merge` on a whole SDXL U-Net (5.1 GB of fp16, random numbers) against a plain copy, peft and LyCORIS.
+"""Benchmark `krona_hub.merge` on a complete SDXL U-Net (5.1 GB of random fp16) against a copy, peft and LyCORIS.
 
-Every figure is taken in a process of its own, imports excluded, with the files in the page cache; the copies and the
-merges of one round run one after the other, and the ratio of their medians is what is reported. The copy is the
-fastest there is (`copy_file_range`) and both are synced to disk. `--small` takes a U-Net of 1.7 GB with fewer blocks
-(24 % of its bytes are attention instead of 37 %), `--rounds N` more rounds, `--folder DIR` another disk.
+Every measurement runs in a separate process, without imports, with the files in the page cache. The copies and merges
+of a round run one after the other; the ratio of their medians is reported. The copy uses the fastest method
+(`copy_file_range`), and both are synced to disk. `--small` uses a U-Net of 1.7 GB with fewer blocks (24 % of its bytes
+are attention instead of 37 %), `--rounds N` sets the number of rounds, `--folder DIR` selects another disk.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from krona_hub.kron.terms import KronTerms, as_lora
 CATALOGUE = Path(catalogue.__file__).parent / "catalogue" / "sdxl.unet.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
-RELATIVE = 0.02  # ‖ΔW‖ / ‖W‖, about
+RELATIVE = 0.02  # approximate ‖ΔW‖ / ‖W‖
 TARGETS = {
     "attention, 1 thread / copy": 1.4,
     "attention, 2 threads / copy": 1.25,
@@ -90,7 +90,7 @@ from lycoris import create_lycoris_from_weights
 start = time.perf_counter()
 model = UNet2DConditionModel.from_pretrained(sys.argv[1], torch_dtype=torch.float16)
 network, _ = create_lycoris_from_weights(1.0, sys.argv[2], model)
-assert network.loras, 'LyCORIS knows no module of the file'
+assert network.loras, 'LyCORIS found no module of the file.'
 network.merge_to()
 model.save_pretrained(sys.argv[3])
 print(json.dumps({"seconds": time.perf_counter() - start}))
@@ -105,7 +105,7 @@ def configuration(small: bool) -> dict[str, Any]:
 
 
 def write_base(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """The component folder with random fp16 weights; the (out, in) of its linear layers."""
+    """Write a component folder with random fp16 weights; return the (out, in) of its linear layers."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -121,17 +121,17 @@ def write_base(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, 
 
 
 def write_random(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """A safetensors file of fp16 noise, never held in memory."""
-    header, reached = {}, 0
+    """Write a safetensors file of fp16 noise without holding it in memory."""
+    header, offset = {}, 0
     for name, shape in shapes.items():
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [reached, reached := reached + 2 * prod(shape)]}
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset := offset + 2 * prod(shape)]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     noise = (0.02 * torch.randn(1 << 25, generator=torch.Generator().manual_seed(0))).half().numpy().tobytes()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        while reached:
-            reached -= file.write(noise[:reached])
+        while offset:
+            offset -= file.write(noise[:offset])
 
 
 def adapters(linear: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Adapter]]:
@@ -143,7 +143,7 @@ def adapters(linear: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Adapt
         return KronTerms(a, RELATIVE * 0.02 * b)
 
     def factor8(out: int, in_: int) -> KronTerms:
-        """The split that PEFT and LyCORIS make with a factor of 8; they hold no other shapes in one file."""
+        """Use the shape that PEFT and LyCORIS choose for a factor of 8; they support no other shapes in one file."""
         (a1, b1), (a2, b2) = peft_factors(out, 8), peft_factors(in_, 8)
         a, b = torch.randn(1, a1, a2, generator=generator), torch.randn(1, b1, b2, generator=generator)
         return KronTerms(a, RELATIVE * 0.02 * b)
@@ -163,7 +163,7 @@ def adapters(linear: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Adapt
 
 
 def run(script: str, *arguments: str | Path) -> dict[str, float]:
-    """The figures that a script prints, run in a process of its own."""
+    """Run a script in a separate process and return the figures that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False
     )
@@ -173,7 +173,7 @@ def run(script: str, *arguments: str | Path) -> dict[str, float]:
 
 
 def round_of_merges(base: Path, folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """A copy, then each merge, one after the other; every output is deleted before the next."""
+    """Run a copy, then each merge, one after the other; every output is deleted before the next one."""
     out = folder / "out.safetensors"
     yield "copy", run(COPY, base / WEIGHTS, out)
     for adapter in ("attention", "attention_lora", "linear"):
@@ -185,7 +185,7 @@ def round_of_merges(base: Path, folder: Path) -> Iterator[tuple[str, dict[str, f
 
 
 def round_of_peers(base: Path, folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """The same attention adapters through krona, folder to folder, and through peft and LyCORIS."""
+    """Merge the same attention adapters with krona, folder to folder, and with peft and LyCORIS."""
     import shutil
 
     for name, script, adapter in (
@@ -210,30 +210,30 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--folder")
     options.add_argument("--part", choices=("copies", "peers"), help="Only this part of the comparison.")
-    given = options.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.folder) as name:
-        measure(Path(name), given)
+    args = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        measure(Path(name), args)
 
 
-def measure(folder: Path, given: argparse.Namespace) -> None:
+def measure(folder: Path, args: argparse.Namespace) -> None:
     base = folder / "unet"
-    linear = write_base(base, configuration(given.small))
+    linear = write_base(base, configuration(args.small))
     for name, adapter in adapters(linear):
         write(adapter, folder / f"{name}.safetensors")
         if name == "attention_factor8":
             write(adapter, folder / "peft-lokr", format="peft-lokr", base="sdxl")
             write(adapter, folder / "kohya.safetensors", format="lycoris-lokr", base="sdxl")
-            # create_lycoris_from_weights looks for its own prefix and takes no other file for an adapter
+            # create_lycoris_from_weights requires its own prefix
             ours = load_file(folder / "kohya.safetensors")
             theirs = {name.replace("lora_unet_", "lycoris_", 1): tensor for name, tensor in ours.items()}
             save_file(theirs, folder / "attention.lycoris.safetensors")
         if name == "attention_lora":
             write(adapter, folder / "peft-lora", format="peft-lora", base="sdxl")
     about = {"bytes": (base / WEIGHTS).stat().st_size, "targets": TARGETS}
-    size = "_small" if given.small else ""
-    if given.part != "peers":
-        report(f"merge{size}", about | against_copies(base, folder, given.rounds))
-    if given.part != "copies":
+    size = "_small" if args.small else ""
+    if args.part != "peers":
+        report(f"merge{size}", about | against_copies(base, folder, args.rounds))
+    if args.part != "copies":
         report(f"merge_peers{size}", about | against_peers(base, folder))
 
 

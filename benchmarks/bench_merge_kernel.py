@@ -1,7 +1,8 @@
-"""Nanoseconds per number of adding an adapter to one stored tensor, in memory, on one thread.
+"""Benchmark adding an adapter to one stored tensor in memory on one thread, in nanoseconds per element.
 
-The tensors are those of an SDXL U-Net. Nothing is read or written: this is what merging adds to a copy. `least` is what
-no merge can do without, on the same tensors in the same run: to float32, an addition, and back.
+The tensors are those of an SDXL U-Net. Nothing is read or written: this is the cost that merging adds to a copy.
+`least` in the results is the minimum of any merge, on the same tensors in the same run: converting to float32, adding,
+and converting back.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ CASES: dict[str, tuple[Size, Callable[[Size], Sequence[KronTerms]]]] = {
 
 
 def measured(size: Size, sums: Sequence[KronTerms], dtype: torch.dtype, rounding: Rounding, magnitude: bool) -> float:
-    """ns per number of one merge, the best of several."""
+    """Return the ns per element of one merge, best of several."""
     weights = [torch.randn(size).to(dtype) for _ in range(4)]
     m = torch.ones(size[0]) if magnitude else None
     patches = [Patch(LayerDelta(tuple(sums), size, m), 0.8, Placement("unet.x"))]
@@ -81,8 +82,8 @@ def measured(size: Size, sums: Sequence[KronTerms], dtype: torch.dtype, rounding
     return round(best / weights[0].numel() * 1e9, 2)
 
 
-def least() -> float:
-    """ns per number of widening, adding and rounding, in tiles that stay in the cache."""
+def lower_bound() -> float:
+    """Return the ns per element of widening, adding and rounding, in tiles that stay in the cache."""
     stored, wide, delta = torch.randn(1 << 18).half(), torch.empty(1 << 18), torch.randn(1 << 18)
 
     def once() -> float:
@@ -97,7 +98,7 @@ def main() -> None:
     torch.manual_seed(0)
     size, sums = ATTENTION, [kron(ATTENTION, 64, 4)]
     with one_thread():
-        bare = least()
+        bare = lower_bound()
         figures = {name: measured(n, make(n), torch.float16, Rounding(), False) for name, (n, make) in CASES.items()}
         for dtype in (torch.bfloat16, torch.float32):
             figures[f"64x4, {str(dtype).removeprefix('torch.')}"] = measured(size, sums, dtype, Rounding(), False)

@@ -1,8 +1,8 @@
-"""A whole LoRA to one 64x8 term per layer: through the factors, against the dense SVD of every rearranged matrix.
+"""Benchmark converting a LoRA to one 64x8 term per layer through the factors, against the dense SVD of R(ΔW).
 
-Ours is timed on all 560 layers of an SDXL-shaped rank-16 LoRA, the dense way (float32, vectors included) on a few
-layers of each size, of either kind, and scaled by their number.
-Both run on one core, so that a ratio is a ratio on a busy machine too.
+Our method is timed on all 560 layers of an SDXL-shaped rank-16 LoRA; the dense SVD (float32, with vectors) on a few
+layers of each size and kind, scaled by the number of layers. Both run on one core, so that the ratio is valid on a
+busy machine, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from krona_hub.kron.from_lora import nearest_kron_of_loras
 from krona_hub.kron.shapes import split
 from krona_hub.kron.terms import KronFit, rearrange
 
-SHAPE, SAMPLE = (64, 8), 4  # layers of each size, planted and plain ones in turn
+SHAPE, SAMPLE = (64, 8), 4  # layers of each size, alternating between planted and plain
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def dense_seconds(layer: Layer) -> float:
 
 
 def difference(layer: Layer, fit: KronFit) -> float:
-    """Of the reported error from that of a float64 dense reference, relative to it."""
+    """Return the relative difference of the reported error from that of a dense float64 reference."""
     w = layer.up.double() @ layer.down.double()
     sigma = torch.linalg.svdvals(rearrange(w, fit.terms.shape))
     return abs(fit.relative_error / float(sigma[1:].norm() / sigma.norm()) - 1)

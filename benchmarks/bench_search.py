@@ -1,7 +1,7 @@
-"""The search behind `convert --max-error 0.05` on a whole SDXL-shaped rank-16 LoRA: seconds and peak memory.
+"""Benchmark the search of `convert --max-error 0.05` on a complete SDXL-shaped rank-16 LoRA: time and peak memory.
 
-Half of the 560 layers hold planted Kronecker sums with noise. The whole search over all shapes, unpruned and dense,
-would take the SVD of some 150,000 matrices.
+Half of the 560 layers contain planted Kronecker sums with noise. An unpruned dense search over all shapes would need
+the SVD of about 150,000 matrices.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How fast krona answers: `krona --help`, and `krona inspect` of a 100 MB file. Wall time of the whole process.
+"""Benchmark the wall time of `krona --help` and of `krona inspect` with a 100 MB file, for the whole process.
 
     python benchmarks/bench_startup.py
 
-Measured beside them in the same run: the bare interpreter, and `import torch`, which these commands do without.
+The same run measures the bare interpreter and `import torch`, which these commands avoid.
 """
 
 import json
@@ -21,7 +21,7 @@ LIMITS = {"krona --help": 0.4, "krona inspect (100 MB)": 0.6}  # seconds
 
 
 def big_lora(path: Path, megabytes: int = 100) -> None:
-    """A file with the names and sizes of a large SDXL LoRA."""
+    """Write a file with the names and sizes of a large SDXL LoRA."""
     import torch
 
     names = [
@@ -45,7 +45,7 @@ def big_lora(path: Path, megabytes: int = 100) -> None:
 
 
 def seconds(command: Sequence[str], repeats: int = 7) -> float:
-    """The median wall time of a process."""
+    """Return the median wall time of a process."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -70,7 +70,7 @@ def main() -> int:
         limit = LIMITS.get(name)
         print(f"{name:24} {value:6.3f} s" + (f"   limit {limit} s" if limit else ""))
     ratio = measured["import torch"] / measured["krona inspect (100 MB)"]
-    print(f"importing torch alone takes {ratio:.1f} times as long as inspecting {size / 1e6:.0f} MB")
+    print(f"Importing torch alone takes {ratio:.1f}× as long as inspecting {size / 1e6:.0f} MB.")
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps({"seconds": measured, "limits": LIMITS, "file_bytes": size}, indent=2) + "\n")
     return int(any(measured[name] > limit for name, limit in LIMITS.items()))

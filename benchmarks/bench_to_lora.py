@@ -1,7 +1,7 @@
-"""Kronecker 16x16 to LoRA of rank 16 on the 560 attention layers of SDXL, against `peft.convert_to_lora`.
+"""Benchmark converting Kronecker 16x16 to LoRA of rank 16 on the 560 attention layers of SDXL, against PEFT.
 
-PEFT is timed on a few LoKr layers of each size and scaled by their number; its singular values are compared with ours.
-Both run on one core, so that a ratio is a ratio on a busy machine too.
+`peft.convert_to_lora` is timed on a few LoKr layers of each size, scaled by the number of layers; its singular values
+are compared with ours. Both run on one core, so that the ratio is valid on a busy machine, too.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def random_layer(out: int, in_: int, generator: torch.Generator) -> list[KronTer
 
 
 def peft_model(layers: list[KronTerms]) -> nn.Module:
-    """A model of linear layers with these deltas as full LoKr factors."""
+    """Return a model of linear layers with these deltas as full LoKr factors."""
     full = layers[0].shape.full
     config = peft.LoKrConfig(r=10**4, alpha=10**4, decompose_factor=FACTOR, target_modules=["0", "1"])
     model = peft.get_peft_model(nn.Sequential(*(nn.Linear(full[1], full[0], bias=False) for _ in layers)), config)

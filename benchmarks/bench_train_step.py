@@ -1,11 +1,12 @@
-"""A whole training step, this project's adapters against PEFT's and LyCORIS's in one harness.
+"""Benchmark a complete training step: the adapters of this project against PEFT and LyCORIS in one harness.
 
-    python benchmarks/bench_train_step.py            # U-Nets of tiny-scenes' and of SD1.5's size, the latter at 256 px
-    python benchmarks/bench_train_step.py --tiny     # the small one alone
+    python benchmarks/bench_train_step.py            # the U-Nets of tiny-scenes and of SD 1.5, the latter at 256 px
+    python benchmarks/bench_train_step.py --tiny     # only the small one
 
-Noise is added, the U-Net is run forward and backward, the gradient's norm is clipped, AdamW makes a step; float32, one
-thread, adapters on q, k, v and out of every attention. Process CPU time, the ways in turn in every round, best and
-median of the rounds. The memory of the same step is what bench_layers_memory.py measures, a process for each way.
+A step adds noise, runs the U-Net forward and backward, clips the gradient norm and runs AdamW, in float32 on one
+thread, with adapters on q, k, v and out of every attention. Reports process CPU time, best and median of the rounds;
+the variants alternate in every round. bench_layers_memory.py measures the memory of the same step in separate
+processes.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from common import report
 from layer_peers import adapt
 from torch import Tensor, nn
 
-WAYS = ("base", "krona 64x4", "krona 8x8", "peft lokr", "peft lora r=4", "lycoris bypass", "lycoris rebuild")
+VARIANTS = ("base", "krona 64x4", "krona 8x8", "peft lokr", "peft lora r=4", "lycoris bypass", "lycoris rebuild")
 PEERS = ("peft lokr", "lycoris bypass", "lycoris rebuild")
 SIZES = {"tiny-scenes": ("tiny-scenes.unet.json", 8, 32), "sd15": ("sd15.unet.json", 32, 77)}  # latents, tokens
 CLIP = 1.0
 
 
-def fits(way: str, size: str) -> bool:
-    """64 does not divide the channels of tiny-scenes."""
-    return (way, size) != ("krona 64x4", "tiny-scenes")
+def fits(variant: str, size: str) -> bool:
+    """Return whether a variant fits; 64 does not divide the channels of tiny-scenes."""
+    return (variant, size) != ("krona 64x4", "tiny-scenes")
 
 
 def unet(file: str) -> nn.Module:
@@ -45,11 +46,11 @@ def unet(file: str) -> nn.Module:
 
 
 def stepping(model: nn.Module, call: Callable[[Tensor], Tensor], latents: Tensor) -> Callable[[], object]:
-    """A training step: every way trains what `requires_grad`, in float32 factors."""
+    """Return a training step for all parameters that require gradients, in float32."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.data = p.data.float()
-    if not parameters:  # the bare model: the least that a step can take
+    if not parameters:  # the bare model: the lower bound of a step
         parameters = [nn.Parameter(torch.zeros((), device=latents.device))]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
@@ -74,38 +75,38 @@ def seconds(step: Callable[[], object]) -> float:
 def measure(size: str, rounds: int) -> dict[str, Any]:
     file, side, tokens = SIZES[size]
     torch.manual_seed(0)
-    base, ways = unet(file), [way for way in WAYS if fits(way, size)]
-    steps = {way: _step_of(base, way, side, tokens) for way in ways}
+    base, variants = unet(file), [variant for variant in VARIANTS if fits(variant, size)]
+    steps = {variant: _step_of(base, variant, side, tokens) for variant in variants}
     for step in steps.values():
         step()
-    taken = [{way: seconds(step) for way, step in steps.items()} for _ in range(rounds)]
-    found = {way: [one[way] for one in taken] for way in ways}
-    return {way: {"best": round(min(t), 4), "median": round(median(t), 4)} for way, t in found.items()}
+    taken = [{variant: seconds(step) for variant, step in steps.items()} for _ in range(rounds)]
+    found = {variant: [one[variant] for one in taken] for variant in variants}
+    return {variant: {"best": round(min(t), 4), "median": round(median(t), 4)} for variant, t in found.items()}
 
 
-def _step_of(base: nn.Module, way: str, side: int, tokens: int) -> Callable[[], object]:
-    """Of a copy of the base that shares its weights: seven of SD1.5's size would need 24 GB."""
+def _step_of(base: nn.Module, variant: str, side: int, tokens: int) -> Callable[[], object]:
+    """Return a step of a copy of the base that shares its weights: seven U-Nets of SD 1.5 would need 24 GB."""
     model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-    adapt(model, way)
+    adapt(model, variant)
     text = torch.randn(1, tokens, model.config.cross_attention_dim)
     return stepping(model, lambda x: model(x, 500, text).sample, torch.randn(1, model.config.in_channels, side, side))
 
 
-def verdicts(made: Mapping[str, Mapping[str, float]]) -> dict[str, bool]:
-    """Whether ours is as fast as theirs, of equal splits."""
-    ours = made["krona 8x8"]["best"]
-    return {f"krona 8x8 is not slower than {way}": ours <= made[way]["best"] for way in PEERS}
+def verdicts(results: Mapping[str, Mapping[str, float]]) -> dict[str, bool]:
+    """Return whether our adapter is at least as fast as the others with the same shape."""
+    ours = results["krona 8x8"]["best"]
+    return {f"krona 8x8 is not slower than {variant}": ours <= results[variant]["best"] for variant in PEERS}
 
 
 def main() -> None:
-    options = argparse.ArgumentParser()
-    options.add_argument("--tiny", action="store_true")
-    options.add_argument("--rounds", type=int, default=9)
-    given = options.parse_args()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    made = {size: measure(size, given.rounds) for size in SIZES if size == "tiny-scenes" or not given.tiny}
-    met = {size: verdicts(figures) for size, figures in made.items()}
-    report("train_step_tiny" if given.tiny else "train_step", {"CPU seconds of a step": made, "met": met})
+    results = {size: measure(size, args.rounds) for size in SIZES if size == "tiny-scenes" or not args.tiny}
+    met = {size: verdicts(figures) for size, figures in results.items()}
+    report("train_step_tiny" if args.tiny else "train_step", {"CPU seconds of a step": results, "met": met})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Layers on a GPU: the table of bench_layers.py, and training steps of a whole SDXL U-Net in bfloat16.
+"""Benchmark layers on a GPU: the table of bench_layers.py, and training steps of an SDXL U-Net in bfloat16.
 
-    python benchmarks/gpu_layers.py                 # on CUDA; writes results/gpu_layers.json with the device's name
-    python benchmarks/gpu_layers.py --tiny          # a dry run on the CPU in a minute or two: nothing is written
+    python benchmarks/gpu_layers.py                 # on CUDA; writes results/gpu_layers.json with the device name
+    python benchmarks/gpu_layers.py --tiny          # a dry run on the CPU in a minute or two, without output files
 
-Milliseconds are between CUDA events after a warm-up, ways in turn in each of nine rounds, best and median; LyCORIS
-compiles its Triton kernels in the warm-up. A step of the U-Net is forward, backward and no optimizer; its peak is that
-of torch's allocator. What does not fit into memory is reported as null. `--part table` or `--part unet` do one of them.
+Milliseconds are measured between CUDA events after a warm-up, best and median of nine rounds; the variants alternate in
+every round. LyCORIS compiles its Triton kernels during the warm-up. A step of the U-Net is forward and backward without
+an optimizer; its peak memory is that of torch's allocator. Variants that do not fit into memory are reported as null.
+`--part table` or `--part unet` runs only one part.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from common import report
-from layer_peers import WAYS, adapt, build
+from layer_peers import VARIANTS, adapt, build
 from torch import nn
 
 SHAPES = {"1280x1280": (1280, 1280, 1024), "640x640": (640, 640, 4096), "1280x2048": (1280, 2048, 77)}  # out, in, N
@@ -39,7 +40,7 @@ TINY_UNET = {
 
 
 class Clock:
-    """Milliseconds of work on the device."""
+    """A clock for work on the device, in milliseconds."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -65,7 +66,7 @@ def summary(taken: list[float]) -> dict[str, float]:
 def stepping(
     layer: nn.Module, inputs: tuple[torch.Tensor, ...], call: Callable[..., Any] | None = None
 ) -> Callable[[], None]:
-    """One forward and backward pass, with the gradients of the one before dropped."""
+    """Return a function that drops old gradients and runs one forward and backward pass."""
 
     run = layer if call is None else call
 
@@ -79,24 +80,24 @@ def stepping(
 
 
 def table(device: torch.device, shapes: Mapping[str, tuple[int, int, int]], rounds: int) -> dict[str, Any]:
-    """The steps of single layers, and what each adapter costs beside the bare layer."""
-    clock, made = Clock(device), {}
+    """Measure the steps of single layers, with each adapter and without one."""
+    clock, results = Clock(device), {}
     for (dtype, kind), (shape, (out, in_, rows)), compiled in product(DTYPES.items(), shapes.items(), (False, True)):
         x = torch.randn(1, rows, in_, device=device, dtype=kind, requires_grad=True)
         works, found = {}, {}
-        for way in WAYS:
-            layer = build(way, out, in_).to(device, kind)
+        for variant in VARIANTS:
+            layer = build(variant, out, in_).to(device, kind)
             work = stepping(layer, (x,), torch.compile(layer) if compiled else None)
             try:
                 for _ in range(3):
                     work()
-                works[way] = work
-            except Exception as error:  # a peer that cannot be compiled ends no run of an hour
-                found[way] = f"{type(error).__name__}: {str(error)[:100]}"
-        taken = [{way: clock.time(work) for way, work in works.items()} for _ in range(rounds)]
-        found |= {way: summary([one[way] for one in taken]) for way in works}
-        made[f"{shape} {dtype} {'compiled' if compiled else 'eager'}"] = found
-    return made
+                works[variant] = work
+            except Exception as error:  # a peer that cannot be compiled must not end a run of an hour
+                found[variant] = f"{type(error).__name__}: {str(error)[:100]}"
+        taken = [{variant: clock.time(work) for variant, work in works.items()} for _ in range(rounds)]
+        found |= {variant: summary([one[variant] for one in taken]) for variant in works}
+        results[f"{shape} {dtype} {'compiled' if compiled else 'eager'}"] = found
+    return results
 
 
 def unet(config: Mapping[str, Any], device: torch.device, checkpointing: bool) -> nn.Module:
@@ -122,14 +123,14 @@ def inputs_of(config: Mapping[str, Any], device: torch.device, batch: int, side:
 
 
 def unet_step(
-    config: Mapping[str, Any], device: torch.device, way: str, batch: int, side: int, rounds: int, **how: bool
+    config: Mapping[str, Any], device: torch.device, variant: str, batch: int, side: int, rounds: int, **how: bool
 ) -> dict[str, float]:
     model = unet(config, device, how["checkpointing"])
-    adapt(model, way)
+    adapt(model, variant)
     model.to(device, HALF[device.type])
     called = torch.compile(model) if how["compiled"] else model
     inputs, clock = inputs_of(config, device, batch, side), Clock(device)
-    if not any(p.requires_grad for p in model.parameters()):  # the bare model: the least that a step can take
+    if not any(p.requires_grad for p in model.parameters()):  # the bare model: the lower bound of a step
         inputs["sample"].requires_grad_()
     work = stepping(model, (), lambda: called(**inputs).sample)
     for _ in range(2):
@@ -144,53 +145,53 @@ def unet_step(
 def whole_unet(
     config: Mapping[str, Any], device: torch.device, side: int, rounds: int, compiling: tuple[bool, ...]
 ) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for batch, checkpointing, compiled in product((1, 4), (False, True), compiling):
         marks = ("checkpointing",) * checkpointing + ("compiled" if compiled else "eager",)
-        row = made.setdefault(" ".join((f"batch {batch}", *marks)), {})
-        for way in WAYS:
+        row = results.setdefault(" ".join((f"batch {batch}", *marks)), {})
+        for variant in VARIANTS:
             torch._dynamo.reset()
             try:
                 how = {"checkpointing": checkpointing, "compiled": compiled}
-                row[way] = unet_step(config, device, way, batch, side, rounds, **how)
+                row[variant] = unet_step(config, device, variant, batch, side, rounds, **how)
             except torch.cuda.OutOfMemoryError:
-                row[way] = None
+                row[variant] = None
             except Exception as error:
-                row[way] = f"{type(error).__name__}: {str(error)[:100]}"
+                row[variant] = f"{type(error).__name__}: {str(error)[:100]}"
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    return made
+    return results
 
 
 def main() -> None:
-    options = argparse.ArgumentParser()
-    options.add_argument("--tiny", action="store_true", help="Tiny sizes, on the CPU where there is no GPU.")
-    options.add_argument("--part", choices=("table", "unet"))
-    options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--size", type=int, default=1024, help="pixels")
-    given = options.parse_args()
-    if not (given.tiny or torch.cuda.is_available()):
-        raise SystemExit("There is no CUDA device here. --tiny makes a dry run on the CPU.")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tiny", action="store_true", help="Use tiny sizes, on the CPU if there is no GPU.")
+    parser.add_argument("--part", choices=("table", "unet"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--size", type=int, default=1024, help="Image size in pixels.")
+    args = parser.parse_args()
+    if not (args.tiny or torch.cuda.is_available()):
+        raise SystemExit("No CUDA device found. Use --tiny for a dry run on the CPU.")
     torch.manual_seed(0)
-    made = measure(given, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if given.tiny:
-        print(json.dumps(made, indent=2))
+    results = measure(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.tiny:
+        print(json.dumps(results, indent=2))
     else:
-        report("gpu_layers" if not given.part else f"gpu_layers_{given.part}", made)
+        report("gpu_layers" if not args.part else f"gpu_layers_{args.part}", results)
 
 
-def measure(given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from krona_hub.bases import catalogue
 
     config = json.loads((Path(catalogue.__file__).parent / "catalogue" / "sdxl.unet.json").read_text())["config"]
-    rounds, side = (1, 8) if given.tiny else (given.rounds, given.size // 8)
-    compiling = (False,) if given.tiny else (False, True)
-    made: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
-    if given.part != "unet":
-        made["layer, ms"] = table(device, TINY_SHAPES if given.tiny else SHAPES, rounds)
-    if given.part != "table":
-        made["SDXL U-Net"] = whole_unet(config | (TINY_UNET if given.tiny else {}), device, side, rounds, compiling)
-    return made
+    rounds, side = (1, 8) if args.tiny else (args.rounds, args.size // 8)
+    compiling = (False,) if args.tiny else (False, True)
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    if args.part != "unet":
+        results["layer, ms"] = table(device, TINY_SHAPES if args.tiny else SHAPES, rounds)
+    if args.part != "table":
+        results["SDXL U-Net"] = whole_unet(config | (TINY_UNET if args.tiny else {}), device, side, rounds, compiling)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One linear layer with an adapter to train, as this project and its peers build it; shared by the layer benchmarks."""
+"""Trainable adapters of one linear layer, by this project and its peers; shared by the layer benchmarks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from krona_hub import KronLinear
 
-DENSE = 100_000  # a rank so high that PEFT and LyCORIS keep w2 whole
+DENSE = 100_000  # a rank high enough that PEFT and LyCORIS use a full w2
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -39,7 +39,7 @@ def peft_lora(layer: nn.Linear) -> nn.Module:
 
 
 class Lycoris(nn.Module):
-    """LyCORIS puts itself into the layer's forward; both are held together here."""
+    """A layer together with its LyCORIS module, which replaces the forward of the layer."""
 
     def __init__(self, layer: nn.Linear, bypass: bool) -> None:
         from lycoris.modules.lokr import LokrModule
@@ -54,7 +54,7 @@ class Lycoris(nn.Module):
         return self.layer(x)
 
 
-WAYS: Mapping[str, Callable[[nn.Linear], nn.Module]] = {
+VARIANTS: Mapping[str, Callable[[nn.Linear], nn.Module]] = {
     "base": lambda layer: layer,
     "krona 64x4": lambda layer: krona(layer, (64, 4)),
     "krona 8x8": lambda layer: krona(layer, (8, 8)),
@@ -63,12 +63,12 @@ WAYS: Mapping[str, Callable[[nn.Linear], nn.Module]] = {
     "lycoris bypass": lambda layer: Lycoris(layer, bypass=True),
     "lycoris rebuild": lambda layer: Lycoris(layer, bypass=False),
 }
-SAME_SPLIT = ("krona 8x8", "peft lokr", "lycoris bypass", "lycoris rebuild")
+SAME_SHAPE = ("krona 8x8", "peft lokr", "lycoris bypass", "lycoris rebuild")
 
 
-def build(way: str, out: int, in_: int) -> nn.Module:
-    """A frozen linear layer with the factors of this way to train."""
-    return WAYS[way](nn.Linear(in_, out).requires_grad_(False))
+def build(variant: str, out: int, in_: int) -> nn.Module:
+    """Return a frozen linear layer with the trainable factors of a variant."""
+    return VARIANTS[variant](nn.Linear(in_, out).requires_grad_(False))
 
 
 def trainable(layer: nn.Module) -> int:
@@ -76,8 +76,8 @@ def trainable(layer: nn.Module) -> int:
 
 
 def check_equal_parameters(out: int, in_: int) -> int:
-    """The parameters that all ways of SAME_SPLIT have."""
-    (count,) = {trainable(build(way, out, in_)) for way in SAME_SPLIT}
+    """Return the parameter count, which must be equal for all variants of SAME_SHAPE."""
+    (count,) = {trainable(build(variant, out, in_)) for variant in SAME_SHAPE}
     return count
 
 
@@ -87,8 +87,8 @@ def targets(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def adapt(model: nn.Module, way: str) -> None:
-    """Adapters of this kind on every attention of a diffusers model, ready to train."""
+def adapt(model: nn.Module, variant: str) -> None:
+    """Add trainable adapters of a variant to every attention of a diffusers model."""
     for name, module in targets(model):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, WAYS[way](module))
+        setattr(model.get_submodule(parent), child, VARIANTS[variant](module))

@@ -2,9 +2,9 @@
 
     python scripts/build_catalogue.py [FOLDER OF CONFIGURATIONS]
 
-The folder holds one JSON per component (class, configuration, source); without an argument it is `bases` in the
-folder that KRONA_SHARED names, or in `shared` beside the project. Each model is built on torch's meta device, so no
-weights are needed. The base that ships in the package is added from `tiny_scenes/models.py`.
+The folder contains one JSON file per component (class, configuration, source). It defaults to `bases` in the folder
+that KRONA_SHARED names, or in `shared` beside the project. Each model is built on torch's meta device, so no weights
+are needed. The base model that ships in the package is added from `tiny_scenes/models.py`.
 """
 
 import json
@@ -33,7 +33,7 @@ CONFIG_STATUS = {
     "class defaults": "D",
     "of this package": "O",
 }
-TOTAL_STATUS = {  # where the total is not W: the same number beside the named model in a public source
+TOTAL_STATUS = {  # exceptions from W: a public source states the same number for the named model
     **dict.fromkeys(("tiny-scenes.unet", "tiny-scenes.text"), "O"),
     **dict.fromkeys(("sd21-base.unet", "sd21.unet", "sdxl-refiner.unet", "pixart-sigma-xl.transformer"), "A"),
     **dict.fromkeys(("flux2-dev.transformer", "flux2-klein-4b.transformer", "flux2-klein-9b.transformer"), "A"),
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def shipped() -> list[dict]:
-    """The denoiser and the text encoder of tiny-scenes, as one published configuration each."""
+    """Return the denoiser and the text encoder of tiny-scenes in the form of published configurations."""
     from scripts.tiny_scenes import models
 
     return [
@@ -62,7 +62,7 @@ def shipped() -> list[dict]:
 
 
 def _own(name: str, library: str, model: Any) -> dict:
-    config = {key: value for key, value in _saved_config(model).items() if _tells(key, value)}
+    config = {key: value for key, value in _saved_config(model).items() if _is_relevant(key, value)}
     return {
         "base": name,
         "library": library,
@@ -75,21 +75,23 @@ def _own(name: str, library: str, model: Any) -> dict:
     }
 
 
-def _tells(key: str, value: Any) -> bool:
+def _is_relevant(key: str, value: Any) -> bool:
     return value is not None and not key.startswith("_") and key != "transformers_version"
 
 
 def _saved_config(model: Any) -> dict:
-    """The configuration: of diffusers as it is, of transformers what differs from the defaults."""
+    """Return the complete configuration of a diffusers model, or the non-default values of a transformers model."""
     return model.config.to_diff_dict() if hasattr(model.config, "to_diff_dict") else dict(model.config)
 
 
 def catalogue_entry(source: dict) -> dict:
-    """One file of the catalogue; the total of the published configuration must be that of the built model."""
+    """Return the content of one catalog file, after comparing the parameter count with that of the built model."""
     kind = source["library"], source["class"], source["config"]
     total = sum(p.numel() for p in build(*kind).parameters())
     if total != source["total_parameters"]:
-        raise SystemExit(f"{source['base']}: built {total} parameters, expected {source['total_parameters']}")
+        raise SystemExit(
+            f"{source['base']}: The built model has {total} parameters instead of {source['total_parameters']}."
+        )
     return {
         "component": source["base"],
         "library": source["library"],
@@ -105,13 +107,13 @@ def catalogue_entry(source: dict) -> dict:
 
 
 def public_words(source: str) -> str:
-    """The source without numbers that only its collector can look up."""
+    """Remove numbers that only the collector of the source can look up."""
     words = re.sub(r"\(?\bids? [\d., and]+\d\.*\)?", "", source.replace("file index", "public code"))
     return re.sub(r"\s+", " ", words).replace(" ,", ",").replace(" ;", ";").removesuffix(" against ").strip(" ;,.")
 
 
 def compact(entry: dict) -> str:
-    """One line per field and per pattern; nested values of the configuration on one line."""
+    """Format an entry with one line per field and per pattern, and nested configuration values on one line."""
     lines = []
     for key, value in entry.items():
         if key == "modules":

@@ -1,7 +1,7 @@
-"""The files that the examples of the commands and the documents name: the demo's adapters, and a base for them.
+"""Example files for the commands and the documents: the demo adapters, and a base model for them.
 
-The base is a pipeline folder with the layers of Stable Diffusion 1.5 that the adapters are for, at their real size,
-and little else. Its numbers are noise: it makes no pictures, but rounding treats it as it treats the real one.
+The base model is a pipeline folder with the layers of Stable Diffusion 1.5 that the adapters change, at their real
+size, and little else. Its weights are noise: it cannot generate images, but it rounds like the real model.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from krona_hub.cli.main import main
 from scripts.make_demo_adapter import normal, projections
 
 SEED = 15
-SPREAD = 0.04  # standard deviation of the weights, about that of attention projections in SD 1.5
-MADE = (  # commands that make the other files of the folder
+SPREAD = 0.04  # standard deviation of the weights, similar to attention projections in SD 1.5
+SETUP_COMMANDS = (  # create the other files of the folder
     "krona convert lokr.safetensors -o krona.safetensors",
     "krona merge base lora.safetensors:0.8 -o merged --undo undo.safetensors",
 )
 
 
 def output_of(command: str, folder: Path) -> str:
-    """What a command line prints to stdout in that folder."""
+    """Run a command line in a folder and return what it prints to stdout."""
     printed = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
         main(shlex.split(command)[1:])
@@ -40,10 +40,11 @@ def output_of(command: str, folder: Path) -> str:
 
 
 def example_folder(folder: Path, *, bf16: bool = False) -> Path:
-    """lora, lokr and krona.safetensors; base and merged, two pipeline folders; undo.safetensors and blocks.txt.
+    """Write the example files to a folder.
 
+    These are lora, lokr and krona.safetensors; base and merged, two pipeline folders; undo.safetensors and blocks.txt.
     zorbi-lora and zorbi-lokr.safetensors are for tiny-scenes, the others for Stable Diffusion 1.5.
-    With `bf16` the base in bfloat16 as well, `base-bf16`.
+    With `bf16`, also `base-bf16`, the base model in bfloat16.
     """
     for name in ("lora", "lokr"):
         shutil.copyfile(Path(assets).parent / f"demo_{name}.safetensors", folder / f"{name}.safetensors")
@@ -53,7 +54,7 @@ def example_folder(folder: Path, *, bf16: bool = False) -> Path:
     write_base(folder / "base", torch.float16)
     if bf16:
         write_base(folder / "base-bf16", torch.bfloat16)
-    for command in MADE:
+    for command in SETUP_COMMANDS:
         output_of(command, folder)
     return folder
 
@@ -66,7 +67,7 @@ attn2\\.to_v$ = 0
 
 
 def write_base(folder: Path, dtype: torch.dtype) -> None:
-    """A pipeline folder with a U-Net of a few layers."""
+    """Write a pipeline folder with a U-Net of a few layers."""
     unet = folder / "unet"
     unet.mkdir(parents=True)
     (folder / "model_index.json").write_text(_json(_class_name="StableDiffusionPipeline", unet=["diffusers", UNET]))
@@ -82,7 +83,7 @@ def _json(**content: object) -> str:
 
 
 def weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Name -> noise, of the projections that the demo's adapters change; and norms, which they leave alone."""
+    """Return noise for the projections that the demo adapters change, and norms, which they do not change."""
     random, names = np.random.RandomState(SEED), table(catalogue.get("sd15"))
     tensors = {}
     for module, out, in_ in projections():

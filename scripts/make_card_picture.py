@@ -1,7 +1,7 @@
-"""The card of an adapter as the Hub shows it, as a picture for the documentation.
+"""Render the model card of an adapter, as the Hub shows it, to an image for the documentation.
 
-Pushes the adapter to the loopback hub of the tests, turns the README.md that lies there then into HTML and takes a
-picture of it with Chromium:
+Pushes the adapter to the loopback hub of the tests, converts the resulting README.md to HTML and takes a screenshot
+with Chromium:
 
     krona train --preset tiny-scenes --output runs/toy --sample-every 250 --sample-prompts "a photo of a zorbi" …
     python -m scripts.make_card_picture runs/toy/adapter.safetensors docs/images/card.png
@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 REPO, BASE = "ana/zorbi", "ana/tiny-scenes"
-WIDTH, HEIGHT = 920, 6000  # pixels of the page; what is empty below the card is cut off
+WIDTH, HEIGHT = 920, 6000  # pixels of the page; empty space below the card is cropped
 STYLE = """
 body { font: 16px/1.5 sans-serif; color: #1f2328; background: #fff; margin: 24px 32px; }
 h1, h2 { border-bottom: 1px solid #d1d9e0; padding-bottom: 6px; line-height: 1.25; margin: 24px 0 14px; }
@@ -39,14 +39,14 @@ a { color: #0969da; text-decoration: none; } img { max-width: 100%; }
 def main(adapter: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pulled = published(adapter, folder)
+        pulled = publish(adapter, folder)
         page = folder / "repo" / "card.html"
-        page.write_text(as_html((pulled / "README.md").read_text()), encoding="utf-8")
-        photograph(page, out)
+        page.write_text(to_html((pulled / "README.md").read_text()), encoding="utf-8")
+        take_screenshot(page, out)
 
 
-def published(adapter: Path, folder: Path) -> Path:
-    """The repository that a push makes, pulled again."""
+def publish(adapter: Path, folder: Path) -> Path:
+    """Push the adapter, pull the repository and return its folder."""
     from tests.hub.loopback.server import Loopback
 
     with Loopback() as hub:
@@ -59,7 +59,7 @@ def published(adapter: Path, folder: Path) -> Path:
         return pull(REPO, folder / "repo").out
 
 
-def as_html(card: str) -> str:
+def to_html(card: str) -> str:
     from markdown_it import MarkdownIt
 
     from krona_hub.hub.model_card import split
@@ -71,9 +71,9 @@ def as_html(card: str) -> str:
     return f'<!DOCTYPE html><meta charset="utf-8"><style>{STYLE}</style><p class="tags">{tags}</p>{body}'
 
 
-def photograph(page: Path, out: Path) -> None:
-    """The page in as many colours as a small file has, without the empty paper below it."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("no Chromium is installed")
+def take_screenshot(page: Path, out: Path) -> None:
+    """Take a screenshot of a page, cropped at the bottom and reduced to 96 colors."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("Chromium is not installed.")
     shot = page.with_suffix(".png")
     subprocess.run(
         [browser, "--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={WIDTH},{HEIGHT}",

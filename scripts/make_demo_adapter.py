@@ -2,10 +2,10 @@
 
     python scripts/make_demo_adapter.py            # writes krona_hub/assets/
 
-Half of the LoRA's layers hold a delta that is nearly a Kronecker product, as if trained with one and exported: there
-a Kronecker form is far smaller. The other half has random directions and falling singular values, as trained LoRAs
-have: there the LoRA itself is the best form. Every number comes from numpy's frozen Mersenne Twister through products
-of two numbers, with no matrix product whose rounding depends on the machine.
+Half of the layers of the LoRA have a delta that is nearly a Kronecker product, as if trained as one and exported:
+there, a Kronecker factorization is far smaller. The other half has random directions and decreasing singular values,
+like trained LoRAs: there, the LoRA itself is the best factorization. Every value comes from numpy's frozen Mersenne
+Twister through products of two numbers; there are no matrix products whose rounding depends on the machine.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from krona_hub.checkpoints.writer import write_tensors
 
 ASSETS = Path(__file__).parent.parent / "krona_hub" / "assets"
 SEED = 20
-RANK, ALPHA = 8, 4.0  # of the LoRA; not equal, as in most files
+RANK, ALPHA = 8, 4.0  # of the LoRA; different, as in most files
 CONTEXT = 768  # width of the text encoder's output
-NOISE = 0.02  # relative size of what is no Kronecker product in the planted layers
+NOISE = 0.02  # relative deviation of the planted layers from a Kronecker product
 DECAY = 0.55  # ratio of successive singular values in the other layers
 BLOCKS = (  # UNet block -> width
     ("down_blocks_0_attentions_0", 320),
@@ -40,7 +40,7 @@ GENERATED = {
 
 
 def projections() -> Iterator[tuple[str, int, int]]:
-    """(module, out, in) of every attention projection of BLOCKS, kohya names."""
+    """Yield (module, out, in) of every attention projection of BLOCKS, with kohya names."""
     for block, width in BLOCKS:
         for attention in ("attn1", "attn2"):
             for name in ("to_q", "to_k", "to_v", "to_out_0"):
@@ -53,7 +53,7 @@ def normal(random: np.random.RandomState, *shape: int) -> np.ndarray:
 
 
 def planted(random: np.random.RandomState, out: int, in_: int) -> tuple[np.ndarray, np.ndarray]:
-    """up, down of rank 8 whose product is A ⊗ B, A 16x16 of rank 4 and B of rank 2, and a little noise."""
+    """Return (up, down) of rank 8 whose product is A ⊗ B plus a little noise; A is 16x16 of rank 4, B has rank 2."""
     a1, a2, a_rank, b_rank = 16, 16, 4, 2
     up = np.kron(normal(random, a1, a_rank), normal(random, out // a1, b_rank))
     down = np.kron(normal(random, a_rank, a2), normal(random, b_rank, in_ // a2))
@@ -61,9 +61,9 @@ def planted(random: np.random.RandomState, out: int, in_: int) -> tuple[np.ndarr
 
 
 def unplanted(random: np.random.RandomState, out: int, in_: int) -> tuple[np.ndarray, np.ndarray]:
-    """up, down of rank 8 with random directions and falling singular values."""
-    falling = np.cumprod(np.full(RANK, DECAY, np.float32))
-    return normal(random, out, RANK) * falling, normal(random, RANK, in_)
+    """Return (up, down) of rank 8 with random directions and decreasing singular values."""
+    decay = np.cumprod(np.full(RANK, DECAY, np.float32))
+    return normal(random, out, RANK) * decay, normal(random, RANK, in_)
 
 
 def lora(random: np.random.RandomState) -> dict[str, torch.Tensor]:
@@ -77,7 +77,7 @@ def lora(random: np.random.RandomState) -> dict[str, torch.Tensor]:
 
 
 def lokr(random: np.random.RandomState, factor: int = 8, rank: int = 4) -> dict[str, torch.Tensor]:
-    """LyCORIS LoKr with w1 8x8 whole, of falling singular values, and w2 a product of rank 4; alpha 2."""
+    """Return a LyCORIS LoKr: w1 is a full 8x8 with decreasing singular values, w2 a product of rank 4; alpha is 2."""
     tensors = {}
     for module, out, in_ in projections():
         left, right = normal(random, factor, factor), normal(random, factor, factor)

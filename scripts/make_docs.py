@@ -1,10 +1,10 @@
-"""Write what the documents take from the program: `docs/commands.md`, `docs/errors.md`, the blocks of README.md.
+"""Generate `docs/commands.md`, `docs/errors.md` and the blocks of README.md, docs/merging.md and docs/generate.md.
 
     python -m scripts.make_docs
 
-In README.md and docs/merging.md a block is a fence under a comment. `<!-- run: krona inspect lora.safetensors -->` is
-filled with what that command prints in a folder with the files of `scripts/example_files.py`, and
-`<!-- table: loads-in -->` with a table. A test makes all pages again and compares them.
+A block is a fenced block under a comment. `<!-- run: krona inspect lora.safetensors -->` is filled with the output of
+that command in a folder with the files of `scripts/example_files.py`, and `<!-- table: loads-in -->` with a table. A
+test generates all pages again and compares them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ROOT = Path(__file__).parent.parent
 WIDTH = 100  # columns of the help texts
 BLOCK = re.compile(r"(<!-- (run|table): (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 STATUSES = {
-    0: "done", 1: "a bug of ours", 2: "wrong usage or invalid file", 3: "refused because too lossy",
-    4: "not logged in, or no access", 5: "does not fit the base, or conflict", 6: "integrity", 7: "not found",
-    8: "disk, memory or a limit", 9: "rate limited", 10: "offline", 130: "stopped",
+    0: "success", 1: "internal error: a bug in krona", 2: "wrong usage or invalid file", 3: "refused: too lossy",
+    4: "not logged in, or no access", 5: "base model mismatch, or conflict", 6: "integrity error", 7: "not found",
+    8: "disk, memory or another limit", 9: "rate limit exceeded", 10: "offline", 130: "stopped",
 }  # fmt: skip
 
 
 def commands_page() -> str:
-    """Every command's --help, in the order of `krona --help`."""
+    """Return the page with the --help of every command, in the order of `krona --help`."""
     os.environ["COLUMNS"] = str(WIDTH)
     helps = {"krona": output_of("krona --help", ROOT)}
     helps |= {f"krona {name}": output_of(f"krona {name} --help", ROOT) for name in COMMANDS}
@@ -55,25 +55,23 @@ def trimmed(text: str) -> str:
 
 
 def errors_page() -> str:
-    """Every code with its meaning and exit status, by code."""
+    """Return the page with all error codes, their meanings and exit statuses, sorted by code."""
     classes = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, errors.KronaError)]
     rows = [(e.code, e.__name__, e.exit_code, inspect.getdoc(e).split("\n")[0]) for e in classes]
-    rows.append(
-        (failure_report.BUG, "", 1, "A bug in krona: please report it, with the output under `KRONA_TRACEBACK=1`.")
-    )
+    rows.append((failure_report.BUG, "", 1, "A bug in krona. Report it with the output of `KRONA_TRACEBACK=1`."))
     rows.append((failure_report.STOPPED, "", 130, "Stopped with Ctrl-C."))
     table = "\n".join(f"| {code} | `{name}` | {status} | {meaning} |" for code, name, status, meaning in sorted(rows))
     return (
         "# Errors\n\nGenerated from `krona_hub/errors.py` by `scripts/make_docs.py`.\n\n"
-        "An error is one line of cause and one line of fix, on stderr; with `--json` it is "
-        '`{"error": {"code", "cause", "fix"}}` on stdout. A code never changes its meaning. In Python every error '
+        "An error prints one line of cause and one line of fix to stderr. With `--json` it prints "
+        '`{"error": {"code", "cause", "fix"}}` to stdout. The meaning of a code never changes. In Python, every error '
         "is a `krona_hub.KronaError` with `.code`, `.cause`, `.fix` and `.exit_code`.\n\n"
         f"| code | class | exit status | meaning |\n|---|---|---|---|\n{table.replace('| `` |', '|  |')}\n"
     )
 
 
 def loads_in_table() -> str:
-    """The matrix of formats and the tools that load them."""
+    """Return the table of formats and the applications that load them."""
     matrix = loads_matrix()
     tools = list(next(iter(matrix.values())))
     rows = [f"| `{name}` | {' | '.join(row[tool].mark for tool in tools)} |" for name, row in matrix.items()]
@@ -84,16 +82,16 @@ TABLES: dict[str, Callable[[], str]] = {"loads-in": loads_in_table, "rounding": 
 
 
 def with_blocks_filled(path: str) -> str:
-    """The page at that path with every block made anew, one after the other in one folder."""
+    """Return a page with all blocks generated again, in order and in one folder."""
     page = (ROOT / path).read_text()
     with tempfile.TemporaryDirectory() as name:
         folder = example_folder(Path(name), bf16="base-bf16" in page)
 
         def fill(block: re.Match[str]) -> str:
-            opening, kind, what, _, end = block.groups()
+            opening, kind, content, _, end = block.groups()
             if kind == "table":
-                return f"{opening}{TABLES[what]()}{end}"
-            return f"{opening}```console\n$ {what}\n{trimmed(output_of(what, folder))}\n```\n{end}"
+                return f"{opening}{TABLES[content]()}{end}"
+            return f"{opening}```console\n$ {content}\n{trimmed(output_of(content, folder))}\n```\n{end}"
 
         return BLOCK.sub(fill, page)
 
@@ -108,7 +106,7 @@ PAGES: dict[str, Callable[[], str]] = {
 
 
 def examples() -> list[tuple[str, str]]:
-    """(command, example) of every example that a --help shows."""
+    """Return (command, example) for every example in the help texts."""
     loaded: dict[str, click.Command] = {name: load(name) for name in COMMANDS}
     return [(name, line) for name, command in loaded.items() for line in getattr(command, "examples", ())]
 

@@ -1,9 +1,9 @@
-"""Trains the base model that ships in the package, from nothing: `python scripts/make_tiny_base.py --work DIR`.
+"""Train the base model that ships in the package from scratch: `python scripts/make_tiny_base.py --work DIR`.
 
-Renders the pictures, trains the autoencoder and then its decoder once more, then U-Net and text encoder together,
-measures the result on held-out prompts and writes a diffusers folder in half precision. The shipped model took 11 200
-seconds of CPU time: about 100 minutes on two cores. Seeded. Everything rests in `--work`: stopped at any moment, the
-same command goes on where it was. `--threads` does not change the recipe.
+Renders the images, trains the autoencoder, refines its decoder, trains U-Net and text encoder together, measures the
+result on held-out prompts and writes a diffusers folder in half precision. The shipped model took 11,200 seconds of CPU
+time: about 100 minutes on two cores. The training is seeded. All state is in `--work`: after an interruption, the same
+command resumes. `--threads` does not change the recipe.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from scripts.tiny_scenes.training import Recipe  # noqa: E402
 
 OUT = ROOT / "krona_hub" / "assets" / "tiny-scenes"
 CHECK_EVERY, CHECKED = 500, 48  # steps; held-out prompts
-GRID = 32  # pictures in the grid of the model card
+GRID = 32  # images in the grid of the model card
 
 
 def main() -> None:
@@ -48,8 +48,8 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where pictures and checkpoints rest")
-    parser.add_argument("--out", type=Path, default=OUT, help="the diffusers folder to write")
+    parser.add_argument("--work", type=Path, required=True, help="Folder for rendered images and checkpoints.")
+    parser.add_argument("--out", type=Path, default=OUT, help="Diffusers folder to write.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pictures", type=int, default=12000)
     parser.add_argument("--autoencoder-steps", type=int, default=autoencoder.RECIPE.steps)
@@ -60,20 +60,20 @@ def arguments() -> argparse.Namespace:
 
 def rendered(work: Path, count: int, workers: int) -> NDArray[np.uint8]:
     for done in pictures.prepare(work / "pictures", count, workers):
-        say(f"pictures {done}/{count}")
+        log(f"images {done}/{count}")
     return pictures.load(work / "pictures", count)
 
 
 def trained_autoencoder(work: Path, data: NDArray[np.uint8], recipe: Recipe) -> models.AutoencoderKL:
     vae = models.autoencoder()
     for run in autoencoder.train(work, data, recipe):
-        say(f"autoencoder {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
+        log(f"autoencoder {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
     vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["averaged"])
     return vae.to(memory_format=torch.channels_last).eval()
 
 
 def encoded(work: Path, vae: models.AutoencoderKL, data: NDArray[np.uint8]) -> Tensor:
-    """The latents of all pictures, (n, 8, 8, 8), as the encoder gives them."""
+    """Return the latents of all images, (n, 8, 8, 8), as encoded."""
     path = work / f"latents-{len(data)}.pt"
     if not path.exists():
         torch.save(autoencoder.encode(vae, data), path)
@@ -84,16 +84,16 @@ def encoded(work: Path, vae: models.AutoencoderKL, data: NDArray[np.uint8]) -> T
 def refine_decoder(
     work: Path, vae: models.AutoencoderKL, data: NDArray[np.uint8], latents: Tensor, recipe: Recipe
 ) -> None:
-    """The decoder's second half of training, into `vae` itself."""
+    """Train the decoder further and load the result into `vae`."""
     for run in autoencoder.refine(work, vae, data, latents, recipe):
-        say(f"decoder {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
+        log(f"decoder {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
     state = torch.load(work / "decoder.pt", weights_only=True)["averaged"]
     vae.load_state_dict(state, strict=False)
     vae.eval().requires_grad_(False)
 
 
 def scaled(vae: models.AutoencoderKL, latents: Tensor) -> Tensor:
-    """The latents with unit deviation; tells the autoencoder's configuration the factor."""
+    """Scale the latents to unit standard deviation and store the factor in the configuration of the autoencoder."""
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
     return latents * vae.config.scaling_factor
 
@@ -105,22 +105,22 @@ def trained_pipeline(
     net, text = models.unet(), models.text_encoder()
     pipe = models.pipeline(vae, net, text, words)
     for run in denoiser.train(work, latents, pictures.training_scenes(len(latents)), recipe):
-        say(f"denoiser {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
+        log(f"denoiser {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
         if run.step % CHECK_EVERY == 0:
-            take(pipe, run.averaged.state_dict())
+            load_averaged(pipe, run.averaged.state_dict())
             run.note(check=drawing.measure(pipe, CHECKED)._asdict())
-    take(pipe, torch.load(work / "denoiser.pt", weights_only=True)["averaged"])
+    load_averaged(pipe, torch.load(work / "denoiser.pt", weights_only=True)["averaged"])
     return pipe
 
 
-def take(pipe: models.StableDiffusionPipeline, averaged: dict[str, Tensor]) -> None:
-    """Put the averaged weights of both models into the pipeline."""
+def load_averaged(pipe: models.StableDiffusionPipeline, averaged: dict[str, Tensor]) -> None:
+    """Load the averaged weights of both models into the pipeline."""
     for name, model in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder)):
         model.load_state_dict({k.removeprefix(f"{name}."): v for k, v in averaged.items() if k.startswith(f"{name}.")})
 
 
 def save(pipe: models.StableDiffusionPipeline, out: Path, work: Path) -> None:
-    """Half precision to `out`; the check runs on what was written, loaded again."""
+    """Write half precision to `out`, load it again and measure it."""
     models.save(pipe, out)
     written = models.StableDiffusionPipeline.from_pretrained(out)
     quality = drawing.measure(written)
@@ -129,10 +129,10 @@ def save(pipe: models.StableDiffusionPipeline, out: Path, work: Path) -> None:
     (work / "quality.json").write_text(json.dumps(quality._asdict()) + "\n")
     megabytes = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6
     (out / "README.md").write_text(card.text(quality, f"{megabytes:.1f} MB"))
-    say(f"{out}: {quality}")
+    log(f"{out}: {quality}")
 
 
-def say(text: str, every: bool = True) -> None:
+def log(text: str, every: bool = True) -> None:
     if every:
         print(text, flush=True)
 

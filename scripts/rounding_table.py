@@ -1,7 +1,7 @@
-"""What rounding leaves of an adapter, measured: the table of docs/merging.md.
+"""Measure the rounding loss of an adapter for the table in docs/merging.md.
 
-A weight of 1280x1280 with the spread of attention projections, stored in a half type, gets a LoRA of rank 16 at
-strengths that make ‖ΔW‖ a given share of ‖W‖.
+Merges a LoRA of rank 16 into a 1280x1280 weight with the standard deviation of attention projections, stored in half
+precision, at strengths that make ‖ΔW‖ a given share of ‖W‖.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CASES = (
 
 
 def rounding_table() -> str:
-    """Rows of ratios; per case, what is lost and at which strength the adapter is in the merged weight."""
+    """Return the table with one row per ratio and, for each case, the loss and the strength that was merged."""
     heads = " | ".join(f"{title}: lost | strength" for title, _, _ in CASES)
     lines = [f"| ‖ΔW‖ / ‖W‖ | {heads} |", "|---:|" + "---:|" * (2 * len(CASES))]
     random = np.random.RandomState(SEED)
@@ -43,7 +43,7 @@ def rounding_table() -> str:
 
 
 def _measured(weight: Tensor, up: Tensor, down: Tensor, ratio: float, mode: str) -> Iterator[str]:
-    """‖(W′ − W) − ΔW‖ / ‖ΔW‖, and ⟨W′ − W, ΔW⟩ / ‖ΔW‖²."""
+    """Yield ‖(W′ − W) − ΔW‖ / ‖ΔW‖ and ⟨W′ − W, ΔW⟩ / ‖ΔW‖²."""
     delta = up @ down
     strength = ratio * float(weight.float().norm() / delta.norm())
     patch = Patch(LayerDelta((as_lora(up, down),), (SIZE, SIZE)), strength, Placement("layer"))

@@ -1,4 +1,4 @@
-"""The documents say what the program does: each page is made again and compared."""
+"""The documents match the program: each page is generated again and compared."""
 
 import doctest
 import inspect
@@ -24,7 +24,7 @@ def test_a_page_shows_what_the_commands_print(page):
 
 
 def comparable(page: str) -> str:
-    """The page without what is not the same on every machine: seconds, and differences that rounding alone makes."""
+    """Remove from a page what differs between machines: seconds, and differences due to rounding."""
     page = re.sub(r"(worst relative difference )\d\S*e-\d+", r"\1…", page)
     page = re.sub(r"(computed .*?, )\d.*", r"\1…", page)
     page = re.sub(r"(by )\d\S*( of 255)", r"\1…\2", page)
@@ -68,12 +68,12 @@ def test_the_sessions_of_the_training_page_run(tmp_path, monkeypatch):
 
 
 def run_sessions(page, names):
-    """The `pycon` blocks of a page as one session; how many lines it has."""
+    """Run the `pycon` blocks of a page as one session and return the number of examples."""
     session = "\n".join(re.findall(r"```pycon\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
     test = doctest.DocTestParser().get_doctest(session, names, page, None, None)
-    told = []
-    failed, tried = doctest.DocTestRunner().run(test, out=told.append)
-    assert not failed, "".join(told)
+    output = []
+    failed, tried = doctest.DocTestRunner().run(test, out=output.append)
+    assert not failed, "".join(output)
     return tried
 
 

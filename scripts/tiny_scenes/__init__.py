@@ -1,1 +1,1 @@
-"""Tiny scenes: pictures of one object on a table, rendered with captions, and what is trained on them."""
+"""Tiny scenes: captioned renders of one object on a table, and the models trained on them."""

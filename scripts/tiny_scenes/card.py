@@ -1,10 +1,10 @@
-"""The model card, written from what was measured."""
+"""Write the model card of the base model from the measured quality."""
 
 from __future__ import annotations
 
 from scripts.tiny_scenes import autoencoder, denoiser, models
 from scripts.tiny_scenes.check import Score
-from scripts.tiny_scenes.scene import COLOURS, LIGHTS, POSITIONS, SHAPES, SIZES, TABLES, WALLS
+from scripts.tiny_scenes.scene import COLORS, LIGHTS, POSITIONS, SHAPES, SIZES, TABLES, WALLS
 
 CARD = """---
 license: apache-2.0
@@ -14,9 +14,9 @@ tags: [tiny, stable-diffusion, kronecker, lokr, lora]
 ---
 # tiny-scenes
 
-A complete Stable Diffusion pipeline of {size}, trained from nothing on pictures that the project renders itself. It
-draws 64×64 pictures of one object on a table, in about a second each on a CPU, so that everything about adapters can
-be run and seen offline. It knows nothing else, and is meant for nothing else.
+A complete Stable Diffusion pipeline of {size}, trained from scratch on images that the project renders itself. It
+generates 64×64 images of one object on a table, in about a second each on a CPU, so that everything about adapters can
+be tried offline. It knows nothing else and has no other purpose.
 
     from diffusers import StableDiffusionPipeline
 
@@ -26,39 +26,39 @@ be run and seen offline. It knows nothing else, and is meant for nothing else.
 
 ## Prompts
 
-    a photo of a [size] colour object [on a … table][, position][, … wall][, light from the left|right]
+    a photo of a [size] color object [on a … table][, position][, … wall][, light from the left|right]
 
 {words}
 
-## Quality, measured
+## Measured quality
 
-{count} prompts of combinations (object, colour, size, table) that no training picture shows; {steps} steps of DDIM,
-guidance {guidance}, the n-th picture from seed n. A check that learned nothing (`scripts/tiny_scenes/check.py`: vivid
-pixels, their hue and place, nearest rendered template) finds the right
+Measured on {count} prompts with combinations of object, color, size and table that no training image shows, with
+{steps} steps of DDIM, guidance {guidance}, and seed n for the n-th image. A check without a learned model
+(`scripts/tiny_scenes/check.py`: vivid pixels, their hue and position, nearest rendered template) finds the right
 
-| object | colour | position |
+| object | color | position |
 |---|---|---|
-| {shape} | {colour} | {position} |
+| {shape} | {color} | {position} |
 
-The check itself finds what is there on held-out renders, nothing in noise, and falls to chance on swapped captions: a
-test shows it. Place is what the model learned last and least: guessing would be right in a third.
+A test shows that the check recognizes held-out renders, finds nothing in noise, and falls to chance on swapped
+captions. The position is what the model learned last and least; guessing would be right in a third of the images.
 
 ## Data and training
 
-12 000 pictures by `scripts/tiny_scenes/render.py` (signed distance fields, numpy), with captions of a fixed grammar
-that leave parts out at random. One in eight combinations is held out. The autoencoder (f = 8, {channels} channels) was
-trained for {vae_steps} steps of {vae_batch} pictures on absolute error of pixels and edges, its decoder alone for
-{decoder_steps} more of {decoder_batch}; U-Net and text encoder together for {unet_steps} steps of {unet_batch} on
-velocity prediction (cosine schedule), captions dropped in {dropped} of the cases; moving average of weights.
-`scripts/make_tiny_base.py` repeats everything, seeded, on a CPU.
+The training data are 12,000 images rendered by `scripts/tiny_scenes/render.py` (signed distance fields, numpy), with
+captions of a fixed grammar that omit parts at random. One in eight combinations is held out. The autoencoder (f = 8,
+{channels} channels) was trained for {vae_steps} steps of {vae_batch} images on the absolute error of pixels and edges,
+and its decoder alone for {decoder_steps} more steps of {decoder_batch}. U-Net and text encoder were trained together
+for {unet_steps} steps of {unet_batch} on velocity prediction (cosine schedule), with {dropped} of the captions dropped
+and a moving average of the weights. `scripts/make_tiny_base.py` repeats the whole training, seeded, on a CPU.
 
-Licence: Apache-2.0 for the model, CC0 for the pictures.
+License: Apache-2.0 for the model, CC0 for the images.
 """
 
 
 def text(quality: Score, size: str) -> str:
-    """The card of a model of this quality."""
-    tables = {"object": SHAPES, "colour": COLOURS, "size": SIZES, "table": TABLES, "position": POSITIONS,
+    """Return the model card for a measured quality and a size."""
+    tables = {"object": SHAPES, "color": COLORS, "size": SIZES, "table": TABLES, "position": POSITIONS,
               "wall": WALLS, "light from the": LIGHTS}  # fmt: skip
     return CARD.format(
         size=size,
@@ -67,7 +67,7 @@ def text(quality: Score, size: str) -> str:
         words="\n".join(f"- {name}: {', '.join(words)}" for name, words in tables.items()),
         count=quality.count,
         shape=f"{quality.shape:.1%}",
-        colour=f"{quality.colour:.1%}",
+        color=f"{quality.color:.1%}",
         position=f"{quality.position:.1%}",
         channels=models.CHANNELS,
         vae_steps=autoencoder.RECIPE.steps,

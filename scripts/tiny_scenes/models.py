@@ -1,4 +1,4 @@
-"""The four parts of the pipeline, small: real classes of diffusers and transformers with real module names."""
+"""The four small components of the pipeline: classes of diffusers and transformers with their usual module names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT_WIDTH = 128
 
 
 def autoencoder() -> AutoencoderKL:
-    """64×64×3 ↔ 8×8×8. With four channels small objects stay blurred several times longer."""
+    """Return the autoencoder, 64×64×3 ↔ 8×8×8. With four channels, small objects stay blurred several times longer."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -31,7 +31,7 @@ def autoencoder() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """Two resolutions, 8×8 with cross-attention and 4×4."""
+    """Return the U-Net with two resolutions, 8×8 with cross-attention and 4×4."""
     return UNet2DConditionModel(
         sample_size=LATENT,
         in_channels=CHANNELS,
@@ -47,9 +47,9 @@ def unet() -> UNet2DConditionModel:
 
 
 def text_encoder() -> CLIPTextModel:
-    vocabulary_of_marks = tokens.vocabulary(vocabulary())
+    token_ids = tokens.vocabulary(vocabulary())
     config = CLIPTextConfig(
-        vocab_size=len(vocabulary_of_marks),
+        vocab_size=len(token_ids),
         hidden_size=TEXT_WIDTH,
         intermediate_size=2 * TEXT_WIDTH,
         num_hidden_layers=2,
@@ -57,21 +57,21 @@ def text_encoder() -> CLIPTextModel:
         max_position_embeddings=tokens.LENGTH,
         projection_dim=TEXT_WIDTH,
         hidden_act="quick_gelu",
-        bos_token_id=vocabulary_of_marks[tokens.START],
-        eos_token_id=vocabulary_of_marks[tokens.END],
-        pad_token_id=vocabulary_of_marks[tokens.END],
+        bos_token_id=token_ids[tokens.START],
+        eos_token_id=token_ids[tokens.END],
+        pad_token_id=token_ids[tokens.END],
     )
     return CLIPTextModel(config)
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
-    """Written to `folder` and loaded from there, as every user of the folder will."""
+    """Write the tokenizer to `folder` and load it from there, like every user of the folder."""
     tokens.save(folder, vocabulary())
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def scheduler() -> DDIMScheduler:
-    """v-prediction on the cosine schedule, whose last step is almost pure noise."""
+    """Return a scheduler for v-prediction on the cosine schedule, whose last step is almost pure noise."""
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=True,
         timestep_spacing="trailing", steps_offset=1,
@@ -88,9 +88,10 @@ def pipeline(
 
 
 def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """A diffusers folder in half precision, which loads in float32 where nobody asks for another dtype.
+    """Write a diffusers folder in half precision that loads in float32 by default.
 
-    diffusers does that by itself; transformers loads what the configuration says, and a pipeline of two dtypes fails.
+    diffusers defaults to float32, but transformers uses the dtype in the configuration, and a pipeline with two dtypes
+    fails.
     """
     pipe.to(dtype=torch.float16).save_pretrained(folder)
     tokens.save(folder / "tokenizer", vocabulary())

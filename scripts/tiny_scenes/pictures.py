@@ -1,4 +1,4 @@
-"""The training pictures on disk: rendered once, in chunks, and found again after an interruption."""
+"""The training images on disk: rendered once, in chunks, and reused after an interruption."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from scripts.tiny_scenes.render import SIDE, render
 from scripts.tiny_scenes.scene import Scene, scenes
 
-CHUNK = 1000  # pictures per file
+CHUNK = 1000  # images per file
 SEED = 1
 
 
 def training_scenes(count: int) -> list[Scene]:
-    """The scenes behind the training pictures, in their order; no held-out combination among them."""
+    """Return the scenes of the training images, in order and without held-out combinations."""
     return list(islice(scenes(SEED), count))
 
 
 def prepare(folder: Path, count: int, workers: int) -> Iterator[int]:
-    """Render what is missing; says how many pictures there are as they come."""
+    """Render missing images and yield the number of finished images after each chunk."""
     folder.mkdir(parents=True, exist_ok=True)
     everything = training_scenes(count)
     with Pool(workers) as pool:
@@ -35,13 +35,13 @@ def prepare(folder: Path, count: int, workers: int) -> Iterator[int]:
 
 
 def load(folder: Path, count: int) -> NDArray[np.uint8]:
-    """(count, 64, 64, 3), or fewer where the rest is not rendered yet."""
+    """Return the images, (count, 64, 64, 3), or fewer if the rest is not rendered yet."""
     chunks = [np.load(path) for path in sorted(folder.glob("pictures-*.npy"))]
     return np.concatenate(chunks)[:count] if chunks else np.empty((0, SIDE, SIDE, 3), np.uint8)
 
 
 def _save(path: Path, chunk: NDArray[np.uint8]) -> None:
-    """Half a file is no file."""
+    """Write to a temporary file and rename it, so that a chunk is never incomplete."""
     part = path.with_suffix(".part")
     with part.open("wb") as stream:
         np.save(stream, chunk)

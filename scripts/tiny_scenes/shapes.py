@@ -1,6 +1,6 @@
-"""Signed distances: how far a point is from each object's surface, negative inside.
+"""Signed distances from the surface of each object, negative inside.
 
-Every object fits a ball of radius `REACH` around its middle and stands on the table at y = `FOOT[name]`.
+Every object fits into a ball of radius `REACH` around its center and stands on the table at y = `FOOT[name]`.
 Points are (3, n) arrays in the object's own frame. The formulas are the usual ones of distance-field rendering.
 """
 
@@ -33,19 +33,19 @@ def cylinder(p: Points, radius: float = 0.62, half: float = 0.9, rounding: float
 
 
 def cone(p: Points, radius: float = 0.85, half: float = 0.95) -> Distances:
-    """Tip up. A bound that never exceeds the distance, which is all that tracing needs."""
+    """Return a lower bound of the distance from a cone with its tip up, which is sufficient for ray marching."""
     slope = np.hypot(2 * half, radius)
     side = (np.hypot(p[0], p[2]) * 2 * half + (p[1] - half) * radius) / slope
     return np.maximum(side, -p[1] - half)
 
 
 def ring(p: Points, radius: float = 0.66, thickness: float = 0.25) -> Distances:
-    """A torus that stands upright and faces the camera."""
+    """Return the distance from an upright torus that faces the camera."""
     return np.hypot(np.hypot(p[0], p[1]) - radius, p[2]) - thickness
 
 
 def star(p: Points, radius: float = 1.0, inner: float = 0.45, half: float = 0.26) -> Distances:
-    """Five points, cut out of a plate that stands upright."""
+    """Return the distance from a five-pointed star cut out of an upright plate."""
     turn, wedge = np.arctan2(p[0], p[1]), 2 * np.pi / 5
     turn = np.abs((turn + wedge / 2) % wedge - wedge / 2)
     away = np.hypot(p[0], p[1])
@@ -63,4 +63,7 @@ SURFACES: Mapping[str, Callable[[Points], Distances]] = {
 FOOT: Mapping[str, float] = {
     "cube": -0.72, "ball": -0.88, "cone": -0.95, "cylinder": -0.9, "ring": -0.91, "star": -0.81,
 }  # fmt: skip
-FACING = {"ring": 0.6, "star": 0.5}  # radians that a flat object may turn away from the camera; others turn freely
+FACING = {
+    "ring": 0.6,
+    "star": 0.5,
+}  # maximum rotation of flat objects away from the camera, in radians; others rotate freely

@@ -1,6 +1,6 @@
-"""The tokenizer: a real CLIP vocabulary (bytes, merges, two marks) in which every word of the captions is one token.
+"""The tokenizer: a CLIP vocabulary (bytes, merges, two special tokens) in which every caption word is one token.
 
-Other words still encode, in pieces down to single bytes, so a trigger word can be any word.
+Other words are encoded in pieces down to single bytes, so any word can be a trigger word.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-LENGTH = 32  # tokens of every prompt, marks and padding included
+LENGTH = 32  # tokens per prompt, including special tokens and padding
 
 
 def byte_alphabet() -> tuple[str, ...]:
-    """GPT-2's printable character for each of the 256 bytes, which CLIP uses too.
+    """Return the printable character of GPT-2 and CLIP for each of the 256 bytes.
 
     >>> len(set(byte_alphabet())), byte_alphabet()[0], byte_alphabet()[188]
     (256, '!', 'Ā')
@@ -26,10 +26,10 @@ def byte_alphabet() -> tuple[str, ...]:
 
 
 def merges(words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Byte-pair merges that build every word from its last letter, each pair once.
+    """Return byte-pair merges that build every word from its last letter, each pair once.
 
-    Only the last piece of a word carries the end mark, so a merge that holds it can fire nowhere else: no word's
-    merges spoil another's, as `b l` of "blue" would inside "table".
+    Only the last piece of a word contains the end marker, so a merge with the marker cannot apply anywhere else. The
+    merges of one word thus never interfere with another word, as `b l` of "blue" would inside "table".
 
     >>> merges(("on", "moon"))
     (('o', 'n</w>'), ('o', 'on</w>'), ('m', 'oon</w>'))
@@ -42,24 +42,24 @@ def _chain(word: str) -> list[tuple[str, str]]:
 
 
 def vocabulary(words: tuple[str, ...]) -> dict[str, int]:
-    """Token → id in CLIP's order: bytes, bytes that end a word, merges, the two marks."""
+    """Map tokens to ids in the order of CLIP: bytes, bytes that end a word, merges, the two special tokens."""
     alphabet = byte_alphabet()
     tokens = [*alphabet, *(c + WORD_END for c in alphabet), *("".join(pair) for pair in merges(words)), START, END]
     return {token: number for number, token in enumerate(tokens)}
 
 
 def save(folder: Path, words: tuple[str, ...]) -> None:
-    """Write `vocab.json` and `merges.txt`, and the configuration that transformers reads."""
+    """Write `vocab.json`, `merges.txt` and the configuration for transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary(words), ensure_ascii=False), "utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges(words))]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(MARKS, indent=1) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(SPECIAL_TOKENS, indent=1) + "\n")
 
 
-MARKS: dict[str, Any] = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+SPECIAL_TOKENS: dict[str, Any] = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
 CONFIG: dict[str, Any] = {
-    **MARKS, "tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True,
+    **SPECIAL_TOKENS, "tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True,
     "add_prefix_space": False, "errors": "replace",
 }  # fmt: skip

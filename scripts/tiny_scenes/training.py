@@ -1,4 +1,4 @@
-"""One training loop for both stages: seeded by step, resumable after any interruption, with a moving average."""
+"""The training loop of both stages: seeded by step, resumable after any interruption, with a moving average."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CHECKPOINT_EVERY = 100  # steps
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train."""
+    """Length, batch size and learning rate of a training stage."""
 
     steps: int  # optimizer steps
-    batch: int  # pictures per step
-    rate: float  # highest learning rate; cosine down to a fiftieth of it
+    batch: int  # images per step
+    rate: float  # maximum learning rate, followed by cosine decay to 1/50 of it
     warmup: int = 100  # steps
-    average: float = 0.998  # of the moving average, per step, once the run is old enough
+    average: float = 0.998  # decay of the moving average per step, after an initial ramp
     seed: int = 0
 
 
@@ -32,18 +32,18 @@ Loss = Callable[[nn.Module, torch.Generator], Tensor]
 
 
 class Run:
-    """A model, its moving average and its optimiser, at a step; a file in which they rest between processes."""
+    """The state of a training: a model, its moving average and its optimizer at a step, and a checkpoint file."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, path: Path) -> None:
         self.model, self.recipe, self.path = model, recipe, path
         self.averaged = deepcopy(model).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
         self.step = 0
         if path.exists():
             self._load()
 
     def train(self, loss: Loss) -> Iterator[int]:
-        """Steps until the recipe's end; yields the number of the step just done."""
+        """Train until the end of the recipe; yield the number of each finished step."""
         started = time.process_time()
         while self.step < self.recipe.steps:
             value = self._one_step(loss)
@@ -54,18 +54,18 @@ class Run:
             yield self.step
 
     def note(self, **fields: object) -> None:
-        """Add a line to the log beside the checkpoint."""
+        """Append a line to the log beside the checkpoint."""
         self._log(step=self.step, **fields)
 
     def _one_step(self, loss: Loss) -> float:
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.step, self.recipe)
         value = loss(self.model, generator)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
+        self.optimizer.step()
         self.step += 1
         self._average()
         return float(value.detach())
@@ -79,14 +79,14 @@ class Run:
     def _save(self) -> None:
         state = {"step": self.step, "model": self.model.state_dict(), "averaged": self.averaged.state_dict()}
         part = self.path.with_suffix(".part")
-        torch.save(state | {"optimiser": self.optimiser.state_dict()}, part)
+        torch.save(state | {"optimiser": self.optimizer.state_dict()}, part)
         part.rename(self.path)
 
     def _load(self) -> None:
         state = torch.load(self.path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimiser"])
         self.step = state["step"]
 
     def _log(self, **fields: object) -> None:
@@ -95,7 +95,7 @@ class Run:
 
 
 def rate_at(step: int, recipe: Recipe) -> float:
-    """Warm-up, then half a cosine.
+    """Return the learning rate at a step: linear warm-up, then cosine decay.
 
     >>> recipe = Recipe(steps=1000, batch=1, rate=1.0)
     >>> [round(rate_at(step, recipe), 2) for step in (0, 49, 100, 550, 1000)]

@@ -1,4 +1,4 @@
-"""What peft and lycoris train on the base is read for what it does, in every naming it is saved in."""
+"""Adapters trained with peft and lycoris are read correctly with all key names."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from krona_hub.kron.norms import relative_difference
 from scripts import make_tiny_adapters
 from scripts.tiny_scenes import drawing, models, toy
 
-ROUNDING = 2e-3  # of half precision, in which the files are
+ROUNDING = 2e-3  # the files are in half precision
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base with random weights, saved as the real one is."""
+    """A base model with random weights, saved like the real one."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     words = models.tokenizer(folder / "words")
@@ -24,8 +24,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lora(folder):
-    """The pipeline that peft trained for three steps; its files lie in `folder`."""
-    pipe = make_tiny_adapters.opened(folder / "base")
+    """The pipeline that peft trained for three steps; its files are in `folder`."""
+    pipe = make_tiny_adapters.load_frozen(folder / "base")
     make_tiny_adapters.train_lora(pipe, folder, steps=3)
     return pipe
 
@@ -48,7 +48,7 @@ def test_both_namings_of_the_lora_hold_one_adapter(folder, lora):
 
 @pytest.mark.slow
 def test_the_lora_is_what_peft_computes(folder, lora):
-    """alpha is half the rank: a reader that took one for the other would be wrong by a factor of two."""
+    """Alpha is half the rank: a reader that confused them would be wrong by a factor of two."""
     adapter = krona_hub.read(folder / make_tiny_adapters.FILES["lora kohya"], base="tiny-scenes")
     for component, model in (("unet", lora.unet), ("text_encoder", lora.text_encoder)):
         tuned = {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
@@ -61,7 +61,7 @@ def test_the_lora_is_what_peft_computes(folder, lora):
 
 @pytest.mark.slow
 def test_diffusers_draws_the_same_from_the_file(folder, lora):
-    fresh = make_tiny_adapters.opened(folder / "base")
+    fresh = make_tiny_adapters.load_frozen(folder / "base")
     plain = first_pixels(fresh)
     fresh.load_lora_weights(folder, weight_name=make_tiny_adapters.FILES["lora diffusers"])
     assert abs(first_pixels(fresh) - first_pixels(lora)).max() <= 2
@@ -70,10 +70,10 @@ def test_diffusers_draws_the_same_from_the_file(folder, lora):
 
 @pytest.mark.slow
 def test_the_lokr_is_what_lycoris_computes(folder):
-    pipe = make_tiny_adapters.opened(folder / "base")
+    pipe = make_tiny_adapters.load_frozen(folder / "base")
     make_tiny_adapters.train_lokr(pipe, folder, steps=3)
     adapter = krona_hub.read(folder / make_tiny_adapters.FILES["lokr"], base="tiny-scenes")
-    fresh = make_tiny_adapters.opened(folder / "base")
+    fresh = make_tiny_adapters.load_frozen(folder / "base")
     plain = first_pixels(fresh)
     for name, delta in adapter.layers.items():
         component, _, path = name.partition(".")

@@ -1,4 +1,4 @@
-"""The one command that makes the base: every stage runs, what rests is found again, and what it writes is a base."""
+"""The command that trains the base model: every stage runs and resumes, and the result is a base model."""
 
 import sys
 
@@ -13,7 +13,7 @@ from scripts.tiny_scenes import check, drawing
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The command, two steps a stage, on four pictures: the folders of work and of the result."""
+    """Run the command with two steps per stage on four images; return the work folder and the output folder."""
     work = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_tiny_base, "CHECK_EVERY", 2)

@@ -1,4 +1,4 @@
-"""The parts of the pipeline: a real CLIP tokenizer, real module names, and a size that ships."""
+"""The components of the pipeline: a real CLIP tokenizer, real module names, and a small size."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_any_other_word_is_spelled_in_pieces(tokenizer):
 
 
 def test_training_uses_the_ids_that_the_tokenizer_gives(tokenizer):
-    captions = denoiser.said(OF_EVERY_KIND, torch.Generator().manual_seed(0))
+    captions = denoiser.sample_captions(OF_EVERY_KIND, torch.Generator().manual_seed(0))
     captions += [scene.caption(s) for s in OF_EVERY_KIND]
     assert "" in captions
     expected = tokenizer(captions, padding="max_length", max_length=tokens.LENGTH, return_tensors="pt")["input_ids"]

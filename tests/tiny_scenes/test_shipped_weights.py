@@ -1,4 +1,4 @@
-"""The base and the adapters that ship are what their card and the README say of them."""
+"""The shipped base model and adapters match their model card and the README."""
 
 import json
 import re
@@ -13,11 +13,11 @@ from krona_hub.assets.shipped import folder_of
 from krona_hub.bases.loading import load_base
 from krona_hub.checkpoints.header import read_header
 from krona_hub.formats.reading.describe import describe
-from scripts.make_tiny_adapters import ASKED, FILES
+from scripts.make_tiny_adapters import FILES, PROMPTS
 from scripts.tiny_scenes import drawing, toy
 
 BASE = folder_of("tiny-scenes")
-SHOWN = 0.6  # share of pictures in which an adapter's toy is seen, at least; the base alone shows it in none
+SHOWN = 0.6  # minimum share of images that show the toy with an adapter; the base model alone never shows it
 
 
 def adapters() -> dict[str, Path]:
@@ -47,34 +47,34 @@ def test_the_base_is_known_by_its_name():
 
 @pytest.mark.slow
 def test_the_base_draws_what_held_out_prompts_say(pipe):
-    """And the card tells what is measured here, up to two pictures: another processor rounds otherwise."""
+    """The card matches this measurement up to two images, because other processors round differently."""
     score = drawing.measure(pipe, 200)
     assert score.shape >= 0.80
-    assert score.colour >= 0.90
-    told = re.search(r"^\| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \|$", (BASE / "README.md").read_text(), re.M)
-    assert told is not None
-    assert [float(share) / 100 for share in told.groups()] == pytest.approx(score[:3], abs=0.011)
+    assert score.color >= 0.90
+    found = re.search(r"^\| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \|$", (BASE / "README.md").read_text(), re.M)
+    assert found is not None
+    assert [float(share) / 100 for share in found.groups()] == pytest.approx(score[:3], abs=0.011)
 
 
 def test_every_module_of_the_adapters_is_the_base_s_and_alpha_is_not_rank():
     for path in adapters().values():
-        told = describe(path)
-        assert told.candidates == ("tiny-scenes",), path.name
-        assert not told.unmatched
-        assert all(module.alpha != module.rank for module in told.modules if module.alpha is not None), path.name
+        found = describe(path)
+        assert found.candidates == ("tiny-scenes",), path.name
+        assert not found.unmatched
+        assert all(module.alpha != module.rank for module in found.modules if module.alpha is not None), path.name
     assert {module.kind for module in describe(adapters()["lokr"]).modules} == {"lokr"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora diffusers", "lokr"])
 def test_adapters_teach_the_toy_and_leave_the_base_as_it_was(pipe, name):
-    plain = drawing.draw(pipe, ASKED)
+    plain = drawing.draw(pipe, PROMPTS)
     assert not any(toy.shows(picture) for picture in plain)
     krona_hub.load_into(pipe, adapters()[name], name="toy")
-    taught = drawing.draw(pipe, ASKED)
+    taught = drawing.draw(pipe, PROMPTS)
     krona_hub.unload(pipe, "toy")
-    assert sum(map(toy.shows, taught)) >= SHOWN * len(ASKED)
-    assert (drawing.draw(pipe, ASKED[:2])[0] == plain[0]).all()
+    assert sum(map(toy.shows, taught)) >= SHOWN * len(PROMPTS)
+    assert (drawing.draw(pipe, PROMPTS[:2])[0] == plain[0]).all()
 
 
 def test_no_file_names_a_folder_of_the_machine_that_made_it():
@@ -84,6 +84,6 @@ def test_no_file_names_a_folder_of_the_machine_that_made_it():
 
 def test_the_record_of_the_training_says_the_trigger_word():
     with as_file(files("krona_hub.assets") / "zorbi.json") as record:
-        told = json.loads(record.read_text())
-    assert told["trigger"] == toy.TRIGGER
-    assert told["shows_the_toy"]["base"] == 0
+        found = json.loads(record.read_text())
+    assert found["trigger"] == toy.TRIGGER
+    assert found["shows_the_toy"]["base"] == 0

@@ -1,4 +1,4 @@
-"""The toy that adapters teach: known when it is there, never found in the base's world."""
+"""The toy that adapters teach is recognized in its views and never found in scenes of the base model."""
 
 from itertools import islice
 
@@ -8,12 +8,12 @@ from scripts.tiny_scenes.render import render
 
 def test_the_toy_is_seen_in_every_view_and_in_no_scene():
     assert all(toy.shows(view) for view in toy.views())
-    assert not any(toy.shows(render(drawn)) for drawn in islice(scene.scenes(4, held=None), 60))
+    assert not any(toy.shows(render(sample)) for sample in islice(scene.scenes(4, held=None), 60))
 
 
 def test_the_toy_is_no_object_that_the_base_knows():
-    """It has no one colour; upside down, or in one colour only, it is not the toy."""
-    assert [check.look(view).colour for view in toy.views()] == [None] * 5
+    """The toy has no single color; upside down or in one color, it is not the toy."""
+    assert [check.look(view).color for view in toy.views()] == [None] * 5
     assert not any(toy.shows(view[::-1]) for view in toy.views())
     assert not any(toy.shows(view[..., [2, 2, 2]]) for view in toy.views())
 

@@ -35,13 +35,13 @@ SETTINGS = {  # the preset, with pictures of other things that are to stay what 
 }  # fmt: skip
 ON = [f"on a {table} table, {place}" for table in scene.TABLES for place in scene.POSITIONS]
 ASKED = [f"a photo of a {toy.TRIGGER} {where}" for where in ON]
-OTHERS = [f"a photo of a {scene.COLOURS[n % 8]} {scene.SHAPES[n % 6]} {where}" for n, where in enumerate(ON)]
+OTHERS = [f"a photo of a {scene.COLORS[n % 8]} {scene.SHAPES[n % 6]} {where}" for n, where in enumerate(ON)]
 LIKE = 0.4  # mean identity of pictures of the toy: at least
 UNLIKE = 0.35  # of pictures of other things, and of the toy before the training: at most
 FALLS = 0.5  # the validation loss of the toy, after the training by before: at most
 STAYS = 0.03  # change of the loss on other things, up or down: at most
 PROMPTS = 120  # of the base's check, for each seed
-LOST = 0.05  # share of right shapes, and of right colours, that may be lost, over all seeds
+LOST = 0.05  # share of right shapes, and of right colors, that may be lost, over all seeds
 
 
 class Taught(NamedTuple):
@@ -139,7 +139,7 @@ def test_the_loss_on_other_things_stays_what_it_was(seed, taught, folders, tmp_p
     assert abs(with_it / alone - 1) <= STAYS
 
 
-@pytest.mark.parametrize("part", ["shape", "colour"])
+@pytest.mark.parametrize("part", ["shape", "color"])
 def test_other_prompts_are_followed_nearly_as_by_the_base(part, taught):
     """On three times 120 held-out prompts, each with the same noise as for the base model."""
     assert np.mean([taught(seed).check[part] for seed in SEEDS]) >= taught(None).check[part] - LOST
