@@ -38,7 +38,7 @@ from quality_report import save_report  # noqa: E402
 from krona_hub import KronLinear  # noqa: E402
 from krona_hub.assets.shipped import folder_of  # noqa: E402
 from krona_hub.evaluation.color_identity import RECOGNIZED, identity  # noqa: E402
-from scripts.tiny_scenes import autoencoder, check, drawing, scene, toy  # noqa: E402
+from scripts.tiny_scenes import autoencoder, check, sampling, scene, toy  # noqa: E402
 from scripts.tiny_scenes.denoiser import held_out_scenes  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
@@ -123,9 +123,9 @@ def toy_views() -> Any:
 def scores(pipe: Any) -> dict[str, float]:
     """Return the scores of images of the toy and of held-out prompts."""
     views = [Image.fromarray(view) for view in toy.views()]
-    found = [identity(Image.fromarray(image), views) for image in drawing.draw(pipe, TOY_PROMPTS)]
+    found = [identity(Image.fromarray(image), views) for image in sampling.generate(pipe, TOY_PROMPTS)]
     wanted = held_out_scenes(PROMPTS)
-    kept = check.score(drawing.draw(pipe, [scene.prompt(each) for each in wanted]), wanted)
+    kept = check.score(sampling.generate(pipe, [scene.prompt(each) for each in wanted]), wanted)
     return {
         "identity": sum(found) / len(found),
         "shown": sum(each > RECOGNIZED for each in found) / len(found),

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.tiny_scenes import autoencoder, drawing, render, scene, tokens, toy  # noqa: E402
+from scripts.tiny_scenes import autoencoder, render, sampling, scene, tokens, toy  # noqa: E402
 
 ASSETS = ROOT / "krona_hub" / "assets"
 LORA_RANK, LORA_ALPHA = 8, 4.0
@@ -57,7 +57,7 @@ def main() -> None:
     save_record(images, args.out / "zorbi.json")
     save_views(args.out / "zorbi")
     if args.grid:
-        Image.fromarray(drawing.grid([p for row in images.values() for p in row[::2]], len(PROMPTS) // 2)).save(
+        Image.fromarray(sampling.grid([p for row in images.values() for p in row[::2]], len(PROMPTS) // 2)).save(
             args.grid
         )
 
@@ -210,7 +210,7 @@ def ids_of(pipe: StableDiffusionPipeline, captions: Iterable[str]) -> Tensor:
 
 def generate_toys(pipe: StableDiffusionPipeline) -> list[render.Image]:
     """Generate an image of the toy for every table and position, most of which are not among the views."""
-    return drawing.draw(pipe, PROMPTS)
+    return sampling.generate(pipe, PROMPTS)
 
 
 def save_record(images: Mapping[str, list[render.Image]], path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.tiny_scenes import autoencoder, card, denoiser, drawing, models, pictures  # noqa: E402
+from scripts.tiny_scenes import autoencoder, card, denoiser, images, models, sampling  # noqa: E402
 from scripts.tiny_scenes.scene import prompt  # noqa: E402
 from scripts.tiny_scenes.training import Recipe  # noqa: E402
 
@@ -59,9 +59,9 @@ def arguments() -> argparse.Namespace:
 
 
 def rendered(work: Path, count: int, workers: int) -> NDArray[np.uint8]:
-    for done in pictures.prepare(work / "pictures", count, workers):
+    for done in images.prepare(work / "pictures", count, workers):
         log(f"images {done}/{count}")
-    return pictures.load(work / "pictures", count)
+    return images.load(work / "pictures", count)
 
 
 def trained_autoencoder(work: Path, data: NDArray[np.uint8], recipe: Recipe) -> models.AutoencoderKL:
@@ -104,11 +104,11 @@ def trained_pipeline(
     words = models.tokenizer(work / "tokenizer")
     net, text = models.unet(), models.text_encoder()
     pipe = models.pipeline(vae, net, text, words)
-    for run in denoiser.train(work, latents, pictures.training_scenes(len(latents)), recipe):
+    for run in denoiser.train(work, latents, images.training_scenes(len(latents)), recipe):
         log(f"denoiser {run.step}/{run.recipe.steps}", every=run.step % 100 == 0)
         if run.step % CHECK_EVERY == 0:
             load_averaged(pipe, run.averaged.state_dict())
-            run.note(check=drawing.measure(pipe, CHECKED)._asdict())
+            run.note(check=sampling.measure(pipe, CHECKED)._asdict())
     load_averaged(pipe, torch.load(work / "denoiser.pt", weights_only=True)["averaged"])
     return pipe
 
@@ -123,9 +123,9 @@ def save(pipe: models.StableDiffusionPipeline, out: Path, work: Path) -> None:
     """Write half precision to `out`, load it again and measure it."""
     models.save(pipe, out)
     written = models.StableDiffusionPipeline.from_pretrained(out)
-    quality = drawing.measure(written)
-    shown = drawing.draw(written, [prompt(scene) for scene in denoiser.held_out_scenes(GRID)])
-    Image.fromarray(drawing.grid(shown, 8)).save(work / "grid.png")
+    quality = sampling.measure(written)
+    shown = sampling.generate(written, [prompt(scene) for scene in denoiser.held_out_scenes(GRID)])
+    Image.fromarray(sampling.grid(shown, 8)).save(work / "grid.png")
     (work / "quality.json").write_text(json.dumps(quality._asdict()) + "\n")
     megabytes = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6
     (out / "README.md").write_text(card.text(quality, f"{megabytes:.1f} MB"))

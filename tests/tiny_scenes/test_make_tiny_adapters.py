@@ -7,7 +7,7 @@ import krona_hub
 from krona_hub.formats.reading.describe import describe
 from krona_hub.kron.norms import relative_difference
 from scripts import make_tiny_adapters
-from scripts.tiny_scenes import drawing, models, toy
+from scripts.tiny_scenes import models, sampling, toy
 
 ROUNDING = 2e-3  # the files are in half precision
 
@@ -31,7 +31,7 @@ def lora(folder):
 
 
 def first_pixels(pipe):
-    return drawing.draw(pipe, [toy.captions()[0]], steps=2)[0].astype(int)
+    return sampling.generate(pipe, [toy.captions()[0]], steps=2)[0].astype(int)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 
 from krona_hub.bases.loading import load_base, weight_files
 from scripts import make_tiny_base
-from scripts.tiny_scenes import check, drawing
+from scripts.tiny_scenes import check, sampling
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_folder_draws_in_one_dtype_and_in_half_precision_on_disk(made):
     _, out = made
     pipe = StableDiffusionPipeline.from_pretrained(out)
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
-    assert [picture.shape for picture in drawing.draw(pipe, ["a red cube"], steps=2)] == [(64, 64, 3)]
+    assert [picture.shape for picture in sampling.generate(pipe, ["a red cube"], steps=2)] == [(64, 64, 3)]
     assert (out / "unet/diffusion_pytorch_model.safetensors").stat().st_size < 2.1 * pipe.unet.num_parameters()
 
 

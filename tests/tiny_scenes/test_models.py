@@ -5,7 +5,7 @@ import torch
 
 from krona_hub.bases import catalogue
 from scripts.tiny_scenes import denoiser, models, scene, tokens
-from tests.tiny_scenes.test_pictures import OF_EVERY_KIND
+from tests.tiny_scenes.test_images import OF_EVERY_KIND
 
 
 @pytest.fixture(scope="module")

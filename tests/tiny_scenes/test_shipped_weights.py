@@ -14,7 +14,7 @@ from krona_hub.bases.loading import load_base
 from krona_hub.checkpoints.header import read_header
 from krona_hub.formats.reading.describe import describe
 from scripts.make_tiny_adapters import FILES, PROMPTS
-from scripts.tiny_scenes import drawing, toy
+from scripts.tiny_scenes import sampling, toy
 
 BASE = folder_of("tiny-scenes")
 SHOWN = 0.6  # minimum share of images that show the toy with an adapter; the base model alone never shows it
@@ -48,7 +48,7 @@ def test_the_base_is_known_by_its_name():
 @pytest.mark.slow
 def test_the_base_draws_what_held_out_prompts_say(pipe):
     """The card matches this measurement up to two images, because other processors round differently."""
-    score = drawing.measure(pipe, 200)
+    score = sampling.measure(pipe, 200)
     assert score.shape >= 0.80
     assert score.color >= 0.90
     found = re.search(r"^\| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \|$", (BASE / "README.md").read_text(), re.M)
@@ -68,13 +68,13 @@ def test_every_module_of_the_adapters_is_the_base_s_and_alpha_is_not_rank():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora diffusers", "lokr"])
 def test_adapters_teach_the_toy_and_leave_the_base_as_it_was(pipe, name):
-    plain = drawing.draw(pipe, PROMPTS)
+    plain = sampling.generate(pipe, PROMPTS)
     assert not any(toy.shows(picture) for picture in plain)
     krona_hub.load_into(pipe, adapters()[name], name="toy")
-    taught = drawing.draw(pipe, PROMPTS)
+    taught = sampling.generate(pipe, PROMPTS)
     krona_hub.unload(pipe, "toy")
     assert sum(map(toy.shows, taught)) >= SHOWN * len(PROMPTS)
-    assert (drawing.draw(pipe, PROMPTS[:2])[0] == plain[0]).all()
+    assert (sampling.generate(pipe, PROMPTS[:2])[0] == plain[0]).all()
 
 
 def test_no_file_names_a_folder_of_the_machine_that_made_it():

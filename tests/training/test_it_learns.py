@@ -19,7 +19,7 @@ from PIL import Image
 from krona_hub import load_into, train
 from krona_hub.assets.shipped import folder_of
 from krona_hub.evaluation.color_identity import RECOGNIZED, identity
-from scripts.tiny_scenes import drawing, render, scene, toy
+from scripts.tiny_scenes import render, sampling, scene, toy
 
 BASE = folder_of("tiny-scenes")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BASE.is_dir(), reason="the base is not in the package")]
@@ -167,6 +167,6 @@ def drawn(adapter) -> tuple[list[float], list[float], dict[str, float]]:
     if adapter:
         load_into(pipe, adapter)
     views = [Image.fromarray(view) for view in toy.views()]
-    both = (drawing.draw(pipe, asked) for asked in (ASKED, OTHERS))
+    both = (sampling.generate(pipe, asked) for asked in (ASKED, OTHERS))
     toys, others = ([identity(Image.fromarray(picture), views) for picture in some] for some in both)
-    return toys, others, drawing.measure(pipe, PROMPTS)._asdict()
+    return toys, others, sampling.measure(pipe, PROMPTS)._asdict()

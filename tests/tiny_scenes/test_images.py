@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from scripts.tiny_scenes import check, pictures, scene, training
+from scripts.tiny_scenes import check, images, scene, training
 from scripts.tiny_scenes.render import render
 from scripts.tiny_scenes.shapes import REACH, SURFACES
 
@@ -52,7 +52,7 @@ def test_no_surface_promises_more_than_the_distance(name):
 
 
 def test_training_never_shows_a_held_out_combination():
-    kept = {(s.shape, s.color, s.size, s.table) for s in pictures.training_scenes(3000)}
+    kept = {(s.shape, s.color, s.size, s.table) for s in images.training_scenes(3000)}
     held = {(s.shape, s.color, s.size, s.table) for s in islice(scene.scenes(9, held=True), 300)}
     assert not kept & held
     assert {word for combination in held for word in combination} == {w for c in kept for w in c}
@@ -108,13 +108,13 @@ def test_the_check_refuses_a_second_object():
 
 
 def test_pictures_are_rendered_once_and_found_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "CHUNK", 4)
-    assert list(pictures.prepare(tmp_path, 8, workers=1)) == [4, 8]
-    first = pictures.load(tmp_path, 8)
+    monkeypatch.setattr(images, "CHUNK", 4)
+    assert list(images.prepare(tmp_path, 8, workers=1)) == [4, 8]
+    first = images.load(tmp_path, 8)
     (tmp_path / "pictures-000004.npy").unlink()
-    list(pictures.prepare(tmp_path, 8, workers=1))
-    assert np.array_equal(pictures.load(tmp_path, 8), first)
-    assert np.array_equal(first[5], render(pictures.training_scenes(8)[5]))
+    list(images.prepare(tmp_path, 8, workers=1))
+    assert np.array_equal(images.load(tmp_path, 8), first)
+    assert np.array_equal(first[5], render(images.training_scenes(8)[5]))
 
 
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ BATCH = 25  # images at a time
 
 
 @torch.no_grad()
-def draw(
+def generate(
     pipe: StableDiffusionPipeline, prompts: Sequence[str], guidance: float = GUIDANCE, steps: int = STEPS
 ) -> list[Image]:
     """Generate one image per prompt; the n-th starts from noise of seed n."""
@@ -36,7 +36,7 @@ def draw(
 def measure(pipe: StableDiffusionPipeline, count: int = 200) -> Score:
     """Score images of held-out prompts."""
     held_out = held_out_scenes(count)
-    return score(draw(pipe, [prompt(scene) for scene in held_out]), held_out)
+    return score(generate(pipe, [prompt(scene) for scene in held_out]), held_out)
 
 
 def grid(images: Sequence[Image], columns: int) -> Image:

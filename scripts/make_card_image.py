@@ -4,7 +4,7 @@ Pushes the adapter to the loopback hub of the tests, converts the resulting READ
 with Chromium:
 
     krona train --preset tiny-scenes --output runs/toy --sample-every 250 --sample-prompts "a photo of a zorbi" …
-    python -m scripts.make_card_picture runs/toy/adapter.safetensors docs/images/card.png
+    python -m scripts.make_card_image runs/toy/adapter.safetensors docs/images/card.png
 """
 
 from __future__ import annotations
