@@ -57,7 +57,7 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the sorted lines `name shape` of the denoiser (of all components, if there is no denoiser).
+        """SHA-256 of the sorted lines `name shape` of the denoiser (of all components, for a base without a denoiser).
 
         Text encoders are excluded, so that folders with and without them count as the same base.
         """

@@ -1,6 +1,6 @@
 """The names of a diffusers U-Net in the original latent-diffusion code (ldm, sgm), by the rule of FORMATS §12.2.
 
-There is no table per model: block numbers follow from L, the layers per block, which the module names imply, so the
+No model needs a table: block numbers follow from L, the layers per block, which the module names imply, so the
 rule covers U-Nets of any configuration.
 """
 
