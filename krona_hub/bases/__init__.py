@@ -1,1 +1,1 @@
-"""Base models: the module names and weight shapes of a family, and the names other tools give them. Torch-free."""
+"""Base models: module names and weight shapes of each family, and their names in other applications. Torch-free."""

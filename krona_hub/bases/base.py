@@ -1,4 +1,4 @@
-"""A base model as names and shapes, and where a module of a file lands in it."""
+"""A base model as module names and weight shapes."""
 
 from __future__ import annotations
 
@@ -20,51 +20,52 @@ DENOISERS = COMPONENTS[:2]
 class Base:
     """A base model: component -> module path -> ModuleSpec.
 
-    Module paths are those of diffusers and transformers, CLIP's without `text_model.`.
+    Module paths are those of diffusers and transformers, without the `text_model.` of CLIP.
     """
 
-    name: str  # catalogue name, or the path or Hub id it was built from
-    family: str | None  # catalogue name that it equals, None where it equals none
-    components: Mapping[str, Component]  # component -> module path -> ModuleSpec; plain mappings are taken, too
-    hub_id: str | None = None  # such as "stabilityai/stable-diffusion-xl-base-1.0"
-    uncovered: tuple[str, ...] = ()  # parts of the pipeline that take adapters but are not listed, in words
-    candidates: tuple[str, ...] = ()  # catalogue names that it equals, where they are several (sd21 and its base)
+    name: str  # catalogue name, or the source path
+    family: str | None  # name of the equal catalogue entry; None without one
+    components: Mapping[str, Component]  # component -> module path -> ModuleSpec; plain mappings are accepted
+    hub_id: str | None = None  # e.g. "stabilityai/stable-diffusion-xl-base-1.0"
+    uncovered: tuple[str, ...] = ()  # adaptable parts of the pipeline that `components` lacks, in words
+    candidates: tuple[str, ...] = ()  # names of several equal catalogue entries (sd21 and sd21-base)
 
     def __post_init__(self) -> None:
         components = {c: m if isinstance(m, Component) else Component(m) for c, m in self.components.items()}
         object.__setattr__(self, "components", MappingProxyType(components))
 
     def module(self, layer: str) -> ModuleSpec | None:
-        """The module of a canonical layer name, None where the base has none."""
+        """The module of a canonical layer name; None if the base has no such layer."""
         component, _, path = layer.partition(".")
         return self.components.get(component, Component()).get(path)
 
     @property
     def denoiser(self) -> str | None:
-        """The component that denoises, `unet` or `transformer`; None for a lone text encoder."""
+        """The denoiser component, `unet` or `transformer`; None for a lone text encoder."""
         return next((c for c in DENOISERS if c in self.components), None)
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
+        """The text-encoder components, in order."""
         return tuple(c for c in COMPONENTS if c in self.components and c not in DENOISERS)
 
     def layers(self, component: str | None = None) -> Iterator[tuple[str, ModuleSpec]]:
-        """Canonical name and module of every layer, of one component or of all."""
+        """Canonical name and module of every layer, of one component or of all components."""
         for owner in (component,) if component else self.components:
             for path, module in self.components[owner].items():
                 yield f"{owner}.{path}", module
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the sorted lines `name shape` of the denoiser (of everything, where there is none).
+        """SHA-256 of the sorted lines `name shape` of the denoiser (of all components, for a base without a denoiser).
 
-        Text encoders stay out, so that a folder with and one without them is the same base.
+        Text encoders are excluded, so that folders with and without them count as the same base.
         """
         lines = sorted(f"{name} {'x'.join(map(str, m.shape))}\n" for name, m in self.layers(self.denoiser))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property
     def model(self) -> BaseModel:
-        """What an adapter remembers of its base."""
-        told = self.fingerprint if self.denoiser else None  # a lone text encoder says little of the model it is for
-        return BaseModel(self.family, self.hub_id, None, told, self.candidates)
+        """The record of this base model in an adapter."""
+        fingerprint = self.fingerprint if self.denoiser else None  # a lone text encoder does not identify the model
+        return BaseModel(self.family, self.hub_id, None, fingerprint, self.candidates)

@@ -1,6 +1,6 @@
-"""The catalogue of known bases: names, shapes and what is known about their configuration. Torch-free.
+"""The catalogue of known base models: names, shapes and the sources of their configurations. Torch-free.
 
-`catalogue/<component>.json` is written by `scripts/build_catalogue.py` from published configurations.
+`scripts/build_catalogue.py` writes `catalogue/<component>.json` from published configurations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from krona_hub.bases.families import ALIASES, FAMILIES
 from krona_hub.bases.name_patterns import expand
 from krona_hub.errors import UnknownBaseError
 
-CONFIG_STATUS: Mapping[str, str] = {  # how far the configuration is checked
+CONFIG_STATUS: Mapping[str, str] = {  # source of the configuration
     "F": "stored copy of the published config.json",
     "C": "conversion script of diffusers",
     "P2": "two public sources agree",
@@ -27,8 +27,8 @@ CONFIG_STATUS: Mapping[str, str] = {  # how far the configuration is checked
     "D": "defaults of the class",
     "O": "our own: scripts/make_tiny_base.py",
 }
-TOTAL_STATUS: Mapping[str, str] = {  # how far the total number of parameters is checked
-    "W": "the same number stands beside the named model in a public source",
+TOTAL_STATUS: Mapping[str, str] = {  # source of the total number of parameters
+    "W": "a public source states the same number for the model",
     "A": "a public source computes the same number",
     "N": "no source found",
     "O": "our own: counted in the model",
@@ -36,27 +36,27 @@ TOTAL_STATUS: Mapping[str, str] = {  # how far the total number of parameters is
 
 
 class CatalogueEntry(NamedTuple):
-    """A file of the catalogue: one model of a pipeline."""
+    """One file of the catalogue: a single model of a pipeline."""
 
-    name: str  # such as "sdxl.unet"
+    name: str  # e.g. "sdxl.unet"
     library: str  # diffusers or transformers
     class_name: str
     config_status: str  # a key of CONFIG_STATUS
     total_status: str  # a key of TOTAL_STATUS
-    total_parameters: int  # of the whole model, embeddings and norms included; no buffers
+    total_parameters: int  # of the whole model, including embeddings and norms, without buffers
     source: str
     config: Mapping[str, Any]
     modules: Component
 
 
 def names() -> tuple[str, ...]:
-    """The bases of the catalogue."""
+    """The names of all base models in the catalogue."""
     return tuple(FAMILIES)
 
 
 @cache
 def get(name: str) -> Base:
-    """A base by its name, by another spelling of it, or by its Hub id. Raises UnknownBaseError with the nearest name.
+    """Look up a base model by name, alias or Hub id. Raises UnknownBaseError, with a suggestion, for unknown names.
 
     >>> get("sdxl").components["unet"]["mid_block.attentions.0.proj_in"].shape
     (1280, 1280)
@@ -68,8 +68,8 @@ def get(name: str) -> Base:
         near = get_close_matches(name.lower(), [*FAMILIES, *ALIASES], n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UnknownBaseError(
-            f"no base is called {name!r}.",
-            fix=f"{hint}Give a folder, a checkpoint file, or one of {', '.join(FAMILIES)}.",
+            f"Unknown base model {name!r}.",
+            fix=f"{hint}Specify a folder, a checkpoint file, or one of {', '.join(FAMILIES)}.",
         )
     entry = FAMILIES[family]
     parts = {c: component(file).modules for c, file in entry.components.items()}
@@ -77,7 +77,7 @@ def get(name: str) -> Base:
 
 
 def find(name: str) -> str | None:
-    """The catalogue name behind a name, another spelling or a Hub id; None where it is unknown.
+    """Resolve a name, alias or Hub id to a catalogue name; None if unknown.
 
     >>> find("Flux"), find("stabilityai/stable-diffusion-2-1"), find("nobody/nothing")
     ('flux1-dev', 'sd21', None)
@@ -95,7 +95,7 @@ def _hub_ids() -> Mapping[str, str]:
 
 @cache
 def component(name: str) -> CatalogueEntry:
-    """One file of the catalogue, expanded."""
+    """Load one file of the catalogue, with all patterns expanded."""
     data = json.loads(files("krona_hub.bases").joinpath("catalogue", f"{name}.json").read_text("utf-8"))
     return CatalogueEntry(
         name=data["component"],
@@ -111,6 +111,6 @@ def component(name: str) -> CatalogueEntry:
 
 
 def component_names() -> tuple[str, ...]:
-    """Every file of the catalogue, sorted."""
+    """The names of all catalogue files, sorted."""
     folder = files("krona_hub.bases").joinpath("catalogue")
     return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))

@@ -1,10 +1,10 @@
-"""Which base an adapter was made for, from the names and shapes of its modules and what its metadata say.
+"""Detect the base model of an adapter from the names and shapes of its modules and from its metadata.
 
 score = matched / (modules of the adapter + members of every touched pattern that the adapter lacks)
 
-Trainers adapt whole patterns (every `attn.to_q`), so a base whose blocks outnumber the adapter's is the wrong one.
-Some bases cannot be told apart by names at all (FLUX.1 dev and schnell; SD 2.1 and its base): they tie, and only the
-metadata choose between them.
+Trainers adapt whole patterns (every `attn.to_q`), so a base model with more blocks than the adapter is a wrong match.
+Some base models have identical names (FLUX.1 dev and schnell; SD 2.1 and SD 2.1 base): they tie, and only metadata
+can decide between them.
 """
 
 from __future__ import annotations
@@ -22,38 +22,40 @@ from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_patterns import NUMBER
 from krona_hub.bases.name_table import NameTable, table
 
-PROBES = 24  # names that decide whether a base is worth scoring
+PROBES = 24  # sampled names that decide whether to score a base model
 
-Shapes = Mapping[str, tuple[int, ...] | None]  # module of a file -> shape of its delta, None where unknown
+Shapes = Mapping[str, tuple[int, ...] | None]  # module of a file -> shape of its delta, None if unknown
 Landing = Mapping[str, tuple[Placement, ...]]  # component -> placements
 
 
 class Candidate(NamedTuple):
+    """How well the modules of an adapter fit one base model."""
+
     base: str  # catalogue name
-    component: str | None  # the one component that every matched module belongs to, None where there are several
+    component: str | None  # component of all matched modules; None if there are several
     matched: int  # modules
-    total: int  # modules of the adapter, and those it lacks
+    total: int  # modules of the adapter, plus missing ones
     score: float  # matched / total
-    named: bool = False  # the metadata name this base
+    named: bool = False  # whether the metadata name this base model
 
 
 def candidates(modules: Shapes, metadata: Mapping[str, str] | None = None) -> tuple[Candidate, ...]:
-    """Every base (and component) that some modules fit, best first; equal scores are ties.
+    """Every base model (and component) that some modules fit, best first; equal scores are ties.
 
-    `modules` maps the names of a file, in any dialect, to the (out, in[, k…]) that the delta implies. Of equal scores
-    the base that the metadata name comes first; metadata that contradict names and shapes are not believed.
+    `modules` maps module names, in any dialect, to the shape (out, in[, k…]) of the delta. Metadata only order base
+    models of equal score; they never override names and shapes.
 
     >>> best = candidates({"lora_unet_mid_block_attentions_0_proj_in": (1280, 1280)})
     >>> [c.base for c in best if c.score == best[0].score]
     ['sd15', 'sd21-base', 'sd21', 'sdxl']
     """
-    told = bases_named(metadata or {})
-    found = [c for base in _promising(modules) for c in _score(base, modules, base.name in told)]
+    hinted = bases_named(metadata or {})
+    found = [c for base in _promising(modules) for c in _score(base, modules, base.name in hinted)]
     return tuple(sorted(found, key=lambda c: (-c.score, not c.named, -c.matched)))
 
 
 def settled(found: Sequence[Candidate]) -> Candidate | None:
-    """The one candidate to believe: the best, if no other ties with it or the metadata name it alone."""
+    """The best candidate, if it is unique or the only tied one that the metadata name; else None."""
     ties = [c for c in found if c.score == found[0].score] if found else []
     named = [c for c in ties if c.named]
     only = named or ties
@@ -61,12 +63,12 @@ def settled(found: Sequence[Candidate]) -> Candidate | None:
 
 
 def fit(base: Base, modules: Shapes) -> tuple[Candidate, ...]:
-    """How well the modules fit one base, one candidate per component that they can mean; best first."""
+    """How well the modules fit one base model: one candidate per possible component, best first."""
     return tuple(sorted(_score(base, modules, False), key=lambda c: -c.score))
 
 
 def _promising(modules: Shapes) -> list[Base]:
-    """The bases that know about as many of a few names as the best does; scoring all names in all is too slow."""
+    """Base models that match about as many sampled names as the best one; scoring all names in all is too slow."""
     probes = list(modules)[:: max(1, len(modules) // PROBES)]
     known = {}
     for base in map(catalogue.get, catalogue.names()):
@@ -77,16 +79,16 @@ def _promising(modules: Shapes) -> list[Base]:
 
 
 def _score(base: Base, modules: Shapes, named: bool) -> Iterator[Candidate]:
-    """One candidate per component that the names can mean; a single one where each name says it."""
+    """One candidate per possible component; a single one if every name states its component."""
     names = table(base)
     landings = [_landing(base, names, name, shape) for name, shape in modules.items()]
     owners = sorted({owner for landing in landings for owner in landing})
-    open_question = any(len(landing) > 1 for landing in landings)
-    for choice in owners if open_question else owners[:1]:
+    ambiguous = any(len(landing) > 1 for landing in landings)
+    for choice in owners if ambiguous else owners[:1]:
         chosen = [places for landing in landings if (places := _choose(landing, choice))]
         layers = {place.layer for places in chosen for place in places}
         total = len(modules) + _lacking(base, layers)
-        component = choice if open_question or len(owners) == 1 else None
+        component = choice if ambiguous or len(owners) == 1 else None
         yield Candidate(base.name, component, len(chosen), total, len(chosen) / total, named)
 
 
@@ -95,14 +97,14 @@ def _landing(base: Base, names: NameTable, name: str, shape: tuple[int, ...] | N
 
 
 def _choose(landing: Landing, component: str) -> tuple[Placement, ...] | None:
-    """The placements in the chosen component, or in the only one there is."""
+    """The placements in the chosen component, or in the only possible one."""
     if component in landing:
         return landing[component]
     return next(iter(landing.values())) if len(landing) == 1 else None
 
 
 def _fits(base: Base, places: tuple[Placement, ...], shape: tuple[int, ...] | None) -> bool:
-    """Whether a delta of this shape can land there; kernels may be flattened into the columns."""
+    """Whether a delta of this shape fits the placements; kernels may be flattened into the columns."""
     if shape is None:
         return True
     sizes = [module.matrix for place in places if (module := base.module(place.layer))]
@@ -112,7 +114,7 @@ def _fits(base: Base, places: tuple[Placement, ...], shape: tuple[int, ...] | No
 
 
 def _lacking(base: Base, layers: set[str]) -> int:
-    """Members of the patterns that `layers` touch, less `layers` themselves."""
+    """Number of layers that share a pattern with `layers` but are not among them."""
     members = _members(base)
     touched = {_pattern(layer) for layer in layers}
     return sum(members[pattern] for pattern in touched) - len(layers)

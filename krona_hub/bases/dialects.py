@@ -1,9 +1,9 @@
-"""How each dialect writes a canonical layer: a prefix for the component, a path, and dots or underscores.
+"""Dialects of module names: a prefix for the component, a path, and dots or underscores.
 
-| dialect | example (SDXL, then FLUX.1) | written for |
+| dialect | example (SDXL, then FLUX.1) | used by |
 |---|---|---|
 | diffusers | `unet.down_blocks.1…to_q`, `transformer.transformer_blocks.0.attn.to_q` | diffusers pipelines |
-| peft | `down_blocks.1…to_q`: no component, `text_model.` as the class of today has it | PEFT folders |
+| peft | `down_blocks.1…to_q`: no component, `text_model.` as in the current class | PEFT folders |
 | kohya | `lora_unet_down_blocks_1_…`, `lora_te1_text_model_…` | LyCORIS, ComfyUI, Forge, A1111 |
 | kohya-ldm | `lora_unet_input_blocks_4_1_…`, `lora_unet_double_blocks_0_img_attn_qkv` | sd-scripts |
 | comfyui | as kohya for U-Nets; `transformer.…` or `diffusion_model.…` for transformers | ComfyUI |
@@ -15,21 +15,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from krona_hub.bases import ldm_names
 from krona_hub.bases.base import DENOISERS, Base
 from krona_hub.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
-
 
 class Dialect(NamedTuple):
+    """Prefixes and separators of a dialect."""
+
     denoiser: str  # prefix; {} is the component
-    text: str  # prefix of text encoders; {} is the component, {n} the trainers' number
+    text: str  # prefix of text encoders; {} is the component, {n} its number in trainers
     underscored: bool = False
-    originals: bool = False  # the authors' own names of the denoiser
+    originals: bool = False  # whether the denoiser has its original names
 
 
 DIALECTS: Mapping[str, Dialect] = {
@@ -37,7 +36,7 @@ DIALECTS: Mapping[str, Dialect] = {
     "peft": Dialect("", ""),
     "kohya": Dialect("lora_unet_", "lora_te{n}_", underscored=True),
     "kohya-ldm": Dialect("lora_unet_", "lora_te{n}_", underscored=True, originals=True),
-    "comfyui": Dialect("lora_unet_", "lora_te{n}_", underscored=True),  # of U-Nets; transformers: see `_comfyui`
+    "comfyui": Dialect("lora_unet_", "lora_te{n}_", underscored=True),  # for U-Nets; for transformers see `_comfyui`
     "original": Dialect("diffusion_model.", "{}.", originals=True),
     "processor": Dialect("{}.", "{}."),
 }
@@ -45,7 +44,7 @@ COMFYUI = {
     "diffusers": Dialect("transformer.", "lora_te{n}_"),
     "original": Dialect("diffusion_model.", "lora_te{n}_", originals=True),
 }
-PROCESSOR = (  # the only modules that the processor era knew
+PROCESSOR = (  # the only modules with attention-processor names
     (re.compile(r"(.*attn\d?)\.(to_[qkv]|add_[qkv]_proj|to_add_out)"), r"\1.processor.\2_lora"),
     (re.compile(r"(.*attn\d?)\.to_out\.0"), r"\1.processor.to_out_lora"),
     (re.compile(r"(.*self_attn)\.(q|k|v|out)_proj"), r"\1.to_\2_lora"),
@@ -53,7 +52,7 @@ PROCESSOR = (  # the only modules that the processor era knew
 
 
 def prefixed(base: Base, component: str, path: str, dialect: str) -> str:
-    """A path of a component as the dialect writes it: prefix, `text_model.` of CLIP, underscores."""
+    """The name of a module path in a dialect: prefix, `text_model.` of CLIP, underscores."""
     rule = _rule(base, component, dialect)
     path = text_model(base, component, path, dialect)
     prefix = rule.denoiser if component in DENOISERS else rule.text
@@ -63,18 +62,18 @@ def prefixed(base: Base, component: str, path: str, dialect: str) -> str:
 
 
 def uses_originals(base: Base, component: str, dialect: str) -> bool:
-    """Whether the dialect writes the authors' own names for this component."""
+    """Whether the dialect uses the original names for this component."""
     if component not in DENOISERS or not _rule(base, component, dialect).originals:
         return False
-    # sd-scripts writes ldm names for SDXL, but diffusers names for SD 1 and 2
+    # sd-scripts uses ldm names for SDXL, but diffusers names for SD 1 and 2
     modules = base.components[component]
     return dialect != "kohya-ldm" or not ldm_names.is_unet(modules) or ldm_names.is_sdxl_like(modules)
 
 
 def text_model(base: Base, component: str, path: str, dialect: str) -> str:
-    """CLIP paths with `text_model.`, which several tools need to find them (FORMATS §12.3).
+    """Add `text_model.` to CLIP paths, which several applications require (FORMATS §12.3).
 
-    PEFT loads into a live model, where only the class with a projection still has it.
+    PEFT loads into an instantiated model, where only the class with a projection still has it.
     """
     modules = base.components[component]
     inside = path != "text_projection" and modules.kind == "clip"
@@ -84,8 +83,10 @@ def text_model(base: Base, component: str, path: str, dialect: str) -> str:
 
 
 def trainers_number(base: Base, component: str) -> str:
-    """The number behind `lora_te`: none for a lone encoder (1 if it is T5, which is how ComfyUI counts it),
-    3 for T5 beside others (also FLUX's, which is its second encoder)."""
+    """The number after `lora_te` of a text encoder.
+
+    None for a single encoder (1 for T5, as in ComfyUI), and 3 for T5 among others (also in FLUX, where it is second).
+    """
     is_t5 = base.components[component].kind == "t5"
     if component in DENOISERS or len(base.text_encoders) == 1:
         return "1" if is_t5 else ""
@@ -96,17 +97,18 @@ def trainers_number(base: Base, component: str) -> str:
 
 def _rule(base: Base, component: str, dialect: str) -> Dialect:
     if dialect not in DIALECTS:
-        raise UsageError(f"{dialect!r} is no dialect of module names.", fix=f"Known: {', '.join(DIALECTS)}.")
+        raise UsageError(f"Unknown dialect {dialect!r} of module names.", fix=f"Choose one of {', '.join(DIALECTS)}.")
     return _comfyui(base) if dialect == "comfyui" else DIALECTS[dialect]
 
 
 def _comfyui(base: Base) -> Dialect:
-    """ComfyUI knows the diffusers names of U-Nets and of some transformers, and everybody's original names."""
+    """ComfyUI supports the diffusers names of U-Nets and some transformers, and all original names."""
     original = base.components["transformer"].original if "transformer" in base.components else None
     return COMFYUI[original.comfyui] if original else DIALECTS["comfyui"]
 
 
 def processor_name(component: str, path: str) -> str | None:
+    """The attention-processor name of a module; None if it has none."""
     for pattern, old in PROCESSOR:
         if pattern.fullmatch(path):
             return f"{component}.{pattern.sub(old, path)}"

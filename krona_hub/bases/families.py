@@ -1,7 +1,7 @@
-"""The bases that have a name: which components they are made of, and where they live on the Hub.
+"""Named base models: their components and Hub ids.
 
-A component is a file of `catalogue/`; text encoders are shared between bases. What a pipeline has and the catalogue
-does not list is named in `uncovered`.
+A component is a file of `catalogue/`; base models share text encoders. `uncovered` names the adaptable parts of a
+pipeline that the catalogue does not list.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
+    """A named base model."""
+
     title: str
     components: Mapping[str, str]  # component -> file of the catalogue
-    hub_ids: tuple[str, ...] = ()  # the first is the one to name
+    hub_ids: tuple[str, ...] = ()  # the first one is shown
     uncovered: tuple[str, ...] = ()
 
 
@@ -116,10 +118,10 @@ FAMILIES: Mapping[str, Family] = {
     "auraflow": Family(
         "AuraFlow v0.3", _dit("auraflow", {"text_encoder": "pile-t5-xl.text"}), ("fal/AuraFlow-v0.3", "fal/AuraFlow")
     ),
-    "tiny-scenes": Family("tiny-scenes, the small base of this package", _unet("tiny-scenes", TINY_TEXT)),
+    "tiny-scenes": Family("tiny-scenes, the small base model shipped with krona_hub", _unet("tiny-scenes", TINY_TEXT)),
 }
 
-ALIASES: Mapping[str, str] = {  # other spellings that people use
+ALIASES: Mapping[str, str] = {  # common alternative names
     "sd1": "sd15", "sd1.5": "sd15", "sd14": "sd15", "sd-1.5": "sd15", "sd2": "sd21", "sd2.1": "sd21", "sd-xl": "sdxl",
     "sdxl-base": "sdxl", "sd3": "sd3-medium", "sd3.5-medium": "sd35-medium", "sd3.5-large": "sd35-large",
     "flux": "flux1-dev", "flux1": "flux1-dev", "flux-dev": "flux1-dev", "flux-schnell": "flux1-schnell",

@@ -1,7 +1,7 @@
-"""The names of the original latent-diffusion code (ldm, sgm) for a diffusers U-Net, by FORMATS §12.2's rule.
+"""The names of a diffusers U-Net in the original latent-diffusion code (ldm, sgm), by the rule of FORMATS §12.2.
 
-Nothing is listed: block numbers follow from L, the layers per block, which is read off the module names, so that
-a U-Net of any configuration has its table.
+No model needs a table: block numbers follow from L, the layers per block, which the module names imply, so the
+rule covers U-Nets of any configuration.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ MIDDLE = re.compile(r"(mid_block\.(?:resnets|attentions)\.\d+)\.(.+)")
 
 
 def is_unet(modules: Mapping[str, ModuleSpec]) -> bool:
+    """Whether the modules are those of a diffusers U-Net."""
     return "conv_in" in modules and "mid_block.resnets.0.conv1" in modules
 
 
 def is_sdxl_like(modules: Mapping[str, ModuleSpec]) -> bool:
-    """U-Nets with added conditions (SDXL and its refiner): those whose trainers write ldm names."""
+    """Whether a U-Net has added conditions (SDXL and its refiner), for which sd-scripts writes ldm names."""
     return "add_embedding.linear_1" in modules
 
 
 def names(modules: Mapping[str, ModuleSpec]) -> dict[str, tuple[Placement, ...]]:
-    """ldm name -> placement (layer: path within the component) of every module of a U-Net; {} for anything else."""
+    """ldm name -> placement (layer: path within the component) of every module of a U-Net; {} for other models."""
     if not is_unet(modules):
         return {}
     layers = sum(f"down_blocks.0.resnets.{i}.conv1" in modules for i in range(16))  # L
@@ -60,7 +61,7 @@ def _ldm(path: str, layers: int, modules: Mapping[str, ModuleSpec]) -> str | Non
         return f"{TOP[middle[1]]}.{_inner(middle[2])}" if middle[1] in TOP else None
     if block := BLOCK.fullmatch(path):
         side, number, kind, index, rest = block.groups()
-        return PLACES[side, kind](int(number), int(index), rest, layers, modules)
+        return RULES[side, kind](int(number), int(index), rest, layers, modules)
     return None
 
 
@@ -68,16 +69,16 @@ def _inner(rest: str) -> str:
     return RESNET.get(rest, rest)
 
 
-Place = Callable[[int, int, str, int, Mapping[str, ModuleSpec]], str]
+Rule = Callable[[int, int, str, int, Mapping[str, ModuleSpec]], str]
 
 
 def _up_sampler(b: int, _: int, rest: str, n: int, modules: Mapping[str, ModuleSpec]) -> str:
-    """Last of its block, behind the attention where the block has one."""
-    behind = 2 if f"up_blocks.{b}.attentions.{n}.proj_in" in modules else 1
-    return f"output_blocks.{b * (n + 1) + n}.{behind}.{rest}"
+    """Last in its block, after the attention if the block has one."""
+    index = 2 if f"up_blocks.{b}.attentions.{n}.proj_in" in modules else 1
+    return f"output_blocks.{b * (n + 1) + n}.{index}.{rest}"
 
 
-PLACES: Mapping[tuple[str, str], Place] = {  # b: block, i: layer in the block, n: layers per block
+RULES: Mapping[tuple[str, str], Rule] = {  # b: block, i: layer in the block, n: layers per block
     ("down_blocks", "resnets"): lambda b, i, rest, n, _: f"input_blocks.{b * (n + 1) + i + 1}.0.{_inner(rest)}",
     ("down_blocks", "attentions"): lambda b, i, rest, n, _: f"input_blocks.{b * (n + 1) + i + 1}.1.{rest}",
     ("down_blocks", "downsamplers"): lambda b, i, rest, n, _: f"input_blocks.{(b + 1) * (n + 1)}.0.op",

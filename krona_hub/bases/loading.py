@@ -1,6 +1,6 @@
-"""A base from what people have: a catalogue name, a diffusers folder, a component folder, a checkpoint file.
+"""Load a base model from a catalogue name, a diffusers folder, a component folder or a checkpoint file.
 
-Names and shapes come from safetensors headers; only a folder that has nothing but `config.json` needs diffusers.
+Names and shapes come from safetensors headers; only folders with a `config.json` but no weights need diffusers.
 """
 
 from __future__ import annotations
@@ -43,12 +43,33 @@ __all__ = [
 
 
 def load_base(source: str | Path) -> Base:
-    """The base that `source` names or holds.
+    """Load the names and shapes of a base model; reads headers and configurations, never weights.
 
-    A source is a path if it exists, otherwise a catalogue name or a Hub id that the catalogue knows. A diffusers
-    folder is read component by component (`unet/`, `transformer/`, `text_encoder*/`), from weights where there are
-    any, else from its configs; of a checkpoint file only the header is read. Raises UnknownBaseError where no base can
-    be made of it, NotFoundError for a path that does not exist, FormatError for a file that is no safetensors.
+    Parameters
+    ----------
+    source : str or Path
+        A path if it exists: a diffusers folder (`unet/`, `transformer/`, `text_encoder*/`), a component folder or a
+        safetensors checkpoint. Otherwise a catalogue name, an alias, or a Hub id that the catalogue lists.
+
+    Returns
+    -------
+    Base
+        Modules by component. `family` is the equal entry of the catalogue, or None.
+
+    Raises
+    ------
+    NotFoundError
+        A checkpoint file does not exist.
+    UnknownBaseError
+        The name is unknown, or the files do not contain a known base model.
+    FormatError
+        A file is not valid safetensors or JSON.
+
+    Examples
+    --------
+    >>> base = load_base("tiny-scenes")
+    >>> base.denoiser, base.text_encoders, len(list(base.layers()))
+    ('unet', ('text_encoder',), 95)
     """
     path = Path(source)
     if path.is_dir():
@@ -56,14 +77,14 @@ def load_base(source: str | Path) -> Base:
     if path.exists():
         return _file_base(path)
     if catalogue.find(str(source)) is None and path.suffix in (".safetensors", ".ckpt", ".pt"):
-        raise NotFoundError(f"there is no file {source}.", fix="Check the path.")
+        raise NotFoundError(f"File {source} does not exist.", fix="Check the path.")
     return catalogue.get(str(source))
 
 
 def weight_files(source: str | Path) -> dict[str, WeightPlace]:
-    """Canonical layer -> where its base weight lies; {} for the name of a base that does not ship, or without weights.
+    """Canonical layer -> location of its base weight; {} for a base model without local weights.
 
-    `read(place)` gives the tensor itself.
+    `read(place)` returns the tensor itself.
     """
     path = folder_of(source)
     if path.is_dir():
@@ -78,34 +99,34 @@ def weight_files(source: str | Path) -> dict[str, WeightPlace]:
 
 
 def open_checkpoint(path: Path) -> tuple[Base, dict[str, WeightPlace]]:
-    """The base in one file, and where in it the weight of each layer lies: both for the price of one."""
+    """The base model in one checkpoint file and the location of each layer's weight, from a single header read."""
     stored = stored_in([path])
     base = _base_of_tensors(path, stored)
     return base, landed(base, stored)
 
 
 def stored_by_component(folder: Path) -> dict[str, dict[str, StoredTensor]]:
-    """Component -> tensor name -> place, of a pipeline or of a lone component."""
+    """Component -> tensor name -> location, for a pipeline or a single component."""
     return {c: stored_in(files_of(f)) for c, f in component_folders(folder).items()}
 
 
 def placed(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
-    """Canonical layer -> where its weight lies, of tensors under any names that a base of the catalogue has.
+    """Canonical layer -> location of its weight, for tensors with any names of a base model in the catalogue.
 
-    `path` is what an error calls them. Raises UnknownBaseError where no base is known by these names.
+    `path` names the source in errors. Raises UnknownBaseError if no base model has these names.
     """
     return landed(_base_of_tensors(path, stored), stored)
 
 
 def plainly_placed(component: str, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
-    """Canonical layer -> where its weight lies, of one component's tensors under their diffusers names."""
+    """Canonical layer -> location of its weight, for the tensors of one component with diffusers names."""
     weights = {path.removeprefix("text_model."): w for path, w in weights_by_module(stored).items()}
     layers = {f"{component}.{path}": w for path, w in weights.items()}
     return {layer: WeightPlace(w.path, w.tensor, Placement(layer)) for layer, w in layers.items()}
 
 
 def landed(base: Base, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
-    """Canonical layer -> place, of weights under any names that `base` knows."""
+    """Canonical layer -> location of its weight, for tensors with any names of `base`."""
     weights = weights_by_module(stored)
     return {
         place.layer: WeightPlace(weight.path, weight.tensor, place)
@@ -115,14 +136,14 @@ def landed(base: Base, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPl
 
 
 def component_folders(path: Path) -> dict[str, Path]:
-    """component -> folder, of a pipeline or of a lone component."""
+    """Component -> folder, for a pipeline or a single component. Raises UnknownBaseError for any other folder."""
     folders = {c: path / c for c in COMPONENTS if _has_model(path / c)}
     if folders:
         return folders
     if not _has_model(path):
         raise UnknownBaseError(
-            f"{path} holds no base model.",
-            fix="Give a diffusers folder (with unet/ or transformer/), a component folder or a checkpoint file.",
+            f"No base model found in {path}.",
+            fix="Specify a diffusers folder (with unet/ or transformer/), a component folder or a checkpoint file.",
         )
     return {_component_of(path): path}
 
@@ -132,13 +153,14 @@ def _has_model(folder: Path) -> bool:
 
 
 def _component_of(folder: Path) -> str:
-    """Which component a lone folder is: by its own name, its class, or what it contains."""
+    """The component in a folder, from its name, its class or its modules."""
     if folder.name in COMPONENTS:
         return folder.name
     class_name = _class_of(_config(folder))
     if class_name.startswith("Autoencoder"):
         raise UnknownBaseError(
-            f"{folder} is a {class_name}.", fix="Adapters change the unet, transformer or text encoder."
+            f"{folder} contains a {class_name}, which adapters do not change.",
+            fix="Specify a unet, transformer or text encoder.",
         )
     if "UNet" in class_name:
         return "unet"
@@ -167,9 +189,9 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise FormatError(f"{path} is no JSON: {error}.", fix="Download it again.") from error
+        raise FormatError(f"{path} is not valid JSON: {error}.", fix="Download it again.") from error
     if not isinstance(config, dict):
-        raise FormatError(f"{path} is no configuration of a model.", fix="Download it again.")
+        raise FormatError(f"{path} is not a model configuration.", fix="Download it again.")
     return config
 
 
@@ -182,7 +204,7 @@ def _file_base(path: Path) -> Base:
 
 
 def _base_of_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> Base:
-    """A checkpoint in one file: diffusers names as they are, original names by the catalogue."""
+    """A base model from one checkpoint: diffusers names directly, original names through the catalogue."""
     plain = _diffusers_components(modules_in(stored))
     if plain:
         return named_base(plain, str(path))
@@ -195,8 +217,8 @@ def _base_of_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> Base:
         if whole:
             return named_base({c: _as_stored(c, m, places, stored) for c, m in whole.items()}, str(path))
     raise UnknownBaseError(
-        f"{path} is no checkpoint of a base that is known by its original names.",
-        fix="Give it as a diffusers folder, or name the base: " + ", ".join(catalogue.names()) + ".",
+        f"{path} is not a checkpoint of a known base model.",
+        fix="Specify a diffusers folder, or one of " + ", ".join(catalogue.names()) + ".",
     )
 
 
@@ -206,7 +228,7 @@ def _as_stored(
     places: Mapping[str, WeightPlace],
     stored: Mapping[str, StoredTensor],
 ) -> dict[str, ModuleSpec]:
-    """The catalogue's modules with the file's shapes: an inpainting U-Net has a wider `conv_in`."""
+    """The modules of the catalogue with the shapes in the file: an inpainting U-Net has a wider `conv_in`."""
 
     def actual(path: str, module: ModuleSpec) -> ModuleSpec:
         weight = places[f"{component}.{path}"]
@@ -218,7 +240,7 @@ def _as_stored(
 
 
 def _diffusers_components(modules: Mapping[str, ModuleSpec]) -> dict[str, dict[str, ModuleSpec]]:
-    """component -> modules where the names are those of diffusers, with the component in front or of one alone."""
+    """Component -> modules, if names are those of diffusers, with a component prefix or of a single component."""
     parts: dict[str, dict[str, ModuleSpec]] = {}
     for name, module in modules.items():
         component, _, path = name.partition(".")
@@ -230,7 +252,7 @@ def _diffusers_components(modules: Mapping[str, ModuleSpec]) -> dict[str, dict[s
     return {kind: dict(modules)} if kind else {}
 
 
-SIGNS: Mapping[str, tuple[str, ...]] = {  # a module that says: diffusers' names, of this component alone
+SIGNS: Mapping[str, tuple[str, ...]] = {  # modules that identify a single component with diffusers names
     "unet": ("mid_block.resnets.0.conv1",),
     "transformer": (
         "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn1.to_q", "joint_transformer_blocks.0.attn.to_q",
@@ -242,7 +264,7 @@ SIGNS: Mapping[str, tuple[str, ...]] = {  # a module that says: diffusers' names
 
 
 def named_base(modules: Mapping[str, Mapping[str, ModuleSpec]], name: str) -> Base:
-    """A base of these modules, with the family of the catalogue's base that it equals, where it equals just one."""
+    """A base model of these modules; `family` is the equal catalogue entry, if exactly one is equal."""
     components = {c: Component(of_one) for c, of_one in modules.items()}
     base = Base(name, None, components)
     equal = _by_fingerprint().get(base.fingerprint, ()) if base.denoiser else ()

@@ -1,6 +1,6 @@
-"""Module names and shapes of a model class, built without weights on torch's meta device. Imports torch late.
+"""Module names and shapes of a model class, instantiated without weights on torch's meta device.
 
-The only place that needs diffusers and transformers; everything else reads names and shapes from files.
+Only this module needs diffusers and transformers; all others read names and shapes from files. Imports torch lazily.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from krona_hub.errors import UnknownBaseError
 
 
 def modules_of(library: str, class_name: str, config: Mapping[str, Any]) -> dict[str, ModuleSpec]:
-    """Path -> Module of every Linear and Conv of `class_name` in `library` (`diffusers` or `transformers`).
+    """Path -> ModuleSpec of every Linear and Conv of `class_name` in `library` (`diffusers` or `transformers`).
 
-    Paths have no `text_model.`. Raises UnknownBaseError where the class is not installed or refuses the config.
+    Paths have no `text_model.`. Raises UnknownBaseError if the class is not installed or rejects the configuration.
     """
     import torch
 
@@ -31,7 +31,7 @@ def modules_of(library: str, class_name: str, config: Mapping[str, Any]) -> dict
 
 
 def build(library: str, class_name: str, config: Mapping[str, Any]) -> Any:
-    """The model itself on the meta device: parameters with shapes and no storage."""
+    """Instantiate the model on the meta device: parameters have shapes but no storage."""
     import importlib
 
     import torch
@@ -42,8 +42,8 @@ def build(library: str, class_name: str, config: Mapping[str, Any]) -> Any:
             return _instance(library, cls, config)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UnknownBaseError(
-            f"{class_name} cannot be built from its config: {error}.",
-            fix="Give a folder or file with safetensors weights, or install the version of diffusers it needs.",
+            f"{class_name} cannot be built from its configuration: {error}.",
+            fix="Specify a folder or file with safetensors weights, or install the required version of diffusers.",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What the metadata of adapter files say about the base, in the words of the programs that write them."""
+"""Base models named in the metadata of adapter files, as various trainers write them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from krona_hub.bases import catalogue
 
 FLUX1 = ("flux1-dev", "flux1-schnell")
-VERSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (  # beginning of ss_base_model_version (sd-scripts, musubi-tuner)
+VERSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (  # start of ss_base_model_version (sd-scripts, musubi-tuner)
     ("sd_v1", ("sd15",)),
     ("sd_1.5", ("sd15",)),
     ("sd_v2_768", ("sd21",)),
@@ -34,7 +34,7 @@ VERSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (  # beginning of ss_base_mo
     ("hunyuan_video", ("hunyuan-video",)),
     ("wan", ("wan21-t2v-1.3b", "wan21-t2v-14b")),
 )
-ARCHITECTURES: tuple[tuple[str, tuple[str, ...]], ...] = (  # beginning of modelspec.architecture
+ARCHITECTURES: tuple[tuple[str, tuple[str, ...]], ...] = (  # start of modelspec.architecture
     ("stable-diffusion-v1", ("sd15",)),
     ("stable-diffusion-v2-768", ("sd21",)),
     ("stable-diffusion-v2", ("sd21-base",)),
@@ -62,9 +62,9 @@ HUB_KEYS = ("base_model_name_or_path", "ss_base_model", "ss_sd_model_name", "mod
 
 
 def bases_named(metadata: Mapping[str, str]) -> frozenset[str]:
-    """Catalogue names that the metadata speak of; empty where they say nothing that is known.
+    """Catalogue names of the base models named in the metadata; empty if there are none.
 
-    The most exact entry counts: a Hub id first, then the architecture, then the trainer's version.
+    The most specific entry decides: a Hub id first, then the architecture, then the trainer's version string.
 
     >>> sorted(bases_named({"ss_base_model_version": "sdxl_base_v1-0"}))
     ['sdxl']
@@ -92,7 +92,7 @@ def _beginning(entries: tuple[tuple[str, tuple[str, ...]], ...], text: str) -> t
 
 
 def _peft_bases(metadata: Mapping[str, str]) -> list[str]:
-    """`base_model_name_or_path` of the configurations that diffusers packs into one JSON text."""
+    """`base_model_name_or_path` of the configurations in diffusers' `lora_adapter_metadata`."""
     try:
         fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:

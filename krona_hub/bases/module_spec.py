@@ -1,4 +1,4 @@
-"""One weight module of a base model, and where a module of a file lands in it."""
+"""A weight module of a base model, and the placement of a stored module in it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 
 class ModuleSpec(NamedTuple):
-    """One weight module of a base."""
+    """A weight module of a base model."""
 
-    shape: tuple[int, ...]  # of the weight: (out, in) or (out, in / groups, k, …)
+    shape: tuple[int, ...]  # shape of the weight: (out, in) or (out, in / groups, k, …)
     bias: bool = True
     groups: int = 1
 
@@ -20,19 +20,19 @@ class ModuleSpec(NamedTuple):
 
     @property
     def has_kernel(self) -> bool:
-        """Whether it is a convolution wider than 1×1."""
+        """Whether the module is a convolution with a kernel larger than 1×1."""
         return prod(self.shape[2:]) > 1
 
 
 class Placement(NamedTuple):
-    """A layer that a module of a file stands for, or stands for in part (a fused q|k|v)."""
+    """The layer that a stored module represents, entirely or in part (a fused q|k|v)."""
 
     layer: str  # canonical name
-    rows: tuple[int, int] | None = None  # rows of the file's module that belong to the layer; None: all
-    swap_halves: bool = False  # the file stores the two halves of the rows the other way round
+    rows: tuple[int, int] | None = None  # rows of the stored module that belong to the layer; None: all
+    swap_halves: bool = False  # the file stores the two halves of the rows swapped
     transpose: bool = False  # the file stores the weight as (in, out)
 
     @property
     def plain(self) -> bool:
-        """Whether the file's module is the layer itself, under another name."""
+        """Whether the stored module is the layer itself, possibly with another name."""
         return self.rows is None and not self.swap_halves and not self.transpose

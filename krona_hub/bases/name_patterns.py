@@ -1,7 +1,7 @@
-"""A compact, lossless way to write thousands of module names: `blocks.{0-18}.attn.to_q` -> `3072x3072b`.
+"""A compact, lossless notation for thousands of module names: `blocks.{0-18}.attn.to_q` -> `3072x3072b`.
 
-A pattern stands for the product of the numbers in its braces. A shape is the sizes of the weight joined by `x`,
-then `b` where the module has a bias, and `gN` where a convolution has N groups.
+A pattern expands to the product of the numbers in its braces. A shape is the sizes of the weight joined by `x`,
+then `b` if the module has a bias, and `gN` if a convolution has N groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ Box = tuple[frozenset[int], ...]  # a product of sets of numbers, one per index 
 
 
 def encode_module(module: ModuleSpec) -> str:
-    """
+    """Encode the shape, bias and groups of a module.
+
     >>> encode_module(ModuleSpec((320, 4, 3, 3))), encode_module(ModuleSpec((640, 1, 3, 3), False, 640))
     ('320x4x3x3b', '640x1x3x3g640')
     """
@@ -32,13 +33,14 @@ def parse_module(text: str) -> ModuleSpec:
     """The inverse of `encode_module`."""
     match = SHAPE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no shape of a module")  # the shipped data are broken, not the user's file
+        raise ValueError(f"Invalid module shape {text!r}.")  # an error in the shipped catalogue, not in user data
     sizes, bias, groups = match.groups()
     return ModuleSpec(tuple(map(int, sizes.split("x"))), bool(bias), int(groups or 1))
 
 
 def encode(modules: Mapping[str, ModuleSpec]) -> dict[str, str]:
-    """
+    """Encode module names as patterns: pattern -> encoded module.
+
     >>> two_by_two = {f"a.{i}.b.{j}": ModuleSpec((2, 2)) for i in (0, 1) for j in (0, 2, 3)}
     >>> encode(two_by_two)
     {'a.{0-1}.b.{0,2-3}': '2x2b'}
@@ -51,7 +53,8 @@ def encode(modules: Mapping[str, ModuleSpec]) -> dict[str, str]:
 
 
 def expand(patterns: Mapping[str, str]) -> dict[str, ModuleSpec]:
-    """
+    """The inverse of `encode`.
+
     >>> list(expand({"a.{0-1}.b.{0,2}": "2x2b"}))
     ['a.0.b.0', 'a.0.b.2', 'a.1.b.0', 'a.1.b.2']
     """
@@ -85,7 +88,7 @@ def _braces(numbers: Iterable[int]) -> str:
 
 
 def _join(boxes: list[Box]) -> list[Box]:
-    """Fewer boxes that hold the same points: those that differ along one axis only become one."""
+    """Merge boxes that differ along one axis only, so that fewer boxes contain the same points."""
     for axis in reversed(range(len(boxes[0]))):
         merged: dict[Box, frozenset[int]] = {}
         for box in boxes:

@@ -1,6 +1,6 @@
-"""What stands in front of a module's name in a file, and which component that means.
+"""Prefixes of module names in files, and the components they denote.
 
-A role is resolved against a base: the trainers' `te2` is CLIP-G in SDXL and T5 in FLUX.
+A role is resolved against a base model: `te2` of trainers is CLIP-G in SDXL and T5 in FLUX.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from krona_hub.bases.base import COMPONENTS, DENOISERS, Base
 
-ROLES: Mapping[str, tuple[tuple[str, str], ...]] = {  # role -> (component, kind of model or ""), the first there is
+ROLES: Mapping[str, tuple[tuple[str, str], ...]] = {  # role -> (component, kind or ""), in order of preference
     "denoiser": tuple((name, "") for name in DENOISERS),
     "unet": (("unet", ""),),
     "transformer": (("transformer", ""),),
@@ -26,24 +26,26 @@ ROLES: Mapping[str, tuple[tuple[str, str], ...]] = {  # role -> (component, kind
     "clip_g": (("text_encoder_2", "clip"),),
     "t5": (("text_encoder_3", "t5"), ("text_encoder_2", "t5"), ("text_encoder", "t5")),
 }
-WORDS: Mapping[str, str] = {  # role -> what a base lacks that has no component for it
+WORDS: Mapping[str, str] = {  # role -> name of the component, for errors
     "denoiser": "U-Net or transformer", "unet": "U-Net", "transformer": "transformer",
     "text_encoder": "text encoder", "text_encoder_2": "second text encoder", "text_encoder_3": "third text encoder",
     "text_encoder_4": "fourth text encoder", "te1": "text encoder", "te2": "second text encoder",
     "te3": "third text encoder", "te4": "fourth text encoder",
     "clip_l": "CLIP-L text encoder", "clip_g": "CLIP-G text encoder", "t5": "T5 text encoder",
 }  # fmt: skip
-ANY = "any"  # no component is said
-OPENCLIP = "openclip."  # its `text_projection` is a transposed namesake of CLIP's
+ANY = "any"  # the name does not state a component
+OPENCLIP = "openclip."  # its `text_projection` is transposed, unlike that of CLIP
 
 
 class Prefix(NamedTuple):
+    """A prefix of module names and its role."""
+
     text: str
     role: str  # a key of ROLES, or ANY
-    instead: str = ""  # what the table of originals has in its place
+    replacement: str = ""  # prefix in the table of original names
 
 
-UNDERSCORED = (  # longest first where one begins another
+UNDERSCORED = (  # longer prefixes before their own prefixes
     Prefix("lora_unet_", "denoiser"),
     Prefix("lora_transformer_", "transformer"),
     Prefix("lora_te1_", "te1"),
@@ -78,7 +80,7 @@ DOTTED = (
 )  # fmt: skip
 
 
-_BY_HEAD: Mapping[str, list[Prefix]] = {  # of thousands of names, most have no prefix or one of few
+_BY_HEAD: Mapping[str, list[Prefix]] = {  # index by first segment, for speed
     head: [p for p in known if p.text.startswith(head)]
     for known, split in ((UNDERSCORED, "_"), (DOTTED, "."))
     for head in {p.text.partition(split)[0] + split for p in known}
@@ -86,7 +88,7 @@ _BY_HEAD: Mapping[str, list[Prefix]] = {  # of thousands of names, most have no 
 
 
 def readings(name: str) -> list[tuple[str, str]]:
-    """(role, rest of the name) for every prefix that the name has, longest first; as it is where it has none.
+    """(role, rest of the name) for every matching prefix, longest first; (ANY, name) if none matches.
 
     >>> readings("lycoris_transformer_blocks_0_ff")
     [('transformer', 'blocks_0_ff'), ('any', 'transformer_blocks_0_ff')]
@@ -95,11 +97,11 @@ def readings(name: str) -> list[tuple[str, str]]:
     """
     split = "." if "." in name else "_"
     known = _BY_HEAD.get(name.partition(split)[0] + split, ())
-    return [(p.role, p.instead + name[len(p.text) :]) for p in known if name.startswith(p.text)] or [(ANY, name)]
+    return [(p.role, p.replacement + name[len(p.text) :]) for p in known if name.startswith(p.text)] or [(ANY, name)]
 
 
 def components(role: str, base: Base) -> tuple[str, ...]:
-    """The components of `base` that a role can mean: all for ANY, else the first of its list that is there."""
+    """The components of `base` that a role can denote: all for ANY, else the first of its list that exists."""
     if role == ANY:
         return tuple(base.components)
     found = (c for c, kind in ROLES[role] if c in base.components and kind in ("", base.components[c].kind))
@@ -107,7 +109,7 @@ def components(role: str, base: Base) -> tuple[str, ...]:
 
 
 def lacking(name: str, base: Base) -> str:
-    """What `base` would need to have any module of this name, in words; "" where a part of it may have one.
+    """The component that `base` lacks for a module of this name, in words; "" if it lacks none.
 
     >>> lacking("lora_te2_text_model_encoder_layers_0_mlp_fc1", Base("x", None, {"unet": {}}))
     'second text encoder'
@@ -117,7 +119,7 @@ def lacking(name: str, base: Base) -> str:
 
 
 def may_mean(name: str, component: str) -> bool:
-    """Whether a name can be that of a module of `component`, in some base.
+    """Whether a name can denote a module of `component` in some base model.
 
     >>> may_mean("lora_te1_x", "text_encoder"), may_mean("lora_te1_x", "unet"), may_mean("conv_in", "unet")
     (True, False, True)

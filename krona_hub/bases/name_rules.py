@@ -1,8 +1,8 @@
-"""Tables of names: how another program calls the modules that diffusers knows under their own paths.
+"""Tables that map module names of another program to diffusers paths.
 
-A table is text, one module a line: the other name, then the diffusers path, both with `{}` for the number of the
-block. `(a|b|c)` lists the layers that are stacked in the other module, in the order of its rows; `swap` says that a
-module of two chunks (scale, shift) stores them the other way round; `transpose` that the weight is (in, out).
+A table is text with one module per line: the other name, then the diffusers path, both with `{}` for the block
+number. `(a|b|c)` lists the layers that the other module stacks, in row order; `swap` marks a module of two chunks
+(scale, shift) stored in reverse order; `transpose` marks a weight stored as (in, out).
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ FIRST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Rule(NamedTuple):
+    """One line of a table."""
+
     other: str
-    parts: tuple[str, ...]  # diffusers paths, in the order of the rows
+    parts: tuple[str, ...]  # diffusers paths, in row order
     swap: bool = False
     transpose: bool = False
 
 
 def parse(table: str) -> tuple[Rule, ...]:
-    """
+    """Parse the text of a table.
+
     >>> parse("blocks.{}.qkv  layers.{}.(to_q|to_k)")
     (Rule(other='blocks.{}.qkv', parts=('layers.{}.to_q', 'layers.{}.to_k'), swap=False, transpose=False),)
     """
@@ -45,7 +48,7 @@ def apply(rules: tuple[Rule, ...], modules: Mapping[str, ModuleSpec]) -> dict[st
     """Other name -> placements (layer: path within the component), for each rule and block that `modules` has."""
     blocks = _blocks(modules)
     return {
-        rule.other.format(i): _place(rule, [part.format(i) for part in rule.parts], modules)
+        rule.other.format(i): _placements(rule, [part.format(i) for part in rule.parts], modules)
         for rule in rules
         for i in blocks.get(rule.parts[0].partition("{}")[0], ())
         if all(part.format(i) in modules for part in rule.parts)
@@ -53,7 +56,7 @@ def apply(rules: tuple[Rule, ...], modules: Mapping[str, ModuleSpec]) -> dict[st
 
 
 def _blocks(modules: Mapping[str, ModuleSpec]) -> Mapping[str, Iterable[int]]:
-    """What stands before the first number of a path -> the numbers there; a path without one -> 0."""
+    """Prefix before the first number of a path -> numbers that follow it; a path without a number -> 0."""
     blocks: dict[str, dict[int, None]] = {}  # a dict keeps the order
     for path in modules:
         blocks[path] = {0: None}
@@ -62,7 +65,7 @@ def _blocks(modules: Mapping[str, ModuleSpec]) -> Mapping[str, Iterable[int]]:
     return blocks
 
 
-def _place(rule: Rule, paths: list[str], modules: Mapping[str, ModuleSpec]) -> tuple[Placement, ...]:
+def _placements(rule: Rule, paths: list[str], modules: Mapping[str, ModuleSpec]) -> tuple[Placement, ...]:
     swap = rule.swap and _two_chunks(modules[paths[0]])
     if len(paths) == 1:
         return (Placement(paths[0], None, swap, rule.transpose),)
@@ -75,5 +78,5 @@ def _rows(paths: list[str], modules: Mapping[str, ModuleSpec]) -> Iterator[tuple
 
 
 def _two_chunks(module: ModuleSpec) -> bool:
-    """A modulation of scale and shift only: (2·in, in). Those of six or nine chunks are never swapped."""
+    """Whether a modulation has only scale and shift, (2·in, in); those of six or nine chunks are never swapped."""
     return module.shape[0] == 2 * module.shape[1]

@@ -1,8 +1,7 @@
-"""One module, many names: from any dialect to canonical layers, and from a layer to a dialect. Torch-free.
+"""Translate module names from any dialect to canonical layers, and from a layer to any dialect. Torch-free.
 
-Underscores cannot be undone by a rule (`to_q` or `to.q`?), so every name of a base is put into one table under its
-underscored form and looked up (FORMATS §12.1); the table holds the diffusers and the original names together,
-which never collide.
+No rule can reverse underscores (`to_q` or `to.q`?), so a table lists every name of a base model in its underscored
+form (FORMATS §12.1). It contains both the diffusers and the original names, which never collide.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from krona_hub.errors import AmbiguousError, InexpressibleError, NotFoundError
 
 DIALECTS = tuple(dialects.DIALECTS)
 
-LIKELY = 24  # layers that are compared letter by letter for "did you mean"
+LIKELY = 24  # layers compared letter by letter for "did you mean"
 Placements = tuple[Placement, ...]
-PROCESSOR_ERA = (  # how old diffusers wrote attention modules -> the module itself, tried in order
+PROCESSOR_ERA = (  # old attention-processor name -> current name, tried in order
     (re.compile(r"^(.*_)processor_(to_[qkv])(?:_lora)?$"), r"\1\2"),
     (re.compile(r"^(.*?_)(?:processor_)?to_out(?:_lora)?$"), r"\1to_out_0"),
     (re.compile(r"^(.*_)processor_((?:add_[qkv]_proj|to_add_out))(?:_lora)?$"), r"\1\2"),
@@ -36,14 +35,14 @@ PROCESSOR_ERA = (  # how old diffusers wrote attention modules -> the module its
 
 @dataclass(frozen=True, eq=False)
 class ComponentNames:
-    """The names of one component, indexed when they are first asked for."""
+    """The names of one component, indexed on first use."""
 
     component: str
     modules: Component
 
     @cached_property
     def originals(self) -> Mapping[str, Placements]:
-        """The authors' own dotted name -> placements; {} where those are the diffusers names."""
+        """Original dotted name -> placements; {} if those are the diffusers names."""
         return {name: tuple(map(self._canonical, places)) for name, places in self._own_names.items()}
 
     @cached_property
@@ -63,11 +62,11 @@ class ComponentNames:
 
     @cached_property
     def homes(self) -> Mapping[str, str]:
-        """Canonical layer -> the authors' own dotted name of the module that holds it."""
+        """Canonical layer -> original dotted name of the module that contains it."""
         return {place.layer: name for name, places in self.originals.items() for place in places}
 
     def find(self, path: str) -> Placements | None:
-        """Placements of a name without its prefix."""
+        """The placements of a name without its prefix; None if the component has no such module."""
         key = underscored(path)
         if self.component.startswith("text_encoder"):
             key = key.removeprefix("text_model_")
@@ -79,15 +78,15 @@ class ComponentNames:
 
 @dataclass(frozen=True, eq=False)
 class NameTable:
-    """Every name that the modules of `base` go by. Built in milliseconds; `table(base)` keeps one per base."""
+    """All names of the modules of a base model. Built in milliseconds; `table(base)` caches one per base."""
 
     base: Base
 
     def find(self, name: str, component: str | None = None) -> Placements | None:
-        """Where a module of a file lands, None where the base has no such module.
+        """Find the placements of a stored module; None if the base model has no such module.
 
-        `name` is the module's name in any dialect, without the parameter (`.lora_down.weight`, …). A fused module has
-        several placements, with the rows of each. Raises AmbiguousError where a name without a component fits several
+        `name` is the module name in any dialect, without the parameter (`.lora_down.weight`, …). A fused module has
+        several placements, with the rows of each. Raises AmbiguousError if a name without a component fits several
         components and `component` does not choose one.
 
         >>> from krona_hub.bases import catalogue
@@ -97,11 +96,11 @@ class NameTable:
         """
         found = {owner: places for owner, places in self.candidates(name) if component in (None, owner)}
         if len(found) > 1:
-            raise AmbiguousError(f"{name} is a module of {' and of '.join(found)}.", fix="Choose one with --component.")
+            raise AmbiguousError(f"{name} exists in {' and in '.join(found)}.", fix="Choose one with --component.")
         return next(iter(found.values()), None)
 
     def candidates(self, name: str) -> list[tuple[str, Placements]]:
-        """(component, placements), by the longest prefix under which the name is known at all."""
+        """(component, placements), for the longest prefix with which the name is known."""
         for role, path in name_prefixes.readings(name):
             owners = name_prefixes.components(role, self.base)
             found = [(owner, p) for owner in owners if (p := self.parts[owner].find(path)) is not None]
@@ -111,13 +110,14 @@ class NameTable:
 
     @cached_property
     def parts(self) -> Mapping[str, ComponentNames]:
+        """Component -> its names."""
         return {c: ComponentNames(c, modules) for c, modules in self.base.components.items()}
 
     def spell(self, layer: str, dialect: str) -> str:
-        """The name of a canonical layer in a dialect: that of the fused module where the dialect fuses.
+        """The name of a canonical layer in a dialect, or of the fused module that contains it.
 
-        Raises NotFoundError for a layer that the base does not have, InexpressibleError where the dialect
-        has no name for it, UsageError for an unknown dialect.
+        Raises NotFoundError for a layer that the base model does not have, InexpressibleError if the dialect has no
+        name for it, UsageError for an unknown dialect.
 
         >>> from krona_hub.bases import catalogue
         >>> names = table(catalogue.get("flux1-dev"))
@@ -126,17 +126,17 @@ class NameTable:
         """
         if self.base.module(layer) is None:
             near = self.nearest(layer)
-            fix = f"Did you mean {near!r}?" if near else "Choose the base that the adapter was made for."
+            fix = f"Did you mean {near!r}?" if near else "Specify the base model of the adapter with --base."
             raise NotFoundError(f"{self.base.name} has no layer {layer!r}.", fix=fix)
         name = spell(self, layer, dialect)
         if name is None:
             raise InexpressibleError(
-                f"{layer} has no name in the {dialect} dialect.", fix="Choose another format, or leave the layer out."
+                f"{layer} has no name in the {dialect} dialect.", fix="Choose another format, or omit the layer."
             )
         return name
 
     def fused(self, dialect: str) -> Mapping[str, Placements]:
-        """Names of a dialect that are no plain layer: several layers stacked, halves swapped, or a transpose."""
+        """Names of a dialect that are not plain layers: stacked layers, swapped halves, or transposed weights."""
         return {
             dialects.prefixed(self.base, part.component, name, dialect): places
             for part in self.parts.values()
@@ -146,7 +146,7 @@ class NameTable:
         }
 
     def nearest(self, name: str) -> str | None:
-        """The canonical layer whose name looks most like an unknown one, for "did you mean"; None if none does."""
+        """The canonical layer with the most similar name, for "did you mean"; None if no name is similar."""
         key = underscored(name_prefixes.readings(name)[0][1])
         words = set(key.split("_"))
         likely = nlargest(LIKELY, self._words, key=lambda layer: len(self._words[layer] & words))
@@ -156,29 +156,30 @@ class NameTable:
 
     @cached_property
     def _words(self) -> Mapping[str, frozenset[str]]:
-        """Canonical layer -> the words of its name; comparing letters with a thousand names would take too long."""
+        """Canonical layer -> words of its name, a fast filter before the letter-by-letter comparison."""
         return {layer: frozenset(underscored(layer).split("_")) for layer, _ in self.base.layers()}
 
 
 @lru_cache(maxsize=64)
 def table(base: Base) -> NameTable:
-    """The name table of a base, built once."""
+    """The name table of a base model, cached."""
     return NameTable(base)
 
 
 def underscored(path: str) -> str:
+    """The path with underscores instead of dots."""
     return path.replace(".", "_")
 
 
 def _modern(key: str) -> Iterable[str]:
-    """The names of today for a name of the processor era."""
+    """Current names for an attention-processor name."""
     if not ("processor" in key or "self_attn_to_" in key or key.endswith("to_out")):
         return ()
     return (pattern.sub(new, key) for pattern, new in PROCESSOR_ERA if pattern.match(key))
 
 
 def spell(table: NameTable, layer: str, dialect: str) -> str | None:
-    """The name of a layer that the base has; None where the dialect has none."""
+    """The name of an existing layer in a dialect; None if the dialect has no name for it."""
     component, _, path = layer.partition(".")
     if dialect == "processor":
         return processor_name(component, text_model(table.base, component, path, dialect))

@@ -1,9 +1,9 @@
-"""How the authors of each transformer call its modules, where that is not how diffusers does.
+"""Original module names of each transformer, where they differ from the diffusers names.
 
 Tables (`originals/*.txt`): FLUX.1 and Chroma, FLUX.2, SD3/SD3.5, AuraFlow, HunyuanVideo, Lumina 2, Z-Image, Krea 2,
-Wan 2.1, Sana, and the OpenCLIP text encoders of ldm checkpoints; U-Nets follow a rule, in `ldm.py`. Qwen-Image and
-HiDream have the same names in both worlds. PixArt-Σ has no table: no tool of today reads its own names.
-Each table is checked by running diffusers' own converter on it (`tests/bases/test_original_names.py`).
+Wan 2.1, Sana, and the OpenCLIP text encoders of ldm checkpoints; U-Nets follow the rule in `ldm_names.py`. Qwen-Image
+and HiDream have identical original and diffusers names. PixArt-Σ has no table: no current application reads its
+original names. `tests/bases/test_original_names.py` checks each table with diffusers' own converter.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from krona_hub.bases.name_rules import Rule, parse
 
 
 class Original(NamedTuple):
-    """An architecture with names of its own, and those that ComfyUI finds for it."""
+    """An architecture, the table of its original names, and the names that ComfyUI reads."""
 
     name: str
-    needs: tuple[str, ...]  # modules that only this architecture has together
-    table: str | None = None  # file of originals/, None where both names are the same
+    needs: tuple[str, ...]  # combination of modules unique to this architecture
+    table: str | None = None  # file of originals/; None if both names are the same
     comfyui: Literal["diffusers", "original"] = "original"  # after `transformer.` or after `diffusion_model.`
 
     @property
     def rules(self) -> tuple[Rule, ...]:
+        """The rules of the table; () without a table."""
         return _table(self.table) if self.table else ()
 
 
-ORIGINALS = (  # the first whose `needs` are all there
+ORIGINALS = (  # the first with all of `needs` applies
     Original("chroma", ("distilled_guidance_layer.in_proj",), "flux1", "diffusers"),
     Original("hunyuan-video", ("context_embedder.proj_in", "single_transformer_blocks.0.proj_mlp"), "hunyuan-video"),
     Original("flux2", ("single_transformer_blocks.0.attn.to_qkv_mlp_proj",), "flux2"),
@@ -50,7 +51,7 @@ ORIGINALS = (  # the first whose `needs` are all there
 
 
 def original_of(modules: Mapping[str, ModuleSpec]) -> Original | None:
-    """The architecture of a component, None where it is not listed (U-Nets: see `ldm.py`)."""
+    """The architecture of a component; None if not listed (for U-Nets see `ldm_names.py`)."""
     return next((o for o in ORIGINALS if all(path in modules for path in o.needs)), None)
 
 

@@ -1,7 +1,7 @@
-"""Which layers trainers adapt: sets with a name, for every architecture. Torch-free.
+"""Named sets of layers to adapt, for every architecture. Torch-free.
 
-Every component has `attn`, `attn+ff` and `all`; the other names are what particular trainers choose. A pattern is a
-regular expression that is searched in the module path.
+Every component has `attn`, `attn+ff` and `all`; other names are the choices of particular trainers. A pattern is a
+regular expression searched in the module path.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ Kinds = Literal["all", "linear", "linear+1x1"]
 
 
 class TargetSet(NamedTuple):
+    """A named set of layers, by a pattern of module paths."""
+
     name: str
     pattern: str
-    users: str = ""  # trainers that take it
+    users: str = ""  # trainers that use it
     kinds: Kinds = "all"
-    fused: bool = False  # the modules of the original code, where q, k, v are one
+    fused: bool = False  # modules of the original code, with fused q, k, v
 
 
 ALL = TargetSet("all", "", "every Linear and convolution")
@@ -54,7 +56,7 @@ FLUX = (
     TargetSet("blocks", BLOCKS, "ai-toolkit"),
     TargetSet("fused", r"^(double|single)_blocks\.", "sd-scripts", fused=True),
 )
-ARCHITECTURES: Mapping[str, tuple[TargetSet, ...]] = {  # by the name of `Component.original`
+ARCHITECTURES: Mapping[str, tuple[TargetSet, ...]] = {  # name of `Component.original` -> sets
     "flux1": FLUX,
     "chroma": FLUX,
     "flux2": (
@@ -100,7 +102,7 @@ ARCHITECTURES: Mapping[str, tuple[TargetSet, ...]] = {  # by the name of `Compon
         TargetSet("attn", KQVO, "SimpleTuner"),
         TargetSet("attn+ff", r"\.(attn|ff)\."),
         TargetSet(
-            "recommended",  # by its authors: fifteen suffixes, the gates of the feed-forward left out
+            "recommended",  # by the authors: fifteen suffixes, without the feed-forward gates
             r"(\.to_(q|k|v|out\.0|gate)|ff\.(up|down)|^img_in|_proj|linear_[12]|projector|final_layer\.linear)$",
             "diffusers",
         ),
@@ -140,22 +142,22 @@ def sets_of(modules: Component) -> tuple[TargetSet, ...]:
 
 
 def choose(base: Base, component: str, targets: str) -> dict[str, ModuleSpec]:
-    """Name -> module of the layers that a named set or a regular expression picks from a component.
+    """Name -> module of the layers of a component that a named set or a regular expression selects.
 
-    Names are canonical, except in a set of fused modules, which are those of the original code.
-    Raises UsageError for an expression that is none, or that picks nothing.
+    Names are canonical, except in a set of fused modules, which has the names of the original code.
+    Raises UsageError for an invalid expression, or one that selects no layer.
     """
     modules = base.components[component]
     named = {s.name: s for s in sets_of(modules)}
     target = named.get(targets) or TargetSet(targets, targets)
     everything = _fused(base, component) if target.fused else modules
-    picked = {f"{component}.{p}": m for p, m in everything.items() if _matches(target, p) and _is(m, target.kinds)}
-    if not picked:
+    selected = {f"{component}.{p}": m for p, m in everything.items() if _matches(target, p) and _is(m, target.kinds)}
+    if not selected:
         raise UsageError(
-            f"{targets!r} picks no layer of the {component} of {base.name}.",
-            fix=f"Named sets: {', '.join(named)}; anything else is a regular expression, such as 'attn.*to_q'.",
+            f"{targets!r} selects no layer of {component} in {base.name}.",
+            fix=f"Choose one of {', '.join(named)}, or a regular expression such as 'attn.*to_q'.",
         )
-    return picked
+    return selected
 
 
 def _matches(target: TargetSet, path: str) -> bool:
@@ -163,7 +165,7 @@ def _matches(target: TargetSet, path: str) -> bool:
         return re.search(target.pattern, path) is not None
     except re.error as error:
         raise UsageError(
-            f"{target.pattern!r} is no regular expression: {error}.", fix="Quote special signs."
+            f"Invalid regular expression {target.pattern!r}: {error}.", fix="Escape special characters."
         ) from error
 
 
@@ -174,7 +176,7 @@ def _is(module: ModuleSpec, kinds: Kinds) -> bool:
 
 
 def _fused(base: Base, component: str) -> dict[str, ModuleSpec]:
-    """The modules of the original code, with the height of all the layers they stack."""
+    """The modules of the original code, with the total height of the layers they stack."""
     fused = {}
     for name, places in table(base).parts[component].originals.items():
         parts = [module for place in places if (module := base.module(place.layer))]

@@ -1,4 +1,4 @@
-"""Where the weights of a model lie: tensors of safetensors files, read from their headers. Torch-free but `read`."""
+"""Locations of the weights of a model in safetensors files, from their headers. Torch-free except `read`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from krona_hub.errors import FormatError, IncompleteError
 if TYPE_CHECKING:
     from torch import Tensor
 
-TABLES = (  # two-dimensional weights that are looked up, not multiplied
+TABLES = (  # two-dimensional weights of embeddings, which are not layers
     "token_embedding", "position_embedding", "embed_tokens", "embed_positions", "shared", "relative_attention_bias",
     "word_embeddings", "position_embeddings", "token_type_embeddings", "class_embedding", "positional_embedding",
 )  # fmt: skip
@@ -24,7 +24,7 @@ SUFFIXES = (".weight", "_weight", "")  # `attn.in_proj_weight` and the bare `tex
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file."""
+    """The location and shape of a tensor in a file."""
 
     path: Path
     tensor: str
@@ -32,7 +32,7 @@ class StoredTensor(NamedTuple):
 
 
 class WeightPlace(NamedTuple):
-    """Where the base weight of a layer is: rows of a tensor in a file."""
+    """The location of the base weight of a layer: rows of a tensor in a file."""
 
     path: Path
     tensor: str
@@ -40,16 +40,16 @@ class WeightPlace(NamedTuple):
 
 
 def stored_in(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Tensor name -> place, of several files that make one model. Headers only."""
+    """Tensor name -> location, for the files of one model. Reads headers only."""
     return {
         name: StoredTensor(path, name, info.shape) for path in files for name, info in read_header(path).tensors.items()
     }
 
 
 def files_of(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a component folder: the shards of its index, or one whole file.
+    """The safetensors files of a component folder: the shards of its index, or a single file.
 
-    Of several variants (`fp16`, `non_ema`) the plain one is taken. () where there are no weights.
+    Prefers the default variant over others (`fp16`, `non_ema`). Returns () without weights.
     """
     heads = _heads(folder)
     if not heads:
@@ -58,9 +58,9 @@ def files_of(folder: Path) -> tuple[Path, ...]:
 
 
 def sets_of(folder: Path) -> tuple[tuple[Path, ...], ...]:
-    """The files of each variant of a component, the plain one first: its shards, or one whole file.
+    """The files of each variant of a component, the default variant first: its shards, or a single file.
 
-    Raises IncompleteError where a shard is missing, or an index.
+    Raises IncompleteError if a shard or an index is missing.
     """
     sets = [_set_of(head) for head in _heads(folder)]
     shards = {path for files in sets if len(files) > 1 for path in files}
@@ -73,17 +73,17 @@ def _check_indexed(folder: Path, sets: Iterable[tuple[Path, ...]]) -> None:
     loose = set(folder.glob("*.safetensors")).difference(*sets)
     if loose:
         raise IncompleteError(
-            f"{min(loose)} is a shard that no index names.", fix="Download the *.safetensors.index.json beside it."
+            f"No index lists the shard {min(loose)}.", fix="Download its *.safetensors.index.json file."
         )
 
 
 def indices_of(folder: Path) -> list[Path]:
-    """The index files of a component: `x.safetensors.index.json`, and `x.safetensors.index.fp16.json` of a variant."""
+    """The index files of a component: `x.safetensors.index.json`, for a variant `x.safetensors.index.fp16.json`."""
     return sorted(folder.glob("*.safetensors.index*.json"))
 
 
 def _heads(folder: Path) -> list[Path]:
-    """The index or the whole file of each variant, the plain one first."""
+    """The index or the single file of each variant, the default variant first."""
     wholes = [path for path in folder.glob("*.safetensors") if not SHARD.search(path.name)]
     first = {path for path in indices_of(folder) if path.name.endswith(".safetensors.index.json")}
     rest = {*indices_of(folder), *wholes} - first
@@ -98,21 +98,21 @@ def _shards(index: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FormatError(f"{index}: no index of safetensors shards.", fix="Download the folder again.") from error
+        raise FormatError(f"{index} is not a valid safetensors index.", fix="Download the folder again.") from error
     shards = tuple(index.parent / Path(name).name for name in names)
     missing = [p.name for p in shards if not p.exists()]
     if missing:
         raise IncompleteError(
-            f"{index.parent} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}.",
+            f"{index.parent} lacks {len(missing)} of {len(shards)} shards, e.g. {missing[0]}.",
             fix="Download the missing files.",
         )
     return shards
 
 
 def modules_in(stored: Mapping[str, StoredTensor]) -> dict[str, ModuleSpec]:
-    """Path -> Module of every Linear and convolution among the tensors, `text_model.` left out.
+    """Path -> ModuleSpec of every linear layer and convolution among the tensors, without `text_model.`.
 
-    A depthwise convolution (one input channel) has as many groups as outputs; other groups a file does not tell.
+    A convolution with one input channel is depthwise, with as many groups as outputs; a file does not reveal others.
     """
     modules = {}
     for name, place in stored.items():
@@ -129,7 +129,8 @@ def _is_table(path: str, shape: tuple[int, ...]) -> bool:
 
 
 def _module_path(tensor: str) -> tuple[str, str]:
-    """
+    """Split a tensor name into module path and suffix.
+
     >>> _module_path("a.b.weight"), _module_path("attn.in_proj_weight"), _module_path("text_projection")
     (('a.b', '.weight'), ('attn.in_proj', '_weight'), ('text_projection', ''))
     """
@@ -138,13 +139,13 @@ def _module_path(tensor: str) -> tuple[str, str]:
 
 
 def weights_by_module(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Module name as the file has it -> its weight. Biases, norms and tables stay out."""
+    """Module name as in the file -> its weight, without biases, norms and embeddings."""
     named = ((_module_path(name)[0], place) for name, place in stored.items() if not name.endswith("bias"))
     return {path: place for path, place in named if len(place.shape) > 1 and not _is_table(path, place.shape)}
 
 
 def read(place: WeightPlace) -> Tensor:
-    """The base weight of a layer in its own dtype: only its rows are read, halves and axes put right."""
+    """Read the base weight of a layer in its stored dtype: only its rows, with halves and axes in canonical order."""
     import torch
     from safetensors import safe_open
 

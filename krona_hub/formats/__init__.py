@@ -1,1 +1,1 @@
-"""One file per format, each a spoke around Adapter; FORMATS lists them."""
+"""Adapter file formats: parsing, reading, writing and compatibility. `known.registry.FORMATS` lists them."""

@@ -101,7 +101,7 @@ def test_shards_are_one_model_and_a_missing_shard_is_named(tmp_path):
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     assert loading.load_base(tmp_path).components == {"unet": loading.load_base(source).components["unet"]}
     (tmp_path / "part-1.safetensors").unlink()
-    with pytest.raises(IncompleteError, match=r"lacks 1 of 2 shards, such as part-1"):
+    with pytest.raises(IncompleteError, match=r"lacks 1 of 2 shards, e\.g\. part-1"):
         loading.load_base(tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_rows_halves_and_axes_are_put_right_on_reading(tmp_path):
 
 
 def test_what_is_no_base_says_what_to_give(tmp_path):
-    with pytest.raises(UnknownBaseError, match="holds no base model"):
+    with pytest.raises(UnknownBaseError, match="No base model found"):
         loading.load_base(tmp_path)
     with pytest.raises(UnknownBaseError, match="Did you mean 'sdxl'"):
         loading.load_base("sdlx")
@@ -139,10 +139,10 @@ def test_what_is_no_base_says_what_to_give(tmp_path):
     with pytest.raises(UnknownBaseError, match="AutoencoderKL"):
         loading.load_base(vae)
     save_file({"something.weight": torch.ones(2, 2)}, tmp_path / "odd.safetensors")
-    with pytest.raises(UnknownBaseError, match="no checkpoint of a base"):
+    with pytest.raises(UnknownBaseError, match="not a checkpoint of a known base model"):
         loading.load_base(tmp_path / "odd.safetensors")
     (vae / "config.json").write_text("not json")
-    with pytest.raises(KronaError, match="no JSON"):
+    with pytest.raises(KronaError, match="not valid JSON"):
         loading.load_base(vae)
 
 

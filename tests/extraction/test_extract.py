@@ -237,7 +237,7 @@ def test_the_file_remembers_what_was_done(tmp_path):
         ({"shape": "8x"}, "Invalid shape '8x'"),
         ({"shape": "8x4", "to": "lora"}, "no Kronecker shape"),
         ({"shape_fallback": "nearest"}, "belongs to --shape"),
-        ({"targets": "no_such"}, "picks no layer"),
+        ({"targets": "no_such"}, "selects no layer"),
         ({"component": "text_encoder"}, "not in both"),
         ({"dtype": "int8"}, "no dtype"),
     ],

@@ -119,5 +119,5 @@ def test_every_tool_loads_a_plain_lora_and_only_lora_tools_refuse_a_lokr(tool):
 
 
 def test_an_unknown_tool_is_met_with_the_nearest():
-    with pytest.raises(ValueError, match="Did you mean comfyui"):
+    with pytest.raises(ValueError, match="Did you mean 'comfyui'"):
         tool_named("comfyuii")

@@ -32,7 +32,7 @@ def test_what_is_written_for_a_tool_is_said_to_load_in_it(tool, tmp_path):
     ("name", "tool", "why"),
     [
         ("lyc_tucker_dim2_a1.safetensors", "lycoris", "Tucker"),
-        ("lyc_unbalanced_f4_dim3_a1.safetensors", "lycoris", "other sizes"),
+        ("lyc_unbalanced_f4_dim3_a1.safetensors", "lycoris", "a shape other than"),
         ("lyc_dora_in_dim3_a1.safetensors", "lycoris", "DoRA"),
         ("lyc_dora_out_dim2_a1.safetensors", "comfyui", "DoRA"),
         ("lyc_dora_out_dim2_a1.safetensors", "a1111", "DoRA"),
@@ -40,7 +40,7 @@ def test_what_is_written_for_a_tool_is_said_to_load_in_it(tool, tmp_path):
         ("lyc_f4_dim2_a1.safetensors", "nunchaku", "LoRA only"),
         ("lyckohya_te_f4_dim2_a1.safetensors", "comfyui", "text_model_"),
         ("kohya_lora_dim4_a1_conv2_a1.safetensors", "peft", "folder"),
-        ("diffusers_pipe_lora_dreambooth_r2_a2.safetensors", "diffusers", "two generations"),
+        ("diffusers_pipe_lora_dreambooth_r2_a2.safetensors", "diffusers", "old and new key names"),
         ("diffusekrona_a1_8_a2_4.safetensors", "diffusers", "fails"),
         ("peft_lokr_r8_a8", "comfyui", "only PEFT"),
     ],

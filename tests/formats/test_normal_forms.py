@@ -7,7 +7,7 @@ from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.bases.module_spec import Placement
 from krona_hub.errors import InexpressibleError, NonFiniteError
 from krona_hub.formats.forms.normal_forms import lora_of, term_of
-from krona_hub.formats.writing.encode import cast, normalised, tensors_of, why_not
+from krona_hub.formats.writing.encode import cast, normalized, tensors_of, why_not
 from krona_hub.formats.writing.fuse_modules import fused
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
 
@@ -67,12 +67,12 @@ def test_other_sums_are_refused_with_the_count_of_their_terms():
     assert term_of(two) is None
     assert "sum of 2 Kronecker terms" in why_not(two, "lycoris-lokr")
     with pytest.raises(InexpressibleError, match=r"unet\.x.*--to lora"):
-        normalised(two, "kohya-lora", layer="unet.x")
+        normalized(two, "kohya-lora", layer="unet.x")
 
 
 def test_what_a_lora_tool_refuses_names_the_tool():
     with pytest.raises(InexpressibleError, match="Nunchaku loads LoRA only"):
-        normalised(delta(KronTerms(rand(1, 4, 5), rand(1, 3, 6))), "diffusers-lora", "nunchaku", layer="x")
+        normalized(delta(KronTerms(rand(1, 4, 5), rand(1, 3, 6))), "diffusers-lora", "nunchaku", layer="x")
 
 
 def test_a_cast_that_overflows_is_refused():
@@ -84,7 +84,7 @@ def test_a_product_of_high_rank_is_stored_dense_and_small_ones_stay():
     shape = (4, 3, 6, 10)
     for rank, stays in ((4, True), (5, False)):
         left, right = rand(1, shape[0], shape[1]), LowRank(rand(1, 6, rank), rand(1, rank, 10))
-        stored = normalised(delta(KronTerms(left, right), shape=(24, 30)), "lycoris-lokr")
+        stored = normalized(delta(KronTerms(left, right), shape=(24, 30)), "lycoris-lokr")
         assert ("lokr_w2_a" in tensors_of(stored, "lycoris-lokr")) == stays
         assert torch.allclose(stored.dense(), KronTerms(left, right).dense(), atol=1e-5)
 

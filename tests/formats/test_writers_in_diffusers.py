@@ -109,7 +109,7 @@ def test_load_lora_adapter_takes_the_lokr_of_a_unet_with_convolutions(kind, tmp_
 
 def test_a_lokr_of_two_components_or_of_no_single_factor_is_refused_for_diffusers(tmp_path):
     shapes = tiny.layers(tiny.sd15(), "to_q", "fc1", "ff.net.0.proj")
-    with pytest.raises(InexpressibleError, match="names no component"):
+    with pytest.raises(InexpressibleError, match="supports a single component"):
         write(made.lokr(shapes, made.by_peft(4)), tmp_path / "x.safetensors", format="diffusers-lokr")
     mixed = {k: d for f, end in ((4, "to_q"), (2, "proj")) for k, d in made.lokr(shapes, made.by_peft(f)).layers.items()
              if k.endswith(end) and k.startswith("unet")}  # fmt: skip

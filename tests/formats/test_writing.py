@@ -42,7 +42,7 @@ def test_a_file_that_reads_back_as_something_else_is_not_kept(format_name, damag
 
     honest = readback.read
     monkeypatch.setattr(readback, "read", lambda *args, **options: damaged(honest(*args, **options)))
-    with pytest.raises(IntegrityError, match="Nothing was kept"):
+    with pytest.raises(IntegrityError, match="No output was kept"):
         write(made.lora(SHAPES), tmp_path / "x.safetensors", format=format_name)
     assert not list(tmp_path.iterdir())
 

@@ -62,7 +62,7 @@ def test_the_shards_of_a_variant_have_an_index_of_its_own(tmp_path):
     tree = open_tree(folder)
     assert len(tree.headers) == 4 and all(len(places) == 2 for places in tree.places.values())
     (folder / "model.fp16-00002-of-00002.safetensors").unlink()
-    with pytest.raises(IncompleteError, match=r"lacks 1 of 2 shards, such as model.fp16-00002"):
+    with pytest.raises(IncompleteError, match=r"lacks 1 of 2 shards, e\.g\. model.fp16-00002"):
         open_tree(folder)
     assert len(load_base(folder).components["text_encoder"]) == 72, "the plain shards are all there"
 
@@ -72,7 +72,7 @@ def test_shards_without_their_index_are_told(tmp_path):
     sharded(folder, "model.safetensors.index.json")
     (folder / "model.safetensors.index.json").unlink()
     for read in (load_base, open_tree):
-        with pytest.raises(IncompleteError, match=r"model-00001-of-00002.safetensors is a shard that no index names"):
+        with pytest.raises(IncompleteError, match=r"No index lists the shard .*model-00001-of-00002.safetensors"):
             read(folder)
 
 

@@ -193,7 +193,7 @@ def test_a_real_adapter_on_the_wrong_base_says_where_it_belongs(tmp_path):
 
 def test_a_partial_match_says_where_the_adapter_belongs(tmp_path):
     adapter = lora_file(tmp_path / "a.safetensors", "sdxl", "kohya", ATTENTION, "unet", "text_encoder")
-    with pytest.raises(BaseMismatchError, match=r"\d+ of 619 modules .* its delta is 640x2048") as told:
+    with pytest.raises(BaseMismatchError, match=r"\d+ of 619 modules .* The delta is 640x2048") as told:
         plan_merge(real_shapes.ldm_file(tmp_path / "b.safetensors", "sd15"), [(adapter, 1.0)])
     assert "an adapter for sdxl" in told.value.fix
 

@@ -1,7 +1,7 @@
-"""What a layer's delta looks like as numbers only, and which formats can hold such a form. Torch-free.
+"""Which formats can store a layer's factorization. Torch-free.
 
-The form of a layer is its sizes: splits, terms, ranks, row order, DoRA axis. Every rule of the kind "this format
-cannot hold that" is a question about the form, and stands in this file; the values never matter to it.
+A factorization is sizes only: shapes, terms, ranks, row order, DoRA axis. Whether a format can store a delta depends
+on its factorization alone, never on its values; the rules per format are in `forms.limits`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from krona_hub.kron.shapes import lycoris_factors, peft_factors
 
 
 def refusal(form: LayerFactorization, format_name: str) -> str | None:
-    """Why files of this format cannot hold this form exactly, as a clause; None where they can.
+    """Why a file of this format cannot store this factorization exactly, as a clause; None if it can.
 
     >>> from krona_hub.formats.forms.delta_form import SumFactorization
     >>> from krona_hub.kron.shapes import KronShape
     >>> refusal(LayerFactorization((8, 6), (SumFactorization(KronShape(2, 2, 4, 3)),)), "kohya-lora")
-    'it is a Kronecker sum (2x2 ⊗ 4x3, 1 term) and no product up·down'
+    'it is a Kronecker sum (2x2 ⊗ 4x3, 1 term), not a product up·down'
     >>> refusal(LayerFactorization((8, 6), (SumFactorization(KronShape(2, 2, 4, 3)),)), "lycoris-lokr") is None
     True
     """
@@ -27,7 +27,7 @@ def refusal(form: LayerFactorization, format_name: str) -> str | None:
 
 
 def common_peft_factor(splits: Iterable[ChannelSplit]) -> int | None:
-    """The `decompose_factor` under which PEFT derives exactly these splits; None where no single one does.
+    """The `decompose_factor` from which PEFT derives exactly these splits; None if no single value does.
 
     >>> common_peft_factor([ChannelSplit((4, 80), (4, 192))])
     4
@@ -44,10 +44,10 @@ def common_peft_factor(splits: Iterable[ChannelSplit]) -> int | None:
 
 
 def lycoris_resumes(split: ChannelSplit, kernel: int = 1) -> bool:
-    """Whether LyCORIS derives this split again when it builds a module from a file.
+    """Whether LyCORIS derives the same split when it builds a module from a file.
 
-    It guesses its `factor` from the tensors. `kernel` is k·k… where w2 is stored as a product, whose second half
-    (r, d·k·k) makes LyCORIS see d·k·k input channels while it guesses; else 1.
+    LyCORIS guesses its `factor` from the tensors. `kernel` is k·k… if w2 is stored as a product, because its second
+    half (r, d·k·k) makes LyCORIS see d·k·k input channels during the guess; else 1.
 
     >>> lycoris_resumes(ChannelSplit((4, 80), (4, 192))), lycoris_resumes(ChannelSplit((64, 5), (4, 192)))
     (True, False)

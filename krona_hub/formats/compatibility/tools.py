@@ -1,7 +1,7 @@
-"""Which tool loads what: the table behind `--for TOOL` and behind "loads in" of `krona inspect`. Torch-free.
+"""Which application loads what: the table behind `--for` and behind "loads in" of `krona inspect`. Torch-free.
 
-The facts are those of FORMATS.md §5, §11, §14, §15 and §17. A tool that is asked for a LoRA and for a LoKr may want
-two formats; the kind of an adapter is never changed to please it.
+Sources: FORMATS.md §5, §11, §14, §15 and §17. An application may load LoRA and LoKr from two different formats; the
+kind of an adapter never changes to suit the application.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ if TYPE_CHECKING:
 
 
 class ToolTarget(NamedTuple):
-    """A format and the names that the keys of its modules take."""
+    """A format and the dialect of its module names."""
 
     format: str
-    dialect: str  # one of bases.names.DIALECTS
+    dialect: str  # a key of bases.dialects.DIALECTS, or lycoris
 
 
 def only_lycoris_splits(form: LayerFactorization) -> str | None:
-    """LyCORIS builds its modules from its own factorization, whatever the file holds (FORMATS.md §15.6)."""
+    """LyCORIS builds modules from its own factorization, regardless of the file (FORMATS.md §15.6)."""
     if form.lora_rank is not None or not form.sums or not form.sums[0].plain:
         return None
     shape = form.sums[0].shape
     if form.is_conv and form.weight_shape[1] % shape.a2:
-        return f"A has {shape.a2} columns, which do not divide the {form.weight_shape[1]} input channels"
+        return f"the {shape.a2} columns of A do not divide the {form.weight_shape[1]} input channels"
     split = channel_split(form)
     if lycoris_resumes(split) or keeps_product_for_lycoris(form):
         return None
-    return f"LyCORIS derives other sizes than {shape} from this weight"
+    return f"LyCORIS derives a shape other than {shape} for this weight"
 
 
 def keeps_product_for_lycoris(form: LayerFactorization) -> bool:
-    """Whether LyCORIS finds its split again with w2 as a product; of some convolutions it does with a dense w2 only."""
+    """Whether LyCORIS derives the same split with w2 as a product; for some convolutions only a dense w2 works."""
     split = channel_split(form)
     factored = form.sums and is_factored(form.sums[0].right_rank, (split.out[1], split.in_[1]))
     return bool(factored) and lycoris_resumes(split, form.kernel)
 
 
 def only_peft_splits(form: LayerFactorization) -> str | None:
-    """One layer alone: is there a decompose_factor for it? Several layers must agree, which the writer checks."""
+    """Whether a decompose_factor exists for this layer alone; the writer checks that all layers agree on one."""
     if form.lora_rank is not None or not form.sums or (form.is_conv and form.weight_shape[1] % form.sums[0].shape.a2):
         return None
     fits = common_peft_factor([channel_split(form)]) is not None
-    return None if fits else f"no decompose_factor of PEFT gives {form.sums[0].shape}"
+    return None if fits else f"no decompose_factor of PEFT yields the shape {form.sums[0].shape}"
 
 
 def only_linear(form: LayerFactorization) -> str | None:
@@ -61,15 +61,15 @@ def only_linear(form: LayerFactorization) -> str | None:
 
 
 class Tool(NamedTuple):
-    """A program that loads adapters."""
+    """An application that loads adapters."""
 
     name: str
     title: str
     lora: ToolTarget | None
     lokr: ToolTarget | None
-    rules: tuple[Limit, ...] = ()  # what it cannot load though the format could hold it
-    split_qkv: bool = False  # wants q, k and v as modules of their own
-    note: str = ""  # said beside files written for it …
+    rules: tuple[Limit, ...] = ()  # what it cannot load although the format can store it
+    split_qkv: bool = False  # requires q, k and v as separate modules
+    note: str = ""  # shown for files written for it …
     note_on: tuple[str, ...] = ()  # … of these formats
 
 
@@ -91,8 +91,8 @@ TOOLS: Mapping[str, Tool] = {
         Tool(
             "diffusers", "diffusers", ToolTarget("diffusers-lora", "diffusers"), ToolTarget("diffusers-lokr", "peft"),
             (only_peft_splits,),
-            note="A LoKr loads with model.load_lora_adapter(file, prefix=None); the pipelines of SD, SDXL and FLUX.1 "
-            "take LoRA only.",
+            note="Load a LoKr with model.load_lora_adapter(file, prefix=None); the pipelines of SD, SDXL and FLUX.1 "
+            "load LoRA only.",
             note_on=("diffusers-lokr",),
         ),
         Tool("peft", "PEFT", ToolTarget("peft-lora", "peft"), ToolTarget("peft-lokr", "peft"), (only_peft_splits,)),
@@ -112,7 +112,7 @@ TOOLS: Mapping[str, Tool] = {
 
 
 def tool_named(name: str) -> Tool:
-    """The tool of that name; UsageError with the nearest one.
+    """The application of that name. Raises UsageError, with a suggestion, for an unknown name.
 
     >>> tool_named("ComfyUI").lokr
     ToolTarget(format='lycoris-lokr', dialect='comfyui')
@@ -124,13 +124,13 @@ def tool_named(name: str) -> Tool:
         return TOOLS[key]
     near = get_close_matches(key, TOOLS, n=1)
     raise UsageError(
-        f"no tool {name!r} is known.",
-        fix=f"Did you mean {near[0]}?" if near else f"Known are {', '.join(TOOLS)}.",
+        f"Unknown application {name!r}.",
+        fix=f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(TOOLS)}.",
     )
 
 
 def target_for(tool: Tool, is_lora: bool) -> ToolTarget | None:
-    """Where an adapter of that kind goes for the tool; None where the tool takes no LoKr."""
+    """The format and dialect in which the application loads that kind of adapter; None if it does not load LoKr."""
     return tool.lora if is_lora else tool.lokr
 
 
@@ -142,9 +142,9 @@ def loads_form(
     right_rank: int | None = None,
     left_rank: int | None = None,
 ) -> bool:
-    """Whether `target`, a tool or a format, loads a layer of weight shape `size` in this form; for the shape search.
+    """Whether `target`, an application or a format, accepts this factorization of a layer of weight shape `size`.
 
-    The rule is that of one layer by itself. PEFT and diffusers add one over all layers, which the writer checks.
+    Covers rules about single layers only; the writer checks the rule of PEFT and diffusers about all layers.
 
     >>> size, wide, lora = (320, 768), KronShape(64, 4, 5, 192), KronShape(1, 1, 320, 768)
     >>> loads_form("comfyui", size, wide), loads_form("peft", size, wide), loads_form("nunchaku", size, wide)
@@ -159,7 +159,7 @@ def loads_form(
 
 
 def why_not_form(form: LayerFactorization, target: str) -> str | None:
-    """Why `target`, a tool or a format, does not take this form, as a clause; None where it does."""
+    """Why `target`, an application or a format, does not accept this factorization, as a clause; None if it does."""
     if target not in TOOLS:
         return refusal(form, target)
     tool = TOOLS[target]
@@ -171,18 +171,18 @@ def why_not_form(form: LayerFactorization, target: str) -> str | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a tool loads a file rightly, and why not (or with what reservation)."""
+    """Whether an application loads a file correctly, and if not, why."""
 
     ok: bool
     why: str = ""
 
 
-_NO_FOLDER = "PEFT loads folders with an adapter_config.json"
+_NO_FOLDER = "PEFT loads only folders with an adapter_config.json"
 _NATIVE = "only krona_hub reads its native format"
 _LORA_ONLY = "it loads LoRA only"
-_NO_KRONA = "current diffusers takes the keys for a LoRA and fails"
-_OLD = "sd-scripts knows plain LoRA keys only, without Tucker, DoRA or .diff"
-# format -> tool -> why the tool does not load it. Tools that are not listed do.
+_NO_KRONA = "current diffusers mistakes the keys for LoRA and fails"
+_OLD = "sd-scripts supports plain LoRA keys only, without Tucker, DoRA or .diff"
+# format -> application -> why it does not load the format; applications that are not listed do
 REJECTS: Mapping[str, Mapping[str, str]] = {
     "krona": dict.fromkeys(TOOLS, _NATIVE),
     "kohya-lora": {"peft": _NO_FOLDER},
@@ -192,37 +192,37 @@ REJECTS: Mapping[str, Mapping[str, str]] = {
     },
     "peft-lora": {
         **dict.fromkeys([t for t in TOOLS if t != "peft"], "it does not read PEFT folders"),
-        "diffusers": "its pipelines want the file that save_lora_weights writes",
+        "diffusers": "its pipelines require a file written by save_lora_weights",
     },
-    "peft-lokr": dict.fromkeys([t for t in TOOLS if t != "peft"], "only PEFT reads its LoKr folders"),
+    "peft-lokr": dict.fromkeys([t for t in TOOLS if t != "peft"], "only PEFT reads PEFT LoKr folders"),
     "diffusers-lora": {
-        "peft": _NO_FOLDER, "kohya": "it knows kohya names only", "lycoris": "it knows its own names only",
-        "a1111": "it knows kohya names only", "musubi": "it knows kohya names only",
+        "peft": _NO_FOLDER, "kohya": "it supports kohya names only", "lycoris": "it supports its own names only",
+        "a1111": "it supports kohya names only", "musubi": "it supports kohya names only",
     },
     "diffusers-lokr": {
-        **dict.fromkeys([t for t in TOOLS if t != "diffusers"], "the names are those of diffusers models"),
+        **dict.fromkeys([t for t in TOOLS if t != "diffusers"], "the keys are module paths of diffusers models"),
         "peft": _NO_FOLDER, "kohya": _LORA_ONLY, "nunchaku": _LORA_ONLY,
     },
-    "diffusekrona": {**dict.fromkeys(TOOLS, "only DiffuseKronA's own loader reads it"), "diffusers": _NO_KRONA},
-    "cloneofsimo": dict.fromkeys(TOOLS, "modules are known by position only, which no current tool reads"),
+    "diffusekrona": {**dict.fromkeys(TOOLS, "only DiffuseKronA itself reads this format"), "diffusers": _NO_KRONA},
+    "cloneofsimo": dict.fromkeys(TOOLS, "no current application reads modules identified by position"),
 }  # fmt: skip
 
 
 def rejection(format_name: str, tool: str) -> str | None:
-    """Why the tool loads no file of that format; None where it loads them, as far as the format goes."""
+    """Why the application does not load files of that format; None if it does, as far as the format is concerned."""
     if format_name not in REJECTS:
-        return "it is not known whether it loads this format"
+        return "support for this format is unknown"
     return REJECTS[format_name].get(tool)
 
 
 def loads_in(description: Description) -> Mapping[str, Verdict]:
-    """For every tool, whether it loads the described file with the meaning that the file has."""
+    """For every application, whether it loads the described file correctly."""
     return {name: _verdict(tool, description) for name, tool in TOOLS.items()}
 
 
 def _verdict(tool: Tool, description: Description) -> Verdict:
     why = rejection(description.format, tool.name) or reservation(tool.name, description)
-    if why is None and tool.name == "lycoris":  # its own files may still have splits that it does not derive
+    if why is None and tool.name == "lycoris":  # a LyCORIS file can have splits that LyCORIS does not derive
         refused = ((m.name, only_lycoris_splits(m.form)) for m in description.modules if m.kind == "lokr")
         why = next((f"{name}: {clause}" for name, clause in refused if clause), None)
     return Verdict(why is None, why or "")

@@ -1,1 +1,1 @@
-"""What a layer's delta looks like: its sizes, and its normal forms."""
+"""The factorization of a layer's delta, and its normal forms."""

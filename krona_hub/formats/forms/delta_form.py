@@ -1,4 +1,4 @@
-"""The form of a layer's delta: shapes, terms, ranks, row order, DoRA axis. Torch-free."""
+"""The factorization of a layer's delta: shapes, terms, ranks, row order, DoRA axis. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class SumFactorization(NamedTuple):
 
     shape: KronShape
     terms: int = 1
-    left_rank: int | None = None  # of A = up·down; None: A is dense
-    right_rank: int | None = None  # of B = up·down; None: B is dense
+    left_rank: int | None = None  # rank of A = up·down; None: A is dense
+    right_rank: int | None = None  # rank of B = up·down; None: B is dense
     rows: Literal["kron", "shuffled"] = "kron"
 
     @property
     def lora_rank(self) -> int | None:
-        """Rank of the up·down that the sum is as it stands, None where it is none.
+        """Rank of the sum as a product up·down; None if the sum is not such a product as stored.
 
         >>> SumFactorization(KronShape(1, 1, 8, 6), right_rank=2).lora_rank
         2
@@ -39,7 +39,7 @@ class SumFactorization(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether the rows lie as those of A ⊗ B: shuffling moves none where A or B has one row."""
+        """Whether the rows are in the order of A ⊗ B; shuffling moves no row if A or B has only one."""
         return self.rows == "kron" or 1 in (self.shape.a1, self.shape.b1)
 
 
@@ -50,7 +50,7 @@ class LayerFactorization:
     weight_shape: tuple[int, ...]  # (out, in) or (out, in / groups, k, …)
     sums: tuple[SumFactorization, ...]
     dora: Literal["out", "in"] | None = None
-    layer: str = ""  # canonical name, where a rule asks for it
+    layer: str = ""  # canonical name, if a rule needs it
 
     @property
     def is_conv(self) -> bool:
@@ -58,34 +58,34 @@ class LayerFactorization:
 
     @property
     def lora_rank(self) -> int | None:
-        """Rank of the delta as one up·down, concatenating its sums; None where one of them is no LoRA."""
+        """Rank of the delta as one product up·down of its concatenated sums; None if a sum is not a LoRA."""
         ranks = [s.lora_rank for s in self.sums if s.plain]
         known = [r for r in ranks if r is not None]
         return sum(known) if len(known) == len(self.sums) else None
 
     @property
     def kernel(self) -> int:
-        """k·k…, 1 for a linear layer."""
+        """Number of kernel elements k·k…; 1 for a linear layer."""
         return prod(self.weight_shape[2:])
 
 
 def is_factored(rank: int | None, sides: tuple[int, int]) -> bool:
-    """Whether LyCORIS and PEFT keep a factor of these sides as a product: r < max/2 (FORMATS.md §3).
+    """Whether LyCORIS and PEFT store a factor of these side lengths as a product: r < max/2 (FORMATS.md §3).
 
-    A product of higher rank is stored dense, which is at most twice as large.
+    They store a product of higher rank dense, which is at most twice as large.
     """
     return rank is not None and rank < max(sides) / 2
 
 
 class ChannelSplit(NamedTuple):
-    """The channels of a weight and how a Kronecker term splits them, kernel left out."""
+    """How a Kronecker term splits the channels of a weight, without the kernel."""
 
     out: tuple[int, int]  # (a1, b1)
     in_: tuple[int, int]  # (a2, b2 / kernel)
 
 
 def channel_split(form: LayerFactorization) -> ChannelSplit:
-    """The split of the single term that a form is, or becomes as [[1]] ⊗ up·down."""
+    """The split of a factorization with a single term; a LoRA counts as [[1]] ⊗ up·down."""
     out, channels = form.weight_shape[:2]
     if form.lora_rank is not None or not form.sums:
         return ChannelSplit((1, out), (1, channels))

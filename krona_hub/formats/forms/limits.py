@@ -1,4 +1,4 @@
-"""Rules of the kind "a format cannot hold that": each is a question about the sizes of a layer's delta. Torch-free."""
+"""Rules that state which factorizations a format cannot store. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Callable
 
 from krona_hub.formats.forms.delta_form import LayerFactorization, channel_split, is_factored
 
-PROJECTIONS = (".to_q", ".to_k", ".to_v", ".to_out.0")  # what DiffuseKronA adapts
-Limit = Callable[[LayerFactorization], str | None]  # why it cannot be held, as a clause; None where it can
+PROJECTIONS = (".to_q", ".to_k", ".to_v", ".to_out.0")  # layers that DiffuseKronA adapts
+Limit = Callable[[LayerFactorization], str | None]  # why it cannot be stored, as a clause; None if it can
 
 
 def no_lora(form: LayerFactorization) -> str | None:
-    """Why a LoRA file cannot hold this form as it stands; None where it can."""
+    """Why a LoRA file cannot store this factorization without conversion; None if it can."""
     if form.lora_rank is not None:
         return None
     worst = next(s for s in form.sums if s.lora_rank is None or not s.plain)
-    return f"it is a Kronecker sum ({worst.shape}, {_count(worst.terms, 'term')}) and no product up·down"
+    return f"it is a Kronecker sum ({worst.shape}, {_count(worst.terms, 'term')}), not a product up·down"
 
 
 def no_single_term(form: LayerFactorization) -> str | None:
-    """Why a file of one A ⊗ B per module cannot hold this form; None where it can (or may, if factors agree)."""
+    """Why a file with one A ⊗ B per module cannot store this factorization; None if it can."""
     if form.lora_rank is not None:
         return None
     if not all(s.plain for s in form.sums):
-        return "its rows are shuffled as in DiffuseKronA, which is no plain A ⊗ B"
+        return "its rows are shuffled as in DiffuseKronA, so it is not a plain A ⊗ B"
     terms = sum(s.terms for s in form.sums)
-    return f"it is a sum of {terms} Kronecker terms, and one module holds one" if terms > 1 else None
+    return f"it is a sum of {terms} Kronecker terms, and a module stores only one" if terms > 1 else None
 
 
 def no_locon(form: LayerFactorization) -> str | None:
-    """LyCORIS LoCon holds a LoRA, or a whole matrix as `.diff`."""
+    """LyCORIS LoCon stores a LoRA, or a full matrix as `.diff`."""
     dense = all(s.shape[:2] == (1, 1) and s.plain for s in form.sums)
     return None if dense else no_lora(form)
 
@@ -47,22 +47,22 @@ def no_row_kernel(form: LayerFactorization) -> str | None:
     """PEFT splits the channels of a convolution, never its kernel."""
     for s in form.sums:
         if form.is_conv and form.lora_rank is None and form.weight_shape[1] % s.shape.a2:
-            return f"A has {s.shape.a2} columns, which do not divide the {form.weight_shape[1]} input channels"
+            return f"the {s.shape.a2} columns of A do not divide the {form.weight_shape[1]} input channels"
     return None
 
 
 def no_conv1d(form: LayerFactorization) -> str | None:
-    """PEFT computes another matrix for a Conv1d with a whole w2 (FORMATS.md §4)."""
+    """PEFT computes a different matrix for a Conv1d with a dense w2 (FORMATS.md §4)."""
     if len(form.weight_shape) != 3:
         return None
     rank = form.sums[0].right_rank if form.lora_rank is None else form.lora_rank
     split = channel_split(form)
     kept = is_factored(rank, (split.out[1], split.in_[1]))
-    return None if kept else "it is a Conv1d with a whole B, for which PEFT computes something else"
+    return None if kept else "it is a Conv1d with a dense B, for which PEFT computes a different delta"
 
 
 def no_conv3d(form: LayerFactorization) -> str | None:
-    return "it is a Conv3d, which PEFT's LoKr does not know" if len(form.weight_shape) == 5 else None
+    return "it is a Conv3d, which PEFT LoKr does not support" if len(form.weight_shape) == 5 else None
 
 
 def no_diffusekrona(form: LayerFactorization) -> str | None:
@@ -70,10 +70,10 @@ def no_diffusekrona(form: LayerFactorization) -> str | None:
     if form.dora or form.is_conv or (form.layer and not form.layer.endswith(PROJECTIONS)):
         return "DiffuseKronA adapts linear attention projections only, without DoRA"
     if len(form.sums) != 1 or form.sums[0].terms != 1:
-        return "DiffuseKronA holds one term per layer"
+        return "DiffuseKronA stores one term per layer"
     s = form.sums[0]
     if s.left_rank is not None or s.right_rank is not None:
-        return "DiffuseKronA stores whole factors, and a factor of this delta is a product"
+        return "DiffuseKronA stores dense factors, and a factor of this delta is a low-rank product"
     if s.rows == "shuffled" or 1 in (s.shape.a1, s.shape.b1):
         return None
     return "DiffuseKronA interleaves the rows of A ⊗ B, and this delta does not"

@@ -1,6 +1,6 @@
 """The two normal forms of a layer's delta in files: one product up·down, or one Kronecker term.
 
-Exact or nothing: a sum is brought to the form that a target stores only where that changes no value beyond rounding.
+Conversions are exact: a sum takes the form of the target only if no value changes beyond rounding.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from krona_hub.formats.forms.delta_form import LayerFactorization, SumFactorizat
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, dense_factor, factor_tensors, stored_rank
 from krona_hub.kron.to_lora import nearest_lora
 
-PROPORTIONAL = 1e-7  # relative; two factors this close to multiples of each other are multiples, up to rounding
+PROPORTIONAL = 1e-7  # relative tolerance within which two factors count as multiples of each other
 
 
 class Lora(NamedTuple):
-    """A delta as one product of matrices, the scale inside."""
+    """A delta as one product of two matrices, with the scale folded in."""
 
     up: Tensor  # (out, r)
     down: Tensor  # (r, in·k…)
 
 
 def form_of(delta: LayerDelta, layer: str = "") -> LayerFactorization:
-    """The sizes of a delta, for the rules of `krona_hub.formats.compatibility.format_limits`."""
+    """The factorization of a delta, for the rules of `krona_hub.formats.compatibility`."""
     axis = None if delta.magnitude is None else delta.magnitude_axis
     return LayerFactorization(tuple(delta.weight_shape), tuple(_sum_form(s) for s in delta.sums), axis, layer)
 
@@ -39,22 +39,22 @@ def _sum_form(s: KronTerms) -> SumFactorization:
 
 
 def lora_of(delta: LayerDelta) -> Lora | None:
-    """The delta as up·down, its sums concatenated; None where one of them is no LoRA as it stands.
+    """The delta as up·down of its concatenated sums; None if a sum is not a LoRA as stored.
 
-    A scalar factor goes into up, which becomes float32; up and down keep their type where it is 1.
+    A scalar factor other than 1 is folded into up, in the wider dtype of both; otherwise up and down keep their dtypes.
     """
     pairs = [_lora_of_sum(s) for s in delta.sums if s.rows == "kron" or 1 in (s.shape.a1, s.shape.b1)]
     known = [p for p in pairs if p is not None]
     if len(known) < len(delta.sums):
         return None
-    if not known:  # a DoRA whose directions did not move, or a delta of nothing
+    if not known:  # a DoRA with unchanged directions, or an empty delta
         out, in_ = delta.matrix_shape
         return Lora(torch.zeros(out, 1), torch.zeros(1, in_))
     return known[0] if len(known) == 1 else Lora(_cat([p.up for p in known], 1), _cat([p.down for p in known], 0))
 
 
 def _lora_of_sum(s: KronTerms) -> Lora | None:
-    """Four ways to be a LoRA: [[c]] ⊗ up·down, up·down ⊗ [[c]], and columns ⊗ rows either way round."""
+    """The sum as a LoRA if it is [[c]] ⊗ up·down, up·down ⊗ [[c]], column ⊗ row or row ⊗ column; else None."""
     (a1, a2, b1, b2), left, right = s.shape, s.left, s.right
     if (a1, a2) == (1, 1) and isinstance(right, LowRank):
         return _scaled_pairs(right, dense_factor(left).flatten())
@@ -78,9 +78,9 @@ def _scaled_pairs(pairs: LowRank, scales: Tensor) -> Lora:
 
 
 def term_of(delta: LayerDelta) -> KronTerms | None:
-    """The delta as one A ⊗ B in plain row order; None where it is a sum of several.
+    """The delta as one term A ⊗ B in plain row order; None if it needs several terms.
 
-    A LoRA becomes [[1]] ⊗ up·down; terms whose A's (or B's) are multiples of one another are collected.
+    A LoRA becomes [[1]] ⊗ up·down; terms whose A's (or B's) are multiples of one another are combined.
     """
     lora = lora_of(delta)
     if lora is not None:
@@ -92,7 +92,7 @@ def term_of(delta: LayerDelta) -> KronTerms | None:
 
 
 def _collected(terms: Sequence[KronTerms]) -> KronTerms | None:
-    """Σ Aₖ ⊗ Bₖ as A ⊗ Σ cₖBₖ where Aₖ = cₖA, or the other way round; None where neither holds."""
+    """Σ Aₖ ⊗ Bₖ as A ⊗ Σ cₖBₖ if Aₖ = cₖA, or the same with A and B exchanged; None if neither holds."""
     if len({t.shape for t in terms}) > 1:
         return None
     scales = multiples([t.left for t in terms])
@@ -105,7 +105,7 @@ def _collected(terms: Sequence[KronTerms]) -> KronTerms | None:
 
 
 def multiples(factors: Sequence[Factor]) -> list[float] | None:
-    """The numbers cₖ with factor k = cₖ · factor 0, None where there are none."""
+    """The coefficients cₖ with factor k = cₖ · factor 0; None if the factors are not proportional."""
     first, *rest = (dense_factor(f)[0].double() for f in factors)
     norm = torch.linalg.vector_norm(first)
     if norm == 0:
@@ -120,7 +120,7 @@ def multiples(factors: Sequence[Factor]) -> list[float] | None:
 
 
 def _combined(factors: Sequence[Factor], scales: Sequence[float]) -> Factor:
-    """Σ scale·factor: as a product of the joined halves where all are products, else dense."""
+    """Σ scale·factor: a product of the concatenated halves if all factors are products, else dense."""
     products = [f for f in factors if isinstance(f, LowRank)]
     if len(products) == len(factors):
         ups = [p.up if c == 1 else p.up.float() * c for p, c in zip(products, scales, strict=True)]
@@ -137,7 +137,7 @@ def _nth(factor: Factor, k: int) -> Factor:
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """Joined along `dim`, in the widest type of them all."""
+    """Concatenate along `dim`, in the widest dtype of all tensors."""
     wide = tensors[0].dtype
     for t in tensors:
         wide = torch.promote_types(wide, t.dtype)
@@ -145,7 +145,7 @@ def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def lora_rank(delta: LayerDelta) -> int | None:
-    """The rank of the LoRA that a delta is as it stands; None for a Kronecker adapter."""
+    """The rank of a delta stored as LoRA; None for any other Kronecker sum."""
     return form_of(delta).lora_rank
 
 
@@ -154,7 +154,7 @@ def is_lora(delta: LayerDelta) -> bool:
 
 
 def exact_lora_of(delta: LayerDelta) -> Lora:
-    """A LoRA equal to Σ A ⊗ B: its own where it is one, else by SVD of the factors, at the least rank."""
+    """A LoRA equal to Σ A ⊗ B: the stored one if there is one, else by SVD of the factors at the lowest exact rank."""
     own = lora_of(delta)
     if own is not None:
         return own
@@ -167,7 +167,7 @@ def with_lora(delta: LayerDelta, lora: Lora) -> LayerDelta:
 
 
 def words_of(delta: LayerDelta) -> str:
-    """The form in words.
+    """The factorization in words.
 
     >>> import torch
     >>> words_of(LayerDelta((as_lora(torch.ones(4, 2), torch.ones(2, 6)),), (4, 6)))
@@ -191,7 +191,7 @@ def _sum_words(terms: KronTerms) -> str:
 
 
 def size_of(delta: LayerDelta) -> tuple[int, int]:
-    """Parameters and bytes that the delta is stored in; the constant A = [[1]] of a LoRA is not counted."""
+    """Number of stored parameters and bytes of a delta, without the constant A = [[1]] of a LoRA."""
     tensors = [t for s in delta.sums for t in _counted(s)]
     tensors += [] if delta.magnitude is None else [delta.magnitude]
     return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)

@@ -1,1 +1,1 @@
-"""The formats that krona_hub knows, each a value of `Format`."""
+"""The supported formats, each a `Format` value."""

@@ -1,6 +1,6 @@
-"""cloneofsimo/lora: modules known by their position only, with textual-inversion vectors.
+"""cloneofsimo/lora: modules identified by position only, with textual-inversion vectors.
 
-The rules of the order are those of FORMATS §10.
+FORMATS §10 states the rules of the module order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.base_match import Landing
 from krona_hub.formats.parsing.module_layout import ModuleLayout
 
-SIDES = ("down_blocks", "up_blocks", "mid_block")  # diffusers of that time registered the middle last
+SIDES = ("down_blocks", "up_blocks", "mid_block")  # diffusers registered the middle block last at that time
 PARTS = ("attentions", "resnets")  # within a block
 BLOCK = (  # within a transformer block: ff is registered between the two attentions
     "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj",
@@ -29,8 +29,8 @@ BLOCK = (  # within a transformer block: ff is registered between the two attent
 )  # fmt: skip
 RESNET = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
 ATTENTION_CLASSES = frozenset({"CrossAttention", "Attention"})
-CLASSES = ATTENTION_CLASSES | {"GEGLU"}  # that were trained, where the file does not say
-OWNERS: Mapping[str, frozenset[str]] = {  # beginning of a member -> classes that it is trained with
+CLASSES = ATTENTION_CLASSES | {"GEGLU"}  # trained classes, if the file does not state them
+OWNERS: Mapping[str, frozenset[str]] = {  # start of a member name -> classes that include it
     "attn": ATTENTION_CLASSES,
     "ff": frozenset({"GEGLU"}),
     "": frozenset({"ResnetBlock2D"}),  # the extended variant
@@ -48,7 +48,7 @@ def recognizes(file: AdapterFile) -> bool:
 
 
 def unet_order(modules: Mapping[str, ModuleSpec], classes: frozenset[str] = CLASSES) -> tuple[str, ...]:
-    """The module paths of a U-Net in the order in which this trainer numbered them, where it trained `classes`.
+    """The module paths of a U-Net in this trainer's numbering, for the trained `classes`.
 
     >>> order = unet_order(catalogue.get("sd15").components["unet"])
     >>> len(order), order[4], order[-1]
@@ -74,15 +74,15 @@ def _owners(member: str) -> frozenset[str]:
 
 
 def clip_order(modules: Mapping[str, ModuleSpec]) -> tuple[str, ...]:
-    """The attention projections of a CLIP text encoder in the order in which this trainer numbered them."""
+    """The attention projections of a CLIP text encoder in this trainer's numbering."""
     found = [(m, path) for path in modules if (m := CLIP_PATH.fullmatch(path)) and m[2] in CLIP]
     return tuple(path for _, path in sorted(((int(m[1]), CLIP.index(m[2])), path) for m, path in found))
 
 
 def land(file: AdapterFile, layouts: Mapping[str, ModuleLayout]) -> Landing:
-    """Give every position its layer: in the base of the file, or in the bases of the catalogue whose every shape fits.
+    """Assign a layer to every position: in the base model of the file, or in the first of the catalogue that fits.
 
-    Raises BaseMismatchError where a shape or the number of modules differs, UnknownBaseError where no base fits.
+    Raises BaseMismatchError if a shape or the number of modules differs, UnknownBaseError if no base model fits.
     """
     numbered = Numbered(frozenset(m.name for m in file.keys.modules), layouts, _classes(file))
     if file.base is not None:
@@ -92,8 +92,8 @@ def land(file: AdapterFile, layouts: Mapping[str, ModuleLayout]) -> Landing:
         fits = [base for base in map(catalogue.get, catalogue.names()) if not numbered.misfits(base)]
     if not fits:
         raise UnknownBaseError(
-            f"no known base has the order and the shapes of its {len(numbered.names)} modules.",
-            fix="These files know modules by position only: give the base it was trained on with --base.",
+            f"No known base model matches the order and the shapes of the {len(numbered.names)} modules.",
+            fix="Files of this format identify modules by position only: specify the base model with --base.",
         )
     places = {name: (Placement(layer),) for name, layer in numbered.layers(fits[0]).items() if name in layouts}
     return Landing(fits[0], tuple(base.family for base in fits if base.family), places, {})
@@ -101,20 +101,20 @@ def land(file: AdapterFile, layouts: Mapping[str, ModuleLayout]) -> Landing:
 
 @dataclass(frozen=True)
 class Numbered:
-    """The modules of a file, known by their positions."""
+    """The modules of a file, identified by their positions."""
 
     names: frozenset[str]  # such as "unet:3"
-    layouts: Mapping[str, ModuleLayout]  # of those that are sound
-    classes: frozenset[str]  # that were trained
+    layouts: Mapping[str, ModuleLayout]  # of valid modules only
+    classes: frozenset[str]  # trained classes
 
     def layers(self, base: Base) -> dict[str, str]:
-        """Position -> canonical layer, of the components that the file adapts."""
+        """Position -> canonical layer, for the components that the file adapts."""
         touched = {name.partition(":")[0] for name in self.names}
         orders = {c: _order(base, c, self.classes) for c in ("text_encoder", "unet") if c in touched}
         return {f"{c}:{i}": f"{c}.{path}" for c, order in orders.items() for i, path in enumerate(order)}
 
     def misfits(self, base: Base) -> list[str]:
-        """Positions that only one of the two has, and those whose sizes differ."""
+        """Positions that exist only in the file or only in the base model, and positions with different sizes."""
         layers = self.layers(base)
         differ = [
             n for n, layer in layers.items() if n in self.layouts and _differs(base.module(layer), self.layouts[n])
@@ -126,8 +126,8 @@ def _check(numbered: Numbered, base: Base) -> None:
     wrong = numbered.misfits(base)
     if wrong:
         raise BaseMismatchError(
-            f"{len(wrong)} positions do not fit {base.name}; the first is {wrong[0]}.",
-            fix="Give the base it was trained on with --base.",
+            f"{len(wrong)} positions do not match {base.name}; the first is {wrong[0]}.",
+            fix="Specify the base model the adapter was trained on with --base.",
         )
 
 
@@ -142,19 +142,19 @@ def _order(base: Base, component: str, classes: frozenset[str]) -> tuple[str, ..
 
 
 def _classes(file: AdapterFile) -> frozenset[str]:
-    """The class names in the metadata, which say what was trained."""
+    """The trained class names from the metadata."""
     try:
         names = json.loads(file.metadata.get("unet", "[]"))
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list):
-        raise IncompleteError("its metadata entry 'unet' is no list of class names.", fix="Save the adapter again.")
+        raise IncompleteError("The metadata entry 'unet' is not a list of class names.", fix="Save the adapter again.")
     return frozenset(map(str, names)) or CLASSES
 
 
 CLONEOFSIMO = Format(
     name="cloneofsimo",
-    summary="cloneofsimo/lora: modules known by their position only, with textual-inversion vectors",
+    summary="cloneofsimo/lora: modules identified by position only, with textual-inversion vectors",
     recognizes=recognizes,
     scale="1",
     storage=None,

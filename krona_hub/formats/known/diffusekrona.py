@@ -1,6 +1,6 @@
-"""DiffuseKronA's checkpoints: Kronecker products with interleaved rows (FORMATS §8).
+"""DiffuseKronA checkpoints: Kronecker products with interleaved rows (FORMATS §8).
 
-Their keys are those of old diffusers LoRA; shapes tell the two apart.
+They use the keys of old diffusers LoRA; the tensor shapes distinguish the two formats.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Matrix = tuple[int, ...]
 
 
 def recognizes(file: AdapterFile) -> bool:
-    """Whether the pairs down/up are Kronecker factors and no LoRA.
+    """Whether the pairs down/up are Kronecker factors rather than a LoRA.
 
-    A LoRA's halves share their rank; where that is so for every pair, the bases of the catalogue decide which of the
-    two products has the sizes of a real layer. Raises AmbiguousError where both readings, or neither, fit one.
+    The two halves of a LoRA share their rank. If every pair does, the catalogue of base models decides which of the
+    two products has the shape of a real layer. Raises AmbiguousError if both readings fit, or neither does.
     """
-    if file.keys.grammars != {"processor"}:  # a file that mixes eras is diffusers'
+    if file.keys.grammars != {"processor"}:  # a file that mixes key names of several versions is diffusers LoRA
         return False
     pairs = {m.name: pair for m in file.keys.modules if (pair := _pair(m, file)) is not None}
     if any(down[0] != up[1] for down, up in pairs.values()):
@@ -33,14 +33,14 @@ def recognizes(file: AdapterFile) -> bool:
     krona, lora = (_fits(file, sizes) for sizes in (as_krona, as_lora))
     if krona == lora and pairs:
         raise AmbiguousError(
-            "old diffusers LoRA and DiffuseKronA have the same keys, and the shapes of this file allow both.",
-            fix="Say which with --from diffusers-lora or --from diffusekrona, or name the base with --base.",
+            "Ambiguous format: keys and shapes match both old diffusers LoRA and DiffuseKronA.",
+            fix="Choose --from diffusers-lora or --from diffusekrona, or specify the base model with --base.",
         )
     return krona
 
 
 def _pair(module: ModuleTensors, file: AdapterFile) -> tuple[Matrix, Matrix] | None:
-    """The shapes of down and up, where both are there and are matrices."""
+    """The shapes of down and up; None unless both exist and are matrices."""
     if "down" not in module.parts or "up" not in module.parts:
         return None
     down, up = (file.header.tensors[module.parts[part]].shape for part in ("down", "up"))
@@ -48,14 +48,14 @@ def _pair(module: ModuleTensors, file: AdapterFile) -> tuple[Matrix, Matrix] | N
 
 
 def _fits(file: AdapterFile, sizes: Mapping[str, Matrix]) -> bool:
-    """Whether every module of these sizes is one of a single base: the one given, or any of the catalogue."""
+    """Whether a single base model (the given one, or any of the catalogue) has every module with these sizes."""
     found = detection.fit(file.base, sizes) if file.base else detection.candidates(sizes, file.metadata)
     return any(c.matched == len(sizes) for c in found)
 
 
 DIFFUSEKRONA = Format(
     name="diffusekrona",
-    summary="DiffuseKronA's checkpoints: Kronecker products with interleaved rows",
+    summary="DiffuseKronA checkpoints: Kronecker products with interleaved rows",
     recognizes=recognizes,
     scale="1",
     storage=Storage(kind="kronecker", layout="plain", dialect="processor", limits=(no_diffusekrona,)),

@@ -1,4 +1,4 @@
-"""LoRA of diffusers, in the keys of every era, mixed or not (FORMATS §5), and LoKr with its configuration (§5.4)."""
+"""diffusers LoRA, in the key names of every version, also mixed (FORMATS §5), and LoKr with a configuration (§5.4)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.scales import ScaleConfig, metadata_configs
 
 ERAS = frozenset({"peft", "diffusers", "processor"})  # grammars of keys
-TRAINERS = ("diffusion_model.", "transformer.")  # ai-toolkit and the authors of FLUX: LyCORIS under dotted names
-SCALE = "of lora_adapter_metadata; without it alpha / rank where alpha is stored, else 1"
+TRAINERS = ("diffusion_model.", "transformer.")  # ai-toolkit and BFL: LyCORIS with dotted names
+SCALE = "from lora_adapter_metadata; without it, alpha / rank if alpha is stored, else 1"
 
 
 def configs(file: AdapterFile) -> Mapping[str, ScaleConfig]:
@@ -19,7 +19,7 @@ def configs(file: AdapterFile) -> Mapping[str, ScaleConfig]:
 
 
 def is_scaled(file: AdapterFile) -> bool:
-    """Whether the file says anything of its scale."""
+    """Whether the file states its scale, in a configuration or by an alpha."""
     return bool(configs(file)) or any("alpha" in m.parts for m in file.keys.modules)
 
 
@@ -28,7 +28,7 @@ def is_lora(file: AdapterFile) -> bool:
 
 
 def is_lokr(file: AdapterFile) -> bool:
-    """LoKr with diffusers' configuration, or under dotted names without any alpha."""
+    """Whether the file is a LoKr with diffusers' configuration, or with dotted names and without any alpha."""
     if "lokr" not in file.keys.kinds:
         return False
     if any(c.kind == "lokr" for c in configs(file).values()):
@@ -39,19 +39,21 @@ def is_lokr(file: AdapterFile) -> bool:
 def lora_notes(file: AdapterFile) -> tuple[str, ...]:
     notes = []
     if not is_scaled(file):
-        notes.append("no lora_adapter_metadata: the scale is taken to be 1, as diffusers does")
+        notes.append("no lora_adapter_metadata: assuming scale 1, as diffusers does")
     if len(file.keys.grammars & ERAS) > 1:
-        notes.append("keys of several eras are mixed; diffusers looks at the first only and may lose modules")
+        notes.append(
+            "mixed keys of several diffusers versions; diffusers checks only the first key and may drop modules"
+        )
     return tuple(notes)
 
 
 def lokr_notes(file: AdapterFile) -> tuple[str, ...]:
-    return () if is_scaled(file) else ("no lora_adapter_metadata and no alpha: the scale is taken to be 1",)
+    return () if is_scaled(file) else ("no lora_adapter_metadata and no alpha: assuming scale 1",)
 
 
 DIFFUSERS_LORA = Format(
     name="diffusers-lora",
-    summary="LoRA of diffusers, in the keys of every era, mixed or not",
+    summary="diffusers LoRA, in the key names of every diffusers version, also mixed",
     recognizes=is_lora,
     scale=f"lora_alpha / r {SCALE}",
     storage=Storage(
@@ -67,7 +69,7 @@ DIFFUSERS_LORA = Format(
 )
 DIFFUSERS_LOKR = Format(
     name="diffusers-lokr",
-    summary="LoKr as diffusers' save_lora_adapter writes it, the configuration in the metadata",
+    summary="diffusers LoKr, as written by save_lora_adapter, with its configuration in the metadata",
     recognizes=is_lokr,
     scale=f"alpha / r {SCALE}",
     storage=Storage(

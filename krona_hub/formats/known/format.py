@@ -1,7 +1,6 @@
-"""What a format is to the rest of the program: a name, how a file of it is recognised, and where it differs.
+"""`Format` and `Storage`: how a file format is recognized, read and written. Torch-free.
 
-Most formats differ in names and in one scale rule only, and the shared machinery knows those; a format states the rest.
-Torch-free.
+Most formats differ only in key names and in one scale rule, which shared code handles; a `Format` states the rest.
 """
 
 from __future__ import annotations
@@ -31,35 +30,92 @@ def no_notes(file: AdapterFile) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Storage:
-    """How a format stores the modules that it holds: what the writer has to know."""
+    """How a format stores modules: everything the writer needs to know.
 
-    kind: Literal["any", "kronecker", "low-rank"]  # any sum, one Kronecker term, or one up·down per module
-    layout: str  # how modules become files: a key of PACKERS
-    dialect: str = ""  # the names that most of its readers know: a key of DIALECTS
-    limits: tuple[Limit, ...] = ()  # what it cannot hold
-    lora_keys: tuple[str, str] = ("lora_up.weight", "lora_down.weight")  # of up and of down
+    Parameters
+    ----------
+    kind : {"any", "kronecker", "low-rank"}
+        What one module stores: any Kronecker sum, one term A ⊗ B, or one product up·down.
+    layout : str
+        How modules become files: a key of `PACKERS`.
+    dialect : str, default ""
+        Module names that most readers of the format support: a key of `DIALECTS`.
+    limits : tuple of Limit, default ()
+        Rules for deltas that the format cannot store.
+    lora_keys, magnitude_key : tuple of str, str
+        Parameter names of up and down, and of the DoRA magnitude; kohya's names by default.
+    alpha : bool, default False
+        Whether each module has an alpha; it is written equal to the rank, so the scale is 1.
+    one_factor : bool, default False
+        Whether a single `decompose_factor` must reproduce the shapes of all layers (PEFT).
+    folder : bool, default False
+        Whether the output is a folder of files.
+    network_module, algorithm : str, default ""
+        `ss_network_module` of kohya's metadata, and `algo` in its `ss_network_args`.
+
+    Examples
+    --------
+    >>> storage = Storage(kind="kronecker", layout="kohya", dialect="kohya", alpha=True)
+    >>> storage.magnitude_key, storage.folder
+    ('dora_scale', False)
+    """
+
+    kind: Literal["any", "kronecker", "low-rank"]
+    layout: str
+    dialect: str = ""
+    limits: tuple[Limit, ...] = ()
+    lora_keys: tuple[str, str] = ("lora_up.weight", "lora_down.weight")
     magnitude_key: str = "dora_scale"
-    alpha: bool = False  # whether every module has an alpha, which is written equal to the rank
-    one_factor: bool = False  # whether one decompose_factor must give the shapes of every layer
-    folder: bool = False  # a folder of files
-    network_module: str = ""  # ss_network_module of kohya's metadata
-    algorithm: str = ""  # the `algo` of its ss_network_args
+    alpha: bool = False
+    one_factor: bool = False
+    folder: bool = False
+    network_module: str = ""
+    algorithm: str = ""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A file format of adapters: a value of the tuple FORMATS."""
+    """A file format of adapters; `FORMATS` lists all of them.
 
-    name: str  # as `--to` and `--from` spell it
-    summary: str  # one line, for `krona formats`
-    recognizes: Callable[[AdapterFile], bool]  # by names, shapes and metadata only
-    scale: str  # its scale rule in words
-    storage: Storage | None  # None for a format that is only read
-    kinds: Mapping[str, str] = field(default_factory=dict)  # kind of the keys -> kind of layout, where they differ
-    configs: Callable[[AdapterFile], Configs] = no_configs  # configurations that set the scales
-    land: Callable[[AdapterFile, Mapping[str, ModuleLayout]], Landing] | None = None  # where modules have no names
+    Parameters
+    ----------
+    name : str
+        Value of `--to` and `--from`.
+    summary : str
+        One line for `krona formats`.
+    recognizes : callable
+        AdapterFile -> bool, decided by key names, shapes and metadata only.
+    scale : str
+        Scale rule in words, for `krona inspect`.
+    storage : Storage or None
+        How the format is written; None for a read-only format.
+    kinds : mapping of str to str, default {}
+        Kind of the keys -> kind of the layout, where they differ.
+    configs : callable, optional
+        AdapterFile -> configurations that set the scales, by component ("" for all). Default: none.
+    land : callable, optional
+        Assigns modules to layers where the file does not store module names.
+    notes : callable, optional
+        AdapterFile -> notes for the user. Default: none.
+
+    Examples
+    --------
+    >>> from krona_hub.formats.known.registry import by_name
+    >>> by_name("cloneofsimo").writes, by_name("peft-lora").scale
+    (False, 'lora_alpha / r from adapter_config.json, or lora_alpha / √r with use_rslora')
+    """
+
+    name: str
+    summary: str
+    recognizes: Callable[[AdapterFile], bool]
+    scale: str
+    storage: Storage | None
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    configs: Callable[[AdapterFile], Configs] = no_configs
+    land: Callable[[AdapterFile, Mapping[str, ModuleLayout]], Landing] | None = None
     notes: Callable[[AdapterFile], tuple[str, ...]] = no_notes
 
     @property
     def writes(self) -> bool:
+        """Whether krona writes the format."""
         return self.storage is not None

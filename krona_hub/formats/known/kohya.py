@@ -1,4 +1,4 @@
-"""The formats of kohya's sd-scripts and of LyCORIS: LoRA, LoCon (FORMATS §6) and LoKr (§3), alpha in the file."""
+"""Formats of kohya's sd-scripts and of LyCORIS: LoRA, LoCon (FORMATS §6) and LoKr (§3), with alpha in the file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from krona_hub.formats.forms.limits import no_dora, no_locon, no_lora, no_single
 from krona_hub.formats.known.format import Format, Storage
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 
-LYCORIS_PARTS = {"mid", "dora_scale", "diff"}  # that sd-scripts itself never writes
+LYCORIS_PARTS = {"mid", "dora_scale", "diff"}  # sd-scripts itself never writes these
 
 
 def is_kohya_lora(file: AdapterFile) -> bool:
@@ -16,7 +16,7 @@ def is_kohya_lora(file: AdapterFile) -> bool:
 
 
 def is_lycoris_locon(file: AdapterFile) -> bool:
-    """`lycoris_` names, or parts that plain kohya LoRA does not have."""
+    """Whether the file has `lycoris_` names, or parts that plain kohya LoRA lacks."""
     if not {"kohya", "dense"} & file.keys.grammars:
         return False
     own = any(m.name.startswith("lycoris_") or LYCORIS_PARTS & set(m.parts) for m in file.keys.modules)
@@ -24,12 +24,12 @@ def is_lycoris_locon(file: AdapterFile) -> bool:
 
 
 def is_lycoris_lokr(file: AdapterFile) -> bool:
-    """Any LoKr that the formats before this one leave, and the CDKA sums of a LyCORIS fork."""
+    """Whether the file has LoKr modules (formats listed earlier are ruled out), or CDKA sums of a LyCORIS fork."""
     return bool({"lokr", "cdka"} & file.keys.kinds)
 
 
 def kohya_notes(file: AdapterFile) -> tuple[str, ...]:
-    """sd-scripts joins separately trained q, k and v without adapting alpha."""
+    """Note on split_qkv: sd-scripts joins separately trained q, k and v without adapting alpha."""
     try:
         arguments = json.loads(file.metadata.get("ss_network_args", "{}"))
     except (ValueError, RecursionError):
@@ -38,14 +38,14 @@ def kohya_notes(file: AdapterFile) -> tuple[str, ...]:
     if str(split).lower() != "true":
         return ()
     return (
-        "trained with split_qkv: q, k and v were joined with alpha unchanged, so the file means a third (a quarter with"
-        " mlp) of the strength it was trained at; its meaning is kept",
+        "trained with split_qkv: q, k and v were joined with alpha unchanged, so the file has a third (a quarter with"
+        " mlp) of the trained strength; krona reads it as stored",
     )
 
 
 KOHYA_LORA = Format(
     name="kohya-lora",
-    summary="LoRA of kohya's sd-scripts, under diffusers, ldm or BFL names",
+    summary="kohya sd-scripts LoRA, with diffusers, ldm or BFL module names",
     recognizes=is_kohya_lora,
     scale="alpha / rank; 1 without alpha",
     storage=Storage(
@@ -60,7 +60,7 @@ KOHYA_LORA = Format(
 )
 LYCORIS_LOCON = Format(
     name="lycoris-locon",
-    summary="LoCon of LyCORIS: LoRA with convolutions, Tucker cores, DoRA or whole matrices",
+    summary="LyCORIS LoCon: LoRA with convolutions, Tucker cores, DoRA or full matrices",
     recognizes=is_lycoris_locon,
     scale="alpha / rank; 1 without alpha",
     storage=Storage(
@@ -75,9 +75,9 @@ LYCORIS_LOCON = Format(
 )
 LYCORIS_LOKR = Format(
     name="lycoris-lokr",
-    summary="LoKr of LyCORIS, also as OneTrainer, ai-toolkit, SimpleTuner and musubi-tuner write it",
+    summary="LyCORIS LoKr, also written by OneTrainer, ai-toolkit, SimpleTuner and musubi-tuner",
     recognizes=is_lycoris_lokr,
-    scale="alpha / rank of the tensors; 1 where both factors are full, whatever alpha says",
+    scale="alpha / rank (read from the tensors); 1 if both factors are full, regardless of alpha",
     storage=Storage(
         kind="kronecker",
         layout="kohya",

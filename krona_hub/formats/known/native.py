@@ -1,4 +1,4 @@
-"""krona_hub's own format, schema 1.x: any sum of Kronecker products, no alpha."""
+"""The native format of krona_hub, schema 1.x: any sum of Kronecker products, no alpha."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def recognizes(file: AdapterFile) -> bool:
 
 KRONA = Format(
     name="krona",
-    summary="krona_hub's own format, schema 1.x: any sum of Kronecker products, no alpha",
+    summary="Native format of krona_hub, schema 1.x: any sum of Kronecker products, no alpha",
     recognizes=recognizes,
-    scale="none: the strength is in the numbers",
+    scale="1 (alpha already folded into the weights)",
     storage=Storage(kind="any", layout="krona"),
 )

@@ -1,4 +1,10 @@
-"""Every format that krona_hub knows, in the order in which a file is tried (FORMATS §2): the first hit decides."""
+"""`FORMATS`, the supported formats in the order in which detection tries them (FORMATS §2): the first match decides.
+
+Examples
+--------
+>>> [format.name for format in FORMATS if not format.writes]
+['cloneofsimo']
+"""
 
 from __future__ import annotations
 
@@ -31,11 +37,12 @@ FORMATS: tuple[Format, ...] = (
 
 
 def names() -> tuple[str, ...]:
+    """The names of all formats, in the order of detection."""
     return tuple(format.name for format in FORMATS)
 
 
 def by_name(name: str) -> Format:
-    """The format of that name. Raises UsageError with the nearest name.
+    """The format of that name. Raises UsageError, with a suggestion, for an unknown name.
 
     >>> by_name("kohya-lora").name
     'kohya-lora'
@@ -44,60 +51,84 @@ def by_name(name: str) -> Format:
     if found is None:
         near = get_close_matches(name.lower().replace("_", "-"), names(), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"{name!r} is no format.", fix=f"{hint}Known formats: {', '.join(names())}.")
+        raise UsageError(f"Unknown format {name!r}.", fix=f"{hint}Choose one of {', '.join(names())}.")
     return found
 
 
 def storage_of(name: str) -> Storage:
-    """How the format of that name is written. Raises UsageError for one that is unknown or only read."""
+    """The storage of the format of that name. Raises UsageError for an unknown or read-only format."""
     storage = by_name(name).storage
     if storage is None:
         writable = ", ".join(format.name for format in FORMATS if format.writes)
-        raise UsageError(f"{name!r} cannot be written.", fix=f"Choose one of {writable}.")
+        raise UsageError(f"Format {name!r} is read-only.", fix=f"Choose one of {writable}.")
     return storage
 
 
 def detect_format(file: AdapterFile) -> Format:
-    """The format of a file by its keys, shapes and metadata.
+    """Detect the format of a file from its keys, shapes and metadata.
 
-    Raises UnrecognisedError for a file without an adapter, UnsupportedError for one of another algorithm only,
-    AmbiguousError where two readings fit, naming the option that settles it.
+    Parameters
+    ----------
+    file : AdapterFile
+        An open file, see `open_files`. Only its header and configuration are read.
+
+    Returns
+    -------
+    Format
+        The first of `FORMATS` that recognizes the file.
+
+    Raises
+    ------
+    UnrecognisedError
+        The file contains no adapter weights.
+    UnsupportedError
+        All modules belong to an algorithm that is not a Kronecker or low-rank product, such as LoHa.
+    AmbiguousError
+        Two formats fit; the message names the option that decides.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> from krona_hub.formats.parsing.adapter_file import open_files
+    >>> detect_format(open_files(files("krona_hub.assets") / "zorbi_lokr.safetensors")[0]).name
+    'lycoris-lokr'
     """
     if not KRONA.recognizes(file):
-        _check_ours(file)
+        _check_supported(file)
     for format in FORMATS:
         if format.recognizes(file):
             return format
-    raise UnrecognisedError("no adapter was found in it.", fix="`krona formats` lists what krona reads.")
+    raise UnrecognisedError("No known adapter format matches.", fix="Run `krona formats` to list supported formats.")
 
 
-def _check_ours(file: AdapterFile) -> None:
+def _check_supported(file: AdapterFile) -> None:
     keys = file.keys
     if not keys.modules and keys.foreign:
         module, algorithm = next(iter(keys.foreign.items()))
         raise UnsupportedError(
-            f"all {len(keys.foreign)} modules are {algorithm} or the like, such as {module}.",
-            fix="That is no Kronecker or low-rank product; merge it with the tool that trained it.",
+            f"All {len(keys.foreign)} modules use unsupported algorithms, e.g. {module!r} ({algorithm}).",
+            fix="Merge it with the application that trained it; krona reads Kronecker and low-rank products only.",
         )
     if not keys.modules:
         tensors = file.header.tensors
-        example = f", such as {min(tensors)}" if tensors else ""
+        count = f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}"
+        example = f", e.g. {min(tensors)!r}" if tensors else ""
         raise UnrecognisedError(
-            f"none of its {len(tensors)} tensors belongs to an adapter{example}.",
-            fix="Give an adapter file; `krona formats` lists what krona reads. Is this a checkpoint?",
+            f"No adapter weights found ({count}{example}).",
+            fix="Choose an adapter file, not a checkpoint; `krona formats` lists supported formats.",
         )
     scaled = "lora_adapter_metadata" in file.metadata or any("alpha" in m.parts for m in keys.modules)
     if file.config is None and not scaled and any(m.name.startswith("base_model.model.") for m in keys.modules):
         kind = "lokr" if "lokr" in keys.kinds else "lora"
         raise AmbiguousError(
-            f"these are PEFT tensors without their {PEFT_CONFIG}: the scale alpha / r is unknown.",
-            fix=f"Put {PEFT_CONFIG} beside the file, or say --from diffusers-{kind} for scale 1.",
+            f"Missing {PEFT_CONFIG} for PEFT tensors: the scale alpha / r is unknown.",
+            fix=f"Put {PEFT_CONFIG} beside the file, or use --from diffusers-{kind} to assume scale 1.",
         )
 
 
 def format_of(source: str | Path, base: str | Path | None = None) -> str:
-    """The name of the format that an adapter is stored in; of a folder, that of its first file. Headers only.
+    """The name of the format an adapter is stored in, for a folder that of its first file. Reads headers only.
 
-    A native file remembers where it came from (`provenance.source_format`); this says what it is.
+    `provenance.source_format` of a native file is the format it was converted from; this is the format it has now.
     """
     return detect_format(open_files(source, base)[0]).name

@@ -1,1 +1,1 @@
-"""What the keys, shapes, scales and names of an adapter file mean. Torch-free."""
+"""Interpret the keys, shapes, scales and names of an adapter file. Torch-free."""

@@ -1,4 +1,4 @@
-"""A source on disk as the adapter files in it: a file, a PEFT folder, or a folder with one PEFT folder per component.
+"""Open a source as adapter files: a file, a PEFT folder, or a folder with one PEFT folder per component.
 
 Torch-free: only headers and `adapter_config.json` are read.
 """
@@ -26,16 +26,16 @@ CONFIG_LIMIT = 10_000_000  # bytes; real ones are a few kB
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """One safetensors file that holds an adapter or a component of one."""
+    """One safetensors file with an adapter or one component of it."""
 
     header: Header
-    config: Mapping[str, Any] | None = None  # of PEFT, from adapter_config.json
-    component: str | None = None  # where the name of its folder, or PEFT's note of the model's class, says it
-    base: Base | None = None  # that the user named
+    config: Mapping[str, Any] | None = None  # PEFT configuration, from adapter_config.json
+    component: str | None = None  # from the folder name or the model class in the PEFT configuration, if stated
+    base: Base | None = None  # specified by the user
 
     @cached_property
     def keys(self) -> Keys:
-        """The tensors sorted by module. Raises what `sort_keys` raises, naming the file."""
+        """The tensors grouped by module. Raises the errors of `sort_keys`."""
         vectors = {name for name, info in self.header.tensors.items() if len(info.shape) == 1}
         return sort_keys(self.header.tensors, self.header.metadata, vectors)
 
@@ -58,10 +58,10 @@ class AdapterFile:
 
 
 def open_files(source: str | Path, base: str | Path | Base | None = None) -> tuple[AdapterFile, ...]:
-    """The adapter files of `source`, at least one; `base` is the base model that they are for.
+    """Open the adapter files of `source`, at least one; `base` is their base model, if known.
 
     Raises NotFoundError, AmbiguousError for a folder of several unrelated files, PickleError for a folder of pickles,
-    and what `read_header` raises.
+    and the errors of `read_header`.
     """
     known = base if base is None or isinstance(base, Base) else load_base(base)
     try:
@@ -75,7 +75,7 @@ def open_files(source: str | Path, base: str | Path | Base | None = None) -> tup
 
 @contextmanager
 def in_file(path: Path) -> Iterator[None]:
-    """Put the path in front of errors that come from inside, once."""
+    """Prefix errors raised inside with the path, once."""
     try:
         yield
     except KronaError as error:
@@ -98,7 +98,7 @@ def _files(path: Path) -> tuple[AdapterFile, ...]:
 
 
 def _beside_config(path: Path) -> AdapterFile:
-    """A bare file; with the configuration in its folder where it is the tensors of a PEFT adapter."""
+    """A single file; PEFT tensors get the configuration from the same folder, if it exists."""
     header = read_header(path)
     config = path.parent / PEFT_CONFIG
     is_peft = path.name == PEFT_WEIGHTS or any(key.startswith("base_model.model.") for key in header.tensors)
@@ -113,7 +113,7 @@ def _peft(folder: Path, component: str | None) -> AdapterFile:
 
 
 def component_of_class(config: Mapping[str, Any]) -> str | None:
-    """The component that PEFT's note of the model's class implies, None where it implies none."""
+    """The component implied by the model class in a PEFT configuration; None if it implies none."""
     mapping = config.get("auto_mapping")
     name = str(mapping.get("base_model_class", "")) if isinstance(mapping, dict) else ""
     if name.startswith("UNet"):
@@ -122,35 +122,37 @@ def component_of_class(config: Mapping[str, Any]) -> str | None:
 
 
 def _only_file(folder: Path) -> Path:
-    """The one safetensors file of a folder, or diffusers' own name among several."""
+    """The only safetensors file of a folder, or the one with a standard PEFT or diffusers name."""
     files = sorted(folder.glob("*.safetensors"))
     preferred = [f for f in files if f.name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)]
     if len(preferred or files) == 1:
         return (preferred or files)[0]
     if files:
         raise AmbiguousError(
-            f"{folder} holds {len(files)} safetensors files: {', '.join(f.name for f in files[:4])}.",
-            fix="Give one of the files.",
+            f"{folder} contains {len(files)} safetensors files: {', '.join(f.name for f in files[:4])}.",
+            fix="Specify one of the files.",
         )
     pickles = [f for f in sorted(folder.iterdir()) if f.suffix in ADAPTER_PICKLES]
     if pickles:
         raise PickleError(
-            f"{folder} holds only a pickle, {pickles[0].name}, which can run code when it is opened.",
-            fix="Save it again as safetensors with the program that wrote it.",
+            f"{folder} contains only a pickle, {pickles[0].name}, which can run arbitrary code when loaded.",
+            fix="Save it again as safetensors with the application that wrote it.",
         )
-    raise NotFoundError(f"{folder} holds no adapter file.", fix="Give a .safetensors file or a PEFT folder.")
+    raise NotFoundError(f"No adapter file in {folder}.", fix="Specify a .safetensors file or a PEFT folder.")
 
 
 def _config(path: Path) -> Mapping[str, Any]:
     """The JSON object in `path`. Raises FormatError for anything else."""
     try:
         if path.stat().st_size > CONFIG_LIMIT:
-            raise FormatError(f"{path} is larger than any configuration.", fix="Download the adapter again.")
+            raise FormatError(
+                f"{path} exceeds 10 MB, too large for a configuration.", fix="Download the adapter again."
+            )
         config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"{path} is no JSON that can be read.", fix="Download the adapter again.") from None
+        raise FormatError(f"{path} is not valid JSON.", fix="Download the adapter again.") from None
     if not isinstance(config, dict):
-        raise FormatError(f"{path} is no JSON object.", fix="Download the adapter again.")
+        raise FormatError(f"{path} is not a JSON object.", fix="Download the adapter again.")
     return config

@@ -1,6 +1,6 @@
-"""Which base a file belongs to, and where in it each of its modules lands. Torch-free.
+"""Match a file to a base model, and each of its modules to layers of that model. Torch-free.
 
-Names decide together: `lycoris_encoder_layers_0_…` fits both text encoders of SDXL, but the file as a whole fits one.
+All names decide together: `lycoris_encoder_layers_0_…` fits both text encoders of SDXL, but the whole file fits one.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, UnknownBaseError
 
-HINTS = 8  # modules of a file for which the nearest name is sought, which takes milliseconds each
+HINTS = 8  # modules per file to suggest a name for; each search takes milliseconds
 Placements = tuple[Placement, ...]
-Shapes = Mapping[str, tuple[int, ...]]  # module of a file -> shape of the weight, as far as its tensors tell
+Shapes = Mapping[str, tuple[int, ...]]  # module of a file -> shape of the weight, as implied by its tensors
 
 
 @dataclass(frozen=True)
 class Landing:
-    """Where the modules of a file land."""
+    """The base model of a file, and the layers that its modules adapt."""
 
-    base: Base | None  # None: no base is known, and the names speak for themselves
+    base: Base | None  # None: no known base model; layers come from the names alone
     candidates: tuple[str, ...]  # catalogue names that fit equally well
-    places: Mapping[str, Placements]
-    problems: Mapping[str, KronaError]  # modules that land nowhere, and why
+    places: Mapping[str, Placements]  # module -> layers
+    problems: Mapping[str, KronaError]  # module -> why it matches no layer
 
 
 def land(shapes: Shapes, metadata: Mapping[str, str], base: Base | None, component: str | None) -> Landing:
-    """Find the base, where none is given, and the layers of each module.
+    """Find the layers of each module, and the base model if none is given.
 
-    Raises AmbiguousError where several components fit alike, UnknownBaseError where names without dots fit no base.
+    Raises AmbiguousError if several components fit equally well, UnknownBaseError if names without dots fit no base.
     """
     if base is not None:
         owner = _component(detection.fit(base, shapes), component, len(shapes))
@@ -46,7 +46,7 @@ def land(shapes: Shapes, metadata: Mapping[str, str], base: Base | None, compone
     if whole:
         return _in_catalogue(shapes, whole, component)
     if found and 2 * found[0].matched >= len(shapes):
-        return _in_catalogue(shapes, found, component)  # the base is known, and some modules are wrong
+        return _in_catalogue(shapes, found, component)  # the base model is known, but some modules do not match
     if all(canonical_from_path(name, component) for name in shapes):
         return _by_path(shapes, component)
     raise _unknown(shapes)
@@ -59,16 +59,16 @@ def _in_catalogue(shapes: Shapes, found: list[detection.Candidate], component: s
     return _in_base(shapes, catalogue.get(best.base), owner, tuple(dict.fromkeys(c.base for c in ties)))
 
 
-def _component(found: Sequence[detection.Candidate], asked: str | None, total: int) -> str | None:
-    """The component that prefix-less names mean: the one asked for, or the one that fits best."""
-    if asked is not None or not found:
-        return asked
+def _component(found: Sequence[detection.Candidate], requested: str | None, total: int) -> str | None:
+    """The component of names without a prefix: the requested one, or the one that fits best."""
+    if requested is not None or not found:
+        return requested
     most = max(c.matched for c in found)
     best = [c.component for c in found if c.matched == most]
     if len(best) > 1 and most:
         raise AmbiguousError(
-            f"its modules fit {' and '.join(map(str, best))} of {found[0].base} alike ({most} of {total}).",
-            fix=f"Say which with --component {best[0]}.",
+            f"The modules fit {' and '.join(map(str, best))} of {found[0].base} equally well ({most} of {total}).",
+            fix=f"Choose one with --component, e.g. --component {best[0]}.",
         )
     return best[0]
 
@@ -88,19 +88,19 @@ def _in_base(shapes: Shapes, base: Base, component: str | None, candidates: tupl
 def _place(
     names: NameTable, name: str, shape: tuple[int, ...], component: str | None, *, hint: bool = True
 ) -> Placements:
-    """The placements of one module. Raises BaseMismatchError where the base lacks it or has another shape."""
+    """The placements of one module. Raises BaseMismatchError if the base lacks it or has another shape."""
     found = dict(names.candidates(name))
     places = found.get(component or "") or (next(iter(found.values())) if len(found) == 1 else None)
     if places is None and len(found) > 1:
-        raise AmbiguousError(f"it is a module of {' and of '.join(found)}.", fix="Say which with --component.")
+        raise AmbiguousError(f"The module exists in {' and in '.join(found)}.", fix="Choose one with --component.")
     if places is None:
         raise _unmatched(names, name, hint)
     wanted = _size(names.base, places)
     given = shape[0], prod(shape[1:])
     if given != wanted:
         raise BaseMismatchError(
-            f"its delta is {given[0]}x{given[1]}, and {names.base.name} has {wanted[0]}x{wanted[1]} there.",
-            fix="Name the base it was trained on with --base.",
+            f"The delta is {given[0]}x{given[1]}, but the layer of {names.base.name} is {wanted[0]}x{wanted[1]}.",
+            fix="Specify the base model the adapter was trained on with --base.",
         )
     return places
 
@@ -108,15 +108,16 @@ def _place(
 def _unmatched(names: NameTable, name: str, hint: bool) -> KronaError:
     lacking = name_prefixes.lacking(name, names.base)
     if lacking:
-        return BaseMismatchError(f"{names.base.name} has no {lacking}.", fix="Is it the whole model?")
+        return BaseMismatchError(f"{names.base.name} has no {lacking}.", fix="Specify the whole model with --base.")
     near = names.nearest(name) if hint else None
     return BaseMismatchError(
-        f"{names.base.name} has no such module.", fix=f"The nearest is {near}." if near else "Is it the right base?"
+        f"{names.base.name} has no such module.",
+        fix=f"The nearest layer is {near}." if near else "Check that --base is the model the adapter was trained on.",
     )
 
 
 def _size(base: Base, places: Placements) -> tuple[int, int]:
-    """(out, in·k…) of the file's module that `places` make together."""
+    """(out, in·k…) of the module that consists of `places`."""
     sizes = [module.matrix for place in places if (module := base.module(place.layer))]
     whole = sum(out for out, _ in sizes), sizes[0][1]
     return whole[::-1] if places[0].transpose else whole
@@ -127,12 +128,12 @@ def _by_path(shapes: Shapes, component: str | None) -> Landing:
     return Landing(None, (), {name: (Placement(layer),) for name, layer in named.items() if layer}, {})
 
 
-SIGNS: tuple[tuple[re.Pattern[str], str], ...] = (  # beginning of a diffusers or transformers path -> component
+SIGNS: tuple[tuple[re.Pattern[str], str], ...] = (  # start of a diffusers or transformers path -> component
     (re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b"), "unet"),
     (re.compile(r"(single_|joint_)?transformer_blocks\."), "transformer"),
     (re.compile(r"(text_model\.)?encoder\.layers\."), "text_encoder"),
 )
-OLD_PATHS = (  # the processor era, as in bases.names, for paths that no base explains
+OLD_PATHS = (  # attention-processor names, as in `bases.name_table`, for paths without a known base
     (re.compile(r"^(text_encoder.*self_attn\.)to_([qkv]|out)$"), r"\1\2_proj"),
     (re.compile(r"^(.*)\.processor\.(.*)$"), r"\1.\2"),
     (re.compile(r"^(.*attn\d?\.to_out)$"), r"\1.0"),
@@ -141,7 +142,7 @@ OLD_PATHS = (  # the processor era, as in bases.names, for paths that no base ex
 
 
 def canonical_from_path(name: str, component: str | None = None) -> str | None:
-    """The canonical layer that a dotted name spells out by itself; None where only a base could tell.
+    """The canonical layer that a dotted name contains; None if the name needs a base model.
 
     >>> canonical_from_path("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out")
     'unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0'
@@ -162,6 +163,6 @@ def canonical_from_path(name: str, component: str | None = None) -> str | None:
 def _unknown(shapes: Shapes) -> KronaError:
     first = next(iter(shapes))
     return UnknownBaseError(
-        f"no known base has its modules, such as {first}.",
-        fix="Name the base with --base: a diffusers folder, a checkpoint file, or a name such as sd15 or flux1-dev.",
+        f"No known base model has these modules, e.g. {first!r}.",
+        fix="Specify the base model with --base: a diffusers folder, a checkpoint file, or a name such as sd15.",
     )

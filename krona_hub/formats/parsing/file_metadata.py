@@ -1,4 +1,4 @@
-"""What the metadata of an adapter file tell a person: trigger words, training, licence. None of it changes a delta."""
+"""Trigger words, training settings and license from the metadata of an adapter file; none of them change a delta."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 
 TRIGGER_KEYS = ("modelspec.trigger_phrase", "trigger_word", "trigger_words", "trigger_phrase", "instance_prompt")
-LICENCE_KEYS = ("modelspec.license", "license", "licence")
-TRAINING: Mapping[str, str] = {  # key -> what it is
+LICENSE_KEYS = ("modelspec.license", "license", "licence")
+TRAINING: Mapping[str, str] = {  # key -> label
     "ss_output_name": "name",
     "modelspec.title": "title",
     "ss_network_module": "network",
@@ -35,27 +35,28 @@ MOST_WORDS = 5
 
 
 def training_record(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The lines about training that the file has, in the words of TRAINING."""
-    return {what: metadata[key] for key, what in TRAINING.items() if metadata.get(key) not in (None, "", "None")}
+    """The training settings in the metadata, with the labels of TRAINING."""
+    return {label: metadata[key] for key, label in TRAINING.items() if metadata.get(key) not in (None, "", "None")}
 
 
-def licence(metadata: Mapping[str, str]) -> str | None:
-    return next((metadata[key] for key in LICENCE_KEYS if metadata.get(key)), None)
+def license_of(metadata: Mapping[str, str]) -> str | None:
+    """The license stated in the metadata; None if there is none."""
+    return next((metadata[key] for key in LICENSE_KEYS if metadata.get(key)), None)
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """What to write in a prompt: what the file states, its learned tokens, or the commonest caption of each folder.
+    """Words for the prompt: stated trigger words and learned tokens, else the most frequent tag of each folder.
 
     >>> trigger_words({"ss_tag_frequency": '{"10_dog": {"sks dog": 12, "grass": 3}}'})
     ('sks dog',)
     """
     stated = [word.strip() for key in TRIGGER_KEYS for word in metadata.get(key, "").split(",")]
     tokens = [key for key, value in metadata.items() if value == "<embed>"]
-    words = [w for w in stated if w] + tokens or list(_commonest(metadata.get("ss_tag_frequency", "")))
+    words = [w for w in stated if w] + tokens or list(_most_frequent(metadata.get("ss_tag_frequency", "")))
     return tuple(dict.fromkeys(words))[:MOST_WORDS]
 
 
-def _commonest(text: str) -> Iterator[str]:
+def _most_frequent(text: str) -> Iterator[str]:
     try:
         folders = json.loads(text) if text else {}
     except (ValueError, RecursionError):

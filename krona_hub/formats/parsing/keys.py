@@ -1,6 +1,6 @@
-"""The grammars of adapter keys, as tables: any key of any file → the module it belongs to, and which part it is.
+"""Grammars of adapter keys, as tables: key of any file → its module and part. Torch-free.
 
-Torch-free. Files mix grammars (FORMATS §5.1), so every key is read by itself and the parts are grouped afterwards.
+Files mix grammars (FORMATS §5.1), so each key is parsed on its own and the parts are grouped afterwards.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from krona_hub.errors import ConflictError, IncompleteError
 
 
 class KeyPart(NamedTuple):
-    """What a key stands for within its module."""
+    """The part of a module that a key names."""
 
-    kind: str  # lora, lokr, cdka, dense; "" for what any kind has; bias, norm; foreign
+    kind: str  # lora, lokr, cdka, dense; "" for parts of any kind; bias, norm; foreign
     name: str  # canonical name of the part
-    grammar: str  # who writes keys like this
+    grammar: str  # family of applications that writes such keys
 
 
-TAILS: Mapping[str, KeyPart] = {  # end of a key, behind the module's name -> part
+TAILS: Mapping[str, KeyPart] = {  # end of a key, after the module name -> part
     "lokr_w1": KeyPart("lokr", "w1", "lokr"),
     "lokr_w1_a": KeyPart("lokr", "w1_a", "lokr"),
     "lokr_w1_b": KeyPart("lokr", "w1_b", "lokr"),
@@ -57,7 +57,7 @@ TAILS: Mapping[str, KeyPart] = {  # end of a key, behind the module's name -> pa
     "w_norm": KeyPart("norm", "w_norm", ""),
     "b_norm": KeyPart("norm", "b_norm", ""),
 }
-FOREIGN: Mapping[str, str] = {  # end of a key -> the algorithm that writes it, none of them a Kronecker product
+FOREIGN: Mapping[str, str] = {  # end of a key -> its algorithm, none of them a Kronecker product
     **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), "LoHa"),
     **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), "GLoRA"),
     **dict.fromkeys(("oft_blocks", "oft_diag", "oft_r", "oft_s", "oft_R.weight", "rescale"), "OFT or BOFT"),
@@ -74,9 +74,9 @@ FOREIGN: Mapping[str, str] = {  # end of a key -> the algorithm that writes it, 
     "bone_block": "Bone",
     "vblora_vector_bank": "VB-LoRA",
 }
-POSITIONAL = re.compile(r"(unet|text_encoder):([0-9]{1,6}):(up|down)")  # cloneofsimo: a module is its position
+POSITIONAL = re.compile(r"(unet|text_encoder):([0-9]{1,6}):(up|down)")  # cloneofsimo: modules are numbered
 ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$")
-EMBEDDINGS = ("bundle_emb.", "emb_params")  # textual inversion carried along (OneTrainer)
+EMBEDDINGS = ("bundle_emb.", "emb_params")  # textual-inversion embeddings in the same file (OneTrainer)
 OPTIONAL = ("mid", "alpha", "dora_scale", "magnitude")
 
 
@@ -84,7 +84,7 @@ OPTIONAL = ("mid", "alpha", "dora_scale", "magnitude")
 class ModuleTensors:
     """The tensors of one module of a file."""
 
-    name: str  # as the file spells it, without the part
+    name: str  # as in the file, without the part
     kind: str  # lora, lokr, cdka or dense
     parts: Mapping[str, str]  # part -> key of the tensor
     grammars: frozenset[str]
@@ -96,13 +96,13 @@ class ModuleTensors:
 
 @dataclass(frozen=True)
 class Keys:
-    """Every tensor of a file, sorted by what it is."""
+    """Every tensor of a file, by role."""
 
     modules: tuple[ModuleTensors, ...]
-    extras: tuple[str, ...] = ()  # embeddings, norms, biases: kept, but no delta of a weight
-    foreign: Mapping[str, str] | None = None  # module -> an algorithm that is no Kronecker product
-    unknown: tuple[str, ...] = ()  # belong to nothing
-    orphans: tuple[str, ...] = ()  # modules with an alpha or a magnitude, and no delta
+    extras: tuple[str, ...] = ()  # embeddings, norms, biases: kept, but not deltas of weights
+    foreign: Mapping[str, str] | None = None  # module -> an unsupported algorithm
+    unknown: tuple[str, ...] = ()  # keys of no grammar
+    orphans: tuple[str, ...] = ()  # modules with an alpha or a magnitude, but no delta
 
     @property
     def grammars(self) -> frozenset[str]:
@@ -114,7 +114,7 @@ class Keys:
 
 
 def split_key(key: str) -> tuple[str, KeyPart] | None:
-    """The module and the part that a key names; None where no grammar knows it.
+    """Split a key into its module and part; None if no grammar matches.
 
     >>> split_key("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight")
     ('lora_unet_mid_block_attentions_0_proj_in', KeyPart(kind='lora', name='down', grammar='kohya'))
@@ -125,8 +125,8 @@ def split_key(key: str) -> tuple[str, KeyPart] | None:
     >>> split_key("unet:3:up")
     ('unet:3', KeyPart(kind='lora', name='up', grammar='cloneofsimo'))
     """
-    if place := POSITIONAL.fullmatch(key):
-        return f"{place[1]}:{place[2]}", KeyPart("lora", place[3], "cloneofsimo")
+    if match := POSITIONAL.fullmatch(key):
+        return f"{match[1]}:{match[2]}", KeyPart("lora", match[3], "cloneofsimo")
     key = ADAPTER_NAME.sub(r".\1\2", key)
     for tail in _tails(key):
         if tail in TAILS:
@@ -137,7 +137,7 @@ def split_key(key: str) -> tuple[str, KeyPart] | None:
 
 
 def _tails(key: str) -> Iterable[str]:
-    """The last three, two and one segments of a key; a segment that ends in `_lora` counts from there."""
+    """The last three, two and one segments of a key; of a segment that ends in `_lora`, only that suffix."""
     segments = key.split(".")
     for count in (3, 2, 1):
         if len(segments) > count:
@@ -151,10 +151,10 @@ def _module(key: str, tail: str) -> str:
 
 
 def sort_keys(names: Iterable[str], metadata: Mapping[str, str], vectors: Container[str] = ()) -> Keys:
-    """Group the tensors of a file by module; `vectors` are those of one dimension, whose `.diff` is of a norm.
+    """Group the tensors of a file by module; `vectors` are the one-dimensional ones, whose `.diff` belongs to a norm.
 
-    Raises ConflictError where two keys are the same part of a module, IncompleteError where one module holds two
-    kinds of delta.
+    Raises ConflictError if two keys are the same part of a module, IncompleteError if one module has two kinds of
+    delta.
     """
     modules: dict[str, dict[str, tuple[str, KeyPart]]] = {}
     foreign: dict[str, str] = {}
@@ -186,8 +186,8 @@ def _add(parts: dict[str, tuple[str, KeyPart]], key: str, found: tuple[str, KeyP
     module, part = found
     if part.name in parts:
         raise ConflictError(
-            f"{module}: {parts[part.name][0]} and {key} are both its {part.name!r}.",
-            fix="The file holds two adapters; split them with the tool that saved it.",
+            f"{module}: {parts[part.name][0]} and {key} are both the part {part.name!r}.",
+            fix="The file contains two adapters; save them separately with the application that wrote it.",
         )
     parts[part.name] = (key, part)
 
@@ -196,7 +196,8 @@ def _group(name: str, parts: Mapping[str, tuple[str, KeyPart]]) -> ModuleTensors
     kinds = sorted({part.kind for _, part in parts.values()} - {""})
     if len(kinds) > 1:
         raise IncompleteError(
-            f"{name} mixes the tensors of {' and '.join(kinds)}.", fix="Save the adapter again with its own tool."
+            f"{name} mixes tensors of {' and '.join(kinds)}.",
+            fix="Save the adapter again with the application that wrote it.",
         )
     if not kinds:
         return None

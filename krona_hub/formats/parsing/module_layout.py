@@ -1,6 +1,6 @@
-"""The sizes of one module's delta, read off the shapes of its tensors, with every check that shapes allow.
+"""Derive the layout of one module's delta from the shapes of its tensors, and check those shapes. Torch-free.
 
-Torch-free: `krona inspect` and the readers use the same numbers, and the decoder may rely on them.
+`krona inspect` and the readers share these layouts, and the decoder relies on their checks.
 
     ΔW = Σₖ Aₖ ⊗ Bₖ     A: (a1, a2)   B: (b1, b2)   out = a1·b1   in·k… = a2·b2
 """
@@ -19,35 +19,35 @@ from krona_hub.kron.shapes import KronShape
 
 Size = tuple[int, ...]
 Sizes = Mapping[str, Size]  # part -> shape of its tensor
-MAX_KERNEL = 1024  # of a Conv1d; the sum below has k² entries
-_AGAIN = "Save the adapter again with the tool that trained it."
+MAX_KERNEL = 1024  # largest kernel of a Conv1d; the unit vectors eₖ take k² entries
+_AGAIN = "Save the adapter again with the application that trained it."
 
 
 @dataclass(frozen=True)
 class ModuleLayout:
-    """What a module's delta is made of."""
+    """Kronecker shape, ranks and row order of a module's delta."""
 
     kind: str  # a key of KINDS
     shape: KronShape
-    weight_shape: Size  # as far as the tensors tell: a flattened convolution looks linear
+    weight_shape: Size  # as implied by the tensors: a flattened convolution looks linear
     terms: int = 1
-    left_rank: int | None = None  # of A = up·down; None: A is stored whole
-    right_rank: int | None = None
+    left_rank: int | None = None  # rank of A = up·down; None: A is dense
+    right_rank: int | None = None  # rank of B = up·down; None: B is dense
     rows: Literal["kron", "shuffled"] = "kron"
-    rank: int | None = None  # the r of alpha / r; None where alpha means nothing
+    rank: int | None = None  # r in alpha / r; None if alpha has no effect
     dora: Literal["out", "in"] | None = None
 
 
 def layout_of(group: ModuleTensors, tensors: Mapping[str, TensorInfo], kind: str | None = None) -> ModuleLayout:
-    """The layout of a module, read as `kind` (a key of KINDS) where a format means something else by its keys.
+    """Derive the layout of a module; `kind` (a key of KINDS) overrides the kind that its keys imply.
 
-    Raises IncompleteError, ShapeError, DtypeError or AmbiguousError; the caller adds the name of the module.
+    Raises IncompleteError, ShapeError, DtypeError or AmbiguousError; the caller adds the module name.
     """
     infos = {part: tensors[key] for part, key in group.parts.items()}
     for part, info in infos.items():
         _check_dtype(part, info)
     sizes = {part: info.shape for part, info in infos.items()}
-    _check(prod(sizes.get("alpha", ())) == 1, f"'alpha' should be one number and is {list(sizes.get('alpha', ()))}.")
+    _check(prod(sizes.get("alpha", ())) == 1, f"'alpha' must be a single number, not {list(sizes.get('alpha', ()))}.")
     layout = KINDS[kind or group.kind](sizes)
     return replace(layout, dora=_dora_axis(sizes, layout.weight_shape))
 
@@ -55,18 +55,18 @@ def layout_of(group: ModuleTensors, tensors: Mapping[str, TensorInfo], kind: str
 def _check_dtype(part: str, info: TensorInfo) -> None:
     if info.dtype not in FLOATS:
         raise DtypeError(
-            f"{part!r} is {info.dtype}, and adapters are F64, F32, F16 or BF16.",
-            fix="A quantised adapter cannot be read exactly; get the file it was made from.",
+            f"Unsupported dtype {info.dtype} of {part!r}; supported are F64, F32, F16 and BF16.",
+            fix="Use the original file; a quantized adapter cannot be read exactly.",
         )
     if info.numel == 0:
-        raise ShapeError(f"{part!r} is empty: {list(info.shape)}.", fix=_AGAIN)
+        raise ShapeError(f"Tensor {part!r} is empty: {list(info.shape)}.", fix=_AGAIN)
 
 
 def _need(sizes: Sizes, *parts: str) -> tuple[Size, ...]:
     missing = [part for part in parts if part not in sizes]
     if missing:
         have = ", ".join(sorted(sizes))
-        raise IncompleteError(f"{' and '.join(map(repr, missing))} missing beside {have}.", fix=_AGAIN)
+        raise IncompleteError(f"Missing {' and '.join(map(repr, missing))} (found: {have}).", fix=_AGAIN)
     return tuple(sizes[part] for part in parts)
 
 
@@ -76,8 +76,8 @@ def _check(ok: bool, message: str) -> None:
 
 
 def _matrix(part: str, size: Size) -> tuple[int, int]:
-    """(rows, columns) of a tensor that must be a matrix, trailing dimensions of 1 allowed."""
-    _check(len(size) >= 2 and prod(size[2:]) == 1, f"{part!r} should be a matrix and is {list(size)}.")
+    """(rows, columns) of a tensor that must be a matrix; trailing dimensions of size 1 are allowed."""
+    _check(len(size) >= 2 and prod(size[2:]) == 1, f"{part!r} must be a matrix, not {list(size)}.")
     return size[0], size[1]
 
 
@@ -85,16 +85,16 @@ def _lora(sizes: Sizes) -> ModuleLayout:
     """down (r, in[, k…]), up (out, r); with mid (m, n, k…): down (n, in), up (out, m)."""
     down, up = _need(sizes, "down", "up")
     out, rank = _matrix("up", up)
-    _check(len(down) >= 2, f"'down' should be a matrix or a kernel and is {list(down)}.")
+    _check(len(down) >= 2, f"'down' must be a matrix or a kernel, not {list(down)}.")
     if "mid" in sizes:
         return _lora_tucker(sizes["mid"], _matrix("down", down), (out, rank))
-    _check(down[0] == rank, f"up {list(up)} and down {list(down)} have different ranks, {rank} and {down[0]}.")
+    _check(down[0] == rank, f"'up' {list(up)} and 'down' {list(down)} have different ranks: {rank} and {down[0]}.")
     return ModuleLayout("lora", KronShape(1, 1, out, prod(down[1:])), (out, *down[1:]), right_rank=rank, rank=rank)
 
 
 def _lora_tucker(mid: Size, down: tuple[int, int], up: tuple[int, int]) -> ModuleLayout:
     (n, in_), (out, m) = down, up
-    _check(len(mid) >= 2 and mid[:2] == (m, n), f"'mid' {list(mid)} does not join up {list(up)} and down {list(down)}.")
+    _check(len(mid) >= 2 and mid[:2] == (m, n), f"'mid' {list(mid)} does not fit 'up' {list(up)}, 'down' {list(down)}.")
     weight = (out, in_, *mid[2:])
     return ModuleLayout("lora", KronShape(1, 1, out, prod(weight[1:])), weight, right_rank=m, rank=n)
 
@@ -117,7 +117,7 @@ def _lokr_left(sizes: Sizes) -> tuple[tuple[int, int], int | None]:
         _need(sizes, "w1")
     first, second = _need(sizes, "w1_a", "w1_b")
     (a, r1), (r2, c) = _matrix("w1_a", first), _matrix("w1_b", second)
-    _check(r1 == r2, f"w1_a {list(first)} and w1_b {list(second)} have different ranks.")
+    _check(r1 == r2, f"'w1_a' {list(first)} and 'w1_b' {list(second)} have different ranks.")
     return (a, c), r1
 
 
@@ -125,7 +125,7 @@ def _lokr_right(sizes: Sizes) -> tuple[Size, int | None]:
     """(b, d, k…) and the rank."""
     if "w2" in sizes:
         _only("w2", sizes, "w2_a", "w2_b", "t2")
-        _check(len(sizes["w2"]) >= 2, f"'w2' should be a matrix or a kernel and is {list(sizes['w2'])}.")
+        _check(len(sizes["w2"]) >= 2, f"'w2' must be a matrix or a kernel, not {list(sizes['w2'])}.")
         return sizes["w2"], None
     if "w2_a" not in sizes and "w2_b" not in sizes:
         _need(sizes, "w2")
@@ -133,32 +133,32 @@ def _lokr_right(sizes: Sizes) -> tuple[Size, int | None]:
     if "t2" in sizes:
         (r1, b), (r2, d), core = _matrix("w2_a", first), _matrix("w2_b", second), sizes["t2"]
         fits = len(core) >= 2 and core[:2] == (r1, r2)
-        _check(fits, f"'t2' {list(core)} does not join w2_a {list(first)} and w2_b {list(second)}.")
+        _check(fits, f"'t2' {list(core)} does not fit 'w2_a' {list(first)} and 'w2_b' {list(second)}.")
         return (b, d, *core[2:]), r1
-    _check(len(second) >= 2, f"'w2_b' should be a matrix or a kernel and is {list(second)}.")
+    _check(len(second) >= 2, f"'w2_b' must be a matrix or a kernel, not {list(second)}.")
     b, rank = _matrix("w2_a", first)
-    _check(rank == second[0], f"w2_a {list(first)} and w2_b {list(second)} have different ranks.")
+    _check(rank == second[0], f"'w2_a' {list(first)} and 'w2_b' {list(second)} have different ranks.")
     return (b, *second[1:]), rank
 
 
 def _only(whole: str, sizes: Sizes, *products: str) -> None:
     both = [part for part in products if part in sizes]
     if both:
-        raise IncompleteError(f"{whole!r} is there whole and as {' and '.join(both)}.", fix=_AGAIN)
+        raise IncompleteError(f"{whole!r} is stored both dense and as {' and '.join(both)}.", fix=_AGAIN)
 
 
 def _cdka(sizes: Sizes) -> ModuleLayout:
     """cdka_b (r, out/r1, r2) ⊗ cdka_a (r, r1, in/r2), summed over r (FORMATS §9)."""
     right, left = _need(sizes, "cdka_a", "cdka_b")
     fits = len(left) == len(right) == 3 and left[0] == right[0]
-    _check(fits, f"cdka_b {list(left)} and cdka_a {list(right)} are no stacks of equal length.")
+    _check(fits, f"'cdka_b' {list(left)} and 'cdka_a' {list(right)} must be 3-D with equal first dimensions.")
     shape = KronShape(left[1], left[2], right[1], right[2])
     return ModuleLayout("cdka", shape, shape.full, terms=left[0], rank=left[0] * left[2])
 
 
 def _dense(sizes: Sizes) -> ModuleLayout:
     (whole,) = _need(sizes, "diff")
-    _check(len(whole) >= 2, f"'diff' should be a weight and is {list(whole)}.")
+    _check(len(whole) >= 2, f"'diff' must have at least two dimensions, not {list(whole)}.")
     return ModuleLayout("dense", KronShape(1, 1, whole[0], prod(whole[1:])), whole)
 
 
@@ -171,12 +171,12 @@ def _diffusekrona(sizes: Sizes) -> ModuleLayout:
 
 
 def _peft_lokr(sizes: Sizes) -> ModuleLayout:
-    """As LyCORIS, but a Conv1d with a whole w2 means Σₖ w2[:, :, k] ⊗ (w1 ⊗ eₖ): PEFT forgets to align the axes."""
+    """As LyCORIS, but a Conv1d with a dense w2 means Σₖ w2[:, :, k] ⊗ (w1 ⊗ eₖ): PEFT does not align the axes."""
     layout = _lokr(sizes)
     if "w2" not in sizes or len(sizes["w2"]) != 3:
         return layout
     (a, c, _, _), (b, d, k) = layout.shape, sizes["w2"]
-    _check(k <= MAX_KERNEL, f"'w2' {list(sizes['w2'])} has a kernel of {k}.")
+    _check(k <= MAX_KERNEL, f"'w2' {list(sizes['w2'])} has a kernel of {k}; at most {MAX_KERNEL} is supported.")
     return replace(layout, kind="peft-conv1d", shape=KronShape(b, d, a, c * k), terms=k, left_rank=None)
 
 
@@ -187,9 +187,9 @@ KINDS: Mapping[str, Callable[[Sizes], ModuleLayout]] = {
 
 
 def _dora_axis(sizes: Sizes, weight: Size) -> Literal["out", "in"] | None:
-    """The axis of the magnitude: by the name of its key first, then by its shape (FORMATS §1.3)."""
+    """The axis of the DoRA magnitude, from the name of its key, else from its shape (FORMATS §1.3)."""
     if "magnitude" in sizes and "dora_scale" in sizes:
-        raise AmbiguousError("a 'dora_scale' and a 'lora_magnitude_vector' in one module.", fix=_AGAIN)
+        raise AmbiguousError("The module has both 'dora_scale' and 'lora_magnitude_vector'.", fix=_AGAIN)
     if "magnitude" in sizes:
         _check(prod(sizes["magnitude"]) == weight[0], _misfit("lora_magnitude_vector", sizes["magnitude"], weight))
         return "out"
@@ -199,14 +199,14 @@ def _dora_axis(sizes: Sizes, weight: Size) -> Literal["out", "in"] | None:
 def _axis_of_scale(size: Size, weight: Size) -> Literal["out", "in"]:
     if prod(size) == 1 or len(size) < 2:
         raise AmbiguousError(
-            f"a 'dora_scale' of {list(size)} does not say whether it is per output or per input.",
-            fix="It should be (out, 1) or (1, in); save the adapter again with its trainer.",
+            f"Ambiguous 'dora_scale' {list(size)}: per output or per input.",
+            fix="Save the adapter again with its trainer; the shape must be (out, 1) or (1, in).",
         )
     axis: Literal["out", "in"] = "out" if prod(size[1:]) == 1 else "in"
-    wanted = weight[0] if axis == "out" else size[1]  # a flattened kernel hides `in`: the base has the last word
+    wanted = weight[0] if axis == "out" else size[1]  # a flattened kernel hides `in`; the base model decides later
     _check(prod(size) == wanted, _misfit("dora_scale", size, weight))
     return axis
 
 
 def _misfit(part: str, size: Size, weight: Size) -> str:
-    return f"{part!r} {list(size)} does not fit a weight of {list(weight)}."
+    return f"{part!r} {list(size)} does not fit a weight of shape {list(weight)}."

@@ -1,8 +1,8 @@
-"""What a module's factors are multiplied by: the table of FORMATS §1.1. Torch-free.
+"""The scale of a module's factors, by the table of FORMATS §1.1. Torch-free.
 
-Two rules cover every format. The *tensor rule* of LyCORIS and kohya: alpha / r with r read from the tensors, 1
-without alpha, and 1 where no factor is low-rank, whatever alpha says (ai-toolkit stores 9999999999). The *configuration
-rule* of PEFT: alpha / r of a configuration, always.
+Two rules cover all formats. The *tensor rule* of LyCORIS and kohya: alpha / r with r read from the tensors; 1 without
+alpha, and 1 if no factor is low-rank, regardless of alpha (ai-toolkit stores 9999999999). The *configuration rule* of
+PEFT: always alpha / r from a configuration.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any
 from krona_hub.errors import FormatError, ScaleError, ShapeError
 from krona_hub.formats.parsing.module_layout import ModuleLayout
 
-MAX_ALPHA = 1e8  # beyond this it is a placeholder, not a strength
-_FIX = "Set alpha to the value it was trained with, or convert the file with the tool that wrote it."
+MAX_ALPHA = 1e8  # a larger alpha is a placeholder
+_FIX = "Set alpha to its value in training, or convert the file with the application that wrote it."
 
 
 @dataclass(frozen=True)
 class ModuleScale:
-    """The factor of a module, and where it comes from."""
+    """The scale of a module, and the alpha it comes from."""
 
     value: float
     alpha: float | None = None
-    note: str = ""  # what a user should know
+    note: str = ""  # note for the user
 
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """The part of a PEFT configuration that decides scales."""
+    """The part of a PEFT configuration that sets scales."""
 
     kind: str  # lora or lokr
     rank: float
@@ -46,12 +46,12 @@ class ScaleConfig:
         alpha = number(pattern_value(self.alpha_pattern, path, self.alpha), "alpha")
         rank = number(pattern_value(self.rank_pattern, path, self.rank), "rank")
         if not (isfinite(rank) and rank >= 1 and rank == int(rank)):
-            raise ScaleError(f"the configuration gives a rank of {rank:g}.", fix="A rank is a whole number from 1 on.")
+            raise ScaleError(f"Invalid rank {rank:g} in the configuration.", fix="Set it to a positive integer.")
         return alpha, rank
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that matches `path` as `(.*\\.)?(key)$`, as PEFT does it.
+    """The value of the first pattern that matches `path` as `(.*\\.)?(key)$`, as in PEFT.
 
     >>> pattern_value({"to_q": 2, "attn1.to_q": 8}, "down.attn1.to_q", 4), pattern_value({"o_q": 2}, "attn1.to_q", 4)
     (2, 4)
@@ -62,7 +62,7 @@ def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
                 return value
         except (re.error, RecursionError, OverflowError):
             raise FormatError(
-                f"the configuration has a pattern that is no regular expression: {key!r}.",
+                f"Invalid regular expression {key!r} in the configuration.",
                 fix="Correct rank_pattern and alpha_pattern in the configuration.",
             ) from None
     return default
@@ -71,11 +71,11 @@ def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 def number(value: Any, what: str) -> float:
     """A JSON number as float. Raises ScaleError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ScaleError(f"the configuration gives {value!r} as {what}.", fix=_FIX)
+        raise ScaleError(f"Invalid {what} {value!r} in the configuration.", fix=_FIX)
     try:
         return float(value)
     except OverflowError:
-        raise ScaleError(f"the configuration gives an {what} beyond every number.", fix=_FIX) from None
+        raise ScaleError(f"Invalid {what} in the configuration: the number is too large.", fix=_FIX) from None
 
 
 def config_of(config: Mapping[str, Any], prefix: str = "") -> ScaleConfig:
@@ -98,7 +98,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def metadata_configs(metadata: Mapping[str, str]) -> Mapping[str, ScaleConfig]:
-    """Component ("" where the file says none) -> configuration, from diffusers' `lora_adapter_metadata`; {} without."""
+    """Component ("" if unstated) -> configuration, from diffusers' `lora_adapter_metadata`; {} without it."""
     text = metadata.get("lora_adapter_metadata")
     if text is None:
         return {}
@@ -108,14 +108,15 @@ def metadata_configs(metadata: Mapping[str, str]) -> Mapping[str, ScaleConfig]:
         config = None
     if not isinstance(config, dict):
         raise FormatError(
-            "the metadata entry lora_adapter_metadata is no JSON object.", fix="Save the adapter again with diffusers."
+            "The metadata entry lora_adapter_metadata is not a JSON object.",
+            fix="Save the adapter again with diffusers.",
         )
     prefixes = {key.partition(".")[0] for key in config if key.endswith(".r")}
     return {p: config_of(config, f"{p}.") for p in prefixes} or {"": config_of(config)}
 
 
 def tensor_scale(layout: ModuleLayout, alpha: float | None) -> ModuleScale:
-    """The scale of a module by its own tensors. Raises ScaleError where alpha is needed and no usable number.
+    """The scale of a module from its own tensors. Raises ScaleError if alpha is needed but not a usable number.
 
     >>> from krona_hub.kron.shapes import KronShape
     >>> low = ModuleLayout("lora", KronShape(1, 1, 8, 8), (8, 8), rank=4)
@@ -132,24 +133,24 @@ def tensor_scale(layout: ModuleLayout, alpha: float | None) -> ModuleScale:
 
 
 def config_scale(config: ScaleConfig, path: str, layout: ModuleLayout) -> ModuleScale:
-    """The scale of a module by a configuration. Raises ShapeError where its rank is not that of the tensors."""
+    """The scale of a module from a configuration. Raises ShapeError if its rank differs from that of the tensors."""
     if config.kind != layout.kind.replace("peft-conv1d", "lokr"):
         raise ScaleError(
-            f"the configuration is of a {config.kind}, and this module is a {layout.kind}.",
-            fix="The configuration belongs to another file; find the one this adapter was saved with.",
+            f"The configuration is for {config.kind}, but the module is {layout.kind}.",
+            fix="Use the configuration saved with this adapter; this one belongs to another file.",
         )
     alpha, rank = config.of(path)
     low = [r for r in (layout.left_rank, layout.right_rank) if r is not None]
     if low and layout.kind in ("lora", "lokr") and any(r != rank for r in low):
         raise ShapeError(
-            f"the tensors have rank {low[0]}, the configuration says {rank:g}.",
-            fix="The configuration belongs to another file; find the one this adapter was saved with.",
+            f"The tensors have rank {low[0]}, but the configuration states {rank:g}.",
+            fix="Use the configuration saved with this adapter; this one belongs to another file.",
         )
     return _scale(alpha, sqrt(rank) if config.rs_lora else rank)
 
 
 def _scale(alpha: float, divisor: float) -> ModuleScale:
     if not (isfinite(alpha) and abs(alpha) <= MAX_ALPHA):
-        raise ScaleError(f"alpha is {alpha:g}, and the scale is alpha / {divisor:g}.", fix=_FIX)
-    note = "alpha is 0, so this module adds nothing" if alpha == 0 else ""
+        raise ScaleError(f"Unusable alpha {alpha:g} for the scale alpha / {divisor:g}.", fix=_FIX)
+    note = "alpha is 0: the module has no effect" if alpha == 0 else ""
     return ModuleScale(alpha / divisor, alpha, note)

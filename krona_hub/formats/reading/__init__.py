@@ -1,1 +1,1 @@
-"""From a file to an adapter: plan, decode, describe."""
+"""Read an adapter file: plan, decode, describe."""

@@ -1,7 +1,7 @@
-"""The tensors of one module → the Kronecker sum that they mean, the scale in the numbers.
+"""Decode the tensors of one module into a Kronecker sum with the scale folded in.
 
-Factors stay as they are stored, products stay products, and what has a scale folded into it is float32. `layout.py`
-has checked every size before anything is computed here.
+Factors keep their stored dtype and low-rank products stay products; a factor with a scale folded in is at least
+float32. `parsing.module_layout` has already checked every shape.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ Parts = Mapping[str, Tensor]
 
 
 def decode(parts: Parts, layout: ModuleLayout, scale: float) -> KronTerms:
-    """scale · ΔW of a module as a sum of Kronecker products, a convolution flattened from dimension 1.
+    """Decode scale · ΔW of a module as a sum of Kronecker products, a convolution flattened from dimension 1.
 
-    A convolution needs no care: kron(w1 (a, c, 1, 1), w2 (b, d, k, k)) flattened from dimension 1 is kron(w1, w2
+    Convolutions need no special case: kron(w1 (a, c, 1, 1), w2 (b, d, k, k)) flattened from dimension 1 is kron(w1, w2
     flattened from dimension 1), because the kernel is the innermost axis of both. Raises NonFiniteError for NaN or
-    infinity in a tensor, ScaleError where the scale makes one.
+    infinity in a tensor, ScaleError if scaling produces one.
     """
     for part, tensor in parts.items():
         if part != "alpha" and not is_finite(tensor):
-            raise NonFiniteError(f"{part!r} holds NaN or infinity.", fix="The training diverged; use an earlier save.")
+            raise NonFiniteError(f"{part!r} contains NaN or infinity.", fix="Use an earlier checkpoint.")
     terms = DECODERS[layout.kind](parts)
     return terms if scale == 1 else _scaled(terms, scale, layout)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite: a NaN wins every comparison. One pass, many times faster than isfinite."""
+    """Whether all elements are finite: NaN propagates through aminmax. One pass, many times faster than isfinite."""
     low, high = tensor.aminmax()
     return isfinite(low.item()) and isfinite(high.item())
 
 
 def magnitude_of(parts: Parts) -> Tensor | None:
-    """The DoRA magnitude, one number per row or column; None where there is none."""
+    """The DoRA magnitude, one number per row or column; None without one."""
     magnitude = parts.get("magnitude", parts.get("dora_scale"))
     return None if magnitude is None else magnitude.flatten()
 
 
 def _scaled(terms: KronTerms, scale: float, layout: ModuleLayout) -> KronTerms:
-    """The scale goes where LyCORIS puts it: into up of a LoRA, into w1 or w1_a of a LoKr."""
+    """Fold the scale in as LyCORIS does: into up of a LoRA, into w1 or w1_a of a LoKr."""
     if layout.kind == "lora" and isinstance(terms.right, LowRank):
         up = wide(terms.right.up) * scale
         scaled = KronTerms(terms.left, LowRank(up, terms.right.down))
@@ -54,7 +54,8 @@ def _scaled(terms: KronTerms, scale: float, layout: ModuleLayout) -> KronTerms:
         scaled = terms.scaled(scale)
     if not all(is_finite(t) for t in scaled.tensors if t.dtype in (torch.float32, torch.float64)):
         raise ScaleError(
-            f"a scale of {scale:g} makes its factors infinite.", fix="Is its alpha the one it was saved with?"
+            f"A scale of {scale:g} makes the factors infinite.",
+            fix="Check that alpha is the value the adapter was saved with.",
         )
     return scaled
 
@@ -92,7 +93,7 @@ def _lokr_right(parts: Parts) -> Factor:
 
 
 def _peft_conv1d(parts: Parts) -> KronTerms:
-    """Σₖ w2[:, :, k] ⊗ (w1 ⊗ eₖ): what torch.kron makes of a 2-D and a 3-D tensor, reshaped to (out, in, k)."""
+    """Σₖ w2[:, :, k] ⊗ (w1 ⊗ eₖ): torch.kron of a 2-D and a 3-D tensor, reshaped to (out, in, k)."""
     w2 = parts["w2"]  # (b, d, k)
     left = _lokr_left(parts)
     w1 = wide(left.dense() if isinstance(left, LowRank) else left)[0]  # (a, c)
@@ -105,8 +106,8 @@ def _cdka(parts: Parts) -> KronTerms:
 
 
 def _dense(parts: Parts) -> KronTerms:
-    whole = parts["diff"]
-    return KronTerms(torch.ones(1, 1, 1), whole.flatten(1)[None])
+    weight = parts["diff"]
+    return KronTerms(torch.ones(1, 1, 1), weight.flatten(1)[None])
 
 
 def _diffusekrona(parts: Parts) -> KronTerms:

@@ -1,4 +1,4 @@
-"""What an adapter file is, in plain values: the whole of `krona inspect`. Torch-free; no tensor but alpha is read."""
+"""Describe an adapter file in plain values, for `krona inspect`. Torch-free; reads no tensor except alpha."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from krona_hub.formats.reading.description import Description, ModuleInfo
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan
 from krona_hub.schema import tensor_layout
 
-LISTED = 8  # problems that are told one by one
+LISTED = 8  # problems listed one by one
 
 
 def describe(
@@ -31,8 +31,32 @@ def describe(
 ) -> Description:
     """Describe the adapter in a file or folder, from headers alone.
 
-    Modules that `read` would refuse are in `unmatched`, with the reason; without a known base, modules have no layers.
-    Raises a KronaError only for what concerns the whole file: broken, no adapter in it, two formats that fit alike.
+    Parameters
+    ----------
+    source : str or Path
+        A `.safetensors` file, a PEFT folder, or a folder with one PEFT folder per component.
+    base : str, Path or Base, optional
+        Base model: a catalogue name, a diffusers folder, a checkpoint file or a `Base`. Default: detect it.
+    format, component : str, optional
+        Format name (see `FORMATS`) and component (such as `unet`), for files that leave them open.
+
+    Returns
+    -------
+    Description
+        Format, base model, modules, sizes in parameters and bytes, and warnings. Modules that `read` rejects are in
+        `unmatched` with the reason; without a known base model, modules have no layers.
+
+    Raises
+    ------
+    KronaError
+        Only for problems of the whole file: it is broken, contains no adapter, or fits two formats equally well.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> about = describe(files("krona_hub.assets") / "zorbi_lora_kohya.safetensors")
+    >>> about.format, about.base, about.matched
+    ('kohya-lora', 'tiny-scenes', '56 of 56 modules matched tiny-scenes')
     """
     files = open_files(source, base)
     parts = [_describe_file(f, format, f.component if len(files) > 1 else component) for f in files]
@@ -65,27 +89,27 @@ def _of_plan(plan: ReadPlan) -> Description:
         unmatched={name: str(error) for name, error in plan.aside.items()},
         trigger_words=file_metadata.trigger_words(file.metadata),
         training=file_metadata.training_record(file.metadata),
-        licence=file_metadata.licence(file.metadata),
-        warnings=(*_told(plan.aside), *plan.notes),
+        licence=file_metadata.license_of(file.metadata),
+        warnings=(*_problem_lines(plan.aside), *plan.notes),
         plans=(plan,),
     )
 
 
 def _module(module: ModulePlan, plan: ReadPlan) -> ModuleInfo:
-    sizes, base = module.layout, plan.landing.base
+    layout, base = module.layout, plan.landing.base
     infos = [plan.file.header.tensors[key] for part, key in module.group.parts.items() if part != "alpha"]
     plain = next((place.layer for place in module.places if place.plain), None)
     known = base.module(plain) if base and plain else None
     return ModuleInfo(
         name=module.group.name,
         layers=tuple(p.layer for p in module.places),
-        kind=sizes.kind,
-        weight_shape=known.shape if known else sizes.weight_shape,
-        sums=(SumFactorization(sizes.shape, sizes.terms, sizes.left_rank, sizes.right_rank, sizes.rows),),
-        rank=sizes.rank,
+        kind=layout.kind,
+        weight_shape=known.shape if known else layout.weight_shape,
+        sums=(SumFactorization(layout.shape, layout.terms, layout.left_rank, layout.right_rank, layout.rows),),
+        rank=layout.rank,
         alpha=module.scale.alpha,
         scale=module.scale.value,
-        dora_axis=sizes.dora,
+        dora_axis=layout.dora,
         parameters=sum(info.numel for info in infos),
         bytes=sum(info.nbytes for info in infos),
         dtypes=dtypes_of(infos),
@@ -97,12 +121,12 @@ def dtypes_of(infos: list[TensorInfo]) -> tuple[str, ...]:
 
 
 def _native(file: AdapterFile) -> Description:
-    """A native file by its own schema."""
+    """Describe a native file by its schema."""
     header = file.header
     known, findings = tensor_layout.examine(header)
     raise_first(findings, str(header.path))
     modules = tuple(_native_module(name, layer, header) for name, layer in known.layers.items())
-    base, about = known.header.base, known.provenance(header.metadata)
+    base, provenance = known.header.base, known.provenance(header.metadata)
     return Description(
         path=header.path,
         format="krona",
@@ -116,15 +140,15 @@ def _native(file: AdapterFile) -> Description:
         bytes=header.file_size,
         dtypes=dict(Counter(info.dtype for info in header.tensors.values())),
         extras=tuple(known.extras),
-        trigger_words=about.trigger_words,
-        training={key: str(value) for key, value in about.training.items()},
-        licence=about.licence,
+        trigger_words=provenance.trigger_words,
+        training={key: str(value) for key, value in provenance.training.items()},
+        licence=provenance.licence,
         schema=str(known.version),
     )
 
 
 def _native_module(name: str, layer: tensor_layout.Layer, header: Header) -> ModuleInfo:
-    names = [n for s in layer.sums for n in _learned(s)]
+    names = [n for s in layer.sums for n in _counted(s)]
     infos = [header.tensors[n] for n in names + ([layer.magnitude] if layer.magnitude else [])]
     return ModuleInfo(
         name=name,
@@ -142,8 +166,8 @@ def _native_module(name: str, layer: tensor_layout.Layer, header: Header) -> Mod
     )
 
 
-def _learned(s: tensor_layout.Sum) -> tuple[str, ...]:
-    """The tensors of a sum that count; the constant A = [[1]] of a LoRA is as little a parameter as alpha is."""
+def _counted(s: tensor_layout.Sum) -> tuple[str, ...]:
+    """The tensors of a sum that count as parameters: all but alpha and the constant A = [[1]] of a LoRA."""
     is_lora = s.shape[:2] == (1, 1) and len(s.right.names) > 1
     return s.right.names if is_lora else (*s.left.names, *s.right.names)
 
@@ -153,15 +177,15 @@ def _native_sum(s: tensor_layout.Sum, header: Header) -> SumFactorization:
     return SumFactorization(s.shape, s.left.shape[0], left, right, s.rows)
 
 
-def _told(aside: Mapping[str, KronaError]) -> tuple[str, ...]:
-    """One line per problem, the rest counted."""
+def _problem_lines(aside: Mapping[str, KronaError]) -> tuple[str, ...]:
+    """One line per problem, and the number of the others."""
     lines = [f"{name}: {error.cause}" for name, error in aside.items()]
     rest = len(lines) - LISTED
     return (*lines[:LISTED], f"and {rest} more modules that cannot be read") if rest > 0 else tuple(lines)
 
 
 def _joined(path: Path, parts: list[Description]) -> Description:
-    """The parts of a folder as one."""
+    """The descriptions of the files of a folder as one."""
     first = parts[0]
     dtypes: Counter[str] = Counter()
     for part in parts:
@@ -179,7 +203,7 @@ def _joined(path: Path, parts: list[Description]) -> Description:
         bytes=sum(part.bytes for part in parts),
         dtypes=dict(dtypes),
         extras=tuple(e for part in parts for e in part.extras),
-        unmatched={name: why for part in parts for name, why in part.unmatched.items()},
+        unmatched={name: reason for part in parts for name, reason in part.unmatched.items()},
         trigger_words=tuple(dict.fromkeys(w for part in parts for w in part.trigger_words)),
         training=first.training,
         licence=first.licence,

@@ -1,7 +1,7 @@
-"""How a file will be read, before any tensor is: the layout, the scale and the layers of each module. Torch-free.
+"""Plan how to read a file before loading tensors: layout, scale and layers of each module. Torch-free.
 
-`krona inspect` shows the plan; `read` carries it out. A module that cannot be read is set aside with its error, and
-`refuse` decides which of those errors stop the reading.
+`krona inspect` shows the plan; `read` executes it. A module that cannot be read is recorded with its error in
+`aside`, and `refuse` decides which of these errors to raise.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from krona_hub.formats.parsing.keys import ModuleTensors, split_key
 from krona_hub.formats.parsing.module_layout import ModuleLayout, layout_of
 from krona_hub.formats.parsing.scales import ModuleScale, ScaleConfig, config_scale, tensor_scale
 
-FORGIVABLE = (IncompleteError, UnsupportedError, BaseMismatchError)  # what --allow-missing consents to
+FORGIVABLE = (IncompleteError, UnsupportedError, BaseMismatchError)  # errors that --allow-missing tolerates
 
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """How one module of a file is read."""
+    """How to read one module of a file."""
 
     group: ModuleTensors
     layout: ModuleLayout
     scale: ModuleScale
-    places: Placements  # none where the base is unknown
+    places: Placements  # empty if the base model is unknown
 
 
 @dataclass(frozen=True, eq=False)
 class ReadPlan:
-    """How a file is read."""
+    """How to read a file."""
 
     file: AdapterFile
     format: str  # a name of FORMATS
@@ -54,7 +54,7 @@ class ReadPlan:
     modules: tuple[ModulePlan, ...]
     aside: Mapping[str, KronaError]  # module or key -> why it is not read
     notes: tuple[str, ...]
-    unplaced: KronaError | None = None  # why no base was found; then no module has a place
+    unplaced: KronaError | None = None  # why no base model was found; then no module has layers
 
     @property
     def total(self) -> int:
@@ -62,20 +62,17 @@ class ReadPlan:
 
     @property
     def matched(self) -> str:
-        """The sentence that is always said.
-
-        In full: "88 of 88 modules matched sd15".
-        """
+        """How many modules matched which base model, such as "88 of 88 modules matched sd15"."""
         landed = sum(bool(m.places) for m in self.modules)
-        where = self.landing.base.name if self.landing.base else "by their own names" if landed else "any known base"
+        where = self.landing.base.name if self.landing.base else "by name" if landed else "any known base"
         return f"{landed} of {self.total} modules matched {where}"
 
 
 def make_plan(file: AdapterFile, format: Format, component: str | None = None, *, lost: bool = False) -> ReadPlan:
-    """The plan of `file` read by the rules of `format`; every problem of a module is in `aside`.
+    """Plan how to read `file` by the rules of `format`; problems of single modules are in `aside`.
 
-    Raises what concerns the file as a whole: a broken configuration, and no base or several, unless it may be `lost`:
-    then its modules have no places, and a note says why.
+    Raises errors that concern the whole file: a broken configuration, and an unknown or ambiguous base model. With
+    `lost`, the latter is a note instead, and the modules have no layers.
     """
     layouts, scales, aside = measure(file, format)
     landing, unplaced = _landing(file, layouts, format, component)
@@ -101,7 +98,7 @@ def make_plan(file: AdapterFile, format: Format, component: str | None = None, *
 def measure(
     file: AdapterFile, format: Format
 ) -> tuple[dict[str, ModuleLayout], dict[str, ModuleScale], dict[str, KronaError]]:
-    """The layout and the scale of each module, whatever base they are for, and the modules that have none, and why."""
+    """The layout and the scale of each module, independent of the base model, and the errors of the other modules."""
     aside = _leftovers(file)
     configs = format.configs(file)
     layouts: dict[str, ModuleLayout] = {}
@@ -118,22 +115,23 @@ def measure(
 
 
 def _leftovers(file: AdapterFile) -> dict[str, KronaError]:
-    """Keys and modules that no grammar of ours explains."""
+    """Errors of keys and modules that no supported grammar covers."""
     keys = file.keys
     found: dict[str, KronaError] = {}
     for name, algorithm in (keys.foreign or {}).items():
         found[name] = UnsupportedError(
-            f"it is {algorithm}, no Kronecker or low-rank product.", fix="--allow-missing reads the other modules."
+            f"Unsupported algorithm {algorithm}: not a Kronecker or low-rank product.",
+            fix="Use --allow-missing to read the other modules.",
         )
     for key in keys.unknown:
-        found[key] = IncompleteError("this key belongs to nothing known.", fix="--allow-missing leaves it out.")
+        found[key] = IncompleteError("Unknown key.", fix="Use --allow-missing to skip it.")
     for name in keys.orphans:
-        found[name] = IncompleteError("it has an alpha or a magnitude, and no delta.", fix="Save the adapter again.")
+        found[name] = IncompleteError("An alpha or a magnitude without a delta.", fix="Save the adapter again.")
     return found
 
 
 def _alphas(file: AdapterFile) -> dict[str, float]:
-    """Module -> its stored alpha, wherever that is one plain number."""
+    """Module -> stored alpha, if it is a single floating-point number."""
     keys = {m.name: m.parts["alpha"] for m in file.keys.modules if "alpha" in m.parts}
     tensors = file.header.tensors
     sound = {name: key for name, key in keys.items() if tensors[key].numel == 1 and tensors[key].dtype in FLOATS}
@@ -144,7 +142,7 @@ def _alphas(file: AdapterFile) -> dict[str, float]:
 def _scale(
     group: ModuleTensors, layout: ModuleLayout, alpha: float | None, configs: Mapping[str, ScaleConfig]
 ) -> ModuleScale:
-    """By the configuration of its component, unless the module has an alpha of its own (OneTrainer)."""
+    """The scale from the configuration of the component, unless the module has its own alpha (OneTrainer)."""
     path = group.name.removeprefix("base_model.model.")
     component, _, rest = path.partition(".")
     if component in COMPONENTS and component in configs:
@@ -160,7 +158,7 @@ def _scale(
 def _landing(
     file: AdapterFile, layouts: Mapping[str, ModuleLayout], format: Format, component: str | None
 ) -> tuple[Landing, KronaError | None]:
-    """Where the modules land, or why that is not known."""
+    """The layers of the modules, or the error that prevents finding them."""
     nowhere = Landing(None, (), {}, {})
     if not layouts:
         return nowhere, None
@@ -178,42 +176,44 @@ def _land(file: AdapterFile, layouts: Mapping[str, ModuleLayout], format: Format
 
 
 def _conflicts(landing: Landing) -> dict[str, KronaError]:
-    """Modules that land where another one did."""
+    """Errors of modules that adapt the same layer as another module."""
     owner: dict[str, str] = {}
     found: dict[str, KronaError] = {}
     for name, places in landing.places.items():
         taken = next((owner[p.layer] for p in places if p.layer in owner), None)
         if taken:
             found[name] = ConflictError(
-                f"it adapts the same layer as {taken}.", fix="The file holds two adapters; keep one of the two."
+                f"The module adapts the same layer as {taken}.", fix="Keep only one of the two adapters in the file."
             )
         owner |= {p.layer: name for p in places}
     return found
 
 
 def refuse(plan: ReadPlan, allow_missing: bool) -> None:
-    """Raise the first error that stops the reading: any that --allow-missing does not cover, or all modules gone."""
+    """Raise the first error in `aside` unless `allow_missing` tolerates it; raise if no module remains."""
     refuse_unreadable(plan)
     if plan.aside and not allow_missing:
         raise _summary(plan.aside, plan)
     if not plan.modules:
-        raise _summary(plan.aside, plan) if plan.aside else IncompleteError("it adapts nothing.", fix="Is it empty?")
+        empty = IncompleteError("The adapter has no modules.", fix="Choose a file that contains adapter weights.")
+        raise _summary(plan.aside, plan) if plan.aside else empty
 
 
 def refuse_unreadable(plan: ReadPlan) -> None:
-    """Raise the first error that --allow-missing does not cover."""
+    """Raise the first error that --allow-missing does not tolerate."""
     hard = {name: e for name, e in plan.aside.items() if not isinstance(e, FORGIVABLE)}
     if hard:
         raise _summary(hard, plan)
 
 
 def _summary(problems: Mapping[str, KronaError], plan: ReadPlan) -> KronaError:
-    """The first problem, with the number and the names of others of its kind."""
+    """The first problem, with the number and the names of all modules with the same problem."""
     name, error = next(iter(problems.items()))
     alike = [n for n, e in problems.items() if type(e) is type(error)]
     fix = error.fix
     if isinstance(error, FORGIVABLE) and plan.modules and "--allow-missing" not in fix:
-        fix = f"{fix} --allow-missing reads the other {len(plan.modules)}.".strip()
+        others = f"{len(plan.modules)} other module{'' if len(plan.modules) == 1 else 's'}"
+        fix = f"{fix} Use --allow-missing to read the {others}.".strip()
     where = name if len(alike) == 1 else f"{len(alike)} of {plan.total} modules ({abbreviated(alike)}): {name}"
     return type(error)(f"{where}: {error.cause}", fix=fix)
 
@@ -228,17 +228,17 @@ def _conv1d_note(modules: Iterable[ModulePlan]) -> tuple[str, ...]:
     if not odd:
         return ()
     return (
-        f"PEFT makes no proper Kronecker product for a Conv1d with a whole w2; its result is kept ({abbreviated(odd)})",
+        f"PEFT computes no Kronecker product for a Conv1d with a dense w2; krona keeps its result ({abbreviated(odd)})",
     )
 
 
 def _extras(file: AdapterFile) -> tuple[str, ...]:
-    """Differences of biases and norms are no deltas of weights: they are kept, and nothing applies them."""
+    """Note on differences of biases and norms, which are not deltas of weights: they are kept but never applied."""
     count = sum(split_key(key) is not None for key in file.keys.extras)
-    return (f"{count} differences of biases or norms are kept in extras, and are not applied",) if count else ()
+    return (f"{count} differences of biases or norms are kept in extras but not applied",) if count else ()
 
 
 def _uncovered(landing: Landing) -> tuple[str, ...]:
     if landing.base is not None or not landing.places:
         return ()
-    return ("no known base has these names and shapes; layers are named as the file names them",)
+    return ("no known base model has these names and shapes; layers keep the names in the file",)

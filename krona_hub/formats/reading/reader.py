@@ -1,4 +1,4 @@
-"""Reading any adapter: a source on disk → an Adapter with canonical layers and the scale in the numbers."""
+"""Read any adapter: a source on disk → an `Adapter` with canonical layers and the scales folded into the factors."""
 
 from __future__ import annotations
 
@@ -35,11 +35,38 @@ def read(
     component: str | None = None,
     allow_missing: bool = False,
 ) -> Adapter:
-    """The adapter in a file or folder, whatever its format.
+    """Read an adapter of any supported format.
 
-    `base` (a catalogue name, a diffusers folder, a checkpoint file) is needed where names and shapes fit no known base;
-    `format` and `component` settle what a file leaves open. `allow_missing` reads the rest where some modules are
-    unknown, incomplete or of another algorithm. Raises a KronaError that names the file, the module and the fix.
+    Parameters
+    ----------
+    source : str or Path
+        A `.safetensors` file, a PEFT folder, or a folder with one PEFT folder per component.
+    base : str, Path or Base, optional
+        Base model: a catalogue name, a diffusers folder, a checkpoint file or a `Base`. Required if names and shapes
+        match no known base model. Default: detect it.
+    format, component : str, optional
+        Format name (see `FORMATS`) and component (such as `unet`), for files that leave them open.
+    allow_missing : bool, default False
+        Skip modules that are unknown, incomplete or of an unsupported algorithm, instead of raising.
+
+    Returns
+    -------
+    Adapter
+        Canonical layer name -> `LayerDelta`. Factors keep their stored dtype; the scale alpha / rank is folded into
+        them, in at least float32.
+
+    Raises
+    ------
+    KronaError
+        A subclass such as `UnknownBaseError`, `AmbiguousError`, `IncompleteError`, `BaseMismatchError` or
+        `NotFoundError`; the message names the file, the module and the fix.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> adapter = read(files("krona_hub.assets") / "zorbi_lokr.safetensors")
+    >>> len(adapter), adapter.base.family, adapter.provenance.source_format
+    (91, 'tiny-scenes', 'lycoris-lokr')
     """
     known = by_name(format) if format is not None else None
     files = open_files(source, base)
@@ -48,7 +75,7 @@ def read(
 
 
 def read_described(about: Description, *, allow_missing: bool = False) -> Adapter:
-    """The adapter that `describe` has described, without a second plan. Raises what `read` raises."""
+    """Read the adapter of a description without planning again. Raises the errors of `read`."""
     if not about.plans:
         return read(about.path)
     for plan in about.plans:
@@ -60,11 +87,11 @@ def read_described(about: Description, *, allow_missing: bool = False) -> Adapte
 
 
 def read_planned(plans: Sequence[ReadPlan], source: str = "the adapter") -> Adapter:
-    """The adapter that these plans describe, whatever they set aside. Raises what reading its tensors raises."""
+    """Read the modules of these plans, ignoring their errors in `aside`. Raises errors of loading and decoding."""
     parts = []
     for plan in plans:
         with in_file(plan.file.path):
-            parts.append(_carry_out(plan))
+            parts.append(_execute(plan))
     return _joined(parts, source)
 
 
@@ -75,7 +102,7 @@ def _read_file(file: AdapterFile, known: Format | None, component: str | None, a
             return _read_native(file)
         plan = make_plan(file, known, component)
         refuse(plan, allow_missing)
-        return _carry_out(plan)
+        return _execute(plan)
 
 
 def _read_native(file: AdapterFile) -> Adapter:
@@ -85,7 +112,7 @@ def _read_native(file: AdapterFile) -> Adapter:
     return replace(adapter, base=adapter.base or (file.base.model if file.base else None))
 
 
-def _carry_out(plan: ReadPlan) -> Adapter:
+def _execute(plan: ReadPlan) -> Adapter:
     tensors = load(plan.file.header, [key for m in plan.modules for key in m.group.keys])
     layers: dict[str, LayerDelta] = {}
     for module in plan.modules:
@@ -98,7 +125,7 @@ def _carry_out(plan: ReadPlan) -> Adapter:
 
 
 def _layers(module: ModulePlan, parts: Mapping[str, Tensor], base: Base | None) -> dict[str, LayerDelta]:
-    """The deltas of the layers that one module of a file adapts, mostly one."""
+    """The deltas of the layers that one module of a file adapts, usually one."""
     terms = decode(parts, module.layout, module.scale.value)
     magnitude = magnitude_of(parts)
     return {place.layer: _delta(module, terms, magnitude, place, base) for place in module.places}
@@ -117,7 +144,7 @@ def _delta(
     axis = module.layout.dora or "out"
     if magnitude is not None and (place.transpose or (axis == "in" and place.rows)):
         raise UnsupportedError(
-            "a DoRA whose norms run over several fused layers cannot be taken apart.", fix="Merge it into its base."
+            "A DoRA with norms over several fused layers cannot be split.", fix="Merge it into its base model."
         )
     ranges = _ranges(place, terms.shape.full[0])
     if magnitude is not None and axis == "out":
@@ -127,7 +154,7 @@ def _delta(
 
 
 def _ranges(place: Placement, height: int) -> list[Range]:
-    """The rows of the file's module that make the layer, in the layer's order."""
+    """The row ranges of the stored module that form the layer, in the order of the layer."""
     start, stop = place.rows or (0, height)
     if not place.swap_halves:
         return [(start, stop)]
@@ -147,21 +174,22 @@ def _provenance(plan: ReadPlan) -> Provenance:
     return Provenance(
         source_format=plan.format,
         training=file_metadata.training_record(known),
-        licence=file_metadata.licence(known),
+        licence=file_metadata.license_of(known),
         trigger_words=file_metadata.trigger_words(known),
         metadata=dict(known),
-        notes=(plan.matched, *plan.notes, *(f"left out: {name}: {error.cause}" for name, error in plan.aside.items())),
+        notes=(plan.matched, *plan.notes, *(f"skipped: {name}: {error.cause}" for name, error in plan.aside.items())),
     )
 
 
 def _joined(parts: list[Adapter], source: str) -> Adapter:
-    """One adapter of the parts of a folder, which adapt different components."""
+    """One adapter from the parts of a folder, which adapt different components."""
     first, *rest = parts
     for other in rest:
         both = sorted(first.layers.keys() & other.layers.keys())
         if both:
             raise ConflictError(
-                f"{source}: two of its parts adapt {both[0]}.", fix="Read one of the subfolders, or name them unet/, …"
+                f"{source}: two of its folders adapt {both[0]}.",
+                fix="Read a single subfolder, or name the subfolders by component (unet, text_encoder, …).",
             )
         notes = first.provenance.notes + other.provenance.notes
         first = replace(

@@ -1,1 +1,1 @@
-"""From an adapter to a file: names, tensors, files, read back."""
+"""Write an adapter: module names, tensors, files, verification by reading back."""

@@ -1,6 +1,6 @@
-"""LayerDelta → the tensors that a format stores for one module: exactly, or an error that says why not.
+"""Encode a LayerDelta as the tensors that a format stores for one module: exactly, or raise an error with the reason.
 
-The reverse of `krona_hub.formats.reading.decode`. alpha is written equal to the rank, so that every reader scales by 1.
+The inverse of `krona_hub.formats.reading.decode`. alpha is written equal to the rank, so that every reader scales by 1.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor
 
 
 def why_not(delta: LayerDelta, format_name: str, tool: str | None = None, *, layer: str = "") -> str | None:
-    """Why this delta cannot be written exactly in that format (for that tool), as a clause; None where it can.
+    """Why a delta cannot be written exactly in a format (for an application), as a clause; None if it can.
 
     >>> why_not(LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 4, 3)),), (8, 6)), "kohya-lora")
-    'it is a Kronecker sum (2x2 ⊗ 4x3, 1 term) and no product up·down'
+    'it is a Kronecker sum (2x2 ⊗ 4x3, 1 term), not a product up·down'
     """
-    asked = [name for name in (tool, format_name) if name is not None]
+    targets = [name for name in (tool, format_name) if name is not None]
     collected = None if _keeps_its_sums(format_name) else _as_one(delta)
     form = form_of(delta if collected is None else collected, layer)
-    return next((why for name in asked if (why := why_not_form(form, name))), None)
+    return next((why for name in targets if (why := why_not_form(form, name))), None)
 
 
 def _keeps_its_sums(format_name: str) -> bool:
-    """Whether sums are stored as they are, and not joined into one term first: their rows may be shuffled."""
+    """Whether sums are stored unchanged rather than first combined into one term: their rows may be shuffled."""
     return format_name in (KRONA.name, DIFFUSEKRONA.name)
 
 
@@ -44,15 +44,15 @@ def _as_one(delta: LayerDelta) -> LayerDelta:
     return delta if term is None else replace(delta, sums=(term,))
 
 
-def normalised(delta: LayerDelta, format_name: str, tool: str | None = None, *, layer: str = "") -> LayerDelta:
-    """The same delta in the one sum that a module of the format stores.
+def normalized(delta: LayerDelta, format_name: str, tool: str | None = None, *, layer: str = "") -> LayerDelta:
+    """The same delta in the normal form of the format.
 
-    Raises InexpressibleError where the format (or the tool) cannot hold it exactly.
+    Raises InexpressibleError if the format (or the application) cannot store it exactly.
     """
     why = why_not(delta, format_name, tool, layer=layer)
     if why:
         where = TOOLS[tool].title if tool else format_name
-        raise InexpressibleError(f"{layer or 'this layer'} cannot be written for {where}: {why}.", fix=_offer(delta))
+        raise InexpressibleError(f"{layer or 'The layer'} cannot be written for {where}: {why}.", fix=_offer(delta))
     kind = storage_of(format_name).kind
     if kind == "any":
         return delta
@@ -65,12 +65,12 @@ def normalised(delta: LayerDelta, format_name: str, tool: str | None = None, *, 
 
 def _offer(delta: LayerDelta) -> str:
     if delta.magnitude is not None:
-        return "Merge it into its base weights, or convert it with --base, which takes the delta itself."
+        return "Merge it into the base weights, or convert it with --base to use its actual weight delta."
     return "Write it as a LoRA with --to lora (exact at full rank), or keep every term with --to krona."
 
 
 def _stored(term: KronTerms, delta: LayerDelta, tool: str | None) -> KronTerms:
-    """The term with each factor as it goes to the file: a product of small rank, or dense."""
+    """The term with factors as stored in the file: a product of small rank, or dense."""
     shape = term.shape
     kernel = form_of(delta).kernel if delta.weight_shape[1] % shape.a2 == 0 else 1
     left, right = term.left, term.right
@@ -86,7 +86,7 @@ def _stored(term: KronTerms, delta: LayerDelta, tool: str | None) -> KronTerms:
 
 
 def cast(delta: LayerDelta, dtype: torch.dtype | None) -> LayerDelta:
-    """The delta with every tensor in `dtype` (None: as they are). NonFiniteError where a number does not fit."""
+    """Cast every tensor to `dtype` (None: no change). Raises NonFiniteError if a number overflows."""
     if dtype is None:
         return delta
 
@@ -94,8 +94,8 @@ def cast(delta: LayerDelta, dtype: torch.dtype | None) -> LayerDelta:
         small = t.to(dtype)
         if not bool(torch.isfinite(small).all()):
             raise NonFiniteError(
-                f"a number of {float(t.abs().max()):.3g} does not fit into {str(dtype).removeprefix('torch.')}.",
-                fix="Write with --dtype float32 or bfloat16.",
+                f"The value {float(t.abs().max()):.3g} overflows {str(dtype).removeprefix('torch.')}.",
+                fix="Use --dtype float32 or bfloat16.",
             )
         return small
 
@@ -103,7 +103,7 @@ def cast(delta: LayerDelta, dtype: torch.dtype | None) -> LayerDelta:
 
 
 def tensors_of(delta: LayerDelta, format_name: str) -> dict[str, Tensor]:
-    """Parameter name -> tensor of one module, for a delta that `normalised` returned for this format."""
+    """Parameter name -> tensor of one module, for a delta returned by `normalized` for the same format."""
     storage = storage_of(format_name)
     parts = _magnitude(delta, storage)
     if format_name == DIFFUSEKRONA.name:
@@ -123,10 +123,10 @@ def _lora(delta: LayerDelta, lora: Lora, storage: Storage) -> dict[str, Tensor]:
 
 
 def _dense(delta: LayerDelta) -> dict[str, Tensor]:
-    """A whole matrix: LyCORIS LoCon's `.diff`."""
+    """A full matrix, the `.diff` of LyCORIS LoCon."""
     term = delta.sums[0]
-    whole = dense_factor(term.right)[0] * dense_factor(term.left)[0, 0, 0]
-    return {"diff": whole.reshape(delta.weight_shape)}
+    weight = dense_factor(term.right)[0] * dense_factor(term.left)[0, 0, 0]
+    return {"diff": weight.reshape(delta.weight_shape)}
 
 
 def _lokr(delta: LayerDelta, term: KronTerms, storage: Storage) -> dict[str, Tensor]:
@@ -146,13 +146,13 @@ def _lokr(delta: LayerDelta, term: KronTerms, storage: Storage) -> dict[str, Ten
 
 
 def _with_kernel(w2: Tensor, weight_shape: tuple[int, ...], a2: int) -> Tensor:
-    """B as (b1, d, k…) where A splits the channels only; flat where it reaches into the kernel (FORMATS.md §9)."""
+    """B as (b1, d, k…) if A splits only the channels; flat if A extends into the kernel (FORMATS.md §9)."""
     channels, kernel = weight_shape[1], weight_shape[2:]
     return w2.reshape(len(w2), channels // a2, *kernel) if channels % a2 == 0 else w2
 
 
 def _diffusekrona(term: KronTerms) -> dict[str, Tensor]:
-    """up = B, down = Aᵀ in float32, the only type its loader knows."""
+    """up = B, down = Aᵀ in float32, the only dtype its loader supports."""
     a, b = dense_factor(term.left)[0], dense_factor(term.right)[0]
     return {"up.weight": b.float(), "down.weight": a.float().mT}
 

@@ -1,7 +1,7 @@
-"""Layers of an adapter → modules of a file: renamed, turned, or fused where a target keeps q, k and v in one weight.
+"""Map layers of an adapter to modules of a file: reorder, transpose, or fuse q, k and v that share one weight.
 
-FORMATS.md §13: a LoRA always fuses exactly (the downs stacked, the up block-sparse); Kronecker terms fuse into one
-only where their right factors are multiples of one another.
+FORMATS.md §13: LoRAs always fuse exactly (stacked downs, block-sparse up); Kronecker terms fuse into one only if
+their right factors are multiples of one another.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ Part = tuple[Placement, LayerDelta]
 
 
 def fused(module: str, parts: Sequence[Part], placements: Sequence[Placement]) -> LayerDelta:
-    """The delta of a file's module that consists of `placements`, of which `parts` are adapted; blocks in row order.
+    """The delta of a module that consists of `placements`, of which `parts` are adapted; blocks in row order.
 
-    Raises InexpressibleError for Kronecker terms that are no single term together.
+    Raises InexpressibleError for Kronecker terms that do not fuse into a single term.
     """
-    turned = sorted(((p, _turned(module, p, delta)) for p, delta in parts), key=lambda part: part[0].rows or (0, 0))
+    stored = [(p, _in_stored_order(module, p, delta)) for p, delta in parts]
+    ordered = sorted(stored, key=lambda part: part[0].rows or (0, 0))
     if len(placements) == 1 and placements[0].rows is None:
-        return turned[0][1]
+        return ordered[0][1]
     height = max(p.rows[1] for p in placements if p.rows)
-    shape = (height, *turned[0][1].weight_shape[1:])
-    magnitude = _magnitudes(module, turned, len(placements))
-    pairs = [lora_of(delta) for _, delta in turned]
+    shape = (height, *ordered[0][1].weight_shape[1:])
+    magnitude = _magnitudes(module, ordered, len(placements))
+    pairs = [lora_of(delta) for _, delta in ordered]
     if all(pairs):
-        rows = [p.rows or (0, height) for p, _ in turned]
+        rows = [p.rows or (0, height) for p, _ in ordered]
         lora = fused_lora([pair for pair in pairs if pair is not None], rows, height)
         return LayerDelta((as_lora(*lora),), shape, magnitude)
-    return LayerDelta((_fused_term(module, turned, height),), shape, magnitude)
+    return LayerDelta((_fused_term(module, ordered, height),), shape, magnitude)
 
 
 def fused_lora(pairs: Sequence[Lora], rows: Sequence[tuple[int, int]], height: int) -> Lora:
-    """One LoRA of `height` rows from LoRAs of row ranges; those with equal downs share their columns.
+    """One LoRA of `height` rows from LoRAs of row ranges; LoRAs with equal downs share columns.
 
     >>> q, k = (Lora(torch.ones(2, 1), torch.ones(1, 3)) for _ in range(2))
     >>> fused_lora([q, k], [(0, 2), (2, 4)], 6).up.T
@@ -50,16 +51,16 @@ def fused_lora(pairs: Sequence[Lora], rows: Sequence[tuple[int, int]], height: i
     downs: list[Tensor] = []
     blocks: list[list[tuple[int, Tensor]]] = []
     for pair, (start, _) in zip(pairs, rows, strict=True):
-        home = next((i for i, d in enumerate(downs) if torch.equal(d, pair.down)), len(downs))
-        if home == len(downs):
+        index = next((i for i, d in enumerate(downs) if torch.equal(d, pair.down)), len(downs))
+        if index == len(downs):
             downs.append(pair.down)
             blocks.append([])
-        blocks[home].append((start, pair.up))
+        blocks[index].append((start, pair.up))
     return Lora(torch.cat([_column(b, height) for b in blocks], 1), torch.cat(downs))
 
 
 def _column(blocks: Sequence[tuple[int, Tensor]], height: int) -> Tensor:
-    """The blocks at their rows, zeros between them."""
+    """The blocks at their rows, with zeros in between."""
     wide = blocks[0][1].dtype
     for _, up in blocks:
         wide = torch.promote_types(wide, up.dtype)
@@ -70,7 +71,7 @@ def _column(blocks: Sequence[tuple[int, Tensor]], height: int) -> Tensor:
 
 
 def _fused_term(module: str, parts: Sequence[Part], height: int) -> KronTerms:
-    """(stacked cⱼAⱼ) ⊗ B for terms Aⱼ ⊗ cⱼB, zeros for the rows between them."""
+    """(stacked cⱼAⱼ) ⊗ B for terms Aⱼ ⊗ cⱼB, with zeros for the rows in between."""
     terms = [term_of(delta) for _, delta in parts]
     known = [t for t in terms if t is not None]
     starts = [p.rows[0] if p.rows else 0 for p, _ in parts]
@@ -79,8 +80,8 @@ def _fused_term(module: str, parts: Sequence[Part], height: int) -> KronTerms:
     scales = multiples([t.right for t in known]) if fits else None
     if scales is None or any(n % right[0] for n in (*starts, height)):
         raise InexpressibleError(
-            f"{module} holds {len(parts)} projections in one weight, and their Kronecker terms are no single term.",
-            fix="Write separate projections with --split-qkv where the tool takes them, or a LoRA with --to lora.",
+            f"{module} fuses {len(parts)} projections, whose Kronecker terms do not form a single term.",
+            fix="Use --split-qkv if the application supports separate projections, or --to lora.",
         )
     left = torch.zeros(height // right[0], known[0].shape.a2)
     for term, start, scale in zip(known, starts, scales, strict=True):
@@ -89,26 +90,26 @@ def _fused_term(module: str, parts: Sequence[Part], height: int) -> KronTerms:
 
 
 def _magnitudes(module: str, parts: Sequence[Part], wanted: int) -> Tensor | None:
-    """The DoRA magnitudes of all rows of a fused weight; all parts must have one, per output row."""
+    """The DoRA magnitudes of all rows of a fused weight; every part must have one per output row."""
     found = [delta.magnitude for _, delta in parts if delta.magnitude is not None]
     if not found:
         return None
     if len(found) < wanted or any(delta.magnitude_axis == "in" for _, delta in parts):
         raise InexpressibleError(
-            f"{module} holds {wanted} projections in one weight, of which only some are a DoRA per output row.",
-            fix="Write separate projections with --split-qkv where the tool takes them.",
+            f"{module} fuses {wanted} projections, and only some are a DoRA per output row.",
+            fix="Use --split-qkv if the application supports separate projections.",
         )
     return torch.cat(found)
 
 
-def _turned(module: str, place: Placement, delta: LayerDelta) -> LayerDelta:
-    """The delta as the file lays it out: halves swapped, or transposed."""
+def _in_stored_order(module: str, place: Placement, delta: LayerDelta) -> LayerDelta:
+    """The delta in the order of the file: halves swapped, or transposed."""
     if not (place.swap_halves or place.transpose):
         return delta
     if delta.magnitude is not None:
         raise InexpressibleError(
-            f"{module} stores its weight in another order, which no DoRA survives.",
-            fix="Merge the DoRA into its base weights.",
+            f"{module} stores its weight in another order, which DoRA does not support.",
+            fix="Merge the DoRA into the base weights.",
         )
     if place.swap_halves:
         delta = replace(delta, sums=tuple(_halves_swapped(module, s) for s in delta.sums))
@@ -118,14 +119,14 @@ def _turned(module: str, place: Placement, delta: LayerDelta) -> LayerDelta:
 
 
 def _halves_swapped(module: str, s: KronTerms) -> KronTerms:
-    """Rows out/2 … first: the rows of A trade places, or those of B where A has one row."""
+    """Swap the two halves of the rows: roll the rows of A, or those of B if A has one row."""
     if s.rows == "kron" and s.shape.a1 % 2 == 0:
         return replace(s, left=_rolled(s.left, s.shape.a1 // 2))
     if s.shape.a1 == 1 and s.shape.b1 % 2 == 0:
         return replace(s, right=_rolled(s.right, s.shape.b1 // 2))
     raise InexpressibleError(
-        f"{module} stores the halves of its rows the other way round, which {s.shape} cannot follow.",
-        fix="Write a LoRA with --to lora.",
+        f"{module} stores the halves of its rows swapped, which shape {s.shape} does not allow.",
+        fix="Use --to lora.",
     )
 
 
@@ -135,5 +136,5 @@ def _rolled(factor: Tensor | LowRank, rows: int) -> Tensor | LowRank:
 
 def _transposed(module: str, s: KronTerms) -> KronTerms:
     if s.rows == "shuffled":
-        raise InexpressibleError(f"{module} is stored transposed, and its rows are shuffled.", fix="Use --to lora.")
+        raise InexpressibleError(f"{module} is stored transposed, but its rows are shuffled.", fix="Use --to lora.")
     return KronTerms(transpose_factor(s.left), transpose_factor(s.right))

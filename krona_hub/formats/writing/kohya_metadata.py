@@ -1,4 +1,4 @@
-"""The metadata that kohya's tools write into adapter files and look for in them. Torch-free."""
+"""The metadata that kohya's scripts write into adapter files and read from them. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from krona_hub.formats.known.registry import storage_of
 
-KEPT = ("ss_", "modelspec.")  # of the file that the adapter came from
-STALE = ("ss_network_", "ss_lowram", "modelspec.hash_sha256", "modelspec.encoder_layer")  # no longer true
+KEPT = ("ss_", "modelspec.")  # prefixes kept from the source file
+STALE = (
+    "ss_network_",
+    "ss_lowram",
+    "modelspec.hash_sha256",
+    "modelspec.encoder_layer",
+)  # dropped prefixes
 BASES: Mapping[str, tuple[str, str]] = {  # catalogue name -> ss_base_model_version, modelspec.architecture
     "sd15": ("sd_v1", "stable-diffusion-v1"),
     "sd21-base": ("sd_v2", "stable-diffusion-v2-512"),
@@ -30,16 +35,16 @@ def kohya_metadata(
     source: Mapping[str, str],
     trigger_words: Sequence[str] = (),
 ) -> dict[str, str]:
-    """`ss_*` and `modelspec.*` of a file whose modules have these ranks and alphas.
+    """`ss_*` and `modelspec.*` metadata of a file whose modules have these ranks and alphas.
 
-    What the source file said of its training stays; its hashes (`sshs_*`), which are of other bytes, do not.
+    Training metadata of the source file are kept; its hashes (`sshs_*`) no longer apply and are dropped.
 
     >>> kohya_metadata("kohya-lora", [4, 4], "sdxl", {"ss_epoch": "3", "sshs_model_hash": "0"})["ss_network_dim"]
     '4'
     """
     storage = storage_of(format_name)
     kept = {k: v for k, v in source.items() if k.startswith(KEPT) and not k.startswith(STALE)}
-    dim = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"  # the word of sd-scripts' resize tool
+    dim = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"  # as written by sd-scripts' resize script
     written = {
         "format": "pt",
         "ss_network_module": storage.network_module,

@@ -1,7 +1,7 @@
-"""How the layers of an adapter are called in the file to be written. Torch-free.
+"""Module names in the file to be written. Torch-free.
 
-Names come from the table of the base (`krona_hub.bases.name_table`). Without a base, the names that only put the
-canonical path into another dress (diffusers, PEFT, LyCORIS) can still be written.
+Names come from the name table of the base model (`krona_hub.bases.name_table`). Without a base model, dialects that
+only reformat the canonical path (diffusers, PEFT, LyCORIS) still work.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from krona_hub.errors import InexpressibleError, UnknownBaseError
 if TYPE_CHECKING:
     from krona_hub.bases.name_table import NameTable
 
-SPLIT: Mapping[str, str] = {"kohya-ldm": "kohya", "comfyui": "diffusers"}  # the same, with q, k and v apart
+SPLIT: Mapping[str, str] = {"kohya-ldm": "kohya", "comfyui": "diffusers"}  # dialect with separate q, k and v
 PROJECTED = "text_encoder_2"
-# a CLIP in second place is one with a projection (SDXL, SD3), in whose class `text_model.` is part of the path
+# a second CLIP has a projection (SDXL, SD3); in its class, `text_model.` is part of the path
 
 
 @dataclass(frozen=True)
 class Home:
-    """The module of a file that a layer goes to."""
+    """The module of a file that stores a layer."""
 
     module: str
     placement: Placement
@@ -33,9 +33,9 @@ class Home:
 def homes(
     layers: Iterable[str], dialect: str, table: NameTable | None, *, split_qkv: bool = False
 ) -> Mapping[str, Home]:
-    """Layer -> its place in a file of that dialect.
+    """Layer -> the module that stores it in a file of that dialect.
 
-    Raises UnknownBaseError where the dialect needs a base and there is none.
+    Raises UnknownBaseError if the dialect needs a base model and none is given.
     """
     layers = tuple(layers)
     if dialect == "lycoris" or table is None:
@@ -47,12 +47,12 @@ def homes(
 
 
 def _alone(module: str, layer: str) -> Home:
-    place = Placement(layer)
-    return Home(module, place, (place,))
+    placement = Placement(layer)
+    return Home(module, placement, (placement,))
 
 
 def _plain_name(layer: str, dialect: str) -> str:
-    """The canonical path in the dress of a dialect that needs no table; no dialect is the native format."""
+    """The name of a layer in a dialect that needs no name table; "" is the native format."""
     component, _, path = layer.partition(".")
     if dialect == "diffusers":
         return f"{component}.{wrapped(component, path)}"
@@ -63,13 +63,13 @@ def _plain_name(layer: str, dialect: str) -> str:
     if dialect == "lycoris":
         return f"lycoris_{path.replace('.', '_')}"
     raise UnknownBaseError(
-        f"the names of this file depend on the base model, and the base of {layer} is not known.",
-        fix="Give it with --base, for example --base sd15 or --base sdxl.",
+        f"Unknown base model of {layer}; the module names of the file depend on it.",
+        fix="Specify the base model with --base, e.g. --base sd15 or --base sdxl.",
     )
 
 
 def wrapped(component: str, path: str) -> str:
-    """A CLIP path with the `text_model.` that diffusers, kohya and ComfyUI expect.
+    """A CLIP path with the `text_model.` prefix that diffusers, kohya and ComfyUI expect.
 
     >>> wrapped("text_encoder", "encoder.layers.0.mlp.fc1"), wrapped("unet", "conv_in")
     ('text_model.encoder.layers.0.mlp.fc1', 'conv_in')
@@ -79,7 +79,7 @@ def wrapped(component: str, path: str) -> str:
 
 
 def live_path(layer: str, table: NameTable | None) -> str:
-    """The path of a layer's module in the model that current transformers and diffusers build.
+    """The path of a layer in models built by current transformers and diffusers.
 
     >>> live_path("text_encoder.encoder.layers.0.mlp.fc1", None)
     'encoder.layers.0.mlp.fc1'
@@ -93,10 +93,10 @@ def live_path(layer: str, table: NameTable | None) -> str:
 
 
 def check_one_component(components: Iterable[str], dialect: str) -> None:
-    """LyCORIS wraps one model per file: InexpressibleError for two."""
+    """Raise InexpressibleError for two components in the LyCORIS dialect, which supports one model per file."""
     names = tuple(components)
     if dialect == "lycoris" and len(names) > 1:
         raise InexpressibleError(
-            f"a lycoris_ file is for one model, but the adapter has {', '.join(names)}.",
-            fix="Write --to lycoris-lokr, whose names tell them apart.",
+            f"A file with lycoris_ names supports one component, but the adapter has {', '.join(names)}.",
+            fix="Use --to lycoris-lokr, whose names include the component.",
         )

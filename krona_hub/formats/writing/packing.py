@@ -1,4 +1,4 @@
-"""Modules → the files of a format: keys, tensors, metadata, configuration. One function per layout."""
+"""Pack modules into the files of a format: keys, tensors, metadata, configuration. One function per layout."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from krona_hub.kron.terms import KronTerms, LowRank, stored_rank
 class FileModule(NamedTuple):
     """One module of the file to be written, in the normal form of its format."""
 
-    name: str  # as the file spells it, without parameter
+    name: str  # as in the file, without the parameter
     component: str  # unet, transformer, text_encoder, …
-    path: str  # inside the component, as the live model names it
+    path: str  # within the component, as in the loaded model
     delta: LayerDelta
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the file says besides its tensors."""
+    """What the metadata of the file depend on besides the tensors."""
 
-    family: str | None = None  # catalogue name of the base
-    base_id: str | None = None  # Hub id or path of the base
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of the file that the adapter came from
+    family: str | None = None  # catalogue name of the base model
+    base_id: str | None = None  # Hub id or path of the base model
+    metadata: Mapping[str, str] = field(default_factory=dict)  # metadata of the source file
     trigger_words: tuple[str, ...] = ()
-    others: Mapping[str, Collection[str]] = field(default_factory=dict)  # component -> all module paths of the base
+    others: Mapping[str, Collection[str]] = field(default_factory=dict)  # component -> module paths of the base
 
 
 class Tensors(NamedTuple):
-    """A safetensors file."""
+    """Content of a safetensors file."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -50,7 +50,7 @@ class Tensors(NamedTuple):
 
 @dataclass(frozen=True)
 class FileSet:
-    """Everything to be written: relative name -> file; the name "" is the output path itself."""
+    """Files to write: relative name -> content; the name "" stands for the output path itself."""
 
     files: Mapping[str, Tensors]
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class FileSet:
 
 
 def pack(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
-    """The files of `format_name` that hold these modules."""
+    """Pack modules into the files of `format_name`."""
     return PACKERS[storage_of(format_name).layout](format_name, modules, context)
 
 
@@ -77,7 +77,7 @@ def _plain(format_name: str, modules: Sequence[FileModule], context: Context) ->
 
 
 def _diffusers_lora(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
-    """As save_lora_weights writes it: `unet.….lora_A.weight`, and a config per component in the metadata."""
+    """As save_lora_weights writes: `unet.….lora_A.weight`, and a configuration per component in the metadata."""
     config = {
         f"{component}.{key}": value
         for component, members in _by_component(modules).items()
@@ -88,14 +88,14 @@ def _diffusers_lora(format_name: str, modules: Sequence[FileModule], context: Co
 
 
 def _diffusers_lokr(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
-    """As save_lora_adapter writes it: no component, so there can be one only."""
+    """As save_lora_adapter writes: keys without a component, so only one component is possible."""
     members = _only_component(modules, "A diffusers LoKr file")
     modules, config = _lokr_config(members, context)
     return FileSet({"": Tensors(_keyed(format_name, [(m.path, m) for m in modules]), _adapter_metadata(config))})
 
 
 def _peft(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
-    """A folder, or with several components a folder of folders."""
+    """A folder; for several components, one subfolder each."""
     groups = _by_component(modules)
     files, texts = {}, {}
     for component, members in groups.items():
@@ -111,7 +111,7 @@ def _peft(format_name: str, modules: Sequence[FileModule], context: Context) -> 
     return FileSet(files, texts)
 
 
-PACKERS: Mapping[str, Callable[[str, Sequence[FileModule], Context], FileSet]] = {  # by the layout of a format
+PACKERS: Mapping[str, Callable[[str, Sequence[FileModule], Context], FileSet]] = {  # layout of a format -> packer
     "kohya": _kohya,
     "diffusers-lora": _diffusers_lora,
     "diffusers-lokr": _diffusers_lokr,
@@ -140,8 +140,8 @@ def _only_component(modules: Sequence[FileModule], what: str) -> list[FileModule
     groups = _by_component(modules)
     if len(groups) != 1:
         raise InexpressibleError(
-            f"{what} names no component and so holds one, but the adapter has {', '.join(groups)}.",
-            fix="Choose another format, such as peft-lokr (a folder per component) or lycoris-lokr.",
+            f"{what} supports a single component, but the adapter has {', '.join(groups)}.",
+            fix="Choose another format, such as peft-lokr (one folder per component) or lycoris-lokr.",
         )
     return next(iter(groups.values()))
 
@@ -155,15 +155,15 @@ def _lora_config(format_name: str, modules: Sequence[FileModule], context: Conte
     if any(doras) and not all(doras):
         plain = next(m.name for m in modules if m.delta.magnitude is None)
         raise InexpressibleError(
-            f"{format_name} has one use_dora for all layers, but {plain} is no DoRA and others are.",
-            fix="Write it with --to lycoris-locon, which holds both kinds.",
+            f"{format_name} has one use_dora setting for all layers, but {plain} is not a DoRA and others are.",
+            fix="Use --to lycoris-locon, which supports both kinds in one file.",
         )
     ranks = {_unwrapped(m): m.delta.sums[0].right.rank for m in modules if isinstance(m.delta.sums[0].right, LowRank)}
     return lora_config(ranks, dora=any(doras), others=_others(modules, context))
 
 
 def _lokr_config(modules: Sequence[FileModule], context: Context) -> tuple[list[FileModule], dict[str, Any]]:
-    """The config, and the modules with every w1 dense where PEFT's decompose_both cannot hold for all of them."""
+    """The configuration and the modules; w1 becomes dense everywhere if PEFT's decompose_both cannot apply to all."""
     sizes = {_unwrapped(m): _lokr_module(m.delta) for m in modules}
     if not keeps_left_products(sizes):
         modules = [m._replace(delta=_left_dense(m.delta)) for m in modules]
@@ -187,7 +187,7 @@ def _dense_left(s: KronTerms) -> KronTerms:
 
 
 def _unwrapped(module: FileModule) -> str:
-    """The path without `text_model.`: PEFT matches endings, so this fits old and new text encoders alike."""
+    """The path without `text_model.`; PEFT matches path endings, so it fits old and new text encoders."""
     return module.path.removeprefix("text_model.")
 
 

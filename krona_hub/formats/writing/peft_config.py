@@ -1,6 +1,6 @@
-"""The configuration of a PEFT adapter from the tensors it goes with, as JSON-ready values. Torch-free.
+"""Build the configuration of a PEFT adapter from its tensors, as JSON-ready values. Torch-free.
 
-The scale is already in the tensors, so alpha equals the rank everywhere. Ranks that differ go into `rank_pattern`.
+The scale is already folded into the tensors, so alpha equals the rank everywhere. `rank_pattern` lists other ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from krona_hub.formats.forms.delta_form import ChannelSplit, is_factored
 
 
 class LokrModule(NamedTuple):
-    """What decides how PEFT builds one LoKr module."""
+    """The sizes from which PEFT builds one LoKr module."""
 
     split: ChannelSplit
     left_rank: int | None  # None: w1 is dense
@@ -24,7 +24,7 @@ class LokrModule(NamedTuple):
 
 
 def lora_config(ranks: Mapping[str, int], *, dora: bool = False, others: Collection[str] = ()) -> dict[str, Any]:
-    """LoraConfig values for module path -> rank. `others` are the paths of the base that are not adapted.
+    """LoraConfig values for module path -> rank; `others` are module paths of the base model.
 
     >>> config = lora_config({"a.to_q": 4, "a.to_k": 4, "a.to_v": 8})
     >>> config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]
@@ -49,15 +49,15 @@ def lora_config(ranks: Mapping[str, int], *, dora: bool = False, others: Collect
 
 
 def lokr_config(modules: Mapping[str, LokrModule], *, others: Collection[str] = ()) -> dict[str, Any]:
-    """LoKrConfig values under which PEFT builds exactly these modules.
+    """LoKrConfig values from which PEFT builds exactly these modules.
 
-    Raises InexpressibleError where no single `decompose_factor` reproduces every split.
+    Raises InexpressibleError if no single `decompose_factor` reproduces every split.
     """
     factor = common_peft_factor(m.split for m in modules.values())
     if factor is None:
         raise InexpressibleError(
-            f"PEFT has one decompose_factor for all layers, and none gives the {_variety(modules)} of this adapter.",
-            fix="Write a LoRA with --to lora, or a LoKr of any shape with --to lycoris-lokr.",
+            f"PEFT has one decompose_factor for all layers, and no value yields the {_shapes_text(modules)}.",
+            fix="Use --to lora, or --to lycoris-lokr, which supports any shape.",
         )
     ranks = {name: _rank(m) for name, m in modules.items()}
     rank, pattern = _common(ranks)
@@ -80,7 +80,7 @@ def lokr_config(modules: Mapping[str, LokrModule], *, others: Collection[str] = 
 
 
 def keeps_left_products(modules: Mapping[str, LokrModule]) -> bool:
-    """Whether `decompose_both` can be set: some w1 is a product, and no dense w1 would be taken for one."""
+    """Whether `decompose_both` applies: some w1 is a product, and PEFT would not factor any dense w1."""
     lefts = [(m.split.out[0], m.split.in_[0]) for m in modules.values()]
     wrong = any(
         m.left_rank is None and is_factored(_rank(m), ab) for m, ab in zip(modules.values(), lefts, strict=True)
@@ -89,19 +89,19 @@ def keeps_left_products(modules: Mapping[str, LokrModule]) -> bool:
 
 
 def _rank(module: LokrModule) -> int:
-    """The rank of the factored w2; for a dense one, the least rank at which PEFT keeps both factors dense."""
+    """The rank of a factored w2; for a dense w2, the lowest rank at which PEFT keeps both factors dense."""
     if module.right_rank is not None:
         return module.right_rank
     return max(1, ceil(max(*module.split.out, *module.split.in_) / 2))
 
 
-def _variety(modules: Mapping[str, LokrModule]) -> str:
+def _shapes_text(modules: Mapping[str, LokrModule]) -> str:
     shapes = sorted({f"{m.split.out[0]}x{m.split.in_[0]}" for m in modules.values()})
     return f"shapes {', '.join(shapes[:4])}{' …' if len(shapes) > 4 else ''} of A"
 
 
 def _common(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """The most frequent rank (the smallest of equals), and the pattern of the others."""
+    """The most frequent rank (the smallest of ties), and the pattern of the other ranks."""
     counts = Counter(ranks.values())
     rank = min(counts, key=lambda r: (-counts[r], r))
     odd = {path: r for path, r in sorted(ranks.items()) if r != rank}
@@ -109,13 +109,13 @@ def _common(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 
 
 def _anchored(path: str, ranks: Mapping[str, int]) -> str:
-    """A pattern matches any path that ends in it; `^` keeps it from those that have another rank."""
+    """A pattern matches every path that ends in it; `^` excludes paths with another rank."""
     clash = any(other.endswith(f".{path}") and r != ranks[path] for other, r in ranks.items())
     return f"^{path}" if clash else path
 
 
 def _targets(paths: Collection[str], others: Collection[str]) -> list[str] | str:
-    """The list of paths; a regular expression where PEFT, which matches endings, would adapt others as well."""
+    """The list of paths; a regular expression if PEFT, which matches path endings, would adapt other modules, too."""
     endings: Sequence[str] = [f".{path}" for path in paths]
     extra = [o for o in others if o not in paths and o.endswith(tuple(endings))]
     return "|".join(p.replace(".", r"\.") for p in sorted(paths)) if extra else sorted(paths)

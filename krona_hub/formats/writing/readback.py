@@ -1,4 +1,4 @@
-"""Reading back what was written, before it counts."""
+"""Verify a written file by reading it back before it replaces the output."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from krona_hub.formats.writing.write_plan import WritePlan, gathered
 from krona_hub.kron.norms import norm, relative_difference
 from krona_hub.kron.parallel import in_parallel
 
-WORST = 1e-5  # relative: float32 products round at 1e-7, and no mistake in a name, an order or a scale is below 1e-3
-_REPORT = "Nothing was kept. This is a bug of krona_hub: please report it with the file."
+WORST = 1e-5  # relative tolerance: float32 rounds at 1e-7, and any error in a name, an order or a scale exceeds 1e-3
+_REPORT = "No output was kept. This is a bug in krona_hub: report it and attach the file."
 
 
 def checked(plan: WritePlan, staged: Path) -> float:
-    """The worst relative difference of the staged file from what was meant; IntegrityError above WORST."""
+    """The largest relative difference between the staged file and the adapter; raises IntegrityError above WORST."""
     components = plan.adapter.components
     component = components[0] if len(components) == 1 else None
     try:
         back = read(staged, base=plan.base, format=plan.aim.format, component=component)
     except KronaError as error:
-        raise IntegrityError(f"the file that was written cannot be read back: {error}", fix=_REPORT) from error
-    lost = sorted(plan.adapter.layers.keys() - back.layers.keys())
-    lost += [layer for layer in sorted(back.layers.keys() - plan.adapter.layers.keys()) if _says(back.layers[layer])]
-    if lost:
-        raise IntegrityError(f"{len(lost)} layers were not read back as written, {lost[0]} first.", fix=_REPORT)
+        raise IntegrityError(f"The written file cannot be read back: {error}", fix=_REPORT) from error
+    wrong = sorted(plan.adapter.layers.keys() - back.layers.keys())
+    added = sorted(back.layers.keys() - plan.adapter.layers.keys())
+    wrong += [layer for layer in added if _is_nonzero(back.layers[layer])]
+    if wrong:
+        raise IntegrityError(f"{len(wrong)} layers differ after reading back; the first is {wrong[0]}.", fix=_REPORT)
     worst, where = max(_differences(plan, back), default=(0.0, ""))
     if not worst <= WORST:
-        raise IntegrityError(f"{where} was read back with a relative difference of {worst:.1e}.", fix=_REPORT)
+        raise IntegrityError(f"{where} has a relative difference of {worst:.1e} after reading back.", fix=_REPORT)
     return worst
 
 
-def _says(delta: LayerDelta) -> bool:
-    """Whether a delta changes anything. A fused q|k|v of which q is adapted is read back with zeros for the rest."""
+def _is_nonzero(delta: LayerDelta) -> bool:
+    """Whether a delta changes its layer. A fused q|k|v with only q adapted is read back with zeros for k and v."""
     return delta.magnitude is not None or norm(delta.sums) > 0
 
 
 def _differences(plan: WritePlan, back: Adapter) -> list[tuple[float, str]]:
-    """(difference, name): against the adapter itself, or against the tensors as cast, for half precision is meant."""
+    """(difference, name): from the adapter, or from the cast tensors, because the loss of a cast is intended."""
     if plan.dtype is None:
         pairs = [(x, back.layers[x], delta) for x, delta in plan.adapter.layers.items()]
     else:
@@ -49,7 +50,7 @@ def _differences(plan: WritePlan, back: Adapter) -> list[tuple[float, str]]:
 
 
 def difference(found: LayerDelta, meant: LayerDelta) -> float:
-    """Relative Frobenius difference of two deltas and of their DoRA magnitudes, the larger of both."""
+    """Relative Frobenius difference of two deltas or of their DoRA magnitudes, whichever is larger."""
     sums = relative_difference(found.sums, meant.sums)
     if found.magnitude is None or meant.magnitude is None:
         return sums if found.magnitude is meant.magnitude else float("inf")

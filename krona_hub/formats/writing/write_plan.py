@@ -1,4 +1,4 @@
-"""What will be written: the format and names that are wanted, and every module in the form that it takes there."""
+"""Plan a write: target format and dialect, and every module in the normal form of that format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, 
 from krona_hub.formats.forms.normal_forms import lora_of
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import storage_of
-from krona_hub.formats.writing.encode import cast, normalised
+from krona_hub.formats.writing.encode import cast, normalized
 from krona_hub.formats.writing.fuse_modules import fused
 from krona_hub.formats.writing.module_names import Home, check_one_component, homes, live_path
 from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tensors, pack
@@ -30,7 +30,7 @@ CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 
 @dataclass(frozen=True)
 class Aim:
-    """What is wanted: a format, the names in it, and the tool that will load it."""
+    """The target of a write: format, dialect of module names, and the application that loads the file."""
 
     format: str
     dialect: str
@@ -44,12 +44,12 @@ class Aim:
 
 @dataclass(frozen=True)
 class WritePlan:
-    """Everything that is needed to write the file and to check it."""
+    """Everything needed to write the file and to verify it."""
 
     adapter: Adapter
     aim: Aim
-    base: Base  # what the names are read back against
-    homes: Mapping[str, Home]  # layer -> where it goes
+    base: Base  # base model for reading the names back
+    homes: Mapping[str, Home]  # layer -> module that stores it
     modules: Sequence[FileModule]
     package: FileSet
     dtype: torch.dtype | None
@@ -57,10 +57,10 @@ class WritePlan:
 
 
 def aim_at(adapter: Adapter, format_name: str, tool_name: str | None, split_qkv: bool) -> Aim:
-    """The format and the dialect for a format, or for a tool and the kind of this adapter.
+    """Choose format and dialect from a format name, or from an application and the kind of the adapter.
 
-    Raises UsageError for an unknown name or two that contradict each other, InexpressibleError for a LoKr and a
-    tool that loads LoRA only.
+    Raises UsageError for unknown or contradictory names, InexpressibleError for a LoKr and an application that loads
+    LoRA only.
     """
     storage = storage_of(format_name)
     if tool_name is None:
@@ -69,25 +69,26 @@ def aim_at(adapter: Adapter, format_name: str, tool_name: str | None, split_qkv:
     target = _target(adapter, tool)
     if format_name not in (KRONA.name, target.format):
         raise UsageError(
-            f"{tool.title} takes {target.format}, not {format_name}.", fix="Give the format or the tool, not both."
+            f"{tool.title} loads {target.format}, not {format_name}.",
+            fix="Specify the format or the application, not both.",
         )
     return Aim(target.format, target.dialect, tool, split_qkv or tool.split_qkv)
 
 
 def _target(adapter: Adapter, tool: Tool) -> ToolTarget:
-    """What the tool takes of this kind of adapter; the kind is never changed."""
+    """The target of the application for this kind of adapter; the kind never changes."""
     other = next((name for name, delta in adapter.layers.items() if lora_of(delta) is None), None)
     target = target_for(tool, other is None)
     if target is None:
         raise InexpressibleError(
             f"{tool.title} loads LoRA only, and {other} is a Kronecker sum.",
-            fix="Make a LoRA of it with --to lora (exact at full rank, or with --rank or --max-error).",
+            fix="Convert it with --to lora (exact at full rank, or approximate with --rank or --max-error).",
         )
     return target
 
 
 def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: torch.dtype | None) -> WritePlan:
-    """The files for this aim, in memory. Raises what makes the adapter impossible to write so."""
+    """Build the files for a target in memory. Raises a KronaError if the adapter cannot be written that way."""
     if aim.format == KRONA.name:
         return _native(adapter, aim, dtype)
     known = _known_base(adapter, base)
@@ -108,7 +109,7 @@ def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> WritePlan:
 
 
 def _known_base(adapter: Adapter, base: str | Path | Base | None) -> Base | None:
-    """The base that was given, else the one that the adapter says it belongs to."""
+    """The given base model, else the one recorded in the adapter."""
     if isinstance(base, Base):
         return base
     source = base if base is not None else (adapter.base.family if adapter.base else None)
@@ -116,7 +117,7 @@ def _known_base(adapter: Adapter, base: str | Path | Base | None) -> Base | None
 
 
 def _own_layers(adapter: Adapter) -> Base:
-    """The adapted layers as a base of their own, against which canonical names can be read back."""
+    """A base model of the adapted layers only, for reading canonical names back."""
     components: dict[str, Component] = {}
     for layer, delta in adapter.layers.items():
         component, _, path = layer.partition(".")
@@ -129,17 +130,17 @@ def _modules(adapter: Adapter, aim: Aim, places: Mapping[str, Home], names: Name
     modules, tool = [], aim.tool.name if aim.tool else None
     for name, delta in gathered(adapter.layers, places).items():
         layer = next(x for x in adapter.layers if places[x].module == name)
-        said = layer if len(places[layer].siblings) == 1 else name
-        stored = normalised(delta, aim.format, tool, layer=said)
+        label = layer if len(places[layer].siblings) == 1 else name
+        stored = normalized(delta, aim.format, tool, layer=label)
         modules.append(FileModule(name, layer.partition(".")[0], live_path(layer, names), stored))
     return modules
 
 
 def check_text_encoders(aim: Aim, modules: Sequence[FileModule]) -> None:
-    """Refuse, for diffusers, the text encoders that its pipelines fail on or pass over in silence.
+    """Reject, for diffusers, text encoders that its pipelines fail on or silently ignore.
 
-    They load a CLIP only if one of its attention projections is adapted ("Could not automatically infer state dict
-    type", 0.42.1), and no other kind of text encoder.
+    Pipelines load a CLIP only if one of its attention projections is adapted ("Could not automatically infer state
+    dict type", 0.42.1), and no other kind of text encoder.
     """
     if aim.tool is None or aim.tool.name != "diffusers" or aim.format != "diffusers-lora":
         return
@@ -147,13 +148,13 @@ def check_text_encoders(aim: Aim, modules: Sequence[FileModule]) -> None:
         paths = [m.path for m in modules if m.component == component]
         if not any(path.endswith(CLIP_PROJECTIONS) for path in paths):
             raise InexpressibleError(
-                f"diffusers pipelines do not load {component}, where {paths[0]} is adapted and no attention of a CLIP.",
-                fix="Write --to peft-lora and load that part with text_encoder.load_adapter.",
+                f"diffusers pipelines load {component} only if a CLIP attention projection is adapted, not {paths[0]}.",
+                fix="Use --to peft-lora and load the text encoder with text_encoder.load_adapter.",
             )
 
 
 def gathered(layers: Mapping[str, LayerDelta], places: Mapping[str, Home]) -> dict[str, LayerDelta]:
-    """Module of the file -> its delta: that of the layer, turned or fused with its siblings as the file has it."""
+    """Module of the file -> delta of its layer, reordered or fused with its siblings as the file requires."""
     members: dict[str, list[str]] = {}
     for layer in layers:
         members.setdefault(places[layer].module, []).append(layer)
@@ -175,12 +176,12 @@ def _context(adapter: Adapter, base: Base | None) -> Context:
 
 
 def _notes(adapter: Adapter, aim: Aim) -> tuple[str, ...]:
-    """What is left out, and what the loader must be told."""
+    """Notes on what the file omits, and on how to load it."""
     notes = []
     if adapter.extras:
         names = ", ".join(sorted(adapter.extras)[:4])
         more = " …" if len(adapter.extras) > 4 else ""
-        notes.append(f"left out, for {aim.format} has no place for it: {names}{more} (the native format keeps it)")
+        notes.append(f"omitted, because {aim.format} cannot store it: {names}{more} (the native format keeps it)")
     if aim.tool and aim.format in aim.tool.note_on:
         notes.append(aim.tool.note)
     return tuple(notes)

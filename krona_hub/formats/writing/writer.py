@@ -1,4 +1,4 @@
-"""Adapter → file: names, tensors and metadata of the target, whole or not at all, and read back before it counts."""
+"""Write an adapter atomically in any supported format, and verify the output by reading it back."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from krona_hub.formats.writing.write_plan import WritePlan, aim_at, planned
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What was written, and what reading it back showed."""
+    """What was written, and the result of reading it back."""
 
     path: Path  # the file, or the folder of a PEFT adapter
     format: str  # a name of FORMATS
     files: tuple[Path, ...]
     modules: int  # in the file; fused projections count once
-    layers: int  # rebuilt and compared
+    layers: int  # reconstructed and compared
     parameters: int  # alpha not counted
     bytes: int
-    worst_difference: float  # relative, Frobenius, over all layers: what was read back against what was meant
-    notes: tuple[str, ...] = ()  # what the target could not hold, and what a reader of the file must know
+    worst_difference: float  # largest relative Frobenius difference of a layer after reading back
+    notes: tuple[str, ...] = ()  # what the file omits, and how to load it
 
     def __str__(self) -> str:
         worst = f"worst relative difference {self.worst_difference:.0e}" if self.worst_difference else "no difference"
@@ -46,12 +46,51 @@ def write(
     overwrite: bool = False,
     split_qkv: bool = False,
 ) -> WriteReport:
-    """Write `adapter` in `format`, or in what `tool` loads, and check the result by reading it back.
+    """Write an adapter in a format, or for an application, and verify the output by reading it back.
 
-    `base` (a catalogue name, a folder, a checkpoint or a Base; default: what the adapter says) settles names that
-    depend on it. `dtype` casts every tensor but alpha. `split_qkv` writes q, k and v apart where names fuse them.
-    Raises InexpressibleError where the target cannot hold a layer exactly, ConflictError where `path` exists and
-    `overwrite` is not given, IntegrityError (and no file) where reading back gives something else.
+    Parameters
+    ----------
+    adapter : Adapter
+        The adapter to write; its kind (LoRA or LoKr) does not change.
+    path : str or Path
+        Output file, or output folder of a PEFT format.
+    format : str, default "krona"
+        Name of a writable format, see `FORMATS`.
+    base : str, Path or Base, optional
+        Base model that module names depend on: a catalogue name, a folder, a checkpoint file or a `Base`.
+        Default: the base model recorded in the adapter.
+    tool : str, optional
+        Application that loads the file (a key of `TOOLS`); selects format and module names.
+    dtype : torch.dtype, optional
+        Cast every tensor except alpha. Default: keep the dtypes.
+    overwrite : bool, default False
+        Replace existing output.
+    split_qkv : bool, default False
+        Write q, k and v as separate modules where the module names would fuse them.
+
+    Returns
+    -------
+    WriteReport
+        Paths, sizes, notes and the largest relative difference after reading back.
+
+    Raises
+    ------
+    InexpressibleError
+        The target cannot store a layer exactly.
+    ConflictError
+        `path` exists and `overwrite` is False.
+    IntegrityError
+        Reading back differs from the adapter; no output is kept.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from krona_hub.adapters.adapter import LayerDelta
+    >>> from krona_hub.kron.terms import KronTerms
+    >>> delta = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 4, 3)),), (8, 6))  # A ⊗ B: (8, 6)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     print(write(Adapter({"unet.conv_in": delta}), f"{folder}/adapter.safetensors"))
+    checked: 1/1 modules rebuilt, no difference
     """
     path, aim = Path(path), aim_at(adapter, format, tool, split_qkv)
     if not aim.is_folder:
@@ -61,7 +100,7 @@ def write(
 
 
 def _write_file(plan: WritePlan, path: Path, overwrite: bool) -> WriteReport:
-    """Write beside the target, check there, and move it only then."""
+    """Write to a temporary folder beside the target, verify, then move into place."""
     with tempfile.TemporaryDirectory(prefix=".krona-", dir=path.parent) as folder:
         staged = Path(folder) / path.name
         write_tensors(staged, *plan.package.files[""])
