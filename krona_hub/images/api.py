@@ -93,7 +93,8 @@ def generate(
         "adapters": [_with_strength(a) for a in adapters], "images_per_prompt": images_per_prompt, "batch": batch,
         "steps": steps, "guidance": guidance, "scheduler": scheduler, "size": size, "more": more or {},
         "strengths": strengths, "together": together, "compare": compare, "beside": [str(b) for b in beside],
-        "device": device, "dtype": dtype, "offload": offload, "tiled_vae": tiled_vae, "variant": variant, "config": config,
+        "device": device, "dtype": dtype, "offload": offload, "tiled_vae": tiled_vae,
+        "variant": variant, "config": config,
     }  # fmt: skip
     return _generate(arguments, out, overwrite, dry_run, again, progress)
 

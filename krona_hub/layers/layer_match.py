@@ -44,7 +44,7 @@ def placings(deltas: Deltas, parts: Parts) -> tuple[list[Placing], Problems]:
     for layer, delta in deltas.items():
         try:
             share = _share(layer, delta, slots, parts)
-            shares.setdefault(share.slot.place, []).append(share)
+            shares.setdefault(share.slot.position, []).append(share)
         except KronaError as error:
             problems[layer] = error
     return [_joined(each) for each in shares.values()], problems

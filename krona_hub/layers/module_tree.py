@@ -34,7 +34,7 @@ class Slot(NamedTuple):
         return module
 
     @property
-    def place(self) -> tuple[int, str]:
+    def position(self) -> tuple[int, str]:
         """Key that is equal for slots of one module."""
         return id(self.parent), self.key
 
