@@ -64,9 +64,8 @@ def generate(
     adapters : files or Hub ids in any format, each alone or as (source, strength); one column per adapter
     seed, images_per_prompt, batch : first seed; images (default: `batch`), seeds count up; images computed together
     steps, guidance, scheduler, size : None uses the base's defaults; `size` is (width, height) in pixels
-    more : additional arguments of the pipeline's call
-    strengths, together : factors on the adapters' strengths, a column each; all adapters in one column
-    compare, beside : add or omit a column without adapters; further bases, a column each
+    more, strengths : more arguments of the pipeline's call; factors on the adapters' strengths, a column each
+    together, compare, beside : all adapters in one column; a column without any; further bases, a column each
     device, dtype, offload, tiled_vae : where and how to compute; changes images by rounding at most
     variant, config : variant of the weights in a folder; configuration of a checkpoint file
     out, overwrite, dry_run : output folder (None writes nothing); replace earlier images; only plan
@@ -75,8 +74,7 @@ def generate(
 
     Returns
     -------
-    GenerateReport
-        Images row by row with equal noise per row, and the record that repeats them.
+    GenerateReport : images row by row with equal noise per row, and the record that repeats them
 
     Raises
     ------

@@ -118,7 +118,7 @@ def checked_machine(
 def checked_strengths(
     strengths: Sequence[float], adapters: Sequence[tuple[str, float]], together: bool, compare: bool | None
 ) -> tuple[float, ...]:
-    """Check the strengths and remove duplicates. Raises UsageError if there is no adapter."""
+    """Check the strengths and remove duplicates. Raises UsageError without an adapter."""
     flags = [flag for flag, given in (("--strengths", strengths), ("--together", together)) if given]
     if flags and not adapters:
         raise UsageError(f"{flags[0]} needs an adapter.", fix="Specify one: --adapter FILE.")

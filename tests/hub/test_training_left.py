@@ -58,7 +58,7 @@ def test_the_curve_and_the_last_samples_come_along(hub, run):
     assert {"plots/loss.png", "images/run-01.png", "images/run-02.png"} <= files(hub)
     last = (run / "samples/step-0000030-1.png").read_bytes()
     assert hub.state.content(REPO, "images/run-02.png") == last
-    assert "![The loss over the steps](plots/loss.png)" in card(hub)
+    assert "![Training loss over the steps](plots/loss.png)" in card(hub)
     assert split(card(hub))[0]["widget"][0] == {"text": PROMPTS[0], "output": {"url": "images/run-01.png"}}
     assert r'alt="two \| toys &quot;here&quot; &lt;b>"' in card(hub) and r'| two \| toys "here" &lt;b>' in card(hub)
     assert "/home/ana" not in card(hub) + hub.state.content(REPO, "krona_manifest.json").decode()
