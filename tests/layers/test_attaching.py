@@ -588,9 +588,9 @@ def test_swapping_compiles_nothing_again():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda pipe: lora(pipe), "other sizes"),
-        (lambda pipe: lokr(pipe, "to_q"), "does not change the same layers"),
-        (lambda pipe: made.as_dora(lokr(pipe), lambda k: tiny.module_of(pipe, k).weight), "other sizes"),
+        (lambda pipe: lora(pipe), "new factors differ in size"),
+        (lambda pipe: lokr(pipe, "to_q"), "adapters change different layers"),
+        (lambda pipe: made.as_dora(lokr(pipe), lambda k: tiny.module_of(pipe, k).weight), "new factors differ in size"),
     ],
 )
 def test_a_swap_for_another_build_is_refused_and_changes_nothing(other, message):
