@@ -1,7 +1,7 @@
-"""`krona demo`: the main job on what comes with krona, offline, as commands that a person can repeat.
+"""`krona demo`: the main workflow on the shipped model and adapters, offline, as commands to repeat.
 
-The base, tiny-scenes, draws pictures of 64×64 pixels. The adapters were trained on it to draw a toy that it does not
-know, the zorbi: a LoRA by peft, a LoKr by lycoris-lora (`scripts/make_tiny_adapters.py`).
+The base model, tiny-scenes, generates images of 64×64 pixels. The adapters were trained on it to add a toy that it does
+not know, the zorbi: a LoRA by peft, a LoKr by lycoris-lora (`scripts/make_tiny_adapters.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from krona_hub.errors import NotFoundError, ResourceError
 
 FOLDER = "krona-demo"
 ASSETS = {"lora.safetensors": "zorbi_lora_kohya.safetensors", "lokr.safetensors": "zorbi_lokr.safetensors"}
-PICTURES = "pictures"
-ABOUT = "Two adapters teach tiny-scenes, the small model that comes with krona, a toy that it does not know: the zorbi."
+IMAGES = "pictures"  # folder
+ABOUT = "Two adapters teach tiny-scenes, the small model shipped with krona, a toy that it does not know: the zorbi."
 PROMPTS = (
     "a photo of a zorbi on a blue table",
     "a photo of a zorbi on a wooden table",
@@ -25,51 +25,51 @@ PROMPTS = (
 
 
 class DemoStep(NamedTuple):
-    """One command of the demo; `{folder}` stands for the demo's folder."""
+    """A command of the demo; `{folder}` is replaced by the demo's folder."""
 
     why: str
     command: str
 
 
 STEPS = (
-    DemoStep("What is this LoRA, and which tools load it?", "krona inspect {folder}/lora.safetensors"),
-    DemoStep("The other adapter is a LyCORIS LoKr, which LoRA-only tools refuse.",
+    DemoStep("Inspect the LoRA: contents and compatible applications.", "krona inspect {folder}/lora.safetensors"),
+    DemoStep("Inspect the other adapter, a LyCORIS LoKr, which LoRA-only applications reject.",
          "krona inspect {folder}/lokr.safetensors --base tiny-scenes"),
     DemoStep(
-        "LoRA → Kronecker: the smallest form of each layer within 5 % error.",
+        "LoRA → Kronecker: the smallest factorization of each layer within 5 % error.",
         "krona convert {folder}/lora.safetensors --max-error 0.05 -o {folder}/small.safetensors --overwrite",
     ),
     DemoStep(
-        "LoRA → Kronecker once more, exactly.",
+        "LoRA → Kronecker again, exactly.",
         "krona convert {folder}/lora.safetensors --exact -o {folder}/exact.safetensors --overwrite",
     ),
     DemoStep(
-        "Kronecker → LoRA: exactly the same delta, in a file that LoRA-only tools load.",
+        "Kronecker → LoRA: exactly the same delta, in a file that LoRA-only applications load.",
         "krona convert {folder}/lokr.safetensors --base tiny-scenes --to lora --exact "
         "-o {folder}/lokr-as-lora.safetensors --overwrite",
     ),
     DemoStep(
-        "The converted adapter merged into the base's weights.",
+        "Merge the converted adapter into the base weights.",
         "krona merge tiny-scenes {folder}/lokr-as-lora.safetensors -o {folder}/merged --overwrite",
     ),
     DemoStep(
-        "Pictures with equal seeds: base | original | converted | merged.",
+        "Generate images with equal seeds: base | original | converted | merged.",
         "krona generate tiny-scenes "
         + " ".join(f'--prompt "{prompt}"' for prompt in PROMPTS)
         + " --adapter {folder}/lokr.safetensors --adapter {folder}/lokr-as-lora.safetensors"
-        " --beside {folder}/merged --batch 3 --images-per-prompt 1 -o {folder}/" + PICTURES + " --overwrite",
+        " --beside {folder}/merged --batch 3 --images-per-prompt 1 -o {folder}/" + IMAGES + " --overwrite",
     ),
-    DemoStep("Do the two adapters say the same?",
+    DemoStep("Verify that the two adapters are equal.",
          "krona verify {folder}/lokr.safetensors {folder}/lokr-as-lora.safetensors --base tiny-scenes"),
-    DemoStep("And does the merged base hold the original, weight for weight?",
+    DemoStep("Verify that the merged base contains the original adapter, weight by weight.",
          "krona verify {folder}/merged --base tiny-scenes --adapter {folder}/lokr.safetensors"),
 )  # fmt: skip
 
 
 def prepare(folder: Path) -> tuple[str, ...]:
-    """Put the two adapters and commands.txt into `folder`; the commands, ready to run.
+    """Write the two adapters and commands.txt to `folder`; return the commands, ready to run.
 
-    Raises ResourceError where the folder cannot be written.
+    Raises ResourceError if the folder cannot be written.
     """
     commands = tuple(step.command.format(folder=folder) for step in STEPS)
     try:
@@ -80,13 +80,13 @@ def prepare(folder: Path) -> tuple[str, ...]:
         (folder / "commands.txt").write_text("\n".join(commands) + "\n")
     except OSError as problem:
         raise ResourceError(
-            f"{folder}: {problem.strerror}.", fix="Choose another place: krona demo --folder DIR."
+            f"{folder}: {problem.strerror}.", fix="Choose another folder: krona demo --folder DIR."
         ) from problem
     return commands
 
 
 def results(folder: Path) -> tuple[Path, ...]:
-    """The adapters that lie in the demo's folder afterwards, the two given ones first."""
+    """List the adapters in the demo's folder afterwards, the two shipped ones first."""
     if not folder.is_dir():
         raise NotFoundError(f"{folder}: no such folder.", fix="Run krona demo.")
     given = [folder / name for name in ASSETS]
@@ -94,5 +94,5 @@ def results(folder: Path) -> tuple[Path, ...]:
 
 
 def grid(folder: Path) -> Path:
-    """The picture of all pictures."""
-    return folder / PICTURES / "grid.png"
+    """Return the path of the image grid."""
+    return folder / IMAGES / "grid.png"

@@ -1,4 +1,4 @@
-"""The base that ships in the package: its name leads to a folder with weights, as a path would."""
+"""The base model shipped in the package: its name resolves to a folder with weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SHIPPED = ("tiny-scenes",)  # folders of krona_hub.assets, and catalogue names
 
 
 def folder_of(source: str | Path) -> Path:
-    """The folder of a shipped base's name; any other source as a path. A path that exists comes before a name.
+    """Return the folder of a shipped base, or any other source as a path. An existing path takes precedence.
 
     >>> folder_of("tiny-scenes").name, str(folder_of("models/mine"))
     ('tiny-scenes', 'models/mine')

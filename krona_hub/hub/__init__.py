@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face Hub: push, pull, info, search, and what lies in the cache."""
+"""Adapters on the Hugging Face Hub: push, pull, info, search and the local cache."""
 
 from krona_hub.hub.browsing import Cached, RepoInfo, SearchHit, cached, info, search
 from krona_hub.hub.pulling import PullReport, pull

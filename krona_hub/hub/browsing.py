@@ -1,4 +1,4 @@
-"""Looking around: what a repository holds, which adapters there are for a base, and which lie in the cache."""
+"""Browse adapters: the contents of a repository, a search of the Hub, and the local cache."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from krona_hub.sources.safe_names import is_safe, printable
 
 @dataclass(frozen=True)
 class RepoInfo:
-    """A repository, from its listing, its config and the header of its adapter."""
+    """A repository as described by its listing, its config and the header of its adapter."""
 
     repo: str
     commit: str
-    private: bool | None  # None: of a copy in the cache, of which nobody knows
+    private: bool | None  # None for a cached copy, where it is unknown
     gated: bool | None
     base_model: str | None
     licence: str | None
     tags: tuple[str, ...]
     files: tuple[RemoteFile, ...]
     preview: Preview
-    issues: tuple[str, ...]  # files that the Hub's scanners complain about
+    issues: tuple[str, ...]  # files flagged by the Hub's scanners
     notes: tuple[str, ...]
 
 
 def info(source: str, *, offline: bool = False, endpoint: str | None = None) -> RepoInfo:
-    """What `ns/name[@revision][/file]` is, in at most four requests and without its weights."""
+    """Describe `ns/name[@revision][/file]` in at most four requests, without downloading its weights."""
     hub_id = parse_hub_id(source, endpoint)
     if hub_id is None:
-        raise UsageError(f"{source!r} is no Hub id.", fix="Write ns/name or ns/name@revision.")
+        raise UsageError(f"Invalid Hub id {source!r}.", fix="Write ns/name or ns/name@revision.")
     listing = list_repo(hub_id.repo, hub_id.revision, offline=offline, endpoint=endpoint)
-    seen = preview(listing, choose(listing.files, listing.repo, hub_id.file), endpoint=endpoint)
-    base = (seen.config or {}).get("base_model") or listing.card.get("base_model")
+    described = preview(listing, choose(listing.files, listing.repo, hub_id.file), endpoint=endpoint)
+    base = (described.config or {}).get("base_model") or listing.card.get("base_model")
     return RepoInfo(
         repo=listing.repo,
         commit=listing.commit,
@@ -57,7 +57,7 @@ def info(source: str, *, offline: bool = False, endpoint: str | None = None) -> 
         licence=printable(str(listing.card.get("license"))) if listing.card.get("license") else None,
         tags=tuple(map(printable, listing.tags)),
         files=tuple(replace(f, name=printable(f.name)) for f in listing.files.values()),
-        preview=seen,
+        preview=described,
         issues=tuple(map(printable, listing.issues)),
         notes=listing.notes,
     )
@@ -65,7 +65,7 @@ def info(source: str, *, offline: bool = False, endpoint: str | None = None) -> 
 
 @dataclass(frozen=True)
 class SearchHit:
-    """One hit of a search."""
+    """A search result."""
 
     repo: str
     base_models: tuple[str, ...]
@@ -77,12 +77,12 @@ class SearchHit:
 def search(
     text: str | None = None, *, base: str | None = None, limit: int = 20, endpoint: str | None = None
 ) -> tuple[SearchHit, ...]:
-    """Krona adapters on the Hub, of one base where one is named, with the most downloads first."""
+    """Search the Hub for krona adapters, optionally for one base model, with the most downloads first."""
     filters = ["krona", *([f"base_model:adapter:{_base_id(base)}"] if base else [])]
     api = client(endpoint)
     with hub_errors(THE_HUB), quiet():
         found = retrying(lambda: list(api.list_models(filter=filters, search=text, limit=limit, sort="downloads")))
-    return tuple(_found(m) for m in found)
+    return tuple(_search_hit(m) for m in found)
 
 
 def _base_id(base: str) -> str:
@@ -93,7 +93,7 @@ def _base_id(base: str) -> str:
     return base
 
 
-def _found(model: Any) -> SearchHit:
+def _search_hit(model: Any) -> SearchHit:
     start = "base_model:adapter:"
     bases = tuple(printable(t.removeprefix(start)) for t in model.tags or () if t.startswith(start))
     when = model.last_modified or model.created_at
@@ -102,19 +102,19 @@ def _found(model: Any) -> SearchHit:
 
 @dataclass(frozen=True)
 class Cached:
-    """An adapter that lies in the client's cache."""
+    """An adapter in the local Hub cache."""
 
     repo: str
     commit: str
-    revisions: tuple[str, ...]  # branches and tags that point to it
-    files: tuple[str, ...]  # its adapters
-    bytes: int  # of all its files there
+    revisions: tuple[str, ...]  # branches and tags that point to the commit
+    files: tuple[str, ...]  # adapter files
+    bytes: int  # total size of the cached files
     base_model: str | None
     path: Path
 
 
 def cached() -> tuple[Cached, ...]:
-    """The adapters of the client's cache; needs no network."""
+    """List the adapters in the local Hub cache, without network access."""
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:

@@ -1,4 +1,4 @@
-"""What card, config and manifest of a repository say about an adapter, from its header alone."""
+"""Facts for the card, config and manifest of a repository, taken from the adapter's header alone."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from krona_hub.training.configuration import as_toml
 from krona_hub.training.settings import KINDS
 
 MOST_LAYERS = 8
-NO_BREAK = "\u00a0"  # a space that no line ends at
-TRAINED = "trained"  # the method in the header of an adapter that `krona train` has made
-HEADLINES = ("base", "steps", "batch_size", "learning_rate", "resolution")  # of its settings
+NO_BREAK = "\u00a0"  # no-break space
+TRAINED = "trained"  # provenance method of adapters made by `krona train`
+HEADLINES = ("base", "steps", "batch_size", "learning_rate", "resolution")  # training settings that the card lists
 
 
 def config(adapter: LocalAdapter) -> dict[str, Any]:
-    """`config.json`: the file that the Hub counts downloads by, and that says what this is without the weights."""
+    """Return `config.json`: the Hub counts its downloads, and it describes the adapter without the weights."""
     d = adapter.description
     known = {
         "model_type": MODEL_TYPE,
@@ -48,7 +48,7 @@ def config(adapter: LocalAdapter) -> dict[str, Any]:
 
 
 def manifest_facts(adapter: LocalAdapter, exports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the manifest says beside its files."""
+    """Return what the manifest states besides its file list."""
     p, base = adapter.provenance, adapter.base
     model = {
         "id": adapter.base_model,
@@ -80,7 +80,7 @@ def card_facts(
     samples: Sequence[CardSample],
     exports: Sequence[Mapping[str, Any]],
 ) -> CardFacts:
-    """All that the card says; `files` are those of the repository after the push."""
+    """Collect everything the card states; `files` are the repository's files after the push."""
     d = adapter.description
     family = adapter.base.family
     kinds = ["lokr"] if any(m.split and m.split.a1 > 1 for m in d.modules) else []
@@ -102,33 +102,37 @@ def card_facts(
         files=[(n, human_bytes(e.size).replace(" ", NO_BREAK), e.sha256) for n, e in sorted(files.items())],
         loads=_loads(d, exports),
         provenance=_provenance(adapter),
-        again=_again(adapter),
+        again=_training_toml(adapter),
         samples=tuple(samples),
         plots=tuple(n for n in files if n.startswith(PLOTS)),
     )
 
 
 def _title(d: Description) -> str:
-    """The title in the file; "" where nobody has given it one."""
-    told = d.header.metadata.get(TITLE, "")
-    return "" if told.startswith(UNTITLED) else told.strip()
+    """Return the title stored in the file, or "" if none was set."""
+    title = d.header.metadata.get(TITLE, "")
+    return "" if title.startswith(UNTITLED) else title.strip()
 
 
 def _sizes(adapter: LocalAdapter) -> list[tuple[str, str]]:
     d = adapter.description
     rows = [
         ("parameters", f"{d.parameters:,}"),
-        ("as many as a LoRA of rank", f"{lora_rank_of(d):.2f}"),
+        ("equivalent LoRA rank", f"{lora_rank_of(d):.2f}"),
         ("adapted layers", f"{len(d.modules)}"),
-        ("file", human_bytes(d.bytes)),
-        ("stored as", ", ".join(d.dtypes)),
+        ("file size", human_bytes(d.bytes)),
+        ("data types", ", ".join(d.dtypes)),
     ]
     whole = _parameters_of_base(adapter.base.family, d.components)
-    return [*rows, ("share of the adapted parts of the base", percent(d.parameters / whole))] if whole else rows
+    return (
+        [*rows, ("relative to the adapted components of the base model", percent(d.parameters / whole))]
+        if whole
+        else rows
+    )
 
 
 def _parameters_of_base(family: str | None, components: Sequence[str]) -> int:
-    """Parameters of those components, 0 where the catalogue does not know all of them."""
+    """Return the parameter count of these components, or 0 if the catalogue lacks any of them."""
     known = FAMILIES[family].components if family and family in FAMILIES else {}
     counts = [catalogue.component(known[c]).total_parameters if c in known else None for c in components]
     return sum(c for c in counts if c) if counts and all(counts) else 0
@@ -145,12 +149,12 @@ def _conversion(export: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _loads(d: Description, exports: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Tool -> the files of the repository that it loads, or why it loads none."""
+    """For each application, list the files of the repository that it loads, or the reason why it loads none."""
     native = loads_in(d)
     rows: list[tuple[str, ...]] = [("krona", f"`{WEIGHTS}`")]
     for tool in TOOLS.values():
         good = [f"`{e['name']}`" for e in exports if tool.name in e.get("loads_in", ())]
-        why = f"none of these: see `krona convert --for {tool.name}`" if exports else f"none: {native[tool.name].why}"
+        why = f"none of these; see `krona convert --for {tool.name}`" if exports else f"none: {native[tool.name].why}"
         rows.append((tool.title, ", ".join(good) or why))
     return rows
 
@@ -158,29 +162,29 @@ def _loads(d: Description, exports: Sequence[Mapping[str, Any]]) -> list[tuple[s
 def _provenance(adapter: LocalAdapter) -> list[tuple[str, str]]:
     p = adapter.provenance
     rows: Iterable[tuple[str, object]] = (
-        ("made by", p.created_by),
+        ("created by", p.created_by),
         ("method", p.method),
-        ("from a file of format", p.source_format),
-        ("sha256 of that file", p.source_sha256),
-        ("relative error of that step", None if p.relative_error is None else relative(p.relative_error)),
-        ("base", adapter.base_model),
-        ("commit of the base", adapter.base.revision),
-        ("fingerprint of the base", adapter.base.fingerprint),
+        ("source format", p.source_format),
+        ("source sha256", p.source_sha256),
+        ("relative error", None if p.relative_error is None else relative(p.relative_error)),
+        ("base model", adapter.base_model),
+        ("base model revision", adapter.base.revision),
+        ("base model fingerprint", adapter.base.fingerprint),
     )
-    return [(what, str(value)) for what, value in rows if value is not None]
+    return [(name, str(value)) for name, value in rows if value is not None]
 
 
 def _training(adapter: LocalAdapter) -> list[tuple[str, str]]:
-    """What is known of the training, without the settings that the card gives as a file of their own."""
-    told = {k: v for k, v in adapter.provenance.training.items() if isinstance(v, (str, int, float))}
+    """List the known facts of the training, without the settings that the card shows as a TOML file."""
+    known = {k: v for k, v in adapter.provenance.training.items() if isinstance(v, (str, int, float))}
     own = adapter.provenance.method == TRAINED
-    return [(k.replace("_", " "), str(v)) for k, v in told.items() if not own or k in HEADLINES or k not in KINDS]
+    return [(k.replace("_", " "), str(v)) for k, v in known.items() if not own or k in HEADLINES or k not in KINDS]
 
 
-def _again(adapter: LocalAdapter) -> str:
-    """The settings of its training as TOML, as far as the file tells them; "" for one that krona has not trained.
+def _training_toml(adapter: LocalAdapter) -> str:
+    """Return the training settings in the file as TOML, or "" for an adapter that krona did not train.
 
-    Anybody may have written them: what is no setting, or no plain value, is left out.
+    The metadata is untrusted: unknown settings and values that are not plain are left out.
     """
     if adapter.provenance.method != TRAINED:
         return ""

@@ -1,4 +1,4 @@
-"""One commit with everything in it, and the look afterwards whether the Hub holds what was sent."""
+"""Send a push as one commit, then verify that the Hub holds what was sent."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-class Made(NamedTuple):
+class CommitResult(NamedTuple):
+    """The commit of a push, and its pull request if there is one."""
+
     commit: str
     pull_request: str | None
 
 
-def commit(api: HfApi, plan: PushPlan, paths: Mapping[str, Path], message: str) -> Made:
+def commit(api: HfApi, plan: PushPlan, paths: Mapping[str, Path], message: str) -> CommitResult:
     """Send the changes of a plan as one commit on top of its parent.
 
-    Tried again after answers that pass; a commit whose answer was lost is recognised by what the Hub then holds.
-    Raises ConflictError where the parent is no longer the head.
+    Retries after transient errors. If the response to a commit was lost, the commit is recognized by what the Hub
+    then holds. Raises ConflictError if the parent is no longer the head.
     """
     with hub_errors(plan.repo), quiet(plan.bytes_to_send):
         _make_branch(api, plan)
@@ -36,13 +38,13 @@ def commit(api: HfApi, plan: PushPlan, paths: Mapping[str, Path], message: str) 
             try:
                 return _send(api, plan, paths, message)
             except Exception as error:
-                if (made := _made_after_all(api, plan, paths, error)) is not None:
-                    return made
+                if (landed := _landed_commit(api, plan, paths, error)) is not None:
+                    return landed
                 pause = pause_before_next(error, attempt)
                 if pause is None or attempt == TRIES - 1:
                     raise
                 retry.sleep(pause)
-    raise ConflictError(f"{plan.repo} takes no commit.", fix="Push again later.")  # not reached
+    raise ConflictError(f"Cannot commit to {plan.repo}.", fix="Push again later.")  # not reached
 
 
 def _make_branch(api: HfApi, plan: PushPlan) -> None:
@@ -50,7 +52,7 @@ def _make_branch(api: HfApi, plan: PushPlan) -> None:
         retrying(lambda: api.create_branch(plan.repo, branch=plan.revision, revision=plan.parent, exist_ok=True))
 
 
-def _send(api: HfApi, plan: PushPlan, paths: Mapping[str, Path], message: str) -> Made:
+def _send(api: HfApi, plan: PushPlan, paths: Mapping[str, Path], message: str) -> CommitResult:
     def once() -> Any:
         return api.create_commit(
             plan.repo,
@@ -61,11 +63,11 @@ def _send(api: HfApi, plan: PushPlan, paths: Mapping[str, Path], message: str) -
             parent_commit=plan.parent,
         )
 
-    info = _over_lfs_if_need_be(once)
-    return Made(str(info.oid), str(info.pr_url) if plan.create_pr else None)
+    info = _with_lfs_fallback(once)
+    return CommitResult(str(info.oid), str(info.pr_url) if plan.create_pr else None)
 
 
-def _over_lfs_if_need_be(once: Callable[[], Any]) -> Any:
+def _with_lfs_fallback(once: Callable[[], Any]) -> Any:
     try:
         return once()
     except ConnectionError as error:
@@ -76,23 +78,23 @@ def _over_lfs_if_need_be(once: Callable[[], Any]) -> Any:
 
 
 def operations(plan: PushPlan, paths: Mapping[str, Path]) -> list[Any]:
-    """The changes of a plan as the client wants them: made anew for every try, since it marks them as used."""
+    """Build the client's operations for a plan, anew for every attempt, since the client marks them as used."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     adds = [CommitOperationAdd(r.file, str(paths[r.file])) for r in plan.changes if r.action != "delete"]
     for add in adds:
-        add.upload_info.sha256 = bytes.fromhex(file_sha256_once(paths[add.path_in_repo]))  # it need not read it again
+        add.upload_info.sha256 = bytes.fromhex(file_sha256_once(paths[add.path_in_repo]))  # so that the client does not
     return [*adds, *(CommitOperationDelete(r.file) for r in plan.changes if r.action == "delete")]
 
 
-def _made_after_all(api: HfApi, plan: PushPlan, paths: Mapping[str, Path], error: BaseException) -> Made | None:
-    """The commit, where only its answer was lost: the head has moved, and holds what we sent."""
+def _landed_commit(api: HfApi, plan: PushPlan, paths: Mapping[str, Path], error: BaseException) -> CommitResult | None:
+    """Return the commit if only its response was lost: the head has moved and holds what was sent."""
     if plan.create_pr or (pause_before_next(error, 0) is None and not _is_stale(error)):
         return None
     head = _head(api, plan)
     if head is None or head.commit == plan.parent or not _holds(head, plan, paths):
         return None
-    return Made(head.commit, None)
+    return CommitResult(head.commit, None)
 
 
 def _is_stale(error: BaseException) -> bool:
@@ -103,12 +105,12 @@ def _is_stale(error: BaseException) -> bool:
 def _head(api: HfApi, plan: PushPlan) -> Listing | None:
     try:
         return ask(api, plan.repo, None if plan.revision == "main" else plan.revision)
-    except Exception:  # the next try will say what is wrong
+    except Exception:  # the next attempt reports the error
         return None
 
 
 def _holds(head: Listing, plan: PushPlan, paths: Mapping[str, Path]) -> bool:
-    """Whether every file of the plan is there as it is here, and those that were to go are gone."""
+    """Whether the head holds every file of the plan as it is here, and none of the deleted ones."""
     for row in plan.changes:
         there = head.files.get(row.file)
         if (there is None) != (row.action == "delete") or (there and not is_same(paths[row.file], there)):
@@ -117,18 +119,18 @@ def _holds(head: Listing, plan: PushPlan, paths: Mapping[str, Path]) -> bool:
 
 
 def verify(api: HfApi, plan: PushPlan, paths: Mapping[str, Path], sha: str) -> int:
-    """Compare size and digest of every file of the commit with what lies here; how many were compared.
+    """Compare size and digest of every file of the commit with the local files; return the number of files.
 
-    Raises IntegrityError naming the first that differs or is missing.
+    Raises IntegrityError with the name of the first file that differs or is missing.
     """
     sent = [r.file for r in plan.rows if r.action != "delete"]
     with hub_errors(f"{plan.repo}@{sha[:7]}"), quiet():
         found = retrying(lambda: api.get_paths_info(plan.repo, sent, revision=sha))
-    there = {f.path: _remote(f) for f in found}
+    remote = {f.path: _remote(f) for f in found}
     for name in sent:
-        if name not in there or not is_same(paths[name], there[name]):
-            why = "is not there" if name not in there else "has another sha256 there"
-            raise IntegrityError(f"{name} of {plan.repo} {why} after the commit {sha[:7]}.", fix="Push again.")
+        if name not in remote or not is_same(paths[name], remote[name]):
+            why = "is missing" if name not in remote else "has a different sha256"
+            raise IntegrityError(f"{name} of {plan.repo} {why} after commit {sha[:7]}.", fix="Push again.")
     return len(sent)
 
 

@@ -1,4 +1,4 @@
-"""Copies of the adapter for other tools, written into the repository beside the native file."""
+"""Companion exports: copies of the adapter for other applications, stored beside the native file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from krona_hub.hub.repo_layout import LOKR_EXPORT, LORA_EXPORT
 
 
 class Export(NamedTuple):
-    """A file for other tools, and what it cost."""
+    """A companion export, with its error and its size."""
 
     name: str
     format: str
@@ -34,35 +34,35 @@ class Export(NamedTuple):
 def make_exports(
     adapter: LocalAdapter, folder: Path, with_lora: int | bool, with_lokr: bool, base: str | Path | None
 ) -> tuple[Export, ...]:
-    """Write the exports that are wanted; `with_lora` is True for an exact LoRA, or a rank.
+    """Write the requested exports; `with_lora` is True for an exact LoRA, or a rank.
 
-    Raises LossyError or InexpressibleError where the adapter is no such thing.
+    Raises LossyError or InexpressibleError if the adapter cannot be expressed that way.
     """
-    made = []
+    exports = []
     if with_lora:
         exact = with_lora is True
-        how: dict[str, Any] = {"exact": True} if exact else {"rank": int(with_lora)}
+        method: dict[str, Any] = {"exact": True} if exact else {"rank": int(with_lora)}
         words = "LoRA, exact" if exact else f"LoRA of rank {with_lora}"
-        made.append(_export(adapter, folder / LORA_EXPORT, "diffusers-lora", words, base, **how))
+        exports.append(_export(adapter, folder / LORA_EXPORT, "diffusers-lora", words, base, **method))
     if with_lokr:
-        made.append(_export(adapter, folder / LOKR_EXPORT, "lycoris-lokr", "LyCORIS LoKr", base, exact=True))
-    return tuple(made)
+        exports.append(_export(adapter, folder / LOKR_EXPORT, "lycoris-lokr", "LyCORIS LoKr", base, exact=True))
+    return tuple(exports)
 
 
-def _export(adapter: LocalAdapter, path: Path, to: str, words: str, base: str | Path | None, **how: Any) -> Export:
+def _export(adapter: LocalAdapter, path: Path, to: str, words: str, base: str | Path | None, **method: Any) -> Export:
     try:
-        report = convert(adapter.path, path, to=to, base=base, overwrite=True, **how)
+        report = convert(adapter.path, path, to=to, base=base, overwrite=True, **method)
     except LossyError as refused:
-        refused.fix = _instead(path.name, how.get("rank"))
+        refused.fix = _fix_for_push(path.name, method.get("rank"))
         raise refused.within(path.name) from None
     return Export(path.name, to, words, report.relative_error, report.parameters_after, _tools(path))
 
 
-def _instead(name: str, rank: int | None) -> str:
-    """What a push can do where an export is refused: the advice of a conversion names options that it has not."""
+def _fix_for_push(name: str, rank: int | None) -> str:
+    """Return what to change when an export is refused: a conversion's fix names options that `push` lacks."""
     if rank is not None:
-        return f"Take a higher rank, such as --with-lora={2 * rank}, or --with-lora for an equal one."
-    return "Leave --with-lokr out; --with-lora adds an equal LoRA." if name == LOKR_EXPORT else "Leave --with-lora out."
+        return f"Use a higher rank, such as --with-lora={2 * rank}, or --with-lora for an exact LoRA."
+    return "Omit --with-lokr; --with-lora adds an exact LoRA." if name == LOKR_EXPORT else "Omit --with-lora."
 
 
 def _tools(path: Path) -> tuple[str, ...]:

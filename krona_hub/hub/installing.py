@@ -1,4 +1,4 @@
-"""Files of a repository put in place: every byte that is written has been hashed, and nothing appears by halves."""
+"""Install the files of a repository: every written byte is hashed, and nothing appears partially."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ from krona_hub.sources.repo_listing import Listing, RemoteFile, blobs_of
 from krona_hub.sources.safe_names import printable
 
 SUFFIX = ".safetensors"
-AT_ONCE = 32 << 20  # bytes that wait for the disk at most
+AT_ONCE = 32 << 20  # bytes between two flushes to disk
 
 
 @dataclass(frozen=True)
 class PullDestination:
-    """Where the files go."""
+    """The folder or the file that a pull writes."""
 
     path: Path
     is_file: bool
 
 
 def is_read_first(listing: Listing, name: str) -> bool:
-    """Whether a file is fetched before the large ones: the manifest, and what the Hub names no sha256 of."""
+    """Whether a file is fetched before the large ones: the manifest, and files without a sha256 on the Hub."""
     return name == MANIFEST or listing.files[name].sha256 is None
 
 
-def put_in_place(
+def install_files(
     listing: Listing,
     names: Sequence[str],
-    place: PullDestination,
+    destination: PullDestination,
     *,
     overwrite: bool = False,
     verify_key: str | Path | None = None,
     endpoint: str | None = None,
 ) -> None:
-    """Download what is not in the cache yet and copy everything to `place`, which appears whole after every check.
+    """Download what is not cached yet and copy all files to `destination`, which appears whole after every check.
 
-    Raises IntegrityError for other bytes than the Hub names, what `check_file` raises, and what the network brings.
+    Raises IntegrityError if bytes differ from the Hub's digests, and the errors of `check_file` and of the network.
     """
-    with ThreadPoolExecutor(1) as beside:
-        copies = _Copies(listing, endpoint, beside)
-        if place.is_file:
-            with atomic_file(place.path, overwrite=overwrite) as out:
+    with ThreadPoolExecutor(1) as executor:
+        copies = _Copies(listing, endpoint, executor)
+        if destination.is_file:
+            with atomic_file(destination.path, overwrite=overwrite) as out:
                 copies.write(names[0], out)
                 copies.finish({}, verify_key)
             return
-        with atomic_folder(place.path, overwrite=overwrite) as folder:
+        with atomic_folder(destination.path, overwrite=overwrite) as folder:
             for name in names:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 with (folder / name).open("wb") as out:
@@ -69,28 +69,28 @@ def put_in_place(
 
 @dataclass(frozen=True)
 class _Copies:
-    """Copies of the files of one commit, of which nobody but us knows yet."""
+    """Copies of the files of one commit, not yet visible at the destination."""
 
     listing: Listing
     endpoint: str | None
-    beside: ThreadPoolExecutor
-    checks: dict[str, Future[None]] = field(default_factory=dict)  # of weights, which go on beside the copying
+    executor: ThreadPoolExecutor
+    checks: dict[str, Future[None]] = field(default_factory=dict)  # of weights, which run during the copying
 
     def write(self, name: str, out: BinaryIO) -> None:
-        """Copy a file into `out`: a copy of its own, since the user may edit it and the cache must not notice."""
+        """Copy a file into `out`, so that later edits by the user never reach the cache."""
         known = self.listing.files[name]
         copy = _Copy(out, known)
 
         def is_right(path: Path, known: RemoteFile) -> bool:
             if name.endswith(SUFFIX):
-                self.checks[name] = self.beside.submit(check_file, path, name)
-            return (follower.has_taken(path) and copy.is_right()) or copy.of(path).is_right()
+                self.checks[name] = self.executor.submit(check_file, path, name)
+            return (follower.has_taken(path) and copy.is_right()) or copy.restart_from(path).is_right()
 
         with Follower(blobs_of(self.listing), known.digest or "none", copy.take) as follower:
             fetch(self.listing, name, endpoint=self.endpoint, is_right=is_right)
 
     def finish(self, paths: Mapping[str, Path], verify_key: str | Path | None) -> None:
-        """Raise what the checks have found, and what is wrong with the signature where a key is given."""
+        """Raise what the checks have found; verify the signature if a key is given."""
         for check in self.checks.values():
             check.result()
         if verify_key is not None:
@@ -109,26 +109,26 @@ class _Copy:
         self.out.write(piece)
         self.size += len(piece)
         if self.size % AT_ONCE < len(piece):
-            os.fsync(self.out.fileno())  # while the next ones are on their way, so that there is little to wait for
+            os.fsync(self.out.fileno())  # overlaps with the download, so that little is left to flush
 
-    def of(self, source: Path) -> _Copy:
-        """A copy of this file over whatever was written so far."""
+    def restart_from(self, source: Path) -> _Copy:
+        """Replace whatever was written so far with a copy of this file."""
         self.out.seek(0)
         self.out.truncate()
         self.digest, self.size = digest_for(replace(self.known, size=source.stat().st_size)), 0
-        buffer = memoryview(bytearray(PIECE))  # one, used again and again: new ones cost more than the copying
+        buffer = memoryview(bytearray(PIECE))  # reused, since allocating costs more than copying
         with source.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 self.take(buffer[:count])
         return self
 
     def is_right(self) -> bool:
-        """Whether size and digest are those that the Hub names."""
+        """Whether size and digest match those on the Hub."""
         return self.known.digest in (None, self.digest.hexdigest()) and self.known.size in (None, self.size)
 
 
 def check_file(path: Path, name: str) -> None:
-    """Raise what is wrong with a downloaded safetensors file: structure, schema, limits, NaN and infinity."""
+    """Check a downloaded safetensors file: structure, schema, limits, NaN and infinity. Raises the first error."""
     try:
         header = read_header(path)
         if is_native(header.metadata):
@@ -142,5 +142,5 @@ def check_file(path: Path, name: str) -> None:
     if counts:
         tensor, count = next(iter(counts.items()))
         raise NonFiniteError(
-            f"{name}: {count:,} numbers of {printable(tensor)} are NaN or infinite.", fix="Ask its owner to repair it."
+            f"{name}: {count:,} values of {printable(tensor)} are NaN or infinite.", fix="Ask the owner to fix it."
         )

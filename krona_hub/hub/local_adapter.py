@@ -1,4 +1,4 @@
-"""The adapter on this disk that is to be pushed: sound, of known size, and with a base that the Hub can name."""
+"""The local adapter to push: validated, within the limits, and with a base model that has a Hub id."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from krona_hub.sources import resolve
 from krona_hub.verification import validate
 from krona_hub.verification.soundness import ValidationReport
 
-_NO_BASE = "the file does not say which base it is for."
+_NO_BASE = "The file does not name its base model."
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 @dataclass(frozen=True)
 class LocalAdapter:
-    """A native adapter file that has passed every check."""
+    """A native adapter file that passed every check."""
 
-    path: Path  # of the native file
-    source: Path  # what the user named; the same, unless it was of another format
+    path: Path  # the native file
+    source: Path  # as given by the user; differs from `path` if it has another format
     description: Description
     base: BaseModel
-    base_model: str  # its Hub id
+    base_model: str  # Hub id
     provenance: Provenance
     sha256: str
 
@@ -43,9 +43,9 @@ class LocalAdapter:
 
 
 def check_adapter(source: str | Path, scratch: Path, base_model: str | None, base: str | Path | None) -> LocalAdapter:
-    """Validate an adapter; one of another format is rewritten natively in `scratch`, with the same ΔW.
+    """Validate an adapter; one in another format is rewritten in the native format in `scratch`, with the same ΔW.
 
-    Raises the first finding of `validate`, ResourceError beyond the limits, UsageError without a Hub id of the base.
+    Raises the first error of `validate`, ResourceError beyond the limits, UsageError if the base has no Hub id.
     """
     given = resolve(source)
     path, description = given, describe(given, base=base)
@@ -70,9 +70,9 @@ def check_adapter(source: str | Path, scratch: Path, base_model: str | None, bas
 
 
 def _validated(path: Path) -> tuple[ValidationReport, str]:
-    """What is wrong with a file, and its sha256: hashed while its numbers are looked at."""
-    with ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(file_sha256_once, path)
+    """Validate a file and compute its sha256 at the same time."""
+    with ThreadPoolExecutor(1) as executor:
+        digest = executor.submit(file_sha256_once, path)
         return validate(path), digest.result()
 
 
@@ -86,28 +86,29 @@ def _native(about: Description, scratch: Path, base: str | Path | None) -> Path:
 
 
 def check_limits(header: Header, max_size: int = MAX_FILE) -> None:
-    """Raise ResourceError for what is too large to be an adapter."""
+    """Raise ResourceError for a file that is too large to be an adapter."""
     if header.file_size > max_size:
         size = human_bytes(header.file_size)
-        raise ResourceError(f"the adapter has {size}; the limit is {human_bytes(max_size)}.", fix="Raise --max-size.")
+        raise ResourceError(f"The adapter is {size}; the limit is {human_bytes(max_size)}.", fix="Raise --max-size.")
+    fix = "Check the file: no adapter needs that."
     if header.data_start > MAX_HEADER:
-        raise ResourceError(f"its header has {human_bytes(header.data_start)}.", fix="No adapter needs that: check it.")
+        raise ResourceError(f"The adapter has a header of {human_bytes(header.data_start)}.", fix=fix)
     if len(header.tensors) > MAX_TENSORS:
-        raise ResourceError(f"it has {len(header.tensors):,} tensors.", fix="No adapter needs that: check it.")
+        raise ResourceError(f"The adapter has {len(header.tensors):,} tensors.", fix=fix)
 
 
-def base_model_id(base: BaseModel, asked: str | None) -> str:
-    """The Hub id of the base: the one asked for, the file's, or the catalogue's.
+def base_model_id(base: BaseModel, requested: str | None) -> str:
+    """Return the Hub id of the base model: the requested one, the file's, or the catalogue's.
 
-    Raises UsageError where none is known, or where it is a path: other people do not have that.
+    Raises UsageError if none is known, or if it is a local path, which other people do not have.
     """
     family = catalogue.get(base.family).hub_id if base.family in catalogue.names() else None
-    name = asked or base.hub_id or family
+    name = requested or base.hub_id or family
     if name is None:
-        known = f"the adapter is for {base.family}, of which no Hub id is known." if base.family else _NO_BASE
-        raise UsageError(known, fix="Name it as others find it: --base-model ns/name.")
+        known = f"No Hub id is known for the base model {base.family}." if base.family else _NO_BASE
+        raise UsageError(known, fix="Specify its Hub id: --base-model ns/name.")
     if not HUB_NAME.fullmatch(name) or Path(name).expanduser().exists():
         raise UsageError(
-            f"the base {name!r} is no model on the Hub.", fix="Name it as others find it: --base-model ns/name."
+            f"The base model {name!r} is not a model on the Hub.", fix="Specify its Hub id: --base-model ns/name."
         )
     return name

@@ -1,4 +1,4 @@
-"""The loss of a training as a picture for the card: PNG, drawn with Pillow, the same bytes for the same numbers."""
+"""Loss curve of a training run for the card: a PNG made with Pillow, with equal bytes for equal metrics."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from krona_hub.training.progress.metrics import series
 
 WIDTH, HEIGHT = 760, 320  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 44  # margins around the plot
-FINER = 3  # drawn so many times larger and shrunk: Pillow's own lines have steps
-POINTS = 150  # of a curve
+SUPERSAMPLING = 3  # rendered this many times larger, then shrunk: Pillow does not antialias lines
+POINTS = 150  # per curve
 PAPER, INK, FAINT, GRID = "#ffffff", "#1a1a1a", "#6b6b6b", "#e4e4e4"
-COLOURS = ("#a8c4e6", "#1f5fae", "#d1660f")
+COLORS = ("#a8c4e6", "#1f5fae", "#d1660f")
 
 
 def loss_curve(rows: list[dict[str, Any]]) -> bytes | None:
-    """The picture of the metrics of a run; None where they are too few to be a curve."""
+    """Plot the metrics of a run; None if there are too few for a curve."""
     measured = [
         [p for p in series(rows, name) if isfinite(p[1])] for name in ("loss", "smooth_loss", "validation_loss")
     ]
@@ -29,29 +29,29 @@ def loss_curve(rows: list[dict[str, Any]]) -> bytes | None:
         return None
     from PIL import Image
 
-    paper = Image.new("RGB", (WIDTH * FINER, HEIGHT * FINER), PAPER)
-    _draw(paper, lines)
+    paper = Image.new("RGB", (WIDTH * SUPERSAMPLING, HEIGHT * SUPERSAMPLING), PAPER)
+    _plot(paper, lines)
     stream = BytesIO()
     shrunk = paper.resize((WIDTH, HEIGHT), Image.Resampling.BOX)
     shrunk.quantize(64).save(stream, "PNG", optimize=True)
     return stream.getvalue()
 
 
-def _draw(paper: Any, lines: Sequence[Line]) -> None:
+def _plot(paper: Any, lines: Sequence[Line]) -> None:
     from PIL import ImageDraw
 
     pen = ImageDraw.Draw(paper)
     points = [p for line in lines for p in line.points]
     across = AxisScale.of([x for x, _ in points], Axis("step"), LEFT, WIDTH - RIGHT)
     down = AxisScale.of([y for _, y in points], Axis("loss", lowest=0.0), HEIGHT - BOTTOM, TOP)
-    _draw_axes(pen, across, down)
+    _plot_axes(pen, across, down)
     for line in lines:
-        at = [(across(x) * FINER, down(y) * FINER) for x, y in line.points]
-        pen.line(at, COLOURS[line.colour], (1 + (line.colour > 0)) * FINER, joint="curve")
-    _draw_key(pen, lines)
+        at = [(across(x) * SUPERSAMPLING, down(y) * SUPERSAMPLING) for x, y in line.points]
+        pen.line(at, COLORS[line.color], (1 + (line.color > 0)) * SUPERSAMPLING, joint="curve")
+    _plot_legend(pen, lines)
 
 
-def _draw_axes(pen: Any, across: AxisScale, down: AxisScale) -> None:
+def _plot_axes(pen: Any, across: AxisScale, down: AxisScale) -> None:
     font = _font(12)
     for value in across.ticks():
         _stroke(pen, [(across(value), TOP), (across(value), HEIGHT - BOTTOM)])
@@ -63,26 +63,26 @@ def _draw_axes(pen: Any, across: AxisScale, down: AxisScale) -> None:
     _write(pen, (LEFT - 8, TOP - 12), "loss", font, "rd")
 
 
-def _draw_key(pen: Any, lines: Sequence[Line]) -> None:
-    """What the curves are, with where each begins and ends."""
+def _plot_legend(pen: Any, lines: Sequence[Line]) -> None:
+    """Name the curves, with the first and the last value of each."""
     font, x = _font(13), float(LEFT)
     for line in lines:
         (_, first), (_, last) = line.points[0], line.points[-1]
-        words = f"{line.name}: {first:.3g} to {last:.3g}"
-        _stroke(pen, [(x, TOP - 20), (x + 22, TOP - 20)], COLOURS[line.colour], 3)
-        _write(pen, (x + 28, TOP - 20), words, font, "lm", INK)
-        x += 28 + font.getlength(words) / FINER + 24
+        label = f"{line.name}: {first:.3g} to {last:.3g}"
+        _stroke(pen, [(x, TOP - 20), (x + 22, TOP - 20)], COLORS[line.color], 3)
+        _write(pen, (x + 28, TOP - 20), label, font, "lm", INK)
+        x += 28 + font.getlength(label) / SUPERSAMPLING + 24
 
 
 def _font(size: int) -> Any:
     from PIL import ImageFont
 
-    return ImageFont.load_default(size * FINER)
+    return ImageFont.load_default(size * SUPERSAMPLING)
 
 
-def _stroke(pen: Any, points: Sequence[Point], colour: str = GRID, width: int = 1) -> None:
-    pen.line([(x * FINER, y * FINER) for x, y in points], colour, width * FINER)
+def _stroke(pen: Any, points: Sequence[Point], color: str = GRID, width: int = 1) -> None:
+    pen.line([(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points], color, width * SUPERSAMPLING)
 
 
-def _write(pen: Any, place: Point, words: str, font: Any, anchor: str, colour: str = FAINT) -> None:
-    pen.text((place[0] * FINER, place[1] * FINER), words, colour, font, anchor=anchor)
+def _write(pen: Any, position: Point, label: str, font: Any, anchor: str, color: str = FAINT) -> None:
+    pen.text((position[0] * SUPERSAMPLING, position[1] * SUPERSAMPLING), label, color, font, anchor=anchor)

@@ -1,4 +1,4 @@
-"""`krona_manifest.json`: what was published, file by file, so that a copy can be checked without the Hub."""
+"""`krona_manifest.json`: the published files and their digests, so that a copy can be checked without the Hub."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class ManifestEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest as values."""
+    """The contents of a manifest."""
 
     files: Mapping[str, ManifestEntry]
     facts: Mapping[str, Any] = field(default_factory=dict)  # parameters, base_model, training, conversion
-    card: Mapping[str, Any] = field(default_factory=dict)  # front matter as it was generated
-    sections: tuple[str, ...] = ()  # of the card as it was generated
+    card: Mapping[str, Any] = field(default_factory=dict)  # front matter as generated
+    sections: tuple[str, ...] = ()  # of the card as generated
 
     def text(self) -> str:
-        """Deterministic JSON, so that pushing the same again changes nothing."""
+        """Return deterministic JSON, so that pushing the same again changes nothing."""
         document = {
             "krona_manifest": VERSION,
             "tool": f"krona-hub {version('krona-hub')}",
@@ -47,7 +47,7 @@ class Manifest:
 
 
 def parse(data: bytes) -> Manifest:
-    """Read a manifest that anybody may have written. Raises IntegrityError where it is none."""
+    """Parse an untrusted manifest. Raises IntegrityError if it is invalid."""
     try:
         document = strict_json.parse(data)
         files = {str(n): ManifestEntry(int(e["size"]), str(e["sha256"])) for n, e in document["files"].items()}
@@ -55,27 +55,27 @@ def parse(data: bytes) -> Manifest:
         sections = tuple(map(str, card.get("sections", ())))
         return Manifest(files, {}, dict(card.get("front_matter", {})), sections)
     except (KronaError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise IntegrityError(f"{MANIFEST} is broken.", fix="Ask the owner to push again.") from error
+        raise IntegrityError(f"{MANIFEST} is invalid.", fix="Ask the owner to push again.") from error
 
 
-def check(manifest: Manifest, names: Iterable[str], files: Mapping[str, RemoteFile], here: Mapping[str, Path]) -> None:
-    """Raise IntegrityError where a file is not what the manifest says: by the sha256 that the Hub names.
+def check(manifest: Manifest, names: Iterable[str], files: Mapping[str, RemoteFile], local: Mapping[str, Path]) -> None:
+    """Raise IntegrityError if a file differs from the manifest, judged by the sha256 on the Hub.
 
-    Files without one are compared by what is `here` of them, so that this goes before anything large is downloaded.
+    Files without one are compared by their `local` copy, so that the check runs before any large download.
     """
     for name in names:
         entry, known = manifest.files.get(name), files[name]
         if name in UNLISTED:
             continue
         if entry is None and name.startswith((IMAGES, PLOTS)):
-            continue  # a picture that the owner has added on the web
+            continue  # an image that the owner added on the web
         if entry is None:
-            raise IntegrityError(f"{printable(name)} is not in {MANIFEST}.", fix=_ASK)
-        found = ManifestEntry(known.size or 0, known.sha256) if known.sha256 else _entry_of(here[name])
+            raise IntegrityError(f"{printable(name)} is not listed in {MANIFEST}.", fix=_ASK)
+        found = ManifestEntry(known.size or 0, known.sha256) if known.sha256 else _entry_of(local[name])
         if found != entry:
             raise IntegrityError(
-                f"{printable(name)} is not the file that {MANIFEST} describes.",
-                fix="The repository was changed after the push: ask its owner, or pull an earlier commit.",
+                f"{printable(name)} does not match {MANIFEST}.",
+                fix="Ask the owner, or pull an earlier commit: the repository was changed after the push.",
             )
 
 

@@ -1,4 +1,4 @@
-"""What an adapter on the Hub is, from its header alone: a few kilobytes, whatever the size of the file."""
+"""Describe an adapter on the Hub by its header alone: a few kilobytes, whatever the size of the file."""
 
 from __future__ import annotations
 
@@ -24,30 +24,29 @@ from krona_hub.sources.repo_listing import Listing
 from krona_hub.sources.retry import retrying
 from krona_hub.sources.safe_names import printable
 
-FIRST = 100_000  # bytes, which hold most headers whole
+FIRST = 100_000  # bytes; most headers fit
 MAX_CONFIG = 1 << 20
 
 
 @dataclass(frozen=True)
 class Preview:
-    """An adapter that was not downloaded."""
+    """The description of an adapter that was not downloaded."""
 
-    name: str  # of its file
-    size: int  # bytes of it
-    description: Description | None  # None where the file is no adapter that krona knows
+    name: str  # file name
+    size: int  # bytes
+    description: Description | None  # None if krona does not know the file
     config: dict[str, Any] | None
     why_not: str = ""  # what is wrong with the file
 
 
 def preview(listing: Listing, name: str, *, endpoint: str | None = None) -> Preview:
-    """Describe a file of a repository by its header and config.json. Scales of foreign formats are not known from that.
+    """Describe a file of a repository by its header and config.json; scales of foreign formats remain unknown.
 
-    A file whose header breaks the rules is told in `why_not`. Raises what the network brings, ResourceError beyond the
-    limits.
+    An invalid header is reported in `why_not`. Raises network errors, and ResourceError beyond the limits.
     """
     size = listing.files[name].size or 0
     config = _config(listing, endpoint) if name == WEIGHTS else None
-    with twin(listing, name, endpoint=endpoint, guess=_header_size(config)) as path:
+    with sparse_copy(listing, name, endpoint=endpoint, guess=_header_size(config)) as path:
         try:
             return Preview(name, size, describe(path), config)
         except KronaError as error:
@@ -55,11 +54,11 @@ def preview(listing: Listing, name: str, *, endpoint: str | None = None) -> Prev
 
 
 @contextmanager
-def twin(listing: Listing, name: str, *, endpoint: str | None = None, guess: int = FIRST) -> Iterator[Path]:
-    """A file with the header of the one on the Hub and its length, but holes for numbers: what headers tell, it tells.
+def sparse_copy(listing: Listing, name: str, *, endpoint: str | None = None, guess: int = FIRST) -> Iterator[Path]:
+    """Yield a sparse local file with the header and the length of the one on the Hub, but without its tensor data.
 
-    Beside it lies the configuration without which it means nothing. Of a listing of the cache it is the file itself.
-    `guess` is how many bytes the header may have.
+    Configuration files that it needs are beside it. For a cached listing, it is the cached file itself.
+    `guess` is the expected size of the header in bytes.
     """
     if listing.cached:
         yield fetch(listing, name)
@@ -76,53 +75,53 @@ def twin(listing: Listing, name: str, *, endpoint: str | None = None, guess: int
 
 
 def _header_size(config: Mapping[str, Any] | None) -> int:
-    """Bytes up to the end of the header: as config.json tells, if that is reasonable, else enough for most."""
-    told = (config or {}).get(HEADER_SIZE)
-    return told if isinstance(told, int) and FIRST < told <= MAX_HEADER else FIRST
+    """Bytes up to the end of the header: from config.json if plausible, else enough for most headers."""
+    size = (config or {}).get(HEADER_SIZE)
+    return size if isinstance(size, int) and FIRST < size <= MAX_HEADER else FIRST
 
 
 def _header(listing: Listing, name: str, endpoint: str | None, guess: int) -> bytes:
-    """The first bytes of a safetensors file up to the end of its header; of anything else, the first few."""
+    """Return a safetensors file up to the end of its header, or the first bytes of any other file."""
     size = listing.files[name].size or 0
     if not size:
         return b""
-    first, place = read_range(listing, name, 0, min(guess, size), endpoint)
+    first, url = read_range(listing, name, 0, min(guess, size), endpoint)
     length = int.from_bytes(first[:8], "little")
     if first[8:9] != b"{" or 8 + length > size:
         return first
     if length > MAX_HEADER:
-        fix = "No adapter needs that: do not trust it."
+        fix = "Do not trust this file: no adapter needs that."
         raise ResourceError(f"{listing.repo}/{name} has a header of {length:,} bytes.", fix=fix)
     rest = 8 + length - len(first)
-    more = read_range(listing, name, len(first), rest, endpoint, place)[0] if rest > 0 else b""
+    more = read_range(listing, name, len(first), rest, endpoint, url)[0] if rest > 0 else b""
     return (first + more)[: 8 + length]
 
 
 def read_range(
-    listing: Listing, name: str, start: int, count: int, endpoint: str | None, place: str | None = None
+    listing: Listing, name: str, start: int, count: int, endpoint: str | None, url: str | None = None
 ) -> tuple[bytes, str]:
-    """`count` bytes of a file on the Hub from `start` on, and the address that they came from in the end.
+    """Return `count` bytes of a file on the Hub from `start`, and the URL that served them after redirects.
 
-    The token goes to the Hub and nowhere else. `place` is such an address, where another part of the file was read.
+    The token is sent to the Hub only. `url` is such a URL, from an earlier read of the same file.
     """
     with hub_errors(f"{listing.repo}/{name}"), quiet():
-        return retrying(lambda: _read_once(listing, name, start, count, endpoint, place))
+        return retrying(lambda: _read_once(listing, name, start, count, endpoint, url))
 
 
 def _read_once(
-    listing: Listing, name: str, start: int, count: int, endpoint: str | None, place: str | None
+    listing: Listing, name: str, start: int, count: int, endpoint: str | None, url: str | None
 ) -> tuple[bytes, str]:
     from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
     api = client(endpoint)
-    url = place or f"{api.endpoint}/{listing.repo}/resolve/{listing.commit}/{quote(name)}"
+    url = url or f"{api.endpoint}/{listing.repo}/resolve/{listing.commit}/{quote(name)}"
     headers = api._build_hf_headers() if url.startswith(f"{api.endpoint}/") else {}
     wanted = {**headers, "Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
     with get_session().stream("GET", url, headers=wanted) as answer:
         if answer.is_error:
             answer.read()
         hf_raise_for_status(answer)
-        whole = answer.status_code == 200  # a server that does not know ranges
+        whole = answer.status_code == 200  # the server ignores ranges
         skip = start if whole else _checked_start(answer.headers.get("Content-Range", ""), start, name)
         data = bytearray()
         for piece in answer.iter_bytes():
@@ -133,10 +132,10 @@ def _read_once(
 
 
 def _checked_start(content_range: str, start: int, name: str) -> int:
-    """0, the place of `start` in the answer; IntegrityError where other bytes came than were asked for."""
+    """Return 0, the offset of `start` in the response. Raises IntegrityError if the server sent another range."""
     found = re.match(r"bytes (\d+)-", content_range)
     if not found or int(found[1]) != start:
-        raise IntegrityError(f"other bytes of {name} came than were asked for.", fix="Check the proxy.")
+        raise IntegrityError(f"The server sent a different byte range of {name}.", fix="Check the proxy.")
     return 0
 
 
@@ -149,7 +148,7 @@ def _config(listing: Listing, endpoint: str | None) -> dict[str, Any] | None:
 
 
 def _small(listing: Listing, name: str, endpoint: str | None) -> bytes:
-    """A small file of a repository; nothing of one that is not there, or that is not small."""
+    """Return a small file of a repository, or nothing if it is missing or not small."""
     known = listing.files.get(name)
     if known is None or not 0 < (known.size or 0) <= MAX_CONFIG:
         return b""
@@ -158,17 +157,17 @@ def _small(listing: Listing, name: str, endpoint: str | None) -> bytes:
     return read_range(listing, name, 0, known.size or 0, endpoint)[0]
 
 
-def describe_preview(seen: Preview) -> dict[str, Any]:
-    """A preview in plain values, for the screen and for JSON."""
+def describe_preview(preview: Preview) -> dict[str, Any]:
+    """Return a preview as plain values, for display and JSON."""
     from krona_hub.formats.compatibility.tools import loads_in
 
-    d = seen.description
+    d = preview.description
     if d is None:
         known: dict[str, Any] = dict.fromkeys(("format", "base", "layers", "parameters", "schema"))
-        return {**known, "trigger_words": (), "loads_in": (), "problem": seen.why_not or None}
+        return {**known, "trigger_words": (), "loads_in": (), "problem": preview.why_not or None}
     return {
         "format": d.format,
-        "base": (seen.config or {}).get("base_model") or d.base,
+        "base": (preview.config or {}).get("base_model") or d.base,
         "layers": len(d.modules),
         "parameters": d.parameters,
         "schema": d.schema,

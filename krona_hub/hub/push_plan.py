@@ -1,4 +1,4 @@
-"""What a push would do, file by file."""
+"""The plan of a push, file by file."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Literal, NamedTuple
 
 from krona_hub.checkpoints.digest import file_sha256_once
 from krona_hub.errors import ConflictError
-from krona_hub.hub.push_package import There
+from krona_hub.hub.push_package import RepoState
 from krona_hub.hub.repo_layout import CARD, CONFIG, MANIFEST, MODEL_TYPE, WEIGHTS
 from krona_hub.sources.download import git_sha1_of
 from krona_hub.sources.repo_listing import RemoteFile
 from krona_hub.sources.safe_names import printable
 
 Action = Literal["add", "update", "same", "delete"]
-LARGE = (".safetensors", ".png", ".jpg", ".jpeg", ".webp", ".sig")  # of which the Hub keeps no copy in git
+LARGE = (".safetensors", ".png", ".jpg", ".jpeg", ".webp", ".sig")  # stored outside git on the Hub
 
 
 class PushRow(NamedTuple):
     """One file of a push."""
 
     file: str
-    size: int  # bytes; 0 for one that goes away
+    size: int  # bytes; 0 for a deleted file
     action: Action
-    transport: str  # "git", "lfs" or "xet"; "" where nothing is sent
+    transport: str  # "git", "lfs" or "xet"; "" if nothing is sent
 
 
 @dataclass(frozen=True)
 class PushPlan:
-    """A push that has not happened."""
+    """A push that is not executed yet."""
 
     repo: str
     revision: str
-    parent: str | None  # commit that it builds on; None: the repository is to be created
+    parent: str | None  # parent commit; None if the repository has to be created
     visibility: str  # "public", "private" or "as it is"
     rows: tuple[PushRow, ...]
     create_pr: bool = False
@@ -55,11 +55,11 @@ class PushPlan:
         return sum(r.size for r in self.changes)
 
 
-def rows_of(paths: Mapping[str, Path], gone: tuple[str, ...], there: There, xet: bool) -> tuple[PushRow, ...]:
-    """The table of a push; what the repository has already, digest for digest, is `same`."""
+def rows_of(paths: Mapping[str, Path], deleted: tuple[str, ...], there: RepoState, xet: bool) -> tuple[PushRow, ...]:
+    """Return the rows of a push; a file that the repository holds with the same digest is `same`."""
     files = there.listing.files if there.listing else {}
     rows = [_row(name, path, files.get(name), xet) for name, path in sorted(paths.items())]
-    return (*rows, *(PushRow(name, 0, "delete", "git") for name in gone))
+    return (*rows, *(PushRow(name, 0, "delete", "git") for name in deleted))
 
 
 def _row(name: str, path: Path, known: RemoteFile | None, xet: bool) -> PushRow:
@@ -71,24 +71,24 @@ def _row(name: str, path: Path, known: RemoteFile | None, xet: bool) -> PushRow:
 
 
 def is_same(path: Path, known: RemoteFile) -> bool:
-    """Whether the file here is the one there."""
+    """Whether the local file and the remote file are the same."""
     if known.size != path.stat().st_size:
         return False
     return file_sha256_once(path) == known.sha256 if known.sha256 else git_sha1_of(path) == known.git_sha1
 
 
-def check_theirs(there: There, base_model: str) -> None:
-    """Raise ConflictError where the repository holds something else than a krona adapter for this base."""
+def check_repository(there: RepoState, base_model: str) -> None:
+    """Raise ConflictError if the repository holds anything but a krona adapter for this base model."""
     if there.listing is None:
         return
     others = [n for n in there.listing.files if n not in (".gitattributes", ".gitignore", "LICENSE", CARD)]
     if not others:
         return
-    fix = "Choose another repository, or add --force to put the adapter beside what is there."
+    fix = "Choose another repository, or use --force to add the adapter to its contents."
     if there.config is None or there.config.get("model_type") != MODEL_TYPE:
-        held = printable(next((n for n in others if n not in (CONFIG, MANIFEST, WEIGHTS)), others[0]))
-        raise ConflictError(f"{there.listing.repo} holds something else: {held}.", fix=fix)
+        name = printable(next((n for n in others if n not in (CONFIG, MANIFEST, WEIGHTS)), others[0]))
+        raise ConflictError(f"{there.listing.repo} contains other files, such as {name}.", fix=fix)
     theirs = there.config.get("base_model")
     if theirs != base_model:
-        told = printable(str(theirs))
-        raise ConflictError(f"{there.listing.repo} holds an adapter for {told}, this one is for {base_model}.", fix=fix)
+        cause = f"{there.listing.repo} contains an adapter for {printable(str(theirs))}; this one is for {base_model}."
+        raise ConflictError(cause, fix=fix)

@@ -1,4 +1,4 @@
-"""What lies where in a repository of krona, and how much of it there may be."""
+"""File names in a krona repository, and their limits."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ WEIGHTS = NATIVE_WEIGHTS
 LORA_EXPORT, LOKR_EXPORT = DIFFUSERS_WEIGHTS, "lycoris_lokr.safetensors"
 EXPORTS = (LORA_EXPORT, LOKR_EXPORT)
 IMAGES, PLOTS = "images/", "plots/"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MODEL_TYPE = "krona"
-HEADER_SIZE = "header_size"  # key of the config: bytes of the weights that tell all but their numbers
+HEADER_SIZE = "header_size"  # key of the config: bytes of the weights file before the tensor data
 
-MAX_IMAGES, MAX_IMAGE = 12, 1_000_000  # pictures, and bytes of each
+MAX_IMAGES, MAX_IMAGE = 12, 1_000_000  # number of images, and bytes of each
 MAX_HEADER = 8 << 20  # bytes
 MAX_TENSORS = 20_000
-MAX_FILE = 2 << 30  # bytes, unless --max-size says otherwise
-MAX_TEXT = 64 << 10  # bytes of one entry of the metadata, krona's own header aside
+MAX_FILE = 2 << 30  # bytes; --max-size overrides it
+MAX_TEXT = 64 << 10  # bytes of one metadata entry, except krona's own header
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of that name is one that krona writes.
+    """Whether krona writes a file of this name.
 
     >>> is_ours("images/a.png"), is_ours("images/a.exe"), is_ours("model.safetensors")
     (True, False, False)
@@ -29,4 +29,4 @@ def is_ours(name: str) -> bool:
     if name in (CARD, CONFIG, MANIFEST, SIGNATURE, WEIGHTS, *EXPORTS):
         return True
     folder, _, last = name.rpartition("/")
-    return f"{folder}/" in (IMAGES, PLOTS) and last.lower().endswith(PICTURES)
+    return f"{folder}/" in (IMAGES, PLOTS) and last.lower().endswith(IMAGE_SUFFIXES)

@@ -1,4 +1,4 @@
-"""Pictures from a base model with adapters: the same prompts and seeds under each, side by side."""
+"""Images from a base model with adapters: the same prompts and seeds for each, side by side."""
 
 from krona_hub.images.api import generate
 from krona_hub.images.report import GeneratedImage, GenerateReport

@@ -1,4 +1,4 @@
-"""From what is asked to pictures in a folder."""
+"""`generate`: from arguments to images in a folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from krona_hub.aliases import Progress
 from krona_hub.errors import UsageError
 from krona_hub.images import record as records
-from krona_hub.images.output_files import check_place, grid_name, pictures_of
+from krona_hub.images.output_files import check_output_folder, grid_name, planned_images
 from krona_hub.images.plan import GeneratePlan, make_plan
 from krona_hub.images.report import GenerateReport
 from krona_hub.images.request import (
@@ -22,7 +22,7 @@ from krona_hub.images.request import (
     checked_strengths,
 )
 
-MACHINE = {"out", "device", "dtype", "offload", "tiled_vae", "batch", "variant"}  # change no picture but by rounding
+MACHINE = {"out", "device", "dtype", "offload", "tiled_vae", "batch", "variant"}  # change images by rounding at most
 
 
 def generate(
@@ -55,50 +55,81 @@ def generate(
     again: str | Path | None = None,
     progress: Progress | None = None,
 ) -> GenerateReport:
-    """Make pictures with a base and adapters: numbered PNGs, a labelled grid and a record in the folder `out`.
+    """Generate images with a base model and adapters: numbered PNGs, a labeled grid and a record.
 
-    `base` is a diffusers folder, a checkpoint file, a Hub id or `tiny-scenes`; `adapters` are files or Hub ids in any
-    format, alone or with a strength. Several adapters make a column each, beside one of the base alone, with equal
-    seeds and equal noise, unless they act `together`; `strengths` multiply their own and make a column each; `compare`
-    adds or leaves out the base's column; `beside` are further bases with a column each. Every prompt gets
-    `images_per_prompt` pictures (`batch`, if not given) from seeds that count up from `seed`, `batch` of them computed
-    together. `size` is in pixels, (width, height); None for steps, guidance, scheduler and size leaves it to the base.
-    `more` goes to the pipeline's call as it is. `out=None` writes nothing: the report has the images.
+    Parameters
+    ----------
+    base : diffusers folder, checkpoint file, Hub id or "tiny-scenes"
+    prompts, negative : one or several prompts; a negative prompt
+    adapters : files or Hub ids in any format, each alone or as (source, strength); one column per adapter
+    seed, images_per_prompt, batch : first seed; images (default: `batch`), seeds count up; images computed together
+    steps, guidance, scheduler, size : None uses the base's defaults; `size` is (width, height) in pixels
+    more, strengths : more arguments of the pipeline's call; factors on the adapters' strengths, a column each
+    together, compare, beside : all adapters in one column; a column without any; further bases, a column each
+    device, dtype, offload, tiled_vae : where and how to compute; changes images by rounding at most
+    variant, config : variant of the weights in a folder; configuration of a checkpoint file
+    out, overwrite, dry_run : output folder (None writes nothing); replace earlier images; only plan
+    again : record, folder of images or PNG to repeat; other arguments override the record's
+    progress : callback (done, total) for the denoising steps of all images
 
-    `again` repeats a record, a folder of pictures or one PNG; what is given besides takes the place of its own.
-    `progress` gets the denoising steps that are done, of all pictures, and their total. Raises a KronaError with a fix:
-    UsageError, NotFoundError, UnknownBaseError, BaseMismatchError, ResourceError for full memory, and others.
+    Returns
+    -------
+    GenerateReport : images row by row with equal noise per row, and the record that repeats them
+
+    Raises
+    ------
+    UsageError, NotFoundError, UnknownBaseError, BaseMismatchError, ResourceError
+
+    Examples
+    --------
+    >>> report = generate("tiny-scenes", "a photo of a red cube", seed=7, images_per_prompt=2, dry_run=True)
+    >>> [(image.file, image.seed) for image in report.pictures]
+    [('001.png', 7), ('002.png', 8)]
     """
-    given = {
-        "base": None if base is None else str(base), "prompts": prompts, "adapters": [_weighted(a) for a in adapters],
-        "negative": negative, "seed": seed, "images_per_prompt": images_per_prompt, "batch": batch, "steps": steps,
-        "guidance": guidance, "scheduler": scheduler, "size": size, "more": more or {}, "strengths": strengths,
-        "together": together, "compare": compare, "beside": [str(b) for b in beside], "device": device, "dtype": dtype,
-        "offload": offload, "tiled_vae": tiled_vae, "variant": variant, "config": config,
+    arguments = {
+        "base": None if base is None else str(base), "prompts": prompts, "negative": negative, "seed": seed,
+        "adapters": [_with_strength(a) for a in adapters], "images_per_prompt": images_per_prompt, "batch": batch,
+        "steps": steps, "guidance": guidance, "scheduler": scheduler, "size": size, "more": more or {},
+        "strengths": strengths, "together": together, "compare": compare, "beside": [str(b) for b in beside],
+        "device": device, "dtype": dtype, "offload": offload, "tiled_vae": tiled_vae,
+        "variant": variant, "config": config,
     }  # fmt: skip
-    repeated = _Repeated.of(again, given) if again is not None else None
-    plan = make_plan(_checked(**(repeated.arguments if repeated else given)))
+    return _generate(arguments, out, overwrite, dry_run, again, progress)
+
+
+def _generate(
+    arguments: Mapping[str, Any],
+    out: str | Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    again: str | Path | None,
+    progress: Progress | None,
+) -> GenerateReport:
+    repeated = _Repetition.of(again, arguments) if again is not None else None
+    plan = make_plan(_request(**(repeated.arguments if repeated else arguments)))
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
-        check_place(folder, overwrite)
+        check_output_folder(folder, overwrite)
     notes = (*plan.notes, *(repeated.notes(plan) if repeated else ()))
     if dry_run:
-        return _planned(plan, folder, notes)
+        return _dry_run_report(plan, folder, notes)
     from krona_hub.images.execute import execute
 
     report = execute(plan, folder, progress or (lambda _done, _total: None))
     return replace(report, notes=(*notes, *report.notes), same=repeated.same(report) if repeated else None)
 
 
-def _weighted(adapter: str | Path | tuple[str | Path, float]) -> tuple[str, float]:
-    source, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-    return str(source), float(weight)
+def _with_strength(adapter: str | Path | tuple[str | Path, float]) -> tuple[str, float]:
+    source, strength = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+    return str(source), float(strength)
 
 
-def _checked(**given: Any) -> GenerateRequest:
-    """Everything looked at that can be judged without looking at a file."""
+def _request(**given: Any) -> GenerateRequest:
+    """Check everything that can be checked without opening a file."""
     if given["base"] is None:
-        raise UsageError("there is no base.", fix="krona generate BASE --prompt …: a folder, a file or a Hub id.")
+        raise UsageError(
+            "Missing argument BASE.", fix="Specify a folder, a file or a Hub id: krona generate BASE --prompt …"
+        )
     count = given["images_per_prompt"] or given["batch"]
     adapters = tuple(given["adapters"])
     return GenerateRequest(
@@ -124,18 +155,18 @@ def _checked(**given: Any) -> GenerateRequest:
 
 
 @dataclass(frozen=True)
-class _Repeated:
-    """A record that is repeated, with what was given besides in place of its own."""
+class _Repetition:
+    """A record to repeat, with the arguments that override it."""
 
     record: Mapping[str, Any]
     arguments: Mapping[str, Any]
-    changed: frozenset[str]  # names of arguments that replace the record's
+    changed: frozenset[str]  # names of arguments that override the record's
 
     @classmethod
-    def of(cls, again: str | Path, given: Mapping[str, Any]) -> _Repeated:
+    def of(cls, again: str | Path, given: Mapping[str, Any]) -> _Repetition:
         record = records.read_record(again)
         own = records.arguments_of(record, Path(again).expanduser().parent)
-        plain = {"seed": 0, "batch": 1}  # defaults that are no wish
+        plain = {"seed": 0, "batch": 1}  # defaults, which do not override the record
         new = {name: value for name, value in given.items() if value and value != plain.get(name)}
         if "base" in new:
             own = {**own, "config": None, "variant": None}
@@ -145,17 +176,17 @@ class _Repeated:
         return records.check_same_files(self.record, plan) if not self.changed & {"base", "adapters"} else ()
 
     def same(self, report: GenerateReport) -> int | None:
-        """How many pictures are the record's, pixel by pixel; None where others were asked for."""
+        """Count the images that equal the record's, pixel by pixel; None if the arguments ask for others."""
         if self.changed - MACHINE:
             return None
-        was = [picture["pixels"] for picture in self.record.get("pictures", ())]
-        return sum(bool(a.pixels == b) for a, b in zip(report.pictures, was, strict=False))
+        recorded = [image["pixels"] for image in self.record.get("pictures", ())]
+        return sum(bool(a.pixels == b) for a, b in zip(report.pictures, recorded, strict=False))
 
 
-# --- planning and drawing --------------------------------------------------------------------------------------------
+# --- dry run ---------------------------------------------------------------------------------------------------------
 
 
-def _planned(plan: GeneratePlan, folder: Path | None, notes: tuple[str, ...]) -> GenerateReport:
+def _dry_run_report(plan: GeneratePlan, folder: Path | None, notes: tuple[str, ...]) -> GenerateReport:
     settings = plan.request.settings
     steps, guidance = plan.bases[0].preferred
     request = replace(settings, steps=settings.steps or steps, guidance=settings.guidance or guidance)
@@ -163,5 +194,5 @@ def _planned(plan: GeneratePlan, folder: Path | None, notes: tuple[str, ...]) ->
     record = records.make_record(plan, request, "", machine.device or "", machine.dtype or "")
     labels = tuple(column.label for column in plan.columns)
     return GenerateReport(
-        folder, pictures_of(plan), labels, len(plan.rows), grid_name(plan), record, 0.0, written=False, notes=notes
+        folder, planned_images(plan), labels, len(plan.rows), grid_name(plan), record, 0.0, written=False, notes=notes
     )

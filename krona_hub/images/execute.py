@@ -1,4 +1,4 @@
-"""Carries a plan out: draws base by base, writes each column as soon as it is there, then the grid and the record."""
+"""Execute a plan: generate base by base, write each column when it is complete, then the grid and the record."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from krona_hub.aliases import Progress
 from krona_hub.images.grid_image import RowLabel, labelled_grid
 from krona_hub.images.output_files import (
     grid_name,
-    make_place,
-    pictures_of,
     pixels_sha256,
+    planned_images,
+    prepare_folder,
     write_grid,
-    write_pictures,
+    write_images,
     write_record,
 )
 from krona_hub.images.plan import BasePlan, GeneratePlan
@@ -26,82 +26,82 @@ from krona_hub.images.report import GeneratedImage, GenerateReport, PixelDiffere
 from krona_hub.images.request import Settings
 
 if TYPE_CHECKING:
-    from krona_hub.images.image_batches import Drawn, Ready
+    from krona_hub.images.image_batches import ColumnImages, LoadedBase
 
 
 def execute(plan: GeneratePlan, folder: Path | None, progress: Progress) -> GenerateReport:
-    """Make the pictures; with a folder, write them. Raises what loading and drawing raise."""
-    run = _Run(plan, folder, progress, list(pictures_of(plan)), [None] * plan.count)
+    """Generate the images; write them if there is a folder. Raises the errors of loading and generating."""
+    run = _Run(plan, folder, progress, list(planned_images(plan)), [None] * plan.count)
     for base in plan.bases:
         if any(column.base == base.source for column in plan.columns):
-            run.draw(base)
-    return run.finished()
+            run.generate(base)
+    return run.finish()
 
 
 @dataclass
 class _Run:
-    """A run under way."""
+    """The state of a run."""
 
     plan: GeneratePlan
     folder: Path | None
     progress: Progress
-    pictures: list[GeneratedImage]
+    entries: list[GeneratedImage]
     images: list[Any]  # PIL images
     notes: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)  # {} until the first base is loaded
-    ready: Ready | None = None
-    first_settings: Settings | None = None  # in force with the first base: the others draw by the same
+    loaded: LoadedBase | None = None
+    first_settings: Settings | None = None  # in force with the first base; the others use the same
     columns_done: int = 0
     seconds: float = 0.0
 
-    def draw(self, base: BasePlan) -> None:
-        """All columns of one base."""
-        from krona_hub.images.image_batches import draw, prepared
+    def generate(self, base: BasePlan) -> None:
+        """Generate all columns of one base."""
+        from krona_hub.images.image_batches import generate_columns, load
 
-        self.ready = None  # the base before goes out of memory
+        self.loaded = None  # frees the memory of the base before
         settings = self.first_settings or self.plan.request.settings
-        self.ready = ready = prepared(self.plan, base, settings)
-        self.notes += ready.notes
-        self._begin(ready)
+        self.loaded = loaded = load(self.plan, base, settings)
+        self.notes += loaded.notes
+        self._begin(loaded)
         started = time.monotonic()
         columns = [column for column in self.plan.columns if column.base == base.source]
-        for drawn in draw(ready, columns, self.plan.rows, self._step(ready, self.columns_done)):
-            self._keep(drawn)
+        for column in generate_columns(loaded, columns, self.plan.rows, self._step(loaded, self.columns_done)):
+            self._keep(column)
         self.seconds += time.monotonic() - started
 
-    def _begin(self, ready: Ready) -> None:
-        """Once the first base is loaded and everything asked is known to be possible."""
+    def _begin(self, loaded: LoadedBase) -> None:
+        """Start the record and the folder, once the first base is loaded and the request is known to be possible."""
         if self.record:
             return
-        self.first_settings = ready.settings
+        self.first_settings = loaded.settings
         self.record = make_record(
-            self.plan, ready.settings, ready.scheduler, str(ready.machine.device), str(ready.machine.dtype)
+            self.plan, loaded.settings, loaded.scheduler, str(loaded.machine.device), str(loaded.machine.dtype)
         )
         if self.folder is not None:
-            make_place(self.folder)
+            prepare_folder(self.folder)
 
-    def _step(self, ready: Ready, before: int) -> Progress:
-        """Steps of one base as steps of all."""
-        each = len(self.plan.rows) * (ready.settings.steps or 1)
+    def _step(self, loaded: LoadedBase, before: int) -> Progress:
+        """Report the steps of one base as steps of all bases."""
+        each = len(self.plan.rows) * (loaded.settings.steps or 1)
         total = len(self.plan.columns) * each
         return lambda done, _total: self.progress(min(before * each + done, total), total)
 
-    def _keep(self, drawn: Drawn) -> None:
-        """A column that is done."""
-        self.notes += drawn.notes
-        self.record["size"] = self.record["size"] or list(drawn.images[0].size)
-        number = self.plan.columns.index(drawn.column)
-        places = range(number, self.plan.count, len(self.plan.columns))
-        for place, image in zip(places, drawn.images, strict=True):
-            self.images[place] = image
-            self.pictures[place] = replace(self.pictures[place], pixels=pixels_sha256(image))
+    def _keep(self, done: ColumnImages) -> None:
+        """Record and write a complete column."""
+        self.notes += done.notes
+        self.record["size"] = self.record["size"] or list(done.images[0].size)
+        number = self.plan.columns.index(done.column)
+        cells = range(number, self.plan.count, len(self.plan.columns))
+        for cell, image in zip(cells, done.images, strict=True):
+            self.images[cell] = image
+            self.entries[cell] = replace(self.entries[cell], pixels=pixels_sha256(image))
         if self.folder is not None:
-            write_pictures(self.folder, [(self.pictures[p], self.images[p]) for p in places], self.record)
+            write_images(self.folder, [(self.entries[c], self.images[c]) for c in cells], self.record)
         self.columns_done += 1
 
-    def finished(self) -> GenerateReport:
-        """The grid and the record written; the report."""
-        record = {**self.record, "pictures": [_told(p) for p in self.pictures], "grid": grid_name(self.plan)}
+    def finish(self) -> GenerateReport:
+        """Write the grid and the record; return the report."""
+        record = {**self.record, "pictures": [_to_record(e) for e in self.entries], "grid": grid_name(self.plan)}
         grid = _grid(self.plan, self.images, record) if self.plan.count > 1 else None
         if self.folder is not None:
             if grid is not None:
@@ -109,7 +109,7 @@ class _Run:
             write_record(self.folder, record)
         return GenerateReport(
             out=self.folder,
-            pictures=tuple(self.pictures),
+            pictures=tuple(self.entries),
             columns=tuple(column.label for column in self.plan.columns),
             rows=len(self.plan.rows),
             grid=grid_name(self.plan),
@@ -124,26 +124,26 @@ class _Run:
 
 
 def _differences(labels: Sequence[str], images: Sequence[Any]) -> Iterator[PixelDifference]:
-    """Of pictures row by row, where those of two columns have one size."""
+    """Compare neighboring columns of images given row by row, where two have one size."""
     import numpy as np
 
     columns = [images[number :: len(labels)] for number in range(len(labels))]
     for (first, left), (second, right) in pairwise(zip(labels, columns, strict=True)):
         pairs = [(a, b) for a, b in zip(left, right, strict=True) if a.size == b.size]
-        apart = [float(np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).mean()) for a, b in pairs]
-        if apart:
-            yield PixelDifference(first, second, sum(apart) / len(apart))
+        differences = [float(np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).mean()) for a, b in pairs]
+        if differences:
+            yield PixelDifference(first, second, sum(differences) / len(differences))
 
 
-def _told(picture: GeneratedImage) -> dict[str, Any]:
-    return {**vars(picture), "adapters": dict(picture.adapters)}
+def _to_record(image: GeneratedImage) -> dict[str, Any]:
+    return {**vars(image), "adapters": dict(image.adapters)}
 
 
 # --- the grid --------------------------------------------------------------------------------------------------------
 
 
 def _grid(plan: GeneratePlan, images: Sequence[Any], record: dict[str, Any]) -> Any:
-    """Columns by adapters, rows by prompt and seed; of one column alone, columns by seed and rows by prompt."""
+    """Columns by adapters, rows by prompt and seed; a single column becomes columns by seed, rows by prompt."""
     footer = _footer(record)
     if len(plan.columns) > 1:
         return labelled_grid(images, [c.label for c in plan.columns], _row_labels(plan), footer=footer)
@@ -153,13 +153,13 @@ def _grid(plan: GeneratePlan, images: Sequence[Any], record: dict[str, Any]) -> 
 
 
 def _row_labels(plan: GeneratePlan) -> list[RowLabel]:
-    """A prompt stands at the first of its rows."""
+    """Label rows by prompt and seed, with the prompt in the first of its rows only."""
     first = plan.request.seeds[0]
     return [RowLabel(row.prompt if row.seed == first else "", f"seed {row.seed}") for row in plan.rows]
 
 
 def _footer(record: dict[str, Any]) -> str:
-    """What all pictures have in common."""
+    """The settings that all images share."""
     facts = [
         record["base"]["source"], f"{record['steps']} steps", record["scheduler_class"],
         f"guidance {record['guidance']:g}" if record["guidance"] is not None else "",

@@ -1,4 +1,4 @@
-"""Which pictures are made: columns (a base and adapters at strengths) by rows (a prompt and a seed). Torch-free."""
+"""The images of a grid: columns (a base and adapters at strengths) by rows (a prompt and a seed). Torch-free."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from krona_hub.images.request import GenerateRequest, stem_of
 
-OTHER = re.compile(r"[^\w-]+")  # what a torch module's name, and so an adapter's, should not have
+OTHER = re.compile(r"[^\w-]+")  # characters that an adapter's name, as a torch module's, should not have
 WITHOUT = "base"  # the label of the column without adapters
 
 
 @dataclass(frozen=True)
 class Column:
-    """What all pictures of a column have in common."""
+    """A base and adapters, shared by all images of a column."""
 
     label: str
     base: str  # source
@@ -23,19 +23,19 @@ class Column:
 
 
 class GridRow(NamedTuple):
-    """What all pictures of a row have in common."""
+    """A prompt and a seed, shared by all images of a row."""
 
     prompt: str
     seed: int
 
 
 def rows_of(request: GenerateRequest) -> tuple[GridRow, ...]:
-    """Every prompt with every seed, prompt by prompt."""
+    """Return every prompt with every seed, prompt by prompt."""
     return tuple(GridRow(prompt, seed) for prompt in request.prompts for seed in request.seeds)
 
 
 def columns_of(request: GenerateRequest, names: Sequence[str]) -> tuple[Column, ...]:
-    """The columns in the order in which they are asked for; equal ones once. `names` are those of the adapters."""
+    """Return the requested columns in order, without duplicates. `names` are those of the adapters."""
     own = {name: weight for name, (_, weight) in zip(names, request.adapters, strict=True)}
     groups = [own] if request.together else [{name: weight} for name, weight in own.items()]
     compare = len(groups) > 1 if request.compare is None else request.compare
@@ -44,24 +44,24 @@ def columns_of(request: GenerateRequest, names: Sequence[str]) -> tuple[Column, 
     several = len(sets) + len(request.beside) > 1
     found = [_column(request.base, weights, bool(request.strengths), several) for weights in sets]
     found += [Column(stem_of(base), base) for base in request.beside]
-    return _once(found)
+    return _unique(found)
 
 
 def _column(base: str, weights: Mapping[str, float], always: bool, several: bool) -> Column:
     kept = {name: round(weight, 12) for name, weight in weights.items() if weight}
-    words = " + ".join(_word(name, weight, always) for name, weight in kept.items())
-    return Column(words or (WITHOUT if several else stem_of(base)), base, kept)
+    label = " + ".join(_label(name, weight, always) for name, weight in kept.items())
+    return Column(label or (WITHOUT if several else stem_of(base)), base, kept)
 
 
-def _word(name: str, weight: float, always: bool) -> str:
+def _label(name: str, weight: float, always: bool) -> str:
     """
-    >>> _word("style", 1.0, False), _word("style", 0.5, False), _word("style", 1.0, True)
+    >>> _label("style", 1.0, False), _label("style", 0.5, False), _label("style", 1.0, True)
     ('style', 'style × 0.5', 'style × 1')
     """
     return f"{name} × {weight:g}" if always or weight != 1 else name
 
 
-def _once(columns: Sequence[Column]) -> tuple[Column, ...]:
+def _unique(columns: Sequence[Column]) -> tuple[Column, ...]:
     found: dict[tuple[object, ...], Column] = {}
     for column in columns:
         found.setdefault((column.base, *sorted(column.weights.items())), column)
@@ -69,7 +69,7 @@ def _once(columns: Sequence[Column]) -> tuple[Column, ...]:
 
 
 def names_of(sources: Sequence[str]) -> tuple[str, ...]:
-    """A name for each adapter: its file's, with a number behind it where another has the same.
+    """Name each adapter after its file, with a number appended where names collide.
 
     >>> names_of(["a/style.safetensors", "b/style.safetensors", "ns/toy.v1"])
     ('style', 'style-2', 'toy-v1')

@@ -1,28 +1,33 @@
-"""A grid of pictures with labels, drawn with Pillow: a name over each column, prompt and seed beside each row."""
+"""A labeled grid of images, made with Pillow: a name above each column, prompt and seed beside each row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-SMALLEST, LARGEST = 192, 1024  # pixels of a cell's longer side: small pictures are shown enlarged
+SMALLEST, LARGEST = 192, 1024  # pixels of a cell's longer side; small images are enlarged
 WIDEST = 12_000  # pixels of a grid
 GAP, MARGIN = 6, 10  # pixels
 PAPER, INK, FAINT = "#ffffff", "#1a1a1a", "#6b6b6b"
-FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "Arial.ttf", "NotoSansCJK-Regular.ttc")  # for what Pillow's own lacks
+FONTS = (
+    "DejaVuSans.ttf",
+    "Arial Unicode.ttf",
+    "Arial.ttf",
+    "NotoSansCJK-Regular.ttc",
+)  # if Pillow's font lacks a character
 
 
 class RowLabel(NamedTuple):
-    """What stands to the left of a row."""
+    """The label to the left of a row."""
 
-    text: str  # the prompt; "" where the row above has the same
+    text: str  # the prompt; "" if the row above has the same
     below: str = ""  # "seed 3"
 
 
 def labelled_grid(
     images: Sequence[Any], columns: Sequence[str], rows: Sequence[RowLabel], title: str = "", footer: str = ""
 ) -> Any:
-    """One picture of all of them, as a PIL image. `images` come row by row."""
+    """Combine `images`, given row by row, in one labeled PIL image."""
     from PIL import Image, ImageDraw
 
     columns, title, footer = [_plain(label) for label in columns], _plain(title), _plain(footer)
@@ -47,15 +52,15 @@ def labelled_grid(
         y = top + number * (cell[1] + GAP)
         _write_row(pen, row, (font, small), (MARGIN, y), (left - MARGIN, cell[1]), line)
         for column in range(len(columns)):
-            place = (MARGIN + left + column * (cell[0] + GAP), y)
-            paper.paste(_fitted(images[number * len(columns) + column], cell), place)
+            corner = (MARGIN + left + column * (cell[0] + GAP), y)
+            paper.paste(_fitted(images[number * len(columns) + column], cell), corner)
     for number, words in enumerate(foot):
         pen.text((MARGIN, high - MARGIN - line * (len(foot) - number)), words, FAINT, small)
     return paper
 
 
 def _cell_size(images: Sequence[Any], columns: int) -> tuple[int, int]:
-    """Whole multiples of a small picture, so that its pixels stay squares of one size; a large one as it is."""
+    """Integer multiples for a small image, so that its pixels stay equal squares; a large one keeps its size."""
     wide, high = images[0].size
     longest = max(wide, high)
     times = -(-SMALLEST // longest) if longest < SMALLEST else min(1.0, LARGEST / longest, WIDEST / columns / wide)
@@ -71,16 +76,16 @@ def _fitted(image: Any, cell: tuple[int, int]) -> Any:
 
 
 def _label_width(rows: Sequence[RowLabel], cell: int) -> int:
-    """Room for the longest label in a few lines."""
+    """Width in pixels for the longest label in a few lines."""
     longest = max(max(len(row.text), len(row.below)) for row in rows)
     return max(80, min(int(cell * 1.1), longest * 9)) + MARGIN
 
 
 def _write_row(
-    pen: Any, row: RowLabel, fonts: tuple[Any, Any], place: tuple[int, int], room: tuple[int, int], line: int
+    pen: Any, row: RowLabel, fonts: tuple[Any, Any], corner: tuple[int, int], room: tuple[int, int], line: int
 ) -> None:
-    """The prompt in as many lines as there is room for, and under it the seed."""
-    x, y = place
+    """Write the prompt in as many lines as fit, and the seed below it."""
+    x, y = corner
     most = max(1, room[1] // line - bool(row.below))
     lines = _wrapped(row.text, fonts[0], room[0]) if row.text else []
     if len(lines) > most:
@@ -92,7 +97,7 @@ def _write_row(
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """The text in lines no wider than so many pixels; a single word that is wider is cut."""
+    """Wrap text into lines of at most `width` pixels; a wider word is cut."""
     lines: list[str] = []
     for word in text.split() or [""]:
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -107,12 +112,12 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Without the one sign of ours that Pillow's own font lacks."""
+    """Replace the one character in labels that Pillow's font lacks."""
     return text.replace("×", "x")
 
 
 def _font(size: int, text: str = "") -> Any:
-    """Pillow's own font, or one of the system's where the text has letters that it lacks."""
+    """Return Pillow's font, or a system font if the text has characters that it lacks."""
     from PIL import ImageFont
 
     if not text.isascii():

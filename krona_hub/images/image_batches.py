@@ -1,7 +1,7 @@
-"""Draws the pictures of a plan: column by column, each base loaded once, each picture from noise of its own seed.
+"""Generate the images of a plan: column by column, each base loaded once, each image from noise of its own seed.
 
-Noise is drawn on the CPU, picture by picture, so that a picture depends neither on the device nor on what else is
-computed with it.
+Noise is sampled on the CPU, image by image, so that an image depends neither on the device nor on the other images in
+its batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from krona_hub.images.call_pipeline import (
     call_arguments,
     call_with,
     dtype_for,
-    memory_told,
+    memory_errors,
     open_pipeline,
     set_scheduler,
     settings_in_force,
@@ -34,8 +34,8 @@ Step = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The pictures of one column."""
+class ColumnImages:
+    """The images of one column."""
 
     column: Column
     images: tuple[Any, ...]  # PIL images, one for each row
@@ -43,8 +43,8 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A base in memory with all its adapters, and how it draws."""
+class LoadedBase:
+    """A base in memory with all its adapters, and its settings."""
 
     pipe: Any
     adapters: tuple[str, ...]  # names
@@ -54,22 +54,22 @@ class Ready:
     notes: tuple[str, ...]
 
 
-def prepared(plan: GeneratePlan, base: BasePlan, asked_settings: Settings) -> Ready:
-    """Load a base, and the adapters where it is the one that they are for."""
+def load(plan: GeneratePlan, base: BasePlan, requested: Settings) -> LoadedBase:
+    """Load a base, with the adapters if they are for this base."""
     request = plan.request
     machine = replace(request.machine, device=device_for(request.machine.device))
     machine = replace(machine, dtype=dtype_for(base, machine))
-    with memory_told(machine):
+    with memory_errors(machine):
         pipe = open_pipeline(base, machine, request.variant, request.config)
-        settings = settings_in_force(pipe, asked_settings, base.preferred)
+        settings = settings_in_force(pipe, requested, base.preferred)
         scheduler = set_scheduler(pipe, settings.scheduler)
         adapters = plan.adapters if base.source == request.base else ()
         notes = (*_cut_prompts(pipe, plan.rows), *_load_adapters(pipe, adapters))
-    return Ready(pipe, tuple(a.name for a in adapters), settings, scheduler, machine, notes)
+    return LoadedBase(pipe, tuple(a.name for a in adapters), settings, scheduler, machine, notes)
 
 
 def _load_adapters(pipe: Any, adapters: Sequence[ImageAdapter]) -> tuple[str, ...]:
-    """Every adapter at strength 0, which costs nothing; what their readers want known."""
+    """Load every adapter at strength 0, which costs nothing; return the notes of their readers."""
     from krona_hub.pipelines.load_adapter import load_into
 
     loaded = {a.name: load_into(pipe, a.path, scale=0.0, name=a.name) for a in adapters}
@@ -77,34 +77,36 @@ def _load_adapters(pipe: Any, adapters: Sequence[ImageAdapter]) -> tuple[str, ..
 
 
 def _cut_prompts(pipe: Any, rows: Sequence[GridRow]) -> Iterator[str]:
-    """Prompts that are longer than every text encoder reads."""
-    readers = [t for name, t in pipe.components.items() if name.startswith("tokenizer") and callable(t)]
+    """Report prompts that are longer than the context of every text encoder."""
+    tokenizers = [t for name, t in pipe.components.items() if name.startswith("tokenizer") and callable(t)]
     for prompt in dict.fromkeys(row.prompt for row in rows):
         with quiet():
-            room = [(t.model_max_length, len(t(prompt)["input_ids"])) for t in readers]
+            room = [(t.model_max_length, len(t(prompt)["input_ids"])) for t in tokenizers]
         if room and all(length > most for most, length in room):
             most, length = max(room)
-            yield f"{prompt[:40]!r}… has {length} tokens, of which the base reads the first {most}"
+            yield f"{prompt[:40]!r}… has {length} tokens; the base uses the first {most}"
 
 
-def draw(ready: Ready, columns: Sequence[Column], rows: Sequence[GridRow], progress: Progress) -> Iterator[Drawn]:
-    """Column by column. `progress` gets the denoising steps that are done, and their total, of these columns."""
-    each = len(rows) * (ready.settings.steps or 1)
+def generate_columns(
+    loaded: LoadedBase, columns: Sequence[Column], rows: Sequence[GridRow], progress: Progress
+) -> Iterator[ColumnImages]:
+    """Generate column by column. `progress` gets the completed denoising steps of these columns, and their total."""
+    each = len(rows) * (loaded.settings.steps or 1)
     for number, column in enumerate(columns):
         step = _after(progress, number * each, len(columns) * each)
-        _set_strengths(ready.pipe, ready.adapters, column.weights)
-        with memory_told(ready.machine), _threads_for(ready):
-            drawn = _column(ready, column, rows, step)
-        yield drawn
+        _set_strengths(loaded.pipe, loaded.adapters, column.weights)
+        with memory_errors(loaded.machine), _threads_for(loaded):
+            images = _column(loaded, column, rows, step)
+        yield images
 
 
 @contextmanager
-def _threads_for(ready: Ready) -> Iterator[None]:
-    """One thread for a model so small that threads would wait for each other longer than they work."""
+def _threads_for(loaded: LoadedBase) -> Iterator[None]:
+    """Use one thread for a model so small that threads would wait longer than they work."""
     import torch
 
-    parts = [part for part in ready.pipe.components.values() if isinstance(part, torch.nn.Module)]
-    small = ready.machine.device == "cpu" and sum(p.numel() for m in parts for p in m.parameters()) < SMALL
+    parts = [part for part in loaded.pipe.components.values() if isinstance(part, torch.nn.Module)]
+    small = loaded.machine.device == "cpu" and sum(p.numel() for m in parts for p in m.parameters()) < SMALL
     before = torch.get_num_threads()
     torch.set_num_threads(1 if small else before)
     try:
@@ -124,53 +126,54 @@ def _set_strengths(pipe: Any, names: Sequence[str], weights: Mapping[str, float]
         set_scales(pipe, {name: weights.get(name, 0.0) for name in names})
 
 
-def _column(ready: Ready, column: Column, rows: Sequence[GridRow], step: Step) -> Drawn:
+def _column(loaded: LoadedBase, column: Column, rows: Sequence[GridRow], step: Step) -> ColumnImages:
     images: list[Any] = []
     flagged: list[int] = []
-    steps = ready.settings.steps or 1
-    for start in range(0, len(rows), ready.machine.batch):
-        some = rows[start : start + ready.machine.batch]
-        result = _call(ready, some, _within(step, start * steps, len(some), steps))
+    steps = loaded.settings.steps or 1
+    for start in range(0, len(rows), loaded.machine.batch):
+        some = rows[start : start + loaded.machine.batch]
+        result = _call(loaded, some, _within(step, start * steps, len(some), steps))
         images += result.images
         flagged += [start + i for i, bad in enumerate(getattr(result, "nsfw_content_detected", None) or ()) if bad]
         step((start + len(some)) * steps)
-    return Drawn(column, tuple(images), tuple(_notes(column, rows, images, flagged)))
+    return ColumnImages(column, tuple(images), tuple(_notes(column, rows, images, flagged)))
 
 
-def _within(step: Step, before: int, pictures: int, steps: int) -> Step:
-    """Calls of a pipeline as steps of its pictures; some schedulers call twice for a step."""
-    return lambda number: step(before + min(number, steps) * pictures)
+def _within(step: Step, before: int, images: int, steps: int) -> Step:
+    """Convert callbacks of a pipeline to steps of its images; some schedulers call twice per step."""
+    return lambda number: step(before + min(number, steps) * images)
 
 
-def _call(ready: Ready, rows: Sequence[GridRow], step: Step) -> Any:
+def _call(loaded: LoadedBase, rows: Sequence[GridRow], step: Step) -> Any:
     import torch
 
-    takes = call_arguments(ready.pipe)
-    call = call_with(ready.settings, list(takes))
-    if ready.settings.negative is not None:
-        call["negative_prompt"] = [ready.settings.negative] * len(rows)
+    takes = call_arguments(loaded.pipe)
+    call = call_with(loaded.settings, list(takes))
+    if loaded.settings.negative is not None:
+        call["negative_prompt"] = [loaded.settings.negative] * len(rows)
     if "callback_on_step_end" in takes:
         call["callback_on_step_end"] = _counting(step)
     noise = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
-    with _refusals_told(ready), quiet():
-        return ready.pipe(prompt=[row.prompt for row in rows], generator=noise, output_type="pil", **call)
+    with _pipeline_errors(loaded), quiet():
+        return loaded.pipe(prompt=[row.prompt for row in rows], generator=noise, output_type="pil", **call)
 
 
 @contextmanager
-def _refusals_told(ready: Ready) -> Iterator[None]:
-    """What a scheduler or an argument by name cannot do, as an error of ours; all else is passed on."""
+def _pipeline_errors(loaded: LoadedBase) -> Iterator[None]:
+    """Turn errors of schedulers and of arguments into a UsageError; others pass through."""
     try:
         yield
     except (ValueError, TypeError, IndexError, AttributeError) as problem:
         words = " ".join(str(problem).split())[:160]
         if "schedulers" in Path(traceback.extract_tb(problem.__traceback__)[-1].filename).parts:
+            steps = loaded.settings.steps
             raise UsageError(
-                f"{ready.scheduler} cannot do {ready.settings.steps} steps on this base's noise schedule: {words}.",
-                fix="Take another --scheduler, such as ddim or euler, or more --steps.",
+                f"{loaded.scheduler} does not support {steps} steps on this base's noise schedule: {words}.",
+                fix="Use another --scheduler, such as ddim or euler, or more --steps.",
             ) from problem
-        if ready.settings.more or ready.settings.size:
+        if loaded.settings.more or loaded.settings.size:
             raise UsageError(
-                f"the pipeline refuses its arguments: {words}", fix="Look at --size and each --set."
+                f"The pipeline rejects its arguments: {words}", fix="Check --size and each --set."
             ) from problem
         raise
 
@@ -184,9 +187,9 @@ def _counting(step: Step) -> Callable[..., dict[str, Any]]:
 
 
 def _notes(column: Column, rows: Sequence[GridRow], images: Sequence[Any], flagged: Sequence[int]) -> Iterator[str]:
-    """What is wrong with a picture although it was made."""
+    """Report images that were generated but are unusable."""
     for number, (row, image) in enumerate(zip(rows, images, strict=True)):
         if number in flagged:
             yield f"{column.label}, seed {row.seed}: blacked out by the safety checker of the base"
         elif all(low == high for low, high in image.convert("RGB").getextrema()):
-            yield f"{column.label}, seed {row.seed}: one colour all over; try --dtype float32 or a lower strength"
+            yield f"{column.label}, seed {row.seed}: a single color; try --dtype float32 or a lower strength"

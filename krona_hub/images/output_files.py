@@ -1,4 +1,4 @@
-"""Writes what was made: numbered PNGs that carry their record, the grid, record.json."""
+"""Write the output: numbered PNGs that contain their record, the grid, and record.json."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from krona_hub.images.report import GeneratedImage
 GRID, RECORD = "grid.png", "record.json"
 
 
-def picture_name(number: int, count: int) -> str:
+def image_name(number: int, count: int) -> str:
     """
-    >>> picture_name(7, 12), picture_name(7, 1200)
+    >>> image_name(7, 12), image_name(7, 1200)
     ('007.png', '0007.png')
     """
     return f"{number:0{max(3, len(str(count)))}}.png"
 
 
 def pixels_sha256(image: Any) -> str:
-    """Of the size and the numbers of a picture, whatever its file says besides."""
+    """Hash the size and the pixels of an image, independent of metadata in its file."""
     return sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def check_place(out: Path, overwrite: bool) -> None:
-    """Raise what writing there would raise, before anything is drawn."""
+def check_output_folder(out: Path, overwrite: bool) -> None:
+    """Raise what writing to the folder would raise, before any image is generated."""
     check_folder(out, overwrite=overwrite)
     if overwrite and out.exists() and any(out.iterdir()) and not (out / RECORD).exists():
         raise ConflictError(
-            f"{str(out)!r} is not empty, and no folder of krona generate.", fix="Choose another folder with -o."
+            f"{str(out)!r} is not empty and not an output of krona generate.", fix="Choose another folder with -o."
         )
 
 
-def make_place(out: Path) -> None:
-    """The folder, without the pictures of an earlier run: only those that its record names."""
+def prepare_folder(out: Path) -> None:
+    """Create the folder, or remove the images that the record of an earlier run names."""
     try:
         out.mkdir(exist_ok=True)
         for name in (*_recorded(out), RECORD):
@@ -53,26 +53,26 @@ def make_place(out: Path) -> None:
 def _recorded(out: Path) -> Iterable[str]:
     try:
         record = read_record(out)
-        names = [record.get("grid"), *(picture["file"] for picture in record.get("pictures", ()))]
+        names = [record.get("grid"), *(image["file"] for image in record.get("pictures", ()))]
     except KronaError:
         return ()
     return [name for name in names if isinstance(name, str) and Path(name).name == name and name.endswith(".png")]
 
 
-def write_pictures(out: Path, pictures: Iterable[tuple[GeneratedImage, Any]], record: Mapping[str, Any]) -> None:
-    """Each as a PNG with its record in its text: under `krona` all of it, under `parameters` in words."""
-    for picture, image in pictures:
-        alone = of_one(record, picture)
-        _write_png(out / picture.file, image, {"parameters": parameters_text(alone), KEY: json.dumps(alone)})
+def write_images(out: Path, images: Iterable[tuple[GeneratedImage, Any]], record: Mapping[str, Any]) -> None:
+    """Write each image as a PNG with its record as text: in full under `krona`, summarized under `parameters`."""
+    for entry, image in images:
+        alone = of_one(record, entry)
+        _write_png(out / entry.file, image, {"parameters": parameters_text(alone), KEY: json.dumps(alone)})
 
 
 def write_grid(out: Path, grid: Any, record: Mapping[str, Any]) -> None:
-    """The grid, with the record of them all."""
+    """Write the grid, with the record of all images."""
     _write_png(out / GRID, grid, {KEY: json.dumps(record)})
 
 
 def write_record(out: Path, record: Mapping[str, Any]) -> None:
-    """record.json, last of all: where it is, all is there."""
+    """Write record.json, last of all files: its presence marks a complete run."""
     atomic_text(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n", overwrite=True)
 
 
@@ -87,15 +87,15 @@ def _write_png(path: Path, image: Any, texts: Mapping[str, str]) -> None:
         file.write(content.getvalue())
 
 
-def pictures_of(plan: GeneratePlan) -> tuple[GeneratedImage, ...]:
-    """The pictures row by row, before they are made."""
+def planned_images(plan: GeneratePlan) -> tuple[GeneratedImage, ...]:
+    """Return the planned images row by row, without their pixels."""
     cells = [(row, column) for row in plan.rows for column in plan.columns]
     return tuple(
-        GeneratedImage(picture_name(n, plan.count), row.prompt, row.seed, column.label, column.base, column.weights)
+        GeneratedImage(image_name(n, plan.count), row.prompt, row.seed, column.label, column.base, column.weights)
         for n, (row, column) in enumerate(cells, start=1)
     )
 
 
 def grid_name(plan: GeneratePlan) -> str | None:
-    """A single picture needs no grid."""
+    """The name of the grid; None for a single image."""
     return GRID if plan.count > 1 else None

@@ -1,4 +1,4 @@
-"""What will be made, and of which files: looked up before torch is imported, so that mistakes are told at once."""
+"""The plan: the images and the files they need, resolved before torch is imported, so that errors show at once."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from krona_hub.images.request import GenerateRequest
 from krona_hub.pipelines.opening import no_base, pipeline_for
 from krona_hub.sources import PIPELINE, resolve, resolve_base
 
-PREFERRED = {"tiny-scenes": (20, 3.0), "flux1-schnell": (4, 0.0)}  # family -> steps and guidance that suit it
+PREFERRED = {"tiny-scenes": (20, 3.0), "flux1-schnell": (4, 0.0)}  # family -> suitable steps and guidance
 
 
 @dataclass(frozen=True)
 class BasePlan:
     """A base with its weights."""
 
-    source: str  # as it was given
+    source: str  # as given
     path: Path  # a diffusers folder or a checkpoint file
-    pipeline: str | None  # class of diffusers; None: a single file's, which --config says
+    pipeline: str | None  # diffusers class; None for a single file with --config
     family: str | None  # name in the catalogue
-    fingerprint: str | None  # sha256 of its layers' names and shapes
+    fingerprint: str | None  # sha256 of its layer names and shapes
 
     @property
     def preferred(self) -> tuple[int | None, float | None]:
-        """Steps and guidance where none are given; None: what the pipeline of diffusers prefers."""
+        """Default steps and guidance; None leaves the default to the diffusers pipeline."""
         return PREFERRED.get(self.family or "", (None, None))
 
 
@@ -44,7 +44,7 @@ class ImageAdapter:
     """An adapter that will be loaded."""
 
     name: str  # in labels
-    source: str  # as it was given
+    source: str  # as given
     path: Path
     weight: float
     format: str
@@ -54,7 +54,7 @@ class ImageAdapter:
 
 @dataclass(frozen=True)
 class GeneratePlan:
-    """The pictures to make: every column in every row."""
+    """The images to generate: every column in every row."""
 
     request: GenerateRequest
     bases: tuple[BasePlan, ...]
@@ -71,10 +71,10 @@ class GeneratePlan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person may have forgotten."""
+        """Hints about a likely mistake: trigger words that no prompt contains."""
         prompts = " ".join(self.request.prompts).lower()
         return tuple(
-            f"{adapter.name} was trained on the words {', '.join(adapter.trigger_words)!r}; no prompt has one of them."
+            f"{adapter.name} has the trigger words {', '.join(adapter.trigger_words)!r}; no prompt contains any."
             for adapter in self.adapters
             if adapter.trigger_words and not any(word.lower() in prompts for word in adapter.trigger_words)
         )
@@ -96,7 +96,7 @@ def _base(source: str, request: GenerateRequest) -> BasePlan:
     if not path.exists():
         raise no_base(source)
     if path.is_file():
-        read_header(path)  # refuses what is no safetensors: pickles are never opened
+        read_header(path)  # rejects anything but safetensors: pickles are never opened
     elif request.variant:
         _check_variant(path, request.variant)
     family, fingerprint = _identity(path)
@@ -111,17 +111,17 @@ def _pipeline_class(folder: Path) -> str:
     index = folder / PIPELINE
     if not index.exists():
         files = sorted(folder.glob(f"*{SAFETENSORS}"))
-        fix = f"Give the file itself: {files[0]}." if files else "Give the folder above it."
-        raise UnknownBaseError(f"{folder} is no pipeline: it has no {PIPELINE}.", fix=fix)
+        fix = f"Specify the file itself: {files[0]}." if files else "Specify the folder above it."
+        raise UnknownBaseError(f"{folder} is not a pipeline: it contains no {PIPELINE}.", fix=fix)
     try:
         content: Any = json.loads(index.read_text("utf-8"))
         name = str(content["_class_name"])
     except (ValueError, TypeError, KeyError) as error:
-        raise FormatError(f"{index} names no pipeline.", fix="Download it again.") from error
+        raise FormatError(f"{index} does not name a pipeline.", fix="Download it again.") from error
     absent = [n for n, part in content.items() if isinstance(part, list) and any(part) and not (folder / n).is_dir()]
     if absent:
         raise IncompleteError(
-            f"{folder} lacks {', '.join(absent)}, which {name} needs.", fix="Download these folders as well."
+            f"{folder} lacks {', '.join(absent)}, which {name} needs.", fix="Download these folders, too."
         )
     return name
 
@@ -131,12 +131,12 @@ def _check_variant(folder: Path, variant: str) -> None:
     if any(f".{variant}." in name or f".{variant}-" in name for name in names):
         return
     there = sorted({name.split(".")[1].split("-")[0] for name in names if name.count(".") > 1})
-    fix = f"There is {' and '.join(there)}." if there else "Leave out --variant: this base has but one."
+    fix = f"Use --variant {' or '.join(there)}." if there else "Omit --variant: this base has only one."
     raise UsageError(f"{folder} has no variant {variant!r}.", fix=fix)
 
 
 def _identity(path: Path) -> tuple[str | None, str | None]:
-    """The catalogue's name of a base and its fingerprint; a base without adapters' layers has neither."""
+    """Return the catalogue name and the fingerprint of a base; (None, None) if it has no layers to adapt."""
     try:
         base = load_base(path)
     except KronaError:
@@ -154,7 +154,7 @@ def _adapter(name: str, source: str, weight: float, base: str) -> ImageAdapter:
 
 
 def _described(path: Path, base: str) -> Description:
-    """By the base's own names; a base whose names are not known explains a file no better than its own words."""
+    """Describe a file with the key names of the base, or on its own if the base is unknown."""
     try:
         return describe(path, base=resolve_base(base))
     except UnknownBaseError:
@@ -162,7 +162,7 @@ def _described(path: Path, base: str) -> Description:
 
 
 def adapter_sha256(path: Path) -> str:
-    """Of the file; of a folder, of the lines `sha256 name` of its weights and configurations."""
+    """Hash a file, or the lines `sha256 name` of a folder's weights and configurations."""
     if path.is_file():
         return file_sha256(path)
     from hashlib import sha256
@@ -176,21 +176,21 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def small_files(path: Path, most: int = 1_000_000) -> dict[str, str]:
-    """File of a base -> sha256, of those of at most so many bytes: configurations and vocabularies."""
+    """Return file -> sha256 for the base's files of at most `most` bytes: configurations and vocabularies."""
     return {_name(p, path): file_sha256(p) for p in _files(path) if p.stat().st_size <= most}
 
 
 def base_digest(path: Path, most: int = 64_000_000) -> str:
-    """One sha256 for a base: of its files' names and sizes, and of the numbers in files of at most so many bytes."""
+    """Hash a base: names and sizes of its files, and the contents of those of at most `most` bytes."""
     from hashlib import sha256
 
     lines = [(_name(p, path), p.stat().st_size, p) for p in _files(path)]
-    told = (f"{name} {size} {file_sha256(p) if size <= most else ''}\n" for name, size, p in lines)
-    return sha256("".join(told).encode()).hexdigest()
+    entries = (f"{name} {size} {file_sha256(p) if size <= most else ''}\n" for name, size, p in lines)
+    return sha256("".join(entries).encode()).hexdigest()
 
 
 def _files(path: Path) -> Sequence[Path]:
-    """What a base consists of: its weights, configurations and vocabularies, not its pictures and cards."""
+    """The files of a base: weights, configurations and vocabularies, without images and cards."""
     kinds = (SAFETENSORS, ".json", ".txt", ".model")
     if path.is_file():
         return [path]

@@ -1,4 +1,4 @@
-"""The record of a run: enough to make its pictures again. It lies beside them, and in each PNG for that one alone."""
+"""The record of a run, which repeats its images: stored beside them, and in each PNG for that image alone."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from krona_hub.images.report import GeneratedImage
 from krona_hub.images.request import Settings
 
 VERSION = 1
-KEY = "krona"  # of the record in a PNG's text
+KEY = "krona"  # key of the record in a PNG's text
 PEERS = ("torch", "diffusers", "transformers")
-REPEATED = (  # what is taken from a record as it is: names of the arguments of `generate`
+REPEATED = (  # arguments of `generate` that are taken from a record unchanged
     "prompts", "negative", "seed", "images_per_prompt", "steps", "guidance", "scheduler", "size", "more", "strengths",
     "together", "compare", "device", "dtype", "offload", "tiled_vae", "batch", "variant", "config",
 )  # fmt: skip
 
 
 def make_record(plan: GeneratePlan, settings: Settings, scheduler: str, device: str, dtype: str) -> dict[str, Any]:
-    """The record without its pictures; `settings` as they were in force, `scheduler` the class of diffusers."""
+    """Build the record without its images; `settings` are those in force, `scheduler` is the diffusers class."""
     request = plan.request
     first, *beside = [_base(plan.base(source)) for source in (request.base, *request.beside)]
     return {
@@ -56,8 +56,13 @@ def make_record(plan: GeneratePlan, settings: Settings, scheduler: str, device: 
 
 
 def _base(base: BasePlan) -> dict[str, Any]:
-    told = {"source": base.source, "pipeline": base.pipeline, "family": base.family, "fingerprint": base.fingerprint}
-    return {**told, "digest": base_digest(base.path), "files": small_files(base.path)}
+    identity = {
+        "source": base.source,
+        "pipeline": base.pipeline,
+        "family": base.family,
+        "fingerprint": base.fingerprint,
+    }
+    return {**identity, "digest": base_digest(base.path), "files": small_files(base.path)}
 
 
 def _adapter(name: str, source: str, weight: float, sha256: str) -> dict[str, Any]:
@@ -65,7 +70,7 @@ def _adapter(name: str, source: str, weight: float, sha256: str) -> dict[str, An
 
 
 def versions() -> dict[str, str | None]:
-    """Of krona_hub and of the libraries that compute the pictures."""
+    """Versions of krona_hub and of the libraries that compute the images."""
     return {"krona_hub": _version("krona-hub"), **{name: _version(name) for name in PEERS}}
 
 
@@ -76,39 +81,39 @@ def _version(name: str) -> str | None:
         return None
 
 
-def of_one(record: Mapping[str, Any], picture: GeneratedImage) -> dict[str, Any]:
-    """The record of one picture: a run that makes this one and no other. Files' hashes are left to the digest."""
+def of_one(record: Mapping[str, Any], image: GeneratedImage) -> dict[str, Any]:
+    """Build the record of one image: a run that generates only this one. The digest stands for the hashes of files."""
     bases = {base["source"]: base for base in (record["base"], *record["beside"])}
-    base = {name: value for name, value in bases[picture.base].items() if name != "files"}
+    base = {name: value for name, value in bases[image.base].items() if name != "files"}
     shas = {a["name"]: a for a in record["adapters"]}
-    adapters = [{**shas[name], "weight": weight} for name, weight in picture.adapters.items()]
-    alone = {"prompts": [picture.prompt], "seed": picture.seed, "images_per_prompt": 1, "strengths": [], "beside": []}
-    how = {"together": len(adapters) > 1, "compare": False if adapters else None, "batch": 1}
-    itself = {"file": picture.file, "prompt": picture.prompt, "column": picture.column, "pixels": picture.pixels}
-    return {**record, "base": base, "adapters": adapters, **alone, **how, "pictures": [itself]}
+    adapters = [{**shas[name], "weight": weight} for name, weight in image.adapters.items()]
+    alone = {"prompts": [image.prompt], "seed": image.seed, "images_per_prompt": 1, "strengths": [], "beside": []}
+    options = {"together": len(adapters) > 1, "compare": False if adapters else None, "batch": 1}
+    itself = {"file": image.file, "prompt": image.prompt, "column": image.column, "pixels": image.pixels}
+    return {**record, "base": base, "adapters": adapters, **alone, **options, "pictures": [itself]}
 
 
 def parameters_text(record: Mapping[str, Any]) -> str:
-    """The record of one picture as image browsers and web UIs show it, under the PNG key `parameters`."""
+    """Format the record of one image as image browsers and web UIs show it, under the PNG key `parameters`."""
     words = {
         "Steps": record["steps"], "Sampler": record["scheduler_class"], "CFG scale": record["guidance"],
         "Seed": record["seed"], "Size": "x".join(map(str, record["size"] or ())), "Model": record["base"]["source"],
         "Adapters": " ".join(f"{a['name']}:{a['weight']:g}" for a in record["adapters"]),
     }  # fmt: skip
-    told = ", ".join(f"{key}: {value}" for key, value in words.items() if value not in (None, ""))
+    summary = ", ".join(f"{key}: {value}" for key, value in words.items() if value not in (None, ""))
     negative = [f"Negative prompt: {record['negative']}"] if record["negative"] else []
-    return "\n".join([record["prompts"][0], *negative, told])
+    return "\n".join([record["prompts"][0], *negative, summary])
 
 
 # --- again -----------------------------------------------------------------------------------------------------------
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """The record in a JSON file, in a folder of pictures, or in one PNG. Raises FormatError where there is none."""
+    """Read the record in a JSON file, a folder of images, or a PNG. Raises FormatError if there is none."""
     path = Path(path).expanduser()
     path = path / "record.json" if path.is_dir() else path
     if not path.exists():
-        raise NotFoundError(f"{path}: no such file.", fix="Give record.json, the folder it is in, or one picture.")
+        raise NotFoundError(f"{path}: no such file.", fix="Specify record.json, its folder, or one image.")
     try:
         text = _png_text(path) if path.suffix.lower() == ".png" else path.read_text("utf-8")
         found = json.loads(text)
@@ -117,7 +122,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or "krona_generate" not in found:
         raise _no_record(path)
     if found["krona_generate"] != VERSION:
-        raise FormatError(f"{path} was written by a newer krona.", fix="Install a newer krona-hub.")
+        raise FormatError(f"{path} was written by a newer version of krona-hub.", fix="Install a newer krona-hub.")
     return found
 
 
@@ -130,21 +135,21 @@ def _png_text(path: Path) -> str:
 
 def _no_record(path: Path) -> FormatError:
     return FormatError(
-        f"{path} holds no record of krona generate.", fix="Give record.json or a picture that krona generate made."
+        f"{path} contains no record of krona generate.", fix="Specify record.json or an image that krona generate made."
     )
 
 
 def arguments_of(record: Mapping[str, Any], beside: Path) -> dict[str, Any]:
-    """The arguments of `generate` that make a record's pictures again.
+    """Return the arguments of `generate` that repeat a record.
 
-    Sources are looked up as they were written, and where nothing is there, beside the record.
+    Sources are looked up as recorded, and beside the record if nothing is there.
     """
     try:
         adapters = [(_found(a["source"], beside), float(a["weight"])) for a in record["adapters"]]
         bases = [_found(base["source"], beside) for base in (record["base"], *record["beside"])]
         same = {name: record[name] for name in REPEATED}
     except (KeyError, TypeError) as error:
-        raise FormatError(f"the record lacks {error}.", fix="Give the record as krona wrote it.") from error
+        raise FormatError(f"The record lacks {error}.", fix="Specify the record as krona wrote it.") from error
     return {**same, "base": bases[0], "beside": bases[1:], "adapters": adapters}
 
 
@@ -154,16 +159,16 @@ def _found(source: str, beside: Path) -> str:
 
 
 def check_same_files(record: Mapping[str, Any], plan: GeneratePlan) -> tuple[str, ...]:
-    """Raise IntegrityError where an adapter is not the one that was used; the notes about all else that differs."""
+    """Raise IntegrityError if an adapter differs from the recorded one; return notes about other differences."""
     for adapter, was in zip(plan.adapters, record["adapters"], strict=False):
         if adapter.sha256 != was["sha256"] and was["source"].endswith(Path(adapter.source).name):
             raise IntegrityError(
                 f"{adapter.source} is not the adapter of the record: its sha256 differs.",
-                fix="Give the same file, or name yours with --adapter to make new pictures with it.",
+                fix="Specify the same file, or pass yours with --adapter to generate new images with it.",
             )
     notes = [f"{name} is {now}, was {was}" for name, now, was in _changed(record)]
     if plan.bases[0].path.exists() and base_digest(plan.bases[0].path) != record["base"]["digest"]:
-        notes.append(f"{plan.request.base} is not, file by file, the base of the record")
+        notes.append(f"{plan.request.base} differs from the base of the record")
     return tuple(notes)
 
 

@@ -1,4 +1,4 @@
-"""What `generate` made. Torch-free."""
+"""The report of `generate`. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One picture."""
+    """A planned or generated image."""
 
     file: str  # in the folder of the report
     prompt: str
@@ -18,31 +18,31 @@ class GeneratedImage:
     column: str  # label
     base: str  # source
     adapters: Mapping[str, float]  # name -> strength, none of them 0
-    pixels: str = ""  # sha256 of its numbers; "" before it is made
+    pixels: str = ""  # sha256 of its size and pixels; "" in a dry run
 
 
 class PixelDifference(NamedTuple):
-    """How much the pictures of one column differ from those of the column to its left."""
+    """The difference between the images of a column and those of the column to its left."""
 
     first: str  # label
     second: str
-    levels: float  # mean absolute difference of the pixels' numbers, of 255
+    levels: float  # mean absolute difference of pixel values, out of 255
 
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """The pictures in rows and columns, and what they were made with."""
+    """The images in rows and columns, and the settings they were generated with."""
 
-    out: Path | None  # the folder; None: nothing was written
+    out: Path | None  # the folder; None if nothing was written
     pictures: tuple[GeneratedImage, ...]  # row by row
     columns: tuple[str, ...]  # labels
     rows: int
     grid: str | None  # file in the folder
-    record: Mapping[str, Any]  # enough to make the same pictures again: what record.json holds
-    seconds: float  # of drawing, without loading
+    record: Mapping[str, Any]  # the contents of record.json, which repeat the images
+    seconds: float  # of generating, without loading
     written: bool
     notes: tuple[str, ...] = ()
-    differences: tuple[PixelDifference, ...] = ()  # of each column from the one before
+    differences: tuple[PixelDifference, ...] = ()  # between neighboring columns
     images: tuple[Any, ...] = field(default=(), repr=False)  # PIL images, in the order of `pictures`
     grid_image: Any = field(default=None, repr=False)
-    same: int | None = None  # pictures equal to those of the record that was repeated, pixel by pixel
+    same: int | None = None  # images equal to those of the repeated record, pixel by pixel

@@ -1,4 +1,4 @@
-"""What is asked of `generate`, checked before anything is loaded. Torch-free."""
+"""The request of `generate`, checked before anything is loaded. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from krona_hub.images.schedulers import sampler_named
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 OFFLOADS = ("none", "model", "sequential")
-MULTIPLE = 8  # pixels: one latent pixel of every autoencoder that there is
+MULTIPLE = 8  # pixels per latent pixel of the supported autoencoders
 MOST_STEPS = 1000
-OURS = (  # arguments of a pipeline's call that are not to be set by name
+OURS = (  # arguments of a pipeline's call that `more` must not set
     "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "width", "height", "generator", "latents",
     "num_images_per_prompt", "output_type", "return_dict", "callback_on_step_end", "callback", "callback_steps",
 )  # fmt: skip
@@ -24,42 +24,42 @@ OURS = (  # arguments of a pipeline's call that are not to be set by name
 
 @dataclass(frozen=True)
 class Settings:
-    """What a picture depends on besides base, adapters, prompt and seed. None: what the base prefers."""
+    """What an image depends on besides base, adapters, prompt and seed. None leaves a setting to the base."""
 
     negative: str | None = None
     steps: int | None = None
     guidance: float | None = None
     scheduler: str | None = None  # a name of SAMPLERS
     size: tuple[int, int] | None = None  # pixels, width and height
-    more: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the pipeline's call
+    more: Mapping[str, Any] = field(default_factory=dict)  # additional arguments of the pipeline's call
 
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """Where and how it is computed: changes pictures by rounding at most."""
+    """Where and how to compute: changes images by rounding at most."""
 
-    device: str | None = None  # None: the best that there is
-    dtype: str | None = None  # None: float32 on a CPU, else the half type that suits the base
+    device: str | None = None  # None: the best available
+    dtype: str | None = None  # None: float32 on a CPU, else the 16-bit type that suits the base
     offload: str = "none"
     tiled_vae: bool = False
-    batch: int = 1  # pictures that are computed together
+    batch: int = 1  # images computed together
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Everything that was asked."""
+    """All checked arguments of `generate`."""
 
     base: str
     prompts: tuple[str, ...]
-    adapters: tuple[tuple[str, float], ...]  # source and weight
-    seed: int  # of the first picture of each prompt; the next have the next
+    adapters: tuple[tuple[str, float], ...]  # source and strength
+    seed: int  # of the first image of each prompt; the following seeds count up
     images_per_prompt: int
     settings: Settings
     machine: ComputeOptions
-    strengths: tuple[float, ...]  # (): each adapter at its weight
+    strengths: tuple[float, ...]  # (): each adapter at its own strength
     together: bool
-    compare: bool | None  # a column without adapters; None: where several adapters are compared
-    beside: tuple[str, ...]  # further bases, without adapters
+    compare: bool | None  # add a column without adapters; None: only if several adapters are compared
+    beside: tuple[str, ...]  # additional bases, without adapters
     variant: str | None
     config: str | None  # diffusers folder or Hub id with the configuration of a single file
 
@@ -69,13 +69,11 @@ class GenerateRequest:
 
 
 def checked_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
-    """One prompt or several. Raises UsageError for none."""
+    """Check one or several prompts. Raises UsageError for a missing or empty prompt."""
     given = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not given or any(not p.strip() for p in given):
-        cause = "a prompt is empty." if given else "there is no prompt."
-        raise UsageError(
-            cause, fix='Say what to draw: --prompt "a photo of a red cube". It may be given several times.'
-        )
+        cause = "A prompt is empty." if given else "Missing option --prompt."
+        raise UsageError(cause, fix='Specify one or several prompts: --prompt "a photo of a red cube".')
     return given
 
 
@@ -87,14 +85,14 @@ def checked_settings(
     size: str | int | Sequence[int] | None,
     more: Mapping[str, Any],
 ) -> Settings:
-    """The settings, each looked at. Raises UsageError with what it may be."""
+    """Check the settings. Raises UsageError with the accepted values."""
     if steps is not None and not 1 <= steps <= MOST_STEPS:
-        raise UsageError(f"{steps} steps cannot be done.", fix=f"Give --steps from 1 to {MOST_STEPS}, such as 25.")
+        raise UsageError(f"Invalid number of steps {steps}.", fix=f"Use --steps from 1 to {MOST_STEPS}, such as 25.")
     if guidance is not None and not (isfinite(guidance) and guidance >= 0):
-        raise UsageError(f"a guidance of {guidance:g} means nothing.", fix="Give a number from 0, such as 7.5.")
+        raise UsageError(f"Invalid guidance {guidance:g}.", fix="Use a finite number of 0 or more, such as 7.5.")
     for name in more:
         if name in OURS:
-            raise UsageError(f"{name} is set by an option of its own.", fix="krona generate --help lists them.")
+            raise UsageError(f"{name} has an option of its own.", fix="See krona generate --help for it.")
     named = None if scheduler in (None, "default") else sampler_named(str(scheduler))
     return Settings(negative or None, steps, guidance, named, parse_size(size), dict(more))
 
@@ -102,42 +100,42 @@ def checked_settings(
 def checked_machine(
     device: str | None, dtype: str | None, offload: str | None, tiled_vae: bool, batch: int
 ) -> ComputeOptions:
-    """The machine's part, as far as it can be judged without looking at the machine. Raises UsageError."""
+    """Check the compute options as far as possible without the device. Raises UsageError."""
     if device is not None and device.partition(":")[0] not in DEVICES:
-        raise UsageError(f"there is no device {device!r}.", fix=f"Give one of {', '.join(DEVICES)}, or cuda:1.")
+        raise UsageError(f"Unknown device {device!r}.", fix=f"Use one of {', '.join(DEVICES)}, or cuda:1.")
     named = None if dtype is None else DTYPES.get(dtype, dtype)
     if named not in (None, *DTYPES.values()):
-        raise UsageError(f"pictures are not computed in {dtype}.", fix="Give float32, float16 or bfloat16.")
+        raise UsageError(f"Unsupported dtype {dtype}.", fix="Use float32, float16 or bfloat16.")
     if offload not in (None, *OFFLOADS):
-        raise UsageError(f"there is no offload {offload!r}.", fix=f"Give one of {', '.join(OFFLOADS)}.")
+        raise UsageError(f"Unknown offload mode {offload!r}.", fix=f"Use one of {', '.join(OFFLOADS)}.")
     if device == "cpu" and offload not in (None, "none"):
-        raise UsageError("there is nothing to offload from a CPU.", fix="Leave out --offload, or --device cpu.")
+        raise UsageError("Offloading needs a device other than the CPU.", fix="Omit --offload, or --device cpu.")
     if batch < 1:
-        raise UsageError(f"{batch} pictures at a time are none.", fix="Give --batch 1 or more.")
+        raise UsageError(f"Invalid batch size {batch}.", fix="Use --batch 1 or more.")
     return ComputeOptions(device, named, offload or "none", tiled_vae, batch)
 
 
 def checked_strengths(
     strengths: Sequence[float], adapters: Sequence[tuple[str, float]], together: bool, compare: bool | None
 ) -> tuple[float, ...]:
-    """The strengths, each once. Raises UsageError where there is nothing that has a strength."""
-    request = [word for word, given in (("--strengths", strengths), ("--together", together)) if given]
-    if request and not adapters:
-        raise UsageError(f"{request[0]} without an adapter means nothing.", fix="Name one: --adapter FILE.")
+    """Check the strengths and remove duplicates. Raises UsageError without an adapter."""
+    flags = [flag for flag, given in (("--strengths", strengths), ("--together", together)) if given]
+    if flags and not adapters:
+        raise UsageError(f"{flags[0]} needs an adapter.", fix="Specify one: --adapter FILE.")
     if compare and not adapters:
-        raise UsageError("there is no adapter to compare with.", fix="Name one: --adapter FILE.")
+        raise UsageError("Missing adapter to compare with.", fix="Specify one: --adapter FILE.")
     if not all(isfinite(s) for s in (*strengths, *(weight for _, weight in adapters))):
-        raise UsageError("a strength is no finite number.", fix="Give numbers, such as 0,0.5,1.")
+        raise UsageError("A strength is NaN or infinite.", fix="Use finite numbers, such as 0,0.5,1.")
     return tuple(dict.fromkeys(map(float, strengths)))
 
 
 def parse_size(size: str | int | Sequence[int] | None) -> tuple[int, int] | None:
-    """Width and height in pixels, of `768x512` or of one number for both.
+    """Parse width and height in pixels, as `768x512` or one number for both.
 
     >>> parse_size("768x512"), parse_size("64"), parse_size((64, 32))
     ((768, 512), (64, 64), (64, 32))
 
-    Raises UsageError with the nearest sizes that are possible.
+    Raises UsageError with the nearest valid size.
     """
     if size is None:
         return None
@@ -150,32 +148,33 @@ def parse_size(size: str | int | Sequence[int] | None) -> tuple[int, int] | None
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise UsageError(f"{size!r} is no size.", fix="Give width x height in pixels: --size 768x512.")
+        raise UsageError(f"Invalid size {size!r}.", fix="Specify width x height in pixels: --size 768x512.")
     wide, high = numbers[0], numbers[-1]
     check_multiple((wide, high), MULTIPLE)
     return wide, high
 
 
 def check_multiple(size: tuple[int, int], multiple: int) -> None:
-    """Raise UsageError where a side is not a multiple of so many pixels, with the nearest size that is."""
+    """Raise UsageError with the nearest valid size if a side is not a multiple of `multiple` pixels."""
     if any(side % multiple for side in size):
         nearest = "x".join(str(max(1, (side + multiple // 2) // multiple) * multiple) for side in size)
         raise UsageError(
-            f"{size[0]}x{size[1]} pixels: both sides must be multiples of {multiple}.", fix=f"Take --size {nearest}."
+            f"Invalid size {size[0]}x{size[1]}: both sides must be multiples of {multiple} pixels.",
+            fix=f"Use --size {nearest}.",
         )
 
 
 def checked_seed(seed: int, images_per_prompt: int) -> int:
-    """Raises UsageError for a seed that the generator does not take."""
+    """Check that all seeds are valid for the random generator. Raises UsageError."""
     if images_per_prompt < 1:
-        raise UsageError(f"{images_per_prompt} pictures of a prompt are none.", fix="Ask for 1 or more.")
+        raise UsageError(f"Invalid number of images per prompt {images_per_prompt}.", fix="Use 1 or more.")
     if not 0 <= seed < 2**63 - images_per_prompt:
-        raise UsageError(f"{seed} is no seed.", fix="Give a whole number from 0 to 2^63.")
+        raise UsageError(f"Invalid seed {seed}.", fix="Use an integer from 0 to 2^63.")
     return seed
 
 
 def stem_of(source: str) -> str:
-    """What an adapter or a base is called in labels.
+    """Return the label of an adapter or a base.
 
     >>> stem_of("a/style.safetensors"), stem_of("hf://ns/name@v1"), stem_of("models/mine/"), stem_of("v1.5-style")
     ('style', 'name', 'mine', 'v1.5-style')

@@ -1,4 +1,4 @@
-"""The samplers that `--scheduler` names, as a table of diffusers' classes. Torch-free."""
+"""The samplers of `--scheduler`, as a table of diffusers classes. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from krona_hub.errors import UsageError
 
 
 class Sampler(NamedTuple):
-    """A scheduler class of diffusers and what is set in it besides the base's own configuration."""
+    """A diffusers scheduler class, with settings that override the base's configuration."""
 
     kind: str
     settings: Mapping[str, Any] = MappingProxyType({})
-    flow: str | None = None  # the class for bases that were trained by flow matching (SD3, FLUX, …)
+    flow: str | None = None  # the class for flow-matching bases (SD3, FLUX, …)
 
 
 SAMPLERS: Mapping[str, Sampler] = {
@@ -36,7 +36,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     "unipc": Sampler("UniPCMultistepScheduler"),
     "lcm": Sampler("LCMScheduler"),
 }
-ALIASES: Mapping[str, str] = {  # as other tools write them
+ALIASES: Mapping[str, str] = {  # names in other applications
     "dpmpp": "dpm++", "dpm++2m": "dpm++", "dpmpp2m": "dpm++", "dpmpp2mkarras": "dpm++-karras",
     "dpm++2mkarras": "dpm++-karras", "dpmpp2msde": "dpm++-sde", "dpm++2msde": "dpm++-sde", "dpmpp2s": "dpm++-2s",
     "eulera": "euler-a", "eulerancestral": "euler-a", "plms": "pndm", "dpm2": "kdpm2", "dpm2a": "kdpm2-a",
@@ -44,7 +44,7 @@ ALIASES: Mapping[str, str] = {  # as other tools write them
 
 
 def sampler_named(name: str) -> str:
-    """The name of SAMPLERS that is meant, however it is spelt.
+    """Return the name in SAMPLERS, ignoring case, separators and common aliases.
 
     >>> sampler_named("Euler A"), sampler_named("dpmpp_2m_karras")
     ('euler-a', 'dpm++-karras')
@@ -57,7 +57,7 @@ def sampler_named(name: str) -> str:
         return known[plain]
     near = get_close_matches(plain, known, n=1, cutoff=0.5)
     fix = f"Did you mean {known[near[0]]}? " if near else ""
-    raise UsageError(f"there is no scheduler {name!r}.", fix=f"{fix}There are: {', '.join(SAMPLERS)}.")
+    raise UsageError(f"Unknown scheduler {name!r}.", fix=f"{fix}Choose one of {', '.join(SAMPLERS)}.")
 
 
 def _plain(name: str) -> str:

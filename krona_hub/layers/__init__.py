@@ -1,4 +1,4 @@
-"""Torch modules that apply Kronecker adapters without forming ΔW, and what puts them into a model."""
+"""Torch modules that apply Kronecker adapters without forming ΔW, and functions that attach them to a model."""
 
 from krona_hub.layers.attaching import AttachReport, attach, detach, swap
 from krona_hub.layers.attachment import attached, branches_of, extract_adapter, set_scales

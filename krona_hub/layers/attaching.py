@@ -1,4 +1,4 @@
-"""Adapters around the layers of a model, and away again: `attach`, `detach`, `swap`."""
+"""Attach adapters to the layers of a model, and remove them: `attach`, `detach`, `swap`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.errors import BaseMismatchError, ConflictError, KronaError, ShapeError, UnsupportedError, abbreviated
-from krona_hub.layers.attachment import branch_at, check_not_fused, check_scale, held, names_of, unknown_name
+from krona_hub.layers.attachment import branch_at, check_not_fused, check_scale, layer_parts, names_of, unknown_name
 from krona_hub.layers.fusing import restore
 from krona_hub.layers.kron_conv import KronConv1d, KronConv2d, KronConv3d
 from krona_hub.layers.kron_layer import DEFAULT, KronLayer, check_name, core
@@ -22,27 +22,27 @@ WRAPPERS: tuple[tuple[type[nn.Module], Callable[[nn.Module], KronLayer]], ...] =
     (nn.Conv1d, KronConv1d),
     (nn.Conv2d, KronConv2d),
     (nn.Conv3d, KronConv3d),
-    (nn.Module, KronLinear),  # whatever else says how many features it takes and gives
+    (nn.Module, KronLinear),  # anything else with in_features and out_features
 )
 
 
-REBUILDING = ("fuse_qkv_projections", "unfuse_qkv_projections")  # methods that copy, or go back to, base weights alone
+REBUILDING = ("fuse_qkv_projections", "unfuse_qkv_projections")  # methods that copy or restore the base weights alone
 
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What an adapter changes in a model now, and what of it does not."""
+    """The layers of an adapter that are attached to a model, and those that are not."""
 
     name: str
     matched: tuple[str, ...]  # canonical layers that are adapted
-    missing: Mapping[str, str] = field(default_factory=dict)  # canonical layer -> why it is not
-    elsewhere: tuple[str, ...] = ()  # layers of components that were not asked for
-    extras: tuple[str, ...] = ()  # tensors that are no deltas, such as embeddings: nothing applies them
-    notes: tuple[str, ...] = ()  # in words: the two above, and what the reader of the file has to say
+    missing: Mapping[str, str] = field(default_factory=dict)  # canonical layer -> cause
+    elsewhere: tuple[str, ...] = ()  # layers of components that were not requested
+    extras: tuple[str, ...] = ()  # tensors other than weight deltas, such as embeddings; not applied
+    notes: tuple[str, ...] = ()  # summary of the two above, and notes of the file reader
 
     def __str__(self) -> str:
         """
-        >>> print(AttachReport("toy", ("unet.conv_in",), {"unet.x": "there is no such layer"}))
+        >>> print(AttachReport("toy", ("unet.conv_in",), {"unet.x": "no such layer"}))
         toy: 1 of 2 modules
         """
         total = len(self.matched) + len(self.missing)
@@ -59,26 +59,41 @@ def attach(
     allow_missing: bool = False,
     trainable: bool = False,
 ) -> AttachReport:
-    """Let a model compute base(x) + scale · ΔW x wherever the adapter changes it; W is not touched.
+    """Attach an adapter, so that its layers compute base(x) + scale · ΔW x without changing W.
 
-    `model` is a diffusers pipeline or a model; of an adapter for several components, a lone model gets the layers of
-    its own (`component` says which, where its class does not). Adapters under several names add up. Models that are
-    compiled, or that carry PEFT adapters, are looked into. With `trainable` the factors become parameters, float32 at
-    least; what else is trained is up to you. `detach` takes everything away again. All layers are checked before any
-    is changed: raises BaseMismatchError where some do not fit ("N of M"; `allow_missing` attaches the rest, if there
-    is any), ConflictError where the name is taken.
+    Adapters with different names add up. Compiled models and models with PEFT adapters are supported. All layers are
+    checked before any is changed.
 
+    Parameters
+    ----------
+    model : diffusers pipeline or model; a lone model gets only the layers of its own component
+    adapter : adapter as returned by `krona_hub.read`
+    name : name for `set_scales` and `detach` (default: "default")
+    scale : strength (default: 1.0)
+    component : component of a lone model, if its class is ambiguous; the only component of a pipeline to change
+    allow_missing : attach the layers that fit, if any, instead of raising BaseMismatchError
+    trainable : make the factors parameters, of at least float32; freezing the base is up to you
+
+    Returns
+    -------
+    AttachReport
+        Adapted layers, and missing ones with their causes.
+
+    Raises
+    ------
+    BaseMismatchError
+        Some layers do not fit the model ("N of M modules match").
+    ConflictError
+        The name is taken, or adapters are fused.
+
+    Examples
+    --------
     >>> import torch
     >>> from krona_hub.kron.terms import KronTerms
     >>> model = nn.Sequential(nn.Linear(4, 2))
     >>> delta = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 2)),), (2, 4))
     >>> print(attach(model, Adapter({"unet.0": delta}), "toy", scale=0.5))
     toy: 1 of 1 modules
-    >>> detach(model, "toy")
-    >>> model
-    Sequential(
-      (0): Linear(in_features=4, out_features=2, bias=True)
-    )
     """
     check_name(name)
     check_scale(scale)
@@ -89,13 +104,13 @@ def attach(
     found, missing = placings(own, parts)
     _check_free(name, parts)
     _check_matched(own, missing, parts, allow_missing)
-    _carry_out(found, name, scale, trainable)
+    _attach_all(found, name, scale, trainable)
     guard(parts.values())
     return _report(name, adapter, own, missing)
 
 
 def _parts(model: Any, adapter: Adapter, component: str | None) -> dict[str, nn.Module]:
-    """As `parts_of`; a lone model is the component that it fits, where its class leaves several."""
+    """Like `parts_of`, but a lone model whose class is ambiguous is the component that it fits."""
     wanted: tuple[str, ...] = adapter.components
     if isinstance(model, nn.Module) and component is None and len(wanted) > 1:
         inner = unwrapped(model)
@@ -113,16 +128,37 @@ def _report(name: str, adapter: Adapter, own: Deltas, missing: Problems) -> Atta
     elsewhere = tuple(layer for layer in adapter.layers if layer not in own)
     extras = tuple(adapter.extras)
     notes = [f"{len(elsewhere)} layers are for other components"] if elsewhere else []
-    notes += [f"not applied, as they are no weight deltas: {abbreviated(extras)}"] if extras else []
+    notes += [f"not applied, because they are not weight deltas: {abbreviated(extras)}"] if extras else []
     causes = {layer: error.cause for layer, error in missing.items()}
     return AttachReport(name, matched, causes, elsewhere, extras, tuple(notes))
 
 
 def detach(model: Any, name: str | None = None, *, component: str | None = None) -> None:
-    """Take one adapter away, or all that were attached: the modules of the model are again the very ones it had.
+    """Remove one adapter, or all attached ones, and restore the original modules of the model.
 
-    What is fused is taken out of the weights first, for all adapters. Layers that you made yourself stay, unless
-    `name` is theirs. Raises NotFoundError where no adapter has this name.
+    Fused adapters, all of them, are first removed from the weights.
+
+    Parameters
+    ----------
+    model : diffusers pipeline or model
+    name : adapter to remove; None (default) removes all, except layers that you constructed yourself
+    component : component of a lone model, or the only component of a pipeline to change
+
+    Raises
+    ------
+    NotFoundError
+        No adapter of this name is attached.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from krona_hub.kron.terms import KronTerms
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> delta = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 2)),), (2, 4))
+    >>> _ = attach(model, Adapter({"unet.0": delta}), "toy")
+    >>> detach(model, "toy")
+    >>> type(model[0]).__name__
+    'Linear'
     """
     models = models_of(model, component)
     slots = kron_layers(models).values()
@@ -136,24 +172,24 @@ def detach(model: Any, name: str | None = None, *, component: str | None = None)
 
 
 def swap(model: Any, adapter: Adapter, name: str = DEFAULT, *, component: str | None = None) -> None:
-    """Other numbers in the place of an attached adapter of the same layers, shapes and terms; its scale stays.
+    """Replace an attached adapter by one with the same layers, shapes and terms; its strength stays.
 
-    They are copied into the tensors that are there, so that nothing is compiled again. Raises BaseMismatchError where
-    the adapter changes other layers, ShapeError where a shape or a number of terms differs; nothing is changed then.
+    The factors are copied into the existing tensors, so that nothing is recompiled. Raises BaseMismatchError if the
+    adapter changes other layers, ShapeError if a shape or a number of terms differs; then nothing is changed.
     """
     parts = _parts(model, adapter, component)
     slots = kron_layers(parts)
     check_not_fused(slots.values())
     new = {layer: d for layer, d in adapter.layers.items() if layer.partition(".")[0] in parts}
-    _check_same_layers(held(slots, name), new)
+    _check_same_layers(layer_parts(slots, name), new)
     found, missing = placings(new, parts)
     _check_matched(new, missing, parts, False)
     branches = [branch_at(placing.slot, name) for placing in found]
     for placing, (_, branch) in zip(found, branches, strict=True):
         if not branch.fits(placing.delta):
             raise ShapeError(
-                f"{placing.layer}: the new factors have other sizes ({_told(placing.delta)}, not "
-                f"{_told(branch.value)}).",
+                f"{placing.layer}: the new factors differ in size ({_factorization(placing.delta)}, not "
+                f"{_factorization(branch.value)}).",
                 fix="Detach the old adapter and attach the new one.",
             )
     for placing, (layer, branch) in zip(found, branches, strict=True):
@@ -166,14 +202,15 @@ def swap(model: Any, adapter: Adapter, name: str = DEFAULT, *, component: str | 
 def _check_free(name: str, parts: Parts) -> None:
     if name in names_of(kron_layers(parts).values()):
         raise ConflictError(
-            f"an adapter {name!r} is attached already.", fix="Detach it, swap its numbers, or choose another name."
+            f"An adapter {name!r} is already attached.", fix="Detach it, swap it, or choose another name."
         )
 
 
 def _check_matched(deltas: Deltas, missing: Problems, parts: Parts, allow_missing: bool) -> None:
     if not deltas:
         raise BaseMismatchError(
-            f"the adapter has nothing for {', '.join(parts)}.", fix="adapter.components says what it changes."
+            f"The adapter has no layers for {', '.join(parts)}.",
+            fix="See adapter.components for those that it changes.",
         )
     if not missing or (allow_missing and len(missing) < len(deltas)):
         return
@@ -181,7 +218,7 @@ def _check_matched(deltas: Deltas, missing: Problems, parts: Parts, allow_missin
     rest = len(deltas) - len(missing)
     raise BaseMismatchError(
         f"{rest} of {len(deltas)} modules match; not {abbreviated(missing)}. {first}: {error.cause}",
-        fix=f"{error.fix} allow_missing=True attaches the other {rest}." if rest else error.fix,
+        fix=f"{error.fix} Or attach the other {rest} with allow_missing=True." if rest else error.fix,
     )
 
 
@@ -189,26 +226,26 @@ def _check_same_layers(old: Iterable[str], new: Iterable[str]) -> None:
     other = sorted(set(old) ^ set(new))
     if other:
         raise BaseMismatchError(
-            f"the adapter does not change the same layers: {len(other)} differ, {abbreviated(other)}.",
+            f"The adapters change different layers: {len(other)} differ, {abbreviated(other)}.",
             fix="Detach the old adapter and attach the new one.",
         )
 
 
-def _told(delta: LayerDelta) -> str:
+def _factorization(delta: LayerDelta) -> str:
     return " + ".join(f"{s.terms} of {s.shape}" for s in delta.sums) + (
         " with DoRA" if delta.magnitude is not None else ""
     )
 
 
-# --- changes of the tree ---------------------------------------------------------------------------------------------
+# --- changes of the module tree --------------------------------------------------------------------------------------
 
 
-def _carry_out(found: Iterable[Placing], name: str, scale: float, trainable: bool) -> None:
-    """All of it, or nothing."""
+def _attach_all(found: Iterable[Placing], name: str, scale: float, trainable: bool) -> None:
+    """Attach everything, or nothing if an error occurs."""
     done: list[Slot] = []
     try:
         for placing in found:
-            _place(placing, name, scale, trainable)
+            _attach_one(placing, name, scale, trainable)
             done.append(placing.slot)
     except BaseException as error:
         for slot in done:
@@ -218,11 +255,11 @@ def _carry_out(found: Iterable[Placing], name: str, scale: float, trainable: boo
         raise
 
 
-def _place(placing: Placing, name: str, scale: float, trainable: bool) -> None:
+def _attach_one(placing: Placing, name: str, scale: float, trainable: bool) -> None:
     slot, module = placing.slot, placing.slot.module
     if trainable and placing.parts:  # gradients would reach the rows of the other layers
         raise UnsupportedError(
-            "factors in a fused projection cannot be trained.", fix="Call unfuse_qkv_projections() first."
+            "Factors in a fused projection cannot be trained.", fix="Call unfuse_qkv_projections() first."
         )
     layer = module if isinstance(module, KronLayer) else _wrapper(module)
     layer.add(name, placing.delta, scale=scale, layer=placing.layer, trainable=trainable)
@@ -239,7 +276,7 @@ def _wrapper(module: nn.Module) -> KronLayer:
 
 
 def _strip(slot: Slot, name: str | None) -> None:
-    """Without the adapter of that name, or without all that were attached; without the layer where none is left."""
+    """Remove the adapter of that name, or all attached ones; remove the layer if none is left."""
     layer = slot.module
     if not isinstance(layer, KronLayer):
         return
@@ -251,21 +288,21 @@ def _strip(slot: Slot, name: str | None) -> None:
 
 
 def refuse(*_: Any, **__: Any) -> NoReturn:
-    """Stands in for those methods: after them a model would compute without its adapters, and say nothing."""
+    """Replace methods after which a model would silently compute without its adapters."""
     raise ConflictError(
-        "adapters are attached to the projections that this call would replace.",
-        fix="Detach (or unload) them first, and load them again afterwards: fused projections are adapted too.",
+        "Adapters are attached to the projections that this call would replace.",
+        fix="Detach (or unload) them first, and load them again afterwards; fused projections are supported.",
     )
 
 
 def guard(models: Iterable[nn.Module]) -> None:
-    """Put the refusal before the class's methods, on these models alone."""
+    """Shadow the methods of the class with `refuse`, on these models only."""
     for model in models:
         vars(model).update({name: refuse for name in REBUILDING if hasattr(type(model), name)})
 
 
 def release(models: Iterable[nn.Module]) -> None:
-    """The class's methods again."""
+    """Restore the methods of the class."""
     for model in models:
         for name in REBUILDING:
             if vars(model).get(name) is refuse:

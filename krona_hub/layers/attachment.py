@@ -1,4 +1,4 @@
-"""What is attached to a model: strengths, and the adapter as it is now. `set_scales`, `extract_adapter`."""
+"""Attached adapters: their strengths and their current factors. `set_scales`, `extract_adapter`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,38 @@ from krona_hub.layers.kron_layer import DEFAULT, KronLayer
 from krona_hub.layers.module_tree import UNKNOWN, Range, Slot, kron_layers, models_of
 
 
-class Held(NamedTuple):
-    """A layer of an attached adapter."""
+class LayerPart(NamedTuple):
+    """The part of a branch that belongs to one layer of an attached adapter."""
 
     branch: Branch
-    sums: slice  # those of the branch that are this layer's
+    sums: slice  # sums of the branch that belong to this layer
     rows: Range | None
 
 
 def set_scales(model: Any, scales: Mapping[str, float], *, component: str | None = None) -> None:
-    """Set the strengths of attached adapters by name; those not named keep theirs, and 0 costs nothing.
+    """Set the strengths of attached adapters by name, without recompiling anything.
 
-    Nothing is compiled again. Raises NotFoundError for a name that is not attached, ConflictError while adapters are
-    fused; nothing is changed then.
+    Parameters
+    ----------
+    model : diffusers pipeline or model
+    scales : adapter name -> strength; other adapters keep theirs, and strength 0 costs nothing
+    component : component of a lone model, or the only component of a pipeline to change
+
+    Raises
+    ------
+    NotFoundError, UsageError
+        A name is not attached; a strength is NaN or infinite. Nothing is changed then.
+    ConflictError
+        Adapters are fused.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from krona_hub.layers import KronLinear
+    >>> model = nn.Sequential(KronLinear(nn.Linear(4, 2), shape=(2, 2), name="toy"))
+    >>> set_scales(model, {"toy": 0.5})
+    >>> attached(model)
+    {'toy': 0.5}
     """
     slots = kron_layers(models_of(model, component)).values()
     for name, scale in scales.items():
@@ -44,7 +63,7 @@ def set_scales(model: Any, scales: Mapping[str, float], *, component: str | None
 
 @contextmanager
 def without(branches: Sequence[Branch]) -> Iterator[None]:
-    """The model as if these were not attached, while the block runs."""
+    """Disable these branches while the block runs."""
     before = [branch.scale for branch in branches]
     for branch in branches:
         branch.set_scale(0.0)
@@ -56,23 +75,44 @@ def without(branches: Sequence[Branch]) -> Iterator[None]:
 
 
 def extract_adapter(model: Any, name: str = DEFAULT, *, component: str | None = None) -> Adapter:
-    """The attached adapter as a value: what a file said, or copies of the factors as they are trained by now.
+    """Return an attached adapter at strength 1, ready for `krona_hub.write`.
 
-    Its numbers are those at strength 1, whatever the scale is. `component` says what a lone model is, where layers
-    that you made yourself are in it (attached ones know). Raises NotFoundError where no adapter has this name.
+    Parameters
+    ----------
+    model : diffusers pipeline or model
+    name : name of the adapter (default: "default")
+    component : component of a lone model with layers that you constructed yourself; attached layers know theirs
+
+    Returns
+    -------
+    Adapter
+        The factors as read from the file, or copies of the factors as trained so far.
+
+    Raises
+    ------
+    NotFoundError
+        No adapter of this name is attached.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from krona_hub.layers import KronLinear
+    >>> model = nn.Sequential(KronLinear(nn.Linear(4, 2), shape=(2, 2)))
+    >>> list(extract_adapter(model, component="unet").layers)
+    ['unet.0']
     """
-    found = held(kron_layers(models_of(model, component)), name)
+    found = layer_parts(kron_layers(models_of(model, component)), name)
     return Adapter({layer: _delta(part) for layer, part in found.items()})
 
 
 def attached(model: Any) -> dict[str, float]:
-    """Name -> scale of the adapters of a model or pipeline, by name."""
+    """Return name -> strength of the adapters attached to a model or pipeline, sorted by name."""
     layers = layers_of(kron_layers(models_of(model)).values())
     return dict(sorted((name, branch.scale) for layer in layers for name, branch in layer.adapters()))
 
 
 def branches_of(model: Any, name: str = DEFAULT) -> list[Branch]:
-    """The parts of an adapter, one per module: their `parameters()` are what an optimiser trains."""
+    """Return the branches of an adapter, one per module; their `parameters()` are those to train."""
     slots = kron_layers(models_of(model)).values()
     found = [layer.branch(name) for layer in layers_of(slots) if name in layer.branches]
     if not found:
@@ -80,17 +120,17 @@ def branches_of(model: Any, name: str = DEFAULT) -> list[Branch]:
     return found
 
 
-# --- for the other modules of this ring ------------------------------------------------------------------------------
+# --- for the other modules of this package ---------------------------------------------------------------------------
 
 
 def check_scale(scale: float) -> None:
     if not isfinite(scale):
-        raise UsageError(f"{scale} is no strength.", fix="Give a finite number, such as 0.8.")
+        raise UsageError(f"Invalid strength {scale}.", fix="Use a finite number, such as 0.8.")
 
 
 def check_not_fused(slots: Iterable[Slot]) -> None:
     if any(layer.fused for layer in layers_of(slots)):
-        raise ConflictError("adapters are fused into the weights.", fix="Call unfuse first.")
+        raise ConflictError("Adapters are fused into the weights.", fix="Call unfuse first.")
 
 
 def layers_of(slots: Iterable[Slot]) -> Iterator[KronLayer]:
@@ -98,20 +138,26 @@ def layers_of(slots: Iterable[Slot]) -> Iterator[KronLayer]:
 
 
 def names_of(slots: Iterable[Slot]) -> list[str]:
-    """The names of all adapters, sorted."""
+    """Return the names of all adapters, sorted."""
     return sorted({name for layer in layers_of(slots) for name, _ in layer.adapters()})
 
 
 def unknown_name(name: str, slots: Iterable[Slot]) -> NotFoundError:
     names = names_of(slots)
     near = get_close_matches(name, names, n=1)
-    fix = f"Did you mean {near[0]!r}?" if near else f"Attached: {', '.join(names)}." if names else "None is."
-    return NotFoundError(f"no adapter {name!r} is attached.", fix=fix)
+    fix = (
+        f"Did you mean {near[0]!r}?"
+        if near
+        else f"Attached: {', '.join(names)}."
+        if names
+        else "No adapter is attached."
+    )
+    return NotFoundError(f"No adapter {name!r} is attached.", fix=fix)
 
 
-def held(slots: Mapping[str, Slot], name: str) -> dict[str, Held]:
-    """Canonical layer -> where it is held, of the adapter of that name. Raises NotFoundError where there is none."""
-    found: dict[str, Held] = {}
+def layer_parts(slots: Mapping[str, Slot], name: str) -> dict[str, LayerPart]:
+    """Return canonical layer -> part of the adapter of that name. Raises NotFoundError if there is none."""
+    found: dict[str, LayerPart] = {}
     for path, slot in slots.items():
         layer = slot.module
         if isinstance(layer, KronLayer) and name in layer.branches:
@@ -122,30 +168,30 @@ def held(slots: Mapping[str, Slot], name: str) -> dict[str, Held]:
 
 
 def branch_at(slot: Slot, name: str) -> tuple[KronLayer, Branch]:
-    """The layer and the branch in a slot. Raises NotFoundError where no such adapter is there."""
+    """Return the layer and the branch in a slot. Raises NotFoundError if the adapter is not attached there."""
     layer = slot.module
     if not isinstance(layer, KronLayer):
         raise unknown_name(name, [slot])
     return layer, layer.branch(name)
 
 
-def _parts(path: str, branch: Branch) -> dict[str, Held]:
+def _parts(path: str, branch: Branch) -> dict[str, LayerPart]:
     if not branch.parts:
-        return {branch.layer or _named(path): Held(branch, slice(None), None)}
+        return {branch.layer or _check_named(path): LayerPart(branch, slice(None), None)}
     found, first = {}, 0
     for part in branch.parts:
-        found[part.layer] = Held(branch, slice(first, first + part.sums), part.rows)
+        found[part.layer] = LayerPart(branch, slice(first, first + part.sums), part.rows)
         first += part.sums
     return found
 
 
-def _named(path: str) -> str:
+def _check_named(path: str) -> str:
     if path.startswith(f"{UNKNOWN}."):
-        raise AmbiguousError(f"{path} may belong to any component.", fix="Say which with component=.")
+        raise AmbiguousError(f"{path} may belong to any component.", fix="Specify it with component=.")
     return path
 
 
-def _delta(part: Held) -> LayerDelta:
+def _delta(part: LayerPart) -> LayerDelta:
     value = part.branch.value
     if part.rows is None:
         return value

@@ -1,11 +1,11 @@
-"""In which order the factors of a Kronecker sum meet the input, chosen once from what each order costs. Torch-free.
+"""The order in which the factors of a Kronecker sum are applied to the input, chosen by cost. Torch-free.
 
 An input row is a matrix X (a2, b2), and A ⊗ B turns it into A X Bᵀ. So A works from the left and B from the right,
 in any order; a low-rank factor is two such steps. Multiply-adds per row with one term and dense factors:
 
     B first   a2·b1·(b2 + a1)          A first   a1·b2·(a2 + b1)
 
-With 64x4 on 1280x1280 that is 1 to 16, and it is the reason why this file exists.
+With shape 64x4 on 1280x1280, that is 1 to 16, which is why the order matters.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Literal
 
 Side = Literal["left", "right"]
 Role = Literal["open", "middle", "close"]
-Sizes = Sequence[tuple[int, int]]  # (rows, columns) of the matrices on one side, the first to be applied first
+Sizes = Sequence[tuple[int, int]]  # (rows, columns) of the matrices on one side, in order of application
 
 
 @dataclass(frozen=True)
 class ChainStep:
-    """One multiplication. The state before it is (N, p, k, q): k terms side by side, one until the first step."""
+    """One multiplication. The state before it is (N, p, k, q) with k terms side by side, one before the first step."""
 
     side: Side
-    factor: int  # which of the chain's factors
+    factor: int  # index among the chain's factors
     role: Role  # the first step opens the sum over terms, the last closes it
     p: int
     k: int
@@ -58,9 +58,9 @@ class _Link:
 
 
 def cheapest_chain(lefts: Sizes, rights: Sizes, terms: int = 1, kernel: int = 1) -> Chain:
-    """The cheapest order of the matrices of A (`lefts`) and of B (`rights`); an identity on one side is ().
+    """Return the cheapest order of the matrices of A (`lefts`) and B (`rights`); () stands for an identity.
 
-    Columns of B do not count the `kernel` positions that its first matrix has for each of them.
+    Column counts of B exclude the `kernel` positions that its first matrix has per column.
 
     >>> chain = cheapest_chain([(64, 4)], [(20, 320)])
     >>> [step.side for step in chain.steps], chain.cost == 4 * 20 * (320 + 64)
@@ -72,10 +72,10 @@ def cheapest_chain(lefts: Sizes, rights: Sizes, terms: int = 1, kernel: int = 1)
 
 
 def cheaper_beside(chain: Chain, lefts: Sizes, rights: Sizes, kernel: int = 1) -> Chain | None:
-    """The other order of a chain of A and B, where derivatives through both orders cost less than through one.
+    """Return the other order of a chain if derivatives through both orders cost less than through one.
 
-    With y = A X Bᵀ and its derivative G, one order remakes z = X Bᵀ and needs AᵀG for dA = G zᵀ, dB = (AᵀG)ᵀ X and
-    dX = (AᵀG) B. Both together need no z: dA = (G B) Xᵀ, and dX is Aᵀ (G B) where that is cheaper.
+    With y = A X Bᵀ and its derivative G, one order recomputes z = X Bᵀ and needs AᵀG for dA = G zᵀ, dB = (AᵀG)ᵀ X and
+    dX = (AᵀG) B. Both together need no z: dA = (G B) Xᵀ, and dX is Aᵀ (G B) if that is cheaper.
 
     >>> square, tall = ([(8, 8)], [(80, 80)]), ([(64, 4)], [(10, 160)])
     >>> [cheaper_beside(cheapest_chain(*sizes), *sizes) is None for sizes in (square, tall)]
@@ -99,11 +99,11 @@ def _chains(lefts: Sizes, rights: Sizes, terms: int, kernel: int) -> list[Chain]
 
 
 def _orders(left: list[_Link], right: list[_Link]) -> Iterator[list[_Link]]:
-    """Every order that keeps the order within each side; where costs tie, B first."""
+    """Yield every order that keeps the order within each side; ties go to B first."""
     total = len(left) + len(right)
-    for places in reversed(list(combinations(range(total), len(left)))):
+    for positions in reversed(list(combinations(range(total), len(left)))):
         lefts, rights = iter(left), iter(right)
-        yield [next(lefts) if i in places else next(rights) for i in range(total)]
+        yield [next(lefts) if i in positions else next(rights) for i in range(total)]
 
 
 def _chain(order: list[_Link], start: tuple[int, int], terms: int, kernel: int) -> Chain:

@@ -1,6 +1,6 @@
 """One step of a chain: a multiplication from the left or the right, and its derivatives.
 
-The state is (N, p·k·q, …): channels first, then the places of a picture where the layer is a convolution. Every
+The state is (N, p·k·q, …): channels first, then the positions of an image if the layer is a convolution. Every
 step is a product with one matrix W, in which the matrices of the terms are arranged so that the sum over terms
 happens inside the product.
 """
@@ -16,14 +16,14 @@ from torch.nn import functional
 
 from krona_hub.layers.chain import ChainStep
 
-# (side, role) -> where the axes (term, row, column) of a factor go in W; rows of W first
+# (side, role) -> order of the axes (term, row, column) of a factor in W; rows of W first
 AXES: Mapping[tuple[str, str], tuple[int, int, int]] = {
     ("right", "open"): (0, 1, 2),  # rows (term, row), columns (column)
     ("right", "close"): (1, 0, 2),  # rows (row), columns (term, column)
     ("left", "open"): (1, 0, 2),  # rows (row, term), columns (column)
     ("left", "close"): (1, 2, 0),  # rows (row), columns (column, term)
 }
-DIAGONAL: Mapping[str, tuple[int, int, int, int]] = {  # the same between first and last: the terms stay apart
+DIAGONAL: Mapping[str, tuple[int, int, int, int]] = {  # for middle steps, where the terms stay separate
     "right": (2, 0, 3, 1),  # of (row, column, term, term): rows (term, row), columns (term, column)
     "left": (0, 2, 1, 3),  # rows (row, term), columns (column, term)
 }
@@ -31,7 +31,7 @@ DIAGONAL: Mapping[str, tuple[int, int, int, int]] = {  # the same between first 
 
 @dataclass(frozen=True)
 class Window:
-    """How a convolution moves over its input."""
+    """Kernel size, stride, padding and dilation of a convolution."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -40,13 +40,13 @@ class Window:
 
     @property
     def point(self) -> Window:
-        """A 1×1 convolution, for the steps that do not hold the kernel."""
+        """A 1×1 convolution, for the steps without the kernel."""
         one = (1,) * len(self.kernel)
         return Window(one, one, (0,) * len(one), one)
 
 
-def arranged(factor: Tensor, step: ChainStep) -> Tensor:
-    """W of a step, from a factor (terms, rows, columns)."""
+def arrange(factor: Tensor, step: ChainStep) -> Tensor:
+    """Arrange a factor (terms, rows, columns) as the matrix W of a step."""
     terms, rows, columns = factor.shape
     if terms == 1:
         return factor[0]
@@ -57,8 +57,8 @@ def arranged(factor: Tensor, step: ChainStep) -> Tensor:
     return factor.permute(AXES[step.side, step.role]).reshape(-1, width)
 
 
-def gathered(w: Tensor, step: ChainStep, shape: torch.Size) -> Tensor:
-    """The adjoint of `arranged`: from the derivative of W to that of the factor, (terms, rows, columns)."""
+def gather(w: Tensor, step: ChainStep, shape: torch.Size) -> Tensor:
+    """The adjoint of `arrange`: convert the derivative of W to that of the factor, (terms, rows, columns)."""
     terms, rows, columns = shape
     if terms == 1:
         return w[None]
@@ -75,16 +75,16 @@ def _inverse(axes: tuple[int, ...]) -> list[int]:
 
 
 def forward(z: Tensor, w: Tensor, step: ChainStep, window: Window | None) -> Tensor:
-    """W applied to the state."""
-    n, places = len(z), z.shape[2:]
+    """Apply W to the state."""
+    n, positions = len(z), z.shape[2:]
     if step.side == "left":
-        return left_product(w, z.reshape(n, w.shape[1], -1)).reshape(n, -1, *places)
+        return left_product(w, z.reshape(n, w.shape[1], -1)).reshape(n, -1, *positions)
     if window is None:
         return right_product(z.reshape(n * step.p, -1), w).reshape(n, -1)
     window = window if step.kernel else window.point
-    image = z.reshape(n * step.p, step.k * step.q, *places)
-    made = convolve(image, w.reshape(len(w), -1, *window.kernel), window)
-    return made.reshape(n, -1, *made.shape[2:])
+    image = z.reshape(n * step.p, step.k * step.q, *positions)
+    out = convolve(image, w.reshape(len(w), -1, *window.kernel), window)
+    return out.reshape(n, -1, *out.shape[2:])
 
 
 def left_product(w: Tensor, z: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def right_product(z: Tensor, w: Tensor) -> Tensor:
 
 
 def to_factor(g: Tensor, z: Tensor, w: Tensor, step: ChainStep, window: Window | None) -> Tensor:
-    """The derivative of W, from the state before the step and the derivative of the state after it."""
+    """Return the derivative of W, from the state before the step and the derivative of the state after it."""
     if step.side == "left":
         outer, matrices = g.reshape(len(z), len(w), -1), z.reshape(len(z), w.shape[1], -1)
         if outer.shape[-1] == 1:
@@ -112,7 +112,7 @@ def to_factor(g: Tensor, z: Tensor, w: Tensor, step: ChainStep, window: Window |
 
 
 def to_input(g: Tensor, shape: torch.Size, w: Tensor, step: ChainStep, window: Window | None) -> Tensor:
-    """The derivative of the state before the step, which has this shape, from that of the state after it."""
+    """Return the derivative of the state before the step, of this shape, from that of the state after it."""
     if step.side == "left":
         return left_product(w.mT, g.reshape(shape[0], len(w), -1)).reshape(shape)
     if window is None:
@@ -126,16 +126,16 @@ def _convolution_backward(g: Tensor, z: Tensor, w: Tensor, step: ChainStep, wind
     image = z.reshape(len(z) * step.p, step.k * step.q, *z.shape[2:])
     outer = g.reshape(len(image), len(w), *g.shape[2:])
     kernel, zeros = w.reshape(len(w), -1, *window.kernel), [0] * len(window.kernel)
-    made = torch.ops.aten.convolution_backward(
+    derivatives = torch.ops.aten.convolution_backward(
         outer, image, kernel, None, window.stride, window.padding, window.dilation, False, zeros, 1,
         [of_input, not of_input, False],
     )  # fmt: skip
-    found: Tensor = made[0 if of_input else 1]
-    return found
+    derivative: Tensor = derivatives[0 if of_input else 1]
+    return derivative
 
 
 def convolve(image: Tensor, kernel: Tensor, window: Window | None, groups: int = 1) -> Tensor:
-    """A convolution in one, two or three dimensions, without bias; the product with a matrix without a window."""
+    """Convolve in one, two or three dimensions, without bias; without a window, multiply by the matrix."""
     if window is None:
         return image @ kernel.mT
     conv = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[len(window.kernel)]

@@ -1,6 +1,6 @@
 """One Kronecker sum inside a torch module: its factors as tensors that move with the model.
 
-A factor of one number is multiplied into the other side, so that a LoRA, [[1]] ⊗ (up·down), costs what a LoRA costs.
+A 1×1 factor is multiplied into the other side, so that a LoRA, [[1]] ⊗ (up·down), costs no more than a LoRA.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from krona_hub.layers.contraction import Contraction
 
 
 class KronSum(nn.Module):
-    """Σ Aₖ ⊗ Bₖ of one layer: factors to train, or the numbers of a file to use."""
+    """Σ Aₖ ⊗ Bₖ of one layer, with trainable factors or the fixed factors of a file."""
 
     def __init__(self, terms: KronTerms, window: Window | None, like: Tensor, trainable: bool) -> None:
-        """On the device of `like`; in its type too, where the numbers are not to be trained."""
+        """Create it on the device of `like`, and in its type unless trainable."""
         super().__init__()
         self.rows: Rows = terms.rows
         self.shape = terms.shape
@@ -34,11 +34,11 @@ class KronSum(nn.Module):
         self.contraction = self._contraction(window)
 
     def _contraction(self, window: Window | None) -> Contraction | None:
-        """The chain of products; None where the columns of one block of A would end inside a kernel of B."""
+        """The chain of products; None if the columns of a block of A would end inside a kernel of B."""
         kernel = prod(window.kernel) if window else 1
         lefts, rights = self._sizes("left"), self._sizes("right")
         if kernel > 1 and not rights:
-            rights, lefts = lefts, []  # one dense or low-rank matrix: B, whatever it is called
+            rights, lefts = lefts, []  # a single dense or low-rank matrix counts as B
         if kernel > 1 and rights[0][1] % kernel:
             return None
         first, *rest = rights or [(1, 1)]
@@ -56,7 +56,7 @@ class KronSum(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
-        """A before B, down before up: the order of the chain's numbers."""
+        """The factors in the order of the chain: A before B, down before up."""
         return tuple(getattr(self, name) for name in self.names)
 
     @property
@@ -65,11 +65,11 @@ class KronSum(nn.Module):
 
     @property
     def value(self) -> KronTerms:
-        """The sum, with ones for a side that `essential` dropped. Its tensors are the module's own."""
+        """The sum, with ones for a side that `essential` dropped. It shares the module's tensors."""
         return KronTerms(self._side("left"), self._side("right"), self.rows)
 
     def snapshot(self) -> KronTerms:
-        """The sum as it is now: what is trained on does not change it."""
+        """Copy the sum, so that further training does not change it."""
         return KronTerms(_copied(self.value.left), _copied(self.value.right), self.rows)
 
     def _side(self, side: str) -> Factor:
@@ -82,20 +82,20 @@ class KronSum(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, terms: KronTerms) -> None:
-        """Other numbers into the same tensors. They must have the same sizes."""
+        """Copy terms of the same sizes into the existing tensors."""
         for name, tensor in essential(terms, self.factors[0].dtype):
             getattr(self, name).copy_(tensor)
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """float32 at least: what factors are trained in."""
+    """Return the type for training, at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def essential(terms: KronTerms, dtype: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
-    """(name, tensor) of the factors without a side that is one number; in the order of the chain.
+    """Return (name, tensor) of the factors in chain order, without a side of size 1×1.
 
-    For float16 the factors of a sum are brought to one magnitude: ΔW is the same, and nothing underflows.
+    For float16, the factors are scaled to equal magnitudes: ΔW is the same, and nothing underflows.
     """
     left, right, one = terms.left, terms.right, (1, 1)
     if terms.shape[:2] == one:
@@ -114,7 +114,7 @@ def _copied(factor: Factor) -> Factor:
 
 
 def _absorbed(factor: Factor, scalars: Factor) -> Factor:
-    """Σₖ sₖ Mₖ as one term: dense matrices are added, low-rank ones stand side by side."""
+    """Return Σₖ sₖ Mₖ as one term: dense matrices are added, low-rank ones concatenated."""
     numbers = dense_factor(scalars)
     if isinstance(factor, LowRank):
         up = factor.up.to(wide(factor.up)) * numbers

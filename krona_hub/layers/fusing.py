@@ -1,7 +1,7 @@
-"""Adapters into the base weights of a model, and out again bit by bit: `fuse`, `unfuse`.
+"""Fuse adapters into the base weights of a model, and restore the weights bit by bit: `fuse`, `unfuse`.
 
-W' = W + Σ scale · ΔW in float64, rounded once to the type of the weight: the numbers that `krona_hub.merge` writes
-with exact rounding. The old weight is kept in the memory of the CPU, and `unfuse` puts it back.
+W' = W + Σ scale · ΔW in float64, rounded once to the type of the weight, as `krona_hub.merge` does with exact rounding.
+The original weight is kept in CPU memory, and `unfuse` restores it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,37 @@ WIDE = (torch.float32, torch.float64)
 
 
 def fuse(model: Any, *, component: str | None = None) -> int:
-    """Add every attached adapter, at its scale, to the base weights; the number of weights that have changed.
+    """Add every attached adapter, at its strength, to the base weights: all of them or none.
 
-    The model then costs what its base costs, and its `state_dict` is the merged model's. All or nothing: raises
-    ConflictError where adapters are fused already, UnsupportedError where a weight is quantised or offloaded,
-    NonFiniteError where a sum is more than the type of the weight holds.
+    The model then costs as much as its base, and its `state_dict` is that of the merged model.
+
+    Parameters
+    ----------
+    model : diffusers pipeline or model
+    component : component of a lone model, or the only component of a pipeline to change
+
+    Returns
+    -------
+    int
+        Number of weights that changed.
+
+    Raises
+    ------
+    ConflictError
+        Adapters are already fused.
+    UnsupportedError
+        A weight is quantized, packed or offloaded.
+    NonFiniteError
+        A sum overflows the type of the weight.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from krona_hub.layers import KronLinear
+    >>> model = nn.Sequential(KronLinear(nn.Linear(4, 2), shape=(2, 2)))
+    >>> fuse(model)
+    1
+    >>> unfuse(model)
     """
     slots = kron_layers(models_of(model, component))
     check_not_fused(slots.values())
@@ -43,20 +69,40 @@ def fuse(model: Any, *, component: str | None = None) -> int:
 
 
 def unfuse(model: Any, *, component: str | None = None) -> None:
-    """Put the base weights back as they were, bit by bit, and let the adapters work beside them again.
+    """Restore the base weights bit by bit, and apply the adapters beside them again.
 
-    Where the model was cast in between, they are what the cast makes of them. Raises ConflictError where nothing is
-    fused.
+    If the model was cast after `fuse`, the weights are restored in the new type.
+
+    Parameters
+    ----------
+    model : diffusers pipeline or model
+    component : component of a lone model, or the only component of a pipeline to change
+
+    Raises
+    ------
+    ConflictError
+        No adapter is fused.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from krona_hub.layers import KronLinear
+    >>> model = nn.Sequential(KronLinear(nn.Linear(4, 2), shape=(2, 2)))
+    >>> before = model[0].weight.clone()
+    >>> _ = fuse(model)
+    >>> unfuse(model)
+    >>> torch.equal(model[0].weight, before)
+    True
     """
     slots = kron_layers(models_of(model, component)).values()
     if not any(layer.fused for layer in layers_of(slots)):
-        raise ConflictError("no adapter is fused.", fix="Call fuse first.")
+        raise ConflictError("No adapter is fused.", fix="Call fuse first.")
     restore(slots)
 
 
 @torch.no_grad()
 def restore(slots: Iterable[Slot]) -> None:
-    """Undo `fuse` wherever it was done."""
+    """Undo `fuse` in every layer."""
     for layer in layers_of(slots):
         if layer.original is not None:
             _weight("", layer).copy_(layer.original)
@@ -67,34 +113,34 @@ def _weight(path: str, layer: KronLayer) -> Tensor:
     weight = layer.readable_weight
     if weight is None:
         raise UnsupportedError(
-            f"{path}: its weight is quantised, packed or offloaded, and nothing can be added to it.",
-            fix="Load the model in fp32, fp16 or bf16 and without offloading, or leave the adapters beside it.",
+            f"{path}: its weight is quantized, packed or offloaded, and cannot be changed.",
+            fix="Load the model in fp32, fp16 or bf16 and without offloading, or do not fuse the adapters.",
         )
     return weight
 
 
 @torch.no_grad()
 def _fuse(path: str, layer: KronLayer, weight: Tensor) -> bool:
-    """Whether there is anything to add."""
+    """Fuse one layer; return whether there was anything to add."""
     layer.fused = tuple(name for name, _ in layer.adapters())
     parts = [(branch.value, branch.scale) for _, branch in layer.adapters() if branch.scale]
     if not parts:
         return False
-    device = torch.device("cpu") if weight.device.type == "mps" else weight.device  # which has no float64
+    device = torch.device("cpu") if weight.device.type == "mps" else weight.device  # MPS has no float64
     base = weight.to(device, torch.float64)
     total = base.clone()
     for delta, scale in parts:
         total.add_(exact(delta, device).dense(base).reshape(base.shape), alpha=scale)
     merged = rounded_once(total, weight.dtype)
     if not bool(merged.isfinite().all()) and bool(base.isfinite().all()):
-        raise NonFiniteError(f"{path} overflows {weight.dtype}.", fix="Take smaller scales, or a wider type.")
+        raise NonFiniteError(f"{path} overflows {weight.dtype}.", fix="Use smaller strengths, or a wider type.")
     layer.original = weight.detach().to("cpu", copy=True)
     weight.copy_(merged)
     return True
 
 
 def exact(delta: LayerDelta, device: torch.device) -> LayerDelta:
-    """The same numbers in float64."""
+    """Convert the factors to float64."""
 
     def widened(factor: Factor) -> Factor:
         if isinstance(factor, LowRank):
@@ -107,12 +153,12 @@ def exact(delta: LayerDelta, device: torch.device) -> LayerDelta:
 
 
 def rounded_once(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 → dtype in one rounding: torch itself goes by way of float32, and rounds twice.
+    """Round float64 to `dtype` once: torch itself converts through float32, and rounds twice.
 
-    In float32 first, what is inexact with its last bit set ("round to odd"); rounding that again is rounding once
-    (Boldo & Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    First round to float32, setting the last bit of inexact values ("round to odd"); rounding the result again equals
+    rounding once (Boldo & Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
 
-    >>> tie = torch.tensor([1 + 2.0**-8 + 2.0**-40], dtype=torch.float64)  # just above the middle of two bfloat16
+    >>> tie = torch.tensor([1 + 2.0**-8 + 2.0**-40], dtype=torch.float64)  # just above the midpoint of two bfloat16
     >>> rounded_once(tie, torch.bfloat16), tie.to(torch.bfloat16)
     (tensor([1.0078], dtype=torch.bfloat16), tensor([1.], dtype=torch.bfloat16))
     """

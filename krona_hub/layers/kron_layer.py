@@ -1,4 +1,4 @@
-"""A base layer with adapters around it.
+"""A base layer wrapped with adapters.
 
 The base is only called; its weight is read for DoRA, for fusing, and to train a small linear layer.
 """
@@ -19,14 +19,14 @@ from krona_hub.layers.adapter_branch import COMPUTED, Branch
 from krona_hub.layers.chain_step import Window
 
 DEFAULT = "default"
-NOT_OURS = ("base_layer", "get_base_layer")  # of PEFT: whoever finds them would take the layer off and us with it
+NOT_OURS = ("base_layer", "get_base_layer")  # of PEFT, which would unwrap the layer, and remove it, if it found them
 
 
 class KronLayer(nn.Module):
     """y = base(x) + Σ scale · ΔW x over the adapters of this layer.
 
-    In a state_dict the base keeps its own names, as if nothing were around it. Everything that this module does not
-    have (`weight`, `in_features`, …) is asked of the base.
+    In a state_dict, the base keeps its own names, as if it were not wrapped. Attributes that this module lacks
+    (`weight`, `in_features`, …) are looked up on the base.
     """
 
     base: nn.Module
@@ -41,17 +41,17 @@ class KronLayer(nn.Module):
         *,
         name: str = DEFAULT,
     ) -> None:
-        """With `shape`, the size (a1, a2) of A, factors to train are added: A ~ N(0, 1/a1²), B = 0.
+        """With `shape`, the size (a1, a2) of A, add trainable factors: A ~ N(0, 1/a1²), B = 0.
 
-        So the layer starts as its base, which is left as it is: freeze it with `base.requires_grad_(False)`. Raises
-        ShapeError where the shape does not divide the weight, or a smaller number of terms is already exact.
+        The layer thus starts equal to its base, which is not frozen: call `base.requires_grad_(False)`. Raises
+        ShapeError if the shape does not divide the weight, or fewer terms are already exact.
         """
         super().__init__()
         self.base, self.weight_shape = base, weight_shape  # (out, in) or (out, in / groups, k, …)
         self.branches = nn.ModuleDict()
-        self.fused: tuple[str, ...] = ()  # names of the adapters that are in the weight for the moment
-        self.original: Tensor | None = None  # the weight without them, while they are fused into it
-        self.placed = False  # whether `attach` has put this layer into its model
+        self.fused: tuple[str, ...] = ()  # names of the adapters that are currently fused into the weight
+        self.original: Tensor | None = None  # the weight without them, while they are fused
+        self.placed = False  # whether `attach` inserted this layer into its model
         self.train(base.training)
         self._register_load_state_dict_pre_hook(self._give_base_its_names)  # type: ignore[no-untyped-call]
         if shape is not None:
@@ -61,7 +61,7 @@ class KronLayer(nn.Module):
 
     @property
     def window(self) -> Window | None:
-        """How the layer's convolution moves, None for a linear layer."""
+        """The window of a convolution; None for a linear layer."""
         return None
 
     @property
@@ -81,9 +81,9 @@ class KronLayer(nn.Module):
     def add(
         self, name: str, delta: LayerDelta, *, scale: float = 1.0, layer: str | None = None, trainable: bool = False
     ) -> None:
-        """Put an adapter's delta around the base.
+        """Add an adapter's delta to the layer.
 
-        Raises ShapeError where it is of another weight, ConflictError where the name is taken or two are DoRA.
+        Raises ShapeError if it is for another weight, ConflictError if the name is taken or two adapters are DoRA.
         """
         self._refuse_conflicts(name, delta)
         branch = Branch(
@@ -98,28 +98,28 @@ class KronLayer(nn.Module):
     def _refuse_conflicts(self, name: str, delta: LayerDelta) -> None:
         check_name(name)
         if name in self.branches:
-            raise ConflictError(f"an adapter {name!r} is attached already.", fix="Detach it first, or choose a name.")
+            raise ConflictError(f"An adapter {name!r} is already attached.", fix="Detach it, or choose another name.")
         if self.fused:
-            raise ConflictError("adapters are fused into the weights.", fix="Call unfuse first.")
+            raise ConflictError("Adapters are fused into the weights.", fix="Call unfuse first.")
         if delta.magnitude is not None and any(b.is_dora for _, b in self.adapters()):
             raise ConflictError(
-                "two DoRA adapters change one layer, and each sets its norm.", fix="Attach one of them at a time."
+                "Two DoRA adapters change one layer, and each sets its norm.", fix="Attach one of them at a time."
             )
 
     def _fitted(self, delta: LayerDelta) -> LayerDelta:
-        """The delta in the shape of this layer: a 1×1 convolution and a linear layer have the same matrix."""
+        """Return the delta in the shape of this layer: a 1×1 convolution and a linear layer have the same matrix."""
         shape = self.weight_shape
         if delta.weight_shape == shape:
             return delta
         if delta.weight_shape[:2] != shape[:2] or set(delta.weight_shape[2:] + shape[2:]) - {1}:
             raise ShapeError(
-                f"the adapter changes a weight of {delta.weight_shape}, the layer has {shape}.",
-                fix="Give the model that the adapter was made for.",
+                f"The adapter changes a weight of shape {delta.weight_shape}, but the layer has {shape}.",
+                fix="Use the model that the adapter was made for.",
             )
         return LayerDelta(delta.sums, shape, delta.magnitude, delta.magnitude_axis)
 
     def _like(self) -> Tensor:
-        """An empty tensor where the base is, of a type to compute in."""
+        """Return an empty tensor on the device of the base, in its compute type."""
         tensors = [*self.base.parameters(), *self.base.buffers()]
         floats = [t for t in tensors if t.dtype in COMPUTED and t.dim()]
         device = tensors[0].device if tensors and not tensors[0].is_meta else None  # offloaded: on meta until it runs
@@ -131,18 +131,18 @@ class KronLayer(nn.Module):
     def branch(self, name: str) -> Branch:
         found = dict(self.branches.items()).get(name)
         if not isinstance(found, Branch):
-            raise NotFoundError(f"no adapter {name!r} is attached.", fix=f"Attached: {', '.join(self.branches)}.")
+            raise NotFoundError(f"No adapter {name!r} is attached.", fix=f"Attached: {', '.join(self.branches)}.")
         return found
 
     def adapters(self) -> Iterator[tuple[str, Branch]]:
-        """(name, branch), in the order of attaching."""
+        """Yield (name, branch) in the order of attaching."""
         for name, branch in self.branches.items():
             if isinstance(branch, Branch):
                 yield name, branch
 
     @property
     def readable_weight(self) -> Tensor | None:
-        """The base weight where it is plain numbers of the expected size, None where it is packed or quantised."""
+        """The base weight if it is a plain tensor of the expected size; None if it is packed or quantized."""
         weight = getattr(self.base, "weight", None)
         if not isinstance(weight, Tensor) or weight.dtype not in COMPUTED or weight.is_meta:
             return None
@@ -157,11 +157,11 @@ class KronLayer(nn.Module):
         return self._added(x, *args, **kwargs)
 
     def _added(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Eager: into the output of the base, where that is a tensor that nobody else holds."""
+        """Add the adapters to the base's output; in eager mode in place, if no one else holds that tensor."""
         raise NotImplementedError
 
     def _sum(self, out: Tensor, x: Tensor, in_place: bool) -> Tensor:
-        """`out` of the base, plus every adapter's part; DoRA first, as it starts from the base alone."""
+        """Add every adapter's contribution to `out` of the base; DoRA first, as it starts from the base alone."""
         for _, branch in sorted(self.adapters(), key=lambda item: not item[1].is_dora):
             if branch.is_dora and branch.scale:
                 out = out + branch.scale * self._dora(branch, out, x)
@@ -171,7 +171,7 @@ class KronLayer(nn.Module):
         return out
 
     def _traced_sum(self, out: Tensor, x: Tensor) -> Tensor:
-        """The same as plain products for torch.compile, with the strengths as tensors."""
+        """The same for torch.compile: plain products, with the strengths as tensors."""
         total = out
         for _, branch in self.adapters():
             part = branch.strength * self._dora(branch, out, x) if branch.is_dora else branch.delta(x, branch.strength)
@@ -183,18 +183,16 @@ class KronLayer(nn.Module):
         return branch.dora_delta(out, x, self.base, bias, self.readable_weight)
 
     def _makes_new_output(self, kind: type[nn.Module]) -> bool:
-        """Whether the base's output belongs to us: an ordinary layer, with nobody listening."""
+        """Whether the base's output can be overwritten: an ordinary layer without hooks."""
         base = self.base
-        heard = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        return type(base) is kind and not heard and "forward" not in vars(base)
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return type(base) is kind and not hooked and "forward" not in vars(base)
 
     # state_dict: the base under its own names, and the factors that are stored beside it
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         if args:
-            raise UsageError(
-                "state_dict takes no positional arguments.", fix="Write destination=, prefix=, keep_vars=."
-            )
+            raise UsageError("state_dict takes no positional arguments.", fix="Use destination=, prefix=, keep_vars=.")
         destination = self.base.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         for name, branch in self.adapters():
             if branch.stored:
@@ -202,7 +200,7 @@ class KronLayer(nn.Module):
         return destination
 
     def _give_base_its_names(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Before loading: the base's own names → where it is kept; factors that are not stored load as they are."""
+        """Before loading, map the base's own names to `base.`; factors that are not stored keep their values."""
         own = f"{prefix}branches."
         for key in [k for k in state if k.startswith(prefix) and not k.startswith((own, f"{prefix}base."))]:
             state[f"{prefix}base.{key[len(prefix) :]}"] = state.pop(key)
@@ -215,13 +213,13 @@ class KronLayer(nn.Module):
 
 
 def check_name(name: str) -> None:
-    """Raise UsageError where torch cannot have a module of this name."""
+    """Raise UsageError if torch does not allow a module of this name."""
     if not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise UsageError(f"{name!r} cannot name an adapter.", fix="Use letters, digits, '-' and '_'.")
+        raise UsageError(f"Invalid adapter name {name!r}.", fix="Use letters, digits, '-' and '_'.")
 
 
 def fresh_terms(weight_shape: tuple[int, ...], shape: tuple[int, int], terms: int) -> KronTerms:
-    """Factors to train, as DiffuseKronA starts them: A ~ N(0, 1/a1²), B = 0.
+    """Initialize trainable factors as DiffuseKronA does: A ~ N(0, 1/a1²), B = 0.
 
     >>> str(fresh_terms((320, 768), (64, 4), 2).shape)
     '64x4 ⊗ 5x192'
@@ -234,6 +232,6 @@ def fresh_terms(weight_shape: tuple[int, ...], shape: tuple[int, int], terms: in
 
 
 def core(module: nn.Module) -> nn.Module:
-    """The layer itself, where another tool has put its own wrapper around it."""
+    """Return the layer inside another library's wrapper, or the module itself."""
     inner = getattr(module, "base_layer", None)
     return inner if isinstance(inner, nn.Module) else module

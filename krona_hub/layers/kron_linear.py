@@ -1,4 +1,4 @@
-"""KronLinear: a linear layer, or anything that is called like one, with Kronecker adapters."""
+"""KronLinear: a linear layer, or a module with the same interface, with Kronecker adapters."""
 
 from __future__ import annotations
 
@@ -14,18 +14,35 @@ from krona_hub.layers.adapter_branch import Branch
 from krona_hub.layers.factors import KronSum
 from krona_hub.layers.kron_layer import DEFAULT, KronLayer, core
 
-# Numbers of a weight up to which W + ΔW is formed in training, on a CPU. The chain of products makes fewer
-# multiply-adds at any size, but more and smaller products, whose overhead is more than they save in a small layer:
-# about here both cost the same (benchmarks/results/formed.json).
+# Size of a weight up to which W + ΔW is formed in training on a CPU. The chain of products needs fewer multiply-adds at
+# any size, but more and smaller products, whose overhead exceeds the savings in a small layer: at about this size, both
+# cost the same (benchmarks/results/formed.json).
 SMALL = 2**17
 
 
 class KronLinear(KronLayer):
-    """y = base(x) + Σ scale · ΔW x with x (…, in) and ΔW = Σₖ Aₖ ⊗ Bₖ, which is formed only to train a small layer.
+    """Linear layer with Kronecker adapters: y = base(x) + Σ scale · ΔW x, with x (…, in) and ΔW = Σₖ Aₖ ⊗ Bₖ.
 
-    The base may be any module that is called like a linear layer (a quantised one, say); `features` gives its
-    (out, in) where it has no `out_features` and `in_features`.
+    ΔW (out, in) is formed only to train a small layer on a CPU. Factors start as in DiffuseKronA (arXiv:2402.17412):
+    A ~ N(0, 1/a1²), B = 0, so that the layer starts equal to its base.
 
+    Parameters
+    ----------
+    linear : nn.Linear, or a module called like one, such as a quantized layer; left unfrozen
+    shape : size (a1, a2) of A, to add trainable factors; a1 divides out, a2 divides in (default: none)
+    terms : number of terms of ΔW (default: 1)
+    name : name of the adapter (default: "default")
+    features : (out, in) of a module without `out_features` and `in_features`
+
+    Raises
+    ------
+    ShapeError
+        `shape` does not divide the weight, or fewer terms are already exact.
+    UnsupportedError
+        The sizes of `linear` are unknown.
+
+    Examples
+    --------
     >>> import torch
     >>> layer = KronLinear(nn.Linear(768, 320), shape=(64, 4))
     >>> layer(torch.ones(2, 77, 768)).shape, layer.branch("default").value.parameters
@@ -41,7 +58,7 @@ class KronLinear(KronLayer):
         name: str = DEFAULT,
         features: tuple[int, int] | None = None,
     ) -> None:
-        """See KronLayer. Raises UnsupportedError where the sizes of the base are unknown."""
+        """See KronLayer. Raises UnsupportedError if the sizes of the base are unknown."""
         super().__init__(linear, features or _features(linear), shape, terms, name=name)
 
     def _added(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -51,14 +68,14 @@ class KronLinear(KronLayer):
         ours = self._makes_new_output(nn.Linear)
         if ours and isinstance(self.base, nn.Linear) and (sums := self._sums_to_form(x, self.base)):
             return functional.linear(x, _formed(self.base.weight, sums), self.base.bias)
-        # Of more than two dimensions a linear layer returns a view, and autograd copies the gradient of a view that is
-        # written into.
+        # With more than two dimensions, a linear layer returns a view, and autograd copies the gradient of a view that
+        # is written to.
         out = self.base(_rows(x) if ours else x, *args, **kwargs)
         return self._sum(_rows(out), x, ours).reshape(*x.shape[:-1], out.shape[-1])
 
     def _sums_to_form(self, x: Tensor, base: nn.Linear) -> list[tuple[KronSum, float]]:
-        """The sums of which W + ΔW is made, with their scales; none where the chain of products is better, or where
-        the weight would be rounded to another type.
+        """Return the sums of W + ΔW with their scales, or none if the chain of products is better, or if the weight
+        would be rounded to another type.
         """
         if not (torch.is_grad_enabled() and x.is_cpu and _is_small_and_frozen(base)):
             return []
@@ -82,8 +99,8 @@ def _features(linear: nn.Module) -> tuple[int, int]:
     out, in_ = (getattr(core(linear), name, None) for name in ("out_features", "in_features"))
     if not isinstance(out, int) or not isinstance(in_, int):
         raise UnsupportedError(
-            f"a {type(linear).__name__} does not say how many features it takes and gives.",
-            fix="Give features=(out, in).",
+            f"A {type(linear).__name__} has no in_features and out_features.",
+            fix="Specify features=(out, in).",
         )
     return out, in_
 
@@ -98,4 +115,4 @@ def _formed(weight: Tensor, sums: Sequence[tuple[KronSum, float]]) -> Tensor:
 def _is_small_and_frozen(linear: nn.Linear) -> bool:
     weight, bias = linear.weight, linear.bias
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    return type(weight) is nn.Parameter and weight.numel() <= SMALL and frozen  # a subclass may be quantised
+    return type(weight) is nn.Parameter and weight.numel() <= SMALL and frozen  # a subclass may be quantized

@@ -1,4 +1,4 @@
-"""Which module of a model gets which delta of an adapter, and why some fit nowhere."""
+"""Match the deltas of an adapter to the modules of a model, with a cause for every delta that does not fit."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Problems = dict[str, KronaError]  # by canonical layer
 
 
 class Placing(NamedTuple):
-    """What one module gets: the delta of its layer, or of the several that diffusers has fused into it."""
+    """What one module gets: the delta of its layer, or of the several layers that diffusers fused into it."""
 
     slot: Slot
-    layer: str  # canonical name, the first of several
+    layer: str  # canonical name, or the first of several
     delta: LayerDelta
     parts: tuple[RowShare, ...] = ()
 
 
 class Share(NamedTuple):
-    """A layer's part in a module."""
+    """The part of a module that one layer gets."""
 
     slot: Slot
     layer: str
@@ -37,14 +37,14 @@ class Share(NamedTuple):
 
 
 def placings(deltas: Deltas, parts: Parts) -> tuple[list[Placing], Problems]:
-    """Where each delta goes, in their order, and the layers that do not fit."""
+    """Return the module for each delta, in order, and the layers that do not fit."""
     slots = slots_of(parts)
     shares: dict[tuple[int, str], list[Share]] = {}
     problems: Problems = {}
     for layer, delta in deltas.items():
         try:
             share = _share(layer, delta, slots, parts)
-            shares.setdefault(share.slot.place, []).append(share)
+            shares.setdefault(share.slot.position, []).append(share)
         except KronaError as error:
             problems[layer] = error
     return [_joined(each) for each in shares.values()], problems
@@ -53,36 +53,36 @@ def placings(deltas: Deltas, parts: Parts) -> tuple[list[Placing], Problems]:
 def _share(layer: str, delta: LayerDelta, slots: Mapping[str, Slot], parts: Parts) -> Share:
     component = layer.partition(".")[0]
     if component not in parts:
-        raise BaseMismatchError(f"there is no {component}.", fix="Load the pipeline with it.")
+        raise BaseMismatchError(f"The pipeline has no {component}.", fix="Load the pipeline with it.")
     slot = slots.get(layer)
     if slot is None:
-        raise BaseMismatchError("there is no such layer.", fix="Give the model that the adapter was made for.")
+        raise BaseMismatchError("The model has no such layer.", fix="Use the model that the adapter was made for.")
     shape = slot.weight_shape
     if shape is None or not _same_matrix(delta.weight_shape, shape):
         raise ShapeError(
-            f"the adapter changes a weight of {delta.weight_shape}, the layer has {shape}.",
-            fix="Give the model that the adapter was made for.",
+            f"The adapter changes a weight of shape {delta.weight_shape}, but the layer has {shape}.",
+            fix="Use the model that the adapter was made for.",
         )
     return Share(slot, layer, _in_rows(delta, slot))
 
 
 def _same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Equal shapes, kernels of 1×1 aside: a 1×1 convolution and a linear layer have the same matrix."""
+    """Whether shapes are equal up to 1×1 kernels: a 1×1 convolution and a linear layer have the same matrix."""
     return a == b or (a[:2] == b[:2] and set(a[2:] + b[2:]) <= {1})
 
 
 def _in_rows(delta: LayerDelta, slot: Slot) -> LayerDelta:
-    """The delta for the whole module, where only some of its rows are the layer."""
+    """Return the delta for the whole module if the layer is only some of its rows."""
     whole = weight_shape_of(slot.module)
     if slot.rows is None or whole is None:
         return delta
     if delta.magnitude is not None:
-        raise UnsupportedError("DoRA cannot go into a fused projection.", fix="Call unfuse_qkv_projections() first.")
+        raise UnsupportedError("A fused projection does not support DoRA.", fix="Call unfuse_qkv_projections() first.")
     return LayerDelta(tuple(among_rows(s, slot.rows[0], whole[0]) for s in delta.sums), whole)
 
 
 def _joined(shares: Sequence[Share]) -> Placing:
-    """The sums of q, k and v of a fused projection one after the other; mostly a share has its module alone."""
+    """Concatenate the sums of q, k and v of a fused projection; usually, a module has a single share."""
     slot, layer, delta = shares[0]
     if slot.rows is None:
         return Placing(slot, layer, delta)

@@ -1,4 +1,4 @@
-"""The modules of a model or pipeline by their canonical names, whatever other tools have wrapped around them."""
+"""The modules of a model or pipeline by their canonical names, ignoring wrappers of other libraries."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from krona_hub.adapters.adapter import COMPONENTS
 from krona_hub.errors import AmbiguousError, BaseMismatchError, UsageError
 from krona_hub.layers.kron_layer import KronLayer, core
 
-Range = tuple[int, int]  # first row, and the row behind the last
-UNKNOWN = "model"  # the component of a lone model whose class does not tell
+Range = tuple[int, int]  # first row, and one past the last
+UNKNOWN = "model"  # the component of a lone model of unknown class
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-FUSED: Mapping[str, tuple[str, ...]] = {  # what diffusers' fuse_qkv_projections makes -> its rows, from the top
+FUSED: Mapping[str, tuple[str, ...]] = {  # fused by diffusers' fuse_qkv_projections -> its rows, from the top
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
@@ -22,7 +22,7 @@ FUSED: Mapping[str, tuple[str, ...]] = {  # what diffusers' fuse_qkv_projections
 
 
 class Slot(NamedTuple):
-    """A place in a model where a module stands, and the rows of it that are meant."""
+    """The position of a module in a model, optionally restricted to some of its rows."""
 
     parent: nn.Module
     key: str
@@ -34,13 +34,13 @@ class Slot(NamedTuple):
         return module
 
     @property
-    def place(self) -> tuple[int, str]:
-        """Equal for slots of one module."""
+    def position(self) -> tuple[int, str]:
+        """Key that is equal for slots of one module."""
         return id(self.parent), self.key
 
     @property
     def weight_shape(self) -> tuple[int, ...] | None:
-        """The shape of the rows that are meant; None for what is no linear layer or convolution."""
+        """The shape of the slot's rows; None unless the module is a linear layer or a convolution."""
         shape = weight_shape_of(self.module)
         return (self.rows[1] - self.rows[0], *shape[1:]) if shape and self.rows else shape
 
@@ -49,31 +49,31 @@ class Slot(NamedTuple):
 
 
 def parts_of(target: Any, wanted: Collection[str] = (), component: str | None = None) -> dict[str, nn.Module]:
-    """Component -> model, of a pipeline (those that it has) or of a model alone.
+    """Return component -> model for a pipeline, or for a lone model.
 
-    What a lone model is: what `component` says, else the one component in `wanted`, else what its class says. Raises
-    UsageError for what is no model and for an unknown component, AmbiguousError where it may be one of several.
+    A lone model is `component`, else the only component in `wanted`, else the one of its class. Raises UsageError for
+    any other object and for an unknown component, AmbiguousError if the model may be one of several components.
     """
     if component is not None and component not in COMPONENTS:
-        raise UsageError(f"{component!r} is no component.", fix=f"Choose one of {', '.join(COMPONENTS)}.")
+        raise UsageError(f"Unknown component {component!r}.", fix=f"Choose one of {', '.join(COMPONENTS)}.")
     if isinstance(target, nn.Module):
         model = unwrapped(target)
         return {component or _component_of(model, wanted): model}
     parts = {c: unwrapped(m) for c in COMPONENTS if isinstance(m := getattr(target, c, None), nn.Module)}
     if not parts:
         raise UsageError(
-            f"a {type(target).__name__} is neither a model nor a pipeline with one.",
-            fix="Give a torch module, or a diffusers pipeline.",
+            f"A {type(target).__name__} is neither a model nor a pipeline with one.",
+            fix="Use a torch module or a diffusers pipeline.",
         )
     if component is not None and component not in parts:
         raise BaseMismatchError(
-            f"the pipeline has no {component}.", fix=f"It has {', '.join(parts)}; load the pipeline with it."
+            f"The pipeline has no {component}, only {', '.join(parts)}.", fix="Load the pipeline with it."
         )
     return {component: parts[component]} if component else parts
 
 
 def models_of(target: Any, component: str | None = None) -> dict[str, nn.Module]:
-    """As `parts_of`, for what need not know which component a lone model is: it may be called `model`."""
+    """Like `parts_of`, but a lone model of unknown class is called `model`."""
     if isinstance(target, nn.Module) and component is None:
         model = unwrapped(target)
         return {kind_of(model) or UNKNOWN: model}
@@ -87,13 +87,13 @@ def _component_of(model: nn.Module, wanted: Collection[str]) -> str:
     fitting = [c for c in wanted if kind is None or c.startswith(kind)]
     if len(fitting) > 1 or (kind is None and not fitting):
         raise AmbiguousError(
-            f"a {type(model).__name__} may be any of {', '.join(fitting or COMPONENTS)}.", fix="Say which: component=…"
+            f"A {type(model).__name__} may be any of {', '.join(fitting or COMPONENTS)}.", fix="Specify component=…"
         )
     return fitting[0] if fitting else str(kind)
 
 
 def kind_of(model: nn.Module) -> str | None:
-    """The (first) component that models of this class are; None where the class does not tell.
+    """Return the (first) component of models of this class; None for any other class.
 
     >>> kind_of(nn.Linear(2, 2)) is None
     True
@@ -107,7 +107,7 @@ def kind_of(model: nn.Module) -> str | None:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DataParallel and PEFT's PeftModel."""
+    """Return the model inside torch.compile, DataParallel and PEFT's PeftModel."""
     while (inner := _inside(module)) is not None:
         module = inner
     return module
@@ -129,7 +129,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 
 def slots_of(parts: Mapping[str, nn.Module]) -> dict[str, Slot]:
-    """Canonical layer -> slot, of every linear layer and convolution; rows of a fused projection where there is one."""
+    """Return canonical layer -> slot of every linear layer and convolution, or its rows in a fused projection."""
     return {
         f"{component}.{path}": slot
         for component, model in parts.items()
@@ -138,7 +138,7 @@ def slots_of(parts: Mapping[str, nn.Module]) -> dict[str, Slot]:
 
 
 def kron_layers(parts: Mapping[str, nn.Module]) -> dict[str, Slot]:
-    """`component.path` -> slot of every KronLayer, in the order of the model."""
+    """Return `component.path` -> slot of every KronLayer, in the order of the model."""
     return {
         f"{component}.{path}": slot
         for component, model in parts.items()
@@ -163,7 +163,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Slot]]:
 
 
 def _fused(model: nn.Module) -> dict[str, Slot]:
-    """Path of a projection that is fused now -> its rows of the fused one: the old module is not called any more."""
+    """Return path -> rows of the fused projection that replaced it: the original module is no longer called."""
     found = {}
     for name, attention in model.named_modules():
         if getattr(attention, "fused_projections", False) is True:
@@ -185,7 +185,7 @@ def _rows_of(attention: nn.Module) -> Iterator[tuple[str, Slot]]:
 
 
 def weight_shape_of(module: nn.Module) -> tuple[int, ...] | None:
-    """(out, in) or (out, in / groups, k, …), whatever the weight is packed as; None for what is neither.
+    """Return (out, in) or (out, in / groups, k, …), even for a packed weight; None for other modules.
 
     >>> weight_shape_of(nn.Conv2d(8, 12, 3, groups=2)), weight_shape_of(nn.SiLU())
     ((12, 4, 3, 3), None)

@@ -1,1 +1,1 @@
-"""Opening a base model with diffusers, and loading adapters into it."""
+"""Diffusers pipelines: opening a base model, and loading adapters into it."""

@@ -1,4 +1,4 @@
-"""Adapters of any format into a pipeline that is already in memory: `load_into`, `unload`."""
+"""Load adapters of any format into a pipeline in memory, and unload them: `load_into`, `unload`."""
 
 from __future__ import annotations
 
@@ -32,32 +32,80 @@ def load_into(
     allow_missing: bool = False,
     format: str | None = None,
 ) -> AttachReport:
-    """Load an adapter into a diffusers pipeline, or into one of its models, at a strength; nothing is merged.
+    """Load an adapter into a diffusers pipeline, or one of its models, without merging it.
 
-    `source` is an adapter's file or folder in any format, its Hub id, or an `Adapter`. Its names are looked up in the
-    modules that the pipeline has (`base`, a catalogue name or a folder, only where it was made for names that these do
-    not explain). `name` is what `set_scales` and `unload` know it by: the file's name, if none is given; the report
-    says. `component` and `format` settle what a file leaves open. What is no delta of a weight (embeddings, norms) is
-    kept out and named in the report. Raises BaseMismatchError where modules do not fit (`allow_missing` loads the
-    rest), and what `krona_hub.read` raises.
+    Tensors other than weight deltas (embeddings, norms) are not applied; the report lists them.
+
+    Parameters
+    ----------
+    pipe : diffusers pipeline or model; its modules resolve the adapter's key names
+    source : file or folder in any format, Hub id, or `Adapter`
+    scale : strength (default: 1.0)
+    name : name for `set_scales` and `unload` (default: from the file name; see the report)
+    component : component that an ambiguous file or a lone model belongs to
+    base : catalogue name or folder, for an adapter with key names of another layout
+    allow_missing : load the modules that fit instead of raising BaseMismatchError
+    format : format of an ambiguous file
+
+    Returns
+    -------
+    AttachReport
+        Name, adapted layers, missing layers and notes.
+
+    Raises
+    ------
+    BaseMismatchError
+        Some modules do not fit the pipeline. Errors of `krona_hub.read` are raised as well.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from krona_hub.adapters.adapter import LayerDelta
+    >>> from krona_hub.kron.terms import KronTerms
+    >>> delta = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 2)),), (2, 4))
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> print(load_into(model, Adapter({"unet.0": delta}), scale=0.5, name="toy"))
+    toy: 1 of 1 modules
+    >>> attached(model)
+    {'toy': 0.5}
     """
     adapter = _adapter(pipe, source, component, base, allow_missing, format)
     free = name or _free_name(pipe, source)
     report = attach(pipe, adapter, free, scale, component=component, allow_missing=allow_missing)
-    said = () if isinstance(source, Adapter) else adapter.provenance.notes
-    return replace(report, notes=(*report.notes, *(note for note in said if " modules matched " not in note)))
+    read_notes = () if isinstance(source, Adapter) else adapter.provenance.notes
+    return replace(report, notes=(*report.notes, *(note for note in read_notes if " modules matched " not in note)))
 
 
 def unload(pipe: Any, name: str | None = None) -> None:
-    """Take an adapter out of a pipeline, or all of them: its modules and numbers are exactly what they were.
+    """Remove an adapter, or all of them, and restore the modules and weights of a pipeline exactly.
 
-    Raises NotFoundError where no adapter has this name.
+    Parameters
+    ----------
+    pipe : diffusers pipeline or model
+    name : name of the adapter; None (default) removes all
+
+    Raises
+    ------
+    NotFoundError
+        No adapter of this name is attached.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from krona_hub.adapters.adapter import LayerDelta
+    >>> from krona_hub.kron.terms import KronTerms
+    >>> delta = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 2)),), (2, 4))
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> _ = load_into(model, Adapter({"unet.0": delta}), name="toy")
+    >>> unload(model, "toy")
+    >>> attached(model)
+    {}
     """
     detach(pipe, name)
 
 
 def base_of(pipe: Any, component: str | None = None) -> Base:
-    """What a pipeline, or a model alone, is as a base: the names and shapes of its modules."""
+    """Return a pipeline, or a lone model, as a base: the names and shapes of its modules."""
     parts = parts_of(pipe, (), component)
     components: dict[str, dict[str, ModuleSpec]] = {c: {} for c in parts}
     for layer, slot in slots_of(parts).items():
@@ -83,12 +131,12 @@ def _adapter(
 
 
 def _own_base(pipe: Any, component: str | None) -> Base:
-    """All of a pipeline, whatever component is wanted: a file for several is read as what it is."""
+    """The whole pipeline as a base, even for one component: a file may be for several."""
     return base_of(pipe, component if isinstance(pipe, nn.Module) else None)
 
 
 def _free_name(pipe: Any, source: str | Path | Adapter) -> str:
-    """A name that is not taken: the file's own, with a number where there are several."""
+    """Return the file's name, with a number appended if it is taken."""
     stem = "adapter" if isinstance(source, Adapter) else _stem(str(source))
     taken = attached(pipe)
     numbered = (f"{stem}_{i}" for i in range(2, len(taken) + 3))

@@ -17,25 +17,25 @@ SINGLE_FILES: Mapping[str, str] = {  # start of a family's name -> the pipeline 
 }  # fmt: skip
 
 
-def device_for(asked: str | None) -> str:
-    """The device that was asked for, or the best that there is. Raises NoDeviceError where there is none such."""
+def device_for(requested: str | None) -> str:
+    """Return the requested device, or the best available one. Raises NoDeviceError if it is not available."""
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if asked is None:
+    if requested is None:
         return next(name for name, here in there.items() if here)
-    kind, _, number = asked.partition(":")
+    kind, _, number = requested.partition(":")
     count = getattr(torch, kind).device_count() if kind in ("cuda", "xpu") else 1
     here = there.get(kind, hasattr(torch, kind) and getattr(torch, kind).is_available())
     if here and (not number or (number.isdigit() and int(number) < count)):
-        return asked
-    found = ", ".join(name for name, here in there.items() if here)
-    raise NoDeviceError(f"this machine has no device {asked} that torch can use.", fix=f"Give --device {found}.")
+        return requested
+    found = " or ".join(name for name, here in there.items() if here)
+    raise NoDeviceError(f"Device {requested} is not available to torch.", fix=f"Use --device {found}.")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars, the warnings and the chatter of diffusers and transformers."""
+    """Suppress the progress bars, warnings and logs of diffusers and transformers."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
@@ -57,16 +57,16 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def told(source: str) -> Iterator[None]:
-    """What diffusers says of a broken or incomplete base, as an error of ours."""
+def loading_errors(source: str) -> Iterator[None]:
+    """Turn errors of diffusers for a broken or incomplete base into a KronaError."""
     try:
         yield
     except KronaError:
         raise
     except NotImplementedError as problem:  # a tensor that was expected and never filled
         raise IncompleteError(
-            f"{source} has not all the weights of a pipeline: a part is missing, such as the autoencoder.",
-            fix="Give a diffusers folder, or a file that holds the whole pipeline.",
+            f"{source} lacks weights of the pipeline, such as the autoencoder.",
+            fix="Specify a diffusers folder, or a file with the whole pipeline.",
         ) from problem
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as problem:
         words = " ".join(str(problem).split())[:200]
@@ -78,24 +78,24 @@ def told(source: str) -> Iterator[None]:
 
 
 def pipeline_for(source: str, family: str | None) -> str:
-    """The pipeline for a family's checkpoints in one file."""
+    """Return the pipeline class for a family's single-file checkpoints."""
     for start, name in SINGLE_FILES.items():
         if (family or "").startswith(start):
             return name
     raise UnknownBaseError(
-        f"{source} is no base that krona knows as a single file.",
-        fix="Give a diffusers folder, or --config FOLDER|ID: a diffusers pipeline of the same kind.",
+        f"Unknown pipeline class for the checkpoint file {source}.",
+        fix="Specify a diffusers folder, or --config FOLDER|ID with a diffusers pipeline of the same kind.",
     )
 
 
 def no_base(source: str) -> KronaError:
-    """Why a source that leads to no file is no base: a name without weights, or nothing at all."""
+    """Return the error for a base without files: a catalogue name without weights, or a missing path."""
     known = catalogue.find(source)
     if known is None:
         return NotFoundError(f"{source}: no such file or folder.", fix="Check the path; a Hub id is written ns/name.")
     hub_id = catalogue.get(source).hub_id
     where = f" or its Hub id, {hub_id}" if hub_id else ""
     return UnknownBaseError(
-        f"{source} is the name of a base; here its weights are needed.",
-        fix=f"Give its diffusers folder, its checkpoint file{where}.",
+        f"{source} is a catalogue name, but the weights of the base model are needed.",
+        fix=f"Specify its diffusers folder, its checkpoint file{where}.",
     )

@@ -42,7 +42,7 @@ def test_the_card_is_valid_and_says_what_the_repository_is(hub, style):
 def test_the_card_says_how_to_load_a_copy_without_a_network(hub, style, tmp_path, monkeypatch):
     push(style, REPO)
     monkeypatch.chdir(tmp_path)
-    command, path = re.findall(r"krona (pull .*)\n```|load_into\(pipe, \"(style/.*)\"\)` loads", card(hub))
+    command, path = re.findall(r"krona (pull .*)\n```|load_into\(pipe, \"(style/.*)\"\)`\.\n", card(hub))
     assert main(command[0].split()) == 0 and (tmp_path / path[1]).read_bytes() == style.read_bytes()
 
 
@@ -136,7 +136,7 @@ def test_front_matter_that_is_no_yaml_is_told_and_not_thrown_away(hub, style):
     push(style, REPO)
     broken = b"---\nlicense: [mit\n---\n\n# Mine\n"
     hub.state.put(REPO, {"README.md": broken})
-    with pytest.raises(FormatError, match="no YAML"):
+    with pytest.raises(FormatError, match="not valid YAML"):
         push(style, REPO)
     assert hub.state.content(REPO, "README.md") == broken
 
@@ -150,11 +150,11 @@ def test_no_card_leaves_the_card_alone_and_card_only_the_rest(hub, style, other)
 
 
 def test_a_card_alone_is_written_only_for_the_weights_that_are_there(hub, style, other, tmp_path):
-    with pytest.raises(ConflictError, match="holds no weights"):
+    with pytest.raises(ConflictError, match="contains no weights"):
         push(style, REPO, card_only=True)
     push(style, REPO)
     edit(hub, "<!-- krona:begin about -->", "Gone.\n\n<!-- krona:begin about -->")
-    with pytest.raises(ConflictError, match="holds other weights: the card would be that of other"):
+    with pytest.raises(ConflictError, match="contains other weights: the card would describe other"):
         push(other, REPO, card_only=True)
     push(style, REPO, card_only=True, base_model="stable-diffusion-v1-5/stable-diffusion-v1-5")
     assert pull(REPO, tmp_path / "out").written
@@ -162,7 +162,7 @@ def test_a_card_alone_is_written_only_for_the_weights_that_are_there(hub, style,
 
 @pytest.mark.parametrize("more", [{"with_lora": True}, {"with_lokr": True}, {"images": "."}, {"card": False}])
 def test_a_card_alone_goes_with_nothing_else(more, hub, style):
-    with pytest.raises(UsageError, match="card-only writes the card and nothing else"):
+    with pytest.raises(UsageError, match="card-only writes only the card"):
         push(style, REPO, card_only=True, **more)
     assert not hub.log
 
@@ -181,7 +181,7 @@ def with_licence(style, folder, licence):
 def test_a_licence_that_the_hub_does_not_know_is_another_one_with_its_name(hub, style, tmp_path):
     push(with_licence(style, tmp_path, "My own terms, v2"), REPO)
     assert front(hub)["license"] == "other" and front(hub)["license_name"] == "my-own-terms-v2"
-    assert "The adapter's own licence: My own terms, v2." in card(hub)
+    assert "The adapter's own license: My own terms, v2." in card(hub)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_licence_that_the_hub_does_not_know_is_another_one_with_its_name(hub, 
 def test_the_licence_of_a_base_is_told_only_where_it_is_known(base, licence, hub, style, tmp_path):
     push(with_licence(style, tmp_path, None), REPO, base_model=base)
     assert front(hub).get("license") == licence
-    assert ("which its page names" in card(hub)) == (licence is None)
+    assert ("which its page states" in card(hub)) == (licence is None)
 
 
 def test_a_card_that_the_hub_refuses_is_told_with_its_reason(hub, style):

@@ -45,7 +45,7 @@ def test_what_is_asked_is_shown_once_and_with_all_that_has_to_be_said(answer, ru
     before = shown[: shown.index("url")]
     assert "exists and stays private" in before and "branch dev will be created" in before and "v1" in before
     assert shown.count("exists and stays private") == 1
-    assert ("stopped: nothing was sent." in shown) is not answer
+    assert ("canceled: nothing was sent." in shown) is not answer
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_hub_that_holds_something_else_after_the_commit_is_found_out(hub, styl
         return answer
 
     hub.change("/commit/", swap)
-    with pytest.raises(IntegrityError, match="another sha256 there"):
+    with pytest.raises(IntegrityError, match="has a different sha256"):
         push(style, REPO)
 
 

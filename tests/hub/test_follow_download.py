@@ -76,7 +76,7 @@ def test_a_copy_counts_only_with_the_digest_that_the_hub_names(tmp_path):
         copy = _Copy(out, known)
         copy.take(memoryview(b"something else"))
         assert not copy.is_right()
-        assert copy.of(tmp_path / "source").is_right()
+        assert copy.restart_from(tmp_path / "source").is_right()
     assert (tmp_path / "out").read_bytes() == data
 
 
@@ -86,7 +86,8 @@ def test_a_pull_is_the_same_with_and_without(follows, hub, style, tmp_path, monk
         monkeypatch.setattr(Follower, "_found", lambda self: None)
     push(style, REPO)
     again = []
-    monkeypatch.setattr(_Copy, "of", lambda self, path, of=_Copy.of: again.append(path) or of(self, path))
+    restart = _Copy.restart_from
+    monkeypatch.setattr(_Copy, "restart_from", lambda self, path: again.append(path) or restart(self, path))
     pull(REPO, tmp_path / "out")
     assert (tmp_path / "out/krona_adapter.safetensors").read_bytes() == style.read_bytes()
     assert len(again) >= 3 if follows else len(again) == 4, "card, config and manifest lie in the cache already"

@@ -69,7 +69,7 @@ def test_what_is_here_already_is_not_copied_again(hub, style, tmp_path):
     push(style, REPO)
     pull(REPO, tmp_path / "out")
     again = pull(REPO, tmp_path / "out")
-    assert "already here, file by file." in again.notes
+    assert "already up to date, file by file." in again.notes
     (tmp_path / "out/config.json").write_text("{}")
     with pytest.raises(ConflictError, match="already exists"):
         pull(REPO, tmp_path / "out")
@@ -103,7 +103,7 @@ def test_what_is_here_already_is_checked_like_what_comes(hub, style, tmp_path):
         pull(REPO, tmp_path / "out", verify_key=style)
     hub.state.put(REPO, {"krona_manifest.json": b'{"files": {}}'})
     (tmp_path / "out/krona_manifest.json").write_bytes(b'{"files": {}}')
-    with pytest.raises(IntegrityError, match=r"is not in krona_manifest\.json"):
+    with pytest.raises(IntegrityError, match=r"is not listed in krona_manifest\.json"):
         pull(REPO, tmp_path / "out")
 
 
@@ -133,7 +133,7 @@ def test_a_signature_is_asked_for_before_the_weights_are(hub, style, tmp_path):
     hub.log.clear()
     with pytest.raises(IntegrityError, match="has no signature"):
         pull(REPO, tmp_path / "out", verify_key=style)
-    with pytest.raises(UsageError, match="signature is one of the whole repository") as told:
+    with pytest.raises(UsageError, match="signature covers the whole repository") as told:
         pull(f"{REPO}/krona_adapter.safetensors", tmp_path / "x", verify_key=style)
     assert f"krona pull {REPO} --verify-key" in told.value.fix
     assert not hub.asked("^HEAD")
@@ -142,7 +142,7 @@ def test_a_signature_is_asked_for_before_the_weights_are(hub, style, tmp_path):
 def test_weights_that_were_exchanged_after_the_push_do_not_fit_the_manifest(hub, style, other, tmp_path):
     push(style, REPO)
     hub.state.put(REPO, {"krona_adapter.safetensors": other.read_bytes()})
-    with pytest.raises(IntegrityError, match=r"not the file that krona_manifest\.json describes"):
+    with pytest.raises(IntegrityError, match=r"does not match krona_manifest\.json"):
         pull(REPO, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

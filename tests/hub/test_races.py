@@ -42,7 +42,7 @@ def test_of_four_different_pushes_exactly_one_wins(hub, style, tmp_path):
         results = list(pool.map(attempt, ways))
     won = [n for n, r in enumerate(results) if isinstance(r, str)]
     assert len(won) == 1 and len(hub.state.repos[REPO].commits) == before + 1
-    assert all("somebody else changed" in r.cause for r in results if not isinstance(r, str))
+    assert all("Someone else changed" in r.cause for r in results if not isinstance(r, str))
     assert hub.state.content(REPO, "krona_adapter.safetensors") == ways[won[0]].read_bytes()
 
 
@@ -74,7 +74,7 @@ def test_a_card_that_was_edited_in_between_is_not_overwritten(hub, style, other)
     push(style, REPO)
     card = hub.state.content(REPO, "README.md")
     in_between(hub, lambda: hub.state.put(REPO, {"README.md": card + b"\nHer words.\n"}))
-    with pytest.raises(ConflictError, match=r"somebody else changed README\.md"):
+    with pytest.raises(ConflictError, match=r"Someone else changed README\.md"):
         push(other, REPO)
     assert b"Her words." in hub.state.content(REPO, "README.md")
     push(other, REPO)  # seen now, and kept

@@ -57,7 +57,7 @@ def test_weights_that_were_exchanged_with_their_manifest_are_found_out(hub, styl
     names = ("krona_adapter.safetensors", "krona_manifest.json", "config.json")
     hub.state.put(REPO, {name: hub.state.content("ana/forged", name) for name in names})
     assert pull(REPO, tmp_path / "unsigned").written, "all digests fit"
-    with pytest.raises(IntegrityError, match="signature does not fit"):
+    with pytest.raises(IntegrityError, match="signature does not match"):
         pull(REPO, tmp_path / "out", verify_key=keys[1])
     assert not (tmp_path / "out").exists()
 
@@ -66,7 +66,7 @@ def test_weights_that_were_exchanged_with_their_manifest_are_found_out(hub, styl
 def test_the_key_of_somebody_else_is_found_out(hub, style, keys, tmp_path):
     push(style, REPO, sign_key=keys[0])
     (tmp_path / "other").mkdir()
-    with pytest.raises(IntegrityError, match="signature does not fit"):
+    with pytest.raises(IntegrityError, match="signature does not match"):
         pull(REPO, tmp_path / "out", verify_key=new_keys(tmp_path / "other")[1])
     assert not (tmp_path / "out").exists()
 

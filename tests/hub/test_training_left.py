@@ -58,7 +58,7 @@ def test_the_curve_and_the_last_samples_come_along(hub, run):
     assert {"plots/loss.png", "images/run-01.png", "images/run-02.png"} <= files(hub)
     last = (run / "samples/step-0000030-1.png").read_bytes()
     assert hub.state.content(REPO, "images/run-02.png") == last
-    assert "![The loss over the steps](plots/loss.png)" in card(hub)
+    assert "![Training loss over the steps](plots/loss.png)" in card(hub)
     assert split(card(hub))[0]["widget"][0] == {"text": PROMPTS[0], "output": {"url": "images/run-01.png"}}
     assert r'alt="two \| toys &quot;here&quot; &lt;b>"' in card(hub) and r'| two \| toys "here" &lt;b>' in card(hub)
     assert "/home/ana" not in card(hub) + hub.state.content(REPO, "krona_manifest.json").decode()
@@ -117,11 +117,11 @@ def test_the_curve_falls_where_the_loss_falls(run):
 
     import numpy as np
 
-    from krona_hub.hub.loss_plot import COLOURS, loss_curve
+    from krona_hub.hub.loss_plot import COLORS, loss_curve
     from krona_hub.training.progress.metrics import read_metrics
 
     image = Image.open(BytesIO(loss_curve(read_metrics(run)))).convert("RGB")
-    wanted = np.array([int(COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)])
+    wanted = np.array([int(COLORS[1][i : i + 2], 16) for i in (1, 3, 5)])
     rows, columns = np.nonzero(np.abs(np.asarray(image).astype(int) - wanted).max(axis=2) < 24)
     rows, columns = rows[rows > 40], columns[rows > 40]  # the key is above
     left, right = rows[columns < columns.min() + 20].min(), rows[columns > columns.max() - 20].min()

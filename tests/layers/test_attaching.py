@@ -201,7 +201,7 @@ def test_layers_that_are_not_there_are_counted_and_named_and_nothing_is_attached
     assert modules(pipe) == before
     report = attach(pipe, Adapter(odd), allow_missing=True)
     assert str(report).startswith(f"default: {len(some)} of {len(odd)} modules")
-    assert report.missing["text_encoder_2.encoder.layers.0.mlp.fc1"] == "there is no text_encoder_2."
+    assert report.missing["text_encoder_2.encoder.layers.0.mlp.fc1"] == "The pipeline has no text_encoder_2."
     assert "no such layer" in report.missing["unet.nowhere.to_q"]
     detach(pipe)
     with pytest.raises(BaseMismatchError, match="0 of 1"):
@@ -212,7 +212,7 @@ def test_a_layer_of_another_shape_is_named_with_both_shapes():
     pipe = tiny.sd15()
     layer = "text_encoder.encoder.layers.0.mlp.fc1"
     wrong = made.lora({layer: (24, 24)})
-    with pytest.raises(BaseMismatchError, match=r"mlp.fc1: .*\(24, 24\), the layer has \(40, 24\)"):
+    with pytest.raises(BaseMismatchError, match=r"mlp.fc1: .*\(24, 24\), but the layer has \(40, 24\)"):
         attach(pipe, wrong)
 
 
@@ -229,7 +229,7 @@ def test_a_one_by_one_convolution_and_a_linear_layer_take_the_same_delta():
 def test_the_same_name_twice_is_refused_until_it_is_detached():
     pipe = tiny.sd15()
     attach(pipe, lora(pipe), "toy")
-    with pytest.raises(ConflictError, match="'toy' is attached already"):
+    with pytest.raises(ConflictError, match="'toy' is already attached"):
         attach(pipe, lora(pipe, "to_q"), "toy")
     detach(pipe, "toy")
     attach(pipe, lora(pipe, "to_q"), "toy")
@@ -237,7 +237,7 @@ def test_the_same_name_twice_is_refused_until_it_is_detached():
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys"])
 def test_a_name_that_torch_cannot_have_is_refused(name):
-    with pytest.raises(UsageError, match="cannot name"):
+    with pytest.raises(UsageError, match="Invalid adapter name"):
         attach(tiny.sd15(), lora(tiny.sd15()), name)
 
 
@@ -263,7 +263,7 @@ def test_unknown_names_are_answered_with_the_nearest():
 def test_what_is_no_model_is_refused():
     with pytest.raises(UsageError, match="neither a model nor a pipeline"):
         attach("sd15", lora(tiny.sd15()))
-    with pytest.raises(UsageError, match="no component"):
+    with pytest.raises(UsageError, match="Unknown component"):
         attach(tiny.sd15(), lora(tiny.sd15()), component="vae")
 
 
@@ -288,9 +288,9 @@ def test_a_component_of_a_pipeline_can_be_chosen():
     pipe = tiny.sdxl()
     report = attach(pipe, lora(pipe), component="text_encoder_2")
     assert all(layer.startswith("text_encoder_2.") for layer in report.matched) and report.elsewhere
-    with pytest.raises(BaseMismatchError, match="has nothing for text_encoder"):
+    with pytest.raises(BaseMismatchError, match="has no layers for text_encoder"):
         attach(pipe, made.only(lora(pipe), "unet"), "b", component="text_encoder")
-    with pytest.raises(BaseMismatchError, match="the pipeline has no transformer"):
+    with pytest.raises(BaseMismatchError, match="The pipeline has no transformer"):
         attach(pipe, lora(pipe), "c", component="transformer")
 
 
@@ -392,16 +392,16 @@ def test_projections_are_neither_fused_nor_split_around_adapters(name):
     attach(pipe, adapter, "toy")
     attach(pipe, adapter, "second")
     for carrier in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(ConflictError, match="adapters are attached"):
+        with pytest.raises(ConflictError, match="Adapters are attached"):
             carrier.fuse_qkv_projections()
         detach(carrier, "toy")
-        with pytest.raises(ConflictError, match="adapters are attached"):
+        with pytest.raises(ConflictError, match="Adapters are attached"):
             carrier.fuse_qkv_projections()
         detach(carrier)
         carrier.fuse_qkv_projections()
         assert "fuse_qkv_projections" not in vars(carrier)
     attach(pipe, adapter)
-    with pytest.raises(ConflictError, match="adapters are attached"):
+    with pytest.raises(ConflictError, match="Adapters are attached"):
         model.unfuse_qkv_projections()
     detach(pipe)
     model.unfuse_qkv_projections()
@@ -423,7 +423,7 @@ def test_interleaved_rows_and_dora_in_fused_projections():
     assert_close(tiny.outputs(pipe), with_deltas(tiny.sd15(), (shuffled, 1.0)))
     found = extract_adapter(pipe)
     assert all(torch.allclose(found[layer].dense(), delta.dense()) for layer, delta in shuffled.layers.items())
-    with pytest.raises(BaseMismatchError, match="DoRA cannot go into a fused projection"):
+    with pytest.raises(BaseMismatchError, match="A fused projection does not support DoRA"):
         attach(pipe, dora, "dora")
     with pytest.raises(UnsupportedError, match="cannot be trained"):
         attach(pipe, plain, "trained", trainable=True)
@@ -588,9 +588,9 @@ def test_swapping_compiles_nothing_again():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda pipe: lora(pipe), "other sizes"),
-        (lambda pipe: lokr(pipe, "to_q"), "does not change the same layers"),
-        (lambda pipe: made.as_dora(lokr(pipe), lambda k: tiny.module_of(pipe, k).weight), "other sizes"),
+        (lambda pipe: lora(pipe), "new factors differ in size"),
+        (lambda pipe: lokr(pipe, "to_q"), "adapters change different layers"),
+        (lambda pipe: made.as_dora(lokr(pipe), lambda k: tiny.module_of(pipe, k).weight), "new factors differ in size"),
     ],
 )
 def test_a_swap_for_another_build_is_refused_and_changes_nothing(other, message):

@@ -99,7 +99,7 @@ def test_what_would_change_fused_adapters_is_refused_until_they_are_out_again():
         with pytest.raises(ConflictError, match=r"unfuse"):
             call()
     unfuse(pipe)
-    with pytest.raises(ConflictError, match="no adapter is fused"):
+    with pytest.raises(ConflictError, match="No adapter is fused"):
         unfuse(pipe)
     set_scales(pipe, {"one": 0.5})
 
@@ -153,7 +153,7 @@ def test_a_weight_that_cannot_be_added_to_is_refused_before_any_is_changed():
     model = nn.Sequential(nn.Linear(8, 6), packed)
     before = model[0].weight.clone()
     attach(model, made.lora({"unet.0": (6, 8), "unet.1": (4, 6)}))
-    with pytest.raises(UnsupportedError, match=r"\.1: .*quantised"):
+    with pytest.raises(UnsupportedError, match=r"\.1: .*quantized"):
         fuse(model)
     assert torch.equal(model[0].weight, before)
 

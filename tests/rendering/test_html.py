@@ -56,7 +56,7 @@ def test_one_point_and_equal_values_can_be_drawn():
 
 def test_the_heat_map_colours_on_a_fixed_scale_and_writes_the_number():
     drawn = heat_map({"unet.blocks.1.q": 0.25, "unet.blocks.1.k": 1.7, "unet.blocks.0.q": float("nan")}, "a", "b")
-    assert "--e:25>25" in drawn and "--e:100>170" in drawn and "not a number" in drawn
+    assert "--e:25>25" in drawn and "--e:100>170" in drawn and "NaN or infinite" in drawn
     assert drawn.index("unet.blocks.0") < drawn.index("unet.blocks.1")
 
 

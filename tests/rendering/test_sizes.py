@@ -41,7 +41,7 @@ def test_a_conversion_of_every_layer_of_a_large_base_has_a_small_page(base):
     report = ConversionReport("a.safetensors", "kohya-lora", "krona", None, Path("b.safetensors"), layers)
     document = conversion_page(report, NOTHING)
     assert len(document.encode()) < LIMIT
-    assert document.count("best other form") == 1
+    assert document.count("best alternative") == 1
 
 
 @pytest.mark.parametrize("prompts", [1, 4, 8])

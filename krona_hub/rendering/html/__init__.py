@@ -1,1 +1,1 @@
-"""Self-contained HTML pages: of a file, a count, a conversion, a training. No network, no library, one file each."""
+"""Self-contained HTML reports on a file, a parameter count, a conversion or a training run. No network, no library."""

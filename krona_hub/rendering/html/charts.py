@@ -1,4 +1,4 @@
-"""Charts as hand-written SVG: lines over two axes, and bars. Colours come from the page, so dark pages work."""
+"""Charts as hand-written SVG: lines over two axes, and bars. Colors come from the page, so dark mode works."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from krona_hub.rendering.html.markup import Markup, text
 
 WIDTH, HEIGHT = 460, 280  # user units
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 44  # margins around the plot
-DASHES = ("", "7 4", "2 3", "9 3 2 3")  # lines differ by more than colour
-MOST = 300  # points of a curve; more are put together in their mean
+DASHES = ("", "7 4", "2 3", "9 3 2 3")  # lines differ by more than color
+MOST = 300  # points per curve; more are averaged
 
 Point = tuple[float, float]
-Words = Callable[[float], str]
+Format = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, or with `dot` single points."""
+    """A curve, or with `dot` separate points."""
 
     name: str
     points: Sequence[Point]
-    colour: int = 0
+    color: int = 0
     thin: bool = False
     dot: bool = False
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows; `lowest` and `highest` fix its ends."""
+    """The title, scale and range of an axis; `lowest` and `highest` fix its ends."""
 
     title: str  # with the unit
     log: bool = False
     lowest: float | None = None
     highest: float | None = None
-    words: Words | None = None
+    format: Format | None = None
 
 
 def short(value: float) -> str:
-    """A number in few characters.
+    """Format a number in few characters.
 
     >>> [short(v) for v in (0, 0.00012, 0.25, 1500, 2_000_000)]
     ['0', '1e-04', '0.25', '1.5 k', '2 M']
@@ -54,7 +54,7 @@ def short(value: float) -> str:
 
 
 def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:
-    """At most so many points, each the mean of its neighbours; nothing is left out.
+    """Reduce a curve to at most `most` points, each the mean of neighbors; no point is dropped.
 
     >>> thinned([(1, 2.0), (2, 4.0), (3, 6.0)], 2)
     [(1.5, 3.0), (3.0, 6.0)]
@@ -64,20 +64,20 @@ def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:
     return [(sum(p[0] for p in g) / len(g), sum(p[1] for p in g) / len(g)) for g in groups] or list(points)
 
 
-def chart(title: str, told: str, x: Axis, y: Axis, lines: Sequence[Line]) -> Markup:
-    """A figure with its key and a sentence below it; nothing where no line has a point."""
-    lines = [Line(s.name, _drawable(s.points, x, y), s.colour, s.thin, s.dot) for s in lines]
+def chart(title: str, caption: str, x: Axis, y: Axis, lines: Sequence[Line]) -> Markup:
+    """A figure with a legend and a caption; empty if no line has a point."""
+    lines = [Line(s.name, _plottable(s.points, x, y), s.color, s.thin, s.dot) for s in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return Markup("")
     across = AxisScale.of([p[0] for s in lines for p in s.points], x, LEFT, WIDTH - RIGHT)
     down = AxisScale.of([p[1] for s in lines for p in s.points], y, HEIGHT - BOTTOM, TOP)
-    drawing = _grid(across, down, x, y) + "".join(_drawn(line, across, down) for line in lines)
-    return figure(title, told, drawing, HEIGHT, _key(lines))
+    svg = _grid(across, down, x, y) + "".join(_plotted(line, across, down) for line in lines)
+    return figure(title, caption, svg, HEIGHT, _legend(lines))
 
 
-def bars(title: str, told: str, rows: Sequence[tuple[str, float, str]]) -> Markup:
-    """Horizontal bars from zero: (name, value, value in words)."""
+def bars(title: str, caption: str, rows: Sequence[tuple[str, float, str]]) -> Markup:
+    """Horizontal bars from zero: (name, value, formatted value)."""
     if not rows:
         return Markup("")
     most, step = max(value for _, value, _ in rows) or 1.0, 26
@@ -87,20 +87,20 @@ def bars(title: str, told: str, rows: Sequence[tuple[str, float, str]]) -> Marku
         f'<text x="{165 + 200 * value / most:.1f}" y="{y + 16}">{text(words)}</text>'
         for y, (name, value, words) in zip(count(0, step), rows, strict=False)
     ]
-    return figure(title, told, "".join(lines), step * len(rows) + 4, Markup(""))
+    return figure(title, caption, "".join(lines), step * len(rows) + 4, Markup(""))
 
 
-def figure(title: str, told: str, drawing: str, height: int, key: Markup) -> Markup:
-    """A drawing with a name for those who do not see it."""
+def figure(title: str, caption: str, svg: str, height: int, legend: Markup) -> Markup:
+    """A chart with an accessible name."""
     return Markup(
-        f'<figure><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{text(title)}">{drawing}</svg>{key}'
-        f"<figcaption><strong>{text(title)}.</strong> {text(told)}</figcaption></figure>"
+        f'<figure><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{text(title)}">{svg}</svg>{legend}'
+        f"<figcaption><strong>{text(title)}.</strong> {text(caption)}</figcaption></figure>"
     )
 
 
 @dataclass(frozen=True)
 class AxisScale:
-    """From values to user units."""
+    """The mapping from values to user units."""
 
     low: float
     high: float
@@ -110,7 +110,7 @@ class AxisScale:
 
     @classmethod
     def of(cls, values: Sequence[float], axis: Axis, start: float, end: float) -> AxisScale:
-        """A scale that shows all values, with a little room where the axis does not fix its ends."""
+        """A scale that shows all values, with a margin at ends that the axis does not fix."""
         low = min(values) if axis.lowest is None else axis.lowest
         high = max(values) if axis.highest is None else max(axis.highest, max(values))
         if axis.log:
@@ -140,7 +140,7 @@ class AxisScale:
 
 
 def _round_step(rough: float) -> float:
-    """The next of 1, 2, 5 times a power of ten.
+    """Round up to 1, 2 or 5 times a power of ten.
 
     >>> _round_step(0.13), _round_step(37)
     (0.2, 50.0)
@@ -149,8 +149,8 @@ def _round_step(rough: float) -> float:
     return next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough * 0.999)
 
 
-def _drawable(points: Sequence[Point], x: Axis, y: Axis) -> list[Point]:
-    """Without what no axis can show: NaN and infinities, and zero or less on a logarithmic one."""
+def _plottable(points: Sequence[Point], x: Axis, y: Axis) -> list[Point]:
+    """Drop points that an axis cannot show: NaN, infinities, and non-positive values on a logarithmic axis."""
     return [(a, b) for a, b in points if isfinite(a) and isfinite(b) and (a > 0 or not x.log) and (b > 0 or not y.log)]
 
 
@@ -158,11 +158,11 @@ def _grid(across: AxisScale, down: AxisScale, x: Axis, y: Axis) -> str:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
     for value in across.ticks():
-        at, words = f"{across(value):.1f}", text((x.words or short)(value))
+        at, words = f"{across(value):.1f}", text((x.format or short)(value))
         parts.append(f'<path class="grid" d="M{at} {TOP}V{bottom}"/>')
         parts.append(f'<text class="tick" x="{at}" y="{bottom + 16}" text-anchor="middle">{words}</text>')
     for value in down.ticks():
-        height, words = down(value), text((y.words or short)(value))
+        height, words = down(value), text((y.format or short)(value))
         parts.append(f'<path class="grid" d="M{LEFT} {height:.1f}H{right}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{words}</text>')
     middle = (TOP + bottom) // 2
@@ -173,37 +173,37 @@ def _grid(across: AxisScale, down: AxisScale, x: Axis, y: Axis) -> str:
     return "".join(parts)
 
 
-def _drawn(line: Line, across: AxisScale, down: AxisScale) -> str:
+def _plotted(line: Line, across: AxisScale, down: AxisScale) -> str:
     at = [(f"{across(a):.1f}", f"{down(b):.1f}") for a, b in line.points]
     if line.dot:
         return "".join(
-            f'<circle cx="{a}" cy="{b}" r="5.5" fill="{_colour(line)}"><title>{text(line.name)}</title></circle>'
+            f'<circle cx="{a}" cy="{b}" r="5.5" fill="{_color(line)}"><title>{text(line.name)}</title></circle>'
             for a, b in at
         )
     opacity = ' opacity=".45"' if line.thin else ""
     path = "L".join(f"{a} {b}" for a, b in at)
-    ends = "".join(f'<circle cx="{a}" cy="{b}" r="2.5" fill="{_colour(line)}"/>' for a, b in at if len(at) <= 40)
+    ends = "".join(f'<circle cx="{a}" cy="{b}" r="2.5" fill="{_color(line)}"/>' for a, b in at if len(at) <= 40)
     return f'<path d="M{path}" {_stroke(line)}{opacity}/>{ends if not line.thin else ""}'
 
 
-def _colour(line: Line) -> str:
-    return "var(--dot)" if line.dot and not line.colour else f"var(--c{line.colour % 4})"
+def _color(line: Line) -> str:
+    return "var(--dot)" if line.dot and not line.color else f"var(--c{line.color % 4})"
 
 
 def _stroke(line: Line) -> str:
-    dash = DASHES[line.colour % 4]
+    dash = DASHES[line.color % 4]
     dashes = f' stroke-dasharray="{dash}"' if dash and not line.thin else ""
-    return f'fill="none" stroke="{_colour(line)}" stroke-width="{1 if line.thin else 2}"{dashes}'
+    return f'fill="none" stroke="{_color(line)}" stroke-width="{1 if line.thin else 2}"{dashes}'
 
 
-def _key(lines: Sequence[Line]) -> Markup:
-    """What the lines are, in words: never colour alone."""
+def _legend(lines: Sequence[Line]) -> Markup:
+    """Name the lines, so that color is never the only distinction."""
     items = "".join(f"<li>{_swatch(line)}{text(line.name)}</li>" for line in lines)
     return Markup(f'<ul class="key">{items}</ul>')
 
 
 def _swatch(line: Line) -> str:
     inside = (
-        f'<circle cx="14" cy="6" r="5" fill="{_colour(line)}"/>' if line.dot else f'<path d="M0 6H28" {_stroke(line)}/>'
+        f'<circle cx="14" cy="6" r="5" fill="{_color(line)}"/>' if line.dot else f'<path d="M0 6H28" {_stroke(line)}/>'
     )
     return f'<svg viewBox="0 0 28 12" aria-hidden="true">{inside}</svg>'

@@ -1,4 +1,4 @@
-"""The page of a conversion: the verdict, its error against its size, and the error of every module."""
+"""The HTML report on a conversion: the verdict, error against size, and the error of every module."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ MOST = 20  # layers with the largest errors
 
 
 def conversion_page(report: ConversionReport, before: Adapter, instead: str = "") -> str:
-    """The page of `krona convert --report`; `before` is the adapter that was converted, or was not: then `instead` is
-    the advice of the refusal.
+    """Build the report of `krona convert --report`; `before` is the input adapter. If the conversion was refused,
+    `instead` is the suggested fix.
     """
     errors = {x.layer: x.relative_error for x in report.layers}
-    told = "‖ΔW′ − ΔW‖ / ‖ΔW‖ of each module, measured on what is written."
+    caption = "‖ΔW′ − ΔW‖ / ‖ΔW‖ of each module, measured on the written values."
     return page(
         f"{Path(report.source).name} → {report.target_format}",
         f"Refused, nothing was written. {report.verdict}" if instead else report.verdict,
-        section("What to do instead", paragraph(instead)),
-        section("In total", facts(_facts(report), "Before and after"), *map(paragraph, report.notes)),
+        section("Suggested fix", paragraph(instead)),
+        section("Summary", facts(_facts(report), "Original and result"), *map(paragraph, report.notes)),
         section("Error against size", _curves(report, before)),
-        section("Where the error is", heat_map(errors, "Relative error", told), _worst(report)),
+        section("Error by module", heat_map(errors, "Relative error", caption), _worst(report)),
         section("Modules", _modules(report)),
     )
 
@@ -46,12 +46,12 @@ def _curves(report: ConversionReport, before: Adapter) -> Markup:
         Line("the input", ((float(report.parameters_before), 0.0),), dot=True),
         Line("the result", ((float(report.parameters_after), report.relative_error),), 2, dot=True),
     ]
-    missing = f"; {len(without):,} layers of several shapes are not in the curve" if without else ""
-    told = (
-        f"What cutting the input down loses: every layer keeps its 1, 2, … largest singular values, computed for "
-        f"{len(spectra):,} layers{missing}. A result below the curve is better than that."
+    missing = f"; {len(without):,} layers with several shapes are excluded from the curve" if without else ""
+    caption = (
+        f"Error of truncating the input: every layer keeps its 1, 2, … largest singular values, computed for "
+        f"{len(spectra):,} layers{missing}. A result below the curve is better than truncation."
     )
-    size = chart("Error against size", told, SIZE, ERROR, [Line(curve.name, curve.points), *dots])
+    size = chart("Error against size", caption, SIZE, ERROR, [Line(curve.name, curve.points), *dots])
     return pair(size, spectrum_chart(spectra) if spectra else Markup(""))
 
 
@@ -62,10 +62,10 @@ def _facts(report: ConversionReport) -> list[tuple[str, object]]:
         ("parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"),
         ("size of the tensors", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),
         ("relative error", relative(report.relative_error)),
-        ("energy kept", percent(report.energy_kept)),
-        ("read back", report.checked.removeprefix("checked: ") or "nothing was written"),
+        ("retained energy", percent(report.energy_kept)),
+        ("read-back check", report.checked.removeprefix("checked: ") or "nothing was written"),
         ("file", report.out.name if report.written else None),
-        *(("also", text) for text in report.alternatives),
+        *(("alternative", text) for text in report.alternatives),
     ]
 
 
@@ -77,15 +77,17 @@ def _modules(report: ConversionReport) -> Markup:
         )
         for x in report.layers
     ]
-    return modules_table(("before", "now", ">parameters", ">now", ">error, %", "note"), rows)
+    return modules_table(
+        ("original", "new factorization", ">original parameters", ">new parameters", ">error, %", "note"), rows
+    )
 
 
 def _worst(report: ConversionReport) -> Markup:
-    """The layers with the largest errors, and what else they could be: of all layers that would be most of the page."""
+    """The layers with the largest errors and their best alternatives: for all layers, this would fill the report."""
     worst = worst_layers(report.layers, MOST)
     rows = [(x.layer, x.after, f"{100 * x.relative_error:.3g}", x.best_other) for x in worst]
     others = any(x.best_other for x in worst)
-    names = ("module", "now", ">error, %", "best other form")
+    names = ("module", "new factorization", ">error, %", "best alternative")
     shown = len(names) if others else len(names) - 1
     return table(names[:shown], [row[:shown] for row in rows], "The largest errors") if rows else Markup("")
 
@@ -93,9 +95,9 @@ def _worst(report: ConversionReport) -> Markup:
 def report_conversion(
     out: str | Path, source: str, report: ConversionReport, options: Mapping[str, Any], instead: str = ""
 ) -> Path:
-    """Read the source once more, as the conversion with these options did, and write the page.
+    """Read the source again with the options of the conversion, and write the report.
 
-    Of a conversion that was refused, `instead` is the advice.
+    If the conversion was refused, `instead` is the suggested fix.
     """
     before = read(
         resolve(source),

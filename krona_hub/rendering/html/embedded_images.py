@@ -1,4 +1,4 @@
-"""Pictures inside a page: shrunk, few colours, as data addresses."""
+"""Images embedded in a report: downscaled, with few colors, as data URLs."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from PIL import Image
 
 from krona_hub.rendering.html.markup import Markup, text
 
-# (pixels of the longer side, steps that are shown), the first of them whose pictures fit into a page
+# (pixels of the longer side, steps shown); the first whose images fit is used
 SIZES = ((128, 12), (96, 10), (64, 8), (48, 6))
-ROOM = 90_000  # bytes for all of them
-COLOURS = 128
-FEW = 2  # prompts whose pictures stand side by side; of more, each is a column
+ROOM = 90_000  # bytes for all images
+COLORS = 128
+FEW = 2  # prompts shown as strips of images; with more, each prompt is a column
 
 
-def embedded(path: Path, told: str, side: int) -> Markup:
-    """The picture as `<img>`, at most `side` pixels wide and high."""
+def embedded(path: Path, alt: str, side: int) -> Markup:
+    """Return an image as `<img>`, at most `side` pixels wide and high."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     stream = BytesIO()
-    image.quantize(COLOURS).save(stream, "PNG", optimize=True)
+    image.quantize(COLORS).save(stream, "PNG", optimize=True)
     data = b64encode(stream.getvalue()).decode()
     return Markup(
-        f'<img src="data:image/png;base64,{data}" width="{image.width}" height="{image.height}" alt="{text(told)}">'
+        f'<img src="data:image/png;base64,{data}" width="{image.width}" height="{image.height}" alt="{text(alt)}">'
     )
 
 
 def spread(steps: Sequence[int], most: int) -> list[int]:
-    """The first, the last, and some between, evenly.
+    """Select at most `most` steps: the first, the last, and evenly spaced ones between.
 
     >>> spread(range(10), 4)
     [0, 3, 6, 9]
@@ -43,28 +43,28 @@ def spread(steps: Sequence[int], most: int) -> list[int]:
 
 
 def samples_table(samples: Mapping[int, Sequence[Path]], prompts: Sequence[str]) -> Markup:
-    """The pictures of a training over time; says so where some steps are left out."""
+    """Show the sample images of a training run over time, with a note if steps are omitted."""
     if not samples:
         return Markup("")
-    made = Markup("")
+    html = Markup("")
     for side, most in SIZES:
-        made = _table(samples, prompts, side, spread(sorted(samples), most))
-        if len(made) <= ROOM:
+        html = _table(samples, prompts, side, spread(sorted(samples), most))
+        if len(html) <= ROOM:
             break
-    return made
+    return html
 
 
 def _table(samples: Mapping[int, Sequence[Path]], prompts: Sequence[str], side: int, shown: Sequence[int]) -> Markup:
     most = f"{len(shown)} of {len(samples)} steps are shown; all are in the run folder. "
     left_out = most if len(shown) < len(samples) else ""
     images = {
-        step: [embedded(path, f"step {step}: {told}", side) for path, told in _told(samples[step], prompts)]
+        step: [embedded(path, f"step {step}: {prompt}", side) for path, prompt in _with_prompts(samples[step], prompts)]
         for step in shown
     }
     layout = _strips if max(map(len, images.values())) <= FEW else _columns
     return Markup(
-        f'<p class="soft">{left_out}The seeds are the same at every step. Shrunk to {side} pixels and {COLOURS} '
-        f"colours.</p>{layout(images, prompts)}"
+        f'<p class="soft">{left_out}The seeds are the same at every step. Downscaled to {side} pixels and {COLORS} '
+        f"colors.</p>{layout(images, prompts)}"
     )
 
 
@@ -81,16 +81,16 @@ def _columns(images: Mapping[int, Sequence[Markup]], prompts: Sequence[str]) -> 
 
 
 def _strips(images: Mapping[int, Sequence[Markup]], prompts: Sequence[str]) -> str:
-    """For each prompt, step after step from left to right, as many in a line as the window holds."""
+    """One strip per prompt, step by step from left to right, wrapped at the width of the window."""
     strips = []
-    for place in range(max(map(len, images.values()))):
-        items = "".join(f"<li>{row[place]}step {step:,}" for step, row in images.items() if place < len(row))
-        told = prompts[place] if place < len(prompts) else ""
-        strips.append(f'<p class="soft">{text(told)}</p><ol class="strip">{items}</ol>')
+    for index in range(max(map(len, images.values()))):
+        items = "".join(f"<li>{row[index]}step {step:,}" for step, row in images.items() if index < len(row))
+        prompt = prompts[index] if index < len(prompts) else ""
+        strips.append(f'<p class="soft">{text(prompt)}</p><ol class="strip">{items}</ol>')
     return "\n".join(strips)
 
 
-def _told(paths: Sequence[Path], prompts: Sequence[str]) -> list[tuple[Path, str]]:
-    """A run that went on with other prompts has pictures without one."""
-    named = [*prompts, *([""] * len(paths))]
-    return list(zip(paths, named, strict=False))
+def _with_prompts(paths: Sequence[Path], prompts: Sequence[str]) -> list[tuple[Path, str]]:
+    """Pair images with prompts; after a resume with fewer prompts, some images have none."""
+    padded = [*prompts, *([""] * len(paths))]
+    return list(zip(paths, padded, strict=False))

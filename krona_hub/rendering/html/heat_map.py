@@ -1,4 +1,4 @@
-"""Block × projection: a share per module as a table whose cells are coloured on a fixed scale from 0 to 100 %."""
+"""Block × projection: a share per module, as a table with cells colored on a fixed scale from 0 to 100 %."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONTAINER = re.compile(r"^(.*(?:blocks|block|layers|attentions|resnets|samplers|
 
 
 def block_and_projection(layer: str) -> tuple[str, str]:
-    """The block that a layer is in, and what it is there; a layer in no numbered block is its component's own.
+    """Split a layer name into block and projection; a layer outside numbered blocks belongs to its component.
 
     >>> block_and_projection("unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q")
     ('unet.down_blocks.0.attentions.1.transformer_blocks.0', 'attn1.to_q')
@@ -26,10 +26,10 @@ def block_and_projection(layer: str) -> tuple[str, str]:
     return (head, rest) if rest else ("", layer)
 
 
-def heat_map(values: Mapping[str, float], title: str, told: str) -> Markup:
-    """Layer -> share (0 to 1), as a table of blocks and projections for each kind of block; each cell has its number.
+def heat_map(values: Mapping[str, float], title: str, caption: str) -> Markup:
+    """Show layer -> share (0 to 1) as a table of blocks and projections for each kind of block, with values.
 
-    A share that is no number is named so; one above 1 is written as it is and coloured as 1.
+    A share that is NaN or infinite is labeled so; one above 1 is shown as is and colored as 1.
     """
     if not values:
         return Markup("")
@@ -39,13 +39,13 @@ def heat_map(values: Mapping[str, float], title: str, told: str) -> Markup:
         kinds.setdefault(_kind(block), {})[block, projection] = value
     tables = "\n".join(_table(cells, f"{title}, {kind}") for kind, cells in kinds.items())
     return Markup(
-        f'<p class="soft"><strong>{text(title)}.</strong> {text(told)} In percent, on a fixed scale from 0 (no colour) '
-        f"to 100 (full colour); an empty cell is no module.</p>{tables}"
+        f'<p class="soft"><strong>{text(title)}.</strong> {text(caption)} In percent, on a fixed scale from 0 (no '
+        f"color) to 100 (full color); an empty cell has no module.</p>{tables}"
     )
 
 
 def _kind(block: str) -> str:
-    """What a block has its projections in common with.
+    """The kind of a block: blocks of one kind have the same projections.
 
     >>> _kind("unet.down_blocks.0.attentions.1.transformer_blocks.0"), _kind("unet")
     ('unet transformer_blocks', 'unet')
@@ -65,12 +65,12 @@ def _table(cells: Mapping[tuple[str, str], float], title: str) -> str:
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
-    """Each once, numbers by their value."""
+    """Remove duplicates and sort, with numbers by value."""
     return sorted(set(names), key=lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)])
 
 
 def _row(shares: Sequence[float | None]) -> str:
-    """The cells up to the last that has a module: those behind it may be left out."""
+    """The cells up to the last one with a module; HTML allows omitting the rest."""
     last = max((i for i, share in enumerate(shares) if share is not None), default=-1)
     return "".join(map(_cell, shares[: last + 1]))
 
@@ -79,9 +79,9 @@ def _cell(share: float | None) -> str:
     if share is None:
         return "<td>"
     if not isfinite(share):
-        return "<td>not a number"
-    number = 100 * share
-    return f"<td style=--e:{min(100, round(number))}>{text(_digits(number))}"
+        return "<td>NaN or infinite"
+    percentage = 100 * share
+    return f"<td style=--e:{min(100, round(percentage))}>{text(_digits(percentage))}"
 
 
 def _digits(number: float) -> str:

@@ -1,7 +1,7 @@
-"""The parts of a page: text that is escaped, tables, facts, figures, and the page around them.
+"""The parts of a report: escaped text, tables, facts, figures, and the page around them.
 
-A part is a `Markup`: text that is HTML already. Whatever is not Markup is escaped where it enters, so that the name of
-a module or a caption is never read as markup by a browser.
+A part is a `Markup`: a string of HTML. Anything else is escaped when it is inserted, so that a browser never interprets
+the name of a module or a caption as markup.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from krona_hub.checkpoints.atomic import atomic_text
 from krona_hub.errors import ConflictError
 from krona_hub.rendering.html.style import SCRIPT, STYLE
 
-MARK = "<!doctype html><!-- krona page -->"  # how a page begins: only such files are replaced without being asked
+MARK = "<!doctype html><!-- krona page -->"  # start of a report: only such files are overwritten
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """A string of HTML, which is not escaped."""
 
     __slots__ = ()
 
 
 def text(value: Any) -> Markup:
-    """A value as HTML; Markup stays as it is, numbers get separators, nothing is a dash.
+    """Convert a value to HTML: Markup is unchanged, integers get separators, and None or "" becomes a dash.
 
     >>> text("<b>"), text(1234567), text(None)
     ('&lt;b&gt;', '1,234,567', '–')
@@ -42,7 +42,7 @@ def text(value: Any) -> Markup:
 
 
 def join(*parts: str) -> Markup:
-    """Parts one after the other; those that are no Markup are escaped."""
+    """Join parts with newlines, escaping everything except Markup."""
     return Markup("\n".join(text(part) for part in parts if part))
 
 
@@ -51,18 +51,18 @@ def paragraph(words: str, kind: str = "") -> Markup:
 
 
 def section(title: str, *parts: str) -> Markup:
-    """A part of the page under a heading; nothing where there is nothing to show."""
+    """A section with a heading; empty if it has no content."""
     inside = join(*parts)
     return Markup(f"<section><h2>{text(title)}</h2>\n{inside}</section>") if inside else Markup("")
 
 
 def pair(*figures: str) -> Markup:
-    """Figures side by side where the window is wide enough."""
+    """Figures side by side if the window is wide enough."""
     return Markup(f'<div class="pair">{join(*figures)}</div>') if any(figures) else Markup("")
 
 
 def facts(rows: Iterable[tuple[str, Any]], title: str) -> Markup:
-    """Names and values; those without a value are left out."""
+    """A table of names and values, without empty values."""
     lines = [
         f'<tr><th scope="row">{text(name)}<td>{text(value)}' for name, value in rows if value not in (None, "", ())
     ]
@@ -72,26 +72,26 @@ def facts(rows: Iterable[tuple[str, Any]], title: str) -> Markup:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str) -> Markup:
-    """A table that a click on a header sorts. A column named `>parameters` holds numbers and is right-aligned."""
+    """A table sortable by clicks on its headers. A column named `>parameters` is numeric and right-aligned."""
     return sortable(columns, "\n".join(row_of(row) for row in rows), title)
 
 
 def row_of(values: Sequence[Any]) -> str:
-    """There are hundreds: </td> and </tr> may be left out in HTML, and so may empty cells at the end; the class of the
-    table aligns columns.
+    """A table row, kept short because there are hundreds: HTML allows omitting </td>, </tr> and empty cells at the end,
+    and the class of the table aligns columns.
     """
     filled = [i for i, value in enumerate(values, 1) if value not in (None, "")]
     return "<tr>" + "".join(f"<td>{text(value)}" for value in values[: max(filled, default=0)])
 
 
-def sortable(columns: Sequence[str], body: str, title: str, told: str = "") -> Markup:
-    """The frame of a table: `body` are its rows as HTML, `told` stands behind the title."""
+def sortable(columns: Sequence[str], body: str, title: str, note: str = "") -> Markup:
+    """A sortable table with `body` as its rows in HTML; `note` follows the title."""
     classes = [_class("n" if column.startswith(">") else "") for column in columns]
     heads = "".join(
         f'<th scope="col"{c}>{text(column.removeprefix(">"))}</th>' for c, column in zip(classes, columns, strict=True)
     )
     right = "".join(f" r{i}" for i, column in enumerate(columns, 1) if column.startswith(">"))
-    caption = text(title) + text(told) if told else text(title)
+    caption = text(title) + text(note) if note else text(title)
     return Markup(
         f'<div class="scroll" tabindex="0" role="region" aria-label="{text(title)}"><table class="sortable{right}">'
         f"<caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>\n{body}</tbody></table></div>"
@@ -99,7 +99,7 @@ def sortable(columns: Sequence[str], body: str, title: str, told: str = "") -> M
 
 
 def page(title: str, verdict: str, *sections: str) -> str:
-    """The whole document. Its content policy forbids every request and every script but the one above."""
+    """The whole document. Its content security policy blocks all requests and all scripts except SCRIPT."""
     allowed = b64encode(sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
     return (
@@ -108,21 +108,23 @@ def page(title: str, verdict: str, *sections: str) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         f"<title>{text(title)}</title><style>{STYLE}</style></head><body><main>\n<h1>{text(title)}</h1>\n"
         f"{paragraph(verdict, 'verdict')}\n{join(*sections)}\n</main>"
-        f'<footer class="soft">Made by Krona Hub. This page holds everything it shows and asks the network for '
-        f"nothing.</footer><script>{SCRIPT}</script></body></html>\n"
+        f'<footer class="soft">Generated by Krona Hub. This report is self-contained and makes no network '
+        f"requests.</footer><script>{SCRIPT}</script></body></html>\n"
     )
 
 
 def check_page(path: str | Path) -> Path:
-    """Raise ConflictError where something else than an earlier page is in the way, before any work is done."""
+    """Raise ConflictError, before any work is done, if the path exists and is not an earlier report."""
     path = Path(path).expanduser()
     if path.is_dir() or (path.is_file() and not _is_ours(path)):
-        raise ConflictError(f"{str(path)!r} exists and is no page of krona.", fix="Name another file with --report.")
+        raise ConflictError(
+            f"{str(path)!r} exists and is not a krona report.", fix="Choose another file with --report."
+        )
     return path
 
 
 def write_page(path: str | Path, document: str) -> Path:
-    """Write a page whole; an earlier page there is replaced."""
+    """Write a report atomically, replacing an earlier one."""
     path = check_page(path)
     atomic_text(path, document, overwrite=True)
     return path

@@ -1,4 +1,4 @@
-"""The page of `krona params`: sizes of adapters before anybody trains one."""
+"""The HTML report of `krona params`: sizes of adapters before training."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from krona_hub.rendering.humanize import human_bytes
 
 
 def count_page(found: Accounting) -> str:
-    """What adapters of a base, or other forms of a file, cost."""
+    """Build the report on the parameter counts of adapters for a base, or of other factorizations of a file."""
     rows = tuple(sorted(found.rows, key=lambda row: row.parameters))
-    told = "Numbers in the adapter, alpha not counted. Those that do not fit every layer are marked with *."
+    caption = "Parameters of the adapter, without alpha. Factorizations that do not fit every layer are marked with *."
     return page(
         f"Parameters of adapters for {found.base}",
         _verdict(found),
-        section("At a glance", bars("Parameters of each form", told, [_bar(row) for row in rows])),
+        section("Overview", bars("Parameters of each factorization", caption, [_bar(row) for row in rows])),
         section(
-            "Every form",
+            "All factorizations",
             table(
-                ("method", ">parameters", ">layers", "size in fp16", ">as a LoRA of rank"),
+                ("factorization", ">parameters", ">layers", "size in fp16", ">equivalent LoRA rank"),
                 (
                     (r.method, r.parameters, r.modules, human_bytes(r.bytes_fp16), f"{r.lora_rank:.2f}")
                     for r in found.rows
                 ),
-                "Forms of the same layers; a click on a header sorts",
+                "Factorizations of the same layers; click a header to sort",
             ),
             *(
                 paragraph(f"{r.method} does not divide {len(r.undivided):,} layers; they are not counted: {_some(r)}.")
@@ -32,22 +32,22 @@ def count_page(found: Accounting) -> str:
                 if r.undivided
             ),
         ),
-        section("What is adapted", facts(_facts(found), "Layers counted")),
+        section("Adapted layers", facts(_facts(found), "Layers counted")),
     )
 
 
 def _verdict(found: Accounting) -> str:
-    """The cheapest form that fits every layer, against the largest."""
+    """Compare the smallest factorization that fits every layer with the largest."""
     whole = [row for row in found.rows if not row.undivided and row.parameters]
     if not whole:
-        return f"No form fits all {found.modules:,} layers."
+        return f"No factorization fits all {found.modules:,} layers."
     least, most = min(whole, key=lambda r: r.parameters), max(whole, key=lambda r: r.parameters)
     if least.parameters == most.parameters:
         return f"{least.method}: {least.parameters:,} parameters in {least.modules:,} layers."
     return (
-        f"Of the forms that fit all {least.modules:,} layers, {least.method} is the smallest with {least.parameters:,} "
-        f"parameters ({human_bytes(least.bytes_fp16)} in fp16): {most.parameters / least.parameters:.1f} times fewer "
-        f"than {most.method}."
+        f"{least.method} is the smallest factorization that fits all {least.modules:,} layers: {least.parameters:,} "
+        f"parameters ({human_bytes(least.bytes_fp16)} in fp16). {most.method} has "
+        f"{most.parameters / least.parameters:.1f}× as many."
     )
 
 
@@ -69,4 +69,4 @@ def _facts(found: Accounting) -> list[tuple[str, object]]:
         )
         for part in found.parts
     ]
-    return [("base", found.base), ("targets", found.targets), *parts, ("not covered", ", ".join(found.uncovered))]
+    return [("base model", found.base), ("targets", found.targets), *parts, ("not covered", ", ".join(found.uncovered))]

@@ -1,10 +1,10 @@
-"""Singular values of an adapter's layers, from its factors alone, and what is lost when fewer are kept.
+"""Singular values of an adapter's layers, computed from its factors, and the error of keeping fewer of them.
 
 LoRA              σ(ΔW) through a QR of both sides             one more costs out + in
 one term A ⊗ B    σ(A) · σ(B), every product                   one more (of its best LoRA) costs out + in
 K terms           σ(R(ΔW)) in its own shape, by a QR           one more costs a1·a2 + b1·b2
 
-Layers of any other make (a sum of several shapes) have no such short way; they are named, never guessed.
+Other layers (sums of several shapes) have no such shortcut; they are listed, never estimated.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from krona_hub.kron.shapes import KronShape, smallest_split, split
 from krona_hub.kron.terms import Factor, KronTerms, dense_factor, map_factor, rearrange
 from krona_hub.kron.to_lora import compact_svd
 
-LARGEST = 2_000_000  # numbers of ΔW up to which R is formed for a picture: about two seconds
-SHAPES = ((64, 4), (32, 32))  # of A: the paper's own, and one near the square
-PLOTTED = 64  # values of a spectrum that are drawn
-ZERO = 1e-12  # relative to the largest value: what rounding leaves of a rank that is not there
+LARGEST = 2_000_000  # entries of ΔW up to which R is formed for a chart: about two seconds
+SHAPES = ((64, 4), (32, 32))  # of A: the paper's, and one near a square
+PLOTTED = 64  # plotted values of a spectrum
+ZERO = 1e-12  # relative to the largest value: below it is rounding error, not rank
 
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """The singular values of one layer, largest first, and the parameters that one more of them costs."""
+    """The singular values of one layer in descending order, and the parameters that one more value costs."""
 
     layer: str
     sigma: tuple[float, ...]
@@ -43,16 +43,16 @@ class LayerSpectrum:
         return sum(s * s for s in self.sigma)
 
     def lost(self, keep: int) -> float:
-        """‖ΔW − its nearest with `keep` values‖²"""
+        """‖ΔW − its best approximation with `keep` values‖²"""
         return sum(s * s for s in self.sigma[keep:])
 
     def error(self, keep: int) -> float:
-        """Relative; 0.0 for a zero layer."""
+        """The relative error with `keep` values; 0.0 for a zero layer."""
         return sqrt(self.lost(keep) / self.energy) if self.energy else 0.0
 
     @property
     def half(self) -> int:
-        """Half of the values, rounded up."""
+        """Half the number of values, rounded up."""
         return ceil(len(self.sigma) / 2)
 
 
@@ -65,13 +65,13 @@ class SpectrumCurve:
 
 
 def spectra_of(layers: Mapping[str, LayerDelta]) -> tuple[tuple[LayerSpectrum, ...], tuple[str, ...]]:
-    """The spectra of all layers that have one, and the names of those that have none here."""
+    """Return the spectra of the layers, and the names of layers without one."""
     found = {name: _spectrum(name, delta) for name, delta in layers.items()}
     return tuple(s for s in found.values() if s), tuple(name for name, s in found.items() if s is None)
 
 
 def truncated(spectra: Sequence[LayerSpectrum], name: str) -> SpectrumCurve:
-    """What the nearest adapter with 1, 2, … values in every layer costs and loses, over all layers: exact."""
+    """Size and exact error of the best adapter with 1, 2, … values in every layer, over all layers."""
     whole = sum(s.energy for s in spectra)
     if not whole:
         return SpectrumCurve(name, ())
@@ -99,26 +99,26 @@ class Rearrangement:
 
 
 def rearrangements(delta: LayerDelta, shapes: Iterable[tuple[int, int]] = SHAPES) -> tuple[Rearrangement, ...]:
-    """R(ΔW) for those of `shapes` that divide the layer; for its cheapest shape where none does."""
+    """Spectra of R(ΔW) for those of `shapes` that divide the layer, or for its cheapest shape if none does."""
     dense = sum(s.dense().double() for s in delta.sums)
     if not isinstance(dense, Tensor) or not bool(dense.any()):
         return ()
-    wanted = []
+    fitting = []
     for shape in shapes:
         try:
-            wanted.append(split(delta.matrix_shape, *shape))
+            fitting.append(split(delta.matrix_shape, *shape))
         except ShapeError:
             continue
-    return tuple(_rearranged(dense, shape) for shape in wanted or [smallest_split(delta.matrix_shape)])
+    return tuple(_rearranged(dense, shape) for shape in fitting or [smallest_split(delta.matrix_shape)])
 
 
 def shown_layer(layers: Mapping[str, LayerDelta], spectra: Sequence[LayerSpectrum]) -> str | None:
-    """Of the layers whose ΔW has at most LARGEST numbers, that of the largest norm."""
-    small = [s for s in spectra if s.energy and _numbers(layers[s.layer]) <= LARGEST]
+    """Select the layer with the largest norm among those whose ΔW has at most LARGEST entries."""
+    small = [s for s in spectra if s.energy and _entries(layers[s.layer]) <= LARGEST]
     return max(small, key=lambda s: (s.energy, s.layer)).layer if small else None
 
 
-def _numbers(delta: LayerDelta) -> int:
+def _entries(delta: LayerDelta) -> int:
     return delta.matrix_shape[0] * delta.matrix_shape[1]
 
 
@@ -160,11 +160,11 @@ def _of_terms(terms: KronTerms) -> Tensor:
 
 
 def _in_double(factor: Factor) -> Tensor:
-    """Widened before a product is formed: rounding must not look like rank."""
+    """Convert to float64 before forming products, so that rounding does not look like rank."""
     return dense_factor(map_factor(Tensor.double, factor))
 
 
 def _values(sigma: Tensor) -> tuple[float, ...]:
-    """Without those that are rounding; a layer of zeros keeps one zero."""
+    """Drop values that are rounding errors; a zero layer keeps one zero."""
     kept = sigma[sigma > ZERO * sigma[:1]]
     return tuple(float(s) for s in kept) or (0.0,)

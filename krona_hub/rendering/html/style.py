@@ -1,4 +1,4 @@
-"""How pages look, and the one script they carry: it sorts tables. Constants: nothing of a file gets in here."""
+"""The style sheet of reports, and their only script, which sorts tables. Constants, independent of any file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a training: how the loss fell, what it drew, what it was told, what came out."""
+"""The HTML report on a training run: losses, samples, settings, and the resulting adapter."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds, as plain values."""
+    """The contents of a run folder, as plain values."""
 
     name: str
-    rows: Sequence[Row]  # of the metrics
+    rows: Sequence[Row]  # metrics
     settings: Mapping[str, Any]
     adapter: Description | None
     samples: Mapping[int, Sequence[Path]] = field(default_factory=dict)
@@ -31,20 +31,20 @@ class Run:
 
 
 def training_page(run: Run) -> str:
-    """The page of a run, finished or not."""
+    """Build the report on a run, finished or not."""
     loss, smooth, validation = (series(run.rows, n) for n in ("loss", "smooth_loss", "validation_loss"))
     return page(
         f"Training {run.name}",
         verdict(run),
-        section("Loss", pair(_loss_chart(loss, smooth), _validation_chart(validation)), _rest(run.rows)),
+        section("Loss", pair(_loss_chart(loss, smooth), _validation_chart(validation)), _timing(run.rows)),
         section("Samples over time", samples_table(run.samples, run.prompts)),
-        section("The adapter", *_adapter(run.adapter)),
-        section("Settings", facts(run.settings.items(), "Those that were given or chosen")),
+        section("Adapter", *_adapter(run.adapter)),
+        section("Settings", facts(run.settings.items(), "Specified or chosen automatically")),
     )
 
 
 def series(rows: Sequence[Row], name: str) -> list[Point]:
-    """(step, value) of a measure, where it is a number.
+    """Return (step, value) of a metric, without missing, NaN and infinite values.
 
     >>> series([{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}, {"step": 3, "loss": float("nan")}], "loss")
     [(1.0, 0.5)]
@@ -61,22 +61,24 @@ def _is_number(value: Any) -> bool:
 
 
 def verdict(run: Run) -> str:
-    """How far the losses moved, computed; the validation first, as it is drawn from the same noise every time."""
+    """Summarize the change of the loss: of the validation if there is one, since it uses the same noise every time."""
     steps = max((int(row["step"]) for row in run.rows), default=0)
-    told = [f"{steps:,}{_of_planned(run, steps)} steps."]
+    sentences = [f"{steps:,}{_of_planned(run, steps)} steps."]
     validation, smooth = series(run.rows, "validation_loss"), series(run.rows, "smooth_loss")
     if len(validation) > 1:
-        told.append(_moved("The validation loss", validation) + _best(validation))
+        sentences.append(_moved("The validation loss", validation) + _best(validation))
     elif smooth:
-        told.append(_moved("The smoothed training loss", smooth))
-        told.append("There was no validation, so this says little about new pictures.")
+        sentences.append(_moved("The smoothed training loss", smooth))
+        sentences.append("Without validation, this says little about new images.")
     if run.adapter:
-        told.append(f"The adapter has {run.adapter.parameters:,} parameters in {len(run.adapter.modules):,} modules.")
-    return " ".join(told)
+        sentences.append(
+            f"The adapter has {run.adapter.parameters:,} parameters in {len(run.adapter.modules):,} modules."
+        )
+    return " ".join(sentences)
 
 
 def _of_planned(run: Run, steps: int) -> str:
-    """How many there were to be, where the run was stopped before."""
+    """The planned number of steps, if the run stopped before."""
     planned = str(run.settings.get("steps", ""))
     return f" of {int(planned):,}" if planned.isdigit() and int(planned) > steps else ""
 
@@ -84,9 +86,9 @@ def _of_planned(run: Run, steps: int) -> str:
 def _moved(name: str, values: Sequence[Point]) -> str:
     (_, first), (_, last) = values[0], values[-1]
     if first <= 0:
-        return f"{name} went from {first:.4g} to {last:.4g}."
+        return f"{name} changed from {first:.4g} to {last:.4g}."
     change = last / first - 1
-    word = "fell" if change < -0.001 else "rose" if change > 0.001 else "did not move"
+    word = "fell" if change < -0.001 else "rose" if change > 0.001 else "did not change"
     by = f" by {abs(change):.1%}" if abs(change) > 0.001 else ""
     return f"{name} {word}{by}, from {first:.4g} to {last:.4g}."
 
@@ -94,25 +96,27 @@ def _moved(name: str, values: Sequence[Point]) -> str:
 def _best(values: Sequence[Point]) -> str:
     step, least = min(values, key=lambda point: point[1])
     later = values[-1][1] > 1.02 * least
-    return f" It was lowest at step {int(step):,} ({least:.4g}) and rose again: fewer steps may do." if later else ""
+    return f" It was lowest at step {int(step):,} ({least:.4g}) and rose again; fewer steps may do." if later else ""
 
 
 def _loss_chart(loss: Sequence[Point], smooth: Sequence[Point]) -> Markup:
     lines = [Line("loss", thinned(loss), 1, thin=True), Line("smoothed", thinned(smooth), 0)]
     per = -(-len(loss) // MOST)
-    each = f"A point is the mean of {per:,} steps. " if per > 1 else ""
-    told = f"{each}The smoothed line is an exponential mean. Noise and timesteps are new at every step."
-    return chart("Training loss", told, Axis("step"), Axis("loss"), lines)
+    each = f"Each point is the mean of {per:,} steps. " if per > 1 else ""
+    caption = f"{each}The smoothed line is an exponential moving average. Noise and timesteps change at every step."
+    return chart("Training loss", caption, Axis("step"), Axis("loss"), lines)
 
 
 def _validation_chart(validation: Sequence[Point]) -> Markup:
     dot = Line("first", validation[:1], dot=True)
-    told = "Fixed pictures, noise and timesteps: two points can be compared."
-    return chart("Validation loss", told, Axis("step"), Axis("loss"), [Line("validation", thinned(validation), 0), dot])
+    caption = "Fixed images, noise and timesteps, so that points are comparable."
+    return chart(
+        "Validation loss", caption, Axis("step"), Axis("loss"), [Line("validation", thinned(validation), 0), dot]
+    )
 
 
-def _rest(rows: Sequence[Row]) -> Markup:
-    """The time it took, of steps that measured it."""
+def _timing(rows: Sequence[Row]) -> Markup:
+    """The total and the median time of the measured steps."""
     seconds = sorted(v for _, v in series(rows, "seconds"))
     if not seconds:
         return Markup("")
@@ -124,13 +128,13 @@ def _rest(rows: Sequence[Row]) -> Markup:
 
 def _adapter(about: Description | None) -> tuple[Markup, ...]:
     if about is None:
-        return (paragraph("The run has not ended, and has no adapter yet: krona train --resume goes on."),)
-    told = [
+        return (paragraph("The run is not finished and has no adapter yet; krona train --resume continues it."),)
+    rows = [
         ("file", about.path.name),
-        ("base", about.base or " or ".join(about.candidates)),
+        ("base model", about.base or " or ".join(about.candidates)),
         ("parameters", about.parameters),
         ("size", human_bytes(about.bytes)),
         ("trigger words", ", ".join(about.trigger_words)),
-        ("licence", about.licence),
+        ("license", about.licence),
     ]
-    return facts(told, "What was written"), modules_of(about)
+    return facts(rows, "The written file"), modules_of(about)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from krona_hub.bases.loading import load_base
 from krona_hub.errors import NoDeviceError, UnknownBaseError
-from krona_hub.pipelines.opening import device_for, no_base, pipeline_for, quiet, told
+from krona_hub.pipelines.opening import device_for, loading_errors, no_base, pipeline_for, quiet
 from krona_hub.sources import resolve_base
 from krona_hub.training.settings import TrainingSettings
 
@@ -71,7 +71,7 @@ def open_base(settings: TrainingSettings, machine: TrainingDevice, *, denoiser_w
     path = resolve_base(settings.base)
     if not path.exists():
         raise no_base(settings.base)
-    with quiet(), told(settings.base):
+    with quiet(), loading_errors(settings.base):
         pipe = _loaded(settings, path, machine)
         for name, model in models_of(pipe).items():
             model.requires_grad_(False).eval()
