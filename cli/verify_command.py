@@ -151,7 +151,7 @@ def _not_merged(report: MergeCheck) -> str:
     states = {t.state for t in report.different}
     if states == {"not merged"}:
         return f"Different: nothing was merged into {count}."
-    if states == {"other strength"} and len(report.strengths) == 1:
+    if states == {"different strength"} and len(report.strengths) == 1:
         return f"Different: merged at {_strengths(report.strengths)}, not at {report.weights[0]:g}."
     return f"Different: {count} are not what they should be."
 

@@ -143,7 +143,7 @@ def test_one_folder_per_component_is_one_adapter(sdxl, text, tmp_path):
     both = made.lora({**text, **tiny.layers(tiny.sdxl(), "to_q")})
     write(both, tmp_path / "peft", format="peft-lora", base=sdxl)
     plan = plan_merge(sdxl, [(tmp_path / "peft", 1.0)])
-    assert plan.adapters[0].said == f"{len(both)} of {len(both)} modules matched"
+    assert plan.adapters[0].match_summary == f"{len(both)} of {len(both)} modules matched"
     shutil.copytree(sdxl / "unet", tmp_path / "alone/unet")
     report = merge(tmp_path / "alone", [(tmp_path / "peft", 1.0)], tmp_path / "out", allow_missing=True)
     assert report.adapters[0].matched == len(both) - len(text) and len(report.adapters[0].missing) == len(text)
@@ -184,7 +184,7 @@ def test_a_real_adapter_on_the_wrong_base_says_where_it_belongs(tmp_path):
     for name, layouts in BASES.items():
         base = layouts["file"](tmp_path / f"{name}.safetensors")
         if name == "sd15":
-            assert plan_merge(base, [(adapter, 1.0)]).adapters[0].said == "128 of 128 modules matched"
+            assert plan_merge(base, [(adapter, 1.0)]).adapters[0].match_summary == "128 of 128 modules matched"
             continue
         with pytest.raises(BaseMismatchError, match=r"\d+ of 128 modules") as told:
             plan_merge(base, [(adapter, 1.0)])
