@@ -73,6 +73,7 @@ def convert(
     >>> from importlib.resources import files
     >>> lora = files("krona_hub.assets") / "zorbi_lora_kohya.safetensors"
     >>> convert(lora, to="krona", exact=True, dry_run=True).verdict
+    'Exact: the delta is the same up to rounding. Same number of parameters.'
     """
     _check_target(to, tool)
     method = choose_method(

@@ -172,7 +172,7 @@ def test_a_base_that_a_reader_has_guessed_is_no_record(tmp_path):
 
 
 def test_the_component_must_be_one(sdxl, text):
-    with pytest.raises(UsageError, match="'vae' is no part of a model"):
+    with pytest.raises(UsageError, match="Unknown component 'vae'"):
         plan_merge(sdxl, [(made.lora(text), 1.0)], component="vae")
 
 
@@ -201,7 +201,7 @@ def test_a_partial_match_says_where_the_adapter_belongs(tmp_path):
 def test_a_checkpoint_in_a_folder_is_named(tmp_path):
     file = real_shapes.ldm_file(tmp_path / "folder/model.safetensors", "sd15")
     adapter = lora_file(tmp_path / "a.safetensors", "sd15", "kohya", ATTENTION, "unet")
-    with pytest.raises(UnknownBaseError, match="one with a checkpoint in it") as told:
+    with pytest.raises(UnknownBaseError, match="contains a single-file checkpoint") as told:
         plan_merge(file.parent, [(adapter, 1.0)])
     assert str(file) in told.value.fix
 
@@ -210,7 +210,9 @@ def test_weights_that_a_merge_leaves_as_they_are_are_named(tmp_path):
     base = real_shapes.folder(tmp_path / "base", "sd15", "unet")
     real_shapes.write(base / "v1-5-pruned.safetensors", {"x": (4,)})
     adapter = lora_file(tmp_path / "a.safetensors", "sd15", "kohya", ATTENTION, "unet")
-    assert any("v1-5-pruned.safetensors holds a whole model" in n for n in plan_merge(base, [(adapter, 1.0)]).notes)
+    assert any(
+        "v1-5-pruned.safetensors also contains a complete model" in n for n in plan_merge(base, [(adapter, 1.0)]).notes
+    )
     file = real_shapes.ldm_file(tmp_path / "ema.safetensors", "sd15", more={"model_ema.x": (4,)})
     assert any("model_ema" in note for note in plan_merge(file, [(adapter, 1.0)]).notes)
 

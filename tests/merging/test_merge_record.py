@@ -134,7 +134,7 @@ def test_progress_is_told_in_bytes_and_ends_at_all_of_them(base, adapter, tmp_pa
 
 @pytest.mark.parametrize("options", [{"rounding": "down"}, {"threads": 0}])
 def test_options_that_mean_nothing_are_refused(options, base, shapes, tmp_path):
-    with pytest.raises(ValueError, match=r"'down'|0 threads"):
+    with pytest.raises(ValueError, match=r"'down'|threads 0"):
         merge(base, [(made.lora(shapes), 1.0)], tmp_path / "out", **options)
 
 

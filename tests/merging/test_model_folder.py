@@ -71,7 +71,7 @@ def test_the_index_of_shards_tells_the_new_size(tmp_path, base):
 def test_an_index_that_is_none_is_told(tmp_path, base):
     for text in ("{", "[]", "{}", '{"weight_map": 3}'):
         (base / "unet/model.safetensors.index.json").write_text(text)
-        with pytest.raises(FormatError, match="no index"):
+        with pytest.raises(FormatError, match="not a valid index"):
             write_merged(MergeDestination(base, tmp_path / "out"), changes(base, new="F32"))
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
@@ -113,14 +113,14 @@ def test_a_linked_folder_is_followed_and_a_circle_of_links_is_an_error(tmp_path,
     write_merged(MergeDestination(base, tmp_path / "out"), changes(base))
     assert (tmp_path / "out/vae/vae.safetensors").is_file() and not (tmp_path / "out/vae").is_symlink()
     (base / "tokenizer" / "again").symlink_to(base)
-    with pytest.raises(ConflictError, match="lies in"):
+    with pytest.raises(ConflictError, match="is inside"):
         write_merged(MergeDestination(base, tmp_path / "again"), changes(base))
     assert not (tmp_path / "again").exists()
 
 
 def test_a_pipe_and_a_link_that_leads_nowhere_are_errors(tmp_path, base):
     (base / "broken.json").symlink_to("nowhere")
-    with pytest.raises(NotFoundError, match="leads nowhere"):
+    with pytest.raises(NotFoundError, match="is broken"):
         write_merged(MergeDestination(base, tmp_path / "out"), changes(base))
     (base / "broken.json").unlink()
     os.mkfifo(base / "pipe")
@@ -200,7 +200,7 @@ def test_a_place_that_is_not_writable_is_told_before_work(tmp_path, base, monkey
 
 
 def test_in_place_needs_a_way_back(base, tmp_path):
-    with pytest.raises(UsageError, match="way back"):
+    with pytest.raises(UsageError, match="requires an undo file"):
         check_destination(MergeDestination(base, None))
     with pytest.raises(UsageError, match="link"):
         check_destination(MergeDestination(base, None, tmp_path / "undo", link=True))
@@ -209,7 +209,7 @@ def test_in_place_needs_a_way_back(base, tmp_path):
 def test_a_link_is_not_changed_in_place_for_others_may_use_what_it_leads_to(tmp_path):
     blob = write_base(tmp_path / "blob")
     (tmp_path / "base.safetensors").symlink_to(blob)
-    with pytest.raises(ConflictError, match="others may use"):
+    with pytest.raises(ConflictError, match="may be shared"):
         check_destination(
             MergeDestination(tmp_path / "base.safetensors", None, tmp_path / "undo"), [tmp_path / "base.safetensors"]
         )
@@ -217,13 +217,13 @@ def test_a_link_is_not_changed_in_place_for_others_may_use_what_it_leads_to(tmp_
 
 def test_an_undo_file_in_the_way_is_an_error(tmp_path, base):
     for place in (MergeDestination(base, tmp_path / "out", base / "undo"), MergeDestination(base, None, base / "undo")):
-        with pytest.raises(ConflictError, match="in the way"):
+        with pytest.raises(ConflictError, match="conflicts with the merge"):
             check_destination(place)
     (tmp_path / "undo").write_text("mine")
     with pytest.raises(ConflictError, match="exists"):
         check_destination(MergeDestination(base, tmp_path / "out", tmp_path / "undo"))
     check_destination(MergeDestination(base, tmp_path / "out", tmp_path / "undo", overwrite=True))
-    with pytest.raises(ConflictError, match="half done"):  # it may be the only way back
+    with pytest.raises(ConflictError, match="may be incomplete"):  # it may be the only way back
         check_destination(MergeDestination(base, None, tmp_path / "undo", overwrite=True))
     file = write_base(tmp_path / "base.safetensors")
     with pytest.raises(ConflictError):

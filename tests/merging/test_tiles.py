@@ -239,7 +239,7 @@ def test_infinities_and_nan_of_the_base_pass() -> None:
 
 
 def test_a_delta_of_another_size_is_refused_by_name() -> None:
-    with pytest.raises(BaseMismatchError, match=r"w has 30x64 numbers for unet\.x, whose delta is 36x64"):
+    with pytest.raises(BaseMismatchError, match=r"w is 30x64 for unet\.x, but its delta is 36x64"):
         merged(numbers(50, 64), [patch("one term", (36, 64), rows=(0, 30))])
 
 

@@ -255,9 +255,9 @@ def test_a_file_and_a_folder_compare_where_tensors_are_called_alike(tmp_path):
 def test_checkpoints_without_a_tensor_in_common_are_an_error(tmp_path):
     save_file({"x": torch.ones(2)}, tmp_path / "x.safetensors")
     base = shared("golden", "base")
-    with pytest.raises(BaseMismatchError, match="no tensor in common"):
+    with pytest.raises(BaseMismatchError, match="no tensors in common"):
         verify(tmp_path / "x.safetensors", base=base, adapters=[(LOKR, 1.0)])
-    with pytest.raises(NotFoundError, match="no safetensors"):
+    with pytest.raises(NotFoundError, match="no safetensors files"):
         (tmp_path / "empty").mkdir()
         verify(tmp_path / "empty", base=base, adapters=[(LOKR, 1.0)])
 
