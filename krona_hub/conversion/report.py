@@ -22,7 +22,7 @@ class LayerReport:
     parameters_after: int
     bytes_before: int
     bytes_after: int
-    relative_error: float  # ‖ΔW′ − ΔW‖ / ‖ΔW‖, Frobenius, measured on what is written
+    relative_error: float  # ‖ΔW′ − ΔW‖ / ‖ΔW‖, Frobenius, measured on the written values
     norm: float  # ‖ΔW‖
     note: str = ""
     best_other: str | None = None  # best alternative, for a layer kept as LoRA
@@ -98,7 +98,7 @@ def total_error(layers: Sequence[LayerReport]) -> float:
     return sqrt(lost / whole) if whole else 0.0
 
 
-EXACT_BELOW = 1e-6  # what float32 rounding alone explains
+EXACT_BELOW = 1e-6  # error that float32 rounding alone explains
 VERDICTS = (  # largest relative error, verdict
     (EXACT_BELOW, "Exact: the delta is the same up to rounding."),
     (0.01, "Nearly identical: the delta differs by at most 1 %."),

@@ -98,12 +98,12 @@ def test_an_adapter_less_itself_is_written_as_zero_and_read_as_zero(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wish", [{"terms": 1}, {"terms": 2}, {"max_error": 0.3}, {"max_error": 0.5}, {"dtype": "bf16"}]
+    "options", [{"terms": 1}, {"terms": 2}, {"max_error": 0.3}, {"max_error": 0.5}, {"dtype": "bf16"}]
 )
-def test_the_error_that_is_reported_is_the_error_of_the_file(wish, tmp_path):
+def test_the_error_that_is_reported_is_the_error_of_the_file(options, tmp_path):
     names = LOKR, "lyc_unbalanced_f4_dim3_a1.safetensors", "lyc_f4_dim2_a1.safetensors"
     pair = list(zip(golden(*names), (1, -0.6, 0.5), strict=True))
-    report = combine(pair, tmp_path / "c.safetensors", **wish, allow_loss=True, **BASE)
+    report = combine(pair, tmp_path / "c.safetensors", **options, allow_loss=True, **BASE)
     found, meant = read(tmp_path / "c.safetensors", **BASE), the_sum(*pair)
     assert any(x.relative_error > 0 for x in report.layers)
     lost = whole = 0.0
@@ -126,7 +126,7 @@ def test_options_and_places_are_checked_before_any_file_is_read(tmp_path):
     (tmp_path / "there.safetensors").touch()
     (broken,) = [tmp_path / "broken.safetensors"]
     broken.write_bytes(b"no adapter")
-    for wish in (
+    for options in (
         {"terms": 2, "max_error": 0.1},
         {"terms": 0},
         {"max_error": 1.5},
@@ -134,7 +134,7 @@ def test_options_and_places_are_checked_before_any_file_is_read(tmp_path):
         {"dtype": "x"},
     ):
         with pytest.raises(UsageError):
-            combine([(broken, 1.0)], tmp_path / "c.safetensors", **wish)
+            combine([(broken, 1.0)], tmp_path / "c.safetensors", **options)
     with pytest.raises(ConflictError):
         combine([(broken, 1.0)], tmp_path / "there.safetensors")
 
@@ -248,5 +248,5 @@ def test_zero_layers_and_lone_doras_pass_through_every_wish(tmp_path):
     assert report.relative_error == 0
     zero = Adapter({"unet.a": LayerDelta((), (8, 6))})
     write(zero, tmp_path / "zero.safetensors")
-    for wish in ({"terms": 1}, {"max_error": 0.1}):
-        assert combine([(tmp_path / "zero.safetensors", 1.0)], **wish).layers[0].after == "zero"
+    for options in ({"terms": 1}, {"max_error": 0.1}):
+        assert combine([(tmp_path / "zero.safetensors", 1.0)], **options).layers[0].after == "zero"

@@ -1,4 +1,4 @@
-"""Every way against the dense definition of what it promises, on layers of several kinds."""
+"""Every conversion method against its dense definition, on layers of several kinds."""
 
 import pytest
 import torch
@@ -33,8 +33,8 @@ def error(new, old):
     return float((dense(new) - dense(old)).norm() / dense(old).norm())
 
 
-def convert(delta, way, target=NATIVE):
-    return apply_method({"unet.x": delta}, way, target)["unet.x"]
+def convert(delta, method, target=NATIVE):
+    return apply_method({"unet.x": delta}, method, target)["unet.x"]
 
 
 def test_keep_returns_the_very_same_delta():

@@ -1,4 +1,4 @@
-"""What was asked for, checked before any file is read."""
+"""Conversion options, checked before any file is read."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from krona_hub.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    ("options", "way"),
+    ("options", "method"),
     [
         ({}, None),
         ({"exact": True}, Exact()),
@@ -19,12 +19,12 @@ from krona_hub.errors import UsageError
         ({"rank": 8}, Rank(8)),
     ],
 )
-def test_each_option_names_one_way(options, way):
-    assert choose_method(**options) == way
+def test_each_option_names_one_way(options, method):
+    assert choose_method(**options) == method
 
 
 @pytest.mark.parametrize(
-    ("way", "words"),
+    ("method", "words"),
     [
         (Keep(), "convert"),
         (Exact(), "convert --exact"),
@@ -36,8 +36,8 @@ def test_each_option_names_one_way(options, way):
         (Rank(8), "convert --rank 8"),
     ],
 )
-def test_a_way_is_named_as_one_asks_for_it(way, words):
-    assert str(way) == words
+def test_a_way_is_named_as_one_asks_for_it(method, words):
+    assert str(method) == words
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_a_pattern_that_finds_nothing_is_named():
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("w.txt", "mid_block\n", "Line 1 .* 'mid_block'"),
         ("w.txt", "mid_block = much\n", "'much' for 'mid_block'"),
@@ -41,9 +41,9 @@ def test_a_pattern_that_finds_nothing_is_named():
         ("w.json", "[1]", "contains no block weights"),
     ],
 )
-def test_a_file_that_cannot_be_meant_is_told(name, text, told, tmp_path):
+def test_a_file_that_cannot_be_meant_is_told(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         read_block_weights(tmp_path / name)
 
 

@@ -1,4 +1,4 @@
-"""Which modules of an adapter a base has: of real files and real shapes, and what is said of the others."""
+"""Modules of an adapter that match a base, for real files and shapes, and the messages about the others."""
 
 import shutil
 from dataclasses import replace
@@ -130,10 +130,10 @@ def test_an_adapter_for_a_text_encoder_is_told_that_the_base_has_none(sdxl, text
     for format_name in ("kohya-lora", "krona", "diffusers-lora"):
         path = tmp_path / f"{format_name}.safetensors"
         write(made.lora(both), path, format=format_name, base=sdxl)
-        with pytest.raises(BaseMismatchError, match=r"has no text encoder") as told:
+        with pytest.raises(BaseMismatchError, match=r"has no text encoder") as caught:
             plan_merge(sdxl / "unet", [(path, 1.0)])
         unet = len(both) - len(text)
-        assert f"{unet} of {len(both)} modules" in str(told.value) and "--component" in told.value.fix
+        assert f"{unet} of {len(both)} modules" in str(caught.value) and "--component" in caught.value.fix
         for options in ({"component": "unet"}, {"allow_missing": True}):
             plan = plan_merge(sdxl / "unet", [(path, 1.0)], **options)
             assert plan.adapters[0].matched == unet == len(plan.tensors)
@@ -176,7 +176,7 @@ def test_the_component_must_be_one(sdxl, text):
         plan_merge(sdxl, [(made.lora(text), 1.0)], component="vae")
 
 
-# --- what else is said -----------------------------------------------------------------------------------------------
+# --- other messages --------------------------------------------------------------------------------------------------
 
 
 def test_a_real_adapter_on_the_wrong_base_says_where_it_belongs(tmp_path):
@@ -186,24 +186,24 @@ def test_a_real_adapter_on_the_wrong_base_says_where_it_belongs(tmp_path):
         if name == "sd15":
             assert plan_merge(base, [(adapter, 1.0)]).adapters[0].match_summary == "128 of 128 modules matched"
             continue
-        with pytest.raises(BaseMismatchError, match=r"\d+ of 128 modules") as told:
+        with pytest.raises(BaseMismatchError, match=r"\d+ of 128 modules") as caught:
             plan_merge(base, [(adapter, 1.0)])
-        assert "an adapter for sd15" in told.value.fix
+        assert "an adapter for sd15" in caught.value.fix
 
 
 def test_a_partial_match_says_where_the_adapter_belongs(tmp_path):
     adapter = lora_file(tmp_path / "a.safetensors", "sdxl", "kohya", ATTENTION, "unet", "text_encoder")
-    with pytest.raises(BaseMismatchError, match=r"\d+ of 619 modules .* its delta is 640x2048") as told:
+    with pytest.raises(BaseMismatchError, match=r"\d+ of 619 modules .* its delta is 640x2048") as caught:
         plan_merge(real_shapes.ldm_file(tmp_path / "b.safetensors", "sd15"), [(adapter, 1.0)])
-    assert "an adapter for sdxl" in told.value.fix
+    assert "an adapter for sdxl" in caught.value.fix
 
 
 def test_a_checkpoint_in_a_folder_is_named(tmp_path):
     file = real_shapes.ldm_file(tmp_path / "folder/model.safetensors", "sd15")
     adapter = lora_file(tmp_path / "a.safetensors", "sd15", "kohya", ATTENTION, "unet")
-    with pytest.raises(UnknownBaseError, match="contains a single-file checkpoint") as told:
+    with pytest.raises(UnknownBaseError, match="contains a single-file checkpoint") as caught:
         plan_merge(file.parent, [(adapter, 1.0)])
-    assert str(file) in told.value.fix
+    assert str(file) in caught.value.fix
 
 
 def test_weights_that_a_merge_leaves_as_they_are_are_named(tmp_path):
@@ -217,7 +217,7 @@ def test_weights_that_a_merge_leaves_as_they_are_are_named(tmp_path):
     assert any("model_ema" in note for note in plan_merge(file, [(adapter, 1.0)]).notes)
 
 
-# --- what cannot be read is told by the plan already -----------------------------------------------------------------
+# --- errors of reading, raised by the plan ---------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -46,8 +46,8 @@ def test_a_file_becomes_a_file(tmp_path):
 
 
 def test_a_folder_becomes_a_folder_without_the_pickles_of_what_was_merged(tmp_path, base):
-    before, out, told = contents(base), tmp_path / "out", []
-    written = write_merged(MergeDestination(base, out), changes(base), progress=told.append)
+    before, out, steps = contents(base), tmp_path / "out", []
+    written = write_merged(MergeDestination(base, out), changes(base), progress=steps.append)
     after = contents(out)
     assert before.keys() - after.keys() == {"text_encoder/pytorch_model.bin"} and after.keys() <= before.keys()
     assert [p.as_posix() for p in written.left_out] == ["text_encoder/pytorch_model.bin"]
@@ -56,7 +56,7 @@ def test_a_folder_becomes_a_folder_without_the_pickles_of_what_was_merged(tmp_pa
         "unet/model.safetensors.index.json"
     } >= set(after) - {"unet/model.safetensors.index.json"}
     assert contents(base) == before
-    assert sum(told) == bytes_to_write(MergeDestination(base, out), changes(base)) == sum(map(len, after.values()))
+    assert sum(steps) == bytes_to_write(MergeDestination(base, out), changes(base)) == sum(map(len, after.values()))
 
 
 def test_the_index_of_shards_tells_the_new_size(tmp_path, base):

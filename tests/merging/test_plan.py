@@ -1,4 +1,4 @@
-"""What a merge will do, told from headers: matches, refusals, sizes; and what it then does is that."""
+"""Merge plans from headers: matches, errors and sizes, and merges that follow them."""
 
 import json
 import subprocess
@@ -214,11 +214,11 @@ def test_shapes_that_do_not_fit_are_never_merged(base, shapes):
 
 
 def test_a_recorded_base_that_differs_is_refused(base, shapes):
-    told = replace(made.lora(shapes), base=BaseModel(family=None, fingerprint="0" * 64))
+    other = replace(made.lora(shapes), base=BaseModel(family=None, fingerprint="0" * 64))
     with pytest.raises(BaseMismatchError, match="was made for a base with fingerprint 000000000000"):
-        plan_merge(base, [(told, 1.0)])
-    assert plan_merge(base, [(told, 1.0)], allow_base_mismatch=True).tensors
-    right = replace(told, base=load_base(base).model)
+        plan_merge(base, [(other, 1.0)])
+    assert plan_merge(base, [(other, 1.0)], allow_base_mismatch=True).tensors
+    right = replace(other, base=load_base(base).model)
     assert plan_merge(base, [(right, 1.0)]).tensors
 
 
@@ -246,11 +246,11 @@ def test_a_sum_that_overflows_stops_and_names_the_tensor(base, shapes, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [({"out_dtype": "fp8"}, "Unknown output dtype 'fp8'"), ({"block_weights": {"nothing": 1.0}}, "matches no layer")],
 )
-def test_options_without_a_meaning_are_told(options, told, base, shapes):
-    with pytest.raises(UsageError, match=told):
+def test_options_without_a_meaning_are_told(options, message, base, shapes):
+    with pytest.raises(UsageError, match=message):
         plan_merge(base, [(made.lora(shapes), 1.0)], **options)
     with pytest.raises(UsageError, match="Missing adapters"):
         plan_merge(base, [])
@@ -302,7 +302,7 @@ QUANTISED = {
 
 
 def quantised_unet(base, folder, how, name):
-    """A pipeline folder whose U-Net has one weight stored in that way."""
+    """A pipeline folder whose U-Net has one weight stored by `how`."""
     for component in ("unet", "text_encoder"):
         (folder / component).mkdir(parents=True)
         for file in (base / component).iterdir():
@@ -364,17 +364,17 @@ def test_pickles_missing_shards_and_lying_indices_are_told_apart(base, shapes, t
         plan_merge(folder, lora)
     tiny.sd15().unet.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
     index = tmp_path / "sharded/diffusion_pytorch_model.safetensors.index.json"
-    said = json.loads(index.read_text())
-    shards = sorted(set(said["weight_map"].values()))
-    name = next(iter(said["weight_map"]))
-    lie = {**said["weight_map"], name: next(s for s in shards if s != said["weight_map"][name])}
-    index.write_text(json.dumps(said | {"weight_map": lie}))
+    data = json.loads(index.read_text())
+    shards = sorted(set(data["weight_map"].values()))
+    name = next(iter(data["weight_map"]))
+    lie = {**data["weight_map"], name: next(s for s in shards if s != data["weight_map"][name])}
+    index.write_text(json.dumps(data | {"weight_map": lie}))
     with pytest.raises(StructureError, match=f"lists {name}"):
         plan_merge(tmp_path / "sharded", lora, component="unet")
-    index.write_text(json.dumps({**said, "weight_map": {k: v for k, v in said["weight_map"].items() if k != name}}))
+    index.write_text(json.dumps({**data, "weight_map": {k: v for k, v in data["weight_map"].items() if k != name}}))
     with pytest.raises(StructureError, match=f"does not list {name}"):
         plan_merge(tmp_path / "sharded", lora, component="unet")
-    index.write_text(json.dumps(said))
+    index.write_text(json.dumps(data))
     (tmp_path / "sharded" / shards[0]).unlink()
     with pytest.raises(IncompleteError, match="1 of"):
         plan_merge(tmp_path / "sharded", lora, component="unet")

@@ -151,7 +151,7 @@ class _Merge:
             self._buffers[height] = _TileBuffers(height, self._columns, self._wide, self._out_dtype)
         return self._buffers[height]
 
-    # ── what went wrong ──────────────────────────────────────────────────────────────────────────
+    # ── errors ───────────────────────────────────────────────────────────────────────────────────
 
     def _squared(self, lost: Tensor, stored: Tensor, out: Tensor) -> float:
         """Return ‖lost‖²; if it is not finite, check the tile and sum over finite weights."""
