@@ -113,7 +113,7 @@ def test_a_linked_folder_is_followed_and_a_circle_of_links_is_an_error(tmp_path,
     write_merged(MergeDestination(base, tmp_path / "out"), changes(base))
     assert (tmp_path / "out/vae/vae.safetensors").is_file() and not (tmp_path / "out/vae").is_symlink()
     (base / "tokenizer" / "again").symlink_to(base)
-    with pytest.raises(ConflictError, match="is inside"):
+    with pytest.raises(ConflictError, match="is a link to a folder that contains it"):
         write_merged(MergeDestination(base, tmp_path / "again"), changes(base))
     assert not (tmp_path / "again").exists()
 
