@@ -74,8 +74,8 @@ def validate(source: str | Path, base: str | Path | Base | None = None) -> Valid
         findings = checks.validate(path) if path.is_file() else ()
         return ValidationReport(path, None, findings or (Finding.of(error),))
     formats, found = zip(*((_format(f), tuple(_findings(f))) for f in files), strict=True)
-    findings = [_in_part(finding, f, path) for f, own in zip(files, found, strict=True) for finding in own]
-    return ValidationReport(path, formats[0], checks.ordered(findings))
+    all_findings = [_in_part(finding, f, path) for f, own in zip(files, found, strict=True) for finding in own]
+    return ValidationReport(path, formats[0], checks.ordered(all_findings))
 
 
 def _format(file: AdapterFile) -> str | None:
