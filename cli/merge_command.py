@@ -188,7 +188,8 @@ def _show_plan(plan: MergePlan) -> None:
 
 def _show_adapters(adapters: Sequence[AdapterPlan]) -> None:
     show_table(
-        ("adapter", ">strength", "format", "match"), ((a.source, f"{a.weight:g}", a.format, a.said) for a in adapters)
+        ("adapter", ">strength", "format", "match"),
+        ((a.source, f"{a.weight:g}", a.format, a.match_summary) for a in adapters),
     )
     for adapter in adapters:
         for module, why in list(adapter.missing.items())[:FEW]:

@@ -61,7 +61,7 @@ def test_the_demo_shows_the_toy_and_its_commands_can_be_repeated(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert main(["demo"]) == 0
     shown = capsys.readouterr()
-    assert "the LoRA itself" in shown.out and " ⊗ " in shown.out and "zorbi" in shown.err
+    assert "kept as LoRA" in shown.out and " ⊗ " in shown.out and "zorbi" in shown.err
     assert shown.out.count("Match: ") == 2
     assert_toys(tmp_path / "krona-demo/pictures")
     for line in (tmp_path / "krona-demo/commands.txt").read_text().splitlines():

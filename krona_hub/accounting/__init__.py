@@ -1,4 +1,4 @@
-"""Parameter accounting: what an adapter costs before any training, and what files hold. Torch-free."""
+"""Parameter counts of adapters: planned ones, before training, and existing files. Torch-free."""
 
 from krona_hub.accounting.counting import Accounting as Accounting
 from krona_hub.accounting.counting import account as account

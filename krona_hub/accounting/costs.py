@@ -1,4 +1,4 @@
-"""What one layer costs under each kind of adapter, in parameters. Torch-free."""
+"""Parameters of one layer under each kind of adapter. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.errors import UsageError
 from krona_hub.kron.shapes import lycoris_factors, parse_shape, smallest_split, split
 
-Cost = Callable[[ModuleSpec], int]  # raises ShapeError where the form does not fit
+Cost = Callable[[ModuleSpec], int]  # raises ShapeError if the shape does not divide the layer
 
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """One way to adapt a layer, and what it costs."""
+    """A kind of adapter, and its parameters per layer."""
 
     label: str
     cost: Cost
@@ -24,19 +24,19 @@ class AdapterKind:
 def adapter_kinds(
     shapes: Iterable[str], factors: Iterable[int], ranks: Iterable[int], terms: int = 1
 ) -> list[AdapterKind]:
-    """Every form that was asked for: KronA by width, KronA of each shape, LoKr full and of each rank, LoRA."""
+    """Return the requested kinds: KronA by width, KronA of each shape, LoKr full and of each rank, LoRA."""
     ranks = list(ranks)
     lokr = [_lokr(f, rank) for f in factors for rank in (None, *ranks)]
     return [_krona_by_width(terms), *(_krona(s, terms) for s in shapes), *lokr, *map(_lora, ranks)]
 
 
 def krona_parameters(module: ModuleSpec, a1: int, a2: int, terms: int = 1) -> int:
-    """K · (a1·a2 + b1·b2). Raises ShapeError where a1 does not divide out, or a2 in."""
+    """Return K · (a1·a2 + b1·b2). Raises ShapeError if a1 does not divide out, or a2 in."""
     return terms * split(module.matrix, a1, a2).parameters
 
 
 def lokr_parameters(module: ModuleSpec, factor: int, rank: int | None = None) -> int:
-    """Numbers in LyCORIS's LoKr (no tucker, w1 whole); `rank` None is `full_matrix`."""
+    """Return the parameters of a LyCORIS LoKr (no Tucker decomposition, dense w1); rank None is `full_matrix`."""
     a, b = lycoris_factors(module.shape[0], factor)
     c, d = lycoris_factors(module.shape[1], factor)
     kernel = prod(module.shape[2:])
@@ -45,7 +45,7 @@ def lokr_parameters(module: ModuleSpec, factor: int, rank: int | None = None) ->
 
 
 def lora_parameters(module: ModuleSpec, rank: int) -> int:
-    """r · (out + in·k…)."""
+    """Return r · (out + in·k…)."""
     return rank * sum(module.matrix)
 
 
@@ -55,7 +55,7 @@ def _krona(shape: str, terms: int) -> AdapterKind:
 
 
 def _krona_by_width(terms: int) -> AdapterKind:
-    """The default split: the cheapest of each layer, a1·a2 near √(out·in)."""
+    """Return the default: the smallest factorization of each layer, a1·a2 near √(out·in)."""
     return AdapterKind(
         f"KronA by width{_times(terms)}", lambda module: terms * smallest_split(module.matrix).parameters
     )
@@ -63,18 +63,18 @@ def _krona_by_width(terms: int) -> AdapterKind:
 
 def _times(terms: int) -> str:
     if terms < 1:
-        raise UsageError(f"{terms} terms are no sum.", fix="Ask for 1 or more.")
+        raise UsageError(f"Invalid number of terms {terms}.", fix="Use an integer of at least 1.")
     return f" ×{terms} terms" if terms > 1 else ""
 
 
 def _lokr(factor: int, rank: int | None) -> AdapterKind:
     if factor == 0 or factor < -1:
-        raise UsageError(f"{factor} is no LoKr factor.", fix="Give -1 (near the square root) or a positive number.")
+        raise UsageError(f"Invalid LoKr factor {factor}.", fix="Use -1 (near the square root) or a positive integer.")
     label = f"LoKr factor {factor} {'full' if rank is None else f'rank {rank}'}"
     return AdapterKind(label, lambda module: lokr_parameters(module, factor, rank))
 
 
 def _lora(rank: int) -> AdapterKind:
     if rank < 1:
-        raise UsageError(f"{rank} is no rank.", fix="Give a positive number.")
+        raise UsageError(f"Invalid LoRA rank {rank}.", fix="Use a positive integer.")
     return AdapterKind(f"LoRA rank {rank}", lambda module: lora_parameters(module, rank))

@@ -1,7 +1,7 @@
-"""How many numbers an adapter has, before anybody trains it, and how many a file has. No weights, no torch.
+"""Count the parameters of an adapter before training, and of existing files. Needs neither weights nor torch.
 
 KronA a1xa2, K terms    K · (a1·a2 + out·in / (a1·a2))     per layer; in = channels · k… for a convolution
-LoKr factor f, full     a·c + b·d·k…                       (a, b) and (c, d): the factors of out and of in
+LoKr factor f, full     a·c + b·d·k…                       (a, b) and (c, d): factor pairs of out and in
 LoKr factor f, rank r   a·c + r·(b + d·k…)                 where r < max(b, d)/2, else full
 LoRA rank r             r · (out + in)
 """
@@ -23,8 +23,8 @@ from krona_hub.errors import ShapeError, UsageError
 from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.description import Description, ModuleInfo
 
-BOTH = "all"  # as a component: every one of the base
-TEXT = "text"  # as a component: every text encoder
+BOTH = "all"  # as a component: all components of the base
+TEXT = "text"  # as a component: all text encoders
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class CountRow:
     method: str
     parameters: int
     modules: int  # layers counted
-    lora_rank: float  # the rank of a LoRA on the same layers with as many parameters
-    undivided: tuple[str, ...] = ()  # layers that the shape does not divide; they are not counted
+    lora_rank: float  # rank of a LoRA on the same layers with as many parameters
+    undivided: tuple[str, ...] = ()  # layers that the shape does not divide, not counted
 
     @property
     def bytes_fp16(self) -> int:
@@ -44,18 +44,18 @@ class CountRow:
 
 @dataclass(frozen=True)
 class ComponentCount:
-    """A component of the base that is adapted."""
+    """An adapted component of the base model."""
 
     component: str
     modules: int
-    weights: int  # numbers in the weights of those modules
-    total_parameters: int | None = None  # of the whole component, where the catalogue knows it
-    config_status: str | None = None  # how far the catalogue's configuration is checked
+    weights: int  # parameters in the weights of those modules
+    total_parameters: int | None = None  # of the whole component, if the catalogue records it
+    config_status: str | None = None  # verification status of the catalogue's configuration
     total_status: str | None = None
 
     @property
     def checked(self) -> str:
-        """How far the catalogue's entry is checked, in words; empty for a base read from a folder."""
+        """Verification status of the catalogue entry; empty for a base read from a folder."""
         if not (self.config_status and self.total_status):
             return ""
         config, total = catalogue.CONFIG_STATUS[self.config_status], catalogue.TOTAL_STATUS[self.total_status]
@@ -64,14 +64,14 @@ class ComponentCount:
 
 @dataclass(frozen=True)
 class Accounting:
-    """What `krona params` prints."""
+    """Parameter counts of adapters on one base model, as `krona params` prints them."""
 
     base: str
     targets: str  # a named set or a regular expression
     parts: tuple[ComponentCount, ...]
     rows: tuple[CountRow, ...]
-    target_sets: tuple[str, ...]  # names that `targets` could have been
-    uncovered: tuple[str, ...] = ()  # parts of the pipeline that the base does not list
+    target_sets: tuple[str, ...]  # named sets available for `targets`
+    uncovered: tuple[str, ...] = ()  # pipeline components that the base does not list
 
     @property
     def modules(self) -> int:
@@ -89,12 +89,28 @@ def account(
     terms: int = 1,
     kernels: bool = True,
 ) -> Accounting:
-    """Sizes of KronA, LoKr and LoRA adapters of a base.
+    """Count the parameters of KronA, LoKr and LoRA adapters of a base model, from shapes alone.
 
-    `targets` is a named set or a regular expression; `component` one or several component names, `text` or `all`
-    (None: the denoiser). `kernels=False` leaves convolutions wider than 1×1 out. Factors of -1 are LyCORIS's
-    choice, near the square root.
+    Parameters
+    ----------
+    base : base model or its name.
+    targets : named set of layers, or regular expression of layer names.
+    component : one or several component names, "text" or "all" (default: the denoiser).
+    shapes, terms : sizes `a1xa2` of A, and terms, of the KronA adapters.
+    factors : LoKr factors of LyCORIS; -1 chooses one near the square root.
+    ranks : ranks of the LoRA and LoKr adapters.
+    kernels : whether to include convolutions larger than 1×1.
 
+    Returns
+    -------
+    Accounting : one row per adapter, with the rank of the LoRA of equal size.
+
+    Raises
+    ------
+    UsageError : unknown component or target, or an invalid factor, rank or number of terms.
+
+    Examples
+    --------
     >>> [(row.method, row.parameters) for row in account("sdxl", shapes=["64x4"], factors=[], ranks=[4]).rows]
     [('KronA by width', 1443840), ('KronA 64x4', 3874560), ('LoRA rank 4', 5806080)]
     """
@@ -116,9 +132,9 @@ def account_file(
     ranks: Iterable[int] = (4, 16),
     terms: int = 1,
 ) -> Accounting:
-    """The size of an adapter file, in the first row, and what other forms on the same layers would have.
+    """Count the parameters of an adapter file (first row) and of other adapters on the same layers.
 
-    A module of the file counts as one layer, fused ones too; headers are read, nothing else.
+    Each module of the file counts as one layer, fused ones too; only headers are read.
     """
     about = describe(source, base=base, component=component)
     layers = {m.name: ModuleSpec(m.weight_shape) for m in about.modules}
@@ -128,12 +144,12 @@ def account_file(
 
 
 def lora_rank_of(about: Description) -> float:
-    """The rank of a LoRA on the layers of a file that would have as many parameters; 0 for no layers."""
+    """Return the rank of a LoRA on the layers of a file with as many parameters; 0 without layers."""
     return _as_lora(about.parameters, [ModuleSpec(m.weight_shape) for m in about.modules])
 
 
 def _file_parts(modules: Iterable[ModuleInfo]) -> tuple[ComponentCount, ...]:
-    """What the file adapts, per component; `unknown` where no base explains it."""
+    """Return what the file adapts, per component; `unknown` for modules that no base resolves."""
     owned: dict[str, list[ModuleInfo]] = {}
     for module in modules:
         owned.setdefault(module.layers[0].partition(".")[0] if module.layers else "unknown", []).append(module)
@@ -141,15 +157,15 @@ def _file_parts(modules: Iterable[ModuleInfo]) -> tuple[ComponentCount, ...]:
 
 
 def components_of(base: Base, wanted: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The components that a wish means, in the order of the base. Raises UsageError for one that is not there."""
+    """Resolve component names, in the order of the base. Raises UsageError for an unknown one."""
     names = [wanted] if isinstance(wanted, str) else list(wanted or [base.denoiser or BOTH])
     groups = {BOTH: tuple(base.components), TEXT: base.text_encoders}
     chosen = {c for name in names for c in groups.get(name, (name,))}
     missing = sorted(chosen - set(base.components))
     if missing or not chosen:
         raise UsageError(
-            f"{base.name} has no component {' or '.join(missing) or TEXT}.",
-            fix=f"It has {', '.join(base.components)}; {TEXT} means every text encoder, {BOTH} everything.",
+            f"Unknown component {' or '.join(missing) or TEXT} of {base.name}.",
+            fix=f"Choose from {', '.join(base.components)}, {TEXT} (all text encoders) or {BOTH}.",
         )
     return tuple(c for c in base.components if c in chosen)
 
@@ -160,14 +176,14 @@ def _layers(base: Base, component: str, wanted: str, kernels: bool) -> dict[str,
 
 
 def _set_names(base: Base, components: Iterable[str]) -> tuple[str, ...]:
-    """The named sets that every one of the components has."""
+    """Return the named sets that all components share."""
     names = [[s.name for s in sets_of(base.components[c])] for c in components]
     return tuple(name for name in names[0] if all(name in others for others in names))
 
 
 def _part(base: Base, component: str, layers: Mapping[str, ModuleSpec]) -> ComponentCount:
     part = ComponentCount(component, len(layers), sum(prod(module.shape) for module in layers.values()))
-    if base.family != base.name:  # read from a folder: the catalogue says nothing about it
+    if base.family != base.name:  # read from a folder, not in the catalogue
         return part
     entry = catalogue.component(FAMILIES[base.name].components[component])
     return replace(
@@ -187,17 +203,14 @@ def _row(method: AdapterKind, layers: Mapping[str, ModuleSpec]) -> CountRow:
 
 
 def _as_lora(parameters: int, modules: Iterable[ModuleSpec]) -> float:
-    """The rank of the LoRA of the same size; 0 for no layers."""
+    """Return the rank of the LoRA of the same size; 0 without layers."""
     per_rank = sum(lora_parameters(module, 1) for module in modules)
     return parameters / per_rank if per_rank else 0.0
 
 
 def _cost(method: AdapterKind, module: ModuleSpec) -> int | None:
-    """None where the form does not fit."""
+    """Return the parameters of one layer, None if the shape does not divide it."""
     try:
         return method.cost(module)
     except ShapeError:
         return None
-
-
-# --- the forms -------------------------------------------------------------------------------------------------------

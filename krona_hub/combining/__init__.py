@@ -1,4 +1,4 @@
-"""One adapter from several: exactly, by concatenation, and on request smaller, with a measured error."""
+"""Combine several adapters into one: exactly, by concatenation, or smaller, with a measured error."""
 
 from krona_hub.combining.api import combine
 from krona_hub.combining.report import CombinedAdapter, CombineReport

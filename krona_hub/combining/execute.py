@@ -1,4 +1,4 @@
-"""A combination carried out: read, add, recompress where asked, measure, refuse or write."""
+"""Run a combination: read, add, recompress on request, measure, then write or raise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from krona_hub.combining.report import CombinedAdapter, CombineReport
 from krona_hub.combining.request import CombineInput, CombineRequest
 from krona_hub.combining.weighted_sum import weighted_sum
 from krona_hub.conversion.convert_layers import ConvertedLayer, layer_report
-from krona_hub.conversion.report import REFUSED_ABOVE, LayerReport
+from krona_hub.conversion.report import REFUSED_ABOVE, LayerReport, percent
 from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import size_of
@@ -31,15 +31,15 @@ Layers = Mapping[str, LayerDelta]
 
 
 def execute(request: CombineRequest, progress: Progress | None = None) -> CombineReport:
-    """Do what was asked for; `combine` says what is raised."""
+    """Run the request; `combine` documents the errors."""
     stored = None if request.dtype is None else getattr(torch, request.dtype)
-    target, loaded = ConversionTarget(request.format), [_loaded(x, request) for x in request.ingredients]
-    weighted = [(adapter, x.weight) for adapter, x in zip(loaded, request.ingredients, strict=True)]
+    target, loaded = ConversionTarget(request.format), [_loaded(x, request) for x in request.inputs]
+    weighted = [(adapter, x.weight) for adapter, x in zip(loaded, request.inputs, strict=True)]
     total = weighted_sum(weighted, allow_base_mismatch=request.allow_base_mismatch)
     outcomes = _recompressed(total.layers, request, target, progress)
     outcomes = {name: replace(o, delta=cast(o.delta, stored)) for name, o in outcomes.items()}
     report = CombineReport(
-        parts=tuple(_part(x, adapter, request) for x, adapter in zip(request.ingredients, loaded, strict=True)),
+        parts=tuple(_part(x, adapter, request) for x, adapter in zip(request.inputs, loaded, strict=True)),
         target_format=target.format,
         out=request.out,
         layers=_layer_reports(total.layers, outcomes),
@@ -69,7 +69,7 @@ def _loaded(x: CombineInput, request: CombineRequest) -> Adapter:
 
 def _part(x: CombineInput, adapter: Adapter, request: CombineRequest) -> CombinedAdapter:
     return CombinedAdapter(
-        source=x.said,
+        source=x.label,
         weight=x.weight,
         format=None if isinstance(x.source, Adapter) else format_of(x.source, request.base),
         layers=len(adapter),
@@ -92,7 +92,7 @@ def _recompressed(
 
 
 def _layer_reports(exact: Layers, outcomes: Mapping[str, ConvertedLayer]) -> tuple[LayerReport, ...]:
-    """One line per layer; norms only where some layer lost something, for that is all that they are needed for."""
+    """Return one report per layer; norms are only needed, and computed, if some layer has an error."""
     errors = dict(in_parallel(lambda name: _error(outcomes[name].delta, exact[name]), list(exact)))
     norms: dict[str, float] = {}
     if any(errors.values()):
@@ -100,17 +100,18 @@ def _layer_reports(exact: Layers, outcomes: Mapping[str, ConvertedLayer]) -> tup
     return tuple(layer_report(n, exact[n], outcomes[n], errors[n], norms.get(n, 0.0)) for n in exact)
 
 
-def _error(found: LayerDelta, meant: LayerDelta) -> float:
-    return 0.0 if found.sums == meant.sums else relative_difference(found.sums, meant.sums)
+def _error(found: LayerDelta, exact: LayerDelta) -> float:
+    return 0.0 if found.sums == exact.sums else relative_difference(found.sums, exact.sums)
 
 
 def _check_loss(report: CombineReport, allowed: bool) -> None:
     if report.relative_error > REFUSED_ABOVE and not allowed:
         raise LossyError(
-            f"the result would be {report.relative_error:.1%} error, with {report.energy_kept:.1%} of the sum's energy "
-            "kept; nothing was written.",
-            fix=f"Without --terms and --max-error the sum is exact, in {report.parameters_before:,} parameters; "
-            "--max-error 0.05 finds the smallest form within 5 % per layer; --allow-loss writes this one anyway.",
+            f"The relative error would be {percent(report.relative_error)} (retained energy "
+            f"{percent(report.energy_kept)}); nothing was written.",
+            fix=f"Omit --terms and --max-error for the exact sum ({report.parameters_before:,} parameters), use "
+            "--max-error 0.05 for the smallest factorization within 5 % per layer, or --allow-loss to write this "
+            "result.",
         )
 
 
@@ -119,10 +120,10 @@ def _check_expressible(target: ConversionTarget, outcomes: Mapping[str, Converte
     if refusals:
         name, why = next(iter(refusals.items()))
         raise InexpressibleError(
-            f"{len(refusals)} of {len(outcomes)} layers of the sum cannot be written as {target.format}; the first is "
+            f"{len(refusals)} of {len(outcomes)} layers of the sum cannot be written as {target.format}; first: "
             f"{name}: {why}.",
-            fix="--to krona holds any sum exactly; --max-error 0.05 finds forms that this format holds, and --terms 1 "
-            "takes one term per layer.",
+            fix="Use --to krona, which stores any sum exactly, --max-error 0.05 for factorizations that this format "
+            "supports, or --terms 1 for one term per layer.",
         )
 
 
@@ -130,7 +131,7 @@ def _check_expressible(target: ConversionTarget, outcomes: Mapping[str, Converte
 
 
 def _described(total: Adapter, outcomes: Mapping[str, ConvertedLayer], report: CombineReport) -> Adapter:
-    """The result, with its parts and what was measured in its provenance."""
+    """Return the result, with its parts and the measured errors in its provenance."""
     errors = {x.layer: x.relative_error for x in report.layers if x.relative_error > 0}
     parts = " + ".join(f"{part.weight:g} · {Path(part.source).name}{_digest(part)}" for part in report.parts)
     provenance = replace(

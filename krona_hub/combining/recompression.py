@@ -1,7 +1,7 @@
-"""The exact sum of a layer in fewer terms: optimally for a shape, and the best of the shapes that its parts have.
+"""Recompress the exact sum of a layer to fewer terms: optimally per shape, for the best shape among its parts.
 
-The factors of one shape are a basis already: a QR of each side and an SVD of the small core give the nearest sum of any
-number of terms (`kron.sums.recompress`), and its singular values say what every smaller number loses.
+The factors of one shape already form a basis: a QR of each side and an SVD of the small core give the nearest sum with
+any number of terms (`kron.norms.recompress`), and the singular values give the error for every smaller number.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.terms import KronTerms, LowRank, dense_factor
 from krona_hub.kron.to_lora import lora_rank_bound, nearest_lora
 
-THIN = 4  # a delta whose rank is this many times below its size is searched over all shapes, through its LoRA
+THIN = 4  # search all shapes, through the LoRA, if the rank is this many times smaller than the matrix
 
 Layers = Mapping[str, LayerDelta]
 
 
 class Fit(NamedTuple):
-    """A delta written in fewer numbers, and what that loses."""
+    """A delta with fewer parameters, and its error."""
 
     delta: LayerDelta
     error: float  # relative, Frobenius
@@ -44,9 +44,9 @@ class Fit(NamedTuple):
 
 
 def to_terms(layers: Layers, terms: int, progress: Progress | None = None) -> dict[str, ConvertedLayer]:
-    """Every layer in at most `terms` terms of one shape: of the shapes of its parts, the one that loses least.
+    """Reduce every layer to at most `terms` terms of one shape, the best among the shapes of its parts.
 
-    The terms of a LoRA are its rank. Layers that have no more terms than that stay as they are.
+    The terms of a LoRA are its rank. Layers with no more terms than that stay unchanged.
     """
     return _outcomes(in_parallel(lambda name: _fewer(layers[name], terms), list(layers)), len(layers), progress)
 
@@ -54,10 +54,10 @@ def to_terms(layers: Layers, terms: int, progress: Progress | None = None) -> di
 def within(
     layers: Layers, max_error: float, target: ConversionTarget, progress: Progress | None = None
 ) -> dict[str, ConvertedLayer]:
-    """Every layer in the smallest form that the target holds whose relative error is at most `max_error`.
+    """Reduce every layer to the smallest factorization that the target can hold within `max_error` (relative).
 
-    Deltas of low rank are searched over all shapes; for the others, where that would take minutes, the shapes of
-    their parts are tried.
+    All shapes are searched for deltas of low rank; for the others, for which that would take minutes, only the shapes
+    of their parts.
     """
     kept = {name: ConvertedLayer(d) for name, d in layers.items() if not d.sums or d.magnitude is not None}
     rest = {name: d for name, d in layers.items() if name not in kept}
@@ -83,14 +83,14 @@ def _is_thin(delta: LayerDelta) -> bool:
     return THIN * lora_rank_bound(delta.sums) <= min(delta.matrix_shape)
 
 
-# --- a number of terms -----------------------------------------------------------------------------------------------
+# --- fixed number of terms -------------------------------------------------------------------------------------------
 
 
 def _fewer(delta: LayerDelta, terms: int) -> LayerDelta:
     if delta.magnitude is not None or sum(map(_terms_of, delta.sums)) <= terms:
         return delta
     fits = [_nearest(delta, shape, terms) for shape in _shapes(delta)]
-    if not fits or (_has_lora(delta) and _is_thin(delta)):  # of a delta of high rank, a LoRA keeps next to nothing
+    if not fits or (_has_lora(delta) and _is_thin(delta)):  # a LoRA retains almost nothing of a delta of high rank
         fits.append(_lora(delta, rank=terms))
     return min(fits, key=lambda fit: (fit.error, fit.size)).delta
 
@@ -104,7 +104,7 @@ def _has_lora(delta: LayerDelta) -> bool:
 
 
 def _shapes(delta: LayerDelta) -> list[KronShape]:
-    """The shapes of the parts that are no LoRA, each once."""
+    """Return the distinct shapes of the parts that are not LoRAs."""
     return list(dict.fromkeys(s.shape for s in delta.sums if not _is_product(s)))
 
 
@@ -123,9 +123,9 @@ def _nearest(delta: LayerDelta, shape: KronShape, terms: int) -> Fit:
 
 
 def _slim(terms: KronTerms, delta: LayerDelta) -> KronTerms:
-    """The same terms with B as products, where every part has such a B and the products are smaller.
+    """Return the same terms with low-rank B, if the B of every part is low-rank and that is smaller.
 
-    The columns of each new B lie in the span of those of the old ups, so that a projection onto them loses nothing.
+    The columns of each new B lie in the span of the columns of the old `up` factors, so projecting onto them is exact.
     """
     ups = [s.right.up for s in delta.sums if isinstance(s.right, LowRank) and s.shape == terms.shape]
     rank, (b1, b2) = sum(len(up) * up.shape[2] for up in ups), terms.right.shape[1:]
@@ -137,18 +137,18 @@ def _slim(terms: KronTerms, delta: LayerDelta) -> KronTerms:
     return replace(terms, right=LowRank(basis.to(right.dtype).expand(len(right), -1, -1), down.to(right.dtype)))
 
 
-# --- an error --------------------------------------------------------------------------------------------------------
+# --- maximum error ---------------------------------------------------------------------------------------------------
 
 
 def _smallest(name: str, delta: LayerDelta, max_error: float, target: ConversionTarget) -> LayerDelta:
-    """The smallest of the forms tried that the target holds; the delta as it is where it holds none of them."""
+    """Return the smallest candidate that the target can hold, or the unchanged delta if there is none."""
 
-    def held(delta: LayerDelta) -> bool:
+    def is_supported(delta: LayerDelta) -> bool:
         return why_not(delta, target.format, target.tool, layer=name) is None
 
-    found = [d for d in (delta, *(fit.delta for fit in _candidates(delta, max_error))) if held(d)]
+    found = [d for d in (delta, *(fit.delta for fit in _candidates(delta, max_error))) if is_supported(d)]
     if not found:  # costly: the singular values of the whole matrix
-        found = [d for d in (_lora(delta, max_error=max_error).delta,) if held(d)]
+        found = [d for d in (_lora(delta, max_error=max_error).delta,) if is_supported(d)]
     return min(found or [delta], key=lambda d: size_of(d)[0])
 
 
@@ -165,9 +165,9 @@ def _candidates(delta: LayerDelta, max_error: float) -> Iterator[Fit]:
 
 
 def _terms_needed(fitted: KronTerms, error: float, max_error: float) -> int | None:
-    """How many of the descending terms suffice; None where not even all of them do.
+    """Return how many of the descending terms suffice, None if not even all of them do.
 
-    With σₖ = ‖Aₖ‖·‖Bₖ‖, keeping n terms leaves √(rest² + Σₖ₌ₙ σₖ²), where `rest` is what all of them leave.
+    With σₖ = ‖Aₖ‖·‖Bₖ‖, the error of n terms is √(rest² + Σₖ₌ₙ σₖ²), where `rest` is the error of all of them.
     """
     limit = max(max_error, ROUNDING)
     if error > limit:

@@ -1,4 +1,4 @@
-"""What combining adapters did, measured. Torch-free."""
+"""Results of combining adapters, measured. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from krona_hub.conversion.report import LayerReport, Totals
 
 @dataclass(frozen=True)
 class CombinedAdapter:
-    """One adapter that went in."""
+    """One of the combined adapters."""
 
     source: str  # a path or a Hub id; "adapter 1" for one in memory
     weight: float
@@ -22,11 +22,11 @@ class CombinedAdapter:
 
 @dataclass(frozen=True)
 class CombineReport(Totals):
-    """What `combine` did, or would do. In `layers`, "before" is the exact sum of the parts; errors are against it."""
+    """Result of `combine`, or of its dry run. `before` in `layers` is the exact sum, the reference of the errors."""
 
     parts: tuple[CombinedAdapter, ...]
     target_format: str
-    out: Path | None  # None where nothing was to be written
+    out: Path | None  # None: measured only
     layers: tuple[LayerReport, ...]  # the union of the layers of all parts
     notes: tuple[str, ...] = ()
     checked: str = ""  # the read-back check, in words

@@ -1,4 +1,4 @@
-"""What `combine` is asked for, as a value. Torch-free."""
+"""The request of `combine` as a value. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CombineInput:
-    """One adapter as the caller gave it."""
+    """One adapter as given by the caller."""
 
-    said: str  # "adapter 1" for one in memory
+    label: str  # path or Hub id; "adapter 1" for one in memory
     source: Adapter | Path
     weight: float
 
 
 @dataclass(frozen=True)
 class CombineRequest:
-    """A combination that was asked for, with options that make sense together."""
+    """A requested combination, with consistent options."""
 
-    ingredients: tuple[CombineInput, ...]
+    inputs: tuple[CombineInput, ...]
     out: Path | None
     terms: int | None
     max_error: float | None
     base: str | Path | None
     format: str  # a name of FORMATS
     component: str | None
-    dtype: str | None  # as torch calls it
+    dtype: str | None  # torch's name
     allow_loss: bool
     allow_missing: bool
     allow_base_mismatch: bool

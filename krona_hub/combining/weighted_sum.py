@@ -1,8 +1,8 @@
-"""The weighted sum of adapters as an adapter: their factors side by side, the weights folded in, nothing averaged.
+"""The weighted sum of adapters as one adapter: factors are concatenated and weights folded in, without averaging.
 
     Σᵢ wᵢ·ΔWᵢ     a layer keeps one Kronecker sum per shape; sums of one shape become one with more terms
 
-The result has no more parameters than its parts together, whatever their shapes: a layer holds several sums.
+The result never has more parameters than its parts together, whatever their shapes: a layer can hold several sums.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class WeightedAdapter(NamedTuple):
 
 
 def weighted_sum(adapters: Sequence[tuple[Adapter, float]], *, allow_base_mismatch: bool = False) -> Adapter:
-    """Σ weight · adapter as one adapter, exactly: the union of the layers, the factors of each side by side.
+    """Return Σ weight · adapter as one adapter, exactly: the union of the layers, with concatenated factors.
 
-    Weights may have any sign; a layer whose parts cancel or have weight 0 stays, as a delta of nothing. Biases and
-    norms in the extras are added too; other extras of one name are kept from the first adapter that has them.
-    `provenance.notes` tells what a person should know. Raises BaseMismatchError where bases or shapes differ (
-    `allow_base_mismatch` consents to bases), UnsupportedError for DoRA layers that would have to be added or scaled.
+    Weights may have any sign; a layer whose parts cancel or have weight 0 stays, as a zero delta. Biases and norms in
+    the extras are added too; other extras with the same name are taken from the first adapter that has them.
+    `provenance.notes` lists what users should know. Raises BaseMismatchError if base models (unless
+    `allow_base_mismatch`) or shapes differ, UnsupportedError for DoRA layers that would have to be added or scaled.
 
     >>> from krona_hub.kron.terms import KronTerms
     >>> layer = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 4, 3)),), (8, 6))
@@ -58,10 +58,10 @@ def weighted_sum(adapters: Sequence[tuple[Adapter, float]], *, allow_base_mismat
 
 def _check_weights(weights: Sequence[float]) -> None:
     if not weights:
-        raise UsageError("there is no adapter to combine.", fix="Name one or more, each with its weight: A:0.8 B:0.5.")
+        raise UsageError("Missing adapters to combine.", fix="Specify at least one, with its weight: A:0.8 B:0.5.")
     wrong = [w for w in weights if not isfinite(w)]
     if wrong:
-        raise UsageError(f"{wrong[0]} is no weight.", fix="Give a finite number, such as 0.8 or -1.")
+        raise UsageError(f"Invalid weight {wrong[0]}.", fix="Use a finite number, such as 0.8 or -1.")
 
 
 # --- one layer -------------------------------------------------------------------------------------------------------
@@ -75,39 +75,39 @@ def _within(name: str, parts: Sequence[WeightedAdapter]) -> LayerDelta:
 
 
 def _layer_sum(parts: Sequence[WeightedAdapter]) -> LayerDelta:
-    """Σ weight · delta of one layer."""
+    """Return Σ weight · delta of one layer."""
     shape = _common_shape([p.delta for p in parts])
     present = [p for p in parts if p.weight]
     if any(p.delta.magnitude is not None for p in present):
         return _only_dora(present)
-    pairs = _equal_ones_once([(p.weight, s) for p in present for s in p.delta.sums])
+    pairs = _merge_equal([(p.weight, s) for p in present for s in p.delta.sums])
     sums = [s if weight == 1 else s.scaled(weight) for weight, s in pairs]
     return LayerDelta(stacked(sums), shape)
 
 
 def _common_shape(deltas: Sequence[LayerDelta]) -> tuple[int, ...]:
-    """The shape of the weight; that of a convolution where another file knows its matrix only."""
+    """Return the shape of the weight, with the kernel of a convolution if any of the files records it."""
     sizes = {d.matrix_shape for d in deltas}
     if len(sizes) > 1:
         raise BaseMismatchError(
-            f"the adapters are for weights of different sizes, {' and '.join(map(str, sorted(sizes)))}.",
-            fix="They belong to different bases: combine adapters of one base.",
+            f"The adapters have different matrix sizes, {' and '.join(map(str, sorted(sizes)))}.",
+            fix="Combine adapters of the same base model.",
         )
     return max((d.weight_shape for d in deltas), key=len)
 
 
 def _only_dora(parts: Sequence[WeightedAdapter]) -> LayerDelta:
-    """A DoRA alone and at full strength is itself; its delta depends on the base weight, so nothing can be added."""
+    """Return a single DoRA at strength 1 unchanged; its delta depends on the base weight, so it cannot be added."""
     if len(parts) == 1 and parts[0].weight == 1:
         return parts[0].delta
     raise UnsupportedError(
-        "a DoRA layer cannot be scaled or added to another: its delta depends on the base weights.",
-        fix="Make a plain delta of it first: krona convert FILE --exact --base BASE, with the weights of the base.",
+        "A DoRA layer cannot be scaled or added to another layer: its delta depends on the base weights.",
+        fix="Convert it to a plain delta first: krona convert FILE --exact --base BASE.",
     )
 
 
-def _equal_ones_once(pairs: Sequence[tuple[float, KronTerms]]) -> list[tuple[float, KronTerms]]:
-    """Sums that are number for number the same, once, with their weights added; without those of weight 0."""
+def _merge_equal(pairs: Sequence[tuple[float, KronTerms]]) -> list[tuple[float, KronTerms]]:
+    """Merge equal sums by adding their weights, and drop those with weight 0."""
     kept: list[tuple[float, KronTerms]] = []
     for weight, s in pairs:
         at = next((i for i, (_, other) in enumerate(kept) if _equal(s, other)), None)
@@ -125,7 +125,7 @@ def _equal(a: KronTerms, b: KronTerms) -> bool:
 
 
 def stacked(sums: Sequence[KronTerms]) -> tuple[KronTerms, ...]:
-    """The same sums with those of one shape and structure joined into one: LoRAs by rank, others by terms.
+    """Concatenate the sums of one shape and structure: LoRAs along the rank, others along the terms.
 
     >>> a, b = (as_lora(torch.ones(4, r), torch.ones(r, 6)) for r in (2, 3))
     >>> [s.right.rank for s in stacked([a, b])]
@@ -138,7 +138,7 @@ def stacked(sums: Sequence[KronTerms]) -> tuple[KronTerms, ...]:
 
 
 def _structure(s: KronTerms) -> object:
-    """What two sums must share to become one: for LoRAs nothing else, for others shape, order of rows and ranks."""
+    """Return the key that sums must share to be joined: for non-LoRAs the shape, row order and stored ranks."""
     if _is_lora(s):
         return "LoRA"
     return s.shape, s.rows, *map(stored_rank, (s.left, s.right))
@@ -159,18 +159,18 @@ def _joined(group: Sequence[KronTerms]) -> KronTerms:
 
 
 def _cat(factors: Sequence[Factor]) -> Factor:
-    """Stacks of one structure as one longer stack, in the widest of their types."""
+    """Concatenate stacks of one structure, in the widest of their dtypes."""
     products = [f for f in factors if isinstance(f, LowRank)]
     if products:
         return LowRank(torch.cat([p.up for p in products]), torch.cat([p.down for p in products]))
     return torch.cat([f for f in factors if isinstance(f, Tensor)])
 
 
-# --- what is no layer ------------------------------------------------------------------------------------------------
+# --- extras and provenance -------------------------------------------------------------------------------------------
 
 
 def _extras(adapters: Sequence[tuple[Adapter, float]]) -> tuple[dict[str, Tensor], list[str]]:
-    """The extras of all, and the names of those that differ. Differences of biases and norms are added."""
+    """Return the extras of all adapters and the names of those that differ; bias and norm deltas are added."""
     extras: dict[str, Tensor] = {}
     differing = []
     for adapter, weight in adapters:
@@ -190,7 +190,7 @@ def _differing(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"{abbreviated(names)}: the adapters hold different tensors of this name in their extras; the first is kept",
+        f"{abbreviated(names)}: the extras of the adapters contain different tensors of this name; the first is kept",
     )
 
 
@@ -200,14 +200,14 @@ def _notes(
     zero = [name for name, delta in layers.items() if not delta.sums and delta.magnitude is None]
     notes = []
     if zero:
-        notes.append(f"{len(zero)} of {len(layers)} layers come to nothing: their parts cancel or have weight 0")
+        notes.append(f"{len(zero)} of {len(layers)} layers are zero: their parts cancel or have weight 0")
     if adapters > 1 and all(len(own) == 1 for own in parts.values()):
-        notes.append("the adapters have no layer in common")
+        notes.append("the adapters have no layers in common")
     return tuple(notes)
 
 
 def _provenance(parts: Sequence[Provenance], notes: tuple[str, ...]) -> Provenance:
-    """What all of them say; trigger words of any."""
+    """Return the metadata that all adapters share, with the trigger words of any."""
     first = parts[0].metadata
     shared = {key: text for key, text in first.items() if all(p.metadata.get(key) == text for p in parts)}
     licences = list(dict.fromkeys(p.licence for p in parts if p.licence))
@@ -221,10 +221,10 @@ def _provenance(parts: Sequence[Provenance], notes: tuple[str, ...]) -> Provenan
 
 
 def common_base(bases: Sequence[BaseModel | None], *, allow_mismatch: bool = False) -> BaseModel | None:
-    """The base that all of them may be, as narrowly as they say it; None where none of them says anything.
+    """Return the base model compatible with all of them, as narrow as known; None if none is known.
 
-    Unknown bases agree with everything. Raises BaseMismatchError for two that differ, unless `allow_mismatch`: then the
-    first one counts.
+    Unknown base models agree with everything. Raises BaseMismatchError if two differ, unless `allow_mismatch`: then
+    the first one is used.
 
     >>> common_base([BaseModel("sd21", candidates=("sd21", "sd21-base")), None, BaseModel("sd21-base")]).family
     'sd21-base'
@@ -238,14 +238,15 @@ def common_base(bases: Sequence[BaseModel | None], *, allow_mismatch: bool = Fal
             common = _narrowed(common, other)
         elif not allow_mismatch:
             raise BaseMismatchError(
-                f"one adapter is for {common.words} and another for {other.words}.",
-                fix="Combine adapters of one base. --allow-base-mismatch adds what has the same names and shapes.",
+                f"One adapter is for {common.words} and another for {other.words}.",
+                fix="Combine adapters of one base model, or add --allow-base-mismatch to combine layers with the same "
+                "names and shapes.",
             )
     return common
 
 
 def _narrowed(a: BaseModel, b: BaseModel) -> BaseModel:
-    """What both allow, with the fields that only one of them knows."""
+    """Return what both allow, with the fields that only one of them records."""
     family, candidates = a.family or b.family, a.candidates or b.candidates
     if a.family and b.family:
         names = sorted({*a.names} & {*b.names}) or [a.family]

@@ -1,4 +1,4 @@
-"""Any adapter format to any other: exact where it can be, with a measured error where it cannot."""
+"""Convert any adapter format to any other: exactly where possible, with a measured error otherwise."""
 
 from krona_hub.conversion.api import convert
 from krona_hub.conversion.report import ConversionReport, LayerReport

@@ -1,4 +1,4 @@
-"""`convert`: what is asked for, checked before any file is read. Torch-free until then."""
+"""`convert`: checks the options before reading any file. Torch-free until then."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from krona_hub.aliases import Progress
 from krona_hub.checkpoints.atomic import check_output
 from krona_hub.conversion.methods import choose_method
-from krona_hub.conversion.output_options import dtype_named, format_named
+from krona_hub.conversion.output_options import format_named, optional_dtype
 from krona_hub.conversion.report import ConversionReport
 from krona_hub.conversion.request import ConvertRequest
 from krona_hub.errors import UsageError
@@ -44,52 +44,61 @@ def convert(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Convert an adapter file or folder to another format, and say what it cost.
+    """Convert an adapter to another format or factorization, and measure the error of every layer.
 
-    `to` is a format of FORMATS, or `lora` or `lokr`; `tool` picks format, names and shapes for a program and
-    keeps the kind. At most one of `shape`, `max_error`, `budget`, `exact` and `rank` says how; without one a
-    LoRA becomes the smallest Kronecker form within 5 % per layer, and a Kronecker adapter stays what it is.
-    Every error in the report is measured on the numbers that are written.
+    Choose at most one method: `shape`, `max_error`, `budget`, `exact` or `rank`. By default, layers of the target's
+    kind keep their factors and others become the smallest factorization within 5 % relative error.
 
-    Raises LossyError where the total relative error exceeds 0.5 (unless `allow_loss`), InexpressibleError
-    where the target cannot hold a delta, and what `read` and `write` raise; then nothing is written.
+    Parameters
+    ----------
+    source, out : adapter file, PEFT folder or Hub id; output path (default: named after the format, beside the source).
+    to, tool : target format (a name of FORMATS, `lora` or `lokr`), or target application, which selects the format.
+    shape, terms, shape_fallback : size `a1xa2` of A; Kronecker terms; "nearest" for layers that a1xa2 does not divide.
+    max_error, budget : relative Frobenius error per layer, 0 to 1; parameters in total, or a share such as "50%".
+    exact, rank : equal up to rounding; best LoRA of that rank.
+    base, from_format, component : base model (DoRA needs its weights), source format, component; default: detected.
+    allow_loss, allow_missing, overwrite : accept a total error above 0.5, unmatched modules, an existing output.
+    dtype, split_qkv, dry_run, progress : stored dtype; split fused projections; do not write; called (done, total).
+
+    Returns
+    -------
+    ConversionReport : sizes and errors, measured on the numbers that are written.
+
+    Raises
+    ------
+    LossyError, InexpressibleError : error above 0.5; the target cannot hold a delta. Also what `read`, `write` raise.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> lora = files("krona_hub.assets") / "zorbi_lora_kohya.safetensors"
+    >>> convert(lora, to="krona", exact=True, dry_run=True).verdict
+    'Exact: the delta is the same up to rounding. Same number of parameters.'
     """
+    _check_target(to, tool)
     method = choose_method(
-        shape=shape,
-        terms=terms,
-        shape_fallback=shape_fallback,
-        max_error=max_error,
-        budget=budget,
-        exact=exact,
-        rank=rank,
-    )
-    if to is not None and tool is not None:
-        raise UsageError("--to and --for exclude each other.", fix="--for chooses the format itself.")
+        shape=shape, terms=terms, shape_fallback=shape_fallback,
+        max_error=max_error, budget=budget, exact=exact, rank=rank,
+    )  # fmt: skip
     request = ConvertRequest(
-        source=str(source),
-        path=resolve(source),
-        out=None if out is None else Path(out),
-        method=method,
-        to=None if to is None else format_named(to),
-        tool=None if tool is None else tool_named(tool).name,
-        base=base,
-        from_format=from_format,
-        component=component,
-        dtype=None if dtype is None else dtype_named(str(dtype).removeprefix("torch.")),
-        allow_loss=allow_loss,
-        allow_missing=allow_missing,
-        overwrite=overwrite,
-        split_qkv=split_qkv,
-        dry_run=dry_run,
-    )
-    _check_place(request)
+        source=str(source), path=resolve(source), out=None if out is None else Path(out), method=method,
+        to=None if to is None else format_named(to), tool=None if tool is None else tool_named(tool).name,
+        base=base, from_format=from_format, component=component, dtype=optional_dtype(dtype),
+        allow_loss=allow_loss, allow_missing=allow_missing, overwrite=overwrite, split_qkv=split_qkv, dry_run=dry_run,
+    )  # fmt: skip
+    _check_output(request)
     from krona_hub.conversion.execute import execute
 
     return execute(request, progress)
 
 
-def _check_place(request: ConvertRequest) -> None:
-    """Raise now what writing would raise in the end, where the output is known to be a file."""
+def _check_target(to: str | None, tool: str | None) -> None:
+    if to is not None and tool is not None:
+        raise UsageError("--to and --for exclude each other.", fix="Omit --to: --for selects the format.")
+
+
+def _check_output(request: ConvertRequest) -> None:
+    """Raise before any work what writing would raise, if the output is known to be a file."""
     if (
         request.out is not None
         and request.tool is None

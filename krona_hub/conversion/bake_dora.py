@@ -1,4 +1,4 @@
-"""DoRA layers on the way to something that has no magnitude: merged with their base weights into a plain delta."""
+"""Merge DoRA layers with their base weights into plain deltas, for targets without a magnitude."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from krona_hub.kron.terms import KronTerms
 def bake_dora(
     adapter: Adapter, target: ConversionTarget, method: Method, base: str | Path | None
 ) -> dict[str, LayerDelta]:
-    """The DoRA layers as plain deltas W′ − W, where the way or the target asks for that; often none.
+    """Return the DoRA layers that the method or the target requires as plain deltas W′ − W; often none.
 
-    A DoRA that only changes names keeps its magnitude and needs no base weights. Raises UnknownBaseError where
-    the base weights are needed and not given.
+    A DoRA layer that only changes its name keeps its magnitude and needs no base weights. Raises UnknownBaseError if
+    base weights are needed and `base` is None.
     """
     names = [name for name, delta in adapter.layers.items() if delta.magnitude is not None]
     if isinstance(method, Keep):
@@ -33,20 +33,20 @@ def bake_dora(
         return {}
     if base is None:
         raise UnknownBaseError(
-            f"{len(names)} layers are DoRA (the first is {names[0]}): without the base weights they have no delta.",
-            fix="Give the base model's weights with --base (a diffusers folder or a checkpoint file).",
+            f"{len(names)} DoRA layers (first: {names[0]}) require the base weights to compute their delta.",
+            fix="Specify the base model with --base (a diffusers folder or a checkpoint file with weights).",
         )
     return plain_deltas({name: adapter.layers[name] for name in names}, base)
 
 
 def plain_deltas(layers: Mapping[str, LayerDelta], base: str | Path) -> dict[str, LayerDelta]:
-    """DoRA layers as what they add to the weights of `base`. Raises UnknownBaseError where it has none of a layer."""
+    """Return DoRA layers as what they add to the weights of `base`. Raises UnknownBaseError if a weight is missing."""
     places = weight_files(base)
     missing = [name for name in layers if name not in places]
     if missing:
         raise UnknownBaseError(
-            f"{base} holds no weights of {missing[0]} (and {len(missing) - 1} other DoRA layers).",
-            fix="Give a diffusers folder with its weights, or the checkpoint file, with --base.",
+            f"{base} does not contain the weight of {missing[0]} (and of {len(missing) - 1} other DoRA layers).",
+            fix="Specify a diffusers folder with weights, or the checkpoint file, with --base.",
         )
     return {name: _baked(delta, read_weight(places[name])) for name, delta in layers.items()}
 

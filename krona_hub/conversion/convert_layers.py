@@ -1,4 +1,4 @@
-"""The ways applied: every layer of an adapter to the form that was asked for."""
+"""Apply a conversion method to every layer of an adapter."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from krona_hub.kron.to_lora import nearest_lora
 
 Layers = Mapping[str, LayerDelta]
 Holds = Callable[[LayerDelta], bool]
-OTHERS_WITHIN = 4.0  # times the size of the LoRA itself: a larger form beside it is not worth naming
+OTHERS_WITHIN = 4.0  # times the size of the LoRA: a larger alternative is not worth reporting
 
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """One layer after a way."""
+    """One layer after conversion."""
 
     delta: LayerDelta
     note: str = ""
@@ -40,7 +40,7 @@ class ConvertedLayer:
 def apply_method(
     layers: Layers, method: Method, target: ConversionTarget, progress: Progress | None = None
 ) -> dict[str, ConvertedLayer]:
-    """Every layer in the form that `way` asks for, among the forms that the target holds."""
+    """Convert every layer by `method`, to factorizations that the target can hold."""
     match method:
         case Keep():
             return {name: ConvertedLayer(delta) for name, delta in layers.items()}
@@ -63,7 +63,7 @@ def _as_lora(delta: LayerDelta) -> LayerDelta:
 
 
 def _nearest_lora(delta: LayerDelta, *, rank: int | None = None, max_error: float | None = None) -> LayerDelta:
-    """The best LoRA of that rank, or the smallest within that error; a LoRA that fits already is left alone."""
+    """Return the best LoRA of `rank`, or the smallest within `max_error`; a LoRA that already fits stays unchanged."""
     if rank is not None:
         rank = min(rank, *delta.matrix_shape)
     fit = nearest_lora(delta.sums, rank=rank, max_error=max_error)
@@ -73,7 +73,7 @@ def _nearest_lora(delta: LayerDelta, *, rank: int | None = None, max_error: floa
 
 
 def only_loras(weight_shape: tuple[int, ...], shape: KronShape, terms: int, right_rank: int | None) -> bool:
-    """The predicate of a LoRA target: [[1]] ⊗ (up·down) and nothing else."""
+    """Return whether a factorization is a LoRA, [[1]] ⊗ (up·down): the only one that a LoRA target holds."""
     return shape[:2] == (1, 1) and terms == 1 and right_rank is not None
 
 
@@ -83,20 +83,20 @@ def only_loras(weight_shape: tuple[int, ...], shape: KronShape, terms: int, righ
 def _fixed_shapes(layers: Layers, method: FixedShape, progress: Progress | None) -> dict[str, ConvertedLayer]:
     shapes = {name: _shape_for(name, delta.matrix_shape, method) for name, delta in layers.items()}
     outcomes: dict[str, ConvertedLayer] = {}
-    for names in _alike(layers, shapes):
+    for names in _groups(layers, shapes):
         terms = _nearest([layers[name] for name in names], shapes[names[0]], method.terms)
         for name, fitted in zip(names, terms, strict=True):
             shape = shapes[name]
             same = shape[:2] == (method.a1, method.a2)
-            note = "" if same else f"{method.a1}x{method.a2} does not divide it: {shape.a1}x{shape.a2}"
+            note = "" if same else f"{method.a1}x{method.a2} does not divide the layer; used {shape.a1}x{shape.a2}"
             outcomes[name] = ConvertedLayer(replace(layers[name], sums=(fitted.to(torch.float32),)), note)
         if progress:
             progress(len(outcomes), len(layers))
     return outcomes
 
 
-def _alike(layers: Layers, shapes: Mapping[str, KronShape]) -> list[list[str]]:
-    """Names in groups of one shape and one LoRA rank, which are computed together."""
+def _groups(layers: Layers, shapes: Mapping[str, KronShape]) -> list[list[str]]:
+    """Group the layers of one shape and one LoRA rank, which are computed together."""
     groups: dict[tuple[KronShape, int | None], list[str]] = {}
     for name, delta in layers.items():
         groups.setdefault((shapes[name], lora_rank(delta)), []).append(name)
@@ -104,7 +104,7 @@ def _alike(layers: Layers, shapes: Mapping[str, KronShape]) -> list[list[str]]:
 
 
 def _nearest(deltas: Sequence[LayerDelta], shape: KronShape, terms: int) -> list[KronTerms]:
-    """The nearest sums of that shape; together and through the factors where the deltas are thin LoRAs."""
+    """Return the nearest sums of that shape; low-rank LoRAs are computed together, through their factors."""
     terms = min(terms, shape.max_terms)
     rank = lora_rank(deltas[0])
     if rank is None or 4 * rank > min(shape.full):
@@ -120,11 +120,11 @@ def _shape_for(name: str, size: tuple[int, int], method: FixedShape) -> KronShap
     except ShapeError as e:
         if method.fallback:
             return nearest_split(size, method.a1, method.a2)
-        e.fix += " Give --shape-fallback nearest to take it."
+        e.fix += " Or use --shape-fallback nearest."
         raise e.within(name) from None
 
 
-# --- the smallest form, or the best for a size -----------------------------------------------------------------------
+# --- smallest factorization, or best for a budget --------------------------------------------------------------------
 
 
 def _searched(
@@ -152,7 +152,7 @@ def _search(
     progress: Progress | None,
     errors: type[KronaError] | tuple[type[KronaError], ...],
 ) -> list[Choice] | None:
-    """One choice per layer; None where one of `errors` says that a layer has no form that the target loads."""
+    """Return one choice per layer; None if one of `errors` shows that the target cannot load some layer."""
     allowed = _allowed_by_size(layers, loads)
     try:
         if isinstance(method, MaxError):
@@ -163,15 +163,19 @@ def _search(
 
 
 def _best(found: list[list[Choice]], method: MaxError | Budget, norms: Sequence[float]) -> list[Choice]:
-    """The variant of the fewest parameters, or of the least error, by what was asked."""
+    """Return the variant with the fewest parameters, or with the smallest error, depending on the method."""
     if not found:
         raise InexpressibleError(
-            "no form that the target loads comes within what was asked.",
-            fix="Allow more error or a larger budget, or choose a target that holds any shape, such as --to krona.",
+            f"No factorization that the target can load meets {_limit(method)}.",
+            fix="Allow a larger error or budget, or choose a target that supports every shape, such as --to krona.",
         )
     if isinstance(method, MaxError):
         return min(found, key=lambda choices: sum(c.form.parameters for c in choices))
     return min(found, key=lambda choices: _lost(choices, norms))
+
+
+def _limit(method: MaxError | Budget) -> str:
+    return str(method).removeprefix("convert ")
 
 
 def _lost(choices: Sequence[Choice], norms: Sequence[float]) -> float:
@@ -180,7 +184,7 @@ def _lost(choices: Sequence[Choice], norms: Sequence[float]) -> float:
 
 
 def _allowed_by_size(layers: Layers, loads: Loads) -> Callable[[KronShape, int, int | None], bool]:
-    """The search knows matrices: a form is allowed where every weight of that matrix size may hold it."""
+    """Return the predicate of the search, by matrix size: all weights of that size must be able to hold it."""
     shapes: dict[tuple[int, int], set[tuple[int, ...]]] = {}
     for delta in layers.values():
         shapes.setdefault(delta.matrix_shape, set()).add(delta.weight_shape)
@@ -190,7 +194,7 @@ def _allowed_by_size(layers: Layers, loads: Loads) -> Callable[[KronShape, int, 
         return all(loads(weight, shape, terms, right_rank) for weight in shapes.get(shape.full, ()))
 
     def allowed(shape: KronShape, terms: int, right_rank: int | None) -> bool:
-        # what a target holds depends on "several terms" and "B as a product" alone: ask once for each
+        # targets only distinguish one term from several and a dense B from a product: query once for each
         return loaded(shape, min(terms, 2), None if right_rank is None else 1)
 
     return allowed
@@ -200,30 +204,36 @@ def _outcome(delta: LayerDelta, lora: Lora, choice: Choice, holds_any_shape: Hol
     form, other = choice.form, choice.best_other
     best_other = None if other is None else f"{other}, error {other.relative_error:.3f}"
     if is_lora(delta) and form.shape[:2] == (1, 1) and (form.right_rank or 0) >= lora.up.shape[1]:
-        return ConvertedLayer(delta, "the LoRA itself", best_other)
+        return ConvertedLayer(delta, "kept as LoRA", best_other)
     if not is_lora(delta) and size_of(delta)[0] <= form.parameters and holds_any_shape(delta):
-        return ConvertedLayer(delta, "unchanged: no smaller form comes near enough")
-    note = "the LoRA itself, truncated" if form.is_lora else ""
+        return ConvertedLayer(delta, "unchanged: no smaller factorization within the limit")
+    note = _lora_note(lora_rank(delta), form.right_rank or form.terms) if form.is_lora else ""
     terms = realise(lora.up, lora.down, form).terms.to(torch.float32)  # as new factors are stored
     return ConvertedLayer(replace(delta, sums=(terms,)), note, best_other if form.is_lora else None)
 
 
+def _lora_note(before: int | None, after: int) -> str:
+    if before is None:
+        return f"best as LoRA, rank {after}"
+    return f"kept as LoRA, rank reduced {before} → {after}" if after < before else "kept as LoRA"
+
+
 def check_kind(method: Method, to_lora: bool, names: Sequence[str]) -> None:
-    """Raise UsageError where the way and the kind of the target contradict each other."""
+    """Raise UsageError if the method and the kind of the target contradict each other."""
     if not names:
-        raise KronaError("the adapter has no layer.", fix="There is nothing to convert.")
+        raise KronaError("The adapter has no layers to convert.", fix="Choose another adapter or another --component.")
     if to_lora and isinstance(method, FixedShape):
         raise UsageError(
-            "a LoRA has no Kronecker shape.", fix="Use --rank or --max-error, or choose a Kronecker format."
+            "--shape does not apply to a LoRA target.", fix="Use --rank or --max-error, or choose a Kronecker format."
         )
     if not to_lora and isinstance(method, Rank):
         raise UsageError(
-            "--rank belongs to LoRA targets.", fix="Add --to lora, or use --shape, --max-error or --budget."
+            "--rank requires a LoRA target.", fix="Add --to lora, or use --shape, --max-error or --budget."
         )
 
 
 def lora_error_within(layers: Layers, parameters: int) -> float:
-    """Total relative error of the best LoRAs of all layers within that many parameters: the measure to beat."""
+    """Return the total relative error of the best LoRAs within that many parameters, as a baseline."""
     loras = [exact_lora_of(delta) for delta in layers.values()]
     norms = [norm(delta.sums) for delta in layers.values()]
     choices = within_budget(loras, parameters, allowed=lambda *form: only_loras((), *form))
@@ -232,7 +242,7 @@ def lora_error_within(layers: Layers, parameters: int) -> float:
 
 
 def layer_report(name: str, before: LayerDelta, outcome: ConvertedLayer, error: float, norm: float) -> LayerReport:
-    """The line of a report about one layer: what it was, what it became, its error and its norm."""
+    """Return the report of one layer: factorizations before and after, error and norm."""
     (p0, b0), (p1, b1) = size_of(before), size_of(outcome.delta)
     return LayerReport(
         layer=name,

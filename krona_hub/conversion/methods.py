@@ -1,6 +1,6 @@
-"""The ways a conversion can go, as plain values: what was asked for, checked before any file is read. Torch-free.
+"""Conversion methods as plain values, checked before any file is read. Torch-free.
 
-As text each is the command that asks for it: so the file that is made tells how.
+`str` of a method is the command that selects it; the output file records it as provenance.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DEFAULT_MAX_ERROR = 0.05  # relative Frobenius error per layer
 
 @dataclass(frozen=True)
 class Keep:
-    """No new factors: the delta as it is, under other names."""
+    """Keep the factors and change only names and layout."""
 
     def __str__(self) -> str:
         return "convert"
@@ -23,7 +23,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Exact:
-    """Equal up to rounding, in the target's kind."""
+    """An equal delta up to rounding, in the target's kind."""
 
     def __str__(self) -> str:
         return "convert --exact"
@@ -31,12 +31,12 @@ class Exact:
 
 @dataclass(frozen=True)
 class FixedShape:
-    """One shape of A for every layer, by nearest-Kronecker."""
+    """One shape of A for every layer: the nearest Kronecker product (Van Loan & Pitsianis, 1993)."""
 
     a1: int
     a2: int
     terms: int = 1
-    fallback: bool = False  # layers that it does not divide take the nearest shape that does
+    fallback: bool = False  # use the nearest shape for layers that this one does not divide
 
     def __str__(self) -> str:
         terms = f" --terms {self.terms}" if self.terms > 1 else ""
@@ -45,7 +45,7 @@ class FixedShape:
 
 @dataclass(frozen=True)
 class MaxError:
-    """Per layer, the smallest form whose relative error is at most `value`."""
+    """The smallest factorization per layer with a relative error of at most `value`."""
 
     value: float = DEFAULT_MAX_ERROR
 
@@ -55,7 +55,7 @@ class MaxError:
 
 @dataclass(frozen=True)
 class Budget:
-    """The least total error for a size: a number of parameters, or a share of the source's."""
+    """The smallest total error for a size: a number of parameters, or a share of the source's."""
 
     parameters: int | None = None
     share: float | None = None
@@ -65,13 +65,13 @@ class Budget:
         return f"convert --budget {size}"
 
     def of(self, parameters: int) -> int:
-        """The budget in parameters, for a source that has `parameters`."""
+        """Return the budget in parameters, for a source with `parameters` of them."""
         return self.parameters if self.parameters is not None else round((self.share or 0) * parameters)
 
 
 @dataclass(frozen=True)
 class Rank:
-    """The best LoRA of that rank per layer."""
+    """The best LoRA of a fixed rank per layer."""
 
     value: int
 
@@ -92,7 +92,7 @@ def choose_method(
     exact: bool = False,
     rank: int | None = None,
 ) -> Method | None:
-    """The one way that the options name; None where they name none. Raises UsageError where they name two.
+    """Return the method that the options select, None if they select none. Raises UsageError if they select two.
 
     >>> choose_method(shape="64x4", terms=2)
     FixedShape(a1=64, a2=4, terms=2, fallback=False)
@@ -102,11 +102,9 @@ def choose_method(
     given = {"--shape": shape, "--max-error": max_error, "--budget": budget, "--exact": exact or None, "--rank": rank}
     named = [flag for flag, value in given.items() if value is not None]
     if len(named) > 1:
-        raise UsageError(f"{' and '.join(named)} exclude each other.", fix="Give one of them.")
+        raise UsageError(f"{' and '.join(named)} exclude each other.", fix="Choose at most one method.")
     if shape is None and (terms != 1 or shape_fallback is not None):
-        raise UsageError(
-            "--terms and --shape-fallback belong to --shape.", fix="Add --shape, for example --shape 64x4."
-        )
+        raise UsageError("--terms and --shape-fallback require --shape.", fix="Add --shape, for example --shape 64x4.")
     if shape is not None:
         return _fixed(shape, terms, shape_fallback)
     if max_error is not None:
@@ -135,26 +133,26 @@ def parse_budget(text: str | int) -> Budget:
     except ValueError:
         pass
     raise UsageError(
-        f"{text!r} is no budget.", fix="Write a share such as 50% or a number of parameters such as 2000000."
+        f"Invalid budget {text!r}.", fix="Use a share such as 50% or a number of parameters such as 2000000."
     )
 
 
 def _fixed(shape: str | tuple[int, int], terms: int, fallback: str | None) -> FixedShape:
     a1, a2 = parse_shape(shape) if isinstance(shape, str) else shape
     if fallback not in (None, "nearest"):
-        raise UsageError(f"{fallback!r} is no fallback.", fix="The only one is --shape-fallback nearest.")
+        raise UsageError(f"Unknown shape fallback {fallback!r}.", fix="Use --shape-fallback nearest.")
     return FixedShape(a1, a2, _positive("--terms", terms), fallback == "nearest")
 
 
 def _positive(flag: str, value: int) -> int:
     if value < 1:
-        raise UsageError(f"{flag} is {value}.", fix=f"Give {flag} a whole number from 1 up.")
+        raise UsageError(f"Invalid value {value} for {flag}.", fix="Use an integer of at least 1.")
     return value
 
 
 def _fraction(flag: str, value: float) -> float:
     if not 0 <= value < 1:
         raise UsageError(
-            f"{flag} is {value}.", fix="It is a relative error: give a number from 0 up to 1, such as 0.05."
+            f"Invalid value {value} for {flag}.", fix="Use a relative error from 0 to below 1, such as 0.05."
         )
     return value

@@ -1,4 +1,4 @@
-"""How the options of a conversion are named: formats, dtypes, the file that is written. Torch-free."""
+"""Resolve the output options of a conversion: format, dtype and default path. Torch-free."""
 
 from __future__ import annotations
 
@@ -22,19 +22,17 @@ DTYPES = {
 
 
 def format_named(name: str) -> str:
-    """The name of a format that can be written, aliases resolved. Raises UsageError with the nearest name."""
+    """Return the name of a writable format, resolving aliases. Raises UsageError with the nearest name."""
     format = by_name(ALIASES.get(name, name))
     if not format.writes:
-        raise UsageError(
-            f"{format.name} can be read but not written.", fix="Choose another --to; `krona formats` lists them."
-        )
+        raise UsageError(f"Format {format.name} is read-only.", fix="Choose another --to; `krona formats` lists them.")
     return format.name
 
 
 def default_out(source: str | Path, format_name: str) -> Path:
-    """`<stem>.<format>.safetensors` beside the source; a folder without the suffix for PEFT.
+    """Return `<stem>.<format>.safetensors` beside the source; for PEFT, a folder without the suffix.
 
-    Of a Hub id it lies in the current folder: the cache of the client is no place for what we make.
+    For a Hub id the output goes to the current folder rather than the client's cache.
 
     >>> str(default_out("a/style.safetensors", "kohya-lora")), str(default_out("hf://ana/style@v1", "krona"))
     ('a/style.kohya-lora.safetensors', 'style.krona.safetensors')
@@ -53,12 +51,17 @@ def _named(source: str | Path) -> Path:
     return path if path.name not in ("", "..") else path.resolve()
 
 
+def optional_dtype(dtype: object | None) -> str | None:
+    """Return the torch name of a dtype given as an option, None for None. Raises as `dtype_named` does."""
+    return None if dtype is None else dtype_named(str(dtype).removeprefix("torch."))
+
+
 def dtype_named(name: str) -> str:
-    """`fp16` and its other names as torch calls it. Raises UsageError for anything adapters are not stored in.
+    """Return torch's name of a dtype such as `fp16`. Raises UsageError for one that adapters are not stored in.
 
     >>> dtype_named("BF16")
     'bfloat16'
     """
     if name.lower() not in DTYPES:
-        raise UsageError(f"{name!r} is no dtype of adapters.", fix="Choose fp32, fp16, bf16 or fp64.")
+        raise UsageError(f"Unsupported dtype {name!r}.", fix="Choose fp32, fp16, bf16 or fp64.")
     return DTYPES[name.lower()]

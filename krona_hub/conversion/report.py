@@ -1,4 +1,4 @@
-"""What a conversion did, measured: per layer and in total, with the verdict in words. Torch-free."""
+"""Results of a conversion, measured per layer and in total, with a verdict in words. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class LayerReport:
     """One layer, before and after."""
 
     layer: str
-    before: str  # the form in words: "LoRA r16", "64x4 ⊗ 5x80"
+    before: str  # factorization: "LoRA r16", "64x4 ⊗ 5x80"
     after: str
     parameters_before: int
     parameters_after: int
     bytes_before: int
     bytes_after: int
-    relative_error: float  # ‖ΔW′ − ΔW‖ / ‖ΔW‖, Frobenius, measured on what is written
+    relative_error: float  # ‖ΔW′ − ΔW‖ / ‖ΔW‖, Frobenius, measured on the written values
     norm: float  # ‖ΔW‖
     note: str = ""
-    best_other: str | None = None  # where the LoRA itself wins: the smallest other form
+    best_other: str | None = None  # best alternative, for a layer kept as LoRA
 
 
 class Totals:
-    """Of a report that has `layers`: their sums, the error of all together, and the verdict."""
+    """Mixin for a report with `layers`: their totals, the overall error and the verdict."""
 
     layers: tuple[LayerReport, ...]
 
@@ -51,12 +51,12 @@ class Totals:
 
     @property
     def relative_error(self) -> float:
-        """Over all layers together: √Σ‖errorₗ‖² / √Σ‖ΔWₗ‖²; 0.0 where nothing was lost."""
+        """Relative error over all layers: √Σ‖errorₗ‖² / √Σ‖ΔWₗ‖²; 0.0 if nothing was lost."""
         return total_error(self.layers)
 
     @property
     def energy_kept(self) -> float:
-        """1 − relative_error²: the share of ‖ΔW‖² that is still there, for an orthogonal projection."""
+        """Retained energy, 1 − relative_error²: the share of ‖ΔW‖² that an orthogonal projection retains."""
         return max(0.0, 1 - self.relative_error**2)
 
     @property
@@ -66,7 +66,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class ConversionReport(Totals):
-    """What `convert` did, or would do."""
+    """Result of `convert`, or of its dry run."""
 
     source: str
     source_format: str
@@ -74,7 +74,7 @@ class ConversionReport(Totals):
     tool: str | None
     out: Path
     layers: tuple[LayerReport, ...]
-    alternatives: tuple[str, ...] = ()  # measured: other ways to go
+    alternatives: tuple[str, ...] = ()  # measured
     notes: tuple[str, ...] = ()
     checked: str = ""  # the read-back check, in words
     written: bool = False
@@ -82,13 +82,13 @@ class ConversionReport(Totals):
 
 
 def worst_layers(layers: Sequence[LayerReport], most: int = 3) -> tuple[LayerReport, ...]:
-    """The layers with the largest relative error, worst first; none where nothing was lost."""
+    """Return the layers with the largest relative error, worst first; none if nothing was lost."""
     lossy = [x for x in layers if x.relative_error > EXACT_BELOW]
     return tuple(sorted(lossy, key=lambda x: (-x.relative_error, x.layer))[:most])
 
 
 def total_error(layers: Sequence[LayerReport]) -> float:
-    """√Σ(eₗ·nₗ)² / √Σnₗ²; 0.0 where every delta is zero.
+    """Return √Σ(eₗ·nₗ)² / √Σnₗ² over relative errors e and norms n; 0.0 if every delta is zero.
 
     >>> total_error([])
     0.0
@@ -98,14 +98,14 @@ def total_error(layers: Sequence[LayerReport]) -> float:
     return sqrt(lost / whole) if whole else 0.0
 
 
-EXACT_BELOW = 1e-6  # what float32 rounding alone explains
-VERDICTS = (  # relative error up to which the words hold
-    (EXACT_BELOW, "Exact: the same delta up to rounding."),
-    (0.01, "Nearly the same: the delta differs by about a percent or less."),
+EXACT_BELOW = 1e-6  # error that float32 rounding alone explains
+VERDICTS = (  # largest relative error, verdict
+    (EXACT_BELOW, "Exact: the delta is the same up to rounding."),
+    (0.01, "Nearly identical: the delta differs by at most 1 %."),
     (0.05, "Close: small differences may be visible side by side."),
-    (0.2, "Noticeably different: expect a changed look."),
-    (REFUSED_ABOVE, "Very different: much of what was learned is gone."),
-    (float("inf"), "Destroyed: more than half of the delta's norm is error."),
+    (0.2, "Noticeably different: expect visible changes in images."),
+    (REFUSED_ABOVE, "Very different: much of what the adapter learned is lost."),
+    (float("inf"), "Destroyed: the error exceeds half of the norm of the delta."),
 )
 
 
@@ -121,11 +121,20 @@ class Measured(Protocol):
 
 
 def verdict(report: Measured) -> str:
-    """The result in one or two sentences: how true it is, and what it costs."""
+    """Return the result in two sentences: the accuracy and the change in size."""
     words = next(words for limit, words in VERDICTS if report.relative_error <= limit)
     before, after = report.parameters_before, report.parameters_after
     if not before or before == after:
         return f"{words} Same number of parameters."
     if after > 2 * before:
-        return f"{words} {after / before:.1f} times the parameters."
-    return f"{words} {abs(after / before - 1):.1%} {'fewer' if after < before else 'more'} parameters."
+        return f"{words} {after / before:.1f}× as many parameters."
+    return f"{words} {after:,} parameters ({'−' if after < before else '+'}{percent(abs(after / before - 1))})."
+
+
+def percent(share: float) -> str:
+    """Return a share as a message states it.
+
+    >>> percent(0.6484)
+    '64.8 %'
+    """
+    return f"{100 * share:.1f} %"

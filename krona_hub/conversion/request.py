@@ -1,4 +1,4 @@
-"""What `convert` is asked for, as a value. Torch-free."""
+"""The request of `convert` as a value. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from krona_hub.conversion.methods import Method
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """A conversion that was asked for, with options that make sense together."""
+    """A requested conversion, with consistent options."""
 
-    source: str  # as the caller named it
+    source: str  # as given by the caller
     path: Path
     out: Path | None
     method: Method | None
@@ -21,7 +21,7 @@ class ConvertRequest:
     base: str | Path | None
     from_format: str | None
     component: str | None
-    dtype: str | None  # as torch calls it
+    dtype: str | None  # torch's name
     allow_loss: bool
     allow_missing: bool
     overwrite: bool

@@ -1,4 +1,4 @@
-"""Where a conversion goes: the format, its kind, and the forms it holds."""
+"""The target of a conversion: the format, its kind, and the factorizations it supports."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from krona_hub.kron.shapes import KronShape, peft_factors
 
 PEFT_FACTORS = (-1, 1, 2, 4, 8, 16, 32, 64)
 
-# May the target hold this many terms of this shape, B of this rank (None: dense), on this weight?
+# (weight shape, shape, terms, rank of B or None if dense) -> whether the target can hold that factorization
 Loads = Callable[[tuple[int, ...], KronShape, int, int | None], bool]
 
 
 @dataclass(frozen=True)
 class ConversionTarget:
-    """A format, and for which tool."""
+    """A format, and the application it is written for."""
 
     format: str
     tool: str | None = None
@@ -36,26 +36,26 @@ class ConversionTarget:
 
     @property
     def loads(self) -> tuple[Loads, ...]:
-        """Predicates over the forms of one layer. Where there are several, all layers must follow the same one."""
+        """Predicates over the factorizations of one layer; if there are several, all layers must satisfy the same."""
         plain = partial(_loads, self.tool or self.format)
-        if self.format == DIFFUSEKRONA.name:  # interleaved rows: the nearest plain A ⊗ B is none of its forms
+        if self.format == DIFFUSEKRONA.name:  # interleaved rows: a plain A ⊗ B cannot be stored
             return ()
         if not storage_of(self.format).one_factor:
             return (plain,)
         return tuple(partial(_loads_with_factor, plain, factor) for factor in PEFT_FACTORS)
 
     def for_result(self, deltas: Iterable[LayerDelta]) -> ConversionTarget:
-        """The same, or what the tool takes a LoRA in where every layer turned out to be one."""
+        """Return this target, or the LoRA format of the application if every converted layer is a LoRA."""
         tool = None if self.tool is None else tool_named(self.tool)
         wanted = None if tool is None else target_for(tool, all(map(is_lora, deltas)))
         return self if wanted is None else ConversionTarget(wanted.format, self.tool)
 
     def holds_any_shape(self, delta: LayerDelta) -> bool:
-        """Whether a layer may keep the Kronecker shape it came with: not where all layers must follow one factor."""
+        """Whether a layer may keep its Kronecker shape; it may not if all layers must share one factor."""
         return not storage_of(self.format).one_factor and why_not(delta, self.format, tool=self.tool) is None
 
     def refusals(self, layers: Mapping[str, LayerDelta]) -> dict[str, str]:
-        """Layer -> why the target cannot hold its delta exactly."""
+        """Map each layer whose delta the target cannot hold exactly to the reason."""
         reasons = {name: why_not(delta, self.format, tool=self.tool, layer=name) for name, delta in layers.items()}
         return {name: why for name, why in reasons.items() if why is not None}
 
@@ -73,28 +73,28 @@ def _loads_with_factor(
 
 
 def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, method: Method | None) -> ConversionTarget:
-    """The format asked for, or the one that the tool wants for this kind of adapter. Raises UsageError for both.
+    """Return the requested format, or the one that the application loads. Raises UsageError if both are given.
 
-    `--for` never changes the kind: a LoRA stays a LoRA unless a way to make it Kronecker is given.
+    `--for` never changes the kind: a LoRA stays a LoRA unless a method for a Kronecker factorization is given.
     """
     if to is not None and tool is not None:
-        raise UsageError("--to and --for exclude each other.", fix="--for chooses the format itself.")
+        raise UsageError("--to and --for exclude each other.", fix="Omit --to: --for selects the format.")
     if tool is None:
         return ConversionTarget(format_named(to or "krona"))
     known = tool_named(tool)
     stays_lora = all(map(is_lora, adapter.layers.values())) and (method is None or isinstance(method, Exact))
     wanted = target_for(known, stays_lora)
     if wanted is None and method is not None and known.lora is not None:
-        wanted = known.lora  # a way was given, and the tool takes nothing but LoRA
+        wanted = known.lora  # a method was given, and the application loads LoRA only
     if wanted is None:
         raise InexpressibleError(
-            f"{known.title} loads LoRA only, and this is a Kronecker adapter.",
-            fix=f"Add --max-error {DEFAULT_MAX_ERROR} or --exact or --rank R to make a LoRA of it for {known.name}.",
+            f"{known.title} loads only LoRA, and the source is a Kronecker adapter.",
+            fix=f"Add --max-error {DEFAULT_MAX_ERROR}, --exact or --rank R to convert it to LoRA for {known.name}.",
         )
     return ConversionTarget(wanted.format, known.name)
 
 
 def default_method(adapter: Adapter, target: ConversionTarget) -> Method:
-    """Without a way nothing changes within a kind or for a tool; into the other kind, the smallest within 5 %."""
+    """Return the default: keep the factors within a kind or for an application, else the smallest within 5 %."""
     kinds = {is_lora(delta) for delta in adapter.layers.values()}
     return Keep() if target.tool is not None or kinds == {target.to_lora} else MaxError()

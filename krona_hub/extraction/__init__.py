@@ -1,4 +1,4 @@
-"""An adapter from two checkpoints: the nearest Kronecker sums of their difference, down to the rounding noise."""
+"""Extract an adapter from two checkpoints: nearest Kronecker sums of the difference, down to the rounding noise."""
 
 from krona_hub.extraction.api import extract
 from krona_hub.extraction.report import ExtractedLayer, ExtractionReport, OtherChange

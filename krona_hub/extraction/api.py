@@ -1,4 +1,4 @@
-"""`extract`: what is asked for, checked before any tensor is read. Torch-free until then."""
+"""`extract`: checks the options before reading any tensor. Torch-free until then."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from krona_hub.aliases import Progress
 from krona_hub.bases import catalogue
 from krona_hub.checkpoints.atomic import check_output
-from krona_hub.conversion.output_options import default_out, dtype_named, format_named
+from krona_hub.conversion.output_options import default_out, format_named, optional_dtype
 from krona_hub.errors import InexpressibleError, UnknownBaseError, UsageError
 from krona_hub.extraction.report import ExtractionReport
 from krona_hub.extraction.request import ExtractRequest, fit_request
@@ -43,63 +43,79 @@ def extract(
     progress: Progress | None = None,
     dry_run: bool = False,
 ) -> ExtractionReport:
-    """The adapter that turns `base` into `tuned`: per layer the nearest Kronecker sum of the float32 difference.
+    """Extract the adapter that turns `base` into `tuned`: per layer the nearest Kronecker sum of tuned − base.
 
-    Both are diffusers folders, component folders or checkpoint files, in any layout and dtype. `shape` is the size
-    `a1xa2` of A in every layer, or `auto`: the shape, or the LoRA form, that suits each layer best. At most one of
-    `terms` (with `auto`: the most), `max_error` (per layer) and `budget` (parameters, or a share of the whole
-    difference) says where a sum ends; without them it ends where the rounding of the stored numbers begins. `to` is a
-    format of FORMATS, or `lora` or `lokr`. `targets` are named sets of layers or regular expressions. `also_vectors`
-    keeps the differences of norms, biases and embeddings in extras; without it they are listed only.
-    `base_name` names the base where the checkpoints do not tell. A few layers are in memory at a time.
+    A sum ends where the rounding noise of the stored numbers begins, unless `terms`, `max_error` or `budget` is given
+    (at most one). Only a few layers are in memory at a time.
 
-    Raises NoDifferenceError where nothing differs, or nothing by more than rounding; BaseMismatchError where the
-    checkpoints do not fit each other; LossyError where the total error that rounding does not explain exceeds 0.5
-    (unless `allow_loss`); InexpressibleError where the target cannot hold what was asked for, and what `write`
-    raises. Then nothing is written.
+    Parameters
+    ----------
+    base, tuned : diffusers folders, component folders, checkpoint files or Hub ids, in any layout and dtype.
+    out, to, dtype : output path, format (a name of FORMATS, `lora` or `lokr`) and dtype (default: float32).
+    shape, shape_fallback : size `a1xa2` of A, or "auto" (best shape, or LoRA, per layer); "nearest" if indivisible.
+    terms, max_error, budget : terms (with "auto": maximum); relative error per layer; parameters, or a share ("1%").
+    component, targets : component to compare; named sets of layers, or regular expressions of layer names.
+    also_vectors, base_name : store changed norms, biases, embeddings as extras; base model, if not identifiable.
+    allow_loss, overwrite, dry_run : accept a total error above 0.5; replace `out`; measure without writing.
+    threads, progress : number of threads (default: at most 4); called with (done, total).
+
+    Returns
+    -------
+    ExtractionReport : per layer and in total, measured on the numbers that are written.
+
+    Raises
+    ------
+    NoDifferenceError, BaseMismatchError : no difference beyond rounding; different layers or shapes.
+    LossyError, InexpressibleError : error above 0.5; the format cannot store the result. Also what `write` raises.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from importlib.resources import files
+    >>> from krona_hub import merge
+    >>> base, lora = (files("krona_hub.assets") / name for name in ("tiny-scenes", "zorbi_lora_kohya.safetensors"))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = merge(base, [(lora, 1.0)], f"{folder}/tuned")
+    ...     extract(base, f"{folder}/tuned", component="text_encoder", to="lora", dry_run=True).verdict
+    'Nearly identical: the delta differs by at most 1 %. 16,384 parameters (12.50 % of the dense difference).'
     """
     fit = fit_request(shape, terms, max_error, budget, shape_fallback)
     format = _format(to, with_shape=fit.shape is not None)
     request = ExtractRequest(
-        base=str(base),
-        tuned=str(tuned),
-        base_path=_checkpoint(base),
-        tuned_path=_checkpoint(tuned),
-        out=Path(out) if out is not None else default_out(tuned, format),
-        fit=fit,
-        format=format,
-        component=component,
-        targets=targets,
-        also_vectors=also_vectors,
-        base_name=base_name,
-        dtype=None if dtype is None else dtype_named(str(dtype).removeprefix("torch.")),
-        allow_loss=allow_loss,
-        overwrite=overwrite,
-        threads=threads,
-        dry_run=dry_run,
-    )
-    if not storage_of(format).folder and not dry_run:
-        check_output(request.out, overwrite=overwrite)
+        base=str(base), tuned=str(tuned), base_path=_checkpoint(base), tuned_path=_checkpoint(tuned),
+        out=Path(out) if out is not None else default_out(tuned, format), fit=fit, format=format,
+        component=component, targets=targets, also_vectors=also_vectors, base_name=base_name,
+        dtype=optional_dtype(dtype), allow_loss=allow_loss, overwrite=overwrite, threads=threads, dry_run=dry_run,
+    )  # fmt: skip
+    _check_output(request)
     from krona_hub.extraction.execute import execute
 
     return execute(request, progress)
 
 
+def _check_output(request: ExtractRequest) -> None:
+    """Raise before any work what writing would raise, if the output is a file."""
+    if not storage_of(request.format).folder and not request.dry_run:
+        check_output(request.out, overwrite=request.overwrite)
+
+
 def _format(to: str, *, with_shape: bool) -> str:
     format = format_named(to)
     if storage_of(format).kind == "low-rank" and with_shape:
-        raise UsageError("a LoRA has no Kronecker shape.", fix="Use --terms for its rank, or --max-error.")
+        raise UsageError("--shape does not apply to a LoRA target.", fix="Use --terms for the rank, or --max-error.")
     if format == DIFFUSEKRONA.name:
         raise InexpressibleError(
-            "DiffuseKronA interleaves rows, which no nearest A ⊗ B does.", fix="Choose --to krona, lokr or lora."
+            "DiffuseKronA stores interleaved rows, which a nearest Kronecker product A ⊗ B cannot represent.",
+            fix="Choose --to krona, lokr or lora.",
         )
     return format
 
 
 def _checkpoint(source: str | Path) -> Path:
-    """The path of a checkpoint, from the Hub where it is no local one."""
+    """Return the local path of a checkpoint, downloading it from the Hub if necessary."""
     if not Path(source).exists() and catalogue.find(str(source)) is not None:
         raise UnknownBaseError(
-            f"{source} is a name, and a difference needs the weights.", fix="Give the folder or file of the checkpoint."
+            f"{source} is a catalogue name; extraction requires the weights.",
+            fix="Specify the folder or file of the checkpoint.",
         )
     return resolve_base(source) if is_remote(source) else resolve(source)

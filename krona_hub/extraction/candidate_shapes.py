@@ -1,4 +1,4 @@
-"""Which Kronecker shapes are worth a look: by the factors of a thin LoRA, or by products with random vectors."""
+"""Select promising Kronecker shapes: by the factors of a low-rank LoRA, or by products with random vectors."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.shapes import choices as shapes_of
 from krona_hub.kron.terms import KronTerms
 
-SCREENED = 3  # layers of each size on which every shape is tried
-LIKELY = 12  # shapes of each of these that are looked at closely
-KEPT = 4  # shapes that are studied on all layers of that size
-PROMISE = 0.8  # of the size of the LoRA form
+SCREENED = 3  # layers of each size that are screened for all shapes
+LIKELY = 12  # shapes per screened layer that are evaluated in detail
+KEPT = 4  # shapes that are evaluated on all layers of that size
+PROMISE = 0.8  # of the size of the LoRA
 BUCKET = 1.05  # errors allowed within this factor of each other are searched together
 
 
 def best_shapes(pairs: Sequence[LayerPair], plan: FitPlan) -> dict[tuple[int, int], list[KronShape]]:
-    """Size -> the shapes that the energy of some layers of that size is concentrated in."""
+    """Return, per matrix size, the shapes that concentrate the energy of the screened layers."""
     by_size: dict[tuple[int, int], list[LayerPair]] = defaultdict(list)
     for pair in pairs:
         by_size[pair.size].append(pair)
@@ -42,9 +42,9 @@ def best_shapes(pairs: Sequence[LayerPair], plan: FitPlan) -> dict[tuple[int, in
 
 
 def _screened(plan: FitPlan, pair: LayerPair) -> list[KronShape]:
-    """The shapes by the size that they would need: terms that the energy is spread over, times parameters of each.
+    """Return the shapes by estimated size: the terms that the energy is spread over, times the parameters per term.
 
-    Only those that promise to be smaller than the LoRA form, which promises as much as any where nothing is planted.
+    Only shapes with an estimate below that of the LoRA remain; for an unstructured delta, the LoRA's is as low as any.
     """
     difference, allowed = LayerDifference.of(pair), plan.allowed(pair.shape)
     if difference is None:
@@ -63,7 +63,7 @@ def _screened(plan: FitPlan, pair: LayerPair) -> list[KronShape]:
 
 
 def _cost(curve: ErrorCurve, max_error: float | None, price: float) -> float:
-    """Parameters within the error; else those of everything above the noise at their price, and what that leaves."""
+    """Return the parameters within `max_error`, or without one the `cost` of all terms above the noise."""
     if max_error is not None:
         terms = curve.needed(max_error)
         return inf if terms is None else terms * curve.shape.parameters
@@ -76,11 +76,11 @@ class Thin(NamedTuple):
     pair: LayerPair
     curve: ErrorCurve
     lora: KronTerms
-    chosen: Factorization  # a LoRA too: what another form must be smaller than
+    chosen: Factorization  # a LoRA too; alternatives must be smaller
 
 
 def smaller_than_lora(plan: FitPlan, layers: Sequence[Thin]) -> dict[LayerPair, KronTerms]:
-    """The layers that a Kronecker sum holds as well as the LoRA does, in fewer numbers; by the LoRA's factors."""
+    """Return the layers that a Kronecker sum represents as well as the LoRA, with fewer parameters."""
     groups: dict[tuple[tuple[int, ...], float], list[Thin]] = defaultdict(list)
     for layer in layers:
         error = _allowed_error(plan, layer.curve)
@@ -94,9 +94,9 @@ def smaller_than_lora(plan: FitPlan, layers: Sequence[Thin]) -> dict[LayerPair, 
 
 
 def _allowed_error(plan: FitPlan, curve: ErrorCurve) -> float:
-    """How far a form may be from the LoRA above the noise, relative to it; 0.0: not at all.
+    """Return the allowed relative error against the LoRA above the noise; 0.0 allows none.
 
-    Down to the noise, it need not have the noise that the LoRA took in, and may lose a term at the edge of the noise.
+    Down to the noise, a factorization need not reproduce the noise in the LoRA, and may lose a term at its edge.
     """
     kept, rest = curve.left[0] - curve.left[curve.above], curve.left[curve.above]
     if plan.request.max_error is not None:
@@ -107,7 +107,7 @@ def _allowed_error(plan: FitPlan, curve: ErrorCurve) -> float:
 
 
 def _bucket(plan: FitPlan, error: float) -> float:
-    """To a power of BUCKET, up or, where the limit was asked for, down: layers of one limit are searched together."""
+    """Round the error to a power of BUCKET (down if the user set it), so that layers of one limit share a search."""
     step = log(error) / log(BUCKET)
     return exp((ceil(step) if plan.request.max_error is None else floor(step)) * log(BUCKET))
 
@@ -128,7 +128,7 @@ def _factors(lora: KronTerms) -> tuple[Tensor, Tensor]:
 
 
 def _capped(plan: FitPlan, weight: tuple[int, ...]) -> Allowed:
-    """What the target holds, with no more terms than were asked for."""
+    """Return the predicate of the target, limited to the requested number of terms."""
     allowed, most = plan.allowed(weight), plan.request.terms
 
     def capped(shape: KronShape, terms: int, right_rank: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""What the first terms of each shape leave of a difference, and which form that makes the best."""
+"""Error of a difference after the first terms of each shape, and the best factorization by it."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from krona_hub.kron.allocation import Point
 from krona_hub.kron.candidates import Factorization, parameters_of
 from krona_hub.kron.shapes import KronShape
 
-TERMS_COUNT = 0.05  # twice the terms must save this share of the parameters
+TERMS_COUNT = 0.05  # doubling the terms must save this share of the parameters
 
-Allowed = Callable[[KronShape, int, int | None], bool]  # may the target hold this shape, terms, rank of B?
+Allowed = Callable[[KronShape, int, int | None], bool]  # (shape, terms, rank of B) -> whether the target can hold it
 
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """The nearest sums of one shape, by their number of terms."""
+    """Errors of the nearest sums of one shape, by number of terms."""
 
     shape: KronShape
     left: tuple[float, ...]  # ‖Δ − k terms‖² for k = 0, 1, …; as many as were computed
-    above: int  # terms whose σ stands above the rounding noise
-    floor: float  # the largest σ that noise is expected to have
+    above: int  # terms whose σ exceeds the rounding noise
+    floor: float  # largest σ expected of the noise
 
     @property
     def is_lora(self) -> bool:
-        """(out, 1) ⊗ (1, in): its terms are the ranks of a LoRA, and are written as one."""
+        """Whether this is (out, 1) ⊗ (1, in), whose terms form a LoRA and are written as one."""
         return self.shape.a2 == self.shape.b1 == 1
 
     def form(self, terms: int) -> Factorization:
-        """The first `terms` as they are written."""
+        """Return the factorization of the first `terms`, as written to files."""
         shape, rank = self.shape, None
         count = terms
         if self.is_lora:
@@ -39,7 +39,7 @@ class ErrorCurve:
         return Factorization(shape, count, rank, parameters_of(shape, count, rank), error)
 
     def most(self, allowed: Allowed) -> int:
-        """How many of the terms the target holds."""
+        """Return how many of the terms the target can hold."""
         known = len(self.left) - 1
         counts = (known, 1) if known > 1 else (known,)
         return next((n for n in counts if n and self._fits(n, allowed)), 0)
@@ -49,27 +49,27 @@ class ErrorCurve:
         return allowed(form.shape, form.terms, form.right_rank)
 
     def needed(self, max_error: float) -> int | None:
-        """The fewest terms within that error; None where those known do not suffice."""
+        """Return the fewest terms within that error, None if the known ones do not suffice."""
         limit = max_error**2 * self.left[0]
         return next((k for k, left in enumerate(self.left) if left <= limit), None)
 
 
 def nothing(size: tuple[int, int]) -> Factorization:
-    """The form of a layer that is left out."""
+    """Return the factorization of a layer that is left out."""
     return Factorization(KronShape(1, 1, *size), 0, None, 0, 1.0)
 
 
 def whole(size: tuple[int, int]) -> Factorization:
-    """The difference itself, [[1]] ⊗ Δ."""
+    """Return the dense difference, [[1]] ⊗ Δ."""
     return Factorization(KronShape(1, 1, *size), 1, None, size[0] * size[1], 0.0)
 
 
 def above_noise(
     curves: Sequence[ErrorCurve], noise: float, allowed: Allowed, most: int | None = None, *, dense: bool = True
 ) -> Factorization:
-    """The form that explains the difference best: every term above the noise, of the shape that suits it.
+    """Return the factorization that explains the difference best: all terms above the noise, of the best shape.
 
-    `noise` is the expected energy of the rounding, and makes the price of a number.
+    `noise` is the expected energy of the rounding; it sets the price of a parameter.
     """
     size, energy = curves[0].shape.full, curves[0].left[0]
     forms = [c.form(k) for c in curves if (k := min(c.above, c.most(allowed), most or c.above))]
@@ -80,19 +80,19 @@ def above_noise(
 
 
 def cost(form: Factorization, energy: float, price: float) -> float:
-    """What a form leaves and what its numbers must explain; of forms that are much alike the one of fewer terms."""
+    """Return residual energy plus the price of the parameters; similar factorizations with fewer terms cost less."""
     return form.relative_error**2 * energy + price * form.parameters * (1 + TERMS_COUNT * log2(max(1, form.terms)))
 
 
 def price_of_a_number(noise: float, size: tuple[int, int]) -> float:
-    """Energy that a number of the adapter must explain: twice what it does of mere noise (Akaike's criterion)."""
+    """Return the energy a parameter must explain: twice what it explains of pure noise (Akaike's criterion)."""
     return 2 * noise / (size[0] * size[1])
 
 
 def within(
     curves: Sequence[ErrorCurve], max_error: float, allowed: Allowed, *, dense: bool = True
 ) -> Factorization | None:
-    """The smallest form within an error; None where the target holds none."""
+    """Return the smallest factorization within an error, None if the target can hold none."""
     size = curves[0].shape.full
     forms = [
         c.form(k) if k else nothing(size)
@@ -105,7 +105,7 @@ def within(
 
 
 def points(curves: Iterable[ErrorCurve], allowed: Allowed, *, dense: bool = True) -> list[Point]:
-    """Sizes and losses to share a budget by: nothing, and each shape with 1, 2, 3, 4, 6, 8, 12, … terms."""
+    """Return sizes and losses for budget allocation: nothing, and each shape with 1, 2, 3, 4, 6, 8, 12, … terms."""
     curves = list(curves)
     size, energy = curves[0].shape.full, curves[0].left[0]
     forms = [curve.form(k) for curve in curves for k in _steps(curve.most(allowed))]

@@ -1,4 +1,4 @@
-"""An extraction carried out: pair, subtract, fit, measure, refuse or write."""
+"""Run an extraction: pair, subtract, fit, measure, then write or raise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from krona_hub.adapters.adapter import Adapter
 from krona_hub.adapters.provenance import Provenance
 from krona_hub.aliases import Progress
-from krona_hub.conversion.report import REFUSED_ABOVE
+from krona_hub.conversion.report import REFUSED_ABOVE, percent
 from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, LossyError, NoDifferenceError
 from krona_hub.extraction.fit_layers import Fitted, fit, steps_of
@@ -23,7 +23,7 @@ from krona_hub.formats.writing.writer import write
 
 
 def execute(request: ExtractRequest, progress: Progress | None = None) -> ExtractionReport:
-    """Do what was asked for; `extract` says what is raised."""
+    """Run the request; `extract` documents the errors."""
     target = ConversionTarget(request.format)
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
     plan = FitPlan(request.fit, target, dtype, request.threads)
@@ -85,7 +85,7 @@ def _steps(progress: Progress | None, total: int) -> Callable[[], None]:
 def _adapter(
     report: ExtractionReport, pairs: Pairs, fitted: Sequence[Fitted], extras: Sequence[ChangedTensor]
 ) -> Adapter:
-    """What is written: the layers that have something above the noise."""
+    """Return the adapter to write: the layers with a difference above the noise."""
     layers = {f.pair.name: f.taken.delta for f in fitted if f.taken is not None and f.taken.delta.sums}
     provenance = Provenance(
         method=report.method,
@@ -99,7 +99,7 @@ def _adapter(
 def _check(
     report: ExtractionReport, adapter: Adapter, fitted: Sequence[Fitted], target: ConversionTarget, allow_loss: bool
 ) -> None:
-    """Raise what forbids the result: nothing in it, too much missing from it, or a format that cannot hold it."""
+    """Raise if the result is empty, loses too much, or does not fit the format."""
     if not report.layers and not adapter.extras:
         raise _no_difference(report)
     if report.beyond_rounding > REFUSED_ABOVE and not allow_loss:
@@ -110,53 +110,52 @@ def _check(
     if refusals:
         name, why = next(iter(refusals.items()))
         raise InexpressibleError(
-            f"{len(refusals)} of {len(adapter)} layers cannot be written as {target.format}; the first is "
-            f"{name}: {why}.",
-            fix="Use --to krona, which holds any sum, --to lora, or --shape auto.",
+            f"{len(refusals)} of {len(adapter)} layers cannot be written as {target.format}; first: {name}: {why}.",
+            fix="Use --to krona, which stores any sum, --to lora, or --shape auto.",
         )
 
 
 def _no_difference(report: ExtractionReport) -> NoDifferenceError:
     vectors = len(report.others)
-    fix = f"{vectors} norms, biases or embeddings differ: --also-vectors keeps them." if vectors else ""
+    fix = f"Add --also-vectors to keep the {vectors} norms, biases or embeddings that differ." if vectors else ""
     if report.at_rounding:
         return NoDifferenceError(
-            f"there is no difference above rounding: {len(report.at_rounding)} layers differ by no more than storing "
-            "them in their dtypes explains.",
-            fix=fix or "Compare checkpoints of more precision, if there are any.",
+            f"No difference above rounding: {len(report.at_rounding)} layers differ only by the rounding of their "
+            "stored dtypes.",
+            fix=fix or "Compare checkpoints with higher precision, if available.",
         )
     return NoDifferenceError(
-        f"nothing to extract: all {report.unchanged} layers are equal.", fix=fix or "Are these the right two files?"
+        f"Nothing to extract: all {report.unchanged} layers are equal.", fix=fix or "Check the paths of both files."
     )
 
 
 def _too_lossy(report: ExtractionReport, fitted: Sequence[Fitted]) -> LossyError:
-    """The refusal, with how many terms would do."""
+    """Return the error, with the number of terms that would suffice."""
     offer = _terms_for(REFUSED_ABOVE, [f for f in fitted if f.taken is not None])
     return LossyError(
-        f"the result would be {report.relative_error:.1%} error, with {report.energy_kept:.1%} of the difference's "
-        "energy kept; nothing was written.",
-        fix=f"{offer}--max-error 0.05 finds the smallest form within 5 % per layer, --shape auto tries every shape and "
-        "the LoRA form; --allow-loss writes this one anyway.",
+        f"The relative error would be {percent(report.relative_error)} (retained energy "
+        f"{percent(report.energy_kept)}); nothing was written.",
+        fix=f"Use {offer}--max-error 0.05 (smallest factorization within 5 % per layer), --shape auto (tries all "
+        "shapes and LoRA), or --allow-loss to write this result.",
     )
 
 
 def _terms_for(error: float, fitted: Sequence[Fitted]) -> str:
-    """How many terms of the same shape come below that total error, where it is known."""
+    """Return the number of terms of the same shape within that total error, if known."""
     curves = [f.curve.left for f in fitted if f.curve is not None]
     if not curves or len(curves) < len(fitted):
         return ""
     whole = sum(left[0] for left in curves)
     for terms in range(1, max(map(len, curves))):
         if sum(left[min(terms, len(left) - 1)] for left in curves) <= error**2 * whole:
-            return f"--terms {terms} of this shape is below {error:.0%}; "
+            return f"--terms {terms} (error below {100 * error:.0f} % with this shape), "
     return ""
 
 
 def _notes(pairs: Pairs) -> tuple[str, ...]:
-    sides = (("the tuned checkpoint lacks", pairs.only_base), ("the base lacks", pairs.only_tuned))
+    sides = (("the tuned checkpoint", pairs.only_base), ("the base checkpoint", pairs.only_tuned))
     return tuple(
-        f"{words} {len(names)} layers of the other, such as {names[0]}: they are left out"
+        f"{words} lacks {len(names)} layers of the other, such as {names[0]}; they are omitted"
         for words, names in sides
         if names
     )

@@ -1,8 +1,8 @@
-"""Every pair of layers to its layer of the adapter.
+"""Fit every pair of layers to a layer of the adapter.
 
-With one shape a layer is read, fitted and measured at once. With `--shape auto`, and with a budget, it is read again
-for each step rather than kept, so that a few layers are in memory at a time: study the LoRA form; try all shapes on
-some layers of each size; study the best of these on the others; choose; take the numbers.
+With one shape, a layer is read, fitted and measured in one step. With `--shape auto` or a budget, it is read again for
+each step instead of being kept, so that only a few layers are in memory: evaluate the LoRA; try all shapes on some
+layers of each size; evaluate the best of these on the others; choose; compute the factors.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.terms import KronTerms
 
-Step = Callable[[], None]  # called when a pair is through a step
-STEPS = 3  # of a pair that is not fitted at once
-THIN = 16  # rank up to which every Kronecker form of a LoRA is tried by its factors; it takes too long above
+Step = Callable[[], None]  # called after each step of a pair
+STEPS = 3  # of a pair that is not fitted in one step
+THIN = 16  # largest LoRA rank for which all shapes are tried through its factors; larger ones take too long
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What became of one pair: a layer of the adapter, or nothing because it is equal or differs by rounding only."""
+    """Result for one pair: a layer of the adapter, or none if it is equal or differs only by rounding."""
 
     pair: LayerPair
     taken: Taken | None = None
     is_rounding: bool = False
-    curve: ErrorCurve | None = None  # what more terms would leave
+    curve: ErrorCurve | None = None  # error by number of terms
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is known of a layer before its form is chosen."""
+    """Measurements of a layer before its factorization is chosen."""
 
     pair: LayerPair
     curves: tuple[ErrorCurve, ...]
     noise: float  # expected energy of the rounding
-    lora: KronTerms | None = None  # the LoRA above the noise, where it is thin
-    only_rounding: bool = False  # where nothing stands above the noise
+    lora: KronTerms | None = None  # the LoRA above the noise, if its rank is low
+    only_rounding: bool = False  # nothing exceeds the noise
 
     @property
     def size(self) -> tuple[int, int]:
@@ -54,12 +54,12 @@ class Study:
 
 
 def steps_of(plan: FitPlan) -> int:
-    """Steps per pair, for a progress bar."""
+    """Return the steps per pair, for a progress bar."""
     return 1 if _at_once(plan) else STEPS
 
 
 def fit(pairs: Sequence[LayerPair], plan: FitPlan, step: Step) -> list[Fitted]:
-    """Every pair in its form, in order."""
+    """Fit all pairs, in order."""
     if not _at_once(plan):
         return _in_steps(pairs, plan, step)
     fitted = []
@@ -78,7 +78,7 @@ def _fit_at_once(plan: FitPlan, pair: LayerPair) -> Fitted:
 
 
 def fit_difference(plan: FitPlan, pair: LayerPair, difference: LayerDifference | None) -> Fitted:
-    """One layer of a plan with one shape; without a difference it is equal."""
+    """Fit one layer of a plan with one shape; a difference of None means that the layers are equal."""
     if difference is None:
         return Fitted(pair)
     if difference.noise.explains(difference.delta):
@@ -120,7 +120,7 @@ def _in_steps(pairs: Sequence[LayerPair], plan: FitPlan, step: Step) -> list[Fit
 
 
 def _study(plan: FitPlan, pair: LayerPair) -> Study | Fitted:
-    """The LoRA form, or the one shape, of a layer that differs by more than rounding."""
+    """Evaluate the LoRA, or the one shape, of a layer that differs by more than rounding."""
     difference = LayerDifference.of(pair)
     if difference is None:
         return Fitted(pair)
@@ -133,7 +133,7 @@ def _study(plan: FitPlan, pair: LayerPair) -> Study | Fitted:
 
 
 def _is_wide(plan: FitPlan, study: Study) -> bool:
-    """Whether the shapes are to be tried on the difference itself: a thin LoRA knows all of them by its factors."""
+    """Return whether to try shapes on the difference itself; a low-rank LoRA gives all of them by its factors."""
     return study.lora is None or plan.request.budget is not None
 
 
@@ -144,7 +144,7 @@ def _more_curves(plan: FitPlan, shapes: dict[tuple[int, int], list[KronShape]], 
 
 
 def _chosen(plan: FitPlan, studies: Sequence[Study]) -> dict[LayerPair, Factorization | KronTerms]:
-    """A form, or a sum that is known already, for every layer."""
+    """Return a factorization, or an already known sum, for every layer."""
     if plan.request.budget is not None:
         return dict(_within_budget(plan, studies))
     forms = {s.pair: plan.choose(s.pair, list(s.curves), s.noise) for s in studies}
@@ -158,14 +158,14 @@ def _chosen(plan: FitPlan, studies: Sequence[Study]) -> dict[LayerPair, Factoriz
 
 
 def _within_budget(plan: FitPlan, studies: Sequence[Study]) -> dict[LayerPair, Factorization]:
-    """The least total error for the budget, shared between layers by what each gains."""
+    """Allocate the budget among layers for the smallest total error."""
     budget = plan.request.budget
     whole = sum(s.size[0] * s.size[1] for s in studies)
     if budget is None or not studies:
         return {}
     parameters = budget.of(whole)
     if parameters < 1:
-        raise UsageError(f"a budget of {parameters} parameters holds nothing.", fix="Choose 1 or more.")
+        raise UsageError(f"Invalid budget: {parameters} parameters.", fix="Use a budget of at least 1 parameter.")
     layers = [points(s.curves, plan.allowed(s.pair.shape), dense=not plan.one_shape) for s in studies]
     found, _ = allocate(layers, parameters)
     return {s.pair: point.form for s, point in zip(studies, found, strict=True)}
@@ -176,7 +176,7 @@ def _take(plan: FitPlan, study: Study, chosen: Factorization | KronTerms) -> Fit
     if nothing_above and study.only_rounding:
         return Fitted(study.pair, is_rounding=True)
     difference = LayerDifference.of(study.pair)
-    if difference is None:  # the file changed meanwhile
+    if difference is None:  # the file changed in the meantime
         return Fitted(study.pair)
     if isinstance(chosen, KronTerms):
         return Fitted(study.pair, difference.take(chosen, plan.dtype))

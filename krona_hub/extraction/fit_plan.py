@@ -1,4 +1,4 @@
-"""How every layer is to be fitted: what was asked for, and what the target holds."""
+"""How to fit every layer: the request, and what the target can hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from krona_hub.kron.shapes import KronShape, nearest_split, split
 
 @dataclass(frozen=True)
 class FitPlan:
-    """The same for all layers."""
+    """The fitting options of all layers."""
 
     request: FitRequest
     target: ConversionTarget
@@ -30,11 +30,11 @@ class FitPlan:
 
     @property
     def one_shape(self) -> bool:
-        """Whether a layer has one curve only: that of the shape asked for, or of a LoRA."""
+        """Whether each layer has only one curve: that of the requested shape, or of a LoRA."""
         return self.request.shape is not None or self.target.to_lora
 
     def curve(self, difference: LayerDifference) -> ErrorCurve:
-        """The curve of the one shape, or of the LoRA form; no deeper than it is needed."""
+        """Return the curve of the one shape, or of the LoRA, with no more terms than needed."""
         if not self.one_shape or self.target.to_lora:
             if self.target.to_lora and self.request.terms is not None:
                 return difference.curve(lora_shape(difference.size), min(self.request.terms, *difference.size))
@@ -44,32 +44,32 @@ class FitPlan:
         return difference.curve(shape, None if terms is None else min(terms, shape.max_terms))
 
     def shape_of(self, pair: LayerPair) -> KronShape:
-        """The shape asked for. Raises ShapeError, naming the layer, where it does not divide."""
+        """Return the requested shape. Raises ShapeError, naming the layer, if it does not divide the layer."""
         (a1, a2), size = self.request.shape or (1, 1), pair.size
         try:
             return split(size, a1, a2)
         except ShapeError as e:
             if self.request.fallback:
                 return nearest_split(size, a1, a2)
-            e.fix += " Give --shape-fallback nearest to take it, or choose layers with --targets."
+            e.fix += " Or use --shape-fallback nearest, or select layers with --targets."
             raise e.within(pair.name) from None
 
     def allowed(self, weight: tuple[int, ...]) -> Allowed:
-        """Which forms the target holds on a weight of that shape."""
+        """Return the predicate of what the target can hold for a weight of that shape."""
         return _allowed(
             self.target.format, weight, self.request.shape is None and storage_of(self.target.format).one_factor
         )
 
     def choose(self, pair: LayerPair, curves: list[ErrorCurve], noise: float) -> Factorization:
-        """The form of a layer by its curves. Raises InexpressibleError where the target holds none that will do."""
+        """Choose the factorization of a layer by its curves. Raises InexpressibleError if the target can hold none."""
         allowed, dense = self.allowed(pair.shape), not self.one_shape
         if self.request.max_error is not None:
             form = within(curves, self.request.max_error, allowed, dense=dense)
             if form is None:
                 raise InexpressibleError(
-                    f"{pair.name} needs more terms than {self.target.format} holds to come within "
+                    f"{pair.name} requires more terms than {self.target.format} supports for a relative error of "
                     f"{self.request.max_error:g}.",
-                    fix="Choose --to krona, --shape auto, or a larger error.",
+                    fix="Choose --to krona, --shape auto or a larger --max-error.",
                 )
             return form
         if dense:
@@ -77,7 +77,7 @@ class FitPlan:
         most = curves[0].most(allowed)
         if not most:
             raise InexpressibleError(
-                f"{pair.name}: {self.target.format} cannot hold {curves[0].shape} on a weight of {list(pair.shape)}.",
+                f"{pair.name}: {self.target.format} does not support {curves[0].shape} for weight {list(pair.shape)}.",
                 fix="Choose another shape, --shape auto or --to krona.",
             )
         if self.request.terms is not None:
@@ -85,14 +85,14 @@ class FitPlan:
         return above_noise(curves, noise, allowed, dense=False)
 
     def note(self, pair: LayerPair, curve: ErrorCurve, form: Factorization) -> str:
-        """What the reader of the report should know of the choice."""
+        """Return remarks on the choice for the report."""
         notes = []
         if self.request.shape is not None and form.terms and form.shape[:2] != self.request.shape:
-            notes.append(f"{'x'.join(map(str, self.request.shape))} does not divide it")
+            notes.append(f"{'x'.join(map(str, self.request.shape))} does not divide the layer")
         if self.request.max_error is None and curve.most(self.allowed(pair.shape)) < (
             self.request.terms or curve.above
         ):
-            notes.append(f"{curve.above} terms stand above the noise, {self.target.format} holds one")
+            notes.append(f"{curve.above} terms exceed the noise; {self.target.format} supports one")
         return "; ".join(notes)
 
 
@@ -105,7 +105,7 @@ def _allowed(target: str, weight: tuple[int, ...], only_loras: bool) -> Allowed:
     def allowed(shape: KronShape, terms: int, right_rank: int | None) -> bool:
         if only_loras and not (shape[:2] == (1, 1) and is_lora(shape, right_rank)):
             return False
-        # what a target holds depends on "several terms" and "B as a product" alone
+        # targets only distinguish one term from several and a dense B from a product
         return loaded(shape, min(terms, 2), None if right_rank is None else 1)
 
     return allowed

@@ -1,4 +1,4 @@
-"""The difference of one layer in memory, its curves, and the numbers of a form of it, measured."""
+"""The difference of one layer in memory, its error curves, and the measured factors of a factorization."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from krona_hub.kron.rounding_noise import StorageNoise, stored_dtype
 from krona_hub.kron.shapes import KronShape
 from krona_hub.kron.terms import KronTerms, as_lora
 
-SOME = 64  # terms that are looked for by few products, where R has FEW rows for each
+SOME = 64  # terms computed by few products, if R has at least FEW rows for each
 FEW = 8
-BENT = 6.0  # times the floor, and
-WEAK = 0.2  # of the largest σ: where the smallest term above the noise is below both, it may be rounding all the same
+BENT = 6.0  # times the noise floor, and
+WEAK = 0.2  # of the largest σ: a smallest term above the noise that is below both may still be rounding
 TRIES = 3
-CANCELLED = 1e-3  # relative error below which float32 has too few digits left
+CANCELLED = 1e-3  # relative error below which float32 loses too many digits
 
 
 class Taken(NamedTuple):
-    """One layer of the adapter, and what was measured on it."""
+    """One layer of the adapter, with its measurements."""
 
     delta: LayerDelta
     report: ExtractedLayer
@@ -47,18 +47,18 @@ class LayerDifference:
     pair: LayerPair
     delta: Tensor  # (out, in·k…)
     base: Tensor  # as stored
-    stored: torch.dtype  # what tuned was rounded to
+    stored: torch.dtype  # that tuned was rounded to
     noise: StorageNoise
-    spectra: dict[KronShape, DenseSpectrum] = field(default_factory=dict)  # kept from the study for the taking
+    spectra: dict[KronShape, DenseSpectrum] = field(default_factory=dict)  # kept from the curves for the factors
 
     @classmethod
     def of(cls, pair: LayerPair) -> LayerDifference | None:
-        """The difference of a pair; None where the numbers are equal. Raises NonFiniteError where one is not finite."""
+        """Return the difference of a pair, None if all values are equal. Raises NonFiniteError for NaN or infinity."""
         return cls.between(pair, read(pair.base), read(pair.tuned))
 
     @classmethod
     def between(cls, pair: LayerPair, base: Tensor, tuned: Tensor) -> LayerDifference | None:
-        """The same of weights in memory."""
+        """Return the difference of weights in memory, as `of` does for files."""
         base, tuned = base.reshape(pair.size), tuned.reshape(pair.size)
         if base.dtype == tuned.dtype and torch.equal(base, tuned):
             return None
@@ -67,7 +67,9 @@ class LayerDifference:
         if norm == 0:
             return None
         if not isfinite(norm):
-            raise NonFiniteError(f"{pair.name} holds NaN or infinity.", fix="One of the checkpoints is broken.")
+            raise NonFiniteError(
+                f"{pair.name} contains NaN or infinity.", fix="Check both checkpoints; one is corrupt."
+            )
         return cls(pair, delta, base, stored_dtype(tuned), StorageNoise(tuned, base))
 
     @property
@@ -87,7 +89,7 @@ class LayerDifference:
         return RearrangedDense.of(self.delta[None], shape)
 
     def curve(self, shape: KronShape, terms: int | None = None) -> ErrorCurve:
-        """The curve of one shape: its first terms, or where it costs no more the whole."""
+        """Return the curve of one shape: its first terms, or all if that costs no more."""
         source = self.rearranged(shape)
         whole = terms is None or source.matrix.shape[0] <= SMALL
         spectrum = source.spectrum() if whole else source.leading(terms or 1)
@@ -97,10 +99,10 @@ class LayerDifference:
         return ErrorCurve(shape, tuple(left), self._above(spectrum, floor), floor)
 
     def _above(self, spectrum: DenseSpectrum, floor: float) -> int:
-        """The terms above the noise, without those that are but the rounding of the larger ones.
+        """Return the number of terms above the noise, without those that only reflect rounding of the larger ones.
 
-        A weak delta does not round like noise: where it is below half an ulp all of it is lost, elsewhere it grows, and
-        what is so bent has singular values of its own, which may stand a little above the edge of noise.
+        A weak delta does not round like noise: below half an ulp all of it is lost, elsewhere it grows. This distortion
+        has singular values of its own, which may slightly exceed the edge of the noise.
         """
         above = int((spectrum.sigma[0] > floor).sum())
         if above < 2 or float(spectrum.sigma[0, above - 1]) > min(BENT * floor, WEAK * float(spectrum.sigma[0, 0])):
@@ -108,9 +110,9 @@ class LayerDifference:
         return bisect_left(range(above), True, lo=1, key=lambda k: self._explained_by(spectrum.first(k), floor))
 
     def _explained_by(self, terms: DenseSpectrum, floor: float) -> bool:
-        """Whether the base plus some sum of that many terms, rounded as tuned was, leaves nothing above the noise.
+        """Return whether the base plus some sum of that many terms, rounded as tuned was, explains all but noise.
 
-        That sum is found by adding back, a few times, what its rounding leaves: the terms of Δ itself are too small.
+        The sum is found by repeatedly adding back its rounding residual: the terms of Δ itself are too small.
         """
         shape, count, base = terms.source.shape, terms.sigma.shape[1], self.base.float()
         for _ in range(TRIES):
@@ -122,7 +124,7 @@ class LayerDifference:
         return False
 
     def curve_to_noise(self, shape: KronShape, max_error: float | None = None) -> ErrorCurve:
-        """The curve of one shape: its first terms where these reach the noise (and the error), else all."""
+        """Return the curve of one shape: its first terms if they reach the noise (and the error), else all."""
         few = min(SOME, min(shape.a1 * shape.a2, shape.b1 * shape.b2) // FEW)
         if few:
             curve = self.curve(shape, few)
@@ -131,11 +133,11 @@ class LayerDifference:
         return self.curve(shape)
 
     def is_rounding(self) -> bool:
-        """Whether rounding alone may be all of it: by its energy, where no term stands above the noise."""
+        """Return whether rounding may explain the whole difference, by its energy, if no term exceeds the noise."""
         return self.energy <= 1.05 * self.noise.energy
 
     def sums(self, form: Factorization) -> KronTerms:
-        """The nearest sum of that form, float32."""
+        """Return the nearest sum with that factorization, float32."""
         if form.right_rank is None and form.shape[:2] == (1, 1):
             return KronTerms(torch.ones(1, 1, 1), self.delta[None].clone())
         shape = form.shape if form.right_rank is None else lora_shape(self.size)
@@ -147,7 +149,7 @@ class LayerDifference:
         return fit if form.right_rank is None else lora_of_terms(fit)
 
     def take(self, sums: KronTerms | None, dtype: torch.dtype | None, note: str = "") -> Taken:
-        """The layer of the adapter in the dtype of the file, and its errors, measured on these numbers."""
+        """Return the layer of the adapter in the dtype of the file, with its errors measured on these values."""
         delta = cast(LayerDelta(() if sums is None else (sums,), self.pair.shape), dtype)
         error, beyond = self.errors(delta)
         whole = self.energy**0.5
@@ -168,7 +170,7 @@ class LayerDifference:
         return Taken(delta, report)
 
     def errors(self, delta: LayerDelta) -> tuple[float, float]:
-        """‖ΔW − Δ‖, and the same without what rounding explains of every number."""
+        """Return ‖ΔW − Δ‖, and the same beyond what rounding explains of each value."""
         plain, beyond = self._errors_in(torch.float32, delta)
         return (plain, beyond) if plain > CANCELLED * self.energy**0.5 else self._errors_in(torch.float64, delta)
 
@@ -184,17 +186,17 @@ class LayerDifference:
 
 
 def lora_shape(size: tuple[int, int]) -> KronShape:
-    """(out, 1) ⊗ (1, in): one rank of a LoRA a term."""
+    """Return the shape (out, 1) ⊗ (1, in), whose terms are the ranks of a LoRA."""
     return KronShape(size[0], 1, 1, size[1])
 
 
 def lora_of_terms(terms: KronTerms) -> KronTerms:
-    """Σₖ (out, 1) ⊗ (1, in) as [[1]] ⊗ (up·down)."""
+    """Return Σₖ (out, 1) ⊗ (1, in) as [[1]] ⊗ (up·down)."""
     left, right = terms.tensors
     return as_lora(left[:, :, 0].mT.contiguous(), right[:, 0].contiguous())
 
 
 def _count(delta: LayerDelta) -> int:
-    """Kronecker terms; of a LoRA its rank."""
+    """Return the number of Kronecker terms, or the rank of a LoRA."""
     rank = lora_rank(delta)
     return sum(s.terms for s in delta.sums) if rank is None else rank

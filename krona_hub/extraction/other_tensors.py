@@ -1,4 +1,4 @@
-"""Changed norms, biases and embeddings: what is listed, and what goes into extras."""
+"""Changed norms, biases and embeddings: listed in the report and optionally stored in the extras."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from krona_hub.extraction.report import OtherChange
 from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.kron.rounding_noise import StorageNoise
 
-ENDINGS = {".weight": ".diff", ".bias": ".diff_b"}  # part of a tensor -> the name of its difference, as LyCORIS has it
+ENDINGS = {".weight": ".diff", ".bias": ".diff_b"}  # suffix of a tensor -> suffix of its difference, as in LyCORIS
 
 
 class ChangedTensor(NamedTuple):
@@ -25,7 +25,7 @@ class ChangedTensor(NamedTuple):
 
 
 def changes(pairs: Sequence[LayerPair]) -> Iterator[ChangedTensor]:
-    """The pairs that differ. Tensors of whole numbers (positions) are told, and have no difference to store."""
+    """Yield the pairs that differ by more than rounding; integer tensors (positions) whenever they differ."""
     for pair in pairs:
         base, tuned = read(pair.base), read(pair.tuned)
         if base.shape != tuned.shape or torch.equal(base.double(), tuned.double()):
@@ -43,7 +43,7 @@ def changes(pairs: Sequence[LayerPair]) -> Iterator[ChangedTensor]:
 
 
 def _kind(pair: LayerPair) -> str:
-    """By the last words of the name, and the number of dimensions."""
+    """Classify by the last parts of the name and the number of dimensions."""
     module, _, part = pair.name.rpartition(".")
     if module.rpartition(".")[2] in TABLES or part in TABLES:
         return "embedding"

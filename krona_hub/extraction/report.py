@@ -1,4 +1,4 @@
-"""What an extraction found, measured: per layer, in total, and what no adapter holds. Torch-free."""
+"""Results of an extraction, measured per layer and in total, with changes outside the adapter. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from pathlib import Path
 
 from krona_hub.conversion.report import VERDICTS
 
-NO_FORM = "nothing"  # the form of a layer of which nothing stands above the noise
+NO_FORM = "nothing"  # factorization of a layer without terms above the noise
 
 
 @dataclass(frozen=True)
 class ExtractedLayer:
-    """One layer that differs, and how much of the difference its adapter holds."""
+    """One layer that differs, and how much of the difference the adapter captures."""
 
     layer: str  # canonical name
-    form: str  # in words: "LoRA r4", "2 × 8x8 ⊗ 40x96"; NO_FORM where nothing was taken
-    terms: int  # Kronecker terms; of a LoRA its rank; 0 where nothing was taken
+    form: str  # factorization: "LoRA r4", "2 × 8x8 ⊗ 40x96"; NO_FORM if none
+    terms: int  # Kronecker terms, or the rank of a LoRA; 0 if none
     parameters: int
     bytes: int
     weight_shape: tuple[int, ...]
     norm: float  # ‖Δ‖ of the difference Δ = tuned − base, Frobenius
-    relative_norm: float  # ‖Δ‖ / ‖W‖: how far the layer moved
+    relative_norm: float  # ‖Δ‖ / ‖W‖: relative change of the layer
     relative_error: float  # ‖ΔW − Δ‖ / ‖Δ‖, measured on the numbers that are written
-    beyond_rounding: float  # the same error where each number may also be off by what storing `tuned` rounded away
+    beyond_rounding: float  # the same error beyond what rounding `tuned` to its stored dtype explains
     note: str = ""
 
     @property
     def dense_parameters(self) -> int:
-        """Numbers of the whole difference."""
+        """Parameters of the dense difference."""
         size = 1
         for n in self.weight_shape:
             size *= n
@@ -39,27 +39,27 @@ class ExtractedLayer:
 
 @dataclass(frozen=True)
 class OtherChange:
-    """A changed tensor that is no delta of a linear layer or convolution."""
+    """A changed tensor other than the weight of a linear layer or convolution."""
 
-    name: str  # canonical where it is known, else the name in the file
+    name: str  # canonical if known, else the name in the file
     kind: str  # "norm", "bias", "embedding" or "other"
     shape: tuple[int, ...]
-    relative_norm: float  # ‖difference‖ / ‖base's‖; inf where the base's is zero
+    relative_norm: float  # ‖difference‖ / ‖base‖; inf if the base is zero
     kept: bool = False  # whether its difference is in the adapter's extras (--also-vectors)
 
 
 @dataclass(frozen=True)
 class ExtractionReport:
-    """What `extract` did, or would do."""
+    """Result of `extract`, or of its dry run."""
 
     base: str
     tuned: str
     target_format: str
     out: Path
-    method: str  # in words: how shapes and terms were chosen
+    method: str  # how shapes and terms were chosen
     layers: tuple[ExtractedLayer, ...]  # those that differ by more than rounding
     unchanged: int  # layers that are equal
-    at_rounding: tuple[str, ...]  # layers that differ by nothing but rounding; they are left out
+    at_rounding: tuple[str, ...]  # layers that differ only by rounding; they are omitted
     others: tuple[OtherChange, ...] = ()  # changed norms, biases, embeddings
     notes: tuple[str, ...] = ()
     checked: str = ""  # the read-back check, in words
@@ -76,22 +76,22 @@ class ExtractionReport:
 
     @property
     def dense_parameters(self) -> int:
-        """Numbers of the whole difference, over the layers that differ."""
+        """Parameters of the dense difference, over the layers that differ."""
         return sum(x.dense_parameters for x in self.layers)
 
     @property
     def relative_error(self) -> float:
-        """Over all layers together: √Σ‖errorₗ‖² / √Σ‖Δₗ‖²."""
+        """Relative error over all layers: √Σ‖errorₗ‖² / √Σ‖Δₗ‖²."""
         return _total(self.layers, lambda x: x.relative_error)
 
     @property
     def beyond_rounding(self) -> float:
-        """The total error that the rounding of the tuned checkpoint does not explain; what the refusal looks at."""
+        """Total error beyond the rounding of the tuned checkpoint; LossyError depends on it."""
         return _total(self.layers, lambda x: x.beyond_rounding)
 
     @property
     def energy_kept(self) -> float:
-        """1 − relative_error²: the share of ‖Δ‖² that the adapter holds."""
+        """Retained energy, 1 − relative_error²: the share of ‖Δ‖² in the adapter."""
         return max(0.0, 1 - self.relative_error**2)
 
     @property
@@ -101,10 +101,10 @@ class ExtractionReport:
 
     @property
     def verdict(self) -> str:
-        """The result in a sentence or two: how true it is, and what it costs."""
+        """The result in two sentences: the accuracy and the size."""
         words = next(words for limit, words in VERDICTS if self.beyond_rounding <= limit)
         share = self.parameters / self.dense_parameters if self.dense_parameters else 0.0
-        return f"{words} {share:.2%} of the parameters of the whole difference."
+        return f"{words} {self.parameters:,} parameters ({100 * share:.2f} % of the dense difference)."
 
 
 def _total(layers: Sequence[ExtractedLayer], error: Callable[[ExtractedLayer], float]) -> float:

@@ -1,4 +1,4 @@
-"""Which tensor of one checkpoint is which of the other, whatever their layouts. Headers only, torch-free."""
+"""Pair the tensors of two checkpoints in any layout. Reads headers only; torch-free."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo, read_header
 from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError, UnsupportedError, UsageError
 
 READABLE = (*FLOATS, "F8_E4M3", "F8_E5M2")
-SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")  # of numbers that mean nothing without them
-PARTS = (".weight", ".bias", "_weight", "_bias", "")  # endings of a tensor's name behind its module
+SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")  # of quantized tensors
+PARTS = (".weight", ".bias", "_weight", "_bias", "")  # suffixes of tensor names after the module
 
 
 class LayerPair(NamedTuple):
     """One tensor in both checkpoints."""
 
-    name: str  # canonical layer; of other tensors the canonical name with `.weight` or `.bias`, or that of the file
-    shape: tuple[int, ...]  # as the base model has it
+    name: (
+        str  # canonical layer; for other tensors the canonical name with `.weight` or `.bias`, or the name in the file
+    )
+    shape: tuple[int, ...]  # in the base model
     base: WeightPlace
     tuned: WeightPlace
 
@@ -41,7 +43,7 @@ class LayerPair(NamedTuple):
 class Pairs:
     """What two checkpoints have in common."""
 
-    model: Base  # of the base checkpoint, or what its names were read by
+    model: Base  # of the base checkpoint, or the one that its names were resolved with
     layers: tuple[LayerPair, ...]  # linear layers and convolutions
     others: tuple[LayerPair, ...]  # norms, biases, embeddings, buffers
     only_base: tuple[str, ...]  # layers of shared components that `tuned` lacks
@@ -50,7 +52,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class _Side:
-    """One checkpoint: where each tensor lies, by its canonical name."""
+    """One checkpoint: the location of each tensor by canonical name."""
 
     path: Path
     layers: Mapping[str, WeightPlace]
@@ -62,7 +64,7 @@ class _Side:
         return self.headers[place.path].tensors[place.tensor]
 
     def shape(self, place: WeightPlace) -> tuple[int, ...]:
-        """The shape of what `read(place)` gives."""
+        """Return the shape of `read(place)`."""
         shape = self.info(place).shape
         if place.placement.rows:
             shape = (place.placement.rows[1] - place.placement.rows[0], *shape[1:])
@@ -81,12 +83,12 @@ def pair_up(
     targets: str | Sequence[str] | None = None,
     base_name: str | Path | None = None,
 ) -> Pairs:
-    """The tensors of both checkpoints, layer by layer.
+    """Pair the tensors of both checkpoints, layer by layer.
 
-    Each may be a diffusers folder, a component folder or a file. Where one has names that the catalogue does not
-    know, they are read by the modules of the other, or of `base_name`. `targets` are named sets of layers or regular
-    expressions. Raises UnknownBaseError where nothing tells the names, BaseMismatchError where the checkpoints have
-    no layer in common or one of another shape, UnsupportedError for quantised weights.
+    Each may be a diffusers folder, a component folder or a file. Names unknown to the catalogue are resolved with the
+    modules of the other checkpoint, or of `base_name`. `targets` are named sets of layers or regular expressions.
+    Raises UnknownBaseError if the names cannot be resolved, BaseMismatchError if the checkpoints have no layers in
+    common or a layer differs in shape, UnsupportedError for quantized weights.
     """
     first, second = _sides(base, tuned, base_name)
     shared = _shared_components(first, second, component)
@@ -100,7 +102,8 @@ def pair_up(
     layers = tuple(_pair(name, first, second) for name in of_base if name in second.layers)
     if not layers:
         raise BaseMismatchError(
-            f"{tuned} has none of the {len(of_base)} layers of {base}.", fix="Give the base that it was tuned from."
+            f"{tuned} contains none of the {len(of_base)} layers of {base}.",
+            fix="Specify the base model that it was fine-tuned from.",
         )
     both = [name for name in first.others if name in second.others and inside(name)] if wanted is None else []
     return Pairs(
@@ -113,14 +116,14 @@ def pair_up(
 
 
 def _sides(base: Path, tuned: Path, base_name: str | Path | None) -> tuple[_Side, _Side]:
-    """Both checkpoints; names that one does not know by itself are read by the modules of the other."""
+    """Open both checkpoints; names that one cannot resolve by itself are resolved with the modules of the other."""
     named = None if base_name is None else load_base(base_name)
     models = {path: _model(path) for path in (base, tuned)}
     known = [m for m in (named, models[base], models[tuned]) if m is not None]
     if not known:
         raise UnknownBaseError(
-            f"the names in {base} and {tuned} are those of no base in the catalogue.",
-            fix="Name the base, or give one of them as a diffusers folder.",
+            f"The layer names in {base} and {tuned} do not match any base model in the catalogue.",
+            fix="Specify the base model by name, or one of the checkpoints as a diffusers folder.",
         )
     more = {p: m for folder in (base, tuned) if folder.is_dir() for p, m in _every_module(folder).items()}
     first, second = (_side(path, models[path] or known[0], more) for path in (base, tuned))
@@ -137,7 +140,7 @@ def _model(path: Path) -> Base | None:
 
 
 def _every_module(folder: Path) -> dict[str, ModuleSpec]:
-    """Component and path of everything that has a weight or a bias, norms too: for names in other layouts."""
+    """Return every module with a weight or a bias, norms included, to resolve names in other layouts."""
     return {
         f"{component}.{_split(name)[0]}": ModuleSpec(place.shape)
         for component, stored in stored_by_component(folder).items()
@@ -163,14 +166,14 @@ def _side(path: Path, model: Base, more: Mapping[str, ModuleSpec]) -> _Side:
     scales = [name for header in headers.values() for name in header.tensors if name.endswith(SCALES)]
     if scales:
         raise UnsupportedError(
-            f"{path} is quantised ({scales[0]}): its numbers mean nothing without their scales.",
-            fix="Give the checkpoint in fp16, bf16 or fp32.",
+            f"{path} is quantized ({scales[0]}); its weights cannot be read without their scales.",
+            fix="Use the checkpoint in fp16, bf16 or fp32.",
         )
     return _Side(path, layers, others, model, headers)
 
 
 def _extended(model: Base, more: Mapping[str, ModuleSpec]) -> Base:
-    """The model with the norms and embeddings of the other checkpoint, so that their names can be read too."""
+    """Return the model with the norms and embeddings of the other checkpoint, so that their names resolve too."""
 
     def own(component: str) -> Component:
         prefix = f"{component}."
@@ -181,7 +184,7 @@ def _extended(model: Base, more: Mapping[str, ModuleSpec]) -> Base:
 
 
 def _placed(model: Base, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, WeightPlace]]:
-    """Canonical name, or where there is none the name in the file, and place of every tensor."""
+    """Yield the canonical name, or else the name in the file, and the location of every tensor."""
     names, lone = table(model), next(iter(model.components)) if len(model.components) == 1 else None
     for name, place in stored.items():
         module, part = _split(name)
@@ -197,7 +200,7 @@ def _placed(model: Base, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[s
 
 
 def _split(tensor: str) -> tuple[str, str]:
-    """Module and part: `norm1.weight` -> ("norm1", ".weight"), `attn.in_proj_bias` -> ("attn.in_proj", ".bias")."""
+    """Split into module and part: `norm1.weight` -> ("norm1", ".weight"), `q_bias` -> ("q", ".bias")."""
     part = next(p for p in PARTS if tensor.endswith(p))
     return tensor[: len(tensor) - len(part)], part.replace("_", ".")
 
@@ -208,13 +211,14 @@ def _shared_components(first: _Side, second: _Side, component: str | None) -> se
         return shared
     if component not in shared:
         raise UsageError(
-            f"{component} is not in both checkpoints.", fix=f"Choose of {', '.join(sorted(shared)) or 'none'}."
+            f"Component {component} is not in both checkpoints.",
+            fix=f"Choose one of {', '.join(sorted(shared))}." if shared else "Specify checkpoints of the same model.",
         )
     return {component}
 
 
 def _chosen(model: Base, components: set[str], targets: str | Sequence[str]) -> set[str]:
-    """The layers that the named sets and expressions pick from any of the components."""
+    """Return the layers that the named sets and expressions select from any of the components."""
     chosen: set[str] = set()
     for target in (targets,) if isinstance(targets, str) else targets:
         picked, refusals = set[str](), []
@@ -230,19 +234,19 @@ def _chosen(model: Base, components: set[str], targets: str | Sequence[str]) -> 
 
 
 def _pair(name: str, first: _Side, second: _Side) -> LayerPair:
-    """Raises BaseMismatchError where the sizes differ, UnsupportedError where the numbers are no plain floats."""
+    """Pair one layer. Raises BaseMismatchError if the sizes differ, UnsupportedError for quantized weights."""
     place, other = first.layers[name], second.layers[name]
     for side, spot in ((first, place), (second, other)):
         if side.info(spot).dtype not in READABLE:
             raise UnsupportedError(
-                f"{name} is {side.info(spot).dtype} in {side.path}: quantised weights have no exact difference.",
-                fix="Give the checkpoint in fp16, bf16 or fp32.",
+                f"{name} is {side.info(spot).dtype} in {side.path}; quantized weights have no exact difference.",
+                fix="Use the checkpoint in fp16, bf16 or fp32.",
             )
     sizes = [(shape[0], prod(shape[1:])) for shape in (first.shape(place), second.shape(other))]
     if sizes[0] != sizes[1]:
         raise BaseMismatchError(
             f"{name} is {list(first.shape(place))} in {first.path} and {list(second.shape(other))} in {second.path}.",
-            fix="Give the base that it was tuned from; --targets leaves layers out.",
+            fix="Specify the base model that it was fine-tuned from, or exclude the layer with --targets.",
         )
     module = first.model.module(name)
     fits = module is not None and module.matrix == sizes[0]

@@ -1,1 +1,1 @@
-"""Adapters into base weights: what is added to a stored tensor, tile by tile, and which files are written for that."""
+"""Merge adapters into base weights: tile by tile, into files of the same layout."""

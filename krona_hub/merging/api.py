@@ -1,4 +1,4 @@
-"""`merge`: what is asked for, checked and planned before torch is imported or a number read."""
+"""`merge`: checks and plans the request before importing torch or reading any weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from krona_hub.aliases import Progress
 from krona_hub.errors import UsageError
-from krona_hub.merging.output.write_model import MergeDestination, check_place
+from krona_hub.merging.output.write_model import MergeDestination, check_destination
 from krona_hub.merging.plan import OutDtype, plan_merge
 from krona_hub.merging.report import MergeReport
 from krona_hub.merging.request import MergeRequest, Mode
@@ -40,64 +40,74 @@ def merge(
     threads: int = 2,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Write `base` with Σ weight · ΔW of the adapters added, in the layout of the base; say what rounding took.
+    """Write `base` with Σ strength · ΔW of the adapters added, in the layout of the base, and measure the rounding.
 
-    Every changed number is W + Σ w·ΔW in float32 (float64 with `exact_rounding`), rounded once to the stored type or to
-    `out_dtype`; everything else is copied byte for byte. The output appears whole, by rename, when all is done.
-    `in_place` changes the base itself and needs `undo`, the file that `unmerge` restores it from. `hash` records the
-    sha256 of the base and of the output's data; by default where that costs little. What can be merged, and the other
-    options, is said by `plan_merge`, which raises the same errors. Besides: NonFiniteError for a sum that overflows the
-    stored type, ConflictError for an output in the way, ResourceError for a full disk; then nothing was written.
+    Each changed weight is W + Σ s·ΔW, rounded once; all other bytes are copied. The output appears atomically.
+
+    Parameters
+    ----------
+    base, adapters, component, block_weights, from_format, allow_missing, allow_base_mismatch : see `plan_merge`.
+    out, in_place, undo, overwrite, link : output path; or change the base itself, which requires `undo`, the file for
+        `unmerge`; replace existing files; hard-link untouched files.
+    out_dtype, rounding, seed : see `plan_merge`; "nearest" or "stochastic", and its seed.
+    exact_rounding, hash, title : sum in float64; record sha256 (None: if cheap); title in the metadata.
+    threads, progress : writer threads; called with (done, total) in bytes.
+
+    Returns
+    -------
+    MergeReport : changed tensors and files, with the share of the change lost in rounding.
+
+    Raises
+    ------
+    NonFiniteError, ConflictError, ResourceError : overflow of the stored dtype; existing output; full disk. Also what
+        `plan_merge` raises. Nothing is written then.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from importlib.resources import files
+    >>> lora = files("krona_hub.assets") / "zorbi_lora_kohya.safetensors"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     len(merge("tiny-scenes", [(lora, 0.8)], f"{folder}/merged").tensors)
+    56
     """
-    if (out is None) != in_place:
-        raise UsageError("say where to write: to a new place or in place.", fix="Give -o OUT, or --in-place --undo F.")
-    _check_options(rounding, threads)
+    _check_options(out, in_place, rounding, threads)
     plan = plan_merge(
-        base,
-        adapters,
-        component=component,
-        block_weights=block_weights,
-        out_dtype=out_dtype,
-        from_format=from_format,
-        allow_missing=allow_missing,
-        allow_base_mismatch=allow_base_mismatch,
-    )
-    place = MergeDestination(plan.tree.root, _path(out), _path(undo), overwrite=overwrite, link=link)
-    check_place(place, [file.path for file in plan.files])
-    options = _told(out_dtype=out_dtype, block_weights=block_weights, component=component)
+        base, adapters, component=component, block_weights=block_weights, out_dtype=out_dtype, from_format=from_format,
+        allow_missing=allow_missing, allow_base_mismatch=allow_base_mismatch,
+    )  # fmt: skip
+    destination = MergeDestination(plan.tree.root, _path(out), _path(undo), overwrite=overwrite, link=link)
+    check_destination(destination, [file.path for file in plan.files])
+    options = _non_defaults(out_dtype=out_dtype, block_weights=block_weights, component=component)
     options |= _rounding(rounding, seed, exact_rounding)
     request = MergeRequest(
-        plan=plan,
-        place=place,
-        rounding=rounding,
-        seed=seed,
-        exact_rounding=exact_rounding,
-        options=options,
-        hash=hash,
-        title=title,
-        threads=threads,
-    )
+        plan=plan, destination=destination, rounding=rounding, seed=seed, exact_rounding=exact_rounding,
+        options=options, hash=hash, title=title, threads=threads,
+    )  # fmt: skip
     from krona_hub.merging.execute import execute
 
     return execute(request, progress)
 
 
-def _check_options(rounding: str, threads: int) -> None:
+def _check_options(out: str | Path | None, in_place: bool, rounding: str, threads: int) -> None:
+    if (out is None) != in_place:
+        cause = "Missing option --output." if out is None else "--output and --in-place exclude each other."
+        raise UsageError(cause, fix="Specify -o OUT, or --in-place --undo FILE.")
     if rounding not in get_args(Mode):
-        raise UsageError(f"{rounding!r} is no way of rounding.", fix=f"Choose one of {', '.join(get_args(Mode))}.")
+        raise UsageError(f"Unknown rounding mode {rounding!r}.", fix=f"Choose one of {', '.join(get_args(Mode))}.")
     if threads < 1:
-        raise UsageError(f"a merge cannot run on {threads} threads.", fix="Give 1 or more.")
+        raise UsageError(f"Invalid number of threads {threads}.", fix="Use at least 1 thread.")
 
 
-def _told(**options: Any) -> dict[str, Any]:
-    """The options that differ from their defaults."""
+def _non_defaults(**options: Any) -> dict[str, Any]:
+    """Return the options that differ from their defaults."""
     return {name: value for name, value in options.items() if value and value != "keep"}
 
 
 def _rounding(mode: str, seed: int, exact: bool) -> dict[str, Any]:
-    told = {} if mode == "nearest" else {"rounding": mode, "seed": seed}
-    return told | ({"exact_rounding": True} if exact else {})
+    options = {} if mode == "nearest" else {"rounding": mode, "seed": seed}
+    return options | ({"exact_rounding": True} if exact else {})
 
 
-def _path(said: str | Path | None) -> Path | None:
-    return None if said is None else Path(said).expanduser()
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""Factors of the strength for parts of a model: regular expressions of layer names. Torch-free."""
+"""Block weights: factors of the strength by regular expressions of layer names. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from krona_hub.checkpoints.os_errors import fault
 from krona_hub.errors import UsageError
 
-_FORM = "Write lines such as `unet\\.mid_block = 0.5`, or a TOML or JSON table of them."
+_FORM = "Use lines such as `unet\\.mid_block = 0.5`, or a TOML or JSON table."
 
 
 class BlockWeights:
-    """Patterns that are searched for in canonical layer names; the first that is found gives the factor.
+    """Regular expressions searched for in canonical layer names; the first match determines the factor.
 
     >>> factors = BlockWeights({r"mid_block": 0.5, r"attn2\\.to_[kv]$": 0.0})
     >>> factors.of("unet.mid_block.attentions.0.proj_in"), factors.of("unet.conv_in")
@@ -28,7 +28,7 @@ class BlockWeights:
         self._used: set[str] = set()
 
     def of(self, layer: str) -> float:
-        """The factor of a layer, 1 where no pattern is found in its name."""
+        """Return the factor of a layer, 1 if no pattern matches its name."""
         for pattern, (compiled, weight) in self._weights.items():
             if compiled.search(layer):
                 self._used.add(pattern)
@@ -36,20 +36,19 @@ class BlockWeights:
         return 1.0
 
     def check_used(self) -> None:
-        """Raise UsageError for a pattern that gave no layer its factor."""
+        """Raise UsageError for a pattern that determined the factor of no layer."""
         unused = [pattern for pattern in self._weights if pattern not in self._used]
         if unused:
             raise UsageError(
-                f"the block weight {unused[0]!r} is found in no layer of the adapters, or earlier ones hide it.",
-                fix="Patterns are searched for in names such as unet.mid_block.attentions.0.proj_in; the first found "
-                "counts.",
+                f"Block weight pattern {unused[0]!r} matches no layer of the adapters, or only after others.",
+                fix="Match names such as unet.mid_block.attentions.0.proj_in; the first matching pattern counts.",
             )
 
 
 def read_block_weights(path: str | Path) -> dict[str, float]:
-    """The factors in a file: TOML, JSON, or lines `regex = weight` with `#` before a comment.
+    """Read the factors from a file: TOML, JSON, or lines `regex = weight` with `#` comments.
 
-    Raises UsageError for a line that is none of them, NotFoundError without the file.
+    Raises UsageError for an invalid line, NotFoundError if the file does not exist.
     """
     path = Path(path)
     try:
@@ -57,10 +56,10 @@ def read_block_weights(path: str | Path) -> dict[str, float]:
     except OSError as error:
         raise fault(error, path) from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is no text.", fix=_FORM) from None
+        raise UsageError(f"{path} is not a text file.", fix=_FORM) from None
     table = _table(path, text)
     if not table:
-        raise UsageError(f"{path} holds no block weight.", fix=_FORM)
+        raise UsageError(f"{path} contains no block weights.", fix=_FORM)
     return {pattern: _number(pattern, weight) for pattern, weight in table.items()}
 
 
@@ -77,7 +76,7 @@ def _table(path: Path, text: str) -> dict[str, Any]:
 def _line(path: Path, number: int, line: str) -> tuple[str, str]:
     pattern, equals, weight = line.split("#")[0].rpartition("=")
     if not equals or not pattern.strip():
-        raise UsageError(f"line {number} of {path} is no `regex = weight`: {line.strip()!r}.", fix=_FORM)
+        raise UsageError(f"Line {number} of {path} is not of the form `regex = weight`: {line.strip()!r}.", fix=_FORM)
     return pattern.strip().strip("\"'"), weight.strip()
 
 
@@ -85,7 +84,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UsageError(f"the block weight {pattern!r} is no regular expression: {error}.", fix=_FORM) from None
+        raise UsageError(
+            f"Block weight pattern {pattern!r} is not a valid regular expression: {error}.", fix=_FORM
+        ) from None
 
 
 def _number(pattern: str, weight: Any) -> float:
@@ -94,5 +95,5 @@ def _number(pattern: str, weight: Any) -> float:
     except (TypeError, ValueError):
         number = float("nan")
     if not abs(number) < float("inf"):
-        raise UsageError(f"the block weight of {pattern!r} is {weight!r}, no finite number.", fix=_FORM)
+        raise UsageError(f"Invalid block weight {weight!r} for {pattern!r}: not a finite number.", fix=_FORM)
     return number

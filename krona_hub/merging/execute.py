@@ -1,4 +1,4 @@
-"""A merge carried out, tensor by tensor, into a file or folder that appears whole."""
+"""Run a merge, tensor by tensor, into an atomic output."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ TORCH = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
-with warnings.catch_warnings():  # torch says once per process that it would not write to mapped files; nor do we
+with warnings.catch_warnings():  # torch warns once per process about read-only buffers; mapped files are only read here
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 def execute(request: MergeRequest, progress: Progress | None = None) -> MergeReport:
-    """Do what was asked for; `merge` says what is raised."""
-    started, plan, place = perf_counter(), request.plan, request.place
-    how = Rounding(request.rounding, request.seed, request.exact_rounding)
+    """Run the request; `merge` documents the errors."""
+    started, plan, destination = perf_counter(), request.plan, request.destination
+    rounding = Rounding(request.rounding, request.seed, request.exact_rounding)
     recipe = _recipe(plan, request.options, request.title)
-    work = _Work(plan, how, [part.load() for part in plan.parts])
-    hashed = [_sha256(file.path, request.hash, place.undo is not None) for file in plan.files]
+    work = _Work(plan, rounding, [part.load() for part in plan.parts])
+    hashed = [_sha256(file.path, request.hash, destination.undo is not None) for file in plan.files]
     files = [_merged_file(work, file, recipe, sha, request.hash) for file, sha in zip(plan.files, hashed, strict=True)]
-    with one_thread():  # the threads here are those of the writer; torch's own would only wait for each other
-        counted = _counted(progress, bytes_to_write(place, files))
-        written = write_merged(place, files, threads=request.threads, progress=counted)
+    with one_thread():  # the writer has its own threads; torch's would only compete with them
+        counted = _counted(progress, bytes_to_write(destination, files))
+        written = write_merged(destination, files, threads=request.threads, progress=counted)
     return MergeReport(
         base=plan.tree.root,
-        out=place.out or plan.tree.root,
+        out=destination.out or plan.tree.root,
         adapters=plan.adapters,
         tensors=tuple(work.reports()),
         files=written.files,
@@ -62,7 +62,7 @@ def execute(request: MergeRequest, progress: Progress | None = None) -> MergeRep
         bytes_written=written.nbytes,
         bytes_touched=plan.bytes_to_touch,
         seconds=perf_counter() - started,
-        undo=place.undo,
+        undo=destination.undo,
         base_sha256=hashed[0] if len(hashed) == 1 else None,
         notes=(*plan.notes, *_notes(hashed)),
     )
@@ -70,7 +70,7 @@ def execute(request: MergeRequest, progress: Progress | None = None) -> MergeRep
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """What the threads share: the plan, the adapters, and what came of each tensor."""
+    """State shared by the threads: the plan, the adapters and the result of each tensor."""
 
     plan: MergePlan
     rounding: Rounding
@@ -109,12 +109,12 @@ class _Work:
 
 
 def _name(path: Path, root: Path) -> str:
-    """The file as the report names it."""
+    """Return the name of the file in the report."""
     return path.name if path == root else path.relative_to(root).as_posix()
 
 
 def _tensor(old: memoryview, info: TensorInfo) -> torch.Tensor:
-    """The mapped bytes of a tensor as a tensor."""
+    """View the mapped bytes of a tensor as a tensor."""
     if not info.numel:
         return torch.empty(info.shape, dtype=TORCH[info.dtype])
     return torch.frombuffer(old, dtype=TORCH[info.dtype]).view(info.shape)
@@ -136,13 +136,13 @@ def _merged_file(work: _Work, file: FilePlan, recipe: Recipe, sha256: str | None
 
 def _recipe(plan: MergePlan, options: Mapping[str, Any], title: str | None) -> Recipe:
     ingredients = tuple(
-        RecordedAdapter(Path(part.said).name, _adapter_sha256(part), part.format, part.weight) for part in plan.parts
+        RecordedAdapter(Path(part.label).name, _adapter_sha256(part), part.format, part.weight) for part in plan.parts
     )
     return Recipe(plan.tree.root.name, ingredients, options, title, version("krona-hub"))
 
 
 def _adapter_sha256(part: MergeInput) -> str | None:
-    """Of its file; of several, one for all, in the order of their names."""
+    """Return the sha256 of its file, or a combined one for several files, in order of name."""
     if not part.files:
         return None
     digests = [file_sha256(path) for path in part.files]
@@ -150,7 +150,7 @@ def _adapter_sha256(part: MergeInput) -> str | None:
 
 
 def _sha256(path: Path, request: bool | None, undo: bool) -> str | None:
-    """Of a base's file: for nothing where the Hub's cache tells it, else where it is asked for, needed or cheap."""
+    """Return the sha256 of a base file if the Hub cache records it, or if it is requested, needed or cheap."""
     known = known_sha256(path)
     wanted = is_small([path]) if request is None else request
     return known or (file_sha256(path) if wanted or undo else None)
@@ -158,11 +158,11 @@ def _sha256(path: Path, request: bool | None, undo: bool) -> str | None:
 
 def _notes(hashed: Sequence[str | None]) -> Iterator[str]:
     if any(sha is None for sha in hashed):
-        yield "the base's sha256 was not taken, which needs as long as copying it: --hash records it"
+        yield "the sha256 of the base was not recorded, since hashing takes as long as copying; add --hash to record it"
 
 
 def _counted(progress: Progress | None, total: int) -> Callable[[int], None] | None:
-    """What the writer reports, which is bytes since its last call, as a count of all."""
+    """Convert the byte increments that the writer reports to a running total."""
     if progress is None:
         return None
     done = 0

@@ -1,4 +1,4 @@
-"""One adapter of a merge: which of its modules the base has, and why it lacks the others. Torch-free for files."""
+"""One adapter of a merge: the modules that match the base, and why others do not. Torch-free for files."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from krona_hub.adapters.adapter import Adapter
 
 
-RECORDING = (None, "krona")  # formats whose base is a record; that of the others is what their names and shapes fit
+RECORDING = (None, "krona")  # formats that record their base; for others it is inferred from names and shapes
 
 
 class MergeModule(NamedTuple):
-    """A module of an adapter that the base has."""
+    """A module of an adapter that matches the base."""
 
-    name: str  # as the file spells it
-    layers: tuple[str, ...]  # canonical; several where it is fused
+    name: str  # in the file
+    layers: tuple[str, ...]  # canonical; several if fused
     dora: bool
 
 
@@ -43,18 +43,18 @@ class MergeModule(NamedTuple):
 class MergeInput:
     """One adapter of a merge."""
 
-    said: str  # its path as given; "the adapter" for one in memory
+    label: str  # path as given; "the adapter" for one in memory
     source: Adapter | Path
     weight: float
     format: str | None
     modules: tuple[MergeModule, ...]
     missing: Mapping[str, str]  # module -> why it cannot be merged
-    base: BaseModel | None  # that it says it was made for
+    base: BaseModel | None  # that it records
     nbytes: int
     notes: tuple[str, ...]
-    files: tuple[Path, ...] = ()  # that it is read from
-    plans: tuple[ReadPlan, ...] = ()  # how they are read; none for a native file
-    guesses: tuple[str, ...] = ()  # catalogue names that its reader has found to fit
+    files: tuple[Path, ...] = ()  # of the adapter
+    plans: tuple[ReadPlan, ...] = ()  # of these files; none for a native file
+    guesses: tuple[str, ...] = ()  # catalogue names that fit according to its reader
 
     @property
     def total(self) -> int:
@@ -66,16 +66,16 @@ class MergeInput:
         return frozenset(layer for m in self.modules if m.dora for layer in m.layers)
 
     def load(self) -> Adapter:
-        """The adapter itself: its tensors, without the modules that cannot be read."""
+        """Load the adapter, without the modules that cannot be read."""
         from krona_hub.formats.reading.reader import read, read_planned
 
         if not isinstance(self.source, Path):
             return self.source
-        return read_planned(self.plans, self.said) if self.plans else read(self.source)
+        return read_planned(self.plans, self.label) if self.plans else read(self.source)
 
     @cached_property
     def candidates(self) -> tuple[str, ...]:
-        """Catalogue names that it fits, whatever base was given: to say where it may belong."""
+        """Catalogue names that it fits, whatever base was given, for messages."""
         if self.base is not None and self.base.names:
             return self.base.names
         try:
@@ -84,30 +84,30 @@ class MergeInput:
             return ()
 
 
-def part_of(
+def open_input(
     source: Adapter | str | Path,
     weight: float,
     tree: BaseTree,
     *,
     component: str | None = None,
     from_format: str | None = None,
-    said: str = "the adapter",
+    label: str = "the adapter",
 ) -> MergeInput:
-    """What of an adapter the base has; with `component`, of its modules for that part.
+    """Match an adapter with the base; with `component`, only its modules of that component.
 
-    Raises UsageError for a weight that is no finite number or a component that there is not, and what reading the file
-    raises but for modules that the base does not have.
+    Raises UsageError for a strength that is not finite or an unknown component, and what reading the file raises,
+    except for modules that the base lacks.
     """
     if not isfinite(weight):
-        raise UsageError(f"a weight of {weight} cannot be merged.", fix="Give a finite number.")
+        raise UsageError(f"Invalid strength {weight}.", fix="Use a finite number, such as 0.8.")
     if component not in (None, *COMPONENTS):
-        raise UsageError(f"{component!r} is no part of a model.", fix=f"Choose one of {', '.join(COMPONENTS)}.")
+        raise UsageError(f"Unknown component {component!r}.", fix=f"Choose one of {', '.join(COMPONENTS)}.")
     if isinstance(source, (str, Path)):
         return _of_file(source, weight, tree, component, from_format)
-    return _of_adapter(source, weight, tree, component, said)
+    return _of_adapter(source, weight, tree, component, label)
 
 
-def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str | None, said: str) -> MergeInput:
+def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str | None, label: str) -> MergeInput:
     found = (
         (MergeModule(name, (name,), delta.magnitude is not None), _why_not(name, delta.weight_shape, tree))
         for name, delta in adapter.layers.items()
@@ -115,7 +115,7 @@ def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str 
     modules, missing = _sorted_out(found, {}, component)
     guessed = adapter.provenance.source_format not in RECORDING
     return MergeInput(
-        said=said,
+        label=label,
         source=adapter,
         weight=weight,
         format=adapter.provenance.source_format,
@@ -143,7 +143,7 @@ def _of_file(
         component,
     )
     return MergeInput(
-        said=str(source),
+        label=str(source),
         source=path,
         weight=weight,
         format=found[0].format,
@@ -158,13 +158,13 @@ def _of_file(
 
 
 class _Reading(NamedTuple):
-    """A file of an adapter as its header tells."""
+    """A file of an adapter according to its header."""
 
     format: str
-    modules: tuple[tuple[MergeModule, str], ...]  # with why it cannot be merged, or ""
-    unread: Mapping[str, str]  # names that the base does not explain, and why
+    modules: tuple[tuple[MergeModule, str], ...]  # and why it cannot be merged, or ""
+    unread: Mapping[str, str]  # names that do not match the base, and why
     extras: tuple[str, ...]
-    base: BaseModel | None = None  # that it names; only native files do so reliably
+    base: BaseModel | None = None  # that it records; only native files do so reliably
     plan: ReadPlan | None = None
 
 
@@ -175,7 +175,7 @@ def _reading(file: AdapterFile, tree: BaseTree, format: str | None, component: s
 
 
 def _detected(file: AdapterFile) -> Format:
-    """The format; by the file alone where the base leaves it open, since that base may be the wrong one."""
+    """Detect the format; by the file alone if the base leaves it ambiguous, since it may be the wrong base."""
     try:
         return detect_format(file)
     except AmbiguousError as error:
@@ -196,12 +196,12 @@ def _native(file: AdapterFile, tree: BaseTree) -> _Reading:
 
 
 def _planned(plan: ReadPlan, tree: BaseTree) -> _Reading:
-    """The reader has compared names and shapes with the base already."""
+    """Use the plan of the reader, which has already compared names and shapes with the base."""
     refuse_unreadable(plan)
     modules = []
     for module in plan.modules:
         layers = tuple(place.layer for place in module.places)
-        lost = next((f"{layer} has no weight there." for layer in layers if layer not in tree.places), "")
+        lost = next((f"{layer} has no weight in the base." for layer in layers if layer not in tree.places), "")
         modules.append((MergeModule(module.group.name, layers, module.layout.dora is not None), lost))
     unread = {name: _why_unread(error) for name, error in plan.aside.items()}
     return _Reading(plan.format, tuple(modules), unread, plan.file.keys.extras, plan=plan)
@@ -210,30 +210,30 @@ def _planned(plan: ReadPlan, tree: BaseTree) -> _Reading:
 def _sorted_out(
     found: Iterable[tuple[MergeModule, str]], unread: Mapping[str, str], component: str | None
 ) -> tuple[tuple[MergeModule, ...], dict[str, str]]:
-    """The modules that can be merged, and why the others cannot: all, or those of one part of the model."""
+    """Return the modules that can be merged, and why the others cannot; with `component`, only its modules."""
     wanted = [(m, why) for m, why in found if component is None or m.layers[0].startswith(f"{component}.")]
     lost = {name: why for name, why in unread.items() if component is None or name_prefixes.may_mean(name, component)}
     return tuple(m for m, why in wanted if not why), {m.name: why for m, why in wanted if why} | lost
 
 
 def _why_unread(error: KronaError) -> str:
-    """Only the nearest name helps here; the reader's other advice is to give the right base, as was done."""
+    """Return the reason; of the reader's advice only the nearest name applies, since the base is given."""
     return f"{error.cause} {error.fix}" if error.fix.startswith("The nearest") else error.cause
 
 
 def _why_not(layer: str, weight_shape: tuple[int, ...], tree: BaseTree) -> str:
-    """Why a layer cannot be merged; "" where it can."""
+    """Return why a layer cannot be merged, "" if it can."""
     module, given = tree.base.module(layer), (weight_shape[0], prod(weight_shape[1:]))
     if module is None or layer not in tree.places:
         return f"{tree.root.name} has no {name_prefixes.lacking(layer, tree.base) or 'such module'}."
     if module.matrix == given:
         return ""
-    return f"its delta is {given[0]}x{given[1]}, the weight {module.matrix[0]}x{module.matrix[1]}."
+    return f"its delta is {given[0]}x{given[1]}, but the weight is {module.matrix[0]}x{module.matrix[1]}."
 
 
 def _extras(names: tuple[str, ...]) -> Iterator[str]:
     if names:
         yield (
-            f"{len(names)} tensors that are no weight deltas (embeddings, norms, biases), such as {names[0]}, are not "
+            f"{len(names)} tensors other than weight deltas (embeddings, norms, biases), such as {names[0]}, are not "
             "merged"
         )

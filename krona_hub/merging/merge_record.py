@@ -1,6 +1,6 @@
-"""What a merged file says of itself: which adapters went into which base, at which strength. Torch-free.
+"""Metadata of a merged file: the adapters, the base and the strengths. Torch-free.
 
-ModelSpec 1.0.0: https://github.com/Stability-AI/ModelSpec. No date: equal input gives equal bytes.
+ModelSpec 1.0.0: https://github.com/Stability-AI/ModelSpec. No date, so that equal input gives equal bytes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from krona_hub.schema.modelspec import ARCHITECTURES, PREFIX
 
 RECORD = "krona.merge"
 DATA_HASH = f"{PREFIX}hash_sha256"
-SMALL = 256_000_000  # bytes that are hashed without being asked
+SMALL = 256_000_000  # bytes that are hashed by default
 _BLOB = re.compile(r"[0-9a-f]{64}")
-_ABOUT_BYTES = (f"{PREFIX}hash_", "sshs_")  # true of the base's bytes only
+_ABOUT_BYTES = (f"{PREFIX}hash_", "sshs_")  # valid only for the bytes of the base
 
 
 @dataclass(frozen=True)
 class RecordedAdapter:
-    """An adapter as the record names it."""
+    """An adapter in the record."""
 
     name: str
     sha256: str | None  # None for one in memory
@@ -34,7 +34,7 @@ class RecordedAdapter:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a merge was made."""
+    """Input and options of a merge."""
 
     base: str  # name of the file or folder
     adapters: tuple[RecordedAdapter, ...]
@@ -44,9 +44,9 @@ class Recipe:
 
 
 def metadata_for(old: Mapping[str, str], recipe: Recipe, base: Base, sha256: str | None) -> dict[str, str]:
-    """The metadata of a merged file: all of the base's that is still true, the record, and ModelSpec's keys.
+    """Return the metadata of a merged file: what remains valid of the base, the record, and the ModelSpec keys.
 
-    `sha256` is that of the base's file, where it is known.
+    `sha256` is that of the base file, if known.
     """
     kept = {k: v for k, v in old.items() if not k.startswith(_ABOUT_BYTES)}
     names = [Path(x.name).stem for x in recipe.adapters]
@@ -64,32 +64,32 @@ def metadata_for(old: Mapping[str, str], recipe: Recipe, base: Base, sha256: str
 
 def _architecture(old: Mapping[str, str], base: Base) -> dict[str, str]:
     known = ARCHITECTURES.get(base.family, base.family) if base.family else None
-    said = old.get(f"{PREFIX}architecture") or known
-    return {"architecture": said} if said else {}
+    architecture = old.get(f"{PREFIX}architecture") or known
+    return {"architecture": architecture} if architecture else {}
 
 
 def _record(recipe: Recipe, old: Mapping[str, str], base: Base, sha256: str | None) -> dict[str, Any]:
     record: dict[str, Any] = {
         "version": recipe.version,
-        "base": _told(name=recipe.base, family=base.family, fingerprint=base.fingerprint, sha256=sha256),
-        "adapters": [_told(name=x.name, sha256=x.sha256, format=x.format, weight=x.weight) for x in recipe.adapters],
+        "base": _present(name=recipe.base, family=base.family, fingerprint=base.fingerprint, sha256=sha256),
+        "adapters": [_present(name=x.name, sha256=x.sha256, format=x.format, weight=x.weight) for x in recipe.adapters],
         **recipe.options,
     }
     if RECORD in old:
-        record["before"] = old[RECORD]  # of a base that was merged into already
+        record["before"] = old[RECORD]  # of a base that is already a merge
     return record
 
 
-def _told(**facts: Any) -> dict[str, Any]:
+def _present(**facts: Any) -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
 def known_sha256(path: Path) -> str | None:
-    """The sha256 of a file that the Hub's cache names by it; None elsewhere. Nothing is read."""
+    """Return the sha256 of a file in the Hub cache, by its name, else None. Nothing is read."""
     real = path.resolve()
     return real.name if path.is_symlink() and real.parent.name == "blobs" and _BLOB.fullmatch(real.name) else None
 
 
 def is_small(paths: Sequence[Path]) -> bool:
-    """Whether hashing the files takes next to no time."""
+    """Return whether hashing the files takes negligible time."""
     return sum(path.stat().st_size for path in paths) <= SMALL

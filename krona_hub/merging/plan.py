@@ -1,6 +1,6 @@
-"""What a merge will do, from headers alone: which tensor gets which layers, what is left over, and what it takes.
+"""Plan a merge from headers alone: which layers change which tensors, what does not match, and the cost.
 
-Torch-free where the adapters are files.
+Torch-free if the adapters are files.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from krona_hub.bases.module_spec import Placement
 from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo
 from krona_hub.errors import BaseMismatchError, ConflictError, UsageError, abbreviated
-from krona_hub.merging.base_weights import BaseTree, open_tree, quantised
+from krona_hub.merging.base_weights import BaseTree, open_tree, quantized
 from krona_hub.merging.block_weights import BlockWeights
-from krona_hub.merging.merge_input import MergeInput, part_of
+from krona_hub.merging.merge_input import MergeInput, open_input
 from krona_hub.merging.output.model_folder import files_below, stale
 from krona_hub.sources import resolve_base
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 OutDtype = Literal["keep", "fp32-touched", "fp16", "bf16"]
 OUT_DTYPES: Mapping[OutDtype, str | None] = {"keep": None, "fp32-touched": "F32", "fp16": "F16", "bf16": "BF16"}
-WHOLE = ("fp16", "bf16")  # apply to every number of a changed component, not only to what adapters touch
-MOST_LIKELY = 3  # bases that a message names
+WHOLE = ("fp16", "bf16")  # apply to all weights of a changed component, not only to those that adapters touch
+MOST_LIKELY = 3  # base models listed in a message
 ROOM = 200_000_000  # bytes: torch itself and the buffers of two threads
 COPIED, COMPUTED = 1.5e9, 0.9e9  # bytes per second, warm, on two cores: for an estimate only
 
@@ -33,7 +33,7 @@ COPIED, COMPUTED = 1.5e9, 0.9e9  # bytes per second, warm, on two cores: for an 
 class TensorTarget(NamedTuple):
     """A layer of an adapter that is added to a tensor."""
 
-    adapter: int  # its place in the list
+    adapter: int  # index
     layer: str  # canonical
     placement: Placement  # where in the tensor
     weight: float  # block weights included, never 0
@@ -44,8 +44,8 @@ class TensorPlan(NamedTuple):
 
     name: str
     info: TensorInfo
-    out_dtype: str  # as in a header
-    targets: tuple[TensorTarget, ...]  # none where only its type changes
+    out_dtype: str  # safetensors name
+    targets: tuple[TensorTarget, ...]  # none if only its dtype changes
 
     @property
     def out_nbytes(self) -> int:
@@ -69,25 +69,25 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What becomes of one adapter."""
+    """How one adapter matches the base."""
 
     source: str
     format: str | None
     weight: float
-    matched: int  # modules that are merged, or would be at another weight than 0
+    matched: int  # modules that match, even if their strength is 0
     total: int
     missing: Mapping[str, str]  # module -> why it is not merged
     notes: tuple[str, ...] = ()
 
     @property
-    def said(self) -> str:
-        """The sentence that is always said."""
+    def match_summary(self) -> str:
+        """How many modules matched, in words."""
         return f"{self.matched} of {self.total} modules matched"
 
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:
-    """What a merge will do."""
+    """A planned merge."""
 
     tree: BaseTree
     adapters: tuple[AdapterPlan, ...]
@@ -107,7 +107,7 @@ class MergePlan:
 
     @property
     def growth(self) -> int:
-        """Bytes that the output is larger than the base."""
+        """Bytes by which the output is larger than the base."""
         return sum(t.out_nbytes - t.info.nbytes for file in self.files for t in file.tensors)
 
     @property
@@ -117,7 +117,7 @@ class MergePlan:
 
     @property
     def disk(self) -> int:
-        """Bytes of the output, files of a folder that are copied as they are included; headers grow by some kB more."""
+        """Bytes of the output, including copied files of a folder; headers grow by a few more kB."""
         if not self.tree.is_folder:
             return self.bytes_of_weights
         root = self.tree.root
@@ -127,12 +127,12 @@ class MergePlan:
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that the merge takes, about: the adapters, the libraries and some tiles."""
+        """Approximate memory of the merge in bytes: adapters, libraries and a few tiles."""
         return ROOM + sum(part.nbytes for part in self.parts)
 
     @property
     def seconds(self) -> float:
-        """How long the merge takes, about, where the files are in memory already: a slow disk takes longer."""
+        """Approximate duration of the merge, if the files are cached in memory; a slow disk takes longer."""
         return (self.bytes_of_weights - self.bytes_to_touch) / COPIED + self.bytes_to_touch / COMPUTED
 
 
@@ -147,24 +147,40 @@ def plan_merge(
     allow_missing: bool = False,
     allow_base_mismatch: bool = False,
 ) -> MergePlan:
-    """What merging the adapters, each at its weight, into `base` will do. Reads headers only.
+    """Plan the merge of adapters, each at its strength, into `base`. Reads headers only.
 
-    `base` is a checkpoint file, a component folder, a pipeline folder or a Hub id. `component` merges only the layers
-    of that part; `block_weights` maps regular expressions (searched for in the canonical layer name, the first that is
-    found counts) to factors of the weight. Raises BaseMismatchError where modules of an adapter are not in the base
-    (`allow_missing` merges the rest, if there is any) or where it was made for another base (`allow_base_mismatch`),
-    ConflictError for two DoRA adapters on one layer, UsageError for a pattern that finds nothing, and what reading a
-    base or an adapter raises.
+    Parameters
+    ----------
+    base : checkpoint file, component folder, pipeline folder, Hub id or name of a shipped base.
+    adapters : pairs (adapter, file or Hub id; strength of any sign).
+    component : merge only the layers of this component.
+    block_weights : regular expression of canonical layer names -> factor of the strength; the first match counts.
+    out_dtype : "keep", "fp32-touched" (only changed tensors), "fp16" or "bf16" (whole changed components).
+    from_format : format of the adapters; default: detected.
+    allow_missing, allow_base_mismatch : merge the matching modules only; accept adapters for another base model.
+
+    Returns
+    -------
+    MergePlan : changed tensors by file, matches of the adapters, and estimates of disk, memory and time.
+
+    Raises
+    ------
+    BaseMismatchError : modules of an adapter are not in the base, or it was made for another base.
+    ConflictError, UsageError : two DoRA adapters on one layer; invalid options, or a pattern without a match.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> plan = plan_merge("tiny-scenes", [(files("krona_hub.assets") / "zorbi_lora_kohya.safetensors", 0.8)])
+    >>> len(plan.tensors), plan.adapters[0].match_summary
+    (56, '56 of 56 modules matched')
     """
-    if not adapters:
-        raise UsageError("there is no adapter to merge.", fix="Name one or more, each as FILE or FILE:weight.")
-    if out_dtype not in OUT_DTYPES:
-        raise UsageError(f"{out_dtype!r} is no output type.", fix=f"Choose one of {', '.join(OUT_DTYPES)}.")
+    _check_options(adapters, out_dtype)
     tree = base if isinstance(base, BaseTree) else open_tree(resolve_base(base))
     factors = BlockWeights(block_weights or {})
     parts = tuple(
-        part_of(source, weight, tree, component=component, from_format=from_format, said=said)
-        for (source, weight), said in zip(adapters, _names(len(adapters)), strict=True)
+        open_input(source, weight, tree, component=component, from_format=from_format, label=label)
+        for (source, weight), label in zip(adapters, _names(len(adapters)), strict=True)
     )
     for part in parts:
         _check_plain(part, tree, allow_missing)
@@ -183,12 +199,19 @@ def plan_merge(
     )
 
 
+def _check_options(adapters: Sequence[object], out_dtype: str) -> None:
+    if not adapters:
+        raise UsageError("Missing adapters to merge.", fix="Specify at least one, as FILE or FILE:strength.")
+    if out_dtype not in OUT_DTYPES:
+        raise UsageError(f"Unknown output dtype {out_dtype!r}.", fix=f"Choose one of {', '.join(OUT_DTYPES)}.")
+
+
 def _names(count: int) -> list[str]:
-    """What adapters in memory are called in messages."""
+    """Return the names of adapters in memory for messages."""
     return ["the adapter"] if count == 1 else [f"adapter {n}" for n in range(1, count + 1)]
 
 
-# --- does it fit -----------------------------------------------------------------------------------------------------
+# --- compatibility ---------------------------------------------------------------------------------------------------
 
 
 def _check_base(part: MergeInput, tree: BaseTree, allowed: bool) -> None:
@@ -196,41 +219,42 @@ def _check_base(part: MergeInput, tree: BaseTree, allowed: bool) -> None:
     if part.base is None or allowed or part.base.agrees_with(known):
         return
     raise BaseMismatchError(
-        f"{part.said} was made for {part.base.words}, and {tree.root} is {known.words}.",
-        fix="Give the base that it was made for. --allow-base-mismatch merges what has the same names and shapes.",
+        f"{part.label} was made for {part.base.words}, but {tree.root} is {known.words}.",
+        fix="Specify the base model that it was made for, or add --allow-base-mismatch to merge layers with the same "
+        "names and shapes.",
     )
 
 
 def _check_plain(part: MergeInput, tree: BaseTree, allow_missing: bool) -> None:
-    """Raise where weights that the adapter changes are quantised, or may be what hides them."""
+    """Raise if weights that the adapter changes are quantized, or if quantization may explain missing layers."""
     layers = (layer for module in part.modules for layer in module.layers)
-    touched = (tree.quantisation(place) for layer in layers for place in tree.places[layer])
+    touched = (tree.quantization(place) for layer in layers for place in tree.places[layer])
     found = next((kind for kind in touched if kind), None)
     if found is None and part.missing and not (allow_missing and part.modules):
-        found = next(iter(tree.quantised.values()), None)
+        found = next(iter(tree.quantized.values()), None)
     if found:
-        raise quantised(tree.root, found)
+        raise quantized(tree.root, found)
 
 
 def _check_matched(part: MergeInput, tree: BaseTree, component: str | None, allowed: bool) -> None:
     if part.modules and (allowed or not part.missing):
         return
     where = f"{tree.root}" + (f" ({component})" if component else "")
-    found = f"{len(part.modules)} of {part.total} modules of {part.said} matched {where}"
+    found = f"{len(part.modules)} of {part.total} modules of {part.label} matched {where}"
     if not part.modules:
-        reason = next(iter(part.missing.values()), "it has no module of that part.")
+        reason = next(iter(part.missing.values()), "it has no modules of that component.")
         raise BaseMismatchError(
-            f"{found}; of the first: {reason}", fix=f"{_likely(part, tree)}krona inspect tells more about it."
+            f"{found}. Reason for the first: {reason}", fix=f"{_likely(part, tree)}Run krona inspect for details."
         )
     first = next(iter(part.missing.values()))
     raise BaseMismatchError(
-        f"{found}; not there: {abbreviated(part.missing)}. Of the first: {first}",
-        fix=f"{_likely(part, tree)}--allow-missing merges the others; --component NAME merges one part of the model.",
+        f"{found}; unmatched: {abbreviated(part.missing)}. Reason for the first: {first}",
+        fix=f"{_likely(part, tree)}Add --allow-missing to merge the others, or --component NAME for one component.",
     )
 
 
 def _likely(part: MergeInput, tree: BaseTree) -> str:
-    """For which bases the adapter is more likely, where this one is not among them."""
+    """Return a hint to more likely base models, if this one is not among them."""
     if not part.candidates or {*tree.base.model.names} & {*part.candidates}:
         return ""
     return f"It looks like an adapter for {' or '.join(part.candidates[:MOST_LIKELY])}. "
@@ -244,13 +268,13 @@ def _check_doras(parts: Sequence[MergeInput], targets: Iterable[tuple[Path, str,
         first = seen.setdefault((path, tensor, target.layer), target.adapter)
         if first != target.adapter:
             raise ConflictError(
-                f"{parts[first].said} and {parts[target.adapter].said} are both DoRA on {target.layer}, and "
-                "each sets the norm of the weight.",
-                fix="Merge one of them, or give one the weight 0.",
+                f"{parts[first].label} and {parts[target.adapter].label} are both DoRA on {target.layer}; each sets "
+                "the norm of the weight.",
+                fix="Merge only one of them, or set the strength of one to 0.",
             )
 
 
-# --- what is added where ---------------------------------------------------------------------------------------------
+# --- changed tensors -------------------------------------------------------------------------------------------------
 
 
 def _targets(
@@ -281,36 +305,36 @@ def _files(
 
 
 def _changed(touched: set[Path], tree: BaseTree, out_dtype: OutDtype) -> list[Path]:
-    """The touched files; where everything gets one type, the other shards of their components too."""
+    """Return the touched files; for a whole-component dtype also the other shards of their components."""
     folders = {path.parent for path in touched} if out_dtype in WHOLE and tree.is_folder else set()
     return sorted(touched | {path for path in tree.headers if path.parent in folders})
 
 
 def _tensor(name: str, info: TensorInfo, targets: tuple[TensorTarget, ...], out_dtype: OutDtype) -> TensorPlan:
-    """The tensor with the type that it will have: integers, and what nothing is added to, mostly keep theirs."""
+    """Plan a tensor with its output dtype; integers, and most untouched tensors, keep theirs."""
     wanted = OUT_DTYPES[out_dtype]
     changes = bool(targets) or (out_dtype in WHOLE and info.dtype in FLOATS)
     return TensorPlan(name, info, wanted if wanted and changes else info.dtype, targets)
 
 
 def _adapter_plan(part: MergeInput) -> AdapterPlan:
-    return AdapterPlan(part.said, part.format, part.weight, len(part.modules), part.total, part.missing, part.notes)
+    return AdapterPlan(part.label, part.format, part.weight, len(part.modules), part.total, part.missing, part.notes)
 
 
 def _notes(
     tree: BaseTree, parts: Sequence[MergeInput], targets: Sequence[tuple[Path, str, TensorTarget]]
 ) -> Iterator[str]:
     for part in parts:
-        yield from (f"{part.said}: {note}" for note in part.notes)
+        yield from (f"{part.label}: {note}" for note in part.notes)
     if not targets:
-        yield "every weight is 0: the output equals the base"
+        yield "every strength is 0: the output equals the base"
     narrow = {tree.headers[path].tensors[tensor].dtype for path, tensor, _ in targets} & {"F8_E4M3", "F8_E5M2"}
     if narrow:
-        yield "the base is stored in 8 bits, which lose most of any adapter: --out-dtype bf16 keeps more of it"
+        yield "the base is stored in 8 bits, which loses most of an adapter; --out-dtype bf16 preserves more of it"
     variants = {place.path.parent for places in tree.places.values() if len(places) > 1 for place in places}
     for folder in sorted(variants):
-        yield f"{folder.name} is there in several variants (such as fp16); each is merged"
+        yield f"{folder.name} has several variants (such as fp16); each is merged"
     for path in tree.beside if targets else ():
-        yield f"{path.name} holds a whole model too, which is not merged: diffusers does not read it"
+        yield f"{path.name} also contains a complete model, which is not merged: diffusers does not load it"
     if any(name.startswith("model_ema.") for path, _, _ in targets[:1] for name in tree.headers[path].tensors):
-        yield "the averaged weights (model_ema) in the file are not merged: programs that make images do not read them"
+        yield "the EMA weights (model_ema) in the file are not merged: applications do not use them to generate images"

@@ -1,4 +1,4 @@
-"""What `merge` is asked for, as a value. Torch-free."""
+"""The request of `merge` as a value. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Mode = Literal["nearest", "stochastic"]
 
 @dataclass(frozen=True, eq=False)
 class MergeRequest:
-    """A merge that can be: planned, with a place for its output."""
+    """A requested merge: planned, with a valid destination."""
 
     plan: MergePlan
-    place: MergeDestination
+    destination: MergeDestination
     rounding: Mode
     seed: int
     exact_rounding: bool
-    options: Mapping[str, Any]  # for the record: those that differ from their defaults
+    options: Mapping[str, Any]  # recorded: those that differ from their defaults
     hash: bool | None
     title: str | None
     threads: int

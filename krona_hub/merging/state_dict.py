@@ -1,4 +1,4 @@
-"""`apply_to_state_dict`: adapters into weights that are already in memory."""
+"""`apply_to_state_dict`: merge adapters into weights in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from krona_hub.bases.loading import load_base, placed
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import table
 from krona_hub.bases.weight_files import StoredTensor, weights_by_module
-from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError
+from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError, abbreviated
 from krona_hub.formats.reading.reader import read
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.merging.arithmetic.patches import Patch
@@ -26,7 +26,7 @@ Source = Adapter | str | Path
 
 
 class StateDictSlot(NamedTuple):
-    """Where a layer lies in a state dict."""
+    """Location of a layer in a state dict."""
 
     tensor: str
     placement: Placement
@@ -45,14 +45,28 @@ def apply_to_state_dict(
     rounding: Rounding = NEAREST,
     allow_missing: bool = False,
 ) -> dict[str, Tensor]:
-    """A new state dict with w·ΔW of every adapter added; tensors that no adapter touches are those of the old one.
+    """Return a new state dict with strength · ΔW of every adapter added; untouched tensors are shared with the old one.
 
-    Names may be a model's own (`unet.state_dict()`), those of a whole pipeline with the component in front, or those
-    of a checkpoint file that `base` (a catalogue name, a folder, a file), or the catalogue by itself, knows.
-    `component` says which part of the pipeline the weights are: of an adapter for several, the layers of this one are
-    applied. Touched tensors keep their device, and their type unless `out_dtype` is given, and are rounded once.
-    Raises BaseMismatchError where a layer has no weight here (`allow_missing` applies the rest, if there is any).
+    Parameters
+    ----------
+    state_dict : name -> tensor. Names are a model's own (`unet.state_dict()`), those of a pipeline with the component
+        as prefix, or those of a checkpoint that `base` or the catalogue resolves.
+    adapters : adapter, file or Hub id at strength 1, or pairs (adapter, strength).
+    base : catalogue name, folder or file of the base model, to resolve the names.
+    component : component that the weights belong to; layers of the adapters for other components are ignored.
+    out_dtype, rounding : dtype of changed tensors (default: their own); rounding to it, once.
+    allow_missing : apply the matching layers only.
 
+    Returns
+    -------
+    dict of str to Tensor : changed tensors stay on their device.
+
+    Raises
+    ------
+    BaseMismatchError : a layer has no weight in `state_dict`, or none matches.
+
+    Examples
+    --------
     >>> from krona_hub.kron.terms import KronTerms
     >>> delta = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 1, 2)),), (2, 4))
     >>> adapter = Adapter({"unet.proj": delta})
@@ -74,7 +88,7 @@ def apply_to_state_dict(
 
 
 def _loaded(source: Source, base: str | Path | None, component: str | None) -> Adapter:
-    """The adapter, or what of it belongs to the component."""
+    """Load the adapter, restricted to the component if there is one."""
     adapter = source if isinstance(source, Adapter) else read(source, base=base, component=component)
     if component is None:
         return adapter
@@ -87,7 +101,7 @@ def _loaded(source: Source, base: str | Path | None, component: str | None) -> A
 def _places(
     state_dict: Mapping[str, Tensor], wanted: Collection[str], base: str | Path | None, component: str | None
 ) -> Places:
-    """Where the layers lie: under their own names, if all are there, else as `base` or the catalogue knows them."""
+    """Locate the layers: by their own names if all are there, else as `base` or the catalogue resolves them."""
     stored = {name: StoredTensor(Path("the state dict"), name, tuple(t.shape)) for name, t in state_dict.items()}
     owners = [component] if component else [c for c in COMPONENTS if any(n.startswith(f"{c}.") for n in wanted)]
     plain = _by_own_names(stored, wanted, owners)
@@ -98,7 +112,7 @@ def _places(
 
 
 def _by_own_names(stored: Mapping[str, StoredTensor], wanted: Collection[str], owners: Sequence[str]) -> Places:
-    """The layers that have their canonical name here, with or without the component in front."""
+    """Locate the layers that have their canonical name, with or without the component as prefix."""
     found: dict[str, StateDictSlot] = {}
     for module, weight in weights_by_module(stored).items():
         path = module.removeprefix("text_model.")
@@ -107,7 +121,7 @@ def _by_own_names(stored: Mapping[str, StoredTensor], wanted: Collection[str], o
         layers = [whole] if head in COMPONENTS else [f"{owner}.{path}" for owner in owners]
         here = [layer for layer in layers if layer in wanted]
         if len(here) > 1:
-            raise AmbiguousError(f"{module} may be {' or '.join(here)}.", fix="Say which with component=.")
+            raise AmbiguousError(f"{module} may be {' or '.join(here)}.", fix="Specify component=.")
         found |= {layer: StateDictSlot(weight.tensor, Placement(layer)) for layer in here}
     return found
 
@@ -134,17 +148,17 @@ def _check_matched(adapter: Adapter, places: Places, allow_missing: bool) -> Non
     if not missing or (allow_missing and len(missing) < len(adapter)):
         return
     raise BaseMismatchError(
-        f"{len(adapter) - len(missing)} of {len(adapter)} layers of the adapter are in the state dict. "
-        f"Not there: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}.",
-        fix="Say what the weights are with base= and component=, or apply what fits with allow_missing=True.",
+        f"{len(adapter) - len(missing)} of {len(adapter)} layers of the adapter are in the state dict; "
+        f"missing: {abbreviated(missing)}.",
+        fix="Identify the weights with base= and component=, or apply the matching layers with allow_missing=True.",
     )
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- arithmetic ------------------------------------------------------------------------------------------------------
 
 
 def _patches(loaded: Sequence[tuple[Adapter, float]], places: Places) -> dict[str, list[Patch]]:
-    """Tensor name -> what is added to it."""
+    """Return, by tensor name, what is added to it."""
     patches: dict[str, list[Patch]] = {}
     for adapter, weight in loaded:
         for layer, delta in adapter.layers.items():

@@ -1,4 +1,4 @@
-"""The way back from a merge: the base's files, byte for byte. Torch-free."""
+"""`unmerge`: restore the files of the base, byte for byte. Torch-free."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _PIECE = 1 << 20  # bytes hashed in one go
 
 
 class UnmergeReport(NamedTuple):
-    """What was restored, every file checked by its sha256."""
+    """Restored files, each verified by its sha256."""
 
     out: Path
-    restored: tuple[Path, ...]  # files that were merged and are now the base's again
-    unchanged: tuple[Path, ...]  # files of the undo that were the base's already (an interrupted merge in place)
+    restored: tuple[Path, ...]  # formerly merged files
+    unchanged: tuple[Path, ...]  # files already equal to the base (after an interrupted in-place merge)
     copied: tuple[Path, ...]  # other files of the folder
     nbytes: int  # written
     seconds: float
@@ -45,53 +45,78 @@ def unmerge(
     threads: int = 2,
     progress: ByteCounter | None = None,
 ) -> UnmergeReport:
-    """Restore the base from a merged file or folder and the undo file of that merge, at `out` or in place.
+    """Restore the base from a merged file or folder and the undo file of that merge, byte for byte.
 
-    Raises IntegrityError where `merged` is not what that merge wrote or where the result is not the base,
-    FormatError for a file that is no undo file; UsageError without `out` and `in_place`.
+    Parameters
+    ----------
+    merged, undo : output of `merge`, unchanged, and the undo file that it wrote.
+    out, in_place, overwrite : output path, or restore in place; replace existing files.
+    threads, progress : writer threads; called with the bytes written since the last call.
+
+    Returns
+    -------
+    UnmergeReport : the restored files, each verified by its sha256.
+
+    Raises
+    ------
+    IntegrityError, FormatError : `merged` was changed, or belongs to another merge; invalid undo file.
+    UsageError : neither or both of `out` and `in_place`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from importlib.resources import files
+    >>> from krona_hub import merge
+    >>> lora = files("krona_hub.assets") / "zorbi_lora_kohya.safetensors"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     merged, undo = f"{folder}/merged", f"{folder}/undo.safetensors"
+    ...     report = merge("tiny-scenes", [(lora, 0.8)], merged, undo=undo)
+    ...     len(unmerge(merged, undo, f"{folder}/base").restored)
+    2
     """
     started = perf_counter()
     work = _Work.of(Path(merged), Path(undo), _target(out, in_place), overwrite, threads)
     check_space(work.home, work.nbytes)
-    with opened(work.place) as output:
+    with opened(work.destination) as output:
         for number in work.merged:
             before = work.undo.files[number]
             with output.create(Path(before.path)) as file:
-                _restore(work.undo, number, _path(work.place, before), file, threads, progress)
-        copy_files(work.place.base, work.copied, output, threads=threads, progress=progress)
+                _restore(work.undo, number, _path(work.destination, before), file, threads, progress)
+        copy_files(work.destination.base, work.copied, output, threads=threads, progress=progress)
     return work.report(perf_counter() - started)
 
 
 def _target(out: str | Path | None, in_place: bool) -> Path | None:
     if (out is None) != in_place:
-        raise UsageError("say where to restore: to a new place or in place.", fix="Give -o OUT, or --in-place.")
+        cause = "Missing option --output." if out is None else "--output and --in-place exclude each other."
+        raise UsageError(cause, fix="Specify -o OUT, or --in-place.")
     return None if out is None else Path(out)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be restored, and what is to be copied beside it."""
+    """The files to restore, and those to copy."""
 
-    place: MergeDestination  # its base is what was merged
+    destination: MergeDestination  # its base is the merged model
     undo: Undo
-    merged: tuple[int, ...]  # the files of the undo that are merged still
-    others: tuple[Path, ...]  # relative: of the folder, and not of the undo
+    merged: tuple[int, ...]  # indices of files that are still merged
+    others: tuple[Path, ...]  # relative: files of the folder that the merge did not change
 
     @classmethod
     def of(cls, merged: Path, undo: Path, out: Path | None, overwrite: bool, threads: int) -> _Work:
-        """Everything checked that can be before work. Raises as `unmerge` does."""
-        record, place = read_undo(undo), MergeDestination(merged, out, overwrite=overwrite)
+        """Check everything that can be checked in advance. Raises as `unmerge` does."""
+        record, destination = read_undo(undo), MergeDestination(merged, out, overwrite=overwrite)
         _check_kind(merged, record)
-        files = [_path(place, before) for before in record.files]
+        files = [_path(destination, before) for before in record.files]
         if out is None:
             check_changeable(files)
         else:
-            check_new(place, out)
+            check_new(destination, out)
             check_apart(undo, out)
         states = [_is_merged(record, i, path, threads) for i, path in enumerate(files)]
         known = {Path(before.path) for before in record.files}
-        others = [path for path in files_below(merged) if path not in known] if out and place.folder else []
-        return cls(place, record, tuple(i for i, state in enumerate(states) if state), tuple(others))
+        others = [path for path in files_below(merged) if path not in known] if out and destination.folder else []
+        return cls(destination, record, tuple(i for i, state in enumerate(states) if state), tuple(others))
 
     @property
     def unchanged(self) -> list[Path]:
@@ -99,28 +124,28 @@ class _Work:
 
     @property
     def copied(self) -> list[Path]:
-        """In place all but the merged files stay where they are."""
-        return [*self.unchanged, *self.others] if self.place.out else []
+        """Files to copy; none in place."""
+        return [*self.unchanged, *self.others] if self.destination.out else []
 
     @property
     def home(self) -> Path:
-        """The folder whose disk takes the output."""
-        return self.place.home
+        """A folder on the disk of the output."""
+        return self.destination.home
 
     @property
     def nbytes(self) -> int:
         restored = sum(self.undo.files[i].size for i in self.merged)
-        return restored + sum(self._at(self.place.base, path).stat().st_size for path in self.copied)
+        return restored + sum(self._at(self.destination.base, path).stat().st_size for path in self.copied)
 
     def report(self, seconds: float) -> UnmergeReport:
-        out = self.place.out or self.place.base
+        out = self.destination.out or self.destination.base
         restored = tuple(self._at(out, Path(self.undo.files[i].path)) for i in self.merged)
         unchanged = tuple(self._at(out, path) for path in self.unchanged)
         others = tuple(out / path for path in self.others)
         return UnmergeReport(out, restored, unchanged, others, self.nbytes, seconds)
 
     def _at(self, root: Path, path: Path) -> Path:
-        return root / path if self.place.folder else root
+        return root / path if self.destination.folder else root
 
 
 def _check_kind(merged: Path, undo: Undo) -> None:
@@ -128,15 +153,18 @@ def _check_kind(merged: Path, undo: Undo) -> None:
         raise NotFoundError(f"{str(merged)!r} does not exist.", fix="Check the path.")
     if merged.is_dir() != undo.folder:
         was = "folder" if undo.folder else "file"
-        raise ConflictError(f"the undo file is of a merged {was}, {str(merged)!r} is none.", fix=f"Give the {was}.")
+        raise ConflictError(
+            f"The undo file belongs to a merged {was}; {str(merged)!r} is not a {was}.",
+            fix=f"Specify the merged {was}.",
+        )
 
 
-def _path(place: MergeDestination, before: Before) -> Path:
-    return place.base / before.path if place.folder else place.base
+def _path(destination: MergeDestination, before: Before) -> Path:
+    return destination.base / before.path if destination.folder else destination.base
 
 
 def _is_merged(undo: Undo, number: int, path: Path, threads: int) -> bool:
-    """True for the file as the merge wrote it, False for the base's own. Raises IntegrityError for any other."""
+    """Return True for the merged file, False for the original. Raises IntegrityError for any other."""
     before = undo.files[number]
     if not path.is_file():
         raise _foreign(f"{str(path)!r} is missing.")
@@ -155,7 +183,7 @@ def _starts_with(path: Path, opening: bytes) -> bool:
 
 
 def _check_tensors(before: Before, path: Path, threads: int) -> None:
-    """Raise IntegrityError unless each touched tensor has the bytes that the merge gave it."""
+    """Raise IntegrityError unless each touched tensor has the bytes that the merge wrote."""
     header = read_header(path)
     missing = [name for name in before.merged if name not in header.tensors]
     if missing:
@@ -174,7 +202,7 @@ def _check_tensor(header: Header, file: BinaryIO, name: str, sha256: str, report
 
 
 def _restore(undo: Undo, number: int, merged: Path, file: BinaryIO, threads: int, progress: ByteCounter | None) -> None:
-    """Write the base's file: its own header, its touched tensors from the undo file, the rest from the merged one."""
+    """Write the original file: header and touched tensors from the undo file, the rest from the merged one."""
     before, opening = undo.files[number], undo.opening(number)
     with (
         open_source(merged, merged.stat().st_size) as rest,
@@ -189,12 +217,12 @@ def _restore(undo: Undo, number: int, merged: Path, file: BinaryIO, threads: int
 
 
 def _ranges(undo: Undo, number: int, opening: bytes, merged: Header) -> tuple[list[Range], list[Range]]:
-    """The bytes that come from the undo file, and those that come from the merged one."""
+    """Return the ranges from the undo file, and those from the merged file."""
     touched, untouched = [], []
     for name, info in parsed(opening).items():
         target = len(opening) + info.start
         if name in undo.files[number].merged:
-            touched.append(Range(undo.place(number, name), target, info.nbytes))
+            touched.append(Range(undo.offset(number, name), target, info.nbytes))
         elif name in merged.tensors and merged.tensors[name].nbytes == info.nbytes:
             untouched.append(Range(merged.data_start + merged.tensors[name].start, target, info.nbytes))
         else:
@@ -207,4 +235,4 @@ def _by_target(piece: Range) -> int:
 
 
 def _foreign(cause: str) -> IntegrityError:
-    return IntegrityError(cause, fix="Give what that merge wrote, unchanged, and the undo file of the same merge.")
+    return IntegrityError(cause, fix="Specify the unchanged output of the merge and the undo file of the same merge.")

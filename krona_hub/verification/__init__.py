@@ -1,4 +1,4 @@
-"""Is this adapter sound? Do these two files mean the same? Does this checkpoint contain that adapter? Torch-free."""
+"""Validate adapters, compare two of them, and verify merged checkpoints. Torch-free."""
 
 from krona_hub.verification.api import verify
 from krona_hub.verification.report import DeltaCheck, FitCheck, LayerCheck, MergeCheck, TensorCheck, VerifyReport

@@ -1,4 +1,4 @@
-"""`verify`: three questions about checkpoints and adapters. Torch-free until numbers are compared."""
+"""`verify`: three comparisons of checkpoints and adapters. Torch-free until weights are compared."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from krona_hub.adapters.adapter import Adapter
 
 
-_QUESTIONS = (
-    "Ask one of three: MERGED --base BASE --adapter A[:w] (does it contain exactly that), A B (the same ΔW), "
-    "A --base BASE (does it fit)."
+_USAGE = (
+    "Use one of: MERGED --base BASE --adapter A[:strength] (contains exactly these), A B (same ΔW), A --base BASE "
+    "(fits the base)."
 )
 
 
@@ -34,32 +34,44 @@ def verify(
     allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Compare, and say what differs.
+    """Compare checkpoints or adapters, and report the differences.
 
-    verify(MERGED, base=BASE, adapters=[(A, w), …])   MergeCheck   is it round(base + Σ w·ΔW), to one unit at most?
-    verify(A, B)                                      DeltaCheck   the same ΔW, within `tolerance` per layer?
-    verify(A, base=BASE)                              FitCheck     has the base these layers? From headers alone.
+    verify(MERGED, base=BASE, adapters=[(A, s), …])   MergeCheck   round(base + Σ s·ΔW), within 1 ULP?
+    verify(A, B)                                      DeltaCheck   same ΔW, within `tolerance` per layer?
+    verify(A, base=BASE)                              FitCheck     does the base have these layers? Headers only.
 
-    `exact` allows no unit in the last place; `block_weights` are those of `merge`; `tolerance` is relative,
-    Frobenius; `base` beside two adapters settles names and gives the weights that DoRA needs. A difference is an
-    answer and no error: the report has `same`, `exit_code` and the numbers. Raises UsageError for arguments that ask
-    none of the three.
+    Parameters
+    ----------
+    first, second : merged checkpoint or adapter; second adapter.
+    base, adapters : base model (for two adapters: resolves names, provides the weights for DoRA); pairs with strength.
+    tolerance, exact : relative Frobenius difference per layer; whether merged weights must be equal bit for bit.
+    component, block_weights, allow_missing : as in `merge`.
+    progress : called with (done, total).
+
+    Returns
+    -------
+    MergeCheck, DeltaCheck or FitCheck : with `same`, `exit_code` and measurements; a difference is not an error.
+
+    Raises
+    ------
+    UsageError : the arguments select none of the three comparisons. Also what reading the files raises.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> assets = files("krona_hub.assets")
+    >>> verify(assets / "zorbi_lora_kohya.safetensors", assets / "zorbi_lora_diffusers.safetensors").same
+    True
     """
     if not (isfinite(tolerance) and tolerance >= 0):
-        raise UsageError(f"a tolerance of {tolerance} means nothing.", fix="Give a number from 0 up, such as 1e-5.")
+        raise UsageError(f"Invalid tolerance {tolerance}.", fix="Use a number of at least 0, such as 1e-5.")
     if adapters and second is None and base is not None:
         from krona_hub.verification.check_merge import contains
 
         return contains(
-            first,
-            base,
-            adapters,
-            exact=exact,
-            component=component,
-            block_weights=block_weights,
-            allow_missing=allow_missing,
-            progress=progress,
-        )
+            first, base, adapters, exact=exact, component=component, block_weights=block_weights,
+            allow_missing=allow_missing, progress=progress,
+        )  # fmt: skip
     if second is not None and not adapters:
         from krona_hub.verification.compare_adapters import same_delta
 
@@ -68,4 +80,4 @@ def verify(
         from krona_hub.verification.check_fit import fits
 
         return fits(first, base, component)
-    raise UsageError("this asks nothing that can be verified.", fix=_QUESTIONS)
+    raise UsageError("The arguments do not select a comparison.", fix=_USAGE)

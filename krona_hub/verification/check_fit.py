@@ -1,4 +1,4 @@
-"""Does this adapter fit that base? Names and shapes, from headers alone. Torch-free."""
+"""Check whether an adapter fits a base model: names and shapes, from headers alone. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from krona_hub.schema.tensor_layout import is_native
 from krona_hub.sources import resolve
 from krona_hub.verification.report import FitCheck
 
-OPEN = (AmbiguousError, BaseMismatchError, UnknownBaseError)  # what a base that does not fit leaves unsettled
+OPEN = (AmbiguousError, BaseMismatchError, UnknownBaseError)  # errors of a base that does not fit
 
 
 def fits(source: str | Path, base: str | Path, component: str | None = None) -> FitCheck:
-    """Whether `base` has every layer of the adapter at `source`, with its shape.
+    """Check whether `base` has every layer of the adapter at `source`, with its shape.
 
-    Raises NotFoundError where there is no `source`, UnknownBaseError where `base` names none, and what `describe`
-    raises for a file that is no adapter.
+    Raises NotFoundError if `source` does not exist, UnknownBaseError if `base` is unknown, and what `describe` raises
+    for a file that is not an adapter.
     """
     path, known = resolve(source), load_base(base)
     about = _described(path, known, component)
@@ -47,7 +47,7 @@ def fits(source: str | Path, base: str | Path, component: str | None = None) -> 
 
 
 def _described(path: Path, base: Base, component: str | None) -> Description:
-    """The adapter as `base` explains it; by itself where that base leaves even its format open."""
+    """Describe the adapter with `base`, or without it if the base leaves even the format ambiguous."""
     try:
         return describe(path, base=base, component=component)
     except OPEN as error:
@@ -58,7 +58,7 @@ def _described(path: Path, base: Base, component: str | None) -> Description:
 
 
 def _problems(about: Description, base: Base) -> Iterator[tuple[str, str]]:
-    """Module -> why it does not fit."""
+    """Yield modules and why they do not fit."""
     yield from about.unmatched.items()
     for module in about.modules:
         why = _why_not(module, base)
@@ -68,19 +68,19 @@ def _problems(about: Description, base: Base) -> Iterator[tuple[str, str]]:
 
 def _why_not(module: ModuleInfo, base: Base) -> str | None:
     if not module.layers:
-        return f"{base.name} does not explain this name."
+        return f"{base.name} has no module of this name."
     for layer in module.layers:
         known = base.module(layer)
         if known is None:
             return f"{base.name} has no {layer}."
         if len(module.layers) == 1 and _size(module.weight_shape) != known.matrix:
             ours, theirs = _size(module.weight_shape), known.matrix
-            return f"its delta is {ours[0]}x{ours[1]}, and {base.name} has {theirs[0]}x{theirs[1]} there."
+            return f"its delta is {ours[0]}x{ours[1]}, but the weight in {base.name} is {theirs[0]}x{theirs[1]}."
     return None
 
 
 def _size(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(out, in·k…)."""
+    """Return (out, in·k…)."""
     columns = 1
     for n in shape[1:]:
         columns *= n
@@ -88,23 +88,23 @@ def _size(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _coverage(adapted: Iterable[str], base: Base) -> dict[str, tuple[int, int]]:
-    """component -> how many of its layers are adapted, of how many."""
+    """Return, per component, the number of adapted layers and of all layers."""
     owners = [layer.partition(".")[0] for layer in adapted]
     return {c: (owners.count(c), len(modules)) for c, modules in base.components.items() if c in owners}
 
 
 def _recorded(about: Description) -> BaseModel | None:
-    """The base that a native file names."""
+    """Return the base model that a native file records."""
     return tensor_layout.examine(about.header)[0].header.base if is_native(about.header.metadata) else None
 
 
 def _agrees(recorded: BaseModel | None, base: Base) -> bool | None:
-    """By the rule of a merge: names count before fingerprints. None where the file says nothing."""
+    """Compare as a merge does: names take precedence over fingerprints. None if nothing is recorded."""
     return None if recorded is None else recorded.agrees_with(base.model)
 
 
 def _fits_instead(path: Path, component: str | None, base: Base) -> tuple[str, ...]:
-    """Catalogue names whose layers these are, if there are any."""
+    """Return other catalogue names that the adapter fits."""
     try:
         about = describe(path, component=component)
     except KronaError:

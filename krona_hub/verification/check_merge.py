@@ -1,4 +1,4 @@
-"""Does this checkpoint contain exactly that? Every tensor of it against round(base + Σ w·ΔW), or against the base."""
+"""Verify a merged checkpoint: every tensor against round(base + Σ w·ΔW), or against the base if untouched."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def contains(
     allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> MergeCheck:
-    """Whether `merged` is what merging the adapters into `base` gives, tensor by tensor.
+    """Check whether `merged` equals the merge of the adapters into `base`, tensor by tensor.
 
-    Raises what `plan_merge` raises, and BaseMismatchError where the two checkpoints have no tensor in common.
+    Raises what `plan_merge` raises, and BaseMismatchError if the two checkpoints have no tensors in common.
     """
     plan = plan_merge(
         base,
@@ -47,12 +47,12 @@ def contains(
         allow_missing=allow_missing,
         allow_base_mismatch=True,
     )
-    place, targets, weights = resolve_base(merged), _targets(plan), [float(weight) for _, weight in adapters]
-    compared = list(pairs(headers_of(plan.tree.root), headers_of(place)))
+    path, targets, weights = resolve_base(merged), _targets(plan), [float(weight) for _, weight in adapters]
+    compared = list(pairs(headers_of(plan.tree.root), headers_of(path)))
     if not any(pair.base and pair.merged for pair in compared):
         raise BaseMismatchError(
-            f"{merged} and {base} have no tensor in common.",
-            fix="Compare checkpoints of one layout: a diffusers folder with a diffusers folder, a file with a file.",
+            f"{merged} and {base} have no tensors in common.",
+            fix="Compare checkpoints of one layout: two diffusers folders, or two checkpoint files.",
         )
     total, done, outcomes = sum(pair.nbytes for pair in compared), 0, []
     for pair, outcome in in_parallel(lambda pair: _check(pair, targets, weights, exact), compared):
@@ -61,19 +61,19 @@ def contains(
         if progress:
             progress(done, total)
     return MergeCheck(
-        merged=place,
+        merged=path,
         base=plan.tree.root,
-        adapters=tuple(_said(i, source) for i, (source, _) in enumerate(adapters, 1)),
+        adapters=tuple(_label(i, source) for i, (source, _) in enumerate(adapters, 1)),
         weights=tuple(weights),
-        matched=tuple(adapter.said for adapter in plan.adapters),
+        matched=tuple(adapter.match_summary for adapter in plan.adapters),
         tensors=tuple(outcome.check for outcome in outcomes),
         strengths=_overall(outcomes),
         notes=(*plan.notes, *_notes(outcomes)),
     )
 
 
-def _said(place: int, source: Adapter | str | Path) -> str:
-    return f"adapter {place}" if isinstance(source, Adapter) else str(source)
+def _label(number: int, source: Adapter | str | Path) -> str:
+    return f"adapter {number}" if isinstance(source, Adapter) else str(source)
 
 
 # --- one tensor ------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def _check(pair: TensorPair, targets: Targets, weights: Sequence[float], exact: 
     if pair.base is None or pair.merged is None:
         return TensorOutcome(replace(check, state="missing" if pair.base else "added"))
     if pair.base.info.shape != pair.merged.info.shape:
-        return TensorOutcome(replace(check, state="other shape"))
+        return TensorOutcome(replace(check, state="different shape"))
     weight, merged = _tensor(pair.base), _tensor(pair.merged)
     if touched:
         return check_touched(check, weight, merged, patches, weights, exact)
@@ -95,32 +95,32 @@ def _check(pair: TensorPair, targets: Targets, weights: Sequence[float], exact: 
 
 
 def _tensor(stored: LocatedTensor) -> Tensor:
-    """Mapped from its file."""
+    """Memory-map the tensor from its file."""
     return load(stored.header, [stored.tensor])[stored.tensor]
 
 
 def _overall(outcomes: Sequence[TensorOutcome]) -> tuple[float, ...]:
-    """The strengths over all touched tensors that differ: the mean of those found, weighted by ‖ΔW‖²; () for none."""
+    """Return the mean strengths over all touched tensors that differ, weighted by ‖ΔW‖²; () for none."""
     found = [(o.numbers.gram.diagonal(), o.check.strengths) for o in outcomes if o.numbers is not None]
     if not found:
         return ()
     weights = torch.stack([weight for weight, _ in found])
     strengths = torch.tensor([s for _, s in found], dtype=torch.float64).nan_to_num()
-    mean = (weights * strengths).sum(0) / weights.sum(0)  # 0 / 0 is NaN: an adapter without a delta in any of them
+    mean = (weights * strengths).sum(0) / weights.sum(0)  # 0 / 0 is NaN for an adapter without a delta in any of them
     return tuple(mean.tolist())
 
 
 def _notes(outcomes: Sequence[TensorOutcome]) -> Iterator[str]:
     missing = [o.check.tensor for o in outcomes if o.check.state == "missing"]
     if len(missing) > len(outcomes) // 2:
-        yield "most tensors of the base are not in the merged checkpoint: is it a checkpoint of one component?"
+        yield "most tensors of the base are missing in the merged checkpoint; it may contain only one component"
 
 
-# --- what should be there --------------------------------------------------------------------------------------------
+# --- expected changes ------------------------------------------------------------------------------------------------
 
 
 def _targets(plan: MergePlan) -> Targets:
-    """The patches of every tensor that the merge would change."""
+    """Return the patches of every tensor that the merge would change."""
     adapters = [part.load() for part in plan.parts]
     targets: dict[tuple[str, str], Patches] = {}
     for file in plan.files:

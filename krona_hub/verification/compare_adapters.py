@@ -1,4 +1,4 @@
-"""Do two adapters mean the same ΔW? Compared through their factors, layer by layer, whatever their formats."""
+"""Compare the ΔW of two adapters through their factors, layer by layer, in any formats."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def same_delta(
     allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> DeltaCheck:
-    """Whether ‖ΔW₂ − ΔW₁‖ ≤ tolerance · ‖ΔW₁‖ in every layer; a layer that only one has must be zero there.
+    """Check whether ‖ΔW₂ − ΔW₁‖ ≤ tolerance · ‖ΔW₁‖ in every layer; a layer that only one has must be zero.
 
-    Raises UnknownBaseError where a DoRA is compared with a plain delta and `base` has no weights.
+    Raises UnknownBaseError if a DoRA is compared with a plain delta and `base` has no weights.
     """
     paths = resolve(first), resolve(second)
     one, two = (read(x, base=base, component=component, allow_missing=allow_missing) for x in paths)
@@ -59,15 +59,15 @@ def same_delta(
 
 
 def _comparable(one: Layers, two: Layers, base: str | Path | None) -> tuple[Layers, Layers]:
-    """Both with the DoRA layers as plain deltas, where the base weights are there or only one of them is a DoRA."""
+    """Return both with DoRA layers as plain deltas, if base weights are given or only one of them is a DoRA."""
     doras = {name for layers in (one, two) for name, d in layers.items() if d.magnitude is not None}
     unlike = sorted(name for name in doras if not (_is_dora(one, name) and _is_dora(two, name)))
     if not doras or not (unlike or (base is not None and weight_files(base))):
         return one, two
     if base is None:
         raise UnknownBaseError(
-            f"{unlike[0]} is a DoRA in one of them only: without the base weights the two cannot be compared.",
-            fix="Give the base model's weights with --base (a diffusers folder or a checkpoint file).",
+            f"{unlike[0]} is a DoRA in only one of the adapters; comparing them requires the base weights.",
+            fix="Specify the base model with --base (a diffusers folder or a checkpoint file with weights).",
         )
     return _plain(one, base), _plain(two, base)
 
@@ -94,7 +94,7 @@ def _check(name: str, one: LayerDelta | None, two: LayerDelta | None, tolerance:
 
 
 def _measured(one: LayerDelta | None, two: LayerDelta | None) -> tuple[float, float, float]:
-    """‖ΔW₂ − ΔW₁‖ / ‖ΔW₁‖, ‖ΔW₁‖ and ‖ΔW₂ − ΔW₁‖; a layer that is not there is zero."""
+    """Return ‖ΔW₂ − ΔW₁‖ / ‖ΔW₁‖, ‖ΔW₁‖ and ‖ΔW₂ − ΔW₁‖; a missing layer counts as zero."""
     whole = 0.0 if one is None else norm(one.sums)
     if one is None or two is None or one.matrix_shape != two.matrix_shape:
         other = 0.0 if two is None else norm(two.sums)
@@ -110,7 +110,7 @@ def _ratio(apart: float, whole: float) -> float:
 
 
 def _alignment(one: Layers, two: Layers) -> tuple[float | None, float | None]:
-    """The scale s of the s·ΔW₁ that is nearest to ΔW₂, and the cosine of the two, over all layers."""
+    """Return the scale s that brings s·ΔW₁ nearest to ΔW₂, and the cosine of the two, over all layers."""
     common = [n for n in one.keys() & two.keys() if one[n].matrix_shape == two[n].matrix_shape]
     product = sum(x for _, x in in_parallel(lambda n: inner(one[n].sums, two[n].sums), common))
     whole, other = (sum(norm(d.sums) ** 2 for d in layers.values()) for layers in (one, two))
@@ -122,7 +122,7 @@ def _alignment(one: Layers, two: Layers) -> tuple[float | None, float | None]:
 def _notes(one: Adapter, two: Adapter, checks: Iterable[LayerCheck]) -> Iterable[str]:
     sizes = [c.layer for c in checks if c.relative_difference == inf and c.first and c.second and c.norm]
     if sizes:
-        yield f"{abbreviated(sizes)}: of different sizes in the two"
+        yield f"{abbreviated(sizes)}: different sizes in the two adapters"
     extras = sorted(one.extras.keys() ^ two.extras.keys())
     if extras:
-        yield f"{abbreviated(extras)}: in the extras of one only; extras are no part of ΔW and were not compared"
+        yield f"{abbreviated(extras)}: only in the extras of one adapter; extras are not part of ΔW and not compared"

@@ -1,10 +1,10 @@
-"""At which strengths were adapters merged into a tensor? By least squares over a sample of its numbers.
+"""Estimate the strengths at which adapters were merged into a tensor, by least squares over a sample of its values.
 
-    M − W ≈ Σᵢ sᵢ·ΔWᵢ     M: merged   W: base   sᵢ: what is looked for
+    M − W ≈ Σᵢ sᵢ·ΔWᵢ     M: merged   W: base   sᵢ: strengths to estimate
 
-Rounding to nearest is no noise here: W lies on the grid of its type, and a delta below half a unit is lost as a whole.
-So the strengths are those s for which round(W + Σ s·ΔW) lies along the deltas where M does; after stochastic rounding,
-whose mean is the true sum, they are those of the sum itself.
+Rounding to nearest is not noise here: W lies on the grid of its dtype, and a delta below half a unit is lost entirely.
+The strengths are therefore those s for which round(W + Σ s·ΔW) has the same components along the deltas as M; after
+stochastic rounding, whose mean is the true sum, they are those of the sum itself.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from krona_hub.merging.arithmetic.rounding import Rounding
 from krona_hub.merging.arithmetic.tiles import merge_tensor
 from krona_hub.verification.ulps import unit
 
-MOST = 1 << 18  # numbers of a tensor that are looked at: enough for three digits of a strength, and bounded memory
-STEPS = 30  # of the search for s; each brings it several times nearer
-NEAR = 0.01  # relative; strengths this close to what was asked are those that were asked
-SIGMAS = 5  # beyond which stochastic rounding does not explain another strength
-NEARLY_ALL = 0.99  # share of numbers that rounding to nearest must hit to be what was done
+MOST = 1 << 18  # sampled values of a tensor: enough for three digits of a strength, with bounded memory
+STEPS = 30  # of the iteration for s; each reduces the error several times
+NEAR = 0.01  # relative; strengths this close to the requested ones match
+SIGMAS = 5  # beyond which stochastic rounding does not explain a different strength
+NEARLY_ALL = 0.99  # share of values that rounding to nearest must reproduce to be accepted as the mode
 
 
 @dataclass(frozen=True, eq=False)
 class WeightSample:
-    """Some numbers of a tensor: of the base, of the merged one, and of each adapter's delta at strength 1."""
+    """Sampled values of a tensor: base, merged, and the delta of each adapter at strength 1."""
 
     base: Tensor  # (m,), float64
-    merged: Tensor  # (m,), in the type that it is stored in
+    merged: Tensor  # (m,), in its stored dtype
     deltas: Tensor  # (n, m), float64
 
     @cached_property
@@ -58,44 +58,44 @@ class WeightSample:
         return self.gram.diagonal() > 0
 
     def sum_at(self, strengths: Tensor) -> Tensor:
-        """W + Σ s·ΔW, (m,)."""
+        """Return W + Σ s·ΔW, (m,)."""
         return self.base + strengths @ self.deltas
 
     def rounded_at(self, strengths: Tensor) -> Tensor:
-        """round(W + Σ s·ΔW), to nearest, in float64, (m,)."""
+        """Return round(W + Σ s·ΔW), to nearest, in float64, (m,)."""
         return self.sum_at(strengths).to(self.merged.dtype).double()
 
     def along(self, change: Tensor) -> Tensor:
-        """The strengths whose sum lies nearest to a change, (n,)."""
+        """Return the strengths whose sum is nearest to a change, (n,)."""
         found: Tensor = torch.linalg.lstsq(self.gram, (self.deltas @ change)[:, None], driver="gelsd").solution
         return found[:, 0]
 
     def residual(self, strengths: Tensor) -> float:
-        """‖M − W − Σ s·ΔW‖."""
+        """Return ‖M − W − Σ s·ΔW‖."""
         return float((self.merged.double() - self.sum_at(strengths)).norm())
 
     def explains(self, strengths: Tensor) -> bool:
-        """Whether rounding by one unit at most per number may have left that residual."""
+        """Return whether rounding by at most 1 ULP per value explains the residual."""
         return self.residual(strengths) <= float(self.unit.norm())
 
 
 def sample(weight: Tensor, merged: Tensor, patches: Sequence[Sequence[Patch]]) -> WeightSample:
-    """A sample of a stored tensor, of finite numbers; `patches[i]` are those of adapter i, at strength 1."""
-    places = torch.arange(0, weight.numel(), -(-weight.numel() // MOST))
-    sound = weight.reshape(-1)[places].double().isfinite() & merged.reshape(-1)[places].double().isfinite()
-    places = places[sound]
+    """Sample the finite values of a stored tensor; `patches[i]` belong to adapter i, at strength 1."""
+    indices = torch.arange(0, weight.numel(), -(-weight.numel() // MOST))
+    sound = weight.reshape(-1)[indices].double().isfinite() & merged.reshape(-1)[indices].double().isfinite()
+    indices = indices[sound]
     rounding = Rounding(exact=merged.element_size() > 2)  # float32 sums are exact enough for half precision
-    deltas = torch.stack([_delta(weight, own, places, rounding) for own in patches])
-    return WeightSample(weight.reshape(-1)[places].double(), merged.reshape(-1)[places], deltas)
+    deltas = torch.stack([_delta(weight, own, indices, rounding) for own in patches])
+    return WeightSample(weight.reshape(-1)[indices].double(), merged.reshape(-1)[indices], deltas)
 
 
-def _delta(weight: Tensor, patches: Sequence[Patch], places: Tensor, rounding: Rounding) -> Tensor:
-    """ΔW of one adapter at some places of the stored tensor, float64."""
-    found, flat = torch.zeros(len(places), dtype=torch.float64), weight.reshape(-1)
+def _delta(weight: Tensor, patches: Sequence[Patch], indices: Tensor, rounding: Rounding) -> Tensor:
+    """Return ΔW of one adapter at flat indices of the stored tensor, float64."""
+    found, flat = torch.zeros(len(indices), dtype=torch.float64), weight.reshape(-1)
 
     def take(first: int, tile: Tensor) -> None:
-        start, stop = (int(torch.searchsorted(places, x)) for x in (first, first + len(tile)))
-        here = places[start:stop]
+        start, stop = (int(torch.searchsorted(indices, x)) for x in (first, first + len(tile)))
+        here = indices[start:stop]
         found[start:stop] = tile[here - first] - flat[here].double()
 
     if patches:
@@ -104,7 +104,7 @@ def _delta(weight: Tensor, patches: Sequence[Patch], places: Tensor, rounding: R
 
 
 def found_strengths(numbers: WeightSample) -> Tensor:
-    """The strengths that explain the change best, (n,): by rounding to nearest where that hits, else on average."""
+    """Estimate the strengths, (n,): with rounding to nearest if it reproduces the values, else on average."""
     mean = nearest = numbers.along(numbers.change)
     for _ in range(STEPS):
         step = numbers.along(numbers.merged.double() - numbers.rounded_at(nearest))
@@ -115,30 +115,30 @@ def found_strengths(numbers: WeightSample) -> Tensor:
     return nearest if float(hit) >= NEARLY_ALL else mean
 
 
-def as_asked(numbers: WeightSample, weights: Tensor) -> bool:
-    """Whether the change is that of adapters at `weights`, rounded to nearest or stochastically."""
+def match_request(numbers: WeightSample, weights: Tensor) -> bool:
+    """Return whether the change matches strengths `weights`, rounded to nearest or stochastically."""
     limit = NEAR * weights.abs().clamp_min(NEAR)
-    by_nearest = numbers.along(numbers.merged.double() - numbers.rounded_at(weights)).abs() <= limit
+    to_nearest = numbers.along(numbers.merged.double() - numbers.rounded_at(weights)).abs() <= limit
     on_average = (numbers.along(numbers.change) - weights).abs() <= limit + SIGMAS * _spread(numbers, weights)
-    return bool((by_nearest | on_average | ~numbers.present).all())
+    return bool((to_nearest | on_average | ~numbers.present).all())
 
 
 def _spread(numbers: WeightSample, weights: Tensor) -> Tensor:
-    """The standard deviation that stochastic rounding gives to each strength.
+    """Return the standard deviation of each strength due to stochastic rounding.
 
-    A number at distance t from the grid and u − t from its other neighbour has the variance t·(u − t).
+    A value at distance t from one grid point and u − t from the other has variance t·(u − t).
     """
     distance = (numbers.sum_at(weights) - numbers.rounded_at(weights)).abs()
     variance = distance * (numbers.unit - distance).clamp_min(0)
     return (numbers.deltas.square() @ variance).sqrt() / numbers.gram.diagonal().clamp_min(1e-300)
 
 
-def in_words(numbers: WeightSample, strengths: Tensor) -> tuple[float, ...]:
-    """The strengths as plain numbers; NaN for an adapter without a delta here."""
+def as_floats(numbers: WeightSample, strengths: Tensor) -> tuple[float, ...]:
+    """Return the strengths as floats, NaN for an adapter without a delta here."""
     return tuple(float(s) if there else nan for s, there in zip(strengths, numbers.present, strict=True))
 
 
 def unexplained(numbers: WeightSample, strengths: Tensor) -> float:
-    """‖M − W − Σ s·ΔW‖ / ‖M − W‖; 0.0 where nothing changed."""
+    """Return ‖M − W − Σ s·ΔW‖ / ‖M − W‖; 0.0 if nothing changed."""
     whole = float(numbers.change.norm())
     return numbers.residual(strengths) / whole if whole else 0.0

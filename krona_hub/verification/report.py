@@ -1,4 +1,4 @@
-"""What `verify` found: one report per question, each with `same`, an exit code and a verdict in words. Torch-free."""
+"""Results of `verify`: one report per comparison, each with `same` and an exit code. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Literal
 
 SAME, MISFIT, DIFFERS = 0, 5, 6  # exit codes
 
-# --- does this checkpoint contain exactly that? ----------------------------------------------------------------------
+# --- merged checkpoints ----------------------------------------------------------------------------------------------
 
 State = Literal[
-    "same",  # equal to round(base + Σ w·ΔW) within one unit in the last place; untouched: the base's bytes
-    "not merged",  # still the base's numbers
-    "other strength",  # round(base + Σ s·ΔW) for other s, which `strengths` says
-    "rounded otherwise",  # the right strengths, and more than one unit off: another tool's arithmetic
-    "differs",  # neither
-    "touched",  # changed, though no adapter is for it
-    "missing",  # in the base and not in the merged checkpoint
-    "added",  # in the merged checkpoint and not in the base
-    "other shape",
+    "same",  # equal to round(base + Σ w·ΔW) within 1 ULP; if untouched, equal to the base
+    "not merged",  # still equal to the base
+    "different strength",  # round(base + Σ s·ΔW) for other s, given in `strengths`
+    "rounding difference",  # the right strengths, but more than 1 ULP apart: other arithmetic
+    "differs",  # none of these
+    "touched",  # changed, although no adapter targets it
+    "missing",  # only in the base
+    "added",  # only in the merged checkpoint
+    "different shape",
 ]
 
 
@@ -30,27 +30,27 @@ class TensorCheck:
     """One tensor of the merged checkpoint, compared."""
 
     tensor: str  # its name in the file
-    file: str  # inside the checkpoint; its own name where that is a file
+    file: str  # relative to the checkpoint; the name of a single file
     state: State
-    touched: bool  # whether an adapter is for it
+    touched: bool  # whether an adapter targets it
     elements: int
     unequal: int = 0  # elements that are not equal bit for bit
-    worst_units: float = 0  # largest distance, in units in the last place; inf beside what is not finite
-    strengths: tuple[float, ...] = ()  # found, one per adapter, NaN for one without a delta here; () where as asked
-    unexplained: float | None = None  # ‖what those strengths leave of the difference from the base‖ / ‖it‖
+    worst_units: float = 0  # maximum error in ULP; inf if only one of the two is finite
+    strengths: tuple[float, ...] = ()  # estimated, one per adapter, NaN without a delta here; () if as requested
+    unexplained: float | None = None  # ‖difference from the base not explained by them‖ / ‖difference‖
 
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """Whether MERGED is BASE with the adapters at their strengths."""
+    """Whether the merged checkpoint is the base with the adapters at their strengths."""
 
     merged: Path
     base: Path
     adapters: tuple[str, ...]
-    weights: tuple[float, ...]  # asked
+    weights: tuple[float, ...]  # requested strengths
     matched: tuple[str, ...]  # per adapter, "N of M modules …"
-    tensors: tuple[TensorCheck, ...]  # every tensor of either
-    strengths: tuple[float, ...] = ()  # found over all touched tensors that differ; () where none does
+    tensors: tuple[TensorCheck, ...]  # all tensors of both
+    strengths: tuple[float, ...] = ()  # estimated over all touched tensors that differ; () if none does
     notes: tuple[str, ...] = ()
     question: Literal["merge"] = "merge"
 
@@ -60,7 +60,7 @@ class MergeCheck:
 
     @property
     def different(self) -> tuple[TensorCheck, ...]:
-        """What is not as it should be."""
+        """Tensors with unexpected values."""
         return tuple(t for t in self.tensors if t.state != "same")
 
     @property
@@ -74,7 +74,7 @@ class MergeCheck:
         return SAME if self.same else DIFFERS
 
 
-# --- do these two adapters mean the same? ----------------------------------------------------------------------------
+# --- two adapters ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class LayerCheck:
     """The ΔW of one layer in two adapters."""
 
     layer: str
-    first: str | None  # the form in words: "LoRA r16", "64x4 ⊗ 5x80"; None where the adapter has no such layer
+    first: str | None  # factorization: "LoRA r16", "64x4 ⊗ 5x80"; None if the adapter lacks the layer
     second: str | None
-    relative_difference: float  # ‖ΔW₂ − ΔW₁‖ / ‖ΔW₁‖, Frobenius; inf where only the first is zero
+    relative_difference: float  # ‖ΔW₂ − ΔW₁‖ / ‖ΔW₁‖, Frobenius; inf if only the first is zero
     norm: float  # ‖ΔW₁‖
     difference: float  # ‖ΔW₂ − ΔW₁‖
     same: bool
@@ -92,15 +92,15 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class DeltaCheck:
-    """Whether two adapters mean the same ΔW."""
+    """Whether two adapters have the same ΔW."""
 
     first: str
     second: str
     formats: tuple[str | None, str | None]
     tolerance: float  # relative, per layer
-    layers: tuple[LayerCheck, ...]  # of either
-    scale: float | None = None  # of a second that is nearly scale · first; None where they are the same
-    cosine: float | None = None  # ⟨ΔW₁, ΔW₂⟩ / ‖ΔW₁‖‖ΔW₂‖ over all layers; None where they are the same
+    layers: tuple[LayerCheck, ...]  # all layers of both
+    scale: float | None = None  # s that brings s · first nearest to the second; None if they are the same
+    cosine: float | None = None  # ⟨ΔW₁, ΔW₂⟩ / ‖ΔW₁‖‖ΔW₂‖ over all layers; None if they are the same
     notes: tuple[str, ...] = ()
     question: Literal["delta"] = "delta"
 
@@ -124,7 +124,7 @@ class DeltaCheck:
 
     @property
     def relative_difference(self) -> float:
-        """Over all layers together: √Σ‖ΔW₂ − ΔW₁‖² / √Σ‖ΔW₁‖²."""
+        """Relative difference over all layers: √Σ‖ΔW₂ − ΔW₁‖² / √Σ‖ΔW₁‖²."""
         whole, difference = _root([x.norm for x in self.layers]), _root([x.difference for x in self.layers])
         return difference / whole if whole else (0.0 if not difference else float("inf"))
 
@@ -137,29 +137,31 @@ def _root(values: Sequence[float]) -> float:
     return sqrt(sum(value**2 for value in values))
 
 
-# --- does this adapter fit that base? --------------------------------------------------------------------------------
+# --- an adapter and a base model -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FitCheck:
-    """Whether every layer of an adapter is in the base, with its shape. From headers alone."""
+    """Whether the base has every layer of an adapter, with its shape. From headers alone."""
 
     adapter: Path
-    base: str  # its catalogue name, or where it is
+    base: str  # catalogue name or path
     format: str
-    matched: int  # modules whose layers the base has, with these shapes
+    matched: int  # modules whose layers and shapes match
     total: int  # modules
     problems: Mapping[str, str] = field(default_factory=dict)  # module -> why it does not fit
     coverage: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # component -> layers adapted, layers
-    recorded: str | None = None  # the base that the file names
-    fingerprint_agrees: bool | None = None  # whether `recorded` may be this base; None where nothing is recorded
-    fits_instead: tuple[str, ...] = ()  # catalogue names that it fits where it does not fit this one
+    recorded: str | None = None  # base model recorded in the file
+    fingerprint_agrees: bool | None = (
+        None  # whether `recorded` is compatible with this base; None if nothing is recorded
+    )
+    fits_instead: tuple[str, ...] = ()  # catalogue names that it fits instead, if it does not fit this one
     notes: tuple[str, ...] = ()
     question: Literal["fit"] = "fit"
 
     @property
     def same(self) -> bool:
-        """Whether it fits."""
+        """Whether the adapter fits the base."""
         return not self.problems and self.fingerprint_agrees is not False and self.matched == self.total
 
     @property

@@ -1,4 +1,4 @@
-"""Is this adapter sound, and does it fit its base? One answer for every format. Torch-free."""
+"""Validate an adapter of any format, and optionally its fit to a base model. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from krona_hub.schema import validate as checks
 from krona_hub.schema.tensor_layout import is_native
 from krona_hub.sources import resolve
 
-OPEN = (AmbiguousError, UnknownBaseError)  # the file is sound; an option settles what it leaves open
+OPEN = (AmbiguousError, UnknownBaseError)  # the file is valid but ambiguous; an option resolves it
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What `validate` found; no findings for a sound adapter."""
+    """Findings of `validate`; none for a valid adapter."""
 
     path: Path
-    format: str | None  # a name of FORMATS; None where the file is none of them
+    format: str | None  # a name of FORMATS; None if unknown
     findings: tuple[Finding, ...]  # errors first
 
     @property
@@ -34,32 +34,48 @@ class ValidationReport:
 
     @property
     def valid(self) -> bool:
-        """Whether there is no error; warnings do not count."""
+        """Whether there are only warnings, or no findings."""
         return not self.errors
 
     @property
     def exit_code(self) -> int:
-        """0, or that of the first error: 2 for a broken file, 5 for one that does not fit its base."""
+        """0, or the exit code of the first error: 2 for a broken file, 5 for one that does not fit its base."""
         return self.errors[0].error().exit_code if self.errors else 0
 
 
 def validate(source: str | Path, base: str | Path | Base | None = None) -> ValidationReport:
-    """All that is wrong with the adapter at `source`: structure, types, numbers, schema or format, and its layers.
+    """Validate an adapter: file structure, dtypes, values, schema or format, and layers.
 
-    `source` is a file, a PEFT folder or a Hub id. With `base`, every layer must be there with its shape. Raises
-    NotFoundError where there is no `source`, UnknownBaseError where `base` names none.
+    Parameters
+    ----------
+    source : adapter file, PEFT folder or Hub id.
+    base : base model (optional); every layer must exist in it, with its shape.
+
+    Returns
+    -------
+    ValidationReport : the findings, errors first; none for a valid adapter.
+
+    Raises
+    ------
+    NotFoundError, UnknownBaseError : `source` does not exist; `base` is unknown.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> validate(files("krona_hub.assets") / "zorbi_lokr.safetensors", base="tiny-scenes").valid
+    True
     """
     path = resolve(source)
     try:
         files = open_files(path, base)
     except UnknownBaseError:
         raise
-    except KronaError as error:  # a file tells all that is wrong with its structure, a folder the first thing
+    except KronaError as error:  # a file reports all structural errors, a folder the first one
         findings = checks.validate(path) if path.is_file() else ()
         return ValidationReport(path, None, findings or (Finding.of(error),))
     formats, found = zip(*((_format(f), tuple(_findings(f))) for f in files), strict=True)
-    placed = [_in_part(finding, f, path) for f, findings in zip(files, found, strict=True) for finding in findings]
-    return ValidationReport(path, formats[0], checks.ordered(placed))
+    all_findings = [_in_part(finding, f, path) for f, own in zip(files, found, strict=True) for finding in own]
+    return ValidationReport(path, formats[0], checks.ordered(all_findings))
 
 
 def _format(file: AdapterFile) -> str | None:
@@ -70,7 +86,7 @@ def _format(file: AdapterFile) -> str | None:
 
 
 def _findings(file: AdapterFile) -> Iterator[Finding]:
-    """What is wrong with one file whose structure is sound."""
+    """Yield the findings of one file with a valid structure."""
     if is_native(file.metadata):
         yield from checks.native_findings(file.header, file.base)
     else:
@@ -79,7 +95,7 @@ def _findings(file: AdapterFile) -> Iterator[Finding]:
 
 
 def _module_findings(file: AdapterFile) -> Iterator[Finding]:
-    """Modules that a reader would refuse, each with the reason."""
+    """Yield the modules that a reader would reject, each with the reason."""
     try:
         format = detect_format(file)
     except KronaError as error:
@@ -92,19 +108,19 @@ def _module_findings(file: AdapterFile) -> Iterator[Finding]:
 
 
 def _problems(file: AdapterFile, format: Format) -> Mapping[str, KronaError]:
-    """Module or key -> why it cannot be read; "" -> what stands in the way of the whole file."""
+    """Return, by module or key, why it cannot be read; "" maps to an error of the whole file."""
     try:
         return make_plan(file, format).aside
     except KronaError as error:
         whole = error
     try:
         return {**measure(file, format)[2], "": whole}
-    except KronaError:  # the same, said before any module was looked at
+    except KronaError:  # the same error, raised before any module was read
         return {"": whole}
 
 
 def _in_part(finding: Finding, file: AdapterFile, whole: Path) -> Finding:
-    """The finding, with the part of the folder that it is about."""
+    """Return the finding with the file of the folder that it concerns."""
     if file.path == whole or file.path.parent == whole:
         return finding
     part = file.path.relative_to(whole)

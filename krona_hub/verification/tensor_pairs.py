@@ -1,4 +1,4 @@
-"""The tensors of two checkpoints, paired by name: a file and a folder compare where their tensors are called alike."""
+"""Pair the tensors of two checkpoints by name, also between a file and a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WEIGHTS = ".safetensors"
 class LocatedTensor(NamedTuple):
     """A tensor in a file of a checkpoint."""
 
-    file: str  # relative to the checkpoint; its own name where that is one file
+    file: str  # relative to the checkpoint; the name of a single file
     tensor: str
     header: Header
 
@@ -32,7 +32,7 @@ class TensorPair(NamedTuple):
 
     @property
     def present(self) -> tuple[LocatedTensor, ...]:
-        """Those that are there, the base's first."""
+        """The existing tensors, the base first."""
         return tuple(s for s in (self.base, self.merged) if s is not None)
 
     @property
@@ -41,12 +41,14 @@ class TensorPair(NamedTuple):
 
 
 def headers_of(source: Path) -> dict[str, Header]:
-    """The headers of a checkpoint file, or of every one in a folder. NotFoundError where there is none."""
+    """Read the headers of a checkpoint file, or of all in a folder. Raises NotFoundError if there are none."""
     if source.is_file():
         return {source.name: read_header(source)}
     files = [p for p in sorted(source.rglob(f"*{WEIGHTS}")) if not _hidden(p.relative_to(source))]
     if not files:
-        raise NotFoundError(f"{source} holds no safetensors.", fix="Give a checkpoint file or a diffusers folder.")
+        raise NotFoundError(
+            f"{source} contains no safetensors files.", fix="Specify a checkpoint file or a diffusers folder."
+        )
     return {p.relative_to(source).as_posix(): read_header(p) for p in files}
 
 
@@ -55,10 +57,10 @@ def _hidden(path: Path) -> bool:
 
 
 def pairs(base: Mapping[str, Header], merged: Mapping[str, Header]) -> Iterator[TensorPair]:
-    """Every tensor of the base with its counterpart, then those that only the merged checkpoint has.
+    """Yield every tensor of the base with its counterpart, then those that only the merged checkpoint has.
 
-    A counterpart has the same name, and lies in the file of the same name, else in the same folder, else (where one of
-    the two checkpoints is a single file) anywhere.
+    A counterpart has the same name and is in the file of the same name, else in the same folder, else (if one of the
+    two checkpoints is a single file) anywhere.
     """
     by_name: dict[str, list[LocatedTensor]] = {}
     for stored in _tensors(merged):
@@ -75,7 +77,7 @@ def pairs(base: Mapping[str, Header], merged: Mapping[str, Header]) -> Iterator[
 
 
 def _tensors(headers: Mapping[str, Header]) -> Iterator[LocatedTensor]:
-    """In the order of the files, so that reading is sequential."""
+    """Yield the tensors in file order, so that reading is sequential."""
     for file, header in headers.items():
         for tensor in sorted(header.tensors, key=lambda t: header.tensors[t].start):
             yield LocatedTensor(file, tensor, header)

@@ -123,7 +123,7 @@ def test_a_regular_expression_is_a_target_too():
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "options",
     [
         {"targets": "("},
         {"targets": "no such layer"},
@@ -135,9 +135,9 @@ def test_a_regular_expression_is_a_target_too():
         {"component": "unet,text"},
     ],
 )
-def test_a_wish_without_sense_is_an_error_of_usage(wish):
+def test_a_wish_without_sense_is_an_error_of_usage(options):
     with pytest.raises(UsageError) as error:
-        account("sd15", **wish)
+        account("sd15", **options)
     assert error.value.fix
 
 

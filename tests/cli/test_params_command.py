@@ -64,7 +64,7 @@ def test_a_file_is_counted_beside_other_forms_of_its_layers(adapters, capsys):
         (["--base", "sdxl", "--rank", "four"], 2, "Invalid value 'four' for --rank"),
         (["--base", "sdxl", "--shape", "64"], 2, "Invalid shape '64'"),
         (["--base", "sdxl", "--targets", "("], 2, "Invalid regular expression"),
-        (["--base", "sdxl", "--component", "transformer"], 2, "has no component transformer"),
+        (["--base", "sdxl", "--component", "transformer"], 2, "Unknown component transformer of sdxl"),
         (["x.safetensors", "--targets", "attn"], 2, "a file has its own layers"),
         (["gone.safetensors"], 7, "gone.safetensors"),
     ],

@@ -111,7 +111,7 @@ def test_an_adapter_less_itself_is_a_delta_of_nothing_and_says_so():
     nothing = weighted_sum([(adapter, 1.0), (golden(MIXED[2]), -1.0)])
     assert nothing.parameters == 0 and nothing.layers.keys() == adapter.layers.keys()
     assert all(float(exact(delta).abs().max()) == 0 for delta in nothing.layers.values())
-    assert f"{len(adapter)} of {len(adapter)} layers come to nothing" in nothing.provenance.notes[0]
+    assert f"{len(adapter)} of {len(adapter)} layers are zero" in nothing.provenance.notes[0]
 
 
 def test_an_adapter_and_itself_is_itself_at_the_sum_of_the_weights():
@@ -159,9 +159,9 @@ def test_bases_that_are_unknown_or_have_a_name_in_common_agree():
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_a_weight_must_be_a_number(weight):
-    with pytest.raises(UsageError, match="no weight"):
+    with pytest.raises(UsageError, match="Invalid weight"):
         weighted_sum([(one(layer(as_lora(numbers(8, 2), numbers(2, 6)))), weight)])
-    with pytest.raises(UsageError, match="no adapter"):
+    with pytest.raises(UsageError, match="Missing adapters"):
         weighted_sum([])
 
 

@@ -37,7 +37,7 @@ def test_a_tool_gets_a_lokr_of_one_term_where_a_way_is_given(tmp_path):
 
 
 def test_a_tool_that_loads_lora_only_says_how_to_get_one(tmp_path):
-    with pytest.raises(InexpressibleError, match=r"--max-error 0\.05 or --exact or --rank R"):
+    with pytest.raises(InexpressibleError, match=r"--max-error 0\.05, --exact or --rank R"):
         convert(**golden("lyc_f4_dim2_a1"), out=tmp_path / "x.safetensors", tool="nunchaku")
     report = convert(**golden("lyc_f4_dim2_a1"), out=tmp_path / "x.safetensors", tool="nunchaku", exact=True)
     assert report.target_format == "diffusers-lora"
@@ -51,7 +51,7 @@ def test_a_dora_needs_its_base_weights_only_where_the_target_has_no_magnitude(tm
     assert all(row.after.endswith("DoRA") for row in kept.layers)
     merged = convert(source, tmp_path / "b.safetensors", base=base, to="lora", max_error=0.01)
     assert merged.relative_error <= 0.01
-    assert "10 DoRA layers merged with the base weights" in merged.notes[0]
+    assert "10 DoRA layers were merged with the base weights" in merged.notes[0]
     with pytest.raises((UnknownBaseError, KronaError)) as refusal:
         convert(source, tmp_path / "c.safetensors", to="lora")
     assert "--base" in str(refusal.value)

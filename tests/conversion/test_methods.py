@@ -1,4 +1,4 @@
-"""What was asked for, checked before any file is read."""
+"""Conversion options, checked before any file is read."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from krona_hub.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    ("options", "way"),
+    ("options", "method"),
     [
         ({}, None),
         ({"exact": True}, Exact()),
@@ -19,12 +19,12 @@ from krona_hub.errors import UsageError
         ({"rank": 8}, Rank(8)),
     ],
 )
-def test_each_option_names_one_way(options, way):
-    assert choose_method(**options) == way
+def test_each_option_names_one_way(options, method):
+    assert choose_method(**options) == method
 
 
 @pytest.mark.parametrize(
-    ("way", "words"),
+    ("method", "words"),
     [
         (Keep(), "convert"),
         (Exact(), "convert --exact"),
@@ -36,8 +36,8 @@ def test_each_option_names_one_way(options, way):
         (Rank(8), "convert --rank 8"),
     ],
 )
-def test_a_way_is_named_as_one_asks_for_it(way, words):
-    assert str(way) == words
+def test_a_way_is_named_as_one_asks_for_it(method, words):
+    assert str(method) == words
 
 
 @pytest.mark.parametrize(
@@ -45,15 +45,15 @@ def test_a_way_is_named_as_one_asks_for_it(way, words):
     [
         ({"exact": True, "rank": 4}, "--exact and --rank exclude each other"),
         ({"shape": "64x4", "budget": "50%"}, "--shape and --budget exclude"),
-        ({"terms": 2}, "--terms and --shape-fallback belong to --shape"),
+        ({"terms": 2}, "--terms and --shape-fallback require --shape"),
         ({"shape": "64"}, "Invalid shape '64'"),
         ({"shape": "0x4"}, "Invalid shape '0x4'"),
-        ({"shape": "64x4", "terms": 0}, "--terms is 0"),
-        ({"shape": "64x4", "shape_fallback": "any"}, "'any' is no fallback"),
-        ({"max_error": 1.0}, "--max-error is 1.0"),
-        ({"max_error": float("nan")}, "--max-error is nan"),
-        ({"max_error": -0.1}, "--max-error is -0.1"),
-        ({"rank": 0}, "--rank is 0"),
+        ({"shape": "64x4", "terms": 0}, "Invalid value 0 for --terms"),
+        ({"shape": "64x4", "shape_fallback": "any"}, "Unknown shape fallback 'any'"),
+        ({"max_error": 1.0}, "Invalid value 1.0 for --max-error"),
+        ({"max_error": float("nan")}, "Invalid value nan for --max-error"),
+        ({"max_error": -0.1}, "Invalid value -0.1 for --max-error"),
+        ({"rank": 0}, "Invalid value 0 for --rank"),
     ],
 )
 def test_contradictions_and_nonsense_are_refused_in_words(options, words):
@@ -63,7 +63,7 @@ def test_contradictions_and_nonsense_are_refused_in_words(options, words):
 
 @pytest.mark.parametrize("text", ["", "x", "0", "-5", "0%", "-1%", "nan%", "inf%", "1.5"])
 def test_what_is_no_budget_is_refused(text):
-    with pytest.raises(UsageError, match="is no budget"):
+    with pytest.raises(UsageError, match="Invalid budget"):
         parse_budget(text)
 
 

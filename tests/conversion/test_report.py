@@ -27,7 +27,7 @@ def test_an_adapter_of_zeros_has_no_error():
     ("error", "words"),
     [
         (0.0, "Exact"),
-        (0.005, "Nearly the same"),
+        (0.005, "Nearly identical"),
         (0.05, "Close"),
         (0.2, "Noticeably"),
         (0.5, "Very"),
@@ -39,9 +39,9 @@ def test_the_verdict_follows_the_error(error, words):
 
 
 def test_the_verdict_says_what_it_costs():
-    assert report(layer()).verdict.endswith("50.0% fewer parameters.")
-    assert report(layer(after=125)).verdict.endswith("25.0% more parameters.")
-    assert report(layer(after=2800)).verdict.endswith("28.0 times the parameters.")
+    assert report(layer()).verdict.endswith(" 50 parameters (−50.0 %).")
+    assert report(layer(after=125)).verdict.endswith(" 125 parameters (+25.0 %).")
+    assert report(layer(after=2800)).verdict.endswith(" 28.0× as many parameters.")
     assert report(layer(after=100)).verdict.endswith("Same number of parameters.")
 
 

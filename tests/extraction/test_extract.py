@@ -146,14 +146,16 @@ def test_a_lokr_file_gets_the_one_term_it_holds_and_says_what_it_leaves(tmp_path
     pair(tmp_path, kron(4, 8, 2))
     report = run(tmp_path, to="lokr", shape="4x8", allow_loss=True)
     assert {x.terms for x in report.layers} == {1}
-    assert all("2 terms stand above the noise, lycoris-lokr holds one" in x.note for x in report.layers)
-    with pytest.raises(InexpressibleError, match="more terms than lycoris-lokr holds"):
+    assert all("2 terms exceed the noise; lycoris-lokr supports one" in x.note for x in report.layers)
+    with pytest.raises(InexpressibleError, match="more terms than lycoris-lokr supports"):
         run(tmp_path, to="lokr", shape="4x8", max_error=0.1, overwrite=True)
 
 
 def test_too_lossy_a_result_is_refused_with_what_would_do(tmp_path):
     pair(tmp_path, lora(40), torch.float32)
-    with pytest.raises(LossyError, match=r"nothing was written.*--terms \d+ of this shape") as refusal:
+    with pytest.raises(
+        LossyError, match=r"nothing was written.*--terms \d+ \(error below 50 % with this shape\)"
+    ) as refusal:
         run(tmp_path, shape="8x4", terms=1)
     assert refusal.value.exit_code == 3
     assert not (tmp_path / "out.safetensors").exists()
@@ -189,7 +191,7 @@ def test_progress_reaches_its_end(tmp_path):
 def test_equal_checkpoints_have_nothing_to_extract(tmp_path):
     pair(tmp_path, lora(2))
     base = tmp_path / "base.safetensors"
-    with pytest.raises(NoDifferenceError, match="nothing to extract: all 4 layers are equal"):
+    with pytest.raises(NoDifferenceError, match="Nothing to extract: all 4 layers are equal"):
         extract(base, base, tmp_path / "x.safetensors")
 
 
@@ -198,9 +200,9 @@ def test_a_cast_is_no_difference_in_either_direction(dtype, tmp_path):
     pair(tmp_path, lambda out, in_, g: torch.ones(out, in_), dtype, base_dtype=torch.float32, share=0.0)
     base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
     for first, second in ((base, tuned), (tuned, base)):
-        with pytest.raises(NoDifferenceError, match="no difference above rounding: 4 layers"):
+        with pytest.raises(NoDifferenceError, match="No difference above rounding: 4 layers"):
             extract(first, second, tmp_path / "x.safetensors", shape="4x8")
-        with pytest.raises(NoDifferenceError, match="no difference above rounding"):
+        with pytest.raises(NoDifferenceError, match="No difference above rounding"):
             extract(first, second, tmp_path / "x.safetensors")
 
 
@@ -232,14 +234,14 @@ def test_the_file_remembers_what_was_done(tmp_path):
     ("options", "words"),
     [
         ({"terms": 2, "max_error": 0.1}, "exclude each other"),
-        ({"terms": 0}, "--terms is 0"),
-        ({"max_error": 1.5}, "--max-error is 1.5"),
+        ({"terms": 0}, "Invalid value 0 for --terms"),
+        ({"max_error": 1.5}, "Invalid value 1.5 for --max-error"),
         ({"shape": "8x"}, "Invalid shape '8x'"),
-        ({"shape": "8x4", "to": "lora"}, "no Kronecker shape"),
-        ({"shape_fallback": "nearest"}, "belongs to --shape"),
+        ({"shape": "8x4", "to": "lora"}, "--shape does not apply to a LoRA target"),
+        ({"shape_fallback": "nearest"}, "requires --shape"),
         ({"targets": "no_such"}, "selects no layer"),
         ({"component": "text_encoder"}, "not in both"),
-        ({"dtype": "int8"}, "no dtype"),
+        ({"dtype": "int8"}, "Unsupported dtype"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, words, tmp_path):
@@ -253,5 +255,5 @@ def test_a_shape_that_does_not_divide_a_layer_is_told_or_replaced(tmp_path):
     with pytest.raises(ValueError, match=r"unet\.\S+: 7x4 does not divide .*--shape-fallback nearest"):
         run(tmp_path, shape="7x4")
     report = run(tmp_path, shape="7x4", shape_fallback="nearest", allow_loss=True)
-    assert all("7x4 does not divide it" in x.note for x in report.layers)
+    assert all("7x4 does not divide the layer" in x.note for x in report.layers)
     assert len(run(tmp_path, targets="attn1", overwrite=True).layers) == 1

@@ -87,7 +87,7 @@ def test_a_folder_and_a_single_file_in_ldm_names_are_compared_layer_by_layer(fol
         assert layers(report) == layers(unet)
         assert {o.kind for o in report.others} == {"norm", "bias"}
         assert set(read(report.out).layers) == {x.layer for x in unet.layers}
-    with pytest.raises(UnknownBaseError, match="Name the base"):
+    with pytest.raises(UnknownBaseError, match="Specify the base model by name"):
         extract(old, new, tmp_path / "d.safetensors")
 
 
@@ -121,7 +121,7 @@ def test_the_wrong_base_is_told_by_its_shapes_or_its_names(folders, tmp_path):
 
 
 def test_a_name_alone_has_no_weights_to_subtract(folders, tmp_path):
-    with pytest.raises(UnknownBaseError, match="sdxl is a name"):
+    with pytest.raises(UnknownBaseError, match="sdxl is a catalogue name"):
         extract("sdxl", folders / "tuned", tmp_path / "x.safetensors")
     with pytest.raises(NotFoundError):
         extract(tmp_path / "nothing.safetensors", folders / "tuned", tmp_path / "x.safetensors")
@@ -131,10 +131,10 @@ def test_quantised_checkpoints_are_refused(tmp_path):
     _, tuned, _ = pair(tmp_path, lora(2))
     whole = {n: (100 * t).to(torch.int8) for n, t in tuned.items()}
     save_file(whole, tmp_path / "tuned.safetensors")
-    with pytest.raises(UnsupportedError, match=r"I8 .*quantised"):
+    with pytest.raises(UnsupportedError, match=r"I8 .*quantized"):
         extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "x.safetensors")
     save_file(tuned | {"conv_in.scale_weight": torch.ones(1)}, tmp_path / "tuned.safetensors")
-    with pytest.raises(UnsupportedError, match="is quantised"):
+    with pytest.raises(UnsupportedError, match="is quantized"):
         extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "x.safetensors")
 
 

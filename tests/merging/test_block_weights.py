@@ -26,29 +26,29 @@ def test_the_first_pattern_that_is_found_counts():
 def test_a_pattern_that_finds_nothing_is_named():
     factors = BlockWeights({"attn": 0.5, "atn2": 0.0})
     factors.of("unet.mid_block.attn2.to_k")
-    with pytest.raises(UsageError, match="'atn2' is found in no layer"):
+    with pytest.raises(UsageError, match="'atn2' matches no layer"):
         factors.check_used()
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
-        ("w.txt", "mid_block\n", "line 1 .* 'mid_block'"),
-        ("w.txt", "mid_block = much\n", "'mid_block' is 'much'"),
-        ("w.txt", "mid_block = inf\n", "no finite number"),
-        ("w.txt", "\n# nothing\n", "holds no block weight"),
+        ("w.txt", "mid_block\n", "Line 1 .* 'mid_block'"),
+        ("w.txt", "mid_block = much\n", "'much' for 'mid_block'"),
+        ("w.txt", "mid_block = inf\n", "not a finite number"),
+        ("w.txt", "\n# nothing\n", "contains no block weights"),
         ("w.toml", "a b = 1", "Expected '='"),
-        ("w.json", "[1]", "holds no block weight"),
+        ("w.json", "[1]", "contains no block weights"),
     ],
 )
-def test_a_file_that_cannot_be_meant_is_told(name, text, told, tmp_path):
+def test_a_file_that_cannot_be_meant_is_told(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         read_block_weights(tmp_path / name)
 
 
 def test_a_missing_file_and_a_bad_expression_are_told(tmp_path):
     with pytest.raises(NotFoundError):
         read_block_weights(tmp_path / "none.txt")
-    with pytest.raises(UsageError, match=r"no regular expression"):
+    with pytest.raises(UsageError, match=r"not a valid regular expression"):
         BlockWeights({"to_[kv": 1.0})

@@ -1,4 +1,4 @@
-"""Which modules of an adapter a base has: of real files and real shapes, and what is said of the others."""
+"""Modules of an adapter that match a base, for real files and shapes, and the messages about the others."""
 
 import shutil
 from dataclasses import replace
@@ -130,10 +130,10 @@ def test_an_adapter_for_a_text_encoder_is_told_that_the_base_has_none(sdxl, text
     for format_name in ("kohya-lora", "krona", "diffusers-lora"):
         path = tmp_path / f"{format_name}.safetensors"
         write(made.lora(both), path, format=format_name, base=sdxl)
-        with pytest.raises(BaseMismatchError, match=r"has no text encoder") as told:
+        with pytest.raises(BaseMismatchError, match=r"has no text encoder") as caught:
             plan_merge(sdxl / "unet", [(path, 1.0)])
         unet = len(both) - len(text)
-        assert f"{unet} of {len(both)} modules" in str(told.value) and "--component" in told.value.fix
+        assert f"{unet} of {len(both)} modules" in str(caught.value) and "--component" in caught.value.fix
         for options in ({"component": "unet"}, {"allow_missing": True}):
             plan = plan_merge(sdxl / "unet", [(path, 1.0)], **options)
             assert plan.adapters[0].matched == unet == len(plan.tensors)
@@ -143,7 +143,7 @@ def test_one_folder_per_component_is_one_adapter(sdxl, text, tmp_path):
     both = made.lora({**text, **tiny.layers(tiny.sdxl(), "to_q")})
     write(both, tmp_path / "peft", format="peft-lora", base=sdxl)
     plan = plan_merge(sdxl, [(tmp_path / "peft", 1.0)])
-    assert plan.adapters[0].said == f"{len(both)} of {len(both)} modules matched"
+    assert plan.adapters[0].match_summary == f"{len(both)} of {len(both)} modules matched"
     shutil.copytree(sdxl / "unet", tmp_path / "alone/unet")
     report = merge(tmp_path / "alone", [(tmp_path / "peft", 1.0)], tmp_path / "out", allow_missing=True)
     assert report.adapters[0].matched == len(both) - len(text) and len(report.adapters[0].missing) == len(text)
@@ -172,11 +172,11 @@ def test_a_base_that_a_reader_has_guessed_is_no_record(tmp_path):
 
 
 def test_the_component_must_be_one(sdxl, text):
-    with pytest.raises(UsageError, match="'vae' is no part of a model"):
+    with pytest.raises(UsageError, match="Unknown component 'vae'"):
         plan_merge(sdxl, [(made.lora(text), 1.0)], component="vae")
 
 
-# --- what else is said -----------------------------------------------------------------------------------------------
+# --- other messages --------------------------------------------------------------------------------------------------
 
 
 def test_a_real_adapter_on_the_wrong_base_says_where_it_belongs(tmp_path):
@@ -184,38 +184,40 @@ def test_a_real_adapter_on_the_wrong_base_says_where_it_belongs(tmp_path):
     for name, layouts in BASES.items():
         base = layouts["file"](tmp_path / f"{name}.safetensors")
         if name == "sd15":
-            assert plan_merge(base, [(adapter, 1.0)]).adapters[0].said == "128 of 128 modules matched"
+            assert plan_merge(base, [(adapter, 1.0)]).adapters[0].match_summary == "128 of 128 modules matched"
             continue
-        with pytest.raises(BaseMismatchError, match=r"\d+ of 128 modules") as told:
+        with pytest.raises(BaseMismatchError, match=r"\d+ of 128 modules") as caught:
             plan_merge(base, [(adapter, 1.0)])
-        assert "an adapter for sd15" in told.value.fix
+        assert "an adapter for sd15" in caught.value.fix
 
 
 def test_a_partial_match_says_where_the_adapter_belongs(tmp_path):
     adapter = lora_file(tmp_path / "a.safetensors", "sdxl", "kohya", ATTENTION, "unet", "text_encoder")
-    with pytest.raises(BaseMismatchError, match=r"\d+ of 619 modules .* The delta is 640x2048") as told:
+    with pytest.raises(BaseMismatchError, match=r"\d+ of 619 modules .* The delta is 640x2048") as caught:
         plan_merge(real_shapes.ldm_file(tmp_path / "b.safetensors", "sd15"), [(adapter, 1.0)])
-    assert "an adapter for sdxl" in told.value.fix
+    assert "an adapter for sdxl" in caught.value.fix
 
 
 def test_a_checkpoint_in_a_folder_is_named(tmp_path):
     file = real_shapes.ldm_file(tmp_path / "folder/model.safetensors", "sd15")
     adapter = lora_file(tmp_path / "a.safetensors", "sd15", "kohya", ATTENTION, "unet")
-    with pytest.raises(UnknownBaseError, match="one with a checkpoint in it") as told:
+    with pytest.raises(UnknownBaseError, match="contains a single-file checkpoint") as caught:
         plan_merge(file.parent, [(adapter, 1.0)])
-    assert str(file) in told.value.fix
+    assert str(file) in caught.value.fix
 
 
 def test_weights_that_a_merge_leaves_as_they_are_are_named(tmp_path):
     base = real_shapes.folder(tmp_path / "base", "sd15", "unet")
     real_shapes.write(base / "v1-5-pruned.safetensors", {"x": (4,)})
     adapter = lora_file(tmp_path / "a.safetensors", "sd15", "kohya", ATTENTION, "unet")
-    assert any("v1-5-pruned.safetensors holds a whole model" in n for n in plan_merge(base, [(adapter, 1.0)]).notes)
+    assert any(
+        "v1-5-pruned.safetensors also contains a complete model" in n for n in plan_merge(base, [(adapter, 1.0)]).notes
+    )
     file = real_shapes.ldm_file(tmp_path / "ema.safetensors", "sd15", more={"model_ema.x": (4,)})
     assert any("model_ema" in note for note in plan_merge(file, [(adapter, 1.0)]).notes)
 
 
-# --- what cannot be read is told by the plan already -----------------------------------------------------------------
+# --- errors of reading, raised by the plan ---------------------------------------------------------------------------
 
 
 @pytest.fixture

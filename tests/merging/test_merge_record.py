@@ -49,23 +49,23 @@ def file_in(folder):
     return folder / "diffusion_pytorch_model.safetensors"
 
 
-def said(folder) -> dict[str, str]:
+def metadata_of(folder) -> dict[str, str]:
     return dict(read_header(file_in(folder)).metadata)
 
 
 def test_a_merged_file_tells_its_base_its_adapters_and_their_weights(base, adapter, tmp_path):
     merge(base, [(adapter, 0.75), (adapter, -0.5)], tmp_path / "out", block_weights={"to_q": 0.5}, seed=3,
           rounding="stochastic")  # fmt: skip
-    record = json.loads(said(tmp_path / "out")[RECORD])
-    told = {"name": "style.safetensors", "sha256": sha256(adapter), "format": "kohya-lora"}
-    assert record["adapters"] == [{**told, "weight": 0.75}, {**told, "weight": -0.5}]
+    record = json.loads(metadata_of(tmp_path / "out")[RECORD])
+    recorded = {"name": "style.safetensors", "sha256": sha256(adapter), "format": "kohya-lora"}
+    assert record["adapters"] == [{**recorded, "weight": 0.75}, {**recorded, "weight": -0.5}]
     assert record["base"]["name"] == "unet" and record["base"]["sha256"] == sha256(file_in(base))
     assert (record["rounding"], record["seed"], record["block_weights"]) == ("stochastic", 3, {"to_q": 0.5})
 
 
 def test_what_the_base_said_is_kept_but_for_what_is_true_of_its_bytes_only(base, adapter, tmp_path):
     merge(base, [(adapter, 1.0)], tmp_path / "out")
-    new, kept = said(tmp_path / "out"), ("format", "modelspec.author", "modelspec.architecture", "note")
+    new, kept = metadata_of(tmp_path / "out"), ("format", "modelspec.author", "modelspec.architecture", "note")
     assert {key: new[key] for key in kept} == {key: OLD[key] for key in kept}
     assert new["modelspec.title"] == "Tiny + style" and new["modelspec.merged_from"] == "unet, style.safetensors"
     assert "sshs_model_hash" not in new
@@ -73,7 +73,7 @@ def test_what_the_base_said_is_kept_but_for_what_is_true_of_its_bytes_only(base,
     data = file_in(tmp_path / "out").read_bytes()[header.data_start :]
     assert new["modelspec.hash_sha256"] == "0x" + hashlib.sha256(data).hexdigest()
     merge(base, [(adapter, 1.0)], tmp_path / "named", title="Mine")
-    assert said(tmp_path / "named")["modelspec.title"] == "Mine"
+    assert metadata_of(tmp_path / "named")["modelspec.title"] == "Mine"
 
 
 def test_equal_merges_have_equal_bytes_whatever_the_threads(base, adapter, tmp_path):
@@ -85,11 +85,11 @@ def test_equal_merges_have_equal_bytes_whatever_the_threads(base, adapter, tmp_p
 def test_hashes_are_taken_where_they_are_cheap_asked_for_or_known(base, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(merge_record, "SMALL", 10)
     report = merge(base, [(adapter, 1.0)], tmp_path / "auto")
-    assert "sha256" not in json.loads(said(tmp_path / "auto")[RECORD])["base"]
-    assert "modelspec.hash_sha256" not in said(tmp_path / "auto")
+    assert "sha256" not in json.loads(metadata_of(tmp_path / "auto")[RECORD])["base"]
+    assert "modelspec.hash_sha256" not in metadata_of(tmp_path / "auto")
     assert any("--hash" in note for note in report.notes) and report.base_sha256 is None
-    report = merge(base, [(adapter, 1.0)], tmp_path / "asked", hash=True)
-    assert report.base_sha256 == sha256(file_in(base)) and "modelspec.hash_sha256" in said(tmp_path / "asked")
+    report = merge(base, [(adapter, 1.0)], tmp_path / "hashed", hash=True)
+    assert report.base_sha256 == sha256(file_in(base)) and "modelspec.hash_sha256" in metadata_of(tmp_path / "hashed")
     assert not any("--hash" in note for note in report.notes)
     blob = tmp_path / "blobs" / sha256(file_in(base))
     blob.parent.mkdir()
@@ -97,13 +97,13 @@ def test_hashes_are_taken_where_they_are_cheap_asked_for_or_known(base, adapter,
     file_in(base).symlink_to(blob)
     assert merge(base, [(adapter, 1.0)], tmp_path / "cache").base_sha256 == blob.name
     small = merge(base, [(adapter, 1.0)], tmp_path / "never", hash=False)
-    assert "modelspec.hash_sha256" not in said(tmp_path / "never") and small.base_sha256 == blob.name
+    assert "modelspec.hash_sha256" not in metadata_of(tmp_path / "never") and small.base_sha256 == blob.name
 
 
 def test_a_second_merge_keeps_the_record_of_the_first(base, adapter, tmp_path):
     merge(base, [(adapter, 1.0)], tmp_path / "one")
     merge(tmp_path / "one", [(adapter, 0.5)], tmp_path / "two")
-    first, second = said(tmp_path / "one")[RECORD], json.loads(said(tmp_path / "two")[RECORD])
+    first, second = metadata_of(tmp_path / "one")[RECORD], json.loads(metadata_of(tmp_path / "two")[RECORD])
     assert second["before"] == first and second["base"]["name"] == "one"
 
 
@@ -118,8 +118,8 @@ def test_a_folder_of_adapters_has_one_hash_that_changes_with_any_of_its_files(tm
             file = tmp_path / "peft" / name / "adapter_model.safetensors"
             save_file({n: t.contiguous() * 2 for n, t in load_file(file).items()}, file)
         merge(base, [(tmp_path / "peft", 1.0)], tmp_path / name)
-        told = read_header(tmp_path / name / "unet/diffusion_pytorch_model.safetensors").metadata[RECORD]
-        seen.add(json.loads(told)["adapters"][0]["sha256"])
+        recorded = read_header(tmp_path / name / "unet/diffusion_pytorch_model.safetensors").metadata[RECORD]
+        seen.add(json.loads(recorded)["adapters"][0]["sha256"])
     assert len(seen) == 3
 
 
@@ -134,7 +134,7 @@ def test_progress_is_told_in_bytes_and_ends_at_all_of_them(base, adapter, tmp_pa
 
 @pytest.mark.parametrize("options", [{"rounding": "down"}, {"threads": 0}])
 def test_options_that_mean_nothing_are_refused(options, base, shapes, tmp_path):
-    with pytest.raises(ValueError, match=r"'down'|0 threads"):
+    with pytest.raises(ValueError, match=r"'down'|threads 0"):
         merge(base, [(made.lora(shapes), 1.0)], tmp_path / "out", **options)
 
 

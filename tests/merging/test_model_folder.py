@@ -9,7 +9,13 @@ from safetensors.torch import load_file
 
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import ConflictError, FormatError, NotFoundError, ResourceError, UsageError
-from krona_hub.merging.output.write_model import MergeDestination, MergedFile, bytes_to_write, check_place, write_merged
+from krona_hub.merging.output.write_model import (
+    MergeDestination,
+    MergedFile,
+    bytes_to_write,
+    check_destination,
+    write_merged,
+)
 from tests.merging.made import contents, merged_file, tensors, write_base, write_pipeline
 
 UNET = ("unet/model-1-of-2.safetensors", "unet/model-2-of-2.safetensors")
@@ -40,8 +46,8 @@ def test_a_file_becomes_a_file(tmp_path):
 
 
 def test_a_folder_becomes_a_folder_without_the_pickles_of_what_was_merged(tmp_path, base):
-    before, out, told = contents(base), tmp_path / "out", []
-    written = write_merged(MergeDestination(base, out), changes(base), progress=told.append)
+    before, out, steps = contents(base), tmp_path / "out", []
+    written = write_merged(MergeDestination(base, out), changes(base), progress=steps.append)
     after = contents(out)
     assert before.keys() - after.keys() == {"text_encoder/pytorch_model.bin"} and after.keys() <= before.keys()
     assert [p.as_posix() for p in written.left_out] == ["text_encoder/pytorch_model.bin"]
@@ -50,7 +56,7 @@ def test_a_folder_becomes_a_folder_without_the_pickles_of_what_was_merged(tmp_pa
         "unet/model.safetensors.index.json"
     } >= set(after) - {"unet/model.safetensors.index.json"}
     assert contents(base) == before
-    assert sum(told) == bytes_to_write(MergeDestination(base, out), changes(base)) == sum(map(len, after.values()))
+    assert sum(steps) == bytes_to_write(MergeDestination(base, out), changes(base)) == sum(map(len, after.values()))
 
 
 def test_the_index_of_shards_tells_the_new_size(tmp_path, base):
@@ -65,7 +71,7 @@ def test_the_index_of_shards_tells_the_new_size(tmp_path, base):
 def test_an_index_that_is_none_is_told(tmp_path, base):
     for text in ("{", "[]", "{}", '{"weight_map": 3}'):
         (base / "unet/model.safetensors.index.json").write_text(text)
-        with pytest.raises(FormatError, match="no index"):
+        with pytest.raises(FormatError, match="not a valid index"):
             write_merged(MergeDestination(base, tmp_path / "out"), changes(base, new="F32"))
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
@@ -107,14 +113,14 @@ def test_a_linked_folder_is_followed_and_a_circle_of_links_is_an_error(tmp_path,
     write_merged(MergeDestination(base, tmp_path / "out"), changes(base))
     assert (tmp_path / "out/vae/vae.safetensors").is_file() and not (tmp_path / "out/vae").is_symlink()
     (base / "tokenizer" / "again").symlink_to(base)
-    with pytest.raises(ConflictError, match="lies in"):
+    with pytest.raises(ConflictError, match="is a link to a folder that contains it"):
         write_merged(MergeDestination(base, tmp_path / "again"), changes(base))
     assert not (tmp_path / "again").exists()
 
 
 def test_a_pipe_and_a_link_that_leads_nowhere_are_errors(tmp_path, base):
     (base / "broken.json").symlink_to("nowhere")
-    with pytest.raises(NotFoundError, match="leads nowhere"):
+    with pytest.raises(NotFoundError, match="is broken"):
         write_merged(MergeDestination(base, tmp_path / "out"), changes(base))
     (base / "broken.json").unlink()
     os.mkfifo(base / "pipe")
@@ -138,7 +144,7 @@ def test_the_output_may_not_be_the_base_nor_lie_in_it_nor_hold_it(tmp_path, base
     (tmp_path / "other name").symlink_to(base)
     for out in (base, tmp_path / "other name", base / "out", base / "unet", tmp_path):
         with pytest.raises(ConflictError, match=r"input"):
-            check_place(MergeDestination(base, out, overwrite=True))
+            check_destination(MergeDestination(base, out, overwrite=True))
 
 
 def test_a_file_is_not_written_over_itself_under_any_name(tmp_path):
@@ -147,7 +153,7 @@ def test_a_file_is_not_written_over_itself_under_any_name(tmp_path):
     (tmp_path / "hard").hardlink_to(base)
     for out in (base, tmp_path / "link", tmp_path / "hard"):
         with pytest.raises(ConflictError, match="input itself"):
-            check_place(MergeDestination(base, out, overwrite=True))
+            check_destination(MergeDestination(base, out, overwrite=True))
 
 
 def test_an_output_is_never_written_through_a_linked_folder(tmp_path, base):
@@ -165,13 +171,15 @@ def test_an_output_that_exists_or_is_of_the_other_kind_is_an_error(tmp_path, bas
     (tmp_path / "full" / "x").write_text("mine")
     for out in ("file", "full"):
         with pytest.raises(ConflictError):
-            check_place(MergeDestination(base, tmp_path / out))
+            check_destination(MergeDestination(base, tmp_path / out))
     with pytest.raises(ConflictError, match="folder"):
-        check_place(MergeDestination(write_base(tmp_path / "base.safetensors"), tmp_path / "full", overwrite=True))
+        check_destination(
+            MergeDestination(write_base(tmp_path / "base.safetensors"), tmp_path / "full", overwrite=True)
+        )
     with pytest.raises(NotFoundError):
-        check_place(MergeDestination(base, tmp_path / "no" / "out"))
+        check_destination(MergeDestination(base, tmp_path / "no" / "out"))
     with pytest.raises(NotFoundError):
-        check_place(MergeDestination(tmp_path / "no base", tmp_path / "out"))
+        check_destination(MergeDestination(tmp_path / "no base", tmp_path / "out"))
 
 
 def test_files_of_an_output_that_is_overwritten_are_replaced_and_others_stay(tmp_path, base):
@@ -188,38 +196,38 @@ def test_a_place_that_is_not_writable_is_told_before_work(tmp_path, base, monkey
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # a superuser may write everywhere
     for place in (MergeDestination(base, tmp_path / "out"), MergeDestination(base, None, tmp_path / "undo")):
         with pytest.raises(ResourceError, match="not writable"):
-            check_place(place, [base / TEXT])
+            check_destination(place, [base / TEXT])
 
 
 def test_in_place_needs_a_way_back(base, tmp_path):
-    with pytest.raises(UsageError, match="way back"):
-        check_place(MergeDestination(base, None))
+    with pytest.raises(UsageError, match="requires an undo file"):
+        check_destination(MergeDestination(base, None))
     with pytest.raises(UsageError, match="link"):
-        check_place(MergeDestination(base, None, tmp_path / "undo", link=True))
+        check_destination(MergeDestination(base, None, tmp_path / "undo", link=True))
 
 
 def test_a_link_is_not_changed_in_place_for_others_may_use_what_it_leads_to(tmp_path):
     blob = write_base(tmp_path / "blob")
     (tmp_path / "base.safetensors").symlink_to(blob)
-    with pytest.raises(ConflictError, match="others may use"):
-        check_place(
+    with pytest.raises(ConflictError, match="may be shared"):
+        check_destination(
             MergeDestination(tmp_path / "base.safetensors", None, tmp_path / "undo"), [tmp_path / "base.safetensors"]
         )
 
 
 def test_an_undo_file_in_the_way_is_an_error(tmp_path, base):
     for place in (MergeDestination(base, tmp_path / "out", base / "undo"), MergeDestination(base, None, base / "undo")):
-        with pytest.raises(ConflictError, match="in the way"):
-            check_place(place)
+        with pytest.raises(ConflictError, match="conflicts with the merge"):
+            check_destination(place)
     (tmp_path / "undo").write_text("mine")
     with pytest.raises(ConflictError, match="exists"):
-        check_place(MergeDestination(base, tmp_path / "out", tmp_path / "undo"))
-    check_place(MergeDestination(base, tmp_path / "out", tmp_path / "undo", overwrite=True))
-    with pytest.raises(ConflictError, match="half done"):  # it may be the only way back
-        check_place(MergeDestination(base, None, tmp_path / "undo", overwrite=True))
+        check_destination(MergeDestination(base, tmp_path / "out", tmp_path / "undo"))
+    check_destination(MergeDestination(base, tmp_path / "out", tmp_path / "undo", overwrite=True))
+    with pytest.raises(ConflictError, match="may be incomplete"):  # it may be the only way back
+        check_destination(MergeDestination(base, None, tmp_path / "undo", overwrite=True))
     file = write_base(tmp_path / "base.safetensors")
     with pytest.raises(ConflictError):
-        check_place(MergeDestination(file, tmp_path / "o", tmp_path / "o"))
+        check_destination(MergeDestination(file, tmp_path / "o", tmp_path / "o"))
 
 
 def test_a_disk_that_is_too_small_is_told_before_work(tmp_path, base, monkeypatch):

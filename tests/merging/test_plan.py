@@ -1,4 +1,4 @@
-"""What a merge will do, told from headers: matches, refusals, sizes; and what it then does is that."""
+"""Merge plans from headers: matches, errors and sizes, and merges that follow them."""
 
 import json
 import subprocess
@@ -177,7 +177,7 @@ def test_a_weight_of_zero_leaves_every_byte(base, adapter, tmp_path):
     report = merge(base, [(adapter, 0.0)], tmp_path / "out")
     for path in base.rglob("*.safetensors"):
         assert (tmp_path / "out" / path.relative_to(base)).read_bytes() == path.read_bytes()
-    assert report.tensors == () and "every weight is 0" in report.notes[0]
+    assert report.tensors == () and "every strength is 0" in report.notes[0]
 
 
 def test_one_component_may_be_merged_alone(base, shapes, adapter, tmp_path):
@@ -188,7 +188,7 @@ def test_one_component_may_be_merged_alone(base, shapes, adapter, tmp_path):
 
 
 def test_a_component_folder_takes_its_part_of_an_adapter(base, adapter, shapes, tmp_path):
-    with pytest.raises(BaseMismatchError, match=r"\d+ of \d+ modules .* not there: lora_te_"):
+    with pytest.raises(BaseMismatchError, match=r"\d+ of \d+ modules .* unmatched: lora_te_"):
         plan_merge(base / "unet", [(adapter, 1.0)])
     for options in ({"component": "unet"}, {"allow_missing": True}):
         plan = plan_merge(base / "unet", [(adapter, 1.0)], **options)
@@ -207,18 +207,18 @@ def test_no_match_is_refused_even_with_consent(base, tmp_path):
 def test_shapes_that_do_not_fit_are_never_merged(base, shapes):
     name = next(n for n in shapes if n.endswith("to_q"))
     wrong = made.lora({**shapes, name: (shapes[name][0] * 2, shapes[name][1])})
-    with pytest.raises(BaseMismatchError, match=f"not there: {name}. Of the first: its delta is 64x32"):
+    with pytest.raises(BaseMismatchError, match=f"unmatched: {name}. Reason for the first: its delta is 64x32"):
         plan_merge(base, [(wrong, 1.0)])
     plan = plan_merge(base, [(wrong, 1.0)], allow_missing=True)
     assert name in plan.adapters[0].missing and len(plan.tensors) == len(shapes) - 1
 
 
 def test_a_recorded_base_that_differs_is_refused(base, shapes):
-    told = replace(made.lora(shapes), base=BaseModel(family=None, fingerprint="0" * 64))
+    other = replace(made.lora(shapes), base=BaseModel(family=None, fingerprint="0" * 64))
     with pytest.raises(BaseMismatchError, match="was made for a base model with fingerprint 000000000000"):
-        plan_merge(base, [(told, 1.0)])
-    assert plan_merge(base, [(told, 1.0)], allow_base_mismatch=True).tensors
-    right = replace(told, base=load_base(base).model)
+        plan_merge(base, [(other, 1.0)])
+    assert plan_merge(base, [(other, 1.0)], allow_base_mismatch=True).tensors
+    right = replace(other, base=load_base(base).model)
     assert plan_merge(base, [(right, 1.0)]).tensors
 
 
@@ -246,17 +246,17 @@ def test_a_sum_that_overflows_stops_and_names_the_tensor(base, shapes, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
-    [({"out_dtype": "fp8"}, "'fp8' is no output type"), ({"block_weights": {"nothing": 1.0}}, "found in no layer")],
+    ("options", "message"),
+    [({"out_dtype": "fp8"}, "Unknown output dtype 'fp8'"), ({"block_weights": {"nothing": 1.0}}, "matches no layer")],
 )
-def test_options_without_a_meaning_are_told(options, told, base, shapes):
-    with pytest.raises(UsageError, match=told):
+def test_options_without_a_meaning_are_told(options, message, base, shapes):
+    with pytest.raises(UsageError, match=message):
         plan_merge(base, [(made.lora(shapes), 1.0)], **options)
-    with pytest.raises(UsageError, match="no adapter"):
+    with pytest.raises(UsageError, match="Missing adapters"):
         plan_merge(base, [])
-    with pytest.raises(UsageError, match="weight of nan"):
+    with pytest.raises(UsageError, match="Invalid strength nan"):
         plan_merge(base, [(made.lora(shapes), float("nan"))])
-    with pytest.raises(UsageError, match="say where to write"):
+    with pytest.raises(UsageError, match="Missing option --output"):
         merge(base, [(made.lora(shapes), 1.0)])
 
 
@@ -264,7 +264,7 @@ def test_options_without_a_meaning_are_told(options, told, base, shapes):
 
 
 def test_a_name_without_weights_is_no_base(shapes, tmp_path):
-    with pytest.raises(UnknownBaseError, match="its weights are needed"):
+    with pytest.raises(UnknownBaseError, match="sd15 is a catalogue name; a merge requires the weights"):
         plan_merge("sd15", [(made.lora(shapes), 1.0)])
     with pytest.raises(FileNotFoundError):
         plan_merge(tmp_path / "nowhere.safetensors", [(made.lora(shapes), 1.0)])
@@ -302,7 +302,7 @@ QUANTISED = {
 
 
 def quantised_unet(base, folder, how, name):
-    """A pipeline folder whose U-Net has one weight stored in that way."""
+    """A pipeline folder whose U-Net has one weight stored by `how`."""
     for component in ("unet", "text_encoder"):
         (folder / component).mkdir(parents=True)
         for file in (base / component).iterdir():
@@ -360,21 +360,21 @@ def test_pickles_missing_shards_and_lying_indices_are_told_apart(base, shapes, t
     with pytest.raises(IncompleteError, match="no weights"):
         plan_merge(folder, lora)
     (folder / "diffusion_pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    with pytest.raises(PickleError, match="pickles only"):
+    with pytest.raises(PickleError, match="only as pickles"):
         plan_merge(folder, lora)
     tiny.sd15().unet.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
     index = tmp_path / "sharded/diffusion_pytorch_model.safetensors.index.json"
-    said = json.loads(index.read_text())
-    shards = sorted(set(said["weight_map"].values()))
-    name = next(iter(said["weight_map"]))
-    lie = {**said["weight_map"], name: next(s for s in shards if s != said["weight_map"][name])}
-    index.write_text(json.dumps(said | {"weight_map": lie}))
-    with pytest.raises(StructureError, match=f"names {name}"):
+    data = json.loads(index.read_text())
+    shards = sorted(set(data["weight_map"].values()))
+    name = next(iter(data["weight_map"]))
+    lie = {**data["weight_map"], name: next(s for s in shards if s != data["weight_map"][name])}
+    index.write_text(json.dumps(data | {"weight_map": lie}))
+    with pytest.raises(StructureError, match=f"lists {name}"):
         plan_merge(tmp_path / "sharded", lora, component="unet")
-    index.write_text(json.dumps({**said, "weight_map": {k: v for k, v in said["weight_map"].items() if k != name}}))
-    with pytest.raises(StructureError, match=f"does not name {name}"):
+    index.write_text(json.dumps({**data, "weight_map": {k: v for k, v in data["weight_map"].items() if k != name}}))
+    with pytest.raises(StructureError, match=f"does not list {name}"):
         plan_merge(tmp_path / "sharded", lora, component="unet")
-    index.write_text(json.dumps(said))
+    index.write_text(json.dumps(data))
     (tmp_path / "sharded" / shards[0]).unlink()
     with pytest.raises(IncompleteError, match="1 of"):
         plan_merge(tmp_path / "sharded", lora, component="unet")

@@ -1,4 +1,4 @@
-"""Rounding: once, in both ways, and what it loses."""
+"""Rounding: once, in both modes, and its loss."""
 
 import concurrent.futures
 

@@ -68,9 +68,9 @@ def test_every_form_is_added_as_its_dense_matrix_would_be(form: str, tile_size: 
 def test_every_way_adds_every_form_right(form: str, monkeypatch: pytest.MonkeyPatch, tile_size: None) -> None:
     weight, patches = numbers(36, 64, dtype=HALF), [patch(form, (36, 64))]
     wanted = rounded(summed(weight, patches), HALF)
-    for way, _ in kernels.KERNELS:
-        monkeypatch.setattr("krona_hub.merging.arithmetic.patches.cheapest_kernel", way)
-        assert torch.equal(merged(weight, patches, rounding=EXACT)[0], wanted), way
+    for kernel, _ in kernels.KERNELS:
+        monkeypatch.setattr("krona_hub.merging.arithmetic.patches.cheapest_kernel", kernel)
+        assert torch.equal(merged(weight, patches, rounding=EXACT)[0], wanted), kernel
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -196,7 +196,7 @@ def test_small_tensors_of_any_rank_pass(shape: tuple[int, ...]) -> None:
     assert torch.equal(merged(weight, [])[0], weight)
 
 
-# --- what is told ----------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["one term", "three terms", "several sums", "shuffled rows"])
@@ -239,7 +239,7 @@ def test_infinities_and_nan_of_the_base_pass() -> None:
 
 
 def test_a_delta_of_another_size_is_refused_by_name() -> None:
-    with pytest.raises(BaseMismatchError, match=r"w has 30x64 numbers for unet\.x, whose delta is 36x64"):
+    with pytest.raises(BaseMismatchError, match=r"w is 30x64 for unet\.x, but its delta is 36x64"):
         merged(numbers(50, 64), [patch("one term", (36, 64), rows=(0, 30))])
 
 

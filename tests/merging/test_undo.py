@@ -139,7 +139,7 @@ def test_a_changed_index_or_a_missing_file_is_refused(tmp_path, folder):
 
 def test_what_is_no_undo_file_is_told(tmp_path, file):
     base, merged, _ = file
-    with pytest.raises(FormatError, match="no undo file"):
+    with pytest.raises(FormatError, match="not an undo file"):
         unmerge(merged, base, tmp_path / "back")
     with pytest.raises(NotFoundError):
         unmerge(merged, tmp_path / "nowhere", tmp_path / "back")
@@ -164,7 +164,7 @@ def test_an_undo_file_of_another_version_or_without_sense_is_told(tmp_path, file
     with pytest.raises(NewerSchemaError, match=r"2\.0"):
         unmerge(merged, forged(undo, tmp_path / "newer", version="2.0"), tmp_path / "back")
     for i, files in enumerate(([], 3, [{}], ["x"], entry(undo, merged={"z": "0"}), entry(undo, size="x"))):
-        with pytest.raises(FormatError, match="broken undo file"):
+        with pytest.raises(FormatError, match="corrupt undo file"):
             unmerge(merged, forged(undo, tmp_path / str(i), files=files), tmp_path / "back")
 
 
@@ -172,7 +172,7 @@ def test_an_undo_file_of_another_version_or_without_sense_is_told(tmp_path, file
 def test_an_undo_file_cannot_name_places_outside_the_folder(tmp_path, folder, path):
     _, merged, undo = folder
     evil = forged(undo, tmp_path / "evil.safetensors", files=entry(undo, path=path))
-    with pytest.raises(FormatError, match="broken undo file"):
+    with pytest.raises(FormatError, match="corrupt undo file"):
         unmerge(merged, evil, tmp_path / "back")
 
 

@@ -28,7 +28,7 @@ def test_a_conversion_that_is_refused_has_a_page_too(adapters, tmp_path, capsys)
     )
     assert code == 3 and not out.exists()
     document = page.read_text()
-    assert "Refused, nothing was written." in document and "--allow-loss writes this one anyway" in document
+    assert "Refused, nothing was written." in document and "--allow-loss to write this result" in document
     assert "Relative error" in document
     said = capsys.readouterr()
     assert str(page) in said.out + said.err and "KH140" in said.err

@@ -23,12 +23,12 @@ def every_layer_of(base):
 
 
 def one_of(name, dice):
-    """As `--max-error` reports layers: half of them as the LoRA itself, half as Kronecker sums of any form."""
+    """As `--max-error` reports layers: half of them as a LoRA, half as Kronecker sums of any form."""
     truncated = dice.random() < 0.5
     form = f"{dice.randint(2, 6)} × 16x16 ⊗ 80x80, B r{dice.randint(1, 8)}"
     return LayerReport(
         name, "LoRA r16", "LoRA r5" if truncated else form, 40_960, dice.randint(1_000, 99_999), 0, 0,
-        dice.random(), 1.0, "the LoRA itself, truncated" if truncated else "",
+        dice.random(), 1.0, "kept as LoRA, rank reduced 16 → 5" if truncated else "",
         f"{form}, error {dice.random():.3f}" if truncated else None,
     )  # fmt: skip
 

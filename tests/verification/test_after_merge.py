@@ -13,7 +13,7 @@ from krona_hub.verification import verify
 from krona_hub.verification.ulps import units_apart
 from tests.verification.test_check_merge import DORA, LOKR, LORA, TYPES, UNET, base_of
 
-WAYS = {
+OPTIONS = {
     "nearest": {},
     "exact": {"exact_rounding": True},
     "stochastic": {"rounding": "stochastic", "seed": 3},
@@ -24,15 +24,15 @@ WAYS = {
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("way", WAYS)
-def test_a_merge_is_verified_in_every_way_it_can_be_made(way, dtype, tmp_path):
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_merge_is_verified_in_every_way_it_can_be_made(options, dtype, tmp_path):
     base, adapters = base_of(tmp_path / "base", dtype), [(LOKR, 0.7), (LORA, -1.2)]
-    merge(base, adapters, tmp_path / "merged", **WAYS[way])
-    blocks = {name: value for name, value in WAYS[way].items() if name == "block_weights"}
+    merge(base, adapters, tmp_path / "merged", **OPTIONS[options])
+    blocks = {name: value for name, value in OPTIONS[options].items() if name == "block_weights"}
     report = verify(tmp_path / "merged", base=base, adapters=adapters, **blocks)
     assert report.same, report.different[:3]
     wrong = verify(tmp_path / "merged", base=base, adapters=[(LOKR, 0.7), (LORA, -1.0)], **blocks)
-    assert wrong.exit_code == 6 and {t.state for t in wrong.different} == {"other strength"}
+    assert wrong.exit_code == 6 and {t.state for t in wrong.different} == {"different strength"}
     assert wrong.strengths == (pytest.approx(0.7, abs=0.02), pytest.approx(-1.2, abs=0.02))
 
 

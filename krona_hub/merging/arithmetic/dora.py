@@ -4,7 +4,7 @@ W′ = (W + D)·m/‖W + D‖ with D = Σ A ⊗ B (Liu et al., 2024), as in `kro
 
     w·(W′ − W) = w·f·D + w·(f − 1)·W
 
-which is small where W is not, so that little is lost to float32. f is one number per output row or per input channel.
+which is small where W is not, so that float32 suffices. f is one number per output row or per input channel.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from krona_hub.merging.arithmetic.patches import Addition
 
 
 class Dora:
-    """The second step of one DoRA addition; `observe` every row, then `finish`, then `scale`."""
+    """The scaling of one DoRA addition: `observe` every row, then `finish`, then `scale`."""
 
     def __init__(self, addition: Addition, columns: int, wide: torch.dtype) -> None:
         delta, place = addition.patch.delta, addition.patch.placement
         if delta.magnitude is None:
-            raise TypeError("a delta without a magnitude")  # a mistake of the caller
+            raise TypeError("a delta without a magnitude")  # a bug of the caller
         self._weight, self._magnitude, self._wide = addition.patch.weight, delta.magnitude.double(), wide
         if place.swap_halves and place.transpose and delta.magnitude_axis == "out":
             self._magnitude = torch.cat(self._magnitude.chunk(2)[::-1])
@@ -33,7 +33,7 @@ class Dora:
         self._of_delta = self._of_base = torch.empty(0)
 
     def observe(self, directed: Tensor, first: int) -> None:
-        """Take in rows first, first + 1, … of W + D."""
+        """Accumulate the norms of rows first, first + 1, … of W + D."""
         squares = directed.double().square_()
         if self._by_row:
             self._squares[first : first + len(directed)] += squares.sum(1)
@@ -41,7 +41,7 @@ class Dora:
             self._squares += squares.sum(0)
 
     def finish(self) -> None:
-        """From the norms to w·f and w·(f − 1), per row or per column."""
+        """Compute w·f and w·(f − 1) from the norms, per row or per column."""
         norm = self._squares.reshape(-1, self._kernel).sum(1).sqrt_()
         factor = torch.where(norm > 0, self._magnitude / norm, 0.0).repeat_interleave(self._kernel)
         self._of_delta = (self._weight * factor).to(self._wide)

@@ -1,11 +1,11 @@
-"""Ways to add a Kronecker sum to some rows of a matrix, without ever forming it; the cheapest is chosen by its sizes.
+"""Kernels that add a Kronecker sum to rows of a matrix without materializing it; the cheapest is chosen by size.
 
-    Runs      outer numbers times runs of the inner factor: long runs, few terms (nearly every LoKr)
+    Runs      outer values times runs of the inner factor: long runs, few terms (nearly every LoKr)
     Products  row blocks as one matrix product left·right each: a LoRA, or few columns in the inner factor
-    Terms     all terms at once as one matrix product, its blocks put in place afterwards: many terms
+    Terms     all terms at once as one matrix product, whose blocks are permuted afterwards: many terms
     Spread    both factors spread over whole rows first: small inner factors
 
-Each adds in one rounding per number, but for `Runs` and `Spread` of several terms.
+Each rounds every number once, except `Runs` and `Spread` with several terms.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from krona_hub.kron.terms import Factor, LowRank, stored_rank
 from krona_hub.merging.arithmetic.scratch import scratch
 from krona_hub.merging.arithmetic.stored_layout import Sizes, StoredLayout
 
-TILE = 1 << 18  # numbers that are worked on at a time: few enough for a core's cache, many for Python's calls
-KEPT = 1 << 18  # numbers of a factor that are kept in the wide type; a larger one is widened row by row
+TILE = 1 << 18  # numbers processed at a time: few enough for the cache of a core, many enough to amortize Python calls
+KEPT = 1 << 18  # numbers of a factor cached in the wide dtype; a larger factor is widened row by row
 
 
 class Kernel(Protocol):
-    """A prepared sum, of one thread: it keeps what it made last."""
+    """A prepared sum; it caches its last result, so each thread needs its own."""
 
-    one_rounding: bool  # whether each number is rounded just once when the sum is added to it
+    one_rounding: bool  # whether adding the sum rounds each number only once
 
     def add(self, tile: Tensor, p: range, q: range) -> None:
-        """Add the rows p × q, which lie one after the other, to tile (len(p)·len(q), columns)."""
+        """Add the consecutive rows p × q to tile (len(p)·len(q), columns)."""
 
 
 class Rows:
-    """Rows of a factor in the wide type: (terms, len(rows), columns), or with axes of length 1 between, to multiply."""
+    """Rows of a factor in the wide dtype: (terms, len(rows), columns), with axes of length 1 for broadcasting."""
 
     def __init__(self, factor: Factor, wide: torch.dtype, between: tuple[int, ...] = ()) -> None:
         self._wide, self._between, self._whole = wide, between, range(factor.shape[1])
@@ -58,7 +58,7 @@ class Rows:
 
 
 class Last:
-    """A function of a range that remembers its last value: neighbouring tiles ask for the same."""
+    """A function of a range that caches its last value, since neighboring tiles use the same."""
 
     def __init__(self, make: Callable[[range], Tensor]) -> None:
         self._make, self._key, self._value = make, range(0), torch.empty(0)
@@ -70,7 +70,7 @@ class Last:
 
 
 class Runs:
-    """T[p, q, r, s] += outer[p, r] · inner[q, s], term by term, along the last axis that both leave long."""
+    """T[p, q, r, s] += outer[p, r] · inner[q, s], term by term, along the last long axis."""
 
     def __init__(self, layout: StoredLayout, wide: torch.dtype) -> None:
         self._outer = Rows(layout.outer, wide, (2, 2) if layout.crossed else (2, 4))  # terms, p, q, r, s
@@ -123,7 +123,7 @@ def _as_product(factor: Factor) -> tuple[Tensor, Tensor]:
 
 
 class Terms:
-    """All terms at once: (p·r, terms)·(terms, q·s), then axes put in order; crossed (q·r, terms)·(terms, p·s)."""
+    """All terms at once: (p·r, terms)·(terms, q·s), then permuted axes; crossed (q·r, terms)·(terms, p·s)."""
 
     one_rounding = True
 
@@ -135,7 +135,7 @@ class Terms:
         outer, inner = self._outer(p).flatten(1), self._inner(q).flatten(1)
         (r, s), (m, n) = self._columns, (len(p), len(q))
         left, right = (inner, outer) if self._crossed else (outer, inner)
-        if (m == 1) if self._crossed else (r == 1):  # the product has the order of the tile
+        if (m == 1) if self._crossed else (r == 1):  # the product is already in tile order
             tile.view(left.shape[1], right.shape[1]).addmm_(left.mT, right)
             return
         product = scratch("terms", tile.numel(), tile.dtype).view(left.shape[1], right.shape[1])
@@ -173,7 +173,7 @@ PER_NUMBER, PER_FLOP, PER_SPREAD, PER_RUN, PER_CALL = 0.12, 0.028, 0.4, 5.0, 500
 
 
 class Facts(NamedTuple):
-    """What the cost of a way depends on."""
+    """Inputs of the cost model."""
 
     sizes: Sizes
     terms: int
@@ -215,7 +215,7 @@ def _blocks(f: Facts) -> int:
 
 
 def _forming(f: Facts) -> float:
-    """Of low-rank factors that are too large to be kept: their rows are formed for each tile."""
+    """Return the cost of forming the rows of low-rank factors that are too large to cache, for each tile."""
     p, q, r, s = f.sizes
     outer, inner = (s, r) if f.crossed else (r, s)  # columns
     cost = 0.0
@@ -227,7 +227,7 @@ def _forming(f: Facts) -> float:
 
 
 class Maker(Protocol):
-    """A class of ways."""
+    """A kernel class."""
 
     def __call__(self, layout: StoredLayout, wide: torch.dtype, /) -> Kernel: ...
 
@@ -238,7 +238,7 @@ KERNELS: tuple[tuple[Maker, Callable[[Facts], float]], ...] = (
 
 
 def cheapest_kernel(layout: StoredLayout, wide: torch.dtype) -> Kernel:
-    """The sum, ready to be added to rows: by the way that costs least at its sizes."""
+    """Return the cheapest kernel for a sum of these sizes."""
     tile_rows = max(1, TILE // (layout.sizes.r * layout.sizes.s))
     outer_rank, inner_rank = stored_rank(layout.outer), stored_rank(layout.inner)
     facts = Facts(layout.sizes, layout.terms, layout.crossed, outer_rank, inner_rank, tile_rows, KEPT)
@@ -247,5 +247,5 @@ def cheapest_kernel(layout: StoredLayout, wide: torch.dtype) -> Kernel:
 
 @lru_cache(maxsize=512)
 def _cheapest(facts: Facts) -> Maker:
-    """A model has hundreds of layers and a handful of sizes."""
+    """Choose a kernel; cached, since a model has hundreds of layers but few sizes."""
     return min(KERNELS, key=lambda kernel: kernel[1](facts))[0]

@@ -1,4 +1,4 @@
-"""From the sum, in float32 or float64, to the numbers of a file: once, and with what that loses measured."""
+"""Round sums in float32 or float64 to the dtype of a file, once, and measure the loss."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from krona_hub.merging.arithmetic.scratch import scratch
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a merged tensor is rounded to the type that it is stored in."""
+    """How a merged tensor is rounded to its stored dtype."""
 
     mode: Literal["nearest", "stochastic"] = "nearest"
-    seed: int = 0  # of stochastic rounding, together with the name of the tensor
-    exact: bool = False  # sums in float64: every number is the true one, rounded once
+    seed: int = 0  # for stochastic rounding, combined with the name of the tensor
+    exact: bool = False  # sums in float64: every number is correctly rounded
 
 
 NEAREST = Rounding()
 
 
 class Survival(NamedTuple):
-    """What rounding left of a delta, as sums of squares: those of several tensors add up with `+`.
+    """What survives rounding of a delta, as sums of squares, which add up over tensors with `+`.
 
     >>> total = Survival(9.0, 1.0) + Survival(7.0, 3.0)
     >>> total, total.share
@@ -46,18 +46,18 @@ class Survival(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The relative error of what was added, ‖lost‖ / ‖wanted‖: 0 all of it is there, 0.7 most is lost."""
+        """Relative error of the change, ‖lost‖ / ‖wanted‖: 0 if nothing is lost; at 0.7, most is."""
         return sqrt(self.lost / self.wanted) if self.wanted else 0.0
 
 
-Rounder = Callable[[Tensor, Tensor], None]  # the sums, and a tensor of the stored type that they are rounded into
+Rounder = Callable[[Tensor, Tensor], None]  # (sums, output of the stored dtype)
 
-WIDE = (torch.float32, torch.float64)  # types that sums are formed in
-SATURATED = (torch.float8_e4m3fn,)  # without Inf: some versions of torch cast what is too large to the largest number
+WIDE = (torch.float32, torch.float64)  # dtypes of the sums
+SATURATED = (torch.float8_e4m3fn,)  # without Inf: some versions of torch cast overflowing values to the largest number
 
 
 def rounder(rounding: Rounding, wide: torch.dtype, out: torch.dtype, name: str) -> Rounder:
-    """The function that rounds sums in `wide` to `out`. One for each tensor: it draws numbers in their order."""
+    """Return the function that rounds sums in `wide` to `out`; one per tensor: its random stream is sequential."""
     if out in WIDE:
         return _cast
     narrowing = _cast_double if wide == torch.float64 else _cast
@@ -71,32 +71,32 @@ def _cast(sums: Tensor, out: Tensor) -> None:
 
 
 def _cast_double(sums: Tensor, out: Tensor) -> None:
-    """torch casts float64 to a narrow type by way of float32, and rounds twice."""
+    """Round once; torch casts float64 to a narrow dtype through float32, which rounds twice."""
     out.copy_(_to_odd(sums))
 
 
 def _to_odd(sums: Tensor) -> Tensor:
-    """float64 in float32, what is inexact with its last bit set: rounding that again is rounding once.
+    """Round float64 to float32 to odd (set the last bit of inexact values), so that rounding again is correct.
 
-    Boldo & Melquiond, "Emulation of FMA and correctly rounded sums" (2008): it takes two bits more than the end type.
+    Boldo & Melquiond, "Emulation of FMA and correctly rounded sums" (2008); needs two bits more than the final dtype.
     """
     near = scratch("near", sums.numel(), torch.float32).copy_(sums)
     error = scratch("error", sums.numel(), torch.float64).copy_(near).sub_(sums)
     inexact = error.ne(0)
     bits = near.view(torch.int32)
-    bits -= error.mul_(sums).gt(0).view(torch.int8)  # what went away from zero goes back
+    bits -= error.mul_(sums).gt(0).view(torch.int8)  # undo rounding away from zero
     bits |= inexact.view(torch.int8)
     return near
 
 
 def _overflow(out: torch.dtype) -> float:
-    """The least number that rounds to Inf: half a step above the largest."""
+    """Return the smallest number that rounds to Inf: half a step above the largest."""
     info = torch.finfo(out)
     return info.max + info.eps / 2 * 2.0 ** floor(log2(info.max))
 
 
 class _Unsaturated:
-    """What is too large becomes NaN, where a type has no Inf to say so."""
+    """Turn overflowing values into NaN, for a dtype without Inf."""
 
     def __init__(self, narrowing: Rounder, out: torch.dtype) -> None:
         self._narrowing, self._overflow = narrowing, _overflow(out)
@@ -109,43 +109,45 @@ class _Unsaturated:
 
 
 class _Stochastic:
-    """Up or down by chance, so that the mean is the sum: below the last bit kept, random bits are added.
+    """Round up or down at random, so that the mean is the sum: add random bits below the last bit kept.
 
-    The bits come from SFC64, whose stream numpy keeps the same, seeded by the seed and the name of the tensor: the
-    same in any thread, and whatever was drawn before. torch takes five times as long for them.
+    The bits come from SFC64, whose stream numpy keeps stable, seeded by the seed and the name of the tensor: equal in
+    any thread and any order. torch takes five times as long to generate them.
     """
 
     def __init__(self, wide: torch.dtype, out: torch.dtype, seed: int, name: str) -> None:
         info = torch.finfo(out)
         self._int = torch.int32 if wide == torch.float32 else torch.int64
         self._dropped = round(log2(info.eps / torch.finfo(wide).eps))  # bits
-        self._drawn = next(size for size in (np.int16, np.int32, np.int64) if np.iinfo(size).bits >= self._dropped)
+        self._random_dtype = next(
+            size for size in (np.int16, np.int32, np.int64) if np.iinfo(size).bits >= self._dropped
+        )
         self._smallest, self._quantum = info.smallest_normal, info.smallest_normal * info.eps
         self._largest, self._overflow = info.max, _overflow(out)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self._random = np.random.SFC64(int.from_bytes(digest[:16], "little"))
 
     def __call__(self, sums: Tensor, out: Tensor) -> None:
-        drawn = self._draw(sums.numel())
-        bits = scratch("bits", sums.numel(), self._int).copy_(drawn).bitwise_and_((1 << self._dropped) - 1)
+        random_bits = self._random_integers(sums.numel())
+        bits = scratch("bits", sums.numel(), self._int).copy_(random_bits).bitwise_and_((1 << self._dropped) - 1)
         kept = bits.add_(sums.view(self._int)).bitwise_and_(-1 << self._dropped).view(sums.dtype)
         sizes = torch.abs(sums, out=scratch("sizes", sums.numel(), sums.dtype))
         small = sizes.lt(self._smallest).nonzero().flatten()
         if len(small):
-            kept[small] = self._subnormal(sums[small], drawn[small])
+            kept[small] = self._subnormal(sums[small], random_bits[small])
         if not bool(sizes.amax() < self._largest):
             bounded = kept.clamp_(-self._largest, self._largest)
             kept = torch.where(sizes < self._overflow, bounded, sums)  # Inf and NaN stay
         out.copy_(kept)
 
-    def _draw(self, numel: int) -> Tensor:
-        """So many integers of at least the bits dropped, all values equally likely."""
-        size = np.dtype(self._drawn).itemsize
+    def _random_integers(self, numel: int) -> Tensor:
+        """Return uniform random integers with at least as many bits as are dropped."""
+        size = np.dtype(self._random_dtype).itemsize
         words: NDArray[np.uint64] = self._random.random_raw(-(-numel * size // 8))
-        return torch.from_numpy(words.view(self._drawn)[:numel])
+        return torch.from_numpy(words.view(self._random_dtype)[:numel])
 
-    def _subnormal(self, sums: Tensor, drawn: Tensor) -> Tensor:
-        """Below the smallest normal number the steps have one size."""
+    def _subnormal(self, sums: Tensor, random_bits: Tensor) -> Tensor:
+        """Round subnormal numbers, whose steps have a constant size."""
         step = 1 << self._dropped
-        shares = drawn.to(self._int).bitwise_and_(step - 1).to(sums.dtype) / step
+        shares = random_bits.to(self._int).bitwise_and_(step - 1).to(sums.dtype) / step
         return torch.copysign((sums / self._quantum + shares).floor_() * self._quantum, sums)

@@ -1,4 +1,4 @@
-"""Working memory of a thread: a few buffers of a tile's size, used again from tile to tile and tensor to tensor."""
+"""Working memory of a thread: a few buffers of the size of a tile, reused across tiles and tensors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 class _Buffers(threading.local):
     def __init__(self) -> None:  # runs in each thread
-        self.held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.cached: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
 _buffers = _Buffers()
 
 
 def scratch(use: str, numel: int, dtype: torch.dtype) -> Tensor:
-    """`numel` numbers that hold anything: what the same `use` got before, in this thread, is overwritten.
+    """Return an uninitialized buffer of `numel` numbers; the same `use` in the same thread shares memory.
 
     >>> scratch("doc", 8, torch.float32).data_ptr() == scratch("doc", 4, torch.float32).data_ptr()
     True
     """
-    held, key = _buffers.held, (use, dtype)
-    found = held.get(key)
+    cached, key = _buffers.cached, (use, dtype)
+    found = cached.get(key)
     if found is None or found.numel() < numel:
-        found = held[key] = torch.empty(numel, dtype=dtype)
+        found = cached[key] = torch.empty(numel, dtype=dtype)
     return found if found.numel() == numel else found.narrow(0, 0, numel)

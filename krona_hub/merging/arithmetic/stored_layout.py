@@ -1,8 +1,8 @@
-"""A Kronecker sum as it lies in a stored matrix, which may be the transpose, with its rows interleaved or not.
+"""Layout of a Kronecker sum in a stored matrix, possibly transposed, with or without interleaved rows.
 
 Row p·Q + q and column r·S + s of the stored matrix get, summed over the terms,
 
-    outer[p, r] · inner[q, s]          or, where it is crossed,          outer[p, s] · inner[q, r]
+    outer[p, r] · inner[q, s]          or, if crossed,                   outer[p, s] · inner[q, r]
 
 A ⊗ B and its transpose are plain, DiffuseKronA's interleaved rows (FORMATS.md §8) and their transpose are crossed.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, factor_tensors, transpose_factor
 
-BLOCK = 1 << 17  # numbers of a factor that are widened at a time, where it is large
+BLOCK = 1 << 17  # numbers of a large factor that are widened at a time
 
 
 class Sizes(NamedTuple):
@@ -50,23 +50,23 @@ class StoredLayout:
 
     @property
     def is_zero(self) -> bool:
-        """Whether a factor is zero as a whole: then nothing is added, and the base keeps its bits."""
+        """Whether a factor is entirely zero: then nothing is added, and the base keeps its bits."""
         return not all(_holds_any(t) for t in (*factor_tensors(self.outer), *factor_tensors(self.inner)))
 
     def scaled(self, weight: float) -> StoredLayout:
-        """weight · ΔW. The weight goes into the smallest tensor, which becomes float64."""
+        """Return weight · ΔW. The weight is folded into the smallest tensor, which becomes float64."""
         if weight == 1:
             return self
         smallest = min((*factor_tensors(self.outer), *factor_tensors(self.inner)), key=Tensor.numel)
         return StoredLayout(_scaled(self.outer, smallest, weight), _scaled(self.inner, smallest, weight), self.crossed)
 
     def squared_norm(self) -> float:
-        """‖ΔW‖² = Σₖₗ ⟨outerₖ, outerₗ⟩·⟨innerₖ, innerₗ⟩, in float64, from the factors."""
+        """Return ‖ΔW‖² = Σₖₗ ⟨outerₖ, outerₗ⟩·⟨innerₖ, innerₗ⟩, in float64, from the factors."""
         return max(0.0, float((_gram(self.outer) * _gram(self.inner)).sum()))
 
 
 def lay_out(s: KronTerms, *, transposed: bool = False) -> StoredLayout:
-    """The sum as it lies in W, or in Wᵀ, in the form with the longest runs.
+    """Return the layout of a sum in W, or in Wᵀ, with the longest runs.
 
     >>> lay_out(KronTerms(torch.ones(1, 6, 2), torch.ones(1, 4, 5))).sizes
     Sizes(p=6, q=4, r=2, s=5)
@@ -80,7 +80,7 @@ def lay_out(s: KronTerms, *, transposed: bool = False) -> StoredLayout:
 
 
 def _simplest(layout: StoredLayout) -> StoredLayout:
-    """The same numbers with one block of rows where there is a choice, and plain where both readings are the same."""
+    """Return an equal layout, with one block of rows if possible, and not crossed if both layouts are equal."""
     outer, inner, crossed = layout.outer, layout.inner, layout.crossed
     if layout.sizes.q == 1:
         outer, inner, crossed = inner, outer, not crossed
@@ -88,12 +88,12 @@ def _simplest(layout: StoredLayout) -> StoredLayout:
 
 
 def _holds_any(stack: Tensor) -> bool:
-    """Whether a number is not zero; a first row tells mostly."""
+    """Return whether any number is nonzero, checking a first row early."""
     return bool(stack[:1, :1].any()) or bool(stack.any())
 
 
 def _scaled(factor: Factor, chosen: Tensor, weight: float) -> Factor:
-    """The factor with one of its tensors times `weight`, if `chosen` is one of them."""
+    """Multiply one tensor of the factor by `weight`, if `chosen` is one of them."""
     if isinstance(factor, LowRank):
         up, down = (t.double() * weight if t is chosen else t for t in (factor.up, factor.down))
         return LowRank(up, down)
@@ -101,7 +101,7 @@ def _scaled(factor: Factor, chosen: Tensor, weight: float) -> Factor:
 
 
 def _gram(factor: Factor) -> Tensor:
-    """⟨factorₖ, factorₗ⟩ of every two terms: (terms, terms), float64."""
+    """Return ⟨factorₖ, factorₗ⟩ of all pairs of terms: (terms, terms), float64."""
     if not isinstance(factor, LowRank):
         return _summed(factor, lambda rows: rows.flatten(1))
     terms, rank = len(factor.up), factor.rank
@@ -115,7 +115,7 @@ def _columns(stack: Tensor) -> Tensor:
 
 
 def _summed(stack: Tensor, vectors: Callable[[Tensor], Tensor]) -> Tensor:
-    """V·Vᵀ with V = vectors(stack): in float64, or a few rows at a time in float32 where the stack is large."""
+    """Return V·Vᵀ with V = vectors(stack), in float64, or for a large stack a few rows at a time in float32."""
     if stack.numel() <= BLOCK:
         v = vectors(stack.to(torch.promote_types(stack.dtype, torch.float32)).double())  # half to double is slow
         return v @ v.mT

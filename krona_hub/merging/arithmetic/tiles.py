@@ -1,7 +1,7 @@
-"""A stored tensor with its patches, tile by tile: added in float32, rounded once, handed on in file order.
+"""Merge patches into a stored tensor tile by tile: added in float32, rounded once, emitted in file order.
 
-A tile is some whole rows. Where a tensor gets one sum that adds in one rounding, the sum is added to the base itself;
-elsewhere the whole delta of the tile is formed first, so that its parts do not round the base several times.
+A tile is a number of whole rows. If a tensor has only one sum, and its kernel rounds once, the sum is added directly to
+the base; otherwise the delta of the tile is formed first, so that its parts do not round the base several times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from krona_hub.merging.arithmetic.patches import Addition, Patch, PatchRows, Seg
 from krona_hub.merging.arithmetic.rounding import NEAREST, WIDE, Rounding, Survival, rounder
 from krona_hub.merging.arithmetic.scratch import scratch
 
-Sink = Callable[[int, Tensor], None]  # first flat element, 1-D contiguous numbers of the output type; used at once
+Sink = Callable[
+    [int, Tensor], None
+]  # (first flat element, contiguous 1-D tensor of the output dtype, valid during the call)
 
 
 def merge_tensor(
@@ -32,17 +34,17 @@ def merge_tensor(
     rounding: Rounding = NEAREST,
     name: str = "",
 ) -> Survival:
-    """Send W + Σ w·ΔW, rounded once to `out_dtype`, to `sink`: all of the tensor, in tiles, in file order.
+    """Send W + Σ w·ΔW, rounded once to `out_dtype`, to `sink`: the whole tensor, in tiles, in file order.
 
-    `weight` has the shape and type that it is stored in, and is only read. A tile is valid until `sink` returns. Rows
-    that nothing is added to keep their bits. Threads may work side by side, on a tensor each. Raises BaseMismatchError
-    for a delta of another size, DtypeError for a base that is no floating point, ConflictError for two DoRA patches on
-    the same rows, NonFiniteError naming the tensor where a finite number of the base becomes infinite.
+    `weight` has its stored shape and dtype, and is only read. A tile is valid until `sink` returns. Untouched rows keep
+    their bits. Threads may run in parallel, each on one tensor. Raises BaseMismatchError for a delta of another size,
+    DtypeError for a base that is not floating point, ConflictError for two DoRA patches on the same rows,
+    NonFiniteError, naming the tensor, if a finite value of the base becomes infinite.
     """
     if not weight.is_floating_point():
         raise DtypeError(
-            f"{name or 'the tensor'} holds {str(weight.dtype).removeprefix('torch.')}, which is no plain weight.",
-            fix="Merge into the base before it was quantised.",
+            f"{name or 'The tensor'} is {str(weight.dtype).removeprefix('torch.')}, not floating point.",
+            fix="Merge into the base model before quantization.",
         )
     if not weight.numel():
         return Survival()
@@ -50,8 +52,8 @@ def merge_tensor(
         return _Merge(weight, patches, out_dtype, rounding, name).run(sink)
 
 
-class _Desk:
-    """What a thread works on for a tile of so many rows. Views cost as much as some thousand additions: made once."""
+class _TileBuffers:
+    """Buffers for a tile of a given height. Created once: a view costs as much as a few thousand additions."""
 
     def __init__(self, height: int, columns: int, wide: torch.dtype, out: torch.dtype) -> None:
         numel = height * columns
@@ -61,13 +63,13 @@ class _Desk:
 
 
 class _Merge:
-    """One tensor on its way through the tiles."""
+    """The merge of one tensor."""
 
     def __init__(
         self, weight: Tensor, patches: Sequence[Patch], out_dtype: torch.dtype, rounding: Rounding, name: str
     ) -> None:
         self._height = len(weight) if weight.ndim else 1
-        self._base = weight.detach().reshape(-1)  # a view of what a file holds
+        self._base = weight.detach().reshape(-1)  # a view of the file
         self._columns = len(self._base) // self._height
         self._out_dtype, self._name = out_dtype, name
         self._wide = torch.float64 if rounding.exact or weight.dtype == torch.float64 else torch.float32
@@ -75,7 +77,7 @@ class _Merge:
         self._additions = additions(patches, (self._height, self._columns), self._wide, name)
         self._segments = segments(self._additions, self._height, name)
         self._doras: dict[Addition, Dora] = {}
-        self._desks: dict[int, _Desk] = {}
+        self._buffers: dict[int, _TileBuffers] = {}
         self._direct = out_dtype not in WIDE and all(
             len(s.parts) < 2 and all(p.addition.one_rounding for p in s.parts) for s in self._segments
         )
@@ -94,7 +96,7 @@ class _Merge:
     # ── one tile ─────────────────────────────────────────────────────────────────────────────────
 
     def _tile(self, segment: Segment, rows: range) -> tuple[Tensor, float, float]:
-        """The rows as they are stored, flat; ‖w·ΔW‖² here, 0 where it is known for the whole; what rounding cost."""
+        """Return the flat output rows, ‖w·ΔW‖² (0 if known for the whole tensor), and the squared loss."""
         stored = self._base.narrow(0, rows.start * self._columns, len(rows) * self._columns)
         if not segment.parts:
             return self._untouched(stored), 0.0, 0.0
@@ -105,54 +107,54 @@ class _Merge:
     def _untouched(self, stored: Tensor) -> Tensor:
         if stored.dtype == self._out_dtype:
             return stored
-        desk = self._desk(stored.numel() // self._columns)
-        self._round(desk.sums.copy_(stored), desk.out)
-        self._check_finite(stored, desk.out)
-        return desk.out
+        buffers = self._buffers_for(stored.numel() // self._columns)
+        self._round(buffers.sums.copy_(stored), buffers.out)
+        self._check_finite(stored, buffers.out)
+        return buffers.out
 
     def _added_to_base(self, part: PatchRows, rows: range, stored: Tensor) -> tuple[Tensor, float, float]:
-        desk = self._desk(len(rows))
-        desk.sums.copy_(stored)
-        part.add_to(desk.sum_rows, rows.start)
-        self._round(desk.sums, desk.out)
-        lost = desk.delta.copy_(desk.out).sub_(desk.sums)
-        return desk.out, 0.0, self._squared(lost, stored, desk.out)
+        buffers = self._buffers_for(len(rows))
+        buffers.sums.copy_(stored)
+        part.add_to(buffers.sum_rows, rows.start)
+        self._round(buffers.sums, buffers.out)
+        lost = buffers.delta.copy_(buffers.out).sub_(buffers.sums)
+        return buffers.out, 0.0, self._squared(lost, stored, buffers.out)
 
     def _added_as_a_whole(self, segment: Segment, rows: range, stored: Tensor) -> tuple[Tensor, float, float]:
-        desk = self._desk(len(rows))
-        desk.sums.copy_(stored)
-        self._form_delta(segment, rows, desk)
-        wanted = torch.dot(desk.delta, desk.delta).item()
+        buffers = self._buffers_for(len(rows))
+        buffers.sums.copy_(stored)
+        self._form_delta(segment, rows, buffers)
+        wanted = torch.dot(buffers.delta, buffers.delta).item()
         if self._out_dtype in WIDE:
-            self._add_equals(desk, stored)
+            self._add_equals(buffers, stored)
         else:
-            self._round(desk.sums.add_(desk.delta), desk.out)
-            desk.delta.copy_(desk.out).sub_(desk.sums)
-        return desk.out, wanted, self._squared(desk.delta, stored, desk.out)
+            self._round(buffers.sums.add_(buffers.delta), buffers.out)
+            buffers.delta.copy_(buffers.out).sub_(buffers.sums)
+        return buffers.out, wanted, self._squared(buffers.delta, stored, buffers.out)
 
-    def _form_delta(self, segment: Segment, rows: range, desk: _Desk) -> None:
-        """Σ w·ΔW of these rows, where the desk's sums still are the base. DoRA first: it scales what is there."""
-        desk.delta.zero_()
+    def _form_delta(self, segment: Segment, rows: range, buffers: _TileBuffers) -> None:
+        """Form Σ w·ΔW of these rows while `sums` is still the base. DoRA comes first, since it scales the buffer."""
+        buffers.delta.zero_()
         for part in sorted(segment.parts, key=lambda p: p.addition not in self._doras):
-            part.add_to(desk.delta_rows, rows.start)
+            part.add_to(buffers.delta_rows, rows.start)
             if part.addition in self._doras:
-                self._doras[part.addition].scale(desk.delta_rows, desk.sum_rows, part.row(rows.start))
+                self._doras[part.addition].scale(buffers.delta_rows, buffers.sum_rows, part.row(rows.start))
 
-    def _add_equals(self, desk: _Desk, stored: Tensor) -> None:
-        """Sum and loss, where the stored type is as wide as the sums: (W′ − W) − ΔW, which is nearly exact."""
-        self._round(desk.sums.add_(desk.delta), desk.out)
+    def _add_equals(self, buffers: _TileBuffers, stored: Tensor) -> None:
+        """Add and measure the loss (W′ − W) − ΔW, nearly exact, if the stored dtype is as wide as the sums."""
+        self._round(buffers.sums.add_(buffers.delta), buffers.out)
         base = scratch("base", stored.numel(), self._wide).copy_(stored)
-        desk.delta.sub_(desk.sums.copy_(desk.out).sub_(base))
+        buffers.delta.sub_(buffers.sums.copy_(buffers.out).sub_(base))
 
-    def _desk(self, height: int) -> _Desk:
-        if height not in self._desks:
-            self._desks[height] = _Desk(height, self._columns, self._wide, self._out_dtype)
-        return self._desks[height]
+    def _buffers_for(self, height: int) -> _TileBuffers:
+        if height not in self._buffers:
+            self._buffers[height] = _TileBuffers(height, self._columns, self._wide, self._out_dtype)
+        return self._buffers[height]
 
-    # ── what went wrong ──────────────────────────────────────────────────────────────────────────
+    # ── errors ───────────────────────────────────────────────────────────────────────────────────
 
     def _squared(self, lost: Tensor, stored: Tensor, out: Tensor) -> float:
-        """‖lost‖², which is finite unless something in the tile is not."""
+        """Return ‖lost‖²; if it is not finite, check the tile and sum over finite weights."""
         squared = torch.dot(lost, lost).item()
         if isfinite(squared):
             return squared
@@ -160,14 +162,14 @@ class _Merge:
         return lost[finite].double().square().sum().item()
 
     def _check_finite(self, stored: Tensor, out: Tensor) -> Tensor:
-        """Where the base is finite: there the result must be."""
+        """Return where the base is finite. Raises NonFiniteError if the result is not finite there."""
         finite = _is_finite(stored)
         broken = int((finite & ~_is_finite(out)).sum())
         if broken:
             raise NonFiniteError(
-                f"{self._name or 'the tensor'} overflows: {broken} numbers or more are beyond what "
-                f"{str(self._out_dtype).removeprefix('torch.')} holds.",
-                fix="Take smaller weights, or store it in a wider type (--out-dtype bf16 or fp32-touched).",
+                f"{self._name or 'The tensor'} overflows: at least {broken} values exceed the range of "
+                f"{str(self._out_dtype).removeprefix('torch.')}.",
+                fix="Use a smaller strength, or a wider dtype (--out-dtype bf16 or fp32-touched).",
             )
         return finite
 
@@ -178,10 +180,10 @@ class _Merge:
         for part in parts_of(addition, self._height):
             for rows in _tiles(Segment(part.rows, (part,)), self._columns):
                 stored = self._base.narrow(0, rows.start * self._columns, len(rows) * self._columns)
-                desk = self._desk(len(rows))
-                desk.sums.copy_(stored)
-                part.add_to(desk.sum_rows, rows.start)
-                dora.observe(desk.sum_rows, part.row(rows.start))
+                buffers = self._buffers_for(len(rows))
+                buffers.sums.copy_(stored)
+                part.add_to(buffers.sum_rows, rows.start)
+                dora.observe(buffers.sum_rows, part.row(rows.start))
         dora.finish()
         return dora
 
@@ -191,7 +193,7 @@ def _is_finite(numbers: Tensor) -> Tensor:
 
 
 def _tiles(segment: Segment, columns: int) -> Iterator[range]:
-    """The rows of a segment, TILE numbers at a time or a row: whole blocks of a sum, or even shares of one."""
+    """Yield the rows of a segment, about TILE numbers at a time: whole blocks of a sum, or equal shares of one."""
     step = max(1, TILE // columns)
     if segment.parts:
         block = segment.parts[0].addition.block

@@ -1,1 +1,1 @@
-"""Where a merged model goes, and how it is written."""
+"""The output of a merge: destination, copied files and undo file."""

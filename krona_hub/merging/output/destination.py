@@ -1,4 +1,4 @@
-"""Where a merge reads and writes, what forbids that, and outputs that appear whole. Torch-free."""
+"""Where a merge reads and writes, the checks of both, and atomic outputs. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class MergeDestination:
     """Where a merge reads and writes."""
 
     base: Path  # a file or a folder
-    out: Path | None  # of the same kind; None: the base itself is changed, which needs `undo`
-    undo: Path | None = None  # file that will hold what `unmerge` needs
-    overwrite: bool = False  # replace what is at `out` and `undo`
+    out: Path | None  # of the same kind; None: in place, which requires `undo`
+    undo: Path | None = None  # undo file for `unmerge`
+    overwrite: bool = False  # replace existing files at `out` and `undo`
     link: bool = False  # hard-link untouched files of a folder instead of copying them
 
     @property
@@ -32,84 +32,84 @@ class MergeDestination:
 
     @property
     def home(self) -> Path:
-        """A folder on the disk that takes the output."""
+        """A folder on the disk of the output."""
         if self.out is not None:
             return self.out.parent
         return self.base if self.folder else self.base.parent
 
     @property
     def undo_overwrite(self) -> bool:
-        """Whether an undo file may be replaced: not in place, where the old one may be the only way back."""
+        """Whether an undo file may be replaced: never in place, since the old one may be the only way to restore."""
         return self.overwrite and self.out is not None
 
     def relative(self, path: Path) -> Path:
-        """Where a file of the base lies in the output folder; of a lone file its name."""
+        """Return the path of a base file in the output folder; the name of a single file."""
         return path.relative_to(self.base) if self.folder else Path(path.name)
 
 
-def check_place(place: MergeDestination, touched: Sequence[Path] = ()) -> None:
-    """Raise what writing there would raise, before any work. `touched`: paths of the files that will change.
+def check_destination(destination: MergeDestination, touched: Sequence[Path] = ()) -> None:
+    """Raise before any work what writing there would raise. `touched` are the paths of the files that will change.
 
-    UsageError (in place without undo), ConflictError (output exists, equals the base or lies in it, is of the other
-    kind, an undo file in the way), NotFoundError (no parent folder), ResourceError (not writable).
+    UsageError (in place without undo), ConflictError (output exists, is or is inside the base, or is of the other
+    kind; invalid path of the undo file), NotFoundError (no parent folder), ResourceError (not writable).
     """
-    if not place.base.exists():
-        raise NotFoundError(f"{str(place.base)!r} does not exist.", fix="Check the path.")
-    if place.out is None:
-        _check_in_place(place, touched)
+    if not destination.base.exists():
+        raise NotFoundError(f"{str(destination.base)!r} does not exist.", fix="Check the path.")
+    if destination.out is None:
+        _check_in_place(destination, touched)
     else:
-        check_new(place, place.out)
-    if place.undo is not None:
-        _check_undo(place, place.undo)
+        check_new(destination, destination.out)
+    if destination.undo is not None:
+        _check_undo(destination, destination.undo)
 
 
-def _check_in_place(place: MergeDestination, touched: Sequence[Path]) -> None:
-    if place.undo is None:
+def _check_in_place(destination: MergeDestination, touched: Sequence[Path]) -> None:
+    if destination.undo is None:
         raise UsageError(
-            "a base is changed in place only with a way back.", fix="Add --undo FILE, or write elsewhere with -o."
+            "Merging in place requires an undo file.", fix="Add --undo FILE, or write to a new path with -o."
         )
-    if place.link:
-        raise UsageError("there is nothing to link in place.", fix="Leave --link out.")
+    if destination.link:
+        raise UsageError("--link does not apply to an in-place merge.", fix="Omit --link.")
     check_changeable(touched)
 
 
 def check_changeable(files: Sequence[Path]) -> None:
-    """Raise where one of the files cannot be replaced where it lies."""
+    """Raise if one of the files cannot be replaced in place."""
     for path in files:
         if path.is_symlink():
             raise ConflictError(
-                f"{str(path)!r} is a link to {str(path.resolve())!r}, which others may use.",
-                fix="Write elsewhere with -o, or name the file itself.",
+                f"{str(path)!r} is a link to {str(path.resolve())!r}, which may be shared.",
+                fix="Write to a new path with -o, or specify the file itself.",
             )
         _check_writable(path.parent)
 
 
-def check_new(place: MergeDestination, out: Path) -> None:
-    """Raise what writing to `out`, apart from the base, would raise."""
-    check_apart(place.base, out)
-    if place.folder:
-        check_folder(out, overwrite=place.overwrite)
+def check_new(destination: MergeDestination, out: Path) -> None:
+    """Raise what writing to `out`, separate from the base, would raise."""
+    check_apart(destination.base, out)
+    if destination.folder:
+        check_folder(out, overwrite=destination.overwrite)
         _check_no_links(out)
     else:
-        check_output(out, overwrite=place.overwrite)
+        check_output(out, overwrite=destination.overwrite)
     _check_writable(out.parent)
-    if place.folder and out.is_dir():
+    if destination.folder and out.is_dir():
         _check_writable(out)
 
 
 def check_apart(source: Path, out: Path) -> None:
-    """Raise ConflictError where writing `out` could change `source`: equal, by a link too, or one in the other."""
+    """Raise ConflictError if writing `out` could change `source`: the same, also by a link, or one inside the other."""
     inside, outside = out.resolve(), source.resolve()
     if inside == outside or (out.exists() and out.samefile(source)):
-        raise ConflictError(f"the output {str(out)!r} is the input itself.", fix=_ELSEWHERE)
+        raise ConflictError(f"The output {str(out)!r} is the input itself.", fix=_ELSEWHERE)
     if inside.is_relative_to(outside):
-        raise ConflictError(f"the output {str(out)!r} lies in the input.", fix=_ELSEWHERE)
+        raise ConflictError(f"The output {str(out)!r} is inside the input.", fix=_ELSEWHERE)
     if outside.is_relative_to(inside):
-        raise ConflictError(f"the input {str(source)!r} lies in the output.", fix=_ELSEWHERE)
+        raise ConflictError(f"The input {str(source)!r} is inside the output.", fix=_ELSEWHERE)
 
 
 def _check_no_links(folder: Path) -> None:
-    """Files are replaced by name, but a linked folder leads elsewhere, to the base perhaps."""
+    """Raise for linked folders: files are replaced by name, and a linked folder may lead to the base."""
     for parent, names, _ in os.walk(folder):
         for name in names:
             if (Path(parent) / name).is_symlink():
@@ -122,54 +122,54 @@ def _check_no_links(folder: Path) -> None:
 def _check_writable(folder: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ResourceError(
-            f"the folder {str(folder)!r} is not writable.", fix="Choose another place, or change the permissions."
+            f"The folder {str(folder)!r} is not writable.", fix="Choose another output, or change the permissions."
         )
 
 
-def _check_undo(place: MergeDestination, undo: Path) -> None:
-    if place.out is None and undo.is_file():
+def _check_undo(destination: MergeDestination, undo: Path) -> None:
+    if destination.out is None and undo.is_file():
         raise ConflictError(
-            f"{str(undo)!r} exists already; the merge in place that it undoes may be half done.",
-            fix="Run `krona unmerge` with it first and then remove it, or choose another name.",
+            f"{str(undo)!r} already exists; the in-place merge that it undoes may be incomplete.",
+            fix="Run `krona unmerge` with it and then delete it, or choose another name.",
         )
-    check_output(undo, overwrite=place.overwrite)
-    for folder in (place.base, place.out):
+    check_output(undo, overwrite=destination.overwrite)
+    for folder in (destination.base, destination.out):
         if folder is not None and undo.resolve().is_relative_to(folder.resolve()):
             raise ConflictError(
-                f"the undo file {str(undo)!r} is in the way of the merge: it would be or lie in {str(folder)!r}.",
-                fix="Put it beside, under another name.",
+                f"The undo file {str(undo)!r} conflicts with the merge: it must not be or be inside {str(folder)!r}.",
+                fix="Choose a path outside the base and the output.",
             )
     _check_writable(undo.parent)
 
 
 class Output(NamedTuple):
-    """An output while it is being written."""
+    """An output that is being written."""
 
     create: Callable[[Path], AbstractContextManager[BinaryIO]]
-    """Opens the file of a relative path, for reading and writing."""
-    folder: Path | None = None  # where its files lie for now, where it is a folder of its own
+    """Opens a file by relative path, for reading and writing."""
+    folder: Path | None = None  # temporary location, for a new folder
 
 
 @contextmanager
-def opened(place: MergeDestination) -> Iterator[Output]:
-    """An output whose files appear when the block ends well and vanish when it does not.
+def opened(destination: MergeDestination) -> Iterator[Output]:
+    """Open an output whose files appear if the block succeeds and are deleted otherwise.
 
-    A file, and each file in place, appears by a rename of its own; a folder by one of the whole.
+    A single file, and each file in place, is renamed individually; a new folder is renamed as a whole.
     """
     with ExitStack() as stack:
-        if place.out is None:
-            yield Output(lambda path: nullcontext(_beside(place, path, stack)))
-        elif place.folder:
-            folder = stack.enter_context(atomic_folder(place.out, overwrite=place.overwrite))
+        if destination.out is None:
+            yield Output(lambda path: nullcontext(_beside(destination, path, stack)))
+        elif destination.folder:
+            folder = stack.enter_context(atomic_folder(destination.out, overwrite=destination.overwrite))
             yield Output(lambda path: _created(folder / path), folder)
         else:
-            file = stack.enter_context(atomic_file(place.out, overwrite=place.overwrite))
+            file = stack.enter_context(atomic_file(destination.out, overwrite=destination.overwrite))
             yield Output(lambda _: nullcontext(file))
 
 
-def _beside(place: MergeDestination, relative: Path, stack: ExitStack) -> BinaryIO:
-    """A file that will replace one of the base, with its rights."""
-    path = place.base / relative if place.folder else place.base
+def _beside(destination: MergeDestination, relative: Path, stack: ExitStack) -> BinaryIO:
+    """Open a file that will replace one of the base, with its permissions."""
+    path = destination.base / relative if destination.folder else destination.base
     file = stack.enter_context(atomic_file(path, overwrite=True))
     if hasattr(os, "fchmod"):
         os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))

@@ -1,4 +1,4 @@
-"""The files of a model folder: which there are, which a merge would leave stale, and copies of the rest. Torch-free."""
+"""The files of a model folder: list them, find those that a merge makes stale, and copy the rest. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from krona_hub.checkpoints.workers import ByteCounter
 from krona_hub.errors import ConflictError, FormatError, NotFoundError
 from krona_hub.merging.output.destination import Output
 
-CACHES = (".git", ".cache")  # a clone's history and the Hub client's records: as large as the model, and not of it
-INDEX = re.compile(r"\.index(\.[^.]+)?\.json$")  # of the plain weights, or of a variant
+CACHES = (
+    ".git",
+    ".cache",
+)  # the history of a clone and the records of the Hub client: large, and not part of the model
+INDEX = re.compile(r"\.index(\.[^.]+)?\.json$")  # of the default weights or a variant
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The files of a folder and its subfolders, relative, sorted.
+    """Return the files of a folder and its subfolders, relative and sorted.
 
-    Links are followed, leftovers of killed writers passed over. Raises NotFoundError for a link that leads nowhere,
-    ConflictError for a pipe, a device or links in a circle.
+    Links are followed; temporary files of killed writers are skipped. Raises NotFoundError for a broken link,
+    ConflictError for a pipe, a device or a link loop.
     """
     return sorted(path.relative_to(folder) for path in _walk(folder, (folder.resolve(),)))
 
@@ -40,25 +43,25 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
         if is_temporary(child.name):
             continue
         if not child.exists():
-            raise NotFoundError(f"the link {str(child)!r} leads nowhere.", fix="Download the folder again.")
+            raise NotFoundError(f"The link {str(child)!r} is broken.", fix="Download the folder again.")
         if child.is_dir():
             yield from _walk_into(child, above)
         elif stat.S_ISREG(child.stat().st_mode):
             yield child
         else:
-            raise ConflictError(f"{str(child)!r} is neither a file nor a folder.", fix="Move it away.")
+            raise ConflictError(f"{str(child)!r} is neither a file nor a folder.", fix="Remove it from the folder.")
 
 
 def _walk_into(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     real = folder.resolve()
     if real in above:
-        raise ConflictError(f"{str(folder)!r} is a link to a folder that it lies in.", fix="Remove the link.")
+        raise ConflictError(f"{str(folder)!r} is a link to a folder that contains it.", fix="Remove the link.")
     if folder.name not in CACHES:
         yield from _walk(folder, (*above, real))
 
 
 def stale(files: Iterable[Path], changed: Collection[Path]) -> list[Path]:
-    """The files that hold the weights of a changed component in another form, with their indices: not merged.
+    """Return the files with other copies of the weights of a changed component, and their indices: not merged.
 
     >>> names = ["unet/a.safetensors", "unet/a.bin", "unet/a.bin.index.json", "vae/b.bin"]
     >>> [p.name for p in stale(map(Path, names), {Path("unet/a.safetensors")})]
@@ -69,9 +72,9 @@ def stale(files: Iterable[Path], changed: Collection[Path]) -> list[Path]:
 
 
 def indices(base: Path, growth: Mapping[Path, int]) -> dict[Path, bytes]:
-    """The index files whose `total_size` changes, relative, with their new bytes.
+    """Return the index files whose `total_size` changes, relative, with their new bytes.
 
-    `growth`: changed file, relative -> bytes that its tensors take more than before.
+    `growth` maps each changed file, relative, to the bytes by which its tensors grow.
     """
     new = {}
     for folder in sorted({path.parent for path, more in growth.items() if more}):
@@ -83,13 +86,15 @@ def indices(base: Path, growth: Mapping[Path, int]) -> dict[Path, bytes]:
 
 
 def _with_size(path: Path, growth: Mapping[str, int]) -> bytes | None:
-    """The index with the size of its shards as they are now; None where nothing changes or no size is told."""
+    """Return the index with the new total size, None if it does not change or is not recorded."""
     try:
         index = json.loads(path.read_bytes())
         total = index.get("metadata", {}).get("total_size")
         more = sum(growth.get(name, 0) for name in set(index["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise FormatError(f"{path}: no index of safetensors shards.", fix="Download the folder again.") from None
+        raise FormatError(
+            f"{path} is not a valid index of safetensors shards.", fix="Download the folder again."
+        ) from None
     if not more or not isinstance(total, int | float):
         return None
     index["metadata"]["total_size"] = int(total) + more
@@ -105,7 +110,7 @@ def copy_files(
     threads: int = 2,
     progress: ByteCounter | None = None,
 ) -> None:
-    """Copy files of `base`, relative, to the output, or link them where the file system can."""
+    """Copy files of `base`, relative, to the output, or hard-link them if the file system supports it."""
     for relative in files:
         path = base / relative
         if link and output.folder and _linked(path, output.folder / relative):

@@ -1,8 +1,9 @@
-"""The undo file of a merge: what it replaced, byte for byte. Torch-free.
+"""The undo file of a merge: the replaced bytes. Torch-free.
 
-A safetensors file. Tensor `<i>.header` holds the bytes before the data of the i-th changed file (of an index file, all
-of it), `<i>.tensor.<name>` a touched tensor as it was; the metadata `krona.undo` says which file that is, its size and
-sha256, and the sha256 of what the merge made of each touched tensor, so that `unmerge` knows its own.
+It is a safetensors file. Tensor `<i>.header` contains the bytes before the data of the i-th changed file (for an index
+file, the whole file), `<i>.tensor.<name>` the original bytes of a touched tensor; the metadata `krona.undo` records the
+path, size and sha256 of each file, and the sha256 of each touched tensor after the merge, so that `unmerge` can verify
+its input.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from krona_hub.merging.output.destination import MergeDestination
 KEY = "krona.undo"
 VERSION = "1.0"
 INDEX = ""  # in place of a tensor's name: the sha256 of an index file after the merge
-_BROKEN = "Give the file that `krona merge --undo` wrote."
+_BROKEN = "Specify the file that `krona merge --undo` wrote."
 
 
 @dataclass(frozen=True)
 class Before:
-    """A file as it was before the merge."""
+    """A file before the merge."""
 
-    path: str  # relative to the folder, with /; of a lone file its name
+    path: str  # relative to the folder, with /; the name of a single file
     size: int  # bytes
     sha256: str
     merged: Mapping[str, str]  # touched tensor -> sha256 of its bytes after the merge
@@ -51,26 +52,26 @@ class Undo:
     """An undo file."""
 
     header: Header
-    folder: bool  # a merged folder, not a lone file
+    folder: bool  # whether a folder was merged, not a single file
     files: tuple[Before, ...]
 
     def opening(self, number: int) -> bytes:
-        """The bytes before the data of a file, or a whole index file."""
+        """Return the bytes before the data of a file, or a whole index file."""
         info = self.header.tensors[f"{number}.header"]
         with self.header.path.open("rb") as file:
             file.seek(self.header.data_start + info.start)
             return file.read(info.nbytes)
 
-    def place(self, number: int, tensor: str) -> int:
-        """Where in the undo file the bytes of a touched tensor begin."""
+    def offset(self, number: int, tensor: str) -> int:
+        """Return the position in the undo file of the bytes of a touched tensor."""
         return self.header.data_start + self.header.tensors[f"{number}.tensor.{tensor}"].start
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes of the base that go into the undo file."""
+    """Bytes of the base that the undo file stores."""
 
-    name: str  # of the tensor that they become
+    name: str  # of their tensor in the undo file
     stored: EncodedTensor
     path: Path
     size: int  # of the file at `path`
@@ -78,7 +79,7 @@ class Kept:
 
 
 def kept(number: int, header: Header, tensors: Iterable[str]) -> Iterator[Kept]:
-    """What the undo file keeps of the i-th changed file."""
+    """Yield what the undo file stores of the i-th changed file."""
     opening = EncodedTensor("U8", (header.data_start,), tuple)
     yield Kept(f"{number}.header", opening, header.path, header.file_size, 0)
     for name in tensors:
@@ -88,7 +89,7 @@ def kept(number: int, header: Header, tensors: Iterable[str]) -> Iterator[Kept]:
 
 
 def kept_index(number: int, path: Path) -> Kept:
-    """What it keeps of an index file: everything."""
+    """Return what the undo file stores of an index file: all of it."""
     size = path.stat().st_size
     return Kept(f"{number}.header", EncodedTensor("U8", (size,), tuple), path, size, 0)
 
@@ -97,18 +98,18 @@ def write_undo(
     path: Path,
     pieces: Sequence[Kept],
     files: Sequence[Before],
-    place: MergeDestination,
+    destination: MergeDestination,
     *,
     threads: int = 2,
     progress: ByteCounter | None = None,
 ) -> None:
-    """Write the undo file of a merge at `place`, whole or not at all."""
+    """Write the undo file of a merge at `destination`, atomically."""
     ordered = sorted(pieces, key=lambda piece: (-DTYPE_BITS[piece.stored.dtype], piece.name))
-    record = {"version": VERSION, "folder": place.folder, "files": [asdict(file) for file in files]}
+    record = {"version": VERSION, "folder": destination.folder, "files": [asdict(file) for file in files]}
     opening = header_bytes([(p.name, p.stored) for p in ordered], {KEY: json.dumps(record, separators=(",", ":"))})
     starts = list(accumulate((piece.stored.nbytes for piece in ordered), initial=len(opening)))
     with ExitStack() as stack:
-        file = stack.enter_context(atomic_file(path, overwrite=place.undo_overwrite))
+        file = stack.enter_context(atomic_file(path, overwrite=destination.undo_overwrite))
         parts: list[FilePart] = []
         for source in {piece.path: piece for piece in ordered}.values():
             opened = stack.enter_context(open_source(source.path, source.size))
@@ -122,14 +123,14 @@ def write_undo(
 
 
 def read_undo(path: Path) -> Undo:
-    """The undo file at `path`. Raises FormatError for anything else, NewerSchemaError for one of a newer major."""
+    """Read the undo file at `path`. Raises FormatError for other files, NewerSchemaError for a newer major version."""
     header = read_header(path)
     if KEY not in header.metadata:
-        raise FormatError(f"{path} is no undo file.", fix=_BROKEN)
+        raise FormatError(f"{path} is not an undo file.", fix=_BROKEN)
     record = strict_json.parse(header.metadata[KEY])
     version = str(record.get("version"))
     if version.split(".")[0] != VERSION.split(".")[0]:
-        raise NewerSchemaError(f"{path} is an undo file of version {version}.", fix="Update krona-hub.")
+        raise NewerSchemaError(f"{path} is an undo file of the newer version {version}.", fix="Update krona-hub.")
     try:
         files = tuple(_before(entry) for entry in record["files"])
         undo = Undo(header, bool(record["folder"]), files)
@@ -137,12 +138,12 @@ def read_undo(path: Path) -> Undo:
     except (KeyError, TypeError, ValueError, AttributeError):
         complete = False
     if not complete or not (undo.folder or len(undo.files) == 1):
-        raise FormatError(f"{path} is a broken undo file.", fix=_BROKEN)
+        raise FormatError(f"{path} is a corrupt undo file.", fix=_BROKEN)
     return undo
 
 
 def _before(entry: Mapping[str, Any]) -> Before:
-    """Raises ValueError for a path that leads out of the folder: the file may come from anybody."""
+    """Parse an entry. Raises ValueError for a path outside the folder: undo files are untrusted input."""
     path = PurePosixPath(entry["path"])
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(entry["path"])
@@ -150,11 +151,11 @@ def _before(entry: Mapping[str, Any]) -> Before:
 
 
 def _names(number: int, file: Before) -> set[str]:
-    """The tensors that an undo file must have for a file."""
+    """Return the tensors that an undo file must contain for a file."""
     return {f"{number}.header", *(f"{number}.tensor.{name}" for name in file.merged if name != INDEX)}
 
 
 def parsed(opening: bytes) -> dict[str, TensorInfo]:
-    """The tensors that the bytes before the data of a safetensors file promise."""
+    """Return the tensors declared in the header bytes of a safetensors file."""
     fields = strict_json.parse(opening[8:])
     return {name: parse_entry(value) for name, value in fields.items() if name != "__metadata__"}
