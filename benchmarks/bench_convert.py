@@ -17,7 +17,7 @@ from time import perf_counter, sleep
 from common import report, sdxl_lora
 from safetensors.torch import save_file
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 MAX_ERROR = 0.05
@@ -26,7 +26,7 @@ MAX_ERROR = 0.05
 def attention_layers() -> dict[tuple[int, int], list[str]]:
     """Return the attention projections of the SDXL U-Net, grouped by size."""
     sizes: dict[tuple[int, int], list[str]] = {}
-    for path, module in catalogue.get("sdxl").components["unet"].items():
+    for path, module in catalog.get("sdxl").components["unet"].items():
         if path.endswith(ATTENTION):
             sizes.setdefault(module.matrix, []).append(path)
     return sizes

@@ -18,7 +18,7 @@ import torch
 from common import peak_memory, report
 from torch import Tensor
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.weight_files import WeightPlace
 from krona_hub.conversion.target import ConversionTarget
@@ -48,7 +48,7 @@ def main() -> None:
     options.add_argument("--share", type=float, default=1.0)
     share = options.parse_args().share
     torch.set_num_threads(CORES)
-    sizes = [m.shape for m in catalogue.get("sdxl").components["unet"].values() if len(m.shape) == 2]
+    sizes = [m.shape for m in catalog.get("sdxl").components["unet"].values() if len(m.shape) == 2]
     dense, worst = dense_seconds(sizes)
     some = sizes[:: round(1 / share)]
     seconds, terms = ours(some)

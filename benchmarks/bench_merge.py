@@ -24,11 +24,11 @@ from common import report
 from safetensors.torch import load_file, save_file
 
 from krona_hub import Adapter, BaseModel, LayerDelta, write
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.kron.shapes import peft_factors
 from krona_hub.kron.terms import KronTerms, as_lora
 
-CATALOGUE = Path(catalogue.__file__).parent / "catalogue" / "sdxl.unet.json"
+CATALOG = Path(catalog.__file__).parent / "catalog" / "sdxl.unet.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 RELATIVE = 0.02  # approximate ‖ΔW‖ / ‖W‖
@@ -98,7 +98,7 @@ print(json.dumps({"seconds": time.perf_counter() - start}))
 
 
 def configuration(small: bool) -> dict[str, Any]:
-    config = json.loads(CATALOGUE.read_text())["config"]
+    config = json.loads(CATALOG.read_text())["config"]
     if small:
         config["transformer_layers_per_block"] = [1, 1, 2]
     return {"_class_name": "UNet2DConditionModel", **config}

@@ -39,9 +39,9 @@ def fits(variant: str, size: str) -> bool:
 def unet(file: str) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    from krona_hub.bases import catalogue
+    from krona_hub.bases import catalog
 
-    config = json.loads((Path(catalogue.__file__).parent / "catalogue" / file).read_text())["config"]
+    config = json.loads((Path(catalog.__file__).parent / "catalog" / file).read_text())["config"]
     return UNet2DConditionModel.from_config(config).requires_grad_(False).train()
 
 

@@ -181,9 +181,9 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    from krona_hub.bases import catalogue
+    from krona_hub.bases import catalog
 
-    config = json.loads((Path(catalogue.__file__).parent / "catalogue" / "sdxl.unet.json").read_text())["config"]
+    config = json.loads((Path(catalog.__file__).parent / "catalog" / "sdxl.unet.json").read_text())["config"]
     rounds, side = (1, 8) if args.tiny else (args.rounds, args.size // 8)
     compiling = (False,) if args.tiny else (False, True)
     results: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}

@@ -71,9 +71,9 @@ def measure_variant(
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    from krona_hub.bases import catalogue
+    from krona_hub.bases import catalog
 
-    config = json.loads((Path(catalogue.__file__).parent / "catalogue" / "sdxl.unet.json").read_text())["config"]
+    config = json.loads((Path(catalog.__file__).parent / "catalog" / "sdxl.unet.json").read_text())["config"]
     config |= TINY_UNET if args.tiny else {}
     side = 8 if args.tiny else args.size // 8
     results: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}

@@ -108,11 +108,11 @@ def command(file: str, layers: bool, report: str | None, **options: Any) -> None
     layer and in total. A result whose total error exceeds 0.5 is refused unless --allow-loss is given.
     """
     from krona_hub.conversion import convert
-    from krona_hub.rendering.html.markup import check_page
+    from krona_hub.rendering.html.markup import check_html_path
 
     announce(file)
     if report:
-        check_page(report)
+        check_html_path(report)
     try:
         with progress("layers") as step:
             done = convert(file, progress=step, **options)

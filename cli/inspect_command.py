@@ -55,13 +55,13 @@ def command(
     from krona_hub.checkpoints.digest import file_sha256
     from krona_hub.formats.compatibility.tools import loads_in
     from krona_hub.formats.reading.describe import describe
-    from krona_hub.rendering.html.markup import check_page
+    from krona_hub.rendering.html.markup import check_html_path
     from krona_hub.sources import resolve
 
     announce(file)
     path = resolve(file)
     if report:
-        check_page(report)
+        check_html_path(report)
     about = describe(path, format=from_format, base=base, component=component)
     verdicts = loads_in(about)
     sha256 = file_sha256(about.header.path) if hashed else None

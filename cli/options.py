@@ -9,7 +9,7 @@ from krona_hub.bases.base import COMPONENTS
 
 def complete_bases(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
     """Complete base model names; torch-free."""
-    from krona_hub.bases.catalogue import names
+    from krona_hub.bases.catalog import names
 
     return [name for name in names() if name.startswith(start)]
 

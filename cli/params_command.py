@@ -72,11 +72,11 @@ def command(
     a LoRA of the same layers with the same number of parameters.
     """
     from krona_hub.accounting import counting
-    from krona_hub.rendering.html.markup import check_page, write_page
-    from krona_hub.rendering.html.parameter_report import count_page
+    from krona_hub.rendering.html.markup import check_html_path, write_html
+    from krona_hub.rendering.html.parameter_report import parameter_html
 
     if report:
-        check_page(report)
+        check_html_path(report)
     factorizations: dict[str, Any] = {
         "shapes": _words(shapes),
         "factors": _numbers("--factor", factors),
@@ -91,7 +91,7 @@ def command(
         found = counting.account_file(file, base=base, component=next(iter(components), None), **factorizations)
     emit(found, lambda: _show(found))
     if report:
-        log(f"Report: {write_page(report, count_page(found))}")
+        log(f"Report: {write_html(report, parameter_html(found))}")
 
 
 def _refuse_targets(targets: str | None) -> None:
@@ -102,7 +102,7 @@ def _refuse_targets(targets: str | None) -> None:
 
 
 def _missing_base() -> str:
-    from krona_hub.bases.catalogue import names
+    from krona_hub.bases.catalog import names
     from krona_hub.errors import UsageError
 
     raise UsageError(

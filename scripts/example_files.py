@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from krona_hub.assets import __file__ as assets
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.bases.name_table import table
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.cli.main import main
@@ -84,7 +84,7 @@ def _json(**content: object) -> str:
 
 def weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return noise for the projections that the demo adapters change, and norms, which they do not change."""
-    random, names = np.random.RandomState(SEED), table(catalogue.get("sd15"))
+    random, names = np.random.RandomState(SEED), table(catalog.get("sd15"))
     tensors = {}
     for module, out, in_ in projections():
         name = names.find(module)[0].layer.removeprefix("unet.")

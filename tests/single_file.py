@@ -1,6 +1,6 @@
 """Tiny pipelines as one checkpoint with the names of their authors, and back by diffusers' own converters.
 
-`known(pipe, …)` puts a tiny base into the catalogue: of a single file, only bases of the catalogue are recognised.
+`known(pipe, …)` puts a tiny base into the catalog: of a single file, only bases of the catalog are recognised.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from krona_hub.bases import catalogue, ldm_names, loading
+from krona_hub.bases import catalog, ldm_names, loading
 from krona_hub.bases.base import Base
 
 UNET = "model.diffusion_model."
@@ -34,12 +34,12 @@ OPENCLIP_REST = {
 
 @contextmanager
 def known(name: str, folder: str):
-    """The base in that diffusers folder as one of the catalogue, so that its single file is recognised."""
+    """The base in that diffusers folder as one of the catalog, so that its single file is recognised."""
     base = Base(name, name, loading.load_base(folder).components)
-    real_names, real_get = catalogue.names, catalogue.get
+    real_names, real_get = catalog.names, catalog.get
     with (
-        patch.object(catalogue, "names", lambda: (name, *real_names())),
-        patch.object(catalogue, "get", lambda wanted: base if wanted == name else real_get(wanted)),
+        patch.object(catalog, "names", lambda: (name, *real_names())),
+        patch.object(catalog, "get", lambda wanted: base if wanted == name else real_get(wanted)),
     ):
         loading._by_fingerprint.cache_clear()
         try:

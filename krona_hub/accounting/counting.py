@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 
 from krona_hub.accounting.costs import AdapterKind, adapter_kinds, lora_parameters
-from krona_hub.bases import catalogue, loading
+from krona_hub.bases import catalog, loading
 from krona_hub.bases.base import Base
 from krona_hub.bases.families import FAMILIES
 from krona_hub.bases.module_spec import ModuleSpec
@@ -49,16 +49,16 @@ class ComponentCount:
     component: str
     modules: int
     weights: int  # parameters in the weights of those modules
-    total_parameters: int | None = None  # of the whole component, if the catalogue records it
-    config_status: str | None = None  # verification status of the catalogue's configuration
+    total_parameters: int | None = None  # of the whole component, if the catalog records it
+    config_status: str | None = None  # verification status of the catalog's configuration
     total_status: str | None = None
 
     @property
     def checked(self) -> str:
-        """Verification status of the catalogue entry; empty for a base read from a folder."""
+        """Verification status of the catalog entry; empty for a base read from a folder."""
         if not (self.config_status and self.total_status):
             return ""
-        config, total = catalogue.CONFIG_STATUS[self.config_status], catalogue.TOTAL_STATUS[self.total_status]
+        config, total = catalog.CONFIG_STATUS[self.config_status], catalog.TOTAL_STATUS[self.total_status]
         return f"configuration {self.config_status} ({config}), total {self.total_status} ({total})"
 
 
@@ -183,9 +183,9 @@ def _set_names(base: Base, components: Iterable[str]) -> tuple[str, ...]:
 
 def _part(base: Base, component: str, layers: Mapping[str, ModuleSpec]) -> ComponentCount:
     part = ComponentCount(component, len(layers), sum(prod(module.shape) for module in layers.values()))
-    if base.family != base.name:  # read from a folder, not in the catalogue
+    if base.family != base.name:  # read from a folder, not in the catalog
         return part
-    entry = catalogue.component(FAMILIES[base.name].components[component])
+    entry = catalog.component(FAMILIES[base.name].components[component])
     return replace(
         part,
         total_parameters=entry.total_parameters,

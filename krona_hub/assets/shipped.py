@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-SHIPPED = ("tiny-scenes",)  # folders of krona_hub.assets, and catalogue names
+SHIPPED = ("tiny-scenes",)  # folders of krona_hub.assets, and catalog names
 
 
 def folder_of(source: str | Path) -> Path:

@@ -23,12 +23,12 @@ class Base:
     Module paths are those of diffusers and transformers, without the `text_model.` of CLIP.
     """
 
-    name: str  # catalogue name, or the source path
-    family: str | None  # name of the equal catalogue entry; None without one
+    name: str  # catalog name, or the source path
+    family: str | None  # name of the equal catalog entry; None without one
     components: Mapping[str, Component]  # component -> module path -> ModuleSpec; plain mappings are accepted
     hub_id: str | None = None  # e.g. "stabilityai/stable-diffusion-xl-base-1.0"
     uncovered: tuple[str, ...] = ()  # adaptable parts of the pipeline that `components` lacks, in words
-    candidates: tuple[str, ...] = ()  # names of several equal catalogue entries (sd21 and sd21-base)
+    candidates: tuple[str, ...] = ()  # names of several equal catalog entries (sd21 and sd21-base)
 
     def __post_init__(self) -> None:
         components = {c: m if isinstance(m, Component) else Component(m) for c, m in self.components.items()}

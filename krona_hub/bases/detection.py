@@ -15,7 +15,7 @@ from functools import cache
 from math import prod
 from typing import NamedTuple
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
 from krona_hub.bases.metadata_hints import bases_named
 from krona_hub.bases.module_spec import Placement
@@ -25,13 +25,13 @@ from krona_hub.bases.name_table import NameTable, table
 PROBES = 24  # sampled names that decide whether to score a base model
 
 Shapes = Mapping[str, tuple[int, ...] | None]  # module of a file -> shape of its delta, None if unknown
-Landing = Mapping[str, tuple[Placement, ...]]  # component -> placements
+PlacesByComponent = Mapping[str, tuple[Placement, ...]]  # component -> placements
 
 
 class Candidate(NamedTuple):
     """How well the modules of an adapter fit one base model."""
 
-    base: str  # catalogue name
+    base: str  # catalog name
     component: str | None  # component of all matched modules; None if there are several
     matched: int  # modules
     total: int  # modules of the adapter, plus missing ones
@@ -71,7 +71,7 @@ def _promising(modules: Shapes) -> list[Base]:
     """Base models that match about as many sampled names as the best one; scoring all names in all is too slow."""
     probes = list(modules)[:: max(1, len(modules) // PROBES)]
     known = {}
-    for base in map(catalogue.get, catalogue.names()):
+    for base in map(catalog.get, catalog.names()):
         names = table(base)
         known[base] = sum(bool(names.candidates(name)) for name in probes)
     best = max(known.values())
@@ -81,26 +81,26 @@ def _promising(modules: Shapes) -> list[Base]:
 def _score(base: Base, modules: Shapes, named: bool) -> Iterator[Candidate]:
     """One candidate per possible component; a single one if every name states its component."""
     names = table(base)
-    landings = [_landing(base, names, name, shape) for name, shape in modules.items()]
-    owners = sorted({owner for landing in landings for owner in landing})
-    ambiguous = any(len(landing) > 1 for landing in landings)
+    found = [_places(base, names, name, shape) for name, shape in modules.items()]
+    owners = sorted({owner for places_of in found for owner in places_of})
+    ambiguous = any(len(places_of) > 1 for places_of in found)
     for choice in owners if ambiguous else owners[:1]:
-        chosen = [places for landing in landings if (places := _choose(landing, choice))]
+        chosen = [places for places_of in found if (places := _choose(places_of, choice))]
         layers = {place.layer for places in chosen for place in places}
         total = len(modules) + _lacking(base, layers)
         component = choice if ambiguous or len(owners) == 1 else None
         yield Candidate(base.name, component, len(chosen), total, len(chosen) / total, named)
 
 
-def _landing(base: Base, names: NameTable, name: str, shape: tuple[int, ...] | None) -> Landing:
+def _places(base: Base, names: NameTable, name: str, shape: tuple[int, ...] | None) -> PlacesByComponent:
     return {owner: places for owner, places in names.candidates(name) if _fits(base, places, shape)}
 
 
-def _choose(landing: Landing, component: str) -> tuple[Placement, ...] | None:
+def _choose(places_of: PlacesByComponent, component: str) -> tuple[Placement, ...] | None:
     """The placements in the chosen component, or in the only possible one."""
-    if component in landing:
-        return landing[component]
-    return next(iter(landing.values())) if len(landing) == 1 else None
+    if component in places_of:
+        return places_of[component]
+    return next(iter(places_of.values())) if len(places_of) == 1 else None
 
 
 def _fits(base: Base, places: tuple[Placement, ...], shape: tuple[int, ...] | None) -> bool:

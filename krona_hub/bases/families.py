@@ -1,7 +1,7 @@
 """Named base models: their components and Hub ids.
 
-A component is a file of `catalogue/`; base models share text encoders. `uncovered` names the adaptable parts of a
-pipeline that the catalogue does not list.
+A component is a file of `catalog/`; base models share text encoders. `uncovered` names the adaptable parts of a
+pipeline that the catalog does not list.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Family(NamedTuple):
     """A named base model."""
 
     title: str
-    components: Mapping[str, str]  # component -> file of the catalogue
+    components: Mapping[str, str]  # component -> file of the catalog
     hub_ids: tuple[str, ...] = ()  # the first one is shown
     uncovered: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Load a base model from a catalogue name, a diffusers folder, a component folder or a checkpoint file.
+"""Load a base model from a catalog name, a diffusers folder, a component folder or a checkpoint file.
 
 Names and shapes come from safetensors headers; only folders with a `config.json` but no weights need diffusers.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.assets.shipped import folder_of
-from krona_hub.bases import catalogue, detection, ldm_names
+from krona_hub.bases import catalog, detection, ldm_names
 from krona_hub.bases.base import COMPONENTS, Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.meta_device import modules_of
@@ -49,12 +49,12 @@ def load_base(source: str | Path) -> Base:
     ----------
     source : str or Path
         A path if it exists: a diffusers folder (`unet/`, `transformer/`, `text_encoder*/`), a component folder or a
-        safetensors checkpoint. Otherwise a catalogue name, an alias, or a Hub id that the catalogue lists.
+        safetensors checkpoint. Otherwise a catalog name, an alias, or a Hub id that the catalog lists.
 
     Returns
     -------
     Base
-        Modules by component. `family` is the equal entry of the catalogue, or None.
+        Modules by component. `family` is the equal entry of the catalog, or None.
 
     Raises
     ------
@@ -76,9 +76,9 @@ def load_base(source: str | Path) -> Base:
         return named_base({c: _folder_modules(folder) for c, folder in component_folders(path).items()}, str(path))
     if path.exists():
         return _file_base(path)
-    if catalogue.find(str(source)) is None and path.suffix in (".safetensors", ".ckpt", ".pt"):
+    if catalog.find(str(source)) is None and path.suffix in (".safetensors", ".ckpt", ".pt"):
         raise NotFoundError(f"File {source} does not exist.", fix="Check the path.")
-    return catalogue.get(str(source))
+    return catalog.get(str(source))
 
 
 def weight_files(source: str | Path) -> dict[str, WeightPlace]:
@@ -111,7 +111,7 @@ def stored_by_component(folder: Path) -> dict[str, dict[str, StoredTensor]]:
 
 
 def placed(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
-    """Canonical layer -> location of its weight, for tensors with any names of a base model in the catalogue.
+    """Canonical layer -> location of its weight, for tensors with any names of a base model in the catalog.
 
     `path` names the source in errors. Raises UnknownBaseError if no base model has these names.
     """
@@ -204,21 +204,21 @@ def _file_base(path: Path) -> Base:
 
 
 def _base_of_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> Base:
-    """A base model from one checkpoint: diffusers names directly, original names through the catalogue."""
+    """A base model from one checkpoint: diffusers names directly, original names through the catalog."""
     plain = _diffusers_components(modules_in(stored))
     if plain:
         return named_base(plain, str(path))
     weights = weights_by_module(stored)
     found = detection.candidates({name: w.shape for name, w in weights.items()})
     for candidate in found[:4]:
-        base = catalogue.get(candidate.base)
+        base = catalog.get(candidate.base)
         places = landed(base, stored)
         whole = {c: m for c, m in base.components.items() if all(f"{c}.{p}" in places for p in m)}
         if whole:
             return named_base({c: _as_stored(c, m, places, stored) for c, m in whole.items()}, str(path))
     raise UnknownBaseError(
         f"{path} is not a checkpoint of a known base model.",
-        fix="Specify a diffusers folder, or one of " + ", ".join(catalogue.names()) + ".",
+        fix="Specify a diffusers folder, or one of " + ", ".join(catalog.names()) + ".",
     )
 
 
@@ -228,7 +228,7 @@ def _as_stored(
     places: Mapping[str, WeightPlace],
     stored: Mapping[str, StoredTensor],
 ) -> dict[str, ModuleSpec]:
-    """The modules of the catalogue with the shapes in the file: an inpainting U-Net has a wider `conv_in`."""
+    """The modules of the catalog with the shapes in the file: an inpainting U-Net has a wider `conv_in`."""
 
     def actual(path: str, module: ModuleSpec) -> ModuleSpec:
         weight = places[f"{component}.{path}"]
@@ -264,19 +264,19 @@ SIGNS: Mapping[str, tuple[str, ...]] = {  # modules that identify a single compo
 
 
 def named_base(modules: Mapping[str, Mapping[str, ModuleSpec]], name: str) -> Base:
-    """A base model of these modules; `family` is the equal catalogue entry, if exactly one is equal."""
+    """A base model of these modules; `family` is the equal catalog entry, if exactly one is equal."""
     components = {c: Component(of_one) for c, of_one in modules.items()}
     base = Base(name, None, components)
     equal = _by_fingerprint().get(base.fingerprint, ()) if base.denoiser else ()
     if len(equal) != 1:
         return Base(name, None, components, candidates=equal)
-    return Base(name, equal[0], components, catalogue.get(equal[0]).hub_id)
+    return Base(name, equal[0], components, catalog.get(equal[0]).hub_id)
 
 
 @cache
 def _by_fingerprint() -> Mapping[str, tuple[str, ...]]:
     known: dict[str, tuple[str, ...]] = {}
-    for name in catalogue.names():
-        fingerprint = catalogue.get(name).fingerprint
+    for name in catalog.names():
+        fingerprint = catalog.get(name).fingerprint
         known[fingerprint] = (*known.get(fingerprint, ()), name)
     return known

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 
 FLUX1 = ("flux1-dev", "flux1-schnell")
 VERSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (  # start of ss_base_model_version (sd-scripts, musubi-tuner)
@@ -62,7 +62,7 @@ HUB_KEYS = ("base_model_name_or_path", "ss_base_model", "ss_sd_model_name", "mod
 
 
 def bases_named(metadata: Mapping[str, str]) -> frozenset[str]:
-    """Catalogue names of the base models named in the metadata; empty if there are none.
+    """Catalog names of the base models named in the metadata; empty if there are none.
 
     The most specific entry decides: a Hub id first, then the architecture, then the trainer's version string.
 
@@ -74,10 +74,10 @@ def bases_named(metadata: Mapping[str, str]) -> frozenset[str]:
 
 def _named(metadata: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
     for key in HUB_KEYS:
-        name = catalogue.find(_model_name(metadata.get(key, "")))
+        name = catalog.find(_model_name(metadata.get(key, "")))
         yield (name,) if name else ()
     for text in _peft_bases(metadata):
-        name = catalogue.find(_model_name(text))
+        name = catalog.find(_model_name(text))
         yield (name,) if name else ()
     yield _beginning(ARCHITECTURES, metadata.get("modelspec.architecture", ""))
     yield _beginning(VERSIONS, metadata.get("ss_base_model_version", ""))

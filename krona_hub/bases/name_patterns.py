@@ -33,7 +33,7 @@ def parse_module(text: str) -> ModuleSpec:
     """The inverse of `encode_module`."""
     match = SHAPE.fullmatch(text)
     if match is None:
-        raise ValueError(f"Invalid module shape {text!r}.")  # an error in the shipped catalogue, not in user data
+        raise ValueError(f"Invalid module shape {text!r}.")  # an error in the shipped catalog, not in user data
     sizes, bias, groups = match.groups()
     return ModuleSpec(tuple(map(int, sizes.split("x"))), bool(bias), int(groups or 1))
 

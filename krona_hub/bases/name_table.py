@@ -89,8 +89,8 @@ class NameTable:
         several placements, with the rows of each. Raises AmbiguousError if a name without a component fits several
         components and `component` does not choose one.
 
-        >>> from krona_hub.bases import catalogue
-        >>> names = table(catalogue.get("sdxl"))
+        >>> from krona_hub.bases import catalog
+        >>> names = table(catalog.get("sdxl"))
         >>> names.find("lora_unet_input_blocks_4_1_proj_in")[0].layer
         'unet.down_blocks.1.attentions.0.proj_in'
         """
@@ -119,8 +119,8 @@ class NameTable:
         Raises NotFoundError for a layer that the base model does not have, InexpressibleError if the dialect has no
         name for it, UsageError for an unknown dialect.
 
-        >>> from krona_hub.bases import catalogue
-        >>> names = table(catalogue.get("flux1-dev"))
+        >>> from krona_hub.bases import catalog
+        >>> names = table(catalog.get("flux1-dev"))
         >>> names.spell("transformer.transformer_blocks.0.attn.to_q", "kohya-ldm")
         'lora_unet_double_blocks_0_img_attn_qkv'
         """

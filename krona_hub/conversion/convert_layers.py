@@ -16,7 +16,7 @@ from krona_hub.conversion.report import LayerReport
 from krona_hub.conversion.target import ConversionTarget, Loads
 from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
 from krona_hub.formats.forms.normal_forms import Lora, exact_lora_of, is_lora, lora_rank, size_of, with_lora, words_of
-from krona_hub.kron.factorization_search import Choice, realise, smallest_within, within_budget
+from krona_hub.kron.factorization_search import Choice, realize, smallest_within, within_budget
 from krona_hub.kron.from_lora import nearest_kron_of_loras
 from krona_hub.kron.norms import norm, recompress
 from krona_hub.kron.shapes import KronShape, nearest_split, split
@@ -208,7 +208,7 @@ def _outcome(delta: LayerDelta, lora: Lora, choice: Choice, holds_any_shape: Hol
     if not is_lora(delta) and size_of(delta)[0] <= form.parameters and holds_any_shape(delta):
         return ConvertedLayer(delta, "unchanged: no smaller factorization within the limit")
     note = _lora_note(lora_rank(delta), form.right_rank or form.terms) if form.is_lora else ""
-    terms = realise(lora.up, lora.down, form).terms.to(torch.float32)  # as new factors are stored
+    terms = realize(lora.up, lora.down, form).terms.to(torch.float32)  # as new factors are stored
     return ConvertedLayer(replace(delta, sums=(terms,)), note, best_other if form.is_lora else None)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from krona_hub.aliases import Progress
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.checkpoints.atomic import check_output
 from krona_hub.conversion.output_options import default_out, format_named, optional_dtype
 from krona_hub.errors import InexpressibleError, UnknownBaseError, UsageError
@@ -113,9 +113,9 @@ def _format(to: str, *, with_shape: bool) -> str:
 
 def _checkpoint(source: str | Path) -> Path:
     """Return the local path of a checkpoint, downloading it from the Hub if necessary."""
-    if not Path(source).exists() and catalogue.find(str(source)) is not None:
+    if not Path(source).exists() and catalog.find(str(source)) is not None:
         raise UnknownBaseError(
-            f"{source} is a catalogue name; extraction requires the weights.",
+            f"{source} is a catalog name; extraction requires the weights.",
             fix="Specify the folder or file of the checkpoint.",
         )
     return resolve_base(source) if is_remote(source) else resolve(source)

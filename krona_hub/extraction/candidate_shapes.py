@@ -15,7 +15,7 @@ from krona_hub.extraction.error_curves import Allowed, ErrorCurve, cost, price_o
 from krona_hub.extraction.fit_plan import FitPlan
 from krona_hub.extraction.layer_difference import LayerDifference, lora_shape
 from krona_hub.extraction.tensor_pairs import LayerPair
-from krona_hub.kron.candidates import Factorization, is_lora, realise
+from krona_hub.kron.candidates import Factorization, is_lora, realize
 from krona_hub.kron.factorization_search import smallest_within
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.shapes import KronShape
@@ -119,7 +119,7 @@ def _smaller(
     choices = smallest_within(loras, error, allowed=_capped(plan, weight), others_within=1.0)
     for layer, (up, down), choice in zip(members, loras, choices, strict=True):
         if not choice.form.is_lora and choice.form.parameters < layer.chosen.parameters:
-            yield layer.pair, realise(up, down, choice.form).terms.to(torch.float32)
+            yield layer.pair, realize(up, down, choice.form).terms.to(torch.float32)
 
 
 def _factors(lora: KronTerms) -> tuple[Tensor, Tensor]:

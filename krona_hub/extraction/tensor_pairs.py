@@ -85,7 +85,7 @@ def pair_up(
 ) -> Pairs:
     """Pair the tensors of both checkpoints, layer by layer.
 
-    Each may be a diffusers folder, a component folder or a file. Names unknown to the catalogue are resolved with the
+    Each may be a diffusers folder, a component folder or a file. Names unknown to the catalog are resolved with the
     modules of the other checkpoint, or of `base_name`. `targets` are named sets of layers or regular expressions.
     Raises UnknownBaseError if the names cannot be resolved, BaseMismatchError if the checkpoints have no layers in
     common or a layer differs in shape, UnsupportedError for quantized weights.
@@ -122,7 +122,7 @@ def _sides(base: Path, tuned: Path, base_name: str | Path | None) -> tuple[_Side
     known = [m for m in (named, models[base], models[tuned]) if m is not None]
     if not known:
         raise UnknownBaseError(
-            f"The layer names in {base} and {tuned} do not match any base model in the catalogue.",
+            f"The layer names in {base} and {tuned} do not match any base model in the catalog.",
             fix="Specify the base model by name, or one of the checkpoints as a diffusers folder.",
         )
     more = {p: m for folder in (base, tuned) if folder.is_dir() for p, m in _every_module(folder).items()}

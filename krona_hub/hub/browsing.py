@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.checkpoints.file_names import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS
 from krona_hub.checkpoints.file_names import SAFETENSORS as SUFFIX
 from krona_hub.errors import UsageError
@@ -86,10 +86,10 @@ def search(
 
 
 def _base_id(base: str) -> str:
-    if base in catalogue.names():
-        return catalogue.get(base).hub_id or base
+    if base in catalog.names():
+        return catalog.get(base).hub_id or base
     if not HUB_NAME.fullmatch(base):
-        return catalogue.get(base).hub_id or base  # raises, with the nearest name
+        return catalog.get(base).hub_id or base  # raises, with the nearest name
     return base
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from krona_hub.accounting.counting import lora_rank_of
 from krona_hub.assets.shipped import SHIPPED
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.bases.families import FAMILIES
 from krona_hub.formats.compatibility.tools import TOOLS, loads_in
 from krona_hub.formats.reading.description import Description, factorization_text
@@ -132,9 +132,9 @@ def _sizes(adapter: LocalAdapter) -> list[tuple[str, str]]:
 
 
 def _parameters_of_base(family: str | None, components: Sequence[str]) -> int:
-    """Return the parameter count of these components, or 0 if the catalogue lacks any of them."""
+    """Return the parameter count of these components, or 0 if the catalog lacks any of them."""
     known = FAMILIES[family].components if family and family in FAMILIES else {}
-    counts = [catalogue.component(known[c]).total_parameters if c in known else None for c in components]
+    counts = [catalog.component(known[c]).total_parameters if c in known else None for c in components]
     return sum(c for c in counts if c) if counts and all(counts) else 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from krona_hub.adapters.provenance import BaseModel, Provenance, native_provenance
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.checkpoints.digest import file_sha256_once
 from krona_hub.checkpoints.header import Header
 from krona_hub.errors import ResourceError, UsageError
@@ -98,11 +98,11 @@ def check_limits(header: Header, max_size: int = MAX_FILE) -> None:
 
 
 def base_model_id(base: BaseModel, requested: str | None) -> str:
-    """Return the Hub id of the base model: the requested one, the file's, or the catalogue's.
+    """Return the Hub id of the base model: the requested one, the file's, or the catalog's.
 
     Raises UsageError if none is known, or if it is a local path, which other people do not have.
     """
-    family = catalogue.get(base.family).hub_id if base.family in catalogue.names() else None
+    family = catalog.get(base.family).hub_id if base.family in catalog.names() else None
     name = requested or base.hub_id or family
     if name is None:
         known = f"No Hub id is known for the base model {base.family}." if base.family else _NO_BASE

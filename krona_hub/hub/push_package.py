@@ -28,7 +28,7 @@ class PushOptions:
     images: Path | None = None
     card: bool = True
     card_only: bool = False
-    base: str | Path | None = None  # needed if the catalogue does not know the key names
+    base: str | Path | None = None  # needed if the catalog does not know the key names
 
 
 @dataclass(frozen=True)

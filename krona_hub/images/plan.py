@@ -17,7 +17,7 @@ from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.description import Description
 from krona_hub.images.grid_cells import Column, GridRow, columns_of, names_of, rows_of
 from krona_hub.images.request import GenerateRequest
-from krona_hub.pipelines.opening import no_base, pipeline_for
+from krona_hub.pipelines.opening import missing_base_error, pipeline_for
 from krona_hub.sources import PIPELINE, resolve, resolve_base
 
 PREFERRED = {"tiny-scenes": (20, 3.0), "flux1-schnell": (4, 0.0)}  # family -> suitable steps and guidance
@@ -30,7 +30,7 @@ class BasePlan:
     source: str  # as given
     path: Path  # a diffusers folder or a checkpoint file
     pipeline: str | None  # diffusers class; None for a single file with --config
-    family: str | None  # name in the catalogue
+    family: str | None  # name in the catalog
     fingerprint: str | None  # sha256 of its layer names and shapes
 
     @property
@@ -94,7 +94,7 @@ def make_plan(request: GenerateRequest) -> GeneratePlan:
 def _base(source: str, request: GenerateRequest) -> BasePlan:
     path = resolve_base(source)
     if not path.exists():
-        raise no_base(source)
+        raise missing_base_error(source)
     if path.is_file():
         read_header(path)  # rejects anything but safetensors: pickles are never opened
     elif request.variant:
@@ -136,7 +136,7 @@ def _check_variant(folder: Path, variant: str) -> None:
 
 
 def _identity(path: Path) -> tuple[str | None, str | None]:
-    """Return the catalogue name and the fingerprint of a base; (None, None) if it has no layers to adapt."""
+    """Return the catalog name and the fingerprint of a base; (None, None) if it has no layers to adapt."""
     try:
         base = load_base(path)
     except KronaError:

@@ -139,7 +139,7 @@ def cut(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]
 
 
-def realise(up: Tensor, down: Tensor, form: Factorization) -> KronFit:
+def realize(up: Tensor, down: Tensor, form: Factorization) -> KronFit:
     """Factorize the layer up·down as `form`, and measure its error; the result is at least float32.
 
     A LoRA that keeps its rank is returned unchanged.

@@ -21,12 +21,12 @@ from krona_hub.aliases import Progress
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.kron.allocation import Point, allocate
 from krona_hub.kron.best_first import Allowed, Goal, Search
-from krona_hub.kron.candidates import ROUNDING, Factorization, is_lora, most_right_rank, parameters_of, realise
+from krona_hub.kron.candidates import ROUNDING, Factorization, is_lora, most_right_rank, parameters_of, realize
 from krona_hub.kron.parallel import in_processes
 from krona_hub.kron.rearrangement import LoraSvd
 from krona_hub.kron.shapes import KronShape, choices, divisors, split
 
-__all__ = ["Choice", "Factorization", "error_of", "frontier", "realise", "smallest_within", "within_budget"]
+__all__ = ["Choice", "Factorization", "error_of", "frontier", "realize", "smallest_within", "within_budget"]
 
 TOGETHER = 24  # layers searched at once: more share more products, fewer need less memory
 ROUNDS = 3  # updates of the price of a parameter, each with all factorizations found so far
@@ -80,7 +80,7 @@ def smallest_within(
 def error_of(up: Tensor, down: Tensor, shape: KronShape | tuple[int, int], terms: int = 1) -> float:
     """Return the relative error of the nearest sum of `terms` products of one shape."""
     full = split((up.shape[0], down.shape[1]), shape[0], shape[1])
-    return realise(up, down, Factorization(full, terms, None, parameters_of(full, terms, None), 0.0)).relative_error
+    return realize(up, down, Factorization(full, terms, None, parameters_of(full, terms, None), 0.0)).relative_error
 
 
 def frontier(
@@ -247,7 +247,7 @@ def _first_points(loras: Sequence[Pair], groups: list[_Group], allowed: Allowed 
             energy = float(norm) ** 2
             points[i] += [_point(f, energy) for f in _lora_forms(s, lora.size, allowed)]
             if smallest is not None:
-                error = realise(*loras[i], smallest).relative_error
+                error = realize(*loras[i], smallest).relative_error
                 points[i].append(_point(replace(smallest, relative_error=error), energy))
         if not all(points[i] for i in members):
             raise InexpressibleError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.assets.shipped import folder_of
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
 from krona_hub.bases.loading import component_folders, load_base, open_checkpoint, plainly_placed, weight_files
 from krona_hub.bases.weight_files import WeightPlace, indices_of, sets_of, stored_in
@@ -134,9 +134,9 @@ def _gathered(sets: Mapping[str, tuple[tuple[Path, ...], ...]]) -> dict[str, tup
 
 
 def _no_weights(source: str) -> KronaError:
-    if catalogue.find(source) is not None:
+    if catalog.find(source) is not None:
         return UnknownBaseError(
-            f"{source} is a catalogue name; a merge requires the weights.",
+            f"{source} is a catalog name; a merge requires the weights.",
             fix="Specify the diffusers folder, checkpoint file or Hub id (namespace/name) of the base model.",
         )
     return NotFoundError(f"{source} does not exist.", fix="Check the path.")

@@ -54,7 +54,7 @@ class MergeInput:
     notes: tuple[str, ...]
     files: tuple[Path, ...] = ()  # of the adapter
     plans: tuple[ReadPlan, ...] = ()  # of these files; none for a native file
-    guesses: tuple[str, ...] = ()  # catalogue names that fit according to its reader
+    guesses: tuple[str, ...] = ()  # catalog names that fit according to its reader
 
     @property
     def total(self) -> int:
@@ -75,7 +75,7 @@ class MergeInput:
 
     @cached_property
     def candidates(self) -> tuple[str, ...]:
-        """Catalogue names that it fits, whatever base was given, for messages."""
+        """Catalog names that it fits, whatever base was given, for messages."""
         if self.base is not None and self.base.names:
             return self.base.names
         try:
@@ -203,7 +203,7 @@ def _planned(plan: ReadPlan, tree: BaseTree) -> _Reading:
         layers = tuple(place.layer for place in module.places)
         lost = next((f"{layer} has no weight in the base." for layer in layers if layer not in tree.places), "")
         modules.append((MergeModule(module.group.name, layers, module.layout.dora is not None), lost))
-    unread = {name: _why_unread(error) for name, error in plan.aside.items()}
+    unread = {name: _why_unread(error) for name, error in plan.problems.items()}
     return _Reading(plan.format, tuple(modules), unread, plan.file.keys.extras, plan=plan)
 
 

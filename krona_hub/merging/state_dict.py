@@ -50,9 +50,9 @@ def apply_to_state_dict(
     Parameters
     ----------
     state_dict : name -> tensor. Names are a model's own (`unet.state_dict()`), those of a pipeline with the component
-        as prefix, or those of a checkpoint that `base` or the catalogue resolves.
+        as prefix, or those of a checkpoint that `base` or the catalog resolves.
     adapters : adapter, file or Hub id at strength 1, or pairs (adapter, strength).
-    base : catalogue name, folder or file of the base model, to resolve the names.
+    base : catalog name, folder or file of the base model, to resolve the names.
     component : component that the weights belong to; layers of the adapters for other components are ignored.
     out_dtype, rounding : dtype of changed tensors (default: their own); rounding to it, once.
     allow_missing : apply the matching layers only.
@@ -101,13 +101,13 @@ def _loaded(source: Source, base: str | Path | None, component: str | None) -> A
 def _places(
     state_dict: Mapping[str, Tensor], wanted: Collection[str], base: str | Path | None, component: str | None
 ) -> Places:
-    """Locate the layers: by their own names if all are there, else as `base` or the catalogue resolves them."""
+    """Locate the layers: by their own names if all are there, else as `base` or the catalog resolves them."""
     stored = {name: StoredTensor(Path("the state dict"), name, tuple(t.shape)) for name, t in state_dict.items()}
     owners = [component] if component else [c for c in COMPONENTS if any(n.startswith(f"{c}.") for n in wanted)]
     plain = _by_own_names(stored, wanted, owners)
     if len(plain) == len(wanted):
         return plain
-    known = _by_base(stored, base, component) if base is not None else _by_catalogue(stored)
+    known = _by_base(stored, base, component) if base is not None else _by_catalog(stored)
     return max(plain, known, key=lambda places: len(places.keys() & wanted))
 
 
@@ -135,7 +135,7 @@ def _by_base(stored: Mapping[str, StoredTensor], base: str | Path, component: st
     }
 
 
-def _by_catalogue(stored: Mapping[str, StoredTensor]) -> Places:
+def _by_catalog(stored: Mapping[str, StoredTensor]) -> Places:
     try:
         found = placed(Path("the state dict"), stored)
     except UnknownBaseError:

@@ -43,7 +43,7 @@ def load_into(
     scale : strength (default: 1.0)
     name : name for `set_scales` and `unload` (default: from the file name; see the report)
     component : component that an ambiguous file or a lone model belongs to
-    base : catalogue name or folder, for an adapter with key names of another layout
+    base : catalog name or folder, for an adapter with key names of another layout
     allow_missing : load the modules that fit instead of raising BaseMismatchError
     format : format of an ambiguous file
 

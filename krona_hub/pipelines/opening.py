@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.errors import FormatError, IncompleteError, KronaError, NoDeviceError, NotFoundError, UnknownBaseError
 
 SINGLE_FILES: Mapping[str, str] = {  # start of a family's name -> the pipeline for its checkpoints in one file
@@ -88,14 +88,14 @@ def pipeline_for(source: str, family: str | None) -> str:
     )
 
 
-def no_base(source: str) -> KronaError:
-    """Return the error for a base without files: a catalogue name without weights, or a missing path."""
-    known = catalogue.find(source)
+def missing_base_error(source: str) -> KronaError:
+    """Return the error for a base without files: a catalog name without weights, or a missing path."""
+    known = catalog.find(source)
     if known is None:
         return NotFoundError(f"{source}: no such file or folder.", fix="Check the path; a Hub id is written ns/name.")
-    hub_id = catalogue.get(source).hub_id
+    hub_id = catalog.get(source).hub_id
     where = f" or its Hub id, {hub_id}" if hub_id else ""
     return UnknownBaseError(
-        f"{source} is a catalogue name, but the weights of the base model are needed.",
+        f"{source} is a catalog name, but the weights of the base model are needed.",
         fix=f"Specify its diffusers folder, its checkpoint file{where}.",
     )

@@ -120,7 +120,7 @@ def resolve_base(source: str | Path) -> Path:
     Downloads the safetensors, configurations and tokenizers of a repository to the Hub cache. For a pipeline it skips
     single-file checkpoints beside the components. Downloads are compared with the digests that the Hub reports; cached
     files are compared by size only, because base models have gigabytes. Raises NotFoundError, AuthError or
-    OfflineError, each with a fix. Catalogue names have no weights and are not resolved here, except for the base model
+    OfflineError, each with a fix. Catalog names have no weights and are not resolved here, except for the base model
     that ships with the package.
     """
     hub_id = _remote(source)

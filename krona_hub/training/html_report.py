@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from krona_hub.formats.reading.describe import describe
-from krona_hub.rendering.html.markup import write_page
-from krona_hub.rendering.html.training_report import Run, training_page
+from krona_hub.rendering.html.markup import write_html
+from krona_hub.rendering.html.training_report import Run, training_html
 from krona_hub.training.configuration import ECHO, read_toml
 from krona_hub.training.progress.metrics import read_metrics, sample_files
 from krona_hub.training.training_record import LOCAL_SETTINGS
@@ -26,7 +26,7 @@ def write_report(run: Path, adapter: Path) -> Path:
         samples=sample_files(run),
         prompts=[str(prompt) for prompt in prompts],
     )
-    return write_page(run / PAGE, training_page(shown))
+    return write_html(run / PAGE, training_html(shown))
 
 
 def _as_text(name: str, value: object) -> object:

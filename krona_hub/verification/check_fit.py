@@ -104,7 +104,7 @@ def _agrees(recorded: BaseModel | None, base: Base) -> bool | None:
 
 
 def _fits_instead(path: Path, component: str | None, base: Base) -> tuple[str, ...]:
-    """Return other catalogue names that the adapter fits."""
+    """Return other catalog names that the adapter fits."""
     try:
         about = describe(path, component=component)
     except KronaError:

@@ -106,5 +106,5 @@ def check_untouched(start: TensorCheck, weight: Tensor, merged: Tensor, exact: b
     apart.add((weight if weight.dtype == merged.dtype else weight.to(merged.dtype)).reshape(-1), merged.reshape(-1))
     allowed = 1 if weight.dtype != merged.dtype and not exact else 0
     same = not apart.unequal or (allowed and apart.worst <= allowed)
-    state: State = "same" if same else "touched"
+    state: State = "same" if same else "changed unexpectedly"
     return TensorOutcome(replace(start, state=state, unequal=apart.unequal, worst_units=apart.worst))

@@ -18,7 +18,7 @@ State = Literal[
     "different strength",  # round(base + Σ s·ΔW) for other s, given in `strengths`
     "rounding difference",  # the right strengths, but more than 1 ULP apart: other arithmetic
     "differs",  # none of these
-    "touched",  # changed, although no adapter targets it
+    "changed unexpectedly",  # changed, although no adapter targets it
     "missing",  # only in the base
     "added",  # only in the merged checkpoint
     "different shape",
@@ -145,7 +145,7 @@ class FitCheck:
     """Whether the base has every layer of an adapter, with its shape. From headers alone."""
 
     adapter: Path
-    base: str  # catalogue name or path
+    base: str  # catalog name or path
     format: str
     matched: int  # modules whose layers and shapes match
     total: int  # modules
@@ -155,7 +155,7 @@ class FitCheck:
     fingerprint_agrees: bool | None = (
         None  # whether `recorded` is compatible with this base; None if nothing is recorded
     )
-    fits_instead: tuple[str, ...] = ()  # catalogue names that it fits instead, if it does not fit this one
+    fits_instead: tuple[str, ...] = ()  # catalog names that it fits instead, if it does not fit this one
     notes: tuple[str, ...] = ()
     question: Literal["fit"] = "fit"
 

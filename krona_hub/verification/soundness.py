@@ -110,7 +110,7 @@ def _module_findings(file: AdapterFile) -> Iterator[Finding]:
 def _problems(file: AdapterFile, format: Format) -> Mapping[str, KronaError]:
     """Return, by module or key, why it cannot be read; "" maps to an error of the whole file."""
     try:
-        return make_plan(file, format).aside
+        return make_plan(file, format).problems
     except KronaError as error:
         whole = error
     try:

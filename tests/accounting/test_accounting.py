@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from krona_hub.accounting import costs
 from krona_hub.accounting.counting import account
-from krona_hub.bases import catalogue, target_sets
+from krona_hub.bases import catalog, target_sets
 from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.errors import KronaError, UsageError
 from krona_hub.kron.shapes import choices
@@ -109,9 +109,9 @@ def test_terms_multiply_and_totals_are_known():
     assert (one.parts[0].config_status, one.parts[0].total_status) == ("F", "W")
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", catalog.names())
 def test_every_component_has_the_three_common_sets(name):
-    base = catalogue.get(name)
+    base = catalog.get(name)
     for component in base.components:
         attn, ff, everything = (target_sets.choose(base, component, t) for t in ("attn", "attn+ff", "all"))
         assert set(attn) < set(ff) <= set(everything), component

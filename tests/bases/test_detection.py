@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from krona_hub.bases import catalogue, detection, name_table
+from krona_hub.bases import catalog, detection, name_table
 from krona_hub.bases.metadata_hints import bases_named
 
 KQVO = r"\.attn\.to_(q|k|v|out\.0)$"
@@ -12,7 +12,7 @@ KQVO = r"\.attn\.to_(q|k|v|out\.0)$"
 
 def modules_of(base: str, pattern: str, dialect: str, component: str | None = None, shapes: bool = True) -> dict:
     """The modules of an adapter of `base` on the layers that `pattern` finds."""
-    source, found = catalogue.get(base), {}
+    source, found = catalog.get(base), {}
     table = name_table.table(source)
     for layer, module in source.layers(component or source.denoiser):
         if re.search(pattern, layer):
@@ -28,7 +28,7 @@ def best(modules, metadata=None) -> list[str]:
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "kohya", "kohya-ldm", "comfyui", "original", "peft"])
-@pytest.mark.parametrize("base", catalogue.names())
+@pytest.mark.parametrize("base", catalog.names())
 def test_a_whole_denoiser_is_recognised_in_every_dialect(base, dialect):
     ties = {
         "sd21": ["sd21-base", "sd21"],
@@ -38,7 +38,7 @@ def test_a_whole_denoiser_is_recognised_in_every_dialect(base, dialect):
     found = detection.candidates(modules_of(base, "", dialect))
     assert best(modules_of(base, "", dialect)) == ties.get(base, [base])
     assert found[0].score == 1
-    assert found[0].component == catalogue.get(base).denoiser
+    assert found[0].component == catalog.get(base).denoiser
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_shapes_decide_where_names_do_not_and_kernels_may_be_flat():
 
 
 def test_one_base_can_be_asked_alone():
-    base = catalogue.get("sdxl")
+    base = catalog.get("sdxl")
     (only,) = detection.fit(base, modules_of("sdxl", "attn", "kohya"))
     assert only.score == 1
     assert detection.fit(base, {"lora_unet_nothing": None}) == ()
@@ -131,4 +131,4 @@ def test_few_bases_are_compared_name_by_name(base, dialect, monkeypatch):
     monkeypatch.setattr(detection, "_score", lambda base, *rest: compared.append(base.name) or score(base, *rest))
     detection.candidates(modules_of(base, "", dialect))
     assert base in compared
-    assert len(compared) == len(set(compared)) <= len(catalogue.names()) / 3, "a few names rule the others out"
+    assert len(compared) == len(set(compared)) <= len(catalog.names()) / 3, "a few names rule the others out"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from krona_hub.bases import catalogue, loading
+from krona_hub.bases import catalog, loading
 from krona_hub.bases.name_table import table
 from krona_hub.errors import IncompleteError, KronaError, NotFoundError, UnknownBaseError
 from tests.bases.fakes import sparse_checkpoint
@@ -30,9 +30,9 @@ CHECKPOINT_PREFIX = {  # component -> prefix and name of each weight in a single
 
 def single_file_names(base: str, component: str, prefix: str) -> dict[str, tuple[int, ...]]:
     """Tensor names of the original release, from the table of originals."""
-    modules = catalogue.get(base).components[component]
+    modules = catalog.get(base).components[component]
     own_names = component in ("unet", "transformer") or "embedders.1" in prefix
-    originals = table(catalogue.get(base)).parts[component].originals if own_names else {}
+    originals = table(catalog.get(base)).parts[component].originals if own_names else {}
     shapes = {}
     for name, places in originals.items():
         sizes = [modules[p.layer.partition(".")[2]].shape for p in places]
@@ -56,7 +56,7 @@ def test_a_single_file_in_original_names_is_recognised_whole(name, tmp_path):
     path = sparse_checkpoint(tmp_path / "model.safetensors", shapes)
     base = loading.load_base(path)
     assert set(base.components) == set(parts)
-    assert base.fingerprint == catalogue.get(name).fingerprint
+    assert base.fingerprint == catalog.get(name).fingerprint
     assert base.family == name or (name == "sd21" and base.candidates == ("sd21-base", "sd21"))
     weights = loading.weight_files(path)
     assert {f"{c}.{p}" for c, m in base.components.items() for p in m} == set(weights)

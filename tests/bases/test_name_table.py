@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krona_hub.bases import catalogue, loading
+from krona_hub.bases import catalog, loading
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import DIALECTS, table
 from krona_hub.checkpoints.header import read_header
@@ -21,16 +21,16 @@ PARAMETER = re.compile(
 
 
 def first(base: str, name: str, component: str | None = None) -> Placement:
-    places = table(catalogue.get(base)).find(name, component)
+    places = table(catalog.get(base)).find(name, component)
     assert places, name
     return places[0]
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", catalog.names())
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_what_is_spelled_is_found_again(dialect, name):
     """In every dialect of every base: the name leads back to the layer, and a fused name is listed as fused."""
-    base = catalogue.get(name)
+    base = catalog.get(name)
     names, fused = table(base), table(base).fused(dialect)
     for layer, _ in base.layers():
         try:
@@ -44,10 +44,10 @@ def test_what_is_spelled_is_found_again(dialect, name):
         assert (spelled in fused) == (places != (Placement(layer),))
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", catalog.names())
 def test_underscored_names_never_collide(name):
     """One table can hold the diffusers and the original names of a component (FORMATS 12.1)."""
-    for part in table(catalogue.get(name)).parts.values():
+    for part in table(catalog.get(name)).parts.values():
         flat = {path.replace(".", "_"): path for path in part.modules}
         assert len(flat) == len(part.modules)
         for original, places in part.originals.items():
@@ -108,7 +108,7 @@ def test_names_that_files_have_are_found(name):
 
 
 def test_fused_modules_say_which_rows_are_whose():
-    base = catalogue.get("flux1-dev")
+    base = catalog.get("flux1-dev")
     places = table(base).find("lora_unet_single_blocks_37_linear1")
     assert [(p.layer.rpartition("37.")[2], p.rows) for p in places] == [
         ("attn.to_q", (0, 3072)), ("attn.to_k", (3072, 6144)), ("attn.to_v", (6144, 9216)), ("proj_mlp", (9216, 21504)),
@@ -132,7 +132,7 @@ def test_fused_modules_say_which_rows_are_whose():
     ],
 )
 def test_an_unknown_name_is_none(base, name):
-    assert table(catalogue.get(base)).find(name) is None
+    assert table(catalog.get(base)).find(name) is None
 
 
 pieces = st.sampled_from(
@@ -145,7 +145,7 @@ pieces = st.sampled_from(
 @given(st.one_of(st.text(max_size=30), st.lists(pieces, max_size=6).map("".join)))
 def test_no_name_breaks_the_search(name):
     for base in ("sdxl", "flux1-dev"):
-        names = table(catalogue.get(base))
+        names = table(catalog.get(base))
         try:
             found = names.find(name)
         except AmbiguousError:
@@ -155,7 +155,7 @@ def test_no_name_breaks_the_search(name):
 
 
 def test_a_name_that_fits_two_components_is_asked_about():
-    names = table(catalogue.get("sdxl"))
+    names = table(catalog.get("sdxl"))
     with pytest.raises(AmbiguousError, match="text_encoder and in text_encoder_2") as error:
         names.find("base_model.model.text_model.encoder.layers.0.mlp.fc1")
     assert "--component" in error.value.fix
@@ -164,7 +164,7 @@ def test_a_name_that_fits_two_components_is_asked_about():
 
 
 def test_text_model_is_written_for_tools_and_where_the_live_class_has_it():
-    names = table(catalogue.get("sdxl"))
+    names = table(catalog.get("sdxl"))
     one, two = "text_encoder.encoder.layers.0.mlp.fc1", "text_encoder_2.encoder.layers.0.mlp.fc1"
     for dialect in ("diffusers", "kohya", "kohya-ldm", "comfyui", "original"):
         assert "text_model" in names.spell(one, dialect) and "text_model" in names.spell(two, dialect)
@@ -175,13 +175,13 @@ def test_text_model_is_written_for_tools_and_where_the_live_class_has_it():
 
 def test_sd_scripts_names_are_ldm_for_sdxl_and_diffusers_for_sd15():
     layer = "unet.down_blocks.1.attentions.0.proj_in"
-    assert table(catalogue.get("sdxl")).spell(layer, "kohya-ldm") == "lora_unet_input_blocks_4_1_proj_in"
-    assert table(catalogue.get("sd15")).spell(layer, "kohya-ldm") == "lora_unet_down_blocks_1_attentions_0_proj_in"
-    assert table(catalogue.get("sd15")).spell(layer, "original") == "diffusion_model.input_blocks.4.1.proj_in"
+    assert table(catalog.get("sdxl")).spell(layer, "kohya-ldm") == "lora_unet_input_blocks_4_1_proj_in"
+    assert table(catalog.get("sd15")).spell(layer, "kohya-ldm") == "lora_unet_down_blocks_1_attentions_0_proj_in"
+    assert table(catalog.get("sd15")).spell(layer, "original") == "diffusion_model.input_blocks.4.1.proj_in"
 
 
 def test_mistakes_come_with_a_suggestion():
-    names = table(catalogue.get("sdxl"))
+    names = table(catalog.get("sdxl"))
     layer = "unet.down_blocks.1.attentions.0.proj_in"
     assert names.nearest("lora_unet_down_blocks_1_attentions_0_porj_in") == layer
     with pytest.raises(NotFoundError, match="Did you mean"):

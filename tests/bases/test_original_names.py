@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from krona_hub.bases import catalogue, ldm_names
+from krona_hub.bases import catalog, ldm_names
 from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import ComponentNames, table
 from krona_hub.bases.original_names import ORIGINALS
@@ -69,9 +69,9 @@ class Checkpoint(dict):
 
 
 def original_checkpoint(base: str, component: str, prefix: str = "") -> Checkpoint:
-    modules = catalogue.get(base).components[component]
+    modules = catalog.get(base).components[component]
     weights = stand_ins(modules)
-    names = dict(table(catalogue.get(base)).parts[component].originals)
+    names = dict(table(catalog.get(base)).parts[component].originals)
     covered = {place.layer for places in names.values() for place in places}
     names |= {path: (Placement(f"{component}.{path}"),) for path in modules if f"{component}.{path}" not in covered}
     tensors = {name: stacked(places, weights) for name, places in names.items()}
@@ -87,7 +87,7 @@ def test_diffusers_converts_the_original_names_of_a_transformer_to_ours(base):
 
     convert = getattr(single_file_utils, CONVERTERS[base])
     converted = convert(original_checkpoint(base, "transformer"))
-    for path, weight in stand_ins(catalogue.get(base).components["transformer"]).items():
+    for path, weight in stand_ins(catalog.get(base).components["transformer"]).items():
         assert torch.equal(converted[f"{path}.weight"], weight), path
 
 
@@ -103,8 +103,8 @@ def test_diffusers_converts_the_ldm_names_of_a_unet_to_ours(base):
         *(f"{block}.0.{part}" for block in blocks(checkpoint) for part in ("in_layers.0", "out_layers.0")),
     )
     checkpoint |= {f"model.diffusion_model.{n}.{p}": torch.zeros(1) for n in norms for p in ("weight", "bias")}
-    converted = convert_ldm_unet_checkpoint(checkpoint, dict(catalogue.component(f"{base}.unet").config))
-    for path, weight in stand_ins(catalogue.get(base).components["unet"]).items():
+    converted = convert_ldm_unet_checkpoint(checkpoint, dict(catalog.component(f"{base}.unet").config))
+    for path, weight in stand_ins(catalog.get(base).components["unet"]).items():
         assert torch.equal(converted[f"{path}.weight"], weight), path
 
 
@@ -119,10 +119,10 @@ def test_diffusers_converts_openclip_names_to_ours():
 
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-    modules = catalogue.get("sdxl").components["text_encoder_2"]
+    modules = catalog.get("sdxl").components["text_encoder_2"]
     weights = {path: torch.randn(m.shape[0], 3) for path, m in modules.items()}
     weights["text_projection"] = torch.randn(1280, 1280)
-    names = table(catalogue.get("sdxl")).parts["text_encoder_2"].originals
+    names = table(catalog.get("sdxl")).parts["text_encoder_2"].originals
     checkpoint = {}
     for name, places in names.items():
         key = f"conditioner.embedders.1.model.{name.removeprefix('openclip.')}"
@@ -144,7 +144,7 @@ def test_diffusers_reads_what_we_spell_for_sd_scripts_and_sdxl():
 
     from diffusers.loaders import lora_conversion_utils as conversion
 
-    base = catalogue.get("sdxl")
+    base = catalog.get("sdxl")
     layers = [name for name, _ in base.layers("unet") if ".attentions." in name]
     spelled = {table(base).spell(layer, "kohya-ldm"): torch.full((1,), float(i)) for i, layer in enumerate(layers)}
     file = {f"{name}.lora_{half}.weight": value for name, value in spelled.items() for half in ("down", "up")}
@@ -161,7 +161,7 @@ def test_diffusers_reads_what_we_spell_for_sd_scripts_and_flux():
     """Its kohya converter takes our fused FLUX names, and puts q, k and v where our row ranges say."""
     from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 
-    base = catalogue.get("flux1-dev")
+    base = catalog.get("flux1-dev")
     weights = stand_ins(base.components["transformer"])
     fused = table(base).fused("kohya-ldm")
     file = {}
@@ -177,10 +177,10 @@ def test_diffusers_reads_what_we_spell_for_sd_scripts_and_flux():
         assert torch.equal(up, weights[layer.removeprefix("transformer.")].double()), layer
 
 
-@pytest.mark.parametrize("name", catalogue.component_names())
+@pytest.mark.parametrize("name", catalog.component_names())
 def test_an_original_table_covers_its_component_once_and_whole(name):
     """No module is left without a place, none has two, and the rows of a fused module meet without a gap."""
-    modules = catalogue.component(name).modules
+    modules = catalog.component(name).modules
     names = ComponentNames("x", modules).originals
     layers = [place.layer for places in names.values() for place in places]
     assert len(layers) == len(set(layers))
@@ -193,25 +193,25 @@ def test_an_original_table_covers_its_component_once_and_whole(name):
         assert [place.rows[0] for place in places if place.rows] == ends[:-1]
 
 
-def test_every_table_serves_a_base_of_the_catalogue():
-    served = {o.name for c in catalogue.component_names() if (o := catalogue.component(c).modules.original)}
+def test_every_table_serves_a_base_of_the_catalog():
+    served = {o.name for c in catalog.component_names() if (o := catalog.component(c).modules.original)}
     assert served == {original.name for original in ORIGINALS}
 
 
 def test_the_published_counts_of_fused_names():
     """FLUX.1: 304 fused modules cover 494 Linears; ldm tables are one to one."""
-    flux = table(catalogue.get("flux1-dev")).parts["transformer"].originals
+    flux = table(catalog.get("flux1-dev")).parts["transformer"].originals
     in_blocks = {n: p for n, p in flux.items() if n.startswith(("double_blocks", "single_blocks"))}
     assert (len(in_blocks), sum(map(len, in_blocks.values()))) == (304, 494)
     for base, count in {"sd15": 282, "sd21": 282, "sdxl": 794, "sdxl-refiner": 554}.items():
-        assert len(ldm_names.names(catalogue.get(base).components["unet"])) == count
+        assert len(ldm_names.names(catalog.get(base).components["unet"])) == count
 
 
 def test_only_modulations_of_two_chunks_have_swapped_halves():
     swapped = {
         place.layer
         for name in ("flux1-dev", "sd35-medium")
-        for places in table(catalogue.get(name)).parts["transformer"].originals.values()
+        for places in table(catalog.get(name)).parts["transformer"].originals.values()
         for place in places
         if place.swap_halves
     }

@@ -121,7 +121,7 @@ def test_the_wrong_base_is_told_by_its_shapes_or_its_names(folders, tmp_path):
 
 
 def test_a_name_alone_has_no_weights_to_subtract(folders, tmp_path):
-    with pytest.raises(UnknownBaseError, match="sdxl is a catalogue name"):
+    with pytest.raises(UnknownBaseError, match="sdxl is a catalog name"):
         extract("sdxl", folders / "tuned", tmp_path / "x.safetensors")
     with pytest.raises(NotFoundError):
         extract(tmp_path / "nothing.safetensors", folders / "tuned", tmp_path / "x.safetensors")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.formats.compatibility.tools import TOOLS, loads_in
 from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.writing.writer import write
@@ -80,9 +80,9 @@ def test_diffusers_loses_the_alphas_that_we_say_it_loses(tmp_path):
     assert (got - want).abs().max() > 1e-3 * want.abs().max(), "diffusers has learned it: take the check out"
 
 
-def test_every_base_is_named_as_the_catalogue_names_it():
+def test_every_base_is_named_as_the_catalog_names_it():
     from krona_hub.formats.compatibility.known_failures import LOKR_PIPELINES
     from krona_hub.formats.writing.kohya_metadata import BASES
 
-    assert set(BASES) <= set(catalogue.names())
-    assert all(any(name.startswith(family) for name in catalogue.names()) for family in LOKR_PIPELINES)
+    assert set(BASES) <= set(catalog.names())
+    assert all(any(name.startswith(family) for name in catalog.names()) for family in LOKR_PIPELINES)

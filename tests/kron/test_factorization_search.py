@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.kron import best_first, krylov
-from krona_hub.kron.candidates import Factorization, is_lora, most_right_rank, parameters_of, realise
+from krona_hub.kron.candidates import Factorization, is_lora, most_right_rank, parameters_of, realize
 from krona_hub.kron.factorization_search import error_of, frontier, smallest_within, within_budget
 from krona_hub.kron.shapes import KronShape, choices
 from krona_hub.kron.terms import nearest_kron, rearrange
@@ -129,7 +129,7 @@ def test_a_form_is_realised_with_the_error_and_the_size_it_promises():
     for error in (0.05, 0.4):
         for (up, down), choice in zip(layers, smallest_within(layers, error), strict=True):
             for form in filter(None, choice):
-                fit = realise(up, down, form)
+                fit = realize(up, down, form)
                 true = float((fit.terms.dense() - up @ down).norm() / (up @ down).norm())
                 assert fit.relative_error == pytest.approx(true, abs=1e-12)
                 assert fit.relative_error == pytest.approx(form.relative_error, rel=1e-6, abs=1e-12)
@@ -138,7 +138,7 @@ def test_a_form_is_realised_with_the_error_and_the_size_it_promises():
 
 def test_the_whole_lora_is_realised_unchanged():
     up, down = torch.randn(12, 3), torch.randn(3, 18)
-    fit = realise(up, down, smallest_within([(up, down)], 0.0)[0].form)
+    fit = realize(up, down, smallest_within([(up, down)], 0.0)[0].form)
     assert torch.equal(fit.terms.right.up[0], up)
     assert torch.equal(fit.terms.right.down[0], down)
     assert fit.relative_error == 0.0
@@ -151,7 +151,7 @@ def test_a_zero_delta_takes_the_smallest_form():
         parameters_of(s, 1, r) for s in choices(12, 18) for r in ([None, 1] if most_right_rank(s) else [None])
     )
     assert choice.form.parameters == smallest
-    assert not realise(*zero, choice.form).terms.dense().any()
+    assert not realize(*zero, choice.form).terms.dense().any()
 
 
 def test_a_rank_above_the_size_of_the_layer_still_has_a_smallest_form():

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import table
 from krona_hub.checkpoints.tensor_entries import DTYPE_BITS
@@ -38,7 +38,7 @@ def write(path: Path, tensors: Tensors, dtype: str = "F16", metadata: Mapping[st
 def ldm_file(path: Path, name: str, dtype: str = "F16", more: Tensors = MappingProxyType({})) -> Path:
     """`sd15` or `sdxl` as one file: U-Net and text encoders under the names of ldm and sgm, a VAE, and `more`."""
     tensors = dict(VAE) | dict(more) | _originals(name, "unet", "model.diffusion_model.")
-    encoder = catalogue.get(name).components["text_encoder"]
+    encoder = catalog.get(name).components["text_encoder"]
     tensors |= {f"{CLIP_L[name]}{path}.weight": module.shape for path, module in encoder.items()}
     if name == "sdxl":
         tensors |= _originals(name, "text_encoder_2", OPENCLIP)
@@ -54,7 +54,7 @@ def folder(path: Path, name: str, *components: str, dtype: str = "F16") -> Path:
     """Components of a base as a diffusers folder, one file each."""
     files = {"unet": "diffusion_pytorch_model", "transformer": "diffusion_pytorch_model"}
     for component in components:
-        modules = catalogue.get(name).components[component]
+        modules = catalog.get(name).components[component]
         tensors = {f"{p}.weight": m.shape for p, m in modules.items()}
         write(path / component / f"{files.get(component, 'model')}.safetensors", tensors, dtype)
         (path / component / "config.json").write_text("{}")
@@ -64,7 +64,7 @@ def folder(path: Path, name: str, *components: str, dtype: str = "F16") -> Path:
 
 def _originals(name: str, component: str, prefix: str) -> dict[str, tuple[int, ...]]:
     """Tensors of a component under the names of its authors."""
-    originals = table(catalogue.get(name)).parts[component].originals
+    originals = table(catalog.get(name)).parts[component].originals
     stored = {}
     for module, places in originals.items():
         own = prefix + module.removeprefix("openclip.")
@@ -80,6 +80,6 @@ def _tensor(module: str) -> str:
 
 
 def _stored_shape(name: str, places: tuple[Placement, ...]) -> tuple[int, ...]:
-    shapes = [module.shape for p in places if (module := catalogue.get(name).module(p.layer))]
+    shapes = [module.shape for p in places if (module := catalog.get(name).module(p.layer))]
     whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     return whole[::-1] if places[0].transpose else whole

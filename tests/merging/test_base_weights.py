@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.bases.loading import load_base
 from krona_hub.errors import IncompleteError
 from krona_hub.merging.base_weights import open_tree
@@ -21,7 +21,7 @@ FILES = {
 def test_a_checkpoint_in_the_names_of_its_authors_holds_every_layer(name, tmp_path):
     tree = open_tree(FILES[name](tmp_path / "base.safetensors"))
     assert tree.base.family == name
-    base = catalogue.get(name)
+    base = catalog.get(name)
     parts = [c for c in base.components if c in tree.base.components]
     wanted = {layer for part in parts for layer, _ in base.layers(part)}
     assert set(tree.places) == wanted and len(parts) == {"sd15": 2, "sdxl": 3, "flux1-dev": 1}[name]
@@ -41,7 +41,7 @@ def test_a_folder_holds_the_layers_of_its_components(tmp_path):
 
 def sharded(folder, index, *, left_out=""):
     """The text encoder of SD 1.5 in two shards, and an index of that name."""
-    modules = catalogue.get("sd15").components["text_encoder"]
+    modules = catalog.get("sd15").components["text_encoder"]
     tensors = [f"{path}.weight" for path in modules]
     stem, variant = index.split(".safetensors")[0], ".fp16" if "fp16" in index else ""
     places = {}

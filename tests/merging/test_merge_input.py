@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from krona_hub import merge, plan_merge, write
 from krona_hub import read as krona_read
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.bases.loading import load_base, read, weight_files
 from krona_hub.bases.name_table import table
 from krona_hub.checkpoints.header import read_header
@@ -34,7 +34,7 @@ FLUX = ("to_q", "to_k", "to_v", "add_q_proj", "proj_mlp", "norm_out.linear", "pr
 
 def lora_file(path: Path, name: str, dialect: str, endings: tuple[str, ...], *components: str) -> Path:
     """A LoRA of rank 4 for layers of a real base, under the names of a dialect; a fused module has all its rows."""
-    base = catalogue.get(name)
+    base = catalog.get(name)
     names, tensors = table(base), {}
     fused = names.fused(dialect)
     for layer, module in base.layers():
@@ -70,7 +70,7 @@ BASES = {
 def test_an_adapter_of_real_size_finds_every_layer_in_every_layout(case, tmp_path):
     name, dialect, endings, components = REAL[case]
     adapter = lora_file(tmp_path / "lora.safetensors", name, dialect, endings, *components)
-    base = catalogue.get(name)
+    base = catalog.get(name)
     wanted = {la for la, _ in base.layers() if la.endswith(endings) and la.split(".")[0] in components}
     if "fused" in case:  # an adapter of fused modules changes all of their layers
         places = table(base).fused(dialect)

@@ -264,7 +264,7 @@ def test_options_without_a_meaning_are_told(options, message, base, shapes):
 
 
 def test_a_name_without_weights_is_no_base(shapes, tmp_path):
-    with pytest.raises(UnknownBaseError, match="sd15 is a catalogue name; a merge requires the weights"):
+    with pytest.raises(UnknownBaseError, match="sd15 is a catalog name; a merge requires the weights"):
         plan_merge("sd15", [(made.lora(shapes), 1.0)])
     with pytest.raises(FileNotFoundError):
         plan_merge(tmp_path / "nowhere.safetensors", [(made.lora(shapes), 1.0)])

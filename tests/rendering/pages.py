@@ -3,8 +3,8 @@
 from PIL import Image
 
 from krona_hub.cli.main import main
-from krona_hub.rendering.html.markup import write_page
-from krona_hub.rendering.html.training_report import Run, training_page
+from krona_hub.rendering.html.markup import write_html
+from krona_hub.rendering.html.training_report import Run, training_html
 
 
 def every_page(adapters, folder):
@@ -17,5 +17,5 @@ def every_page(adapters, folder):
     Image.new("RGB", (64, 64), "red").save(folder / "a.png")
     rows = [{"step": i, "loss": 1 / i, "smooth_loss": 1 / i, "validation_loss": 2 / i} for i in range(1, 60)]
     run = Run("toy", rows, {"prompt": "a photo " * 30}, None, {5: [folder / "a.png"]}, ["a long prompt " * 9])
-    write_page(places["training"], training_page(run))
+    write_html(places["training"], training_html(run))
     return places

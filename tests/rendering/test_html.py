@@ -7,7 +7,7 @@ import pytest
 from krona_hub.errors import ConflictError
 from krona_hub.rendering.html.charts import Axis, Line, bars, chart
 from krona_hub.rendering.html.heat_map import heat_map
-from krona_hub.rendering.html.markup import facts, page, paragraph, section, table, write_page
+from krona_hub.rendering.html.markup import facts, page, paragraph, section, table, write_html
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 
@@ -62,10 +62,10 @@ def test_the_heat_map_colours_on_a_fixed_scale_and_writes_the_number():
 
 def test_an_earlier_page_is_replaced_and_any_other_file_is_not(tmp_path):
     path = tmp_path / "page.html"
-    write_page(path, page("first", ""))
-    write_page(path, page("second", ""))
+    write_html(path, page("first", ""))
+    write_html(path, page("second", ""))
     assert "second" in path.read_text()
     path.write_text("<!doctype html>somebody's own page")
     with pytest.raises(ConflictError):
-        write_page(path, page("third", ""))
+        write_html(path, page("third", ""))
     assert "somebody" in path.read_text()

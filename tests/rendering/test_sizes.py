@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from krona_hub.adapters.adapter import Adapter
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.conversion.report import ConversionReport, LayerReport
-from krona_hub.rendering.html.conversion_report import conversion_page
-from krona_hub.rendering.html.training_report import Run, training_page
+from krona_hub.rendering.html.conversion_report import conversion_html
+from krona_hub.rendering.html.training_report import Run, training_html
 
 LIMIT = 150_000
 
@@ -19,7 +19,7 @@ NOTHING = Adapter({})  # whose curve is empty
 
 
 def every_layer_of(base):
-    return [f"{part}.{name}" for part, modules in catalogue.get(base).components.items() for name in modules]
+    return [f"{part}.{name}" for part, modules in catalog.get(base).components.items() for name in modules]
 
 
 def one_of(name, dice):
@@ -39,7 +39,7 @@ def test_a_conversion_of_every_layer_of_a_large_base_has_a_small_page(base):
     layers = tuple(one_of(name, dice) for name in names)
     assert len(layers) > 500
     report = ConversionReport("a.safetensors", "kohya-lora", "krona", None, Path("b.safetensors"), layers)
-    document = conversion_page(report, NOTHING)
+    document = conversion_html(report, NOTHING)
     assert len(document.encode()) < LIMIT
     assert document.count("best alternative") == 1
 
@@ -51,6 +51,6 @@ def test_a_training_with_many_samples_has_a_small_page(prompts, tmp_path):
     rows = [{"step": i, "loss": 1 / i, "smooth_loss": 1.5 / i, "validation_loss": 2 / i} for i in range(1, 2000)]
     samples = {step: [tmp_path / "a.png"] * prompts for step in range(0, 2000, 100)}
     run = Run("toy", rows, {"steps": "2000"}, None, samples, ["a photo of sks toy on a table"] * prompts)
-    document = training_page(run)
+    document = training_html(run)
     assert len(document.encode()) < LIMIT
     assert document.count("<img") >= prompts * 6

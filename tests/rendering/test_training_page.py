@@ -10,7 +10,7 @@ from PIL import Image
 from krona_hub.errors import DivergedError
 from krona_hub.rendering.html.embedded_images import SIZES, samples_table
 from krona_hub.rendering.html.markup import MARK
-from krona_hub.rendering.html.training_report import Run, thinned, training_page, verdict
+from krona_hub.rendering.html.training_report import Run, thinned, training_html, verdict
 from krona_hub.training.api import train
 from tests.training.bases import save_base, save_photos
 
@@ -33,7 +33,7 @@ def test_without_a_validation_the_verdict_says_how_little_is_known():
 
 def test_an_empty_run_and_a_loss_that_is_no_number_have_a_page():
     for rows in ([], rows_of([math.nan, 1.0, 2.0])):
-        document = training_page(Run("toy", rows, {}, None))
+        document = training_html(Run("toy", rows, {}, None))
         assert document.startswith(MARK) and "nan" not in document.lower()
 
 
@@ -48,7 +48,7 @@ def test_hostile_prompts_and_settings_are_escaped(tmp_path):
     Image.new("RGBA", (300, 200), "red").save(tmp_path / "a.png")
     evil = '"><script>alert(1)</script>'
     run = Run(evil, rows_of([1.0, 2.0]), {evil: evil}, None, {3: [tmp_path / "a.png"]}, [evil])
-    document = training_page(run)
+    document = training_html(run)
     assert document.count("<script") == 1
     assert f'width="{SIZES[0][0]}"' in document
 

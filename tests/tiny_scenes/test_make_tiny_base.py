@@ -34,7 +34,7 @@ def run(patch, work):
 
 
 @pytest.mark.slow
-def test_the_folder_is_the_base_that_the_catalogue_knows(made):
+def test_the_folder_is_the_base_that_the_catalog_knows(made):
     _, out = made
     base = load_base(out)
     assert base.family == "tiny-scenes"

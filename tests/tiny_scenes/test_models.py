@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from scripts.tiny_scenes import denoiser, models, scene, tokens
 from tests.tiny_scenes.test_images import OF_EVERY_KIND
 
@@ -34,9 +34,9 @@ def test_training_uses_the_ids_that_the_tokenizer_gives(tokenizer):
 
 
 @pytest.mark.parametrize(("component", "make"), [("unet", models.unet), ("text_encoder", models.text_encoder)])
-def test_the_catalogue_knows_the_modules(component, make):
+def test_the_catalog_knows_the_modules(component, make):
     built = {name.removeprefix("text_model."): m for name, m in make().named_modules()}
-    known = catalogue.get("tiny-scenes").components[component]
+    known = catalog.get("tiny-scenes").components[component]
     weighted = {n for n, m in built.items() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
     assert {name: tuple(built[name].weight.shape) for name in weighted} == {n: m.shape for n, m in known.items()}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.bases.catalogue import get
+from krona_hub.bases.catalog import get
 from krona_hub.errors import BaseMismatchError, ShapeError, UsageError
 from krona_hub.kron.terms import KronTerms, as_lora
 from krona_hub.training.configuration import checked, settings_of

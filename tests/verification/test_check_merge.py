@@ -208,7 +208,7 @@ def test_one_flipped_bit_of_an_untouched_tensor_is_found(bit, tmp_path):
     merged_of(base, tmp_path / "merged", [(LOKR, 1.0)])
     edit(tmp_path / "merged" / UNET, "conv_in.bias" if bit else "conv_norm_out.weight", flipped(bit))
     (found,) = verify(tmp_path / "merged", base=base, adapters=[(LOKR, 1.0)]).different
-    assert (found.state, found.touched, found.unequal) == ("touched", False, 1)
+    assert (found.state, found.touched, found.unequal) == ("changed unexpectedly", False, 1)
 
 
 def test_tensors_that_are_gone_new_or_of_another_shape_are_told_apart(tmp_path):

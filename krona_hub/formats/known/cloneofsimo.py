@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.errors import BaseMismatchError, IncompleteError, UnknownBaseError
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import AdapterFile
-from krona_hub.formats.parsing.base_match import Landing
+from krona_hub.formats.parsing.base_match import BaseMatch
 from krona_hub.formats.parsing.module_layout import ModuleLayout
 
 SIDES = ("down_blocks", "up_blocks", "mid_block")  # diffusers registered the middle block last at that time
@@ -50,7 +50,7 @@ def recognizes(file: AdapterFile) -> bool:
 def unet_order(modules: Mapping[str, ModuleSpec], classes: frozenset[str] = CLASSES) -> tuple[str, ...]:
     """The module paths of a U-Net in this trainer's numbering, for the trained `classes`.
 
-    >>> order = unet_order(catalogue.get("sd15").components["unet"])
+    >>> order = unet_order(catalog.get("sd15").components["unet"])
     >>> len(order), order[4], order[-1]
     (144, 'down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj', \
 'mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0')
@@ -79,8 +79,8 @@ def clip_order(modules: Mapping[str, ModuleSpec]) -> tuple[str, ...]:
     return tuple(path for _, path in sorted(((int(m[1]), CLIP.index(m[2])), path) for m, path in found))
 
 
-def land(file: AdapterFile, layouts: Mapping[str, ModuleLayout]) -> Landing:
-    """Assign a layer to every position: in the base model of the file, or in the first of the catalogue that fits.
+def match_base(file: AdapterFile, layouts: Mapping[str, ModuleLayout]) -> BaseMatch:
+    """Assign a layer to every position: in the base model of the file, or in the first of the catalog that fits.
 
     Raises BaseMismatchError if a shape or the number of modules differs, UnknownBaseError if no base model fits.
     """
@@ -89,14 +89,14 @@ def land(file: AdapterFile, layouts: Mapping[str, ModuleLayout]) -> Landing:
         _check(numbered, file.base)
         fits = [file.base]
     else:
-        fits = [base for base in map(catalogue.get, catalogue.names()) if not numbered.misfits(base)]
+        fits = [base for base in map(catalog.get, catalog.names()) if not numbered.misfits(base)]
     if not fits:
         raise UnknownBaseError(
             f"No known base model matches the order and the shapes of the {len(numbered.names)} modules.",
             fix="Files of this format identify modules by position only: specify the base model with --base.",
         )
     places = {name: (Placement(layer),) for name, layer in numbered.layers(fits[0]).items() if name in layouts}
-    return Landing(fits[0], tuple(base.family for base in fits if base.family), places, {})
+    return BaseMatch(fits[0], tuple(base.family for base in fits if base.family), places, {})
 
 
 @dataclass(frozen=True)
@@ -158,5 +158,5 @@ CLONEOFSIMO = Format(
     recognizes=recognizes,
     scale="1",
     storage=None,
-    land=land,
+    match_base=match_base,
 )

@@ -20,7 +20,7 @@ Matrix = tuple[int, ...]
 def recognizes(file: AdapterFile) -> bool:
     """Whether the pairs down/up are Kronecker factors rather than a LoRA.
 
-    The two halves of a LoRA share their rank. If every pair does, the catalogue of base models decides which of the
+    The two halves of a LoRA share their rank. If every pair does, the catalog of base models decides which of the
     two products has the shape of a real layer. Raises AmbiguousError if both readings fit, or neither does.
     """
     if file.keys.grammars != {"processor"}:  # a file that mixes key names of several versions is diffusers LoRA
@@ -48,7 +48,7 @@ def _pair(module: ModuleTensors, file: AdapterFile) -> tuple[Matrix, Matrix] | N
 
 
 def _fits(file: AdapterFile, sizes: Mapping[str, Matrix]) -> bool:
-    """Whether a single base model (the given one, or any of the catalogue) has every module with these sizes."""
+    """Whether a single base model (the given one, or any of the catalog) has every module with these sizes."""
     found = detection.fit(file.base, sizes) if file.base else detection.candidates(sizes, file.metadata)
     return any(c.matched == len(sizes) for c in found)
 

@@ -15,7 +15,7 @@ from krona_hub.formats.parsing.module_layout import ModuleLayout
 from krona_hub.formats.parsing.scales import ScaleConfig
 
 if TYPE_CHECKING:
-    from krona_hub.formats.parsing.base_match import Landing
+    from krona_hub.formats.parsing.base_match import BaseMatch
 
 Configs = Mapping[str, ScaleConfig]  # component, or "" for all -> configuration
 
@@ -93,7 +93,7 @@ class Format:
         Kind of the keys -> kind of the layout, where they differ.
     configs : callable, optional
         AdapterFile -> configurations that set the scales, by component ("" for all). Default: none.
-    land : callable, optional
+    match_base : callable, optional
         Assigns modules to layers where the file does not store module names.
     notes : callable, optional
         AdapterFile -> notes for the user. Default: none.
@@ -112,7 +112,7 @@ class Format:
     storage: Storage | None
     kinds: Mapping[str, str] = field(default_factory=dict)
     configs: Callable[[AdapterFile], Configs] = no_configs
-    land: Callable[[AdapterFile, Mapping[str, ModuleLayout]], Landing] | None = None
+    match_base: Callable[[AdapterFile, Mapping[str, ModuleLayout]], BaseMatch] | None = None
     notes: Callable[[AdapterFile], tuple[str, ...]] = no_notes
 
     @property

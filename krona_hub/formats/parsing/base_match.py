@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from krona_hub.bases import catalogue, detection, name_prefixes
+from krona_hub.bases import catalog, detection, name_prefixes
 from krona_hub.bases.base import COMPONENTS, Base
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
@@ -22,16 +22,16 @@ Shapes = Mapping[str, tuple[int, ...]]  # module of a file -> shape of the weigh
 
 
 @dataclass(frozen=True)
-class Landing:
+class BaseMatch:
     """The base model of a file, and the layers that its modules adapt."""
 
     base: Base | None  # None: no known base model; layers come from the names alone
-    candidates: tuple[str, ...]  # catalogue names that fit equally well
+    candidates: tuple[str, ...]  # catalog names that fit equally well
     places: Mapping[str, Placements]  # module -> layers
     problems: Mapping[str, KronaError]  # module -> why it matches no layer
 
 
-def land(shapes: Shapes, metadata: Mapping[str, str], base: Base | None, component: str | None) -> Landing:
+def match_base(shapes: Shapes, metadata: Mapping[str, str], base: Base | None, component: str | None) -> BaseMatch:
     """Find the layers of each module, and the base model if none is given.
 
     Raises AmbiguousError if several components fit equally well, UnknownBaseError if names without dots fit no base.
@@ -44,19 +44,19 @@ def land(shapes: Shapes, metadata: Mapping[str, str], base: Base | None, compone
     ]
     whole = [c for c in found if c.matched == len(shapes)]
     if whole:
-        return _in_catalogue(shapes, whole, component)
+        return _in_catalog(shapes, whole, component)
     if found and 2 * found[0].matched >= len(shapes):
-        return _in_catalogue(shapes, found, component)  # the base model is known, but some modules do not match
+        return _in_catalog(shapes, found, component)  # the base model is known, but some modules do not match
     if all(canonical_from_path(name, component) for name in shapes):
         return _by_path(shapes, component)
     raise _unknown(shapes)
 
 
-def _in_catalogue(shapes: Shapes, found: list[detection.Candidate], component: str | None) -> Landing:
+def _in_catalog(shapes: Shapes, found: list[detection.Candidate], component: str | None) -> BaseMatch:
     best = detection.settled(found) or found[0]
     ties = [c for c in found if c.score == best.score and (c.named or not best.named)]
     owner = _component([c for c in ties if c.base == best.base], component, len(shapes))
-    return _in_base(shapes, catalogue.get(best.base), owner, tuple(dict.fromkeys(c.base for c in ties)))
+    return _in_base(shapes, catalog.get(best.base), owner, tuple(dict.fromkeys(c.base for c in ties)))
 
 
 def _component(found: Sequence[detection.Candidate], requested: str | None, total: int) -> str | None:
@@ -73,7 +73,7 @@ def _component(found: Sequence[detection.Candidate], requested: str | None, tota
     return best[0]
 
 
-def _in_base(shapes: Shapes, base: Base, component: str | None, candidates: tuple[str, ...]) -> Landing:
+def _in_base(shapes: Shapes, base: Base, component: str | None, candidates: tuple[str, ...]) -> BaseMatch:
     names = table(base)
     places: dict[str, Placements] = {}
     problems: dict[str, KronaError] = {}
@@ -82,7 +82,7 @@ def _in_base(shapes: Shapes, base: Base, component: str | None, candidates: tupl
             places[name] = _place(names, name, shape, component, hint=len(problems) < HINTS)
         except KronaError as error:
             problems[name] = error
-    return Landing(base, candidates, places, problems)
+    return BaseMatch(base, candidates, places, problems)
 
 
 def _place(
@@ -123,9 +123,9 @@ def _size(base: Base, places: Placements) -> tuple[int, int]:
     return whole[::-1] if places[0].transpose else whole
 
 
-def _by_path(shapes: Shapes, component: str | None) -> Landing:
+def _by_path(shapes: Shapes, component: str | None) -> BaseMatch:
     named = {name: canonical_from_path(name, component) for name in shapes}
-    return Landing(None, (), {name: (Placement(layer),) for name, layer in named.items() if layer}, {})
+    return BaseMatch(None, (), {name: (Placement(layer),) for name, layer in named.items() if layer}, {})
 
 
 SIGNS: tuple[tuple[re.Pattern[str], str], ...] = (  # start of a diffusers or transformers path -> component

@@ -36,7 +36,7 @@ def describe(
     source : str or Path
         A `.safetensors` file, a PEFT folder, or a folder with one PEFT folder per component.
     base : str, Path or Base, optional
-        Base model: a catalogue name, a diffusers folder, a checkpoint file or a `Base`. Default: detect it.
+        Base model: a catalog name, a diffusers folder, a checkpoint file or a `Base`. Default: detect it.
     format, component : str, optional
         Format name (see `FORMATS`) and component (such as `unet`), for files that leave them open.
 
@@ -70,7 +70,7 @@ def _describe_file(file: AdapterFile, format: str | None, component: str | None)
 
 
 def _of_plan(plan: ReadPlan) -> Description:
-    file, landing = plan.file, plan.landing
+    file, match = plan.file, plan.match
     modules = tuple(_module(m, plan) for m in plan.modules)
     tensors = file.header.tensors
     return Description(
@@ -79,24 +79,24 @@ def _of_plan(plan: ReadPlan) -> Description:
         scale_rule=plan.scale_rule,
         header=file.header,
         modules=modules,
-        base=landing.base.name if landing.base else None,
-        candidates=landing.candidates,
+        base=match.base.name if match.base else None,
+        candidates=match.candidates,
         matched=plan.matched,
         parameters=sum(m.parameters for m in modules),
         bytes=file.header.file_size,
         dtypes=dict(Counter(info.dtype for info in tensors.values())),
         extras=file.keys.extras,
-        unmatched={name: str(error) for name, error in plan.aside.items()},
+        unmatched={name: str(error) for name, error in plan.problems.items()},
         trigger_words=file_metadata.trigger_words(file.metadata),
         training=file_metadata.training_record(file.metadata),
         licence=file_metadata.license_of(file.metadata),
-        warnings=(*_problem_lines(plan.aside), *plan.notes),
+        warnings=(*_problem_lines(plan.problems), *plan.notes),
         plans=(plan,),
     )
 
 
 def _module(module: ModulePlan, plan: ReadPlan) -> ModuleInfo:
-    layout, base = module.layout, plan.landing.base
+    layout, base = module.layout, plan.match.base
     infos = [plan.file.header.tensors[key] for part, key in module.group.parts.items() if part != "alpha"]
     plain = next((place.layer for place in module.places if place.plain), None)
     known = base.module(plain) if base and plain else None
@@ -177,9 +177,9 @@ def _native_sum(s: tensor_layout.Sum, header: Header) -> SumFactorization:
     return SumFactorization(s.shape, s.left.shape[0], left, right, s.rows)
 
 
-def _problem_lines(aside: Mapping[str, KronaError]) -> tuple[str, ...]:
+def _problem_lines(problems: Mapping[str, KronaError]) -> tuple[str, ...]:
     """One line per problem, and the number of the others."""
-    lines = [f"{name}: {error.cause}" for name, error in aside.items()]
+    lines = [f"{name}: {error.cause}" for name, error in problems.items()]
     rest = len(lines) - LISTED
     return (*lines[:LISTED], f"and {rest} more modules that cannot be read") if rest > 0 else tuple(lines)
 

@@ -1,7 +1,7 @@
 """Plan how to read a file before loading tensors: layout, scale and layers of each module. Torch-free.
 
 `krona inspect` shows the plan; `read` executes it. A module that cannot be read is recorded with its error in
-`aside`, and `refuse` decides which of these errors to raise.
+`problems`, and `refuse` decides which of these errors to raise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from krona_hub.errors import (
 )
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import AdapterFile
-from krona_hub.formats.parsing.base_match import Landing, Placements, land
+from krona_hub.formats.parsing.base_match import BaseMatch, Placements, match_base
 from krona_hub.formats.parsing.keys import ModuleTensors, split_key
 from krona_hub.formats.parsing.module_layout import ModuleLayout, layout_of
 from krona_hub.formats.parsing.scales import ModuleScale, ScaleConfig, config_scale, tensor_scale
@@ -50,56 +50,56 @@ class ReadPlan:
     file: AdapterFile
     format: str  # a name of FORMATS
     scale_rule: str
-    landing: Landing
+    match: BaseMatch
     modules: tuple[ModulePlan, ...]
-    aside: Mapping[str, KronaError]  # module or key -> why it is not read
+    problems: Mapping[str, KronaError]  # module or key -> why it is not read
     notes: tuple[str, ...]
-    unplaced: KronaError | None = None  # why no base model was found; then no module has layers
+    base_error: KronaError | None = None  # why no base model was found; then no module has layers
 
     @property
     def total(self) -> int:
-        return len(self.modules) + len(self.aside)
+        return len(self.modules) + len(self.problems)
 
     @property
     def matched(self) -> str:
         """How many modules matched which base model, such as "88 of 88 modules matched sd15"."""
-        landed = sum(bool(m.places) for m in self.modules)
-        where = self.landing.base.name if self.landing.base else "by name" if landed else "any known base"
-        return f"{landed} of {self.total} modules matched {where}"
+        placed = sum(bool(m.places) for m in self.modules)
+        where = self.match.base.name if self.match.base else "by name" if placed else "any known base"
+        return f"{placed} of {self.total} modules matched {where}"
 
 
 def make_plan(file: AdapterFile, format: Format, component: str | None = None, *, lost: bool = False) -> ReadPlan:
-    """Plan how to read `file` by the rules of `format`; problems of single modules are in `aside`.
+    """Plan how to read `file` by the rules of `format`; problems of single modules are in `problems`.
 
     Raises errors that concern the whole file: a broken configuration, and an unknown or ambiguous base model. With
     `lost`, the latter is a note instead, and the modules have no layers.
     """
-    layouts, scales, aside = measure(file, format)
-    landing, unplaced = _landing(file, layouts, format, component)
-    if unplaced is not None and not lost:
-        raise unplaced
-    aside |= {**landing.problems, **_conflicts(landing)}
+    layouts, scales, problems = measure(file, format)
+    match, base_error = _match(file, layouts, format, component)
+    if base_error is not None and not lost:
+        raise base_error
+    problems |= {**match.problems, **_conflicts(match)}
     modules = tuple(
-        ModulePlan(group, layouts[group.name], scales[group.name], landing.places.get(group.name, ()))
+        ModulePlan(group, layouts[group.name], scales[group.name], match.places.get(group.name, ()))
         for group in file.keys.modules
-        if group.name in layouts and group.name not in aside
+        if group.name in layouts and group.name not in problems
     )
     notes = (
-        *([str(unplaced)] if unplaced else []),
+        *([str(base_error)] if base_error else []),
         *format.notes(file),
         *_scale_notes(modules),
         *_conv1d_note(modules),
-        *_uncovered(landing),
+        *_uncovered(match),
         *_extras(file),
     )
-    return ReadPlan(file, format.name, format.scale, landing, modules, aside, notes, unplaced)
+    return ReadPlan(file, format.name, format.scale, match, modules, problems, notes, base_error)
 
 
 def measure(
     file: AdapterFile, format: Format
 ) -> tuple[dict[str, ModuleLayout], dict[str, ModuleScale], dict[str, KronaError]]:
     """The layout and the scale of each module, independent of the base model, and the errors of the other modules."""
-    aside = _leftovers(file)
+    problems = _leftovers(file)
     configs = format.configs(file)
     layouts: dict[str, ModuleLayout] = {}
     scales: dict[str, ModuleScale] = {}
@@ -110,8 +110,8 @@ def measure(
             scales[group.name] = _scale(group, layout, alphas.get(group.name), configs)
             layouts[group.name] = layout
         except KronaError as error:
-            aside[group.name] = error
-    return layouts, scales, aside
+            problems[group.name] = error
+    return layouts, scales, problems
 
 
 def _leftovers(file: AdapterFile) -> dict[str, KronaError]:
@@ -155,31 +155,33 @@ def _scale(
     return config_scale(config, path, layout)
 
 
-def _landing(
+def _match(
     file: AdapterFile, layouts: Mapping[str, ModuleLayout], format: Format, component: str | None
-) -> tuple[Landing, KronaError | None]:
+) -> tuple[BaseMatch, KronaError | None]:
     """The layers of the modules, or the error that prevents finding them."""
-    nowhere = Landing(None, (), {}, {})
+    nowhere = BaseMatch(None, (), {}, {})
     if not layouts:
         return nowhere, None
     try:
-        return _land(file, layouts, format, component), None
+        return _match_base(file, layouts, format, component), None
     except (UnknownBaseError, AmbiguousError, BaseMismatchError) as error:
         return nowhere, error
 
 
-def _land(file: AdapterFile, layouts: Mapping[str, ModuleLayout], format: Format, component: str | None) -> Landing:
-    if format.land is not None:
-        return format.land(file, layouts)
+def _match_base(
+    file: AdapterFile, layouts: Mapping[str, ModuleLayout], format: Format, component: str | None
+) -> BaseMatch:
+    if format.match_base is not None:
+        return format.match_base(file, layouts)
     shapes = {name: layout.weight_shape for name, layout in layouts.items()}
-    return land(shapes, file.metadata, file.base, component or file.component)
+    return match_base(shapes, file.metadata, file.base, component or file.component)
 
 
-def _conflicts(landing: Landing) -> dict[str, KronaError]:
+def _conflicts(match: BaseMatch) -> dict[str, KronaError]:
     """Errors of modules that adapt the same layer as another module."""
     owner: dict[str, str] = {}
     found: dict[str, KronaError] = {}
-    for name, places in landing.places.items():
+    for name, places in match.places.items():
         taken = next((owner[p.layer] for p in places if p.layer in owner), None)
         if taken:
             found[name] = ConflictError(
@@ -190,18 +192,18 @@ def _conflicts(landing: Landing) -> dict[str, KronaError]:
 
 
 def refuse(plan: ReadPlan, allow_missing: bool) -> None:
-    """Raise the first error in `aside` unless `allow_missing` tolerates it; raise if no module remains."""
+    """Raise the first error in `problems` unless `allow_missing` tolerates it; raise if no module remains."""
     refuse_unreadable(plan)
-    if plan.aside and not allow_missing:
-        raise _summary(plan.aside, plan)
+    if plan.problems and not allow_missing:
+        raise _summary(plan.problems, plan)
     if not plan.modules:
         empty = IncompleteError("The adapter has no modules.", fix="Choose a file that contains adapter weights.")
-        raise _summary(plan.aside, plan) if plan.aside else empty
+        raise _summary(plan.problems, plan) if plan.problems else empty
 
 
 def refuse_unreadable(plan: ReadPlan) -> None:
     """Raise the first error that --allow-missing does not tolerate."""
-    hard = {name: e for name, e in plan.aside.items() if not isinstance(e, FORGIVABLE)}
+    hard = {name: e for name, e in plan.problems.items() if not isinstance(e, FORGIVABLE)}
     if hard:
         raise _summary(hard, plan)
 
@@ -238,7 +240,7 @@ def _extras(file: AdapterFile) -> tuple[str, ...]:
     return (f"{count} differences of biases or norms are kept in extras but not applied",) if count else ()
 
 
-def _uncovered(landing: Landing) -> tuple[str, ...]:
-    if landing.base is not None or not landing.places:
+def _uncovered(match: BaseMatch) -> tuple[str, ...]:
+    if match.base is not None or not match.places:
         return ()
     return ("no known base model has these names and shapes; layers keep the names in the file",)

@@ -42,7 +42,7 @@ def read(
     source : str or Path
         A `.safetensors` file, a PEFT folder, or a folder with one PEFT folder per component.
     base : str, Path or Base, optional
-        Base model: a catalogue name, a diffusers folder, a checkpoint file or a `Base`. Required if names and shapes
+        Base model: a catalog name, a diffusers folder, a checkpoint file or a `Base`. Required if names and shapes
         match no known base model. Default: detect it.
     format, component : str, optional
         Format name (see `FORMATS`) and component (such as `unet`), for files that leave them open.
@@ -80,14 +80,14 @@ def read_described(about: Description, *, allow_missing: bool = False) -> Adapte
         return read(about.path)
     for plan in about.plans:
         with in_file(plan.file.path):
-            if plan.unplaced is not None:
-                raise plan.unplaced
+            if plan.base_error is not None:
+                raise plan.base_error
             refuse(plan, allow_missing)
     return read_planned(about.plans, str(about.path))
 
 
 def read_planned(plans: Sequence[ReadPlan], source: str = "the adapter") -> Adapter:
-    """Read the modules of these plans, ignoring their errors in `aside`. Raises errors of loading and decoding."""
+    """Read the modules of these plans, ignoring their errors in `problems`. Raises errors of loading and decoding."""
     parts = []
     for plan in plans:
         with in_file(plan.file.path):
@@ -118,7 +118,7 @@ def _execute(plan: ReadPlan) -> Adapter:
     for module in plan.modules:
         parts = {part: tensors[key] for part, key in module.group.parts.items()}
         try:
-            layers |= _layers(module, parts, plan.landing.base)
+            layers |= _layers(module, parts, plan.match.base)
         except KronaError as error:
             raise error.within(module.group.name) from None
     return Adapter(layers, _base_model(plan), _provenance(plan), load(plan.file.header, plan.file.keys.extras))
@@ -163,10 +163,10 @@ def _ranges(place: Placement, height: int) -> list[Range]:
 
 
 def _base_model(plan: ReadPlan) -> BaseModel | None:
-    landing = plan.landing
-    if landing.base is None:
+    match = plan.match
+    if match.base is None:
         return None
-    return replace(landing.base.model, candidates=landing.candidates if len(landing.candidates) > 1 else ())
+    return replace(match.base.model, candidates=match.candidates if len(match.candidates) > 1 else ())
 
 
 def _provenance(plan: ReadPlan) -> Provenance:
@@ -177,7 +177,11 @@ def _provenance(plan: ReadPlan) -> Provenance:
         licence=file_metadata.license_of(known),
         trigger_words=file_metadata.trigger_words(known),
         metadata=dict(known),
-        notes=(plan.matched, *plan.notes, *(f"skipped: {name}: {error.cause}" for name, error in plan.aside.items())),
+        notes=(
+            plan.matched,
+            *plan.notes,
+            *(f"skipped: {name}: {error.cause}" for name, error in plan.problems.items()),
+        ),
     )
 
 

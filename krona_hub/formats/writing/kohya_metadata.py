@@ -14,7 +14,7 @@ STALE = (
     "modelspec.hash_sha256",
     "modelspec.encoder_layer",
 )  # dropped prefixes
-BASES: Mapping[str, tuple[str, str]] = {  # catalogue name -> ss_base_model_version, modelspec.architecture
+BASES: Mapping[str, tuple[str, str]] = {  # catalog name -> ss_base_model_version, modelspec.architecture
     "sd15": ("sd_v1", "stable-diffusion-v1"),
     "sd21-base": ("sd_v2", "stable-diffusion-v2-512"),
     "sd21": ("sd_v2_v", "stable-diffusion-v2-768-v"),

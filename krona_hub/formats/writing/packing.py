@@ -34,7 +34,7 @@ class FileModule(NamedTuple):
 class Context:
     """What the metadata of the file depend on besides the tensors."""
 
-    family: str | None = None  # catalogue name of the base model
+    family: str | None = None  # catalog name of the base model
     base_id: str | None = None  # Hub id or path of the base model
     metadata: Mapping[str, str] = field(default_factory=dict)  # metadata of the source file
     trigger_words: tuple[str, ...] = ()

@@ -57,7 +57,7 @@ def write(
     format : str, default "krona"
         Name of a writable format, see `FORMATS`.
     base : str, Path or Base, optional
-        Base model that module names depend on: a catalogue name, a folder, a checkpoint file or a `Base`.
+        Base model that module names depend on: a catalog name, a folder, a checkpoint file or a `Base`.
         Default: the base model recorded in the adapter.
     tool : str, optional
         Application that loads the file (a key of `TOOLS`); selects format and module names.

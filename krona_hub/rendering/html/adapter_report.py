@@ -13,7 +13,7 @@ from krona_hub.formats.reading.description import Description, factorization_tex
 from krona_hub.formats.reading.reader import read_described
 from krona_hub.rendering.html.charts import Axis, Line, Point, chart
 from krona_hub.rendering.html.heat_map import heat_map
-from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section, table, write_page
+from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section, table, write_html
 from krona_hub.rendering.html.module_table import modules_table
 from krona_hub.rendering.html.spectra import (
     LARGEST,
@@ -31,7 +31,7 @@ SIZE = Axis("parameters", lowest=0)
 ERROR = Axis("relative error", lowest=0, highest=1, format=percent)
 
 
-def adapter_page(about: Description, loads: Mapping[str, Verdict], adapter: Adapter | None, unread: str = "") -> str:
+def adapter_html(about: Description, loads: Mapping[str, Verdict], adapter: Adapter | None, unread: str = "") -> str:
     """Build the report of `krona inspect --report`. Without `adapter`, `unread` is the reason why it was not read."""
     return page(
         about.path.name,
@@ -179,4 +179,4 @@ def report_file(out: str | Path, about: Description, loads: Mapping[str, Verdict
         adapter, unread = read_described(about, allow_missing=True), ""
     except KronaError as error:
         adapter, unread = None, error.cause
-    return write_page(out, adapter_page(about, loads, adapter, unread))
+    return write_html(out, adapter_html(about, loads, adapter, unread))

@@ -13,7 +13,7 @@ from krona_hub.formats.reading.reader import read
 from krona_hub.rendering.html.adapter_report import ERROR, SIZE, spectrum_chart
 from krona_hub.rendering.html.charts import Line, chart
 from krona_hub.rendering.html.heat_map import heat_map
-from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section, table, write_page
+from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section, table, write_html
 from krona_hub.rendering.html.module_table import modules_table
 from krona_hub.rendering.html.spectra import spectra_of, truncated
 from krona_hub.rendering.humanize import human_bytes, percent, relative
@@ -22,7 +22,7 @@ from krona_hub.sources import resolve
 MOST = 20  # layers with the largest errors
 
 
-def conversion_page(report: ConversionReport, before: Adapter, instead: str = "") -> str:
+def conversion_html(report: ConversionReport, before: Adapter, instead: str = "") -> str:
     """Build the report of `krona convert --report`; `before` is the input adapter. If the conversion was refused,
     `instead` is the suggested fix.
     """
@@ -106,4 +106,4 @@ def report_conversion(
         component=options.get("component"),
         allow_missing=bool(options.get("allow_missing")),
     )
-    return write_page(out, conversion_page(report, before, instead))
+    return write_html(out, conversion_html(report, before, instead))

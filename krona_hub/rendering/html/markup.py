@@ -113,7 +113,7 @@ def page(title: str, verdict: str, *sections: str) -> str:
     )
 
 
-def check_page(path: str | Path) -> Path:
+def check_html_path(path: str | Path) -> Path:
     """Raise ConflictError, before any work is done, if the path exists and is not an earlier report."""
     path = Path(path).expanduser()
     if path.is_dir() or (path.is_file() and not _is_ours(path)):
@@ -123,9 +123,9 @@ def check_page(path: str | Path) -> Path:
     return path
 
 
-def write_page(path: str | Path, document: str) -> Path:
+def write_html(path: str | Path, document: str) -> Path:
     """Write a report atomically, replacing an earlier one."""
-    path = check_page(path)
+    path = check_html_path(path)
     atomic_text(path, document, overwrite=True)
     return path
 

@@ -8,7 +8,7 @@ from krona_hub.rendering.html.markup import facts, page, paragraph, section, tab
 from krona_hub.rendering.humanize import human_bytes
 
 
-def count_page(found: Accounting) -> str:
+def parameter_html(found: Accounting) -> str:
     """Build the report on the parameter counts of adapters for a base, or of other factorizations of a file."""
     rows = tuple(sorted(found.rows, key=lambda row: row.parameters))
     caption = "Parameters of the adapter, without alpha. Factorizations that do not fit every layer are marked with *."

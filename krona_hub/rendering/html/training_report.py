@@ -30,7 +30,7 @@ class Run:
     prompts: Sequence[str] = ()
 
 
-def training_page(run: Run) -> str:
+def training_html(run: Run) -> str:
     """Build the report on a run, finished or not."""
     loss, smooth, validation = (series(run.rows, n) for n in ("loss", "smooth_loss", "validation_loss"))
     return page(

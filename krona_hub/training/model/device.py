@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from krona_hub.bases.loading import load_base
 from krona_hub.errors import NoDeviceError, UnknownBaseError
-from krona_hub.pipelines.opening import device_for, loading_errors, no_base, pipeline_for, quiet
+from krona_hub.pipelines.opening import device_for, loading_errors, missing_base_error, pipeline_for, quiet
 from krona_hub.sources import resolve_base
 from krona_hub.training.settings import TrainingSettings
 
@@ -70,7 +70,7 @@ def open_base(settings: TrainingSettings, machine: TrainingDevice, *, denoiser_w
         )
     path = resolve_base(settings.base)
     if not path.exists():
-        raise no_base(settings.base)
+        raise missing_base_error(settings.base)
     with quiet(), loading_errors(settings.base):
         pipe = _loaded(settings, path, machine)
         for name, model in models_of(pipe).items():

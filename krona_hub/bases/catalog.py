@@ -1,6 +1,6 @@
-"""The catalogue of known base models: names, shapes and the sources of their configurations. Torch-free.
+"""The catalog of known base models: names, shapes and the sources of their configurations. Torch-free.
 
-`scripts/build_catalogue.py` writes `catalogue/<component>.json` from published configurations.
+`scripts/build_catalog.py` writes `catalog/<component>.json` from published configurations.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ TOTAL_STATUS: Mapping[str, str] = {  # source of the total number of parameters
 }
 
 
-class CatalogueEntry(NamedTuple):
-    """One file of the catalogue: a single model of a pipeline."""
+class CatalogEntry(NamedTuple):
+    """One file of the catalog: a single model of a pipeline."""
 
     name: str  # e.g. "sdxl.unet"
     library: str  # diffusers or transformers
@@ -50,7 +50,7 @@ class CatalogueEntry(NamedTuple):
 
 
 def names() -> tuple[str, ...]:
-    """The names of all base models in the catalogue."""
+    """The names of all base models in the catalog."""
     return tuple(FAMILIES)
 
 
@@ -77,7 +77,7 @@ def get(name: str) -> Base:
 
 
 def find(name: str) -> str | None:
-    """Resolve a name, alias or Hub id to a catalogue name; None if unknown.
+    """Resolve a name, alias or Hub id to a catalog name; None if unknown.
 
     >>> find("Flux"), find("stabilityai/stable-diffusion-2-1"), find("nobody/nothing")
     ('flux1-dev', 'sd21', None)
@@ -94,10 +94,10 @@ def _hub_ids() -> Mapping[str, str]:
 
 
 @cache
-def component(name: str) -> CatalogueEntry:
-    """Load one file of the catalogue, with all patterns expanded."""
-    data = json.loads(files("krona_hub.bases").joinpath("catalogue", f"{name}.json").read_text("utf-8"))
-    return CatalogueEntry(
+def component(name: str) -> CatalogEntry:
+    """Load one file of the catalog, with all patterns expanded."""
+    data = json.loads(files("krona_hub.bases").joinpath("catalog", f"{name}.json").read_text("utf-8"))
+    return CatalogEntry(
         name=data["component"],
         library=data["library"],
         class_name=data["class"],
@@ -111,6 +111,6 @@ def component(name: str) -> CatalogueEntry:
 
 
 def component_names() -> tuple[str, ...]:
-    """The names of all catalogue files, sorted."""
-    folder = files("krona_hub.bases").joinpath("catalogue")
+    """The names of all catalog files, sorted."""
+    folder = files("krona_hub.bases").joinpath("catalog")
     return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))

@@ -1,4 +1,4 @@
-"""The catalogue says what diffusers and transformers build, in a form that loses nothing and stays small."""
+"""The catalog says what diffusers and transformers build, in a form that loses nothing and stays small."""
 
 from importlib.resources import files
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.bases.base import COMPONENTS
 from krona_hub.bases.families import ALIASES, FAMILIES
 from krona_hub.bases.module_spec import ModuleSpec
@@ -14,29 +14,29 @@ from krona_hub.bases.name_patterns import encode, expand
 from krona_hub.errors import UnknownBaseError
 from tests.shared import shared
 
-CATALOGUE = catalogue.component_names()
+CATALOG = catalog.component_names()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", CATALOG)
 def test_a_component_is_what_the_library_builds_from_its_configuration(name):
     from krona_hub.bases.meta_device import build, modules_of
 
-    entry = catalogue.component(name)
+    entry = catalog.component(name)
     assert dict(entry.modules) == modules_of(entry.library, entry.class_name, entry.config)
     model = build(entry.library, entry.class_name, entry.config)
     assert sum(p.numel() for p in model.parameters()) == entry.total_parameters
 
 
 def test_a_component_has_the_published_configuration():
-    """Every component of the catalogue is in the reference data, which since hold more than the catalogue."""
+    """Every component of the catalog is in the reference data, which since hold more than the catalog."""
     import json
 
     configurations = {}
     for path in shared("bases").glob("*.json"):
         data = json.loads(path.read_text())
         configurations[data["base"]] = (data["config"], data["total_parameters"], data["class"])
-    ours = {n: (dict(c.config), c.total_parameters, c.class_name) for n in CATALOGUE for c in [catalogue.component(n)]}
+    ours = {n: (dict(c.config), c.total_parameters, c.class_name) for n in CATALOG for c in [catalog.component(n)]}
     published = {n: facts for n, facts in ours.items() if not n.startswith("tiny-scenes.")}
     assert published == {n: configurations.get(n) for n in published}
     assert len(published) == 36
@@ -44,9 +44,9 @@ def test_a_component_has_the_published_configuration():
 
 def test_every_component_belongs_to_a_base_and_every_base_is_whole():
     used = {file for family in FAMILIES.values() for file in family.components.values()}
-    assert used == set(CATALOGUE)
-    for name in catalogue.names():
-        base = catalogue.get(name)
+    assert used == set(CATALOG)
+    for name in catalog.names():
+        base = catalog.get(name)
         assert set(base.components) <= set(COMPONENTS)
         assert base.denoiser
         assert base.family == base.name == name
@@ -56,40 +56,40 @@ def test_aliases_and_hub_ids_lead_to_bases():
     assert set(ALIASES.values()) <= set(FAMILIES)
     assert not set(ALIASES) & set(FAMILIES)
     for name, family in FAMILIES.items():
-        assert all(catalogue.find(hub_id) == catalogue.find(hub_id.upper()) == name for hub_id in family.hub_ids)
+        assert all(catalog.find(hub_id) == catalog.find(hub_id.upper()) == name for hub_id in family.hub_ids)
 
 
 def test_statuses_are_known_words():
-    for name in CATALOGUE:
-        entry = catalogue.component(name)
-        assert entry.config_status in catalogue.CONFIG_STATUS
-        assert entry.total_status in catalogue.TOTAL_STATUS
+    for name in CATALOG:
+        entry = catalog.component(name)
+        assert entry.config_status in catalog.CONFIG_STATUS
+        assert entry.total_status in catalog.TOTAL_STATUS
         assert entry.source
 
 
-def test_the_catalogue_is_small():
-    folder = files("krona_hub.bases").joinpath("catalogue")
+def test_the_catalog_is_small():
+    folder = files("krona_hub.bases").joinpath("catalog")
     assert sum(len(f.read_bytes()) for f in folder.iterdir()) < 110_000
-    assert sum(len(catalogue.component(name).modules) for name in CATALOGUE) == 12_217
+    assert sum(len(catalog.component(name).modules) for name in CATALOG) == 12_217
 
 
 def test_a_name_that_is_none_gets_the_nearest():
     with pytest.raises(UnknownBaseError, match="Did you mean 'flux1-dev'"):
-        catalogue.get("flux1-dve")
+        catalog.get("flux1-dve")
 
 
 def test_a_base_is_known_by_its_shapes():
     """Fingerprints tell all bases apart but those that no file can."""
     by_print: dict[str, list[str]] = {}
-    for name in catalogue.names():
-        by_print.setdefault(catalogue.get(name).fingerprint, []).append(name)
+    for name in catalog.names():
+        by_print.setdefault(catalog.get(name).fingerprint, []).append(name)
     assert [names for names in by_print.values() if len(names) > 1] == [["sd21-base", "sd21"]]
 
 
 def test_what_an_adapter_remembers_of_its_base():
-    facts = catalogue.get("sdxl").model
+    facts = catalog.get("sdxl").model
     assert (facts.family, facts.hub_id) == ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0")
-    assert facts.fingerprint == catalogue.get("sdxl").fingerprint
+    assert facts.fingerprint == catalog.get("sdxl").fingerprint
 
 
 words = st.sampled_from(["a", "to_q", "blocks", "net", "2-1", "x1"])

@@ -1,6 +1,6 @@
-"""Write krona_hub/bases/catalogue/*.json from published configurations.
+"""Write krona_hub/bases/catalog/*.json from published configurations.
 
-    python scripts/build_catalogue.py [FOLDER OF CONFIGURATIONS]
+    python scripts/build_catalog.py [FOLDER OF CONFIGURATIONS]
 
 The folder contains one JSON file per component (class, configuration, source). It defaults to `bases` in the folder
 that KRONA_SHARED names, or in `shared` beside the project. Each model is built on torch's meta device, so no weights
@@ -20,7 +20,7 @@ from krona_hub.bases.name_patterns import encode
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = Path(os.environ.get("KRONA_SHARED", ROOT.parent / "shared"))
-OUT = ROOT / "krona_hub/bases/catalogue"
+OUT = ROOT / "krona_hub/bases/catalog"
 CONFIG_STATUS = {
     "stored config.json": "F",
     "stored copy of config.json": "F",
@@ -47,7 +47,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else SHARED / "bases"
     OUT.mkdir(exist_ok=True)
     published = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-    for entry in map(catalogue_entry, [*published, *shipped()]):
+    for entry in map(catalog_entry, [*published, *shipped()]):
         OUT.joinpath(f"{entry['component']}.json").write_text(compact(entry), "utf-8")
 
 
@@ -84,7 +84,7 @@ def _saved_config(model: Any) -> dict:
     return model.config.to_diff_dict() if hasattr(model.config, "to_diff_dict") else dict(model.config)
 
 
-def catalogue_entry(source: dict) -> dict:
+def catalog_entry(source: dict) -> dict:
     """Return the content of one catalog file, after comparing the parameter count with that of the built model."""
     kind = source["library"], source["class"], source["config"]
     total = sum(p.numel() for p in build(*kind).parameters())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from krona_hub.bases import catalogue
+from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.errors import (
@@ -64,7 +64,7 @@ def test_swapped_halves_of_a_modulation_come_back_in_order(tmp_path):
     assert torch.allclose(found, torch.cat([whole[WIDE:], whole[:WIDE]]), atol=1e-5)
 
 
-def test_without_a_base_the_catalogue_is_searched_and_ties_are_told(tmp_path):
+def test_without_a_base_the_catalog_is_searched_and_ties_are_told(tmp_path):
     names = [f"transformer.transformer_blocks.{i}.attn.to_q" for i in range(19)]
     path = save(tmp_path, {k: v for n in names for k, v in lora(n, WIDE, WIDE).items()})
     adapter = read(path)
@@ -245,7 +245,7 @@ def test_a_positional_file_with_a_missing_half_is_told_which(tmp_path):
 
 
 def test_the_extended_order_counts_the_resnet_blocks_in():
-    modules = catalogue.get("sd15").components["unet"]
+    modules = catalog.get("sd15").components["unet"]
     order = cloneofsimo.unet_order(modules, cloneofsimo.CLASSES | {"ResnetBlock2D"})
     resnets = [path for path in order if ".resnets." in path]
     assert len(order) - len(resnets) == 144
