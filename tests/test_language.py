@@ -31,7 +31,8 @@ PATTERNS = {  # expression -> what to write instead
 }  # fmt: skip
 FOUND = {re.compile(pattern): advice for pattern, advice in PATTERNS.items()}
 FROZEN = {  # published names and words, as they stand in flags, keys, error classes and files
-    "UnrecognisedError", "--quantise", "draw_prior", "prior_pictures", "krona-pictures", "[pictures|base]", "[pictures]",
+    "UnrecognisedError", "--quantise", "draw_prior", "prior_pictures", "krona-pictures", "[pictures|base]",
+    "[pictures]",
 }  # fmt: skip
 PACKAGES = sorted({p.relative_to(ROOT).parts[:2] if p.parts[len(ROOT.parts)] == "krona_hub" else ("cli",)
                    for top in ("krona_hub", "cli") for p in (ROOT / top).rglob("*.py")})  # fmt: skip
