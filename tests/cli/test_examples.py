@@ -285,8 +285,20 @@ def online(request, here):
         push("krona.safetensors", "ana/style", private=False, tag="v1")
 
 
-LONG = {"krona extract base merged -o found.safetensors"}  # searches all shapes of every layer
-EXAMPLES = [pytest.param(*e, marks=[pytest.mark.slow] if e[1] in LONG else []) for e in examples()]
+LONG = {  # they search all shapes of every layer, or run the whole demo
+    "krona extract base merged -o found.safetensors",
+    "krona combine lora.safetensors lokr.safetensors:-0.5 --max-error 0.05 -o small.safetensors",
+    "krona convert lora.safetensors --budget 50% -o half.safetensors --report half.html",
+    "krona demo",
+    "demo",
+}
+
+
+def with_marks(line, *values):
+    return pytest.param(*values, marks=[pytest.mark.slow] if line in LONG else [])
+
+
+EXAMPLES = [with_marks(line, command, line) for command, line in examples()]
 
 
 @pytest.mark.parametrize(("command", "line"), EXAMPLES, ids=lambda value: value)
@@ -298,7 +310,7 @@ def test_the_examples_of_the_help_run(command, line, here, online, capsys):
     assert shown.out.strip()
 
 
-@pytest.mark.parametrize("line", SHAPES)
+@pytest.mark.parametrize("line", [with_marks(line, line) for line in SHAPES])
 def test_json_is_one_document_of_the_promised_shape(line, here, online, capsys):
     assert main([*line.split(), "--json"]) == 0
     out, err = capsys.readouterr()

@@ -78,6 +78,7 @@ def test_a_merge_of_a_file_killed_at_any_moment_leaves_the_whole_output_or_none(
     assert number > 10 and out.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_merge_of_a_folder_killed_at_any_moment_leaves_the_whole_folder_or_none(tmp_path):
     base, out = write_pipeline(tmp_path / "base"), tmp_path / "out"
     files = changes(base)
@@ -93,6 +94,7 @@ def test_a_merge_of_a_folder_killed_at_any_moment_leaves_the_whole_folder_or_non
     assert {p.name for p in tmp_path.iterdir()} == {"base", "out", "whole"}
 
 
+@pytest.mark.slow
 def test_a_merge_in_place_killed_at_any_moment_can_be_undone(tmp_path):
     base, undo = write_pipeline(tmp_path / "base"), tmp_path / "undo"
     files = changes(base, new="F32")

@@ -151,6 +151,7 @@ def computed_with(pipe, deltas) -> dict[str, torch.Tensor]:
         return tiny.outputs(hooked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_two_adapters_in_a_pipeline_merged_verified_and_taken_out_again(name, layout, tmp_path):

@@ -2,6 +2,8 @@
 
 from itertools import islice
 
+import pytest
+
 from scripts.tiny_scenes import check, scene, toy
 from scripts.tiny_scenes.render import render
 
@@ -11,6 +13,7 @@ def test_the_toy_is_seen_in_every_view_and_in_no_scene():
     assert not any(toy.shows(render(sample)) for sample in islice(scene.scenes(4, held=None), 60))
 
 
+@pytest.mark.slow
 def test_the_toy_is_no_object_that_the_base_knows():
     """The toy has no single color; upside down or in one color, it is not the toy."""
     assert [check.look(view).color for view in toy.views()] == [None] * 5

@@ -260,6 +260,7 @@ def test_prior_pictures_change_what_is_learned(quick, photos, tmp_path):
 PRIOR = {"prior_pictures": 3, "prior_prompt": "a toy", "sample_steps": 2}
 
 
+@pytest.mark.slow
 def test_the_base_draws_pictures_of_the_class_once(quick, tmp_path):
     run, folder = Path(quick["output"]), tmp_path / "class"
     train(quick | PRIOR)
@@ -287,6 +288,7 @@ def test_a_prompt_with_alternatives_is_no_caption(quick, photos):
         train(quick, prior_data=photos, prior_prompt="a {red|blue} toy")
 
 
+@pytest.mark.slow
 def test_the_base_itself_can_be_the_class(quick, photos, tmp_path):
     """The loss against the base model is zero until the training images have changed the adapter."""
     alone = train(quick, steps=1, output=str(tmp_path / "alone"))
@@ -311,6 +313,7 @@ def test_the_trigger_word_is_not_put_in_front_of_the_class(quick, photos, tmp_pa
     assert set(requests) == {"sks, art: a photo", "a toy"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_keeps_its_pictures_of_the_class(quick, tmp_path):
     whole = train(quick | PRIOR, output=str(tmp_path / "whole")).adapter.read_bytes()
     with pytest.raises(StoppedError):

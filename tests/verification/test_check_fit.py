@@ -37,7 +37,7 @@ def test_on_another_base_it_does_not_fit_and_its_own_is_named():
 def test_other_sizes_are_told_module_by_module():
     report = verify(LOKR, base="sd15")
     assert report.matched == 0 and len(report.problems) == report.total == 10
-    assert "32x32, and sd15 has 320x320" in next(iter(report.problems.values()))
+    assert "The delta is 32x32, but the layer of sd15 is 320x320." in next(iter(report.problems.values()))
 
 
 def test_a_native_file_is_checked_layer_by_layer(tmp_path):
