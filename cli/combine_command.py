@@ -82,7 +82,7 @@ def command(
         report = combine(list(adapters), out, dry_run=dry_run, progress=step, **options)
     emit(as_document(report), lambda: show(report, every_layer=layers))
     if not report.written:
-        log("No --output given: nothing was written." if out is None else "Dry run: nothing was written.")
+        log("Dry run: nothing was written." if dry_run else "No --output given: nothing was written.")
 
 
 def as_document(report: CombineReport) -> dict[str, Any]:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 FEW = 6  # rows that are listed without --all
 PARALLEL = 0.99  # cosine from which one delta counts as a multiple of the other
+STATES = {  # states whose name in the report, frozen for --json, differs from the one on the screen
+    "other strength": "different strength", "rounded otherwise": "rounding difference",
+    "other shape": "different shape", "touched": "changed unexpectedly",
+}  # fmt: skip
 PROPERTIES = ("same", "exit_code", "states", "only_first", "only_second", "relative_difference")
 
 
@@ -123,7 +127,7 @@ def _show_merge(report: MergeCheck, every: bool) -> None:
     _show_rows(
         ("tensor", "state", ">elements", ">unequal", ">max. ULP error", ">strength"),
         [
-            (t.tensor, t.state, t.elements, t.unequal, f"{t.worst_units:.3g}", _strengths(t.strengths))
+            (t.tensor, _state(t.state), t.elements, t.unequal, f"{t.worst_units:.3g}", _strengths(t.strengths))
             for t in (report.tensors if every else report.different)
         ],
         every,
@@ -134,7 +138,7 @@ def _show_merge(report: MergeCheck, every: bool) -> None:
 def _merge_facts(report: MergeCheck) -> Iterator[tuple[str, Any]]:
     for adapter, weight, matched in zip(report.adapters, report.weights, report.matched, strict=True):
         yield "adapter", f"{adapter} at {weight:g}, {matched}"
-    yield "tensors", ", ".join(f"{count:,} {state}" for state, count in report.states.items())
+    yield "tensors", ", ".join(f"{count:,} {_state(state)}" for state, count in report.states.items())
     yield "measured strength", _strengths(report.strengths)
     for note in report.notes:
         yield "note", note
@@ -155,9 +159,14 @@ def _not_merged(report: MergeCheck) -> str:
     states = {t.state for t in report.different}
     if states == {"not merged"}:
         return f"Mismatch: nothing was merged into {count}."
-    if states == {"different strength"} and len(report.strengths) == 1:
+    if states == {"other strength"} and len(report.strengths) == 1:
         return f"Mismatch: merged at {_strengths(report.strengths)}, not at {report.weights[0]:g}."
     return f"Mismatch: {count} differ from base + adapters."
+
+
+def _state(state: str) -> str:
+    """The state of a tensor as the tables show it."""
+    return STATES.get(state, state)
 
 
 def _strengths(values: tuple[float, ...]) -> str | None:

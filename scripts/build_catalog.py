@@ -1,4 +1,4 @@
-"""Write krona_hub/bases/catalog/*.json from published configurations.
+"""Write krona_hub/bases/components/*.json from published configurations.
 
     python scripts/build_catalog.py [FOLDER OF CONFIGURATIONS]
 
@@ -20,7 +20,7 @@ from krona_hub.bases.name_patterns import encode
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = Path(os.environ.get("KRONA_SHARED", ROOT.parent / "shared"))
-OUT = ROOT / "krona_hub/bases/catalog"
+OUT = ROOT / "krona_hub/bases/components"
 CONFIG_STATUS = {
     "stored config.json": "F",
     "stored copy of config.json": "F",

@@ -1,6 +1,6 @@
 """The catalog of known base models: names, shapes and the sources of their configurations. Torch-free.
 
-`scripts/build_catalog.py` writes `catalog/<component>.json` from published configurations.
+`scripts/build_catalog.py` writes `components/<component>.json` from published configurations.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _hub_ids() -> Mapping[str, str]:
 @cache
 def component(name: str) -> CatalogEntry:
     """Load one file of the catalog, with all patterns expanded."""
-    data = json.loads(files("krona_hub.bases").joinpath("catalog", f"{name}.json").read_text("utf-8"))
+    data = json.loads(files("krona_hub.bases").joinpath("components", f"{name}.json").read_text("utf-8"))
     return CatalogEntry(
         name=data["component"],
         library=data["library"],
@@ -112,5 +112,5 @@ def component(name: str) -> CatalogEntry:
 
 def component_names() -> tuple[str, ...]:
     """The names of all catalog files, sorted."""
-    folder = files("krona_hub.bases").joinpath("catalog")
+    folder = files("krona_hub.bases").joinpath("components")
     return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))

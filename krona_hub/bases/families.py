@@ -1,6 +1,6 @@
 """Named base models: their components and Hub ids.
 
-A component is a file of `catalog/`; base models share text encoders. `uncovered` names the adaptable parts of a
+A component is a file of `components/`; base models share text encoders. `uncovered` names the adaptable parts of a
 pipeline that the catalog does not list.
 """
 

@@ -200,7 +200,7 @@ def _notes(
     zero = [name for name, delta in layers.items() if not delta.sums and delta.magnitude is None]
     notes = []
     if zero:
-        notes.append(f"{len(zero)} of {len(layers)} layers are zero: their parts cancel or have weight 0")
+        notes.append(f"{len(zero)} of {len(layers)} layers are zero: their parts cancel or have strength 0")
     if adapters > 1 and all(len(own) == 1 for own in parts.values()):
         notes.append("the adapters have no layers in common")
     return tuple(notes)

@@ -166,12 +166,13 @@ def _offer(target: ConversionTarget, delta: LayerDelta) -> str:
 def _too_lossy(report: ConversionReport, layers: Mapping[str, LayerDelta]) -> LossyError:
     """Return the error, with measured alternatives."""
     size = report.parameters_after
+    lora = lora_error_within(layers, size)
+    as_lora = f"--to lora --budget {size} (error {percent(lora)}), " if lora <= REFUSED_ABOVE else ""
     error = LossyError(
-        f"The relative error would be {percent(report.relative_error)} (retained energy "
-        f"{percent(report.energy_kept)}); nothing was written.",
-        fix=f"Choose --to lora --budget {size} (LoRA with {size:,} parameters: error "
-        f"{percent(lora_error_within(layers, size))}), --exact (no loss, {report.parameters_before:,} parameters), "
-        "--max-error 0.05 (smallest factorization within 5 % per layer), or --allow-loss to write this result.",
+        f"The relative error would be {percent(report.relative_error)} (retained energy {percent(report.energy_kept)}; "
+        f"a LoRA with {size:,} parameters: error {percent(lora)}); nothing was written.",
+        fix=f"Choose {as_lora}--exact (no loss, {report.parameters_before:,} parameters), --max-error 0.05 (smallest "
+        "factorization within 5 % per layer), or --allow-loss to write this result.",
     )
     error.report = report
     return error

@@ -81,7 +81,7 @@ def verdict(share_lost: float, tensors: Sequence[TensorReport]) -> str:
     if share_lost <= SOME:
         return f"{loss}: the merged weights contain the adapters"
     advice = (
-        "use --out-dtype fp32-touched to keep all of it, or --rounding stochastic to keep it on average, with noise"
+        "--out-dtype fp32-touched keeps all of it; --rounding stochastic keeps its strength on average, with more noise"
     )
     if share_lost < MOST:
         return f"{loss}; {advice}"

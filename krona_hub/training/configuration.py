@@ -110,7 +110,7 @@ def checked(values: Mapping[str, Any]) -> TrainingSettings:
 
 def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     near = get_close_matches(name, list(known), n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"Choose one of: {', '.join(known)}."
+    return f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(known)}."
 
 
 def _value(kind: SettingKind, value: Any) -> Any:
@@ -126,18 +126,18 @@ def _value(kind: SettingKind, value: Any) -> Any:
         raise _type_error(kind, value, _type_name(kind.type))
     if kind.choices and value not in kind.choices:
         near = get_close_matches(str(value), kind.choices, n=1)
-        fix = f"Did you mean {near[0]!r}?" if near else f"Choose one of: {', '.join(kind.choices)}."
+        fix = f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(kind.choices)}."
         raise UsageError(f"Invalid value {value!r} for {kind.name}.", fix=fix)
     return _in_range(kind, value) if isinstance(value, NUMBERS) else value
 
 
 def _type_error(kind: SettingKind, value: Any, expected: str) -> UsageError:
-    fix = f"Give {expected}. {kind.name}: {kind.metadata['help']}"
+    fix = f"Use {expected}. {kind.name}: {kind.metadata['help']}"
     return UsageError(f"{kind.name} = {value!r} is not {expected}.", fix=fix)
 
 
 def _type_name(kind: type) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     return names.get(kind, f"a {kind.__name__}")
 
 
@@ -146,7 +146,7 @@ def _in_range(kind: SettingKind, value: Any) -> Any:
     if not isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
         bounds = [f"{word} {bound}" for word, bound in (("at least", least), ("at most", most)) if bound is not None]
         allowed = f"a value of {' and '.join(bounds)}" if bounds else "a finite number"
-        raise UsageError(f"{kind.name} = {value} is out of range.", fix=f"Give {allowed}.")
+        raise UsageError(f"{kind.name} = {value} is out of range.", fix=f"Use {allowed}.")
     return value
 
 

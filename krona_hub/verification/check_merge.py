@@ -87,7 +87,7 @@ def _check(pair: TensorPair, targets: Targets, weights: Sequence[float], exact: 
     if pair.base is None or pair.merged is None:
         return TensorOutcome(replace(check, state="missing" if pair.base else "added"))
     if pair.base.info.shape != pair.merged.info.shape:
-        return TensorOutcome(replace(check, state="different shape"))
+        return TensorOutcome(replace(check, state="other shape"))
     weight, merged = _tensor(pair.base), _tensor(pair.merged)
     if touched:
         return check_touched(check, weight, merged, patches, weights, exact)

@@ -91,9 +91,9 @@ def _diagnosed(check: TensorCheck, numbers: WeightSample, right: bool) -> Tensor
     if not bool(numbers.change.any()):
         state = "not merged"
     elif numbers.explains(strengths) and not right:
-        state = "different strength"
+        state = "other strength"
     elif numbers.explains(strengths) and check.unequal >= MANY * check.elements:
-        state = "rounding difference"
+        state = "rounded otherwise"
     diagnosed = replace(
         check, state=state, strengths=as_floats(numbers, strengths), unexplained=unexplained(numbers, strengths)
     )
@@ -106,5 +106,5 @@ def check_untouched(start: TensorCheck, weight: Tensor, merged: Tensor, exact: b
     apart.add((weight if weight.dtype == merged.dtype else weight.to(merged.dtype)).reshape(-1), merged.reshape(-1))
     allowed = 1 if weight.dtype != merged.dtype and not exact else 0
     same = not apart.unequal or (allowed and apart.worst <= allowed)
-    state: State = "same" if same else "changed unexpectedly"
+    state: State = "same" if same else "touched"
     return TensorOutcome(replace(start, state=state, unequal=apart.unequal, worst_units=apart.worst))

@@ -15,13 +15,13 @@ SAME, MISFIT, DIFFERS = 0, 5, 6  # exit codes
 State = Literal[
     "same",  # equal to round(base + Σ w·ΔW) within 1 ULP; if untouched, equal to the base
     "not merged",  # still equal to the base
-    "different strength",  # round(base + Σ s·ΔW) for other s, given in `strengths`
-    "rounding difference",  # the right strengths, but more than 1 ULP apart: other arithmetic
+    "other strength",  # round(base + Σ s·ΔW) for other s, given in `strengths`
+    "rounded otherwise",  # the right strengths, but more than 1 ULP apart: other arithmetic
     "differs",  # none of these
-    "changed unexpectedly",  # changed, although no adapter targets it
+    "touched",  # changed, although no adapter targets it
     "missing",  # only in the base
     "added",  # only in the merged checkpoint
-    "different shape",
+    "other shape",
 ]
 
 

@@ -19,7 +19,7 @@ def made(tmp_path_factory):
         patch.setattr(make_tiny_base, "CHECK_EVERY", 2)
         patch.setattr(make_tiny_base, "CHECKED", 2)
         patch.setattr(make_tiny_base, "GRID", 2)
-        patch.setattr(make_tiny_base.drawing, "measure", lambda pipe, count=2: check.Score(0.1, 0.2, 0.3, count))
+        patch.setattr(make_tiny_base.sampling, "measure", lambda pipe, count=2: check.Score(0.1, 0.2, 0.3, count))
         run(patch, work)
     return work, work / "out"
 

@@ -16,8 +16,8 @@ def test_a_misspelt_field_is_refused_with_the_right_one():
     ("field", "value", "words"),
     [
         ("steps", 0, "at least 1"),
-        ("steps", 2.5, "whole number"),
-        ("steps", True, "whole number"),
+        ("steps", 2.5, "an integer"),
+        ("steps", True, "an integer"),
         ("learning_rate", float("nan"), "out of range"),
         ("caption_dropout", 1.5, "at most 1"),
         ("rows", "shufled", "shuffled"),

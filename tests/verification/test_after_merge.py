@@ -32,7 +32,7 @@ def test_a_merge_is_verified_in_every_way_it_can_be_made(options, dtype, tmp_pat
     report = verify(tmp_path / "merged", base=base, adapters=adapters, **blocks)
     assert report.same, report.different[:3]
     wrong = verify(tmp_path / "merged", base=base, adapters=[(LOKR, 0.7), (LORA, -1.0)], **blocks)
-    assert wrong.exit_code == 6 and {t.state for t in wrong.different} == {"different strength"}
+    assert wrong.exit_code == 6 and {t.state for t in wrong.different} == {"other strength"}
     assert wrong.strengths == (pytest.approx(0.7, abs=0.02), pytest.approx(-1.2, abs=0.02))
 
 

@@ -129,7 +129,7 @@ def test_another_strength_is_found_and_said(dtype, strength, tmp_path):
     merged_of(base, tmp_path / "merged", [(LORA, strength)])
     report = verify(tmp_path / "merged", base=base, adapters=[(LORA, 1.0)])
     assert report.exit_code == 6
-    assert {t.state for t in report.tensors if t.touched} == {"different strength"}
+    assert {t.state for t in report.tensors if t.touched} == {"other strength"}
     assert report.strengths == (pytest.approx(strength, rel=2e-3),)
 
 
@@ -139,7 +139,7 @@ def test_of_two_adapters_the_one_with_another_strength_is_found(tmp_path):
     report = verify(tmp_path / "merged", base=base, adapters=[(LORA, 1.0), (LOKR, 1.0)])
     for t in report.different:
         one, two = t.strengths
-        assert t.state == "different strength" and one == pytest.approx(0.7, abs=0.01)
+        assert t.state == "other strength" and one == pytest.approx(0.7, abs=0.01)
         assert math.isnan(two) or two == pytest.approx(1.0, abs=0.01)
 
 
@@ -158,7 +158,7 @@ def test_a_delta_below_the_rounding_is_not_called_merged_where_it_is_not(dtype, 
     assert verify(tmp_path / "right", base=base, adapters=[(adapter, 1.0)]).same
     report = verify(tmp_path / "wrong", base=base, adapters=[(adapter, 1.0)])
     (wrong,) = report.different
-    assert wrong.worst_units <= 3 and wrong.state == ("not merged" if strength == 0 else "different strength")
+    assert wrong.worst_units <= 3 and wrong.state == ("not merged" if strength == 0 else "other strength")
     assert report.strengths == (pytest.approx(strength, abs=0.1),)
 
 
@@ -208,7 +208,7 @@ def test_one_flipped_bit_of_an_untouched_tensor_is_found(bit, tmp_path):
     merged_of(base, tmp_path / "merged", [(LOKR, 1.0)])
     edit(tmp_path / "merged" / UNET, "conv_in.bias" if bit else "conv_norm_out.weight", flipped(bit))
     (found,) = verify(tmp_path / "merged", base=base, adapters=[(LOKR, 1.0)]).different
-    assert (found.state, found.touched, found.unequal) == ("changed unexpectedly", False, 1)
+    assert (found.state, found.touched, found.unequal) == ("touched", False, 1)
 
 
 def test_tensors_that_are_gone_new_or_of_another_shape_are_told_apart(tmp_path):
@@ -221,7 +221,7 @@ def test_tensors_that_are_gone_new_or_of_another_shape_are_told_apart(tmp_path):
     save_file(tensors, path)
     found = verify(tmp_path / "merged", base=base, adapters=[(LOKR, 1.0)]).different
     assert {t.tensor: t.state for t in found} == {
-        "conv_in.bias": "different shape", "conv_out.bias": "missing", "new": "added",
+        "conv_in.bias": "other shape", "conv_out.bias": "missing", "new": "added",
     }  # fmt: skip
 
 
