@@ -6,11 +6,11 @@ Names and shapes come from safetensors headers; only folders with a `config.json
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from krona_hub.assets.shipped import folder_of
 from krona_hub.bases import catalog, detection, ldm_names
@@ -30,8 +30,13 @@ from krona_hub.bases.weight_files import (
 )
 from krona_hub.errors import FormatError, NotFoundError, UnknownBaseError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = [
     "WeightPlace",
+    "Weights",
+    "base_weights",
     "landed",
     "load_base",
     "named_base",
@@ -40,6 +45,8 @@ __all__ = [
     "stored_by_component",
     "weight_files",
 ]
+
+Weights = Callable[[str], "Tensor | None"]  # canonical layer -> weight of the base model
 
 
 def load_base(source: str | Path) -> Base:
@@ -96,6 +103,16 @@ def weight_files(source: str | Path) -> dict[str, WeightPlace]:
     if not path.exists():
         return {}
     return placed(path, stored_in([path]))
+
+
+def base_weights(source: str | Path) -> Weights:
+    """Return a function from a canonical layer to its base weight, None if there is none. Files are opened lazily."""
+
+    @cache
+    def places() -> Mapping[str, WeightPlace]:
+        return weight_files(source)
+
+    return lambda layer: read(places()[layer]) if layer in places() else None
 
 
 def open_checkpoint(path: Path) -> tuple[Base, dict[str, WeightPlace]]:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from krona_hub.assets.shipped import folder_of
 from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
-from krona_hub.bases.loading import component_folders, load_base, open_checkpoint, plainly_placed, weight_files
+from krona_hub.bases.loading import component_folders, load_base, open_checkpoint, plainly_placed, read, weight_files
 from krona_hub.bases.weight_files import WeightPlace, indices_of, sets_of, stored_in
 from krona_hub.checkpoints.header import FLOATS, Header, read_header
 from krona_hub.errors import (
@@ -25,6 +25,10 @@ from krona_hub.errors import (
     UnknownBaseError,
     UnsupportedError,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")  # plain casts: can be merged, with the loss reported
 QUANTIZED = {  # suffix of a tensor name -> how its weights are stored
@@ -59,6 +63,11 @@ class BaseTree:
     @property
     def is_folder(self) -> bool:
         return self.root.is_dir()
+
+    def weight(self, layer: str) -> Tensor | None:
+        """Read the weight of a layer; None if the base model has none, or only a quantized one."""
+        places = [place for place in self.places.get(layer, ()) if self.quantization(place) is None]
+        return read(places[0]) if places else None
 
     def quantization(self, place: WeightPlace) -> str | None:
         """Return how a weight is quantized, None if it is not."""

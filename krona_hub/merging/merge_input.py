@@ -135,7 +135,7 @@ def _of_file(
     source: str | Path, weight: float, tree: BaseTree, component: str | None, from_format: str | None
 ) -> MergeInput:
     path = resolve(source)
-    files = open_files(path, tree.base)
+    files = tuple(replace(file, weights=tree.weight) for file in open_files(path, tree.base))
     found = [_reading(f, tree, from_format, f.component if len(files) > 1 else component) for f in files]
     modules, missing = _sorted_out(
         (pair for reading in found for pair in reading.modules),

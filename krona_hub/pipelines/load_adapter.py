@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from krona_hub.adapters.adapter import Adapter
 from krona_hub.bases.base import Base
 from krona_hub.bases.loading import load_base, named_base
 from krona_hub.bases.module_spec import ModuleSpec
-from krona_hub.formats.reading.reader import read
+from krona_hub.formats.parsing.adapter_file import open_files
+from krona_hub.formats.reading.reader import read_files
 from krona_hub.layers.attaching import AttachReport, attach, detach
 from krona_hub.layers.attachment import attached
 from krona_hub.layers.kron_layer import core
@@ -127,7 +129,16 @@ def _adapter(
     if isinstance(source, Adapter):
         return source
     known = load_base(base) if isinstance(base, str | Path) else base or _own_base(pipe, component)
-    return read(resolve(source), base=known, format=format, component=component, allow_missing=allow_missing)
+    path = resolve(source)
+    files = [replace(file, weights=partial(_weight_of, pipe, component)) for file in open_files(path, known)]
+    return read_files(files, str(path), format=format, component=component, allow_missing=allow_missing)
+
+
+def _weight_of(pipe: Any, component: str | None, layer: str) -> Tensor | None:
+    """The weight of a layer of the pipeline, without its adapters."""
+    slot = slots_of(parts_of(pipe, (), component)).get(layer)
+    weight: Tensor | None = None if slot is None else core(unwrapped(slot.module)).weight
+    return weight
 
 
 def _own_base(pipe: Any, component: str | None) -> Base:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from krona_hub.checkpoints.file_names import PEFT_CONFIG
-from krona_hub.errors import IncompleteError, UnsupportedError
+from krona_hub.errors import IncompleteError, UnsupportedError, abbreviated
 from krona_hub.formats.forms.limits import PEFT_LOKR_LIMITS, no_input_dora, no_lora
 from krona_hub.formats.known.format import Format, Storage
 from krona_hub.formats.parsing.adapter_file import AdapterFile
+from krona_hub.formats.parsing.peft_fields import OTHER_PRODUCTS, unknown_fields
 from krona_hub.formats.parsing.scales import ScaleConfig, config_of
 
 TYPES = ("LOKR", "LORA")
-UNSUPPORTED = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "velora_config", "kasa_config")
 
 
 def peft_type(file: AdapterFile) -> str | None:
@@ -38,10 +38,10 @@ def configuration(file: AdapterFile) -> Mapping[str, ScaleConfig]:
             f"Missing {PEFT_CONFIG} beside the tensors: the scale is unknown.",
             fix="Put it beside the file, or use --from diffusers-lora or diffusers-lokr, which assume scale 1.",
         )
-    odd = next((name for name in UNSUPPORTED if file.config.get(name)), None)
+    odd = next((name for name in OTHER_PRODUCTS if file.config.get(name)), None)
     if odd:
         raise UnsupportedError(
-            f"{PEFT_CONFIG} sets {odd}, so the delta is not a plain product up·down.",
+            f"{PEFT_CONFIG} sets {odd}, so the delta is not a plain product up·down: {OTHER_PRODUCTS[odd]}.",
             fix="Merge the adapter with PEFT (merge_and_unload).",
         )
     return {"": config_of(file.config)}
@@ -54,6 +54,8 @@ def config_notes(file: AdapterFile) -> tuple[str, ...]:
         notes.append("fan_in_fan_out is set: the base model stores these weights as (in, out)")
     if config.get("modules_to_save"):
         notes.append("modules_to_save: the file also contains full weights, which are not part of the adapter")
+    if unknown := unknown_fields(config):
+        notes.append(f"{PEFT_CONFIG} sets fields unknown to krona, which may change the deltas: {abbreviated(unknown)}")
     return tuple(notes)
 
 

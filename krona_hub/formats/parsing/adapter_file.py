@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.bases.base import COMPONENTS, Base
-from krona_hub.bases.loading import load_base
+from krona_hub.bases.loading import Weights, base_weights, load_base
 from krona_hub.checkpoints.file_names import ADAPTER_PICKLES, DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from krona_hub.checkpoints.header import Header, read_header
 from krona_hub.checkpoints.os_errors import fault
@@ -32,6 +32,7 @@ class AdapterFile:
     config: Mapping[str, Any] | None = None  # PEFT configuration, from adapter_config.json
     component: str | None = None  # from the folder name or the model class in the PEFT configuration, if stated
     base: Base | None = None  # specified by the user
+    weights: Weights | None = None  # of that base model, if it has any
 
     @cached_property
     def keys(self) -> Keys:
@@ -64,13 +65,14 @@ def open_files(source: str | Path, base: str | Path | Base | None = None) -> tup
     and the errors of `read_header`.
     """
     known = base if base is None or isinstance(base, Base) else load_base(base)
+    weights = None if base is None or isinstance(base, Base) else base_weights(base)
     try:
         files = _files(Path(source))
     except OSError as error:
         if isinstance(error, KronaError):
             raise
         raise fault(error, Path(source)) from None
-    return tuple(replace(file, base=known) for file in files)
+    return tuple(replace(file, base=known, weights=weights) for file in files)
 
 
 @contextmanager

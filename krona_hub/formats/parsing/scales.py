@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite, sqrt
 from typing import Any
 
-from krona_hub.errors import FormatError, ScaleError, ShapeError
+from krona_hub.errors import FormatError, ScaleError, ShapeError, UnsupportedError
 from krona_hub.formats.parsing.module_layout import ModuleLayout
+from krona_hub.formats.parsing.peft_fields import PLAIN_LORA, initialization
 
 MAX_ALPHA = 1e8  # a larger alpha is a placeholder
 _FIX = "Set alpha to its value in training, or convert the file with the application that wrote it."
@@ -28,6 +29,7 @@ class ModuleScale:
     value: float
     alpha: float | None = None
     note: str = ""  # note for the user
+    initial: str = ""  # `pissa` or `olora`: first factors that were subtracted from the base weight
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class ScaleConfig:
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
     rs_lora: bool = False
+    initial: str = ""  # how factors were initialized that were subtracted from the base; "" if none were
 
     def of(self, path: str) -> tuple[float, float]:
         """(alpha, rank) of the module at `path`, a path without `base_model.model.`."""
@@ -90,6 +93,7 @@ def config_of(config: Mapping[str, Any], prefix: str = "") -> ScaleConfig:
         rank_pattern=_mapping(fields.get("rank_pattern")),
         alpha_pattern=_mapping(fields.get("alpha_pattern")),
         rs_lora=bool(fields.get("use_rslora")) and kind == "lora",
+        initial=initialization(fields.get("init_lora_weights", True)) if kind == "lora" else "",
     )
 
 
@@ -112,7 +116,11 @@ def metadata_configs(metadata: Mapping[str, str]) -> Mapping[str, ScaleConfig]:
             fix="Save the adapter again with diffusers.",
         )
     prefixes = {key.partition(".")[0] for key in config if key.endswith(".r")}
-    return {p: config_of(config, f"{p}.") for p in prefixes} or {"": config_of(config)}
+    found = {p: config_of(config, f"{p}.") for p in prefixes} or {"": config_of(config)}
+    changed = next((c.initial for c in found.values() if c.initial), "")
+    if changed:
+        raise UnsupportedError(f"init_lora_weights is {changed!r}, which changed the base model.", fix=PLAIN_LORA)
+    return found
 
 
 def tensor_scale(layout: ModuleLayout, alpha: float | None) -> ModuleScale:
@@ -146,7 +154,7 @@ def config_scale(config: ScaleConfig, path: str, layout: ModuleLayout) -> Module
             f"The tensors have rank {low[0]}, but the configuration states {rank:g}.",
             fix="Use the configuration saved with this adapter; this one belongs to another file.",
         )
-    return _scale(alpha, sqrt(rank) if config.rs_lora else rank)
+    return replace(_scale(alpha, sqrt(rank) if config.rs_lora else rank), initial=config.initial)
 
 
 def _scale(alpha: float, divisor: float) -> ModuleScale:

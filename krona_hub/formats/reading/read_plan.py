@@ -87,6 +87,7 @@ def make_plan(file: AdapterFile, format: Format, component: str | None = None, *
     notes = (
         *([str(base_error)] if base_error else []),
         *format.notes(file),
+        *_initial_notes(modules),
         *_scale_notes(modules),
         *_conv1d_note(modules),
         *_uncovered(match),
@@ -218,6 +219,15 @@ def _summary(problems: Mapping[str, KronaError], plan: ReadPlan) -> KronaError:
         fix = f"{fix} Use --allow-missing to read the {others}.".strip()
     where = name if len(alike) == 1 else f"{len(alike)} of {plan.total} modules ({abbreviated(alike)}): {name}"
     return type(error)(f"{where}: {error.cause}", fix=fix)
+
+
+def _initial_notes(modules: Iterable[ModulePlan]) -> tuple[str, ...]:
+    kinds = sorted({m.scale.initial for m in modules if m.scale.initial})
+    return tuple(
+        f"init_lora_weights is {kind}: the first factors were subtracted from the base weights, so that the deltas can "
+        "be computed only with these weights (--base)"
+        for kind in kinds
+    )
 
 
 def _scale_notes(modules: Iterable[ModulePlan]) -> tuple[str, ...]:

@@ -20,11 +20,12 @@ from krona_hub.formats.parsing import file_metadata
 from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
 from krona_hub.formats.reading.decode import decode, magnitude_of
 from krona_hub.formats.reading.description import Description
+from krona_hub.formats.reading.initial_factors import without_initial_factors
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan, refuse
 from krona_hub.kron.rows import Range, take_rows, transposed
 from krona_hub.kron.terms import KronTerms
 
-__all__ = ["detect_format", "read", "read_described", "read_planned"]
+__all__ = ["detect_format", "read", "read_described", "read_files", "read_planned"]
 
 
 def read(
@@ -68,10 +69,22 @@ def read(
     >>> len(adapter), adapter.base.family, adapter.provenance.source_format
     (91, 'tiny-scenes', 'lycoris-lokr')
     """
-    known = by_name(format) if format is not None else None
     files = open_files(source, base)
+    return read_files(files, str(source), format=format, component=component, allow_missing=allow_missing)
+
+
+def read_files(
+    files: Sequence[AdapterFile],
+    source: str,
+    *,
+    format: str | None = None,
+    component: str | None = None,
+    allow_missing: bool = False,
+) -> Adapter:
+    """Read opened files as `read` does; `source` names them in errors."""
+    known = by_name(format) if format is not None else None
     parts = [_read_file(f, known, f.component if len(files) > 1 else component, allow_missing) for f in files]
-    return _joined(parts, str(source))
+    return _joined(parts, source)
 
 
 def read_described(about: Description, *, allow_missing: bool = False) -> Adapter:
@@ -118,17 +131,19 @@ def _execute(plan: ReadPlan) -> Adapter:
     for module in plan.modules:
         parts = {part: tensors[key] for part, key in module.group.parts.items()}
         try:
-            layers |= _layers(module, parts, plan.match.base)
+            layers |= _layers(module, parts, plan)
         except KronaError as error:
             raise error.within(module.group.name) from None
     return Adapter(layers, _base_model(plan), _provenance(plan), load(plan.file.header, plan.file.keys.extras))
 
 
-def _layers(module: ModulePlan, parts: Mapping[str, Tensor], base: Base | None) -> dict[str, LayerDelta]:
+def _layers(module: ModulePlan, parts: Mapping[str, Tensor], plan: ReadPlan) -> dict[str, LayerDelta]:
     """The deltas of the layers that one module of a file adapts, usually one."""
     terms = decode(parts, module.layout, module.scale.value)
+    if module.scale.initial:
+        terms = without_initial_factors(terms, module, plan.file.weights)
     magnitude = magnitude_of(parts)
-    return {place.layer: _delta(module, terms, magnitude, place, base) for place in module.places}
+    return {place.layer: _delta(module, terms, magnitude, place, plan.match.base) for place in module.places}
 
 
 def _delta(
