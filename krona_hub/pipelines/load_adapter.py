@@ -137,8 +137,8 @@ def _adapter(
 def _weight_of(pipe: Any, component: str | None, layer: str) -> Tensor | None:
     """The weight of a layer of the pipeline, without its adapters."""
     slot = slots_of(parts_of(pipe, (), component)).get(layer)
-    weight: Tensor | None = None if slot is None else core(unwrapped(slot.module)).weight
-    return weight
+    layer_module: Any = None if slot is None else core(unwrapped(slot.module))
+    return None if layer_module is None else layer_module.weight
 
 
 def _own_base(pipe: Any, component: str | None) -> Base:

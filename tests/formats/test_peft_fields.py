@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoKrConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from krona_hub import load_into, merge, read
 from krona_hub.bases.loading import load_base
@@ -67,6 +68,26 @@ def test_deltas_are_those_that_peft_merges(options, base, tmp_path):
     for layer, delta in adapter.items():
         key = layer.removeprefix("unet.") + ".weight"
         assert relative(delta.dense(plain[key]), merged[key] - plain[key]) < 1e-5, layer
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_factors_in_half_precision_do_not_round_the_first_factors(kind, dtype, base, tmp_path):
+    """The same file with its factors rounded differs by what that changes in s·BA alone."""
+    folder = trained(tmp_path / "adapter", init_lora_weights=kind)
+    path = folder / "adapter_model.safetensors"
+    factors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(factors, path)
+    exact = {name: tensor.double() for name, tensor in factors.items()}
+    plain = unet().state_dict()
+    for layer, delta in read(folder, base=base, component="unet").items():
+        name = f"base_model.model.{layer.removeprefix('unet.')}"
+        product = ALPHA / RANK * exact[f"{name}.lora_B.weight"] @ exact[f"{name}.lora_A.weight"]
+        weight = plain[f"{layer.removeprefix('unet.')}.weight"]  # in float32, as peft: σ₃ and σ₄ lie close together
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        q, r = torch.linalg.qr(weight)
+        first = u[:, :RANK] * s[:RANK] @ vh[:RANK] if kind == "pissa" else ALPHA / RANK * q[:, :RANK] @ r[:RANK]
+        assert relative(delta.dense(), product - first) < 1e-5, layer
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
@@ -137,8 +158,6 @@ def test_every_field_of_the_installed_peft_is_known():
 
 
 def test_diffusers_metadata_with_such_an_initialization_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
     config = {"unet.r": RANK, "unet.lora_alpha": ALPHA, "unet.init_lora_weights": "pissa"}
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {f"{name}.lora_A.weight": rand(RANK, 10), f"{name}.lora_B.weight": rand(12, RANK)}
