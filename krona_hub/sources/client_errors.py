@@ -62,8 +62,8 @@ def as_ours(error: BaseException, what: str) -> KronaError | None:
         return _from_xet(error, what)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return OfflineError(f"{_about(what)}HF_HUB_OFFLINE is set.", fix="Unset HF_HUB_OFFLINE to use the Hub.")
-    unresolved = getattr(errors, "RevisionResolutionError", errors.LocalEntryNotFoundError)  # since 1.28
-    if isinstance(error, (errors.LocalEntryNotFoundError, unresolved)):  # its own message hides the cause, too
+    offline = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
+    if isinstance(error, offline):  # "cannot find the file on the Hub, nor in the cache" hides the cause, too
         return (as_ours(error.__cause__, what) if error.__cause__ else None) or unreachable(what)
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)):
         return unreachable(what)

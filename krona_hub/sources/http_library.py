@@ -7,11 +7,5 @@ from typing import Any
 
 
 def http_library() -> Any:
-    """Return the module: `httpx` up to huggingface_hub 1.x, `httpx2` from 2.0 on.
-
-    Versions from 1.33 on export it; before, it is the installed httpx, which they depend on.
-    """
-    try:
-        return import_module("huggingface_hub.utils").httpx
-    except AttributeError:
-        return import_module("httpx")
+    """Return the module that huggingface_hub exports as `httpx`: in version 2 it is httpx2."""
+    return import_module("huggingface_hub.utils").httpx
