@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 
 from krona_hub.adapters.adapter import Adapter
 from krona_hub.bases.base import Base
-from krona_hub.bases.loading import load_base, named_base
+from krona_hub.bases.loading import Weights, load_base, named_base
 from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.formats.parsing.adapter_file import open_files
 from krona_hub.formats.reading.reader import read_files
 from krona_hub.layers.attaching import AttachReport, attach, detach
 from krona_hub.layers.attachment import attached
 from krona_hub.layers.kron_layer import core
-from krona_hub.layers.module_tree import parts_of, slots_of, unwrapped
+from krona_hub.layers.module_tree import Slot, parts_of, slots_of, unwrapped
 from krona_hub.sources import resolve
 
 
@@ -130,15 +131,24 @@ def _adapter(
         return source
     known = load_base(base) if isinstance(base, str | Path) else base or _own_base(pipe, component)
     path = resolve(source)
-    files = [replace(file, weights=partial(_weight_of, pipe, component)) for file in open_files(path, known)]
+    weights = _weights_of(pipe, component)
+    files = [replace(file, weights=weights) for file in open_files(path, known)]
     return read_files(files, str(path), format=format, component=component, allow_missing=allow_missing)
 
 
-def _weight_of(pipe: Any, component: str | None, layer: str) -> Tensor | None:
-    """The weight of a layer of the pipeline, without its adapters."""
-    slot = slots_of(parts_of(pipe, (), component)).get(layer)
-    layer_module: Any = None if slot is None else core(unwrapped(slot.module))
-    return None if layer_module is None else layer_module.weight
+def _weights_of(pipe: Any, component: str | None) -> Weights:
+    """Return a function from a layer to its weight in the pipeline, without adapters; the pipeline is walked lazily."""
+
+    @cache
+    def slots() -> Mapping[str, Slot]:
+        return slots_of(parts_of(pipe, (), component))
+
+    def weight(layer: str) -> Tensor | None:
+        slot = slots().get(layer)
+        layer_module: Any = None if slot is None else core(unwrapped(slot.module))
+        return None if layer_module is None else layer_module.weight
+
+    return weight
 
 
 def _own_base(pipe: Any, component: str | None) -> Base:

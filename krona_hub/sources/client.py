@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from krona_hub.errors import IntegrityError
-from krona_hub.sources.http_library import http_library
 from krona_hub.version import __version__
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def _install() -> None:
 
 def _with_timeouts(factory: Callable[[], Any]) -> Callable[[], Any]:
     def make() -> Any:
-        httpx = http_library()
+        from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
         http = factory()
         if http.timeout == httpx.Timeout(None):

@@ -19,7 +19,6 @@ from krona_hub.errors import (
     ResourceError,
     UsageError,
 )
-from krona_hub.sources.http_library import http_library
 
 LOGIN = "Run `hf auth login`, or set HF_TOKEN."
 THE_HUB = "the Hub"  # for requests that do not concern a repository
@@ -43,8 +42,7 @@ def hub_errors(what: str) -> Iterator[None]:
 def as_ours(error: BaseException, what: str) -> KronaError | None:
     """Convert a client exception to a KronaError; None for exceptions that the client does not raise."""
     from huggingface_hub import errors
-
-    httpx = http_library()
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     if isinstance(error, KronaError):
         return error

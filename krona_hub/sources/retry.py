@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from krona_hub.sources.client_errors import wait_of
-from krona_hub.sources.http_library import http_library
 
 T = TypeVar("T")
 TRIES = 4
@@ -36,8 +35,7 @@ def retrying(work: Callable[[], T], *, tries: int = TRIES) -> T:
 def pause_before_next(error: BaseException, attempt: int) -> float | None:
     """Return the seconds to wait before the next attempt; None for errors that are not retried."""
     from huggingface_hub import errors
-
-    httpx = http_library()
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     if isinstance(error, errors.HfHubHTTPError):
         if error.response.status_code not in (429, 500, 502, 503, 504):

@@ -47,7 +47,7 @@ def initialization(value: Any) -> str:
     >>> initialization("pissa"), initialization("gaussian"), initialization(True)
     ('pissa', '', '')
     """
-    if isinstance(value, bool) or value is None or value in PLAIN_INITIALIZATIONS:
+    if value in PLAIN_INITIALIZATIONS:
         return ""
     if value in SUBTRACTED:
         return str(value)
