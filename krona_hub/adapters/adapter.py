@@ -147,7 +147,7 @@ def _frozen(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Adapter(Mapping[str, LayerDelta]):
-    """A mapping from layer names to LayerDelta values, with its base model and its provenance.
+    """A mapping from layer names to LayerDelta values, with vectors, a base model and a provenance.
 
     Adapters are frozen: functions return new ones. Layer names are canonical; lookups also accept names that contain
     `text_model.`, and raise NotFoundError for unknown ones. Two adapters are equal only if they are the same object;
@@ -162,7 +162,10 @@ class Adapter(Mapping[str, LayerDelta]):
     provenance : Provenance, optional
         Origin, measured errors and training record of the adapter.
     extras : mapping of str to Tensor, optional
-        Tensors that are not deltas: embeddings, norms, biases.
+        Tensors that change no parameter of the base model: embeddings of new words.
+    vectors : mapping of str to Tensor, optional
+        What is added, at strength 1, to biases, to weights of norms and to other parameters that are not weights of
+        layers: parameter name, such as ``unet.conv_in.bias`` -> tensor of the parameter's shape.
 
     Examples
     --------
@@ -176,12 +179,15 @@ class Adapter(Mapping[str, LayerDelta]):
     layers: Mapping[str, LayerDelta]
     base: BaseModel | None = None
     provenance: Provenance = field(default_factory=Provenance)
-    extras: Mapping[str, Tensor] = field(default_factory=dict)  # not deltas: embeddings, norms, biases
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # not deltas: embeddings
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)  # parameter -> delta: biases, norms
 
     def __post_init__(self) -> None:
         layers = {canonical_name(name): delta for name, delta in sorted(self.layers.items())}
         object.__setattr__(self, "layers", _frozen(layers))
         object.__setattr__(self, "extras", _frozen(self.extras))
+        vectors = {canonical_name(name): vector for name, vector in sorted(self.vectors.items())}
+        object.__setattr__(self, "vectors", _frozen(vectors))
 
     def __getitem__(self, layer: str) -> LayerDelta:
         """Return the delta of a layer, with or without `text_model.`; NotFoundError suggests the nearest name."""
@@ -214,17 +220,17 @@ class Adapter(Mapping[str, LayerDelta]):
 
     @property
     def parameters(self) -> int:
-        """Number of stored values in all layers."""
-        return sum(delta.parameters for delta in self.layers.values())
+        """Number of stored values in all layers and vectors."""
+        return sum(delta.parameters for delta in self.layers.values()) + sum(v.numel() for v in self.vectors.values())
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The components of the layers, in the order of COMPONENTS."""
-        present = {name.split(".", 1)[0] for name in self.layers}
+        """The components of the layers and vectors, in the order of COMPONENTS."""
+        present = {name.split(".", 1)[0] for name in (*self.layers, *self.vectors)}
         return tuple(c for c in COMPONENTS if c in present)
 
     def with_layers(self, layers: Mapping[str, LayerDelta]) -> Adapter:
-        """Return the same adapter with other layers."""
+        """Return the same adapter with other layers and the same vectors."""
         return replace(self, layers=layers)
 
 
