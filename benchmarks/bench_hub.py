@@ -160,7 +160,7 @@ def write_adapter(path: Path, layers: int) -> Path:
     from krona_hub.adapters.adapter import Adapter, LayerDelta
     from krona_hub.checkpoints.writer import write_tensors
     from krona_hub.kron.terms import as_lora
-    from krona_hub.schema.v1 import to_tensors
+    from krona_hub.schema.native_tensors import to_tensors
 
     if path.exists():
         return path

@@ -58,6 +58,15 @@ def abbreviated(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def counted(number: int, word: str) -> str:
+    """Join a number and a noun for a message, the noun in the plural unless the number is 1.
+
+    >>> counted(1, "vector"), counted(1200, "vector")
+    ('1 vector', '1,200 vectors')
+    """
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 class KronaError(Exception):
     """Base class of all errors that a user can fix; any other exception is a bug in krona_hub.
 

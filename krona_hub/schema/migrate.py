@@ -1,7 +1,8 @@
 """Migration of native files between schema versions, one step at a time, up or down. Torch-free.
 
-A step rewrites the header; tensors are copied unchanged. A minor version may only add optional header fields, so
-reading a newer minor version needs no step; a new kind of tensor requires a new major version.
+A step rewrites the header; tensors are copied unchanged, except for those that the older version does not have. A minor
+version may only add optional header fields, so reading a newer minor version needs no step; a new kind of tensor
+requires a new major version: 2.0 adds `vectors.<parameter>` and changes nothing else, so the header of 1.0 is valid.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from krona_hub.checkpoints.atomic import check_output
 from krona_hub.checkpoints.findings import quoted
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.writer import copied, write_stored
-from krona_hub.errors import NewerSchemaError, SchemaError, StructureError, UnrecognisedError, UsageError
+from krona_hub.errors import (
+    LossyError,
+    NewerSchemaError,
+    SchemaError,
+    StructureError,
+    UnrecognisedError,
+    UsageError,
+    counted,
+)
 from krona_hub.schema.header import HEADER_KEY, SCHEMA_KEY
 
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
@@ -33,13 +42,22 @@ class Version(NamedTuple):
         return f"{self.major}.{self.minor}"
 
 
-CURRENT = Version(1, 0)
+FIRST, CURRENT = Version(1, 0), Version(2, 0)  # files without vectors are written in FIRST
+VECTORS = "vectors."  # prefix of the tensors that 2.0 adds
 
 Tree = dict[str, Any]  # krona.header, parsed
 Step = Callable[[Tree], Tree]  # receives its own copy and returns the header of the other version
 Steps = Mapping[tuple[Version, Version], Step]
 
-STEPS: Steps = {}  # (from, to) -> step, one entry per adjacent pair and direction; 1.0 is the first version
+
+def _same(tree: Tree) -> Tree:
+    return tree
+
+
+STEPS: Steps = {  # (from, to) -> step, one entry per adjacent pair and direction
+    (FIRST, CURRENT): _same,
+    (CURRENT, FIRST): _same,
+}
 
 
 class Migration(NamedTuple):
@@ -48,6 +66,7 @@ class Migration(NamedTuple):
     path: Path
     start: Version
     to: Version
+    left_out: int = 0  # vectors, which an older version does not have
 
 
 def parse_version(text: str) -> Version | None:
@@ -84,7 +103,12 @@ def readable(metadata: Mapping[str, str], steps: Steps = STEPS) -> dict[str, str
             f"this file has schema {version}, but this version of krona_hub reads up to {CURRENT.major}.x.",
             fix="Update krona-hub: pip install -U krona-hub.",
         )
-    return dict(metadata) if version.major == CURRENT.major else migrate(metadata, str(CURRENT), steps)
+    return dict(metadata) if version.major >= FIRST.major else migrate(metadata, str(FIRST), steps)
+
+
+def is_newer_minor(version: Version) -> bool:
+    """Return whether a readable version may have fields that this version of krona_hub does not know."""
+    return version.minor > (CURRENT if version.major == CURRENT.major else FIRST).minor
 
 
 def migrate(metadata: Mapping[str, str], to: str, steps: Steps = STEPS) -> dict[str, str]:
@@ -125,24 +149,35 @@ def migrate_file(
     *,
     overwrite: bool = False,
     dry_run: bool = False,
+    allow_loss: bool = False,
     steps: Steps = STEPS,
 ) -> Migration:
     """Migrate the native file `path` to schema version `to`; tensors are copied byte for byte.
 
     `out` defaults to `<stem>.schema-<to>.safetensors` in the folder of `path`. With `dry_run` everything is checked and
-    nothing is written. Raises the errors of `read_header`, `migrate` and `atomic_file`.
+    nothing is written. Raises the errors of `read_header`, `migrate` and `atomic_file`, and LossyError if vectors would
+    be lost, unless `allow_loss`.
     """
     header = read_header(path)
     try:
         metadata = migrate(header.metadata, to, steps)
     except (SchemaError, UnrecognisedError) as error:
         raise error.within(str(path)) from None
+    start, end = version_of(header.metadata), version_of(metadata)
+    tensors = copied(header)
+    kept = {name: t for name, t in tensors.items() if end.major > FIRST.major or not name.startswith(VECTORS)}
+    lost = len(tensors) - len(kept)
+    if lost and not allow_loss:
+        raise LossyError(
+            f"{path}: schema {end} has no vectors, and the file contains {counted(lost, 'vector')} (biases and norms).",
+            fix="Add --allow-loss to leave them out.",
+        )
     target = header.path.with_name(f"{header.path.stem}.schema-{to}.safetensors") if out is None else Path(out)
     if dry_run:
         check_output(target, overwrite=overwrite)
     else:
-        write_stored(target, copied(header), metadata, overwrite=overwrite)
-    return Migration(target, version_of(header.metadata), version_of(metadata))
+        write_stored(target, kept, metadata, overwrite=overwrite)
+    return Migration(target, start, end, lost)
 
 
 def _tree(metadata: Mapping[str, str]) -> Tree:

@@ -1,14 +1,14 @@
 """Interpretation of the tensors of a native file from their names and sizes alone. Torch-free.
 
 A tensor is named `<layer>.<part>`: `kron_a.i` (terms, a1, a2) or the pair `kron_a_up.i` (terms, a1, r) and
-`kron_a_down.i` (terms, r, a2) for the A of the i-th sum, likewise `kron_b…` for B, `magnitude` for DoRA; and
-`extras.<name>` for tensors that are not deltas.
+`kron_a_down.i` (terms, r, a2) for the A of the i-th sum, likewise `kron_b…` for B, `magnitude` for DoRA; since 2.0
+`vectors.<parameter>` for what is added to a bias, a norm or another parameter; and `extras.<name>` for embeddings.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
@@ -20,12 +20,13 @@ from krona_hub.errors import DtypeError, IncompleteError, KronaError, SchemaErro
 from krona_hub.kron.shapes import KronShape
 from krona_hub.schema import modelspec
 from krona_hub.schema.header import HEADER_KEY, SCHEMA_KEY, Axis, LayerFacts, NativeHeader, Rows, named_errors, parse
-from krona_hub.schema.migrate import CURRENT, Version, readable, version_of
+from krona_hub.schema.migrate import FIRST, VECTORS, Version, is_newer_minor, readable, version_of
 
 EXTRAS = "extras."
 MAGNITUDE = "magnitude"
 _PART = re.compile(r"(?P<layer>[^.]+\..+)\.(?P<part>kron_[ab](?:_up|_down)?)\.(?P<index>0|[1-9][0-9]{0,5})", re.DOTALL)
 _WHOLE = re.compile(rf"(?P<layer>[^.]+\..+)\.{MAGNITUDE}", re.DOTALL)
+_VECTOR = re.compile(rf"{re.escape(VECTORS)}(?P<parameter>[^.]+\..+)", re.DOTALL)
 _BROKEN = "Use the original file, or convert it again: this file is incomplete or was edited."
 
 
@@ -62,6 +63,7 @@ class NativeLayout:
     layers: Mapping[str, Layer]
     errors: Mapping[str, float]  # layer -> relative error, where recorded
     extras: Mapping[str, str]  # name -> name of the tensor
+    vectors: Mapping[str, str]  # parameter -> name of the tensor
 
     def provenance(self, metadata: Mapping[str, str]) -> Provenance:
         """Return the provenance of the header, completed from the `metadata` of the file.
@@ -69,7 +71,7 @@ class NativeLayout:
         Keys that other applications added are kept, and so is a newer minor version, under its metadata key.
         """
         known = self.header.provenance
-        newer = {SCHEMA_KEY: str(self.version)} if self.version > CURRENT else {}
+        newer = {SCHEMA_KEY: str(self.version)} if is_newer_minor(self.version) else {}
         return replace(
             known,
             layer_errors=self.errors,
@@ -86,13 +88,15 @@ def examine(file: Header) -> tuple[NativeLayout, tuple[Finding, ...]]:
 
     Raises UnrecognisedError for a file that is not native, NewerSchemaError for a newer major version.
     """
-    metadata = readable(file.metadata)
+    metadata, version = readable(file.metadata), version_of(file.metadata)
     if HEADER_KEY not in metadata:
         raise SchemaError(f"a native file needs {HEADER_KEY} in its metadata.", fix=_BROKEN)
     header, found = parse(metadata[HEADER_KEY])
     findings = [*found, *_dtype_findings(file.tensors)]
-    parts, extras, unknown = _grouped(file.tensors)
-    findings.extend(map(_unknown_tensor, unknown))
+    vectors = _vectors(file.tensors) if version.major > FIRST.major else {}
+    findings.extend(_vector_findings(vectors, file.tensors))
+    parts, extras, unknown = _grouped(file.tensors.keys() - vectors.values())
+    findings.extend(_unknown_tensor(name, version) for name in unknown)
     layers: dict[str, Layer] = {}
     for name in sorted(parts.keys() | header.layers.keys()):
         try:
@@ -104,7 +108,7 @@ def examine(file: Header) -> tuple[NativeLayout, tuple[Finding, ...]]:
         errors = named_errors(parts.keys() | header.layers.keys(), header.layer_errors)
     except SchemaError as error:
         findings.append(Finding.of(error, where="krona.header provenance"))
-    return NativeLayout(version_of(file.metadata), header, layers, errors, extras), tuple(findings)
+    return NativeLayout(version, header, layers, errors, extras, vectors), tuple(findings)
 
 
 def is_native(metadata: Mapping[str, str]) -> bool:
@@ -125,12 +129,30 @@ def _dtype_findings(tensors: Mapping[str, TensorInfo]) -> Iterator[Finding]:
             yield Finding.of(error, where=quoted(name))
 
 
-def _grouped(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Parts], dict[str, str], list[str]]:
+def _vectors(tensors: Iterable[str]) -> dict[str, str]:
+    """Map parameters to the tensors that are added to them."""
+    return {match["parameter"]: name for name in tensors if (match := _VECTOR.fullmatch(name))}
+
+
+def _vector_findings(vectors: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> Iterator[Finding]:
+    for parameter, name in vectors.items():
+        error: KronaError | None = None
+        if 0 in tensors[name].shape or not 1 <= len(tensors[name].shape) <= 5:
+            error = ShapeError(f"a vector has 1 to 5 sizes, not {list(tensors[name].shape)[:8]}.", fix=_BROKEN)
+        try:
+            _check_name(parameter)
+        except SchemaError as fault:
+            error = fault
+        if error is not None:
+            yield Finding.of(error, where=quoted(name))
+
+
+def _grouped(tensors: Iterable[str]) -> tuple[dict[str, Parts], dict[str, str], list[str]]:
     """Group tensors into parts by layer and extras by name; the rest are unknown names."""
     parts: dict[str, Parts] = {}
     extras: dict[str, str] = {}
     unknown = []
-    for name in tensors:
+    for name in sorted(tensors):
         if name.startswith(EXTRAS) and len(name) > len(EXTRAS):
             extras[name.removeprefix(EXTRAS)] = name
         elif match := _PART.fullmatch(name):
@@ -142,8 +164,8 @@ def _grouped(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Parts], dict[
     return parts, extras, unknown
 
 
-def _unknown_tensor(name: str) -> Finding:
-    error = IncompleteError("this tensor is not part of schema 1.0.", fix=_BROKEN)
+def _unknown_tensor(name: str, version: Version) -> Finding:
+    error = IncompleteError(f"this tensor is not part of schema {version}.", fix=_BROKEN)
     return Finding.of(error, where=quoted(name))
 
 
@@ -170,9 +192,9 @@ def _layer(name: str, parts: Parts, facts: LayerFacts, tensors: Mapping[str, Ten
 def _check_name(name: str) -> None:
     component, _, path = name.partition(".")
     if not component or not path or name.startswith(EXTRAS):
-        raise SchemaError("a layer name must have the form <component>.<module path>.", fix=_BROKEN)
+        raise SchemaError("a name must have the form <component>.<module path>.", fix=_BROKEN)
     if component.startswith("text_encoder") and path.startswith("text_model."):
-        raise SchemaError("a layer name must not contain `text_model.`.", fix=_BROKEN)
+        raise SchemaError("a name must not contain `text_model.`.", fix=_BROKEN)
 
 
 def _factor(part: str, index: int, parts: Parts, tensors: Mapping[str, TensorInfo]) -> Factor:

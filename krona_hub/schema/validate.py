@@ -69,7 +69,7 @@ def native_findings(header: Header, base: Base | None = None) -> Iterator[Findin
         yield Finding.of(refusal)
         return
     yield from findings
-    if not known.layers and not findings:
+    if not (known.layers or known.vectors or findings):
         error = UnrecognisedError("the file contains no layers.", fix="Check that the right file was converted.")
         yield Finding.of(error, severity="warning")
     if base is not None:

@@ -20,7 +20,7 @@ from krona_hub.errors import (
     ShapeError,
     UnrecognisedError,
 )
-from krona_hub.schema.v1 import from_tensors
+from krona_hub.schema.native_tensors import from_tensors
 from krona_hub.schema.validate import validate
 from tests.attacks.forge import F32, forged, put
 
@@ -59,7 +59,7 @@ ATTACKS = {
     "a header without bottom": (SchemaError, native(SOUND, '{"a":' * 5000)),
     "a header with a wrong field": (SchemaError, native(SOUND, {"trigger_words": "sks"})),
     "no version": (SchemaError, native(SOUND, version="one")),
-    "a version to come": (NewerSchemaError, native(SOUND, version="2.0")),
+    "a version to come": (NewerSchemaError, native(SOUND, version="3.0")),
     "a version of old": (SchemaError, native(SOUND, version="0.1")),
     "no A": (IncompleteError, native({B: [1, 4, 2]})),
     "no B": (IncompleteError, native({A: [1, 2, 3]})),

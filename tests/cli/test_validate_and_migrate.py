@@ -12,7 +12,7 @@ from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.cli.main import main
 from krona_hub.kron.terms import KronTerms
-from krona_hub.schema.v1 import to_tensors
+from krona_hub.schema.native_tensors import to_tensors
 from tests.attacks.forge import put
 
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -99,7 +99,7 @@ def test_migrate_writes_beside_and_refuses_what_it_must(tmp_path, capsys):
     assert capsys.readouterr().out == f"{target}: schema 1.0 -> 1.0\n" and target.read_bytes() == path.read_bytes()
     cases = {
         ("--to", "1.0"): (5, "KH170"),
-        ("--to", "2.0"): (2, "KH131"),
+        ("--to", "3.0"): (2, "KH131"),
         ("--to", "0.5"): (2, "KH130"),
         ("--to", "../../x"): (2, "KH101"),
         (): (2, "KH101"),
@@ -125,7 +125,7 @@ def test_a_dry_run_of_migrate_checks_everything_and_writes_nothing(tmp_path, cap
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
     (tmp_path / "x.schema-1.0.safetensors").touch()
     assert main(["migrate", str(path), "--to", "1.0", "--dry-run"]) == 5
-    assert main(["migrate", str(path), "--to", "2.0", "--dry-run"]) == 2
+    assert main(["migrate", str(path), "--to", "3.0", "--dry-run"]) == 2
 
 
 def test_migrate_says_what_a_file_of_another_format_is(tmp_path, capsys):

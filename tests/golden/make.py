@@ -1,10 +1,11 @@
-"""How the golden files were made: `python tests/golden/make.py`. It refuses to touch a file that exists.
+"""How the golden files were made: `python tests/golden/make.py VERSION`. It refuses to touch a file that exists.
 
 Golden files are never edited. A new version of the schema gets a folder of its own. Beside each file lies what it
 means, `<name>.delta.safetensors`: the dense ΔW of every layer, computed here entry by entry from the definition, and
 the base weight of every DoRA layer as `base.<layer>`.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenance
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.kron.terms import KronTerms, LowRank
-from krona_hub.schema.v1 import to_tensors
+from krona_hub.schema.native_tensors import to_tensors
 
 HERE = Path(__file__).parent
 RANDOM = torch.Generator().manual_seed(20240229)
@@ -119,6 +120,26 @@ def meaning_of(name, delta):
     return {name: torch.from_numpy(moved - base), f"base.{name}": torch.from_numpy(base)}
 
 
+VECTORS = {  # of 2.0: parameter -> what is added to it
+    "unet.mid_block.attentions.0.proj_in.bias": ("f32", 8),
+    "unet.conv_norm_out.weight": ("f16", 5),
+    "transformer.blocks.0.scale_shift_table": ("bf16", 1, 6, 4),
+    "text_encoder.final_layer_norm.bias": ("f64", 3),
+}
+
+
+def main_2_0():
+    """The files of 2.0: vectors beside a layer, and vectors alone."""
+    folder = HERE / "2.0"
+    folder.mkdir(exist_ok=True)
+    for name, layers in {"vectors": LAYERS["linear"], "only_vectors": {}}.items():
+        vectors = {parameter: numbers(*description) for parameter, description in VECTORS.items()}
+        adapter = Adapter(layers, vectors=vectors)
+        write_tensors(folder / f"{name}.safetensors", *to_tensors(adapter))
+        meaning = {k: t for layer_name, delta in layers.items() for k, t in meaning_of(layer_name, delta).items()}
+        write_tensors(folder / f"{name}.delta.safetensors", meaning | {k: v.double() for k, v in vectors.items()})
+
+
 def main():
     folder = HERE / "1.0"
     folder.mkdir(exist_ok=True)
@@ -132,4 +153,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    {"1.0": main, "2.0": main_2_0}[sys.argv[1]]()

@@ -104,7 +104,8 @@ def adapters(draw: st.DrawFn) -> Adapter:
         unknown=unknown,
     )  # fmt: skip
     extras = draw(st.dictionaries(plain_text.filter(bool), numbers(2, 3), max_size=2))
-    return Adapter(layers, draw(bases), provenance, extras)
+    vectors = draw(st.dictionaries(layer_names, numbers(5) | numbers(1, 2, 3), max_size=2))
+    return Adapter(layers, draw(bases), provenance, extras, vectors)
 
 
 def assert_same_tensor(found: Tensor, wanted: Tensor) -> None:
@@ -114,6 +115,7 @@ def assert_same_tensor(found: Tensor, wanted: Tensor) -> None:
 def assert_same_adapter(found: Adapter, wanted: Adapter) -> None:
     assert found.base == wanted.base and found.provenance == wanted.provenance
     assert_same_tensors(found.extras, wanted.extras)
+    assert_same_tensors(found.vectors, wanted.vectors)
     assert list(found.layers) == list(wanted.layers)
     for name, delta in found.layers.items():
         assert_same_delta(delta, wanted.layers[name])

@@ -9,10 +9,10 @@ from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta
 from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.reader import load
 from krona_hub.checkpoints.writer import write_tensors
-from krona_hub.errors import ConflictError, NewerSchemaError, SchemaError, UnrecognisedError, UsageError
+from krona_hub.errors import ConflictError, LossyError, NewerSchemaError, SchemaError, UnrecognisedError, UsageError
 from krona_hub.kron.terms import KronTerms
 from krona_hub.schema.migrate import STEPS, Version, migrate, migrate_file, parse_version, readable, route
-from krona_hub.schema.v1 import from_tensors, to_tensors
+from krona_hub.schema.native_tensors import from_tensors, to_tensors
 from krona_hub.schema.validate import validate
 
 
@@ -85,8 +85,8 @@ def test_every_registered_step_leads_to_a_neighbour_and_back():
 def test_a_newer_minor_is_read_as_it_is_and_a_newer_major_is_refused_by_name():
     newer = metadata("1.1", {"rating": 5})
     assert readable(newer) == newer
-    with pytest.raises(NewerSchemaError, match=r"schema 2\.0.*reads up to 1\.x") as caught:
-        readable(metadata("2.0", {}))
+    with pytest.raises(NewerSchemaError, match=r"schema 3\.0.*reads up to 2\.x") as caught:
+        readable(metadata("3.0", {}))
     assert caught.value.code == "KH131" and "pip install -U krona-hub" in caught.value.fix
 
 
@@ -153,15 +153,43 @@ def test_a_file_that_is_there_already_is_its_own_migration(tmp_path):
 def test_a_refused_migration_names_the_file_and_writes_nothing(tmp_path):
     path = native(tmp_path / "x.safetensors")
     with pytest.raises(NewerSchemaError, match=r"x\.safetensors"):
-        migrate_file(path, "2.0", tmp_path / "y.safetensors")
+        migrate_file(path, "3.0", tmp_path / "y.safetensors")
     with pytest.raises(ConflictError):
         migrate_file(path, "1.0", path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_a_file_of_2_0_is_refused_by_name_by_the_reader_and_by_validate(tmp_path):
-    path = native(tmp_path / "x.safetensors", "2.0")
+def test_a_file_of_3_0_is_refused_by_name_by_the_reader_and_by_validate(tmp_path):
+    path = native(tmp_path / "x.safetensors", "3.0")
     header = read_header(path)
-    with pytest.raises(NewerSchemaError, match=r"x\.safetensors: this file has schema 2\.0"):
+    with pytest.raises(NewerSchemaError, match=r"x\.safetensors: this file has schema 3\.0"):
         from_tensors(header, load(header))
     assert [f.code for f in validate(path)] == ["KH131"]
+
+
+def test_a_step_down_drops_vectors_only_by_consent(tmp_path):
+    vectors = {"unet.conv_in.bias": torch.ones(4)}
+    delta = LayerDelta((KronTerms(torch.randn(1, 2, 3), torch.randn(1, 4, 2)),), (8, 6))
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, *to_tensors(Adapter({"unet.x": delta}, vectors=vectors)))
+    with pytest.raises(LossyError, match="contains 1 vector ") as caught:
+        migrate_file(path, "1.0", tmp_path / "y.safetensors")
+    assert "--allow-loss" in caught.value.fix and not (tmp_path / "y.safetensors").exists()
+    assert migrate_file(path, "1.0", tmp_path / "y.safetensors", allow_loss=True).left_out == 1
+    header = read_header(tmp_path / "y.safetensors")
+    assert validate(header.path) == () and not from_tensors(header, load(header)).vectors
+
+
+def test_a_file_without_vectors_goes_up_to_2_0_and_back_without_a_change(tmp_path):
+    path = native(tmp_path / "x.safetensors")
+    up = migrate_file(path, "2.0", tmp_path / "up.safetensors").path
+    assert read_header(up).metadata["krona.schema"] == "2.0" and validate(up) == ()
+    down = migrate_file(up, "1.0", tmp_path / "down.safetensors").path
+    assert down.read_bytes() == path.read_bytes()
+
+
+def test_a_vector_is_not_a_tensor_of_1_0(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors, metadata = to_tensors(Adapter({}, vectors={"unet.conv_in.bias": torch.ones(4)}))
+    write_tensors(path, tensors, metadata | {"krona.schema": "1.0"})
+    assert [f.code for f in validate(path) if f.severity == "error"] == ["KH129"]

@@ -15,17 +15,21 @@ from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.schema import tensor_layout
 from krona_hub.schema.fields import BASE, LAYER, PROVENANCE, TOP
 from krona_hub.schema.header import LayerFacts, parse, render
-from krona_hub.schema.v1 import to_tensors
+from krona_hub.schema.native_tensors import to_tensors
 from tests.attacks.forge import forged, put
 from tests.schema.adapters import adapters, json_values
 
 SCHEMAS = files("krona_hub.schemas")
 FROZEN = {  # a change is a new file with a new line here; these lines are never edited
     "krona-adapter-1.0.json": "cb864239f16b1dae46779efe88e6ce254affd923d42541e47a941f77c5699d28",
+    "krona-adapter-2.0.json": "53ab6344c0457274c70ff0ab068044fbc3132136ebbe13e1a3ecdb7737271429",
 }
-SCHEMA = json.loads((SCHEMAS / "krona-adapter-1.0.json").read_text())
+SCHEMA, SCHEMA_2_0 = (json.loads((SCHEMAS / f"krona-adapter-{v}.json").read_text()) for v in ("1.0", "2.0"))
 HEADER = Draft202012Validator(SCHEMA)
-FILE = Draft202012Validator(SCHEMA | {"$ref": "#/$defs/file", "properties": {}})
+FILES = {
+    v[0]: Draft202012Validator(schema | {"$ref": "#/$defs/file", "properties": {}})
+    for v, schema in (("1.0", SCHEMA), ("2.0", SCHEMA_2_0))
+}
 
 
 def test_a_published_schema_never_changes():
@@ -35,6 +39,13 @@ def test_a_published_schema_never_changes():
 
 def test_a_published_schema_is_a_schema():
     Draft202012Validator.check_schema(SCHEMA)
+    Draft202012Validator.check_schema(SCHEMA_2_0)
+
+
+def test_2_0_has_the_fields_of_1_0():
+    for name in ("base", "layer", "provenance"):
+        assert SCHEMA_2_0["$defs"][name]["properties"].keys() == SCHEMA["$defs"][name]["properties"].keys()
+    assert SCHEMA_2_0["properties"].keys() == SCHEMA["properties"].keys()
 
 
 def test_the_table_of_fields_and_the_schema_list_the_same_fields():
@@ -52,7 +63,9 @@ def test_what_we_write_obeys_the_schema(tmp_path_factory, adapter):
     path = tmp_path_factory.getbasetemp() / "schema.safetensors"
     write_tensors(path, tensors, metadata, overwrite=True)
     raw = path.read_bytes()
-    FILE.validate(json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]))
+    assert metadata["krona.schema"] == ("2.0" if adapter.vectors else "1.0")
+    file = FILES[metadata["krona.schema"][0]]
+    file.validate(json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]))
 
 
 texts = st.text(max_size=3)
@@ -103,18 +116,20 @@ def test_any_valid_header_is_written_back_without_loss(header):
 
 PARTS = ["kron_a.0", "kron_b.12", "kron_a_up.1", "kron_b_down.0", "magnitude"]
 NO_PARTS = ["kron_c.0", "kron_a.00", "kron_a", "kron_a_mid.0", "kron_a.-1", "magnitude.0", "alpha", ""]
-PREFIXES = ["unet.x.", "unet.ü.", "unet.", "", "unet..", ".x.", "extras.", "extras.x."]
+PREFIXES = ["unet.x.", "unet.ü.", "unet.", "", "unet..", ".x.", "extras.", "extras.x.", "vectors.unet.", "vectors."]
 NAMES = [prefix + part for prefix in PREFIXES for part in PARTS + NO_PARTS]
 
 
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("name", [*NAMES, "unet.a\nb.kron_a.0"])
-def test_our_reader_knows_exactly_the_names_that_the_schema_knows(tmp_path, name):
+def test_our_reader_knows_exactly_the_names_that_the_schema_knows(tmp_path, name, version):
     shape = [1] if name.endswith("magnitude") else [1, 1, 1]
-    metadata = {"format": "pt", "krona.schema": "1.0", "krona.header": "{}"}
+    metadata = {"format": "pt", "krona.schema": version, "krona.header": "{}"}
     header = {"__metadata__": metadata, name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}
     path = put(tmp_path, forged(header, b"\0" * 4))
-    strangers = [f for f in tensor_layout.examine(read_header(path))[1] if "is not part of schema 1.0" in f.cause]
-    assert (not strangers) == FILE.is_valid(header)
+    unknown = f"is not part of schema {version}"
+    strangers = [f for f in tensor_layout.examine(read_header(path))[1] if unknown in f.cause]
+    assert (not strangers) == FILES[version[0]].is_valid(header)
 
 
 @pytest.mark.parametrize("name", FROZEN)

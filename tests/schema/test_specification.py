@@ -14,7 +14,7 @@ from krona_hub.checkpoints.header import read_header
 from krona_hub.checkpoints.reader import load
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.schema.fields import BASE, LAYER, PROVENANCE, TOP
-from krona_hub.schema.v1 import from_tensors, to_tensors
+from krona_hub.schema.native_tensors import from_tensors, to_tensors
 from krona_hub.schema.validate import validate
 from tests.attacks.forge import put
 from tests.golden.make import LAYERS, RECORD
@@ -38,7 +38,15 @@ FROZEN = {  # golden files are never edited; a new version is a new folder
     "terms.delta.safetensors": "cb92ae17904b0660571f64805798b7b18377a429ce56041bb96c509584653286",
     "terms.safetensors": "bced6d679c51b5c0d223d16fa315d1c0f1c7f32950696946bbeed8685c0c2609",
 }
+FROZEN_2_0 = {
+    "only_vectors.delta.safetensors": "b877c9b2d61466f6546fb28b6a1e3e2dfbb66701387a2e7cca146d945eee8581",
+    "only_vectors.safetensors": "141a9e9677e1ceed229942ec9af05839c10f612d22d256f20f93a94d4b7682c5",
+    "vectors.delta.safetensors": "f465f30bf1fe8cdeaaec715bd9b67e0156b2135c696e6b5c3b22d7b5bd5b7466",
+    "vectors.safetensors": "4d92bd95a76e3cd65afd75dd74bee9a1255170a538f72c6f9d0b731664b0630a",
+}
 NAMES = sorted(LAYERS)
+PAGE_2_0 = (ROOT / "docs/schema-2.0.md").read_text()
+GOLDEN_2_0 = ROOT / "tests/golden/2.0"
 
 
 def block(language: str) -> str:
@@ -62,7 +70,28 @@ def golden(name):
 
 
 def test_golden_files_are_never_edited():
-    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in GOLDEN.iterdir()} == FROZEN
+    for folder, frozen in {GOLDEN: FROZEN, GOLDEN_2_0: FROZEN_2_0}.items():
+        assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()} == frozen
+
+
+@pytest.mark.parametrize("name", ["vectors", "only_vectors"])
+def test_both_readers_read_the_vectors_of_2_0(name, tmp_path):
+    path = GOLDEN_2_0 / f"{name}.safetensors"
+    header, meaning = read_header(path), load(read_header(GOLDEN_2_0 / f"{name}.delta.safetensors"))
+    adapter = from_tensors(header, load(header))
+    room = {}
+    exec(block("python"), room)
+    exec(re.findall(r"```python\n(.*?)```", PAGE_2_0, re.DOTALL)[0], room)
+    of_page = room["read_vectors"](path)
+    assert adapter.vectors.keys() == of_page.keys() == meaning.keys() - adapter.layers.keys()
+    for parameter, vector in adapter.vectors.items():
+        assert torch.equal(vector.double(), meaning[parameter])
+        assert (of_page[parameter] == meaning[parameter].numpy()).all()
+    for layer, delta in adapter.layers.items():
+        torch.testing.assert_close(delta.dense().double(), meaning[layer], rtol=1e-6, atol=1e-6)
+    assert validate(path) == ()
+    write_tensors(tmp_path / "again", *to_tensors(adapter))
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("name", NAMES)

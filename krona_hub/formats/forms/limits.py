@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from krona_hub.errors import counted
 from krona_hub.formats.forms.delta_form import LayerFactorization, channel_split, is_factored
 
 PROJECTIONS = (".to_q", ".to_k", ".to_v", ".to_out.0")  # layers that DiffuseKronA adapts
@@ -15,7 +16,7 @@ def no_lora(form: LayerFactorization) -> str | None:
     if form.lora_rank is not None:
         return None
     worst = next(s for s in form.sums if s.lora_rank is None or not s.plain)
-    return f"it is a Kronecker sum ({worst.shape}, {_count(worst.terms, 'term')}), not a product up·down"
+    return f"it is a Kronecker sum ({worst.shape}, {counted(worst.terms, 'term')}), not a product up·down"
 
 
 def no_single_term(form: LayerFactorization) -> str | None:
@@ -77,10 +78,6 @@ def no_diffusekrona(form: LayerFactorization) -> str | None:
     if s.rows == "shuffled" or 1 in (s.shape.a1, s.shape.b1):
         return None
     return "DiffuseKronA interleaves the rows of A ⊗ B, and this delta does not"
-
-
-def _count(n: int, word: str) -> str:
-    return f"{n} {word}" if n == 1 else f"{n} {word}s"
 
 
 PEFT_LOKR_LIMITS = (no_dora, no_single_term, no_row_kernel, no_conv1d, no_conv3d)

@@ -22,6 +22,7 @@ from krona_hub.errors import (
     UnknownBaseError,
     UnsupportedError,
     abbreviated,
+    counted,
 )
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import AdapterFile
@@ -215,7 +216,7 @@ def _summary(problems: Mapping[str, KronaError], plan: ReadPlan) -> KronaError:
     alike = [n for n, e in problems.items() if type(e) is type(error)]
     fix = error.fix
     if isinstance(error, FORGIVABLE) and plan.modules and "--allow-missing" not in fix:
-        others = f"{len(plan.modules)} other module{'' if len(plan.modules) == 1 else 's'}"
+        others = counted(len(plan.modules), "other module")
         fix = f"{fix} Use --allow-missing to read the {others}.".strip()
     where = name if len(alike) == 1 else f"{len(alike)} of {plan.total} modules ({abbreviated(alike)}): {name}"
     return type(error)(f"{where}: {error.cause}", fix=fix)
@@ -232,7 +233,7 @@ def _initial_notes(modules: Iterable[ModulePlan]) -> tuple[str, ...]:
 
 def _scale_notes(modules: Iterable[ModulePlan]) -> tuple[str, ...]:
     counts = Counter(m.scale.note for m in modules if m.scale.note)
-    return tuple(f"{note} ({n} module{'s' if n > 1 else ''})" for note, n in counts.items())
+    return tuple(f"{note} ({counted(n, 'module')})" for note, n in counts.items())
 
 
 def _conv1d_note(modules: Iterable[ModulePlan]) -> tuple[str, ...]:

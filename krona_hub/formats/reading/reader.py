@@ -119,7 +119,7 @@ def _read_file(file: AdapterFile, known: Format | None, component: str | None, a
 
 
 def _read_native(file: AdapterFile) -> Adapter:
-    from krona_hub.schema.v1 import from_tensors
+    from krona_hub.schema.native_tensors import from_tensors
 
     adapter = from_tensors(file.header, load(file.header))
     return replace(adapter, base=adapter.base or (file.base.model if file.base else None))

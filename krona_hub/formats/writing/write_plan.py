@@ -23,7 +23,7 @@ from krona_hub.formats.writing.encode import cast, normalized
 from krona_hub.formats.writing.fuse_modules import fused
 from krona_hub.formats.writing.module_names import Home, check_one_component, homes, live_path
 from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tensors, pack
-from krona_hub.schema.v1 import to_tensors
+from krona_hub.schema.native_tensors import to_tensors
 
 CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 

@@ -1,6 +1,7 @@
-"""Schema 1.x: conversion between an Adapter and the tensors and metadata of a native file.
+"""Conversion between an Adapter and the tensors and metadata of a native file.
 
-A native file stores the factors of ΔW at strength 1 in their own dtypes, without an alpha.
+A native file stores the factors of ΔW at strength 1 in their own dtypes, without an alpha. Files with vectors have
+schema 2.0, all others 1.0.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from krona_hub.errors import DtypeError, KronaError, NonFiniteError, ShapeError,
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, Rows
 from krona_hub.schema import modelspec, tensor_layout
 from krona_hub.schema.header import HEADER_KEY, SCHEMA_KEY, LayerFacts, NativeHeader, ordered_errors, render
-from krona_hub.schema.migrate import CURRENT
+from krona_hub.schema.migrate import CURRENT, FIRST, VECTORS
 
 _FINITE = "Replace the NaN and infinite values; a native file stores only finite numbers."
 
@@ -34,7 +35,8 @@ def to_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         f"{n}.{tensor_layout.MAGNITUDE}": d.magnitude for n, d in adapter.layers.items() if d.magnitude is not None
     }
     extras = {f"{tensor_layout.EXTRAS}{name}": tensor for name, tensor in adapter.extras.items()}
-    tensors = dict(_named(layers)) | magnitudes | extras
+    vectors = {f"{VECTORS}{name}": tensor for name, tensor in adapter.vectors.items()}
+    tensors = dict(_named(layers)) | magnitudes | extras | vectors
     for name, tensor in tensors.items():
         _check_tensor(name, tensor)
     p = adapter.provenance
@@ -44,7 +46,7 @@ def to_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         {name: _facts(name, delta, layers[name]) for name, delta in adapter.layers.items()},
         ordered_errors(layers, p.layer_errors),
     )
-    version = str(p.unknown.get(SCHEMA_KEY, CURRENT))
+    version = str(CURRENT if vectors else p.unknown.get(SCHEMA_KEY, FIRST))
     own = {"format": "pt", SCHEMA_KEY: version, HEADER_KEY: render(header)}
     return tensors, modelspec.keys(adapter.base, p) | own
 
@@ -67,6 +69,7 @@ def from_tensors(header: Header, tensors: Mapping[str, Tensor]) -> Adapter:
         known.header.base,
         known.provenance(header.metadata),
         {name: tensors[tensor] for name, tensor in known.extras.items()},
+        {name: tensors[tensor] for name, tensor in known.vectors.items()},
     )
 
 

@@ -13,7 +13,7 @@ from krona_hub.checkpoints.reader import load
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.errors import DtypeError, NonFiniteError, ShapeError, UsageError
 from krona_hub.kron.terms import KronTerms, LowRank
-from krona_hub.schema.v1 import from_tensors, to_tensors
+from krona_hub.schema.native_tensors import from_tensors, to_tensors
 from krona_hub.schema.validate import validate
 from tests.schema.adapters import adapters, assert_same_adapter
 
