@@ -9,7 +9,7 @@ import click
 
 from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import base_option, component_option, file_argument, from_option, report_option
-from krona_hub.formats.reading.description import factorization_text, scale_text
+from krona_hub.formats.reading.description import factorization_text, scale_text, vectors_text
 from krona_hub.rendering.humanize import human_bytes
 from krona_hub.rendering.tables import module_groups
 
@@ -87,6 +87,9 @@ def _show(file: str, about: Description, verdicts: Mapping[str, Verdict], sha256
     show_facts(_facts(file, about, sha256))
     show_text()
     _show_modules(about) if every else _show_groups(about)
+    if every and about.vectors:
+        show_text()
+        show_table(("vector", ">values"), ((" + ".join(v.parameters) or v.name, v.values) for v in about.vectors))
     show_text()
     show_facts(_loads(verdicts))
 
@@ -103,6 +106,7 @@ def _facts(file: str, about: Description, sha256: str | None) -> Iterator[tuple[
     yield "trigger words", ", ".join(about.trigger_words)
     yield "license", about.licence
     yield "training", ", ".join(f"{key} {value}" for key, value in about.training.items())
+    yield "vectors", vectors_text(about.vectors)
     yield "extras", ", ".join(about.extras)
     for warning in about.warnings:
         yield "warning", warning

@@ -82,6 +82,7 @@ class Provenance:
     trigger_words: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the file that it was read from
     unknown: Mapping[str, Any] = field(default_factory=dict)  # header fields of newer minor versions
+    skipped: tuple[str, ...] = ()  # modules of the file that were not read; never stored
     notes: tuple[str, ...] = ()  # messages of the reader of the file; never stored
 
 

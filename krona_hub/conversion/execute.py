@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import sqrt
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.adapters.provenance import native_provenance
@@ -19,7 +21,7 @@ from krona_hub.conversion.convert_layers import (
     layer_report,
     lora_error_within,
 )
-from krona_hub.conversion.methods import Keep, MaxError, Method
+from krona_hub.conversion.methods import Exact, Keep, MaxError, Method
 from krona_hub.conversion.output_options import default_out
 from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, LayerReport, percent
 from krona_hub.conversion.request import ConvertRequest
@@ -28,7 +30,8 @@ from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import is_lora
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
-from krona_hub.formats.writing.encode import cast
+from krona_hub.formats.writing.encode import cast, cast_tensor
+from krona_hub.formats.writing.write_plan import check_nothing_left_out, known_beside
 from krona_hub.formats.writing.writer import write
 from krona_hub.kron.norms import norm, relative_difference
 from krona_hub.kron.parallel import in_parallel
@@ -61,6 +64,7 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         outcomes |= apply_method(changed, MaxError() if isinstance(method, Keep) else method, target, progress)
     target = target.for_result(o.delta for o in outcomes.values())
     outcomes = {name: replace(o, delta=cast(o.delta, stored)) for name, o in outcomes.items()}
+    beside = known_beside(adapter, target.format, request.tool, request.base)
 
     report = ConversionReport(
         source=request.source,
@@ -69,11 +73,16 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         tool=request.tool,
         out=request.out if request.out is not None else default_out(request.source, target.format),
         layers=_layer_reports(adapter.layers, reference, outcomes),
+        vectors=len(adapter.vectors),
+        vector_error=vector_error(beside.vectors, stored),
+        left_out=beside.left_out,
         notes=_dora_note(baked),
     )
     if report.relative_error > REFUSED_ABOVE and not request.allow_loss:
         raise _too_lossy(report, reference)
     _check_expressible(target, outcomes)
+    allowed = request.allow_missing and not isinstance(method, Exact)
+    check_nothing_left_out(beside.left_out, target.format, request.tool, allow_missing=allowed)
     if request.dry_run:
         return report
     written = write(
@@ -85,10 +94,19 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         dtype=stored,
         overwrite=request.overwrite,
         split_qkv=request.split_qkv,
+        allow_missing=allowed,
     )
     return replace(
         report, checked=str(written), written=True, files=written.files, notes=(*report.notes, *written.notes)
     )
+
+
+def vector_error(vectors: Mapping[str, Tensor], stored: torch.dtype | None) -> float:
+    """Return the relative error of storing vectors in another dtype, over all of them."""
+    pairs = [(v.double(), cast_tensor(v, stored).double()) for v in vectors.values()] if stored else []
+    whole = sum(float(v.square().sum()) for v, _ in pairs)
+    lost = sum(float((v - small).square().sum()) for v, small in pairs)
+    return sqrt(lost / whole) if whole else 0.0
 
 
 def _kept(delta: LayerDelta, method: Method, target: ConversionTarget) -> bool:

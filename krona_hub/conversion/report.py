@@ -8,6 +8,9 @@ from math import sqrt
 from pathlib import Path
 from typing import Protocol
 
+from krona_hub.errors import counted
+from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
+
 REFUSED_ABOVE = 0.5  # total relative error
 
 
@@ -32,6 +35,9 @@ class Totals:
     """Mixin for a report with `layers`: their totals, the overall error and the verdict."""
 
     layers: tuple[LayerReport, ...]
+    left_out: LeftOut = COMPLETE
+    vectors: int = 0  # of the source
+    vector_error: float = 0.0  # relative, over all vectors that the result has
 
     @property
     def parameters_before(self) -> int:
@@ -51,8 +57,11 @@ class Totals:
 
     @property
     def relative_error(self) -> float:
-        """Relative error over all layers: √Σ‖errorₗ‖² / √Σ‖ΔWₗ‖²; 0.0 if nothing was lost."""
-        return total_error(self.layers)
+        """Relative error over all layers: √Σ‖errorₗ‖² / √Σ‖ΔWₗ‖²; 0.0 if nothing was lost.
+
+        If the vectors have a larger error, for example without any layer, it is theirs.
+        """
+        return max(total_error(self.layers), self.vector_error)
 
     @property
     def energy_kept(self) -> float:
@@ -74,6 +83,9 @@ class ConversionReport(Totals):
     tool: str | None
     out: Path
     layers: tuple[LayerReport, ...]
+    vectors: int = 0  # of the source: changes of biases and norms
+    vector_error: float = 0.0  # relative, over all vectors that the result has
+    left_out: LeftOut = COMPLETE  # parts of the source that the result does not have
     alternatives: tuple[str, ...] = ()  # measured
     notes: tuple[str, ...] = ()
     checked: str = ""  # the read-back check, in words
@@ -113,6 +125,10 @@ class Measured(Protocol):
     """A report with an error and two sizes."""
 
     @property
+    def layers(self) -> tuple[LayerReport, ...]: ...
+    @property
+    def left_out(self) -> LeftOut: ...
+    @property
     def relative_error(self) -> float: ...
     @property
     def parameters_before(self) -> int: ...
@@ -123,6 +139,10 @@ class Measured(Protocol):
 def verdict(report: Measured) -> str:
     """Return the result in two sentences: the accuracy and the change in size."""
     words = next(words for limit, words in VERDICTS if report.relative_error <= limit)
+    if report.left_out:
+        what, _, rest = words.removesuffix(".").partition(":")
+        rest = "" if report.relative_error <= EXACT_BELOW else f":{rest}"
+        words = f"{what} for {counted(len(report.layers), 'layer')}{rest}; {report.left_out} left out."
     before, after = report.parameters_before, report.parameters_after
     if not before or before == after:
         return f"{words} Same number of parameters."

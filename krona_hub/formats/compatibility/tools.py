@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from krona_hub.errors import UsageError
+from krona_hub.errors import UsageError, counted
 from krona_hub.formats.compatibility.format_limits import common_peft_factor, lycoris_resumes, refusal
 from krona_hub.formats.compatibility.known_failures import reservation
 from krona_hub.formats.forms.delta_form import LayerFactorization, SumFactorization, channel_split, is_factored
 from krona_hub.formats.forms.limits import Limit, no_dora
+from krona_hub.formats.forms.vector_kinds import NORMS, Kinds, kind_of
+from krona_hub.formats.known.registry import by_name
 from krona_hub.kron.shapes import KronShape
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ class Tool(NamedTuple):
     lokr: ToolTarget | None
     rules: tuple[Limit, ...] = ()  # what it cannot load although the format can store it
     split_qkv: bool = False  # requires q, k and v as separate modules
+    vectors: Kinds | None = ()  # that it loads; None: those that the format has a place for
+    embeddings: bool = False  # whether it loads embeddings from the file
     note: str = ""  # shown for files written for it …
     note_on: tuple[str, ...] = ()  # … of these formats
 
@@ -78,30 +82,36 @@ TOOLS: Mapping[str, Tool] = {
     for tool in (
         Tool(
             "comfyui", "ComfyUI", ToolTarget("kohya-lora", "comfyui"), ToolTarget("lycoris-lokr", "comfyui"),
-            (no_dora,),
+            (no_dora,), vectors=("adapted bias", "bias", "unet norm", "transformer norm"),
         ),
         Tool(
             "forge", "Forge", ToolTarget("kohya-lora", "comfyui"), ToolTarget("lycoris-lokr", "comfyui"),
-            (no_dora,),
+            (no_dora,), vectors=("adapted bias", "bias", "unet norm"),
         ),
         Tool(
             "a1111", "AUTOMATIC1111", ToolTarget("kohya-lora", "kohya"), ToolTarget("lycoris-lokr", "kohya"),
-            (no_dora,),
+            (no_dora,), vectors=("unet norm",), embeddings=True,
         ),
         Tool(
             "diffusers", "diffusers", ToolTarget("diffusers-lora", "diffusers"), ToolTarget("diffusers-lokr", "peft"),
-            (only_peft_splits,),
+            (only_peft_splits,), vectors=None,
             note="Load a LoKr with model.load_lora_adapter(file, prefix=None); the pipelines of SD, SDXL and FLUX.1 "
             "load LoRA only.",
             note_on=("diffusers-lokr",),
         ),
-        Tool("peft", "PEFT", ToolTarget("peft-lora", "peft"), ToolTarget("peft-lokr", "peft"), (only_peft_splits,)),
+        Tool(
+            "peft", "PEFT", ToolTarget("peft-lora", "peft"), ToolTarget("peft-lokr", "peft"), (only_peft_splits,),
+            vectors=None,
+        ),
         Tool("kohya", "kohya sd-scripts", ToolTarget("kohya-lora", "kohya-ldm"), None),
         Tool(
             "lycoris", "LyCORIS", ToolTarget("lycoris-locon", "lycoris"), ToolTarget("lycoris-lokr", "lycoris"),
-            (only_lycoris_splits,),
+            (only_lycoris_splits,), vectors=NORMS,
         ),
-        Tool("onetrainer", "OneTrainer", ToolTarget("kohya-lora", "kohya"), ToolTarget("lycoris-lokr", "kohya")),
+        Tool(
+            "onetrainer", "OneTrainer", ToolTarget("kohya-lora", "kohya"), ToolTarget("lycoris-lokr", "kohya"),
+            embeddings=True,
+        ),
         Tool(
             "musubi", "musubi-tuner", ToolTarget("kohya-lora", "kohya"), ToolTarget("lycoris-lokr", "kohya"),
             (no_dora, only_linear),
@@ -225,4 +235,20 @@ def _verdict(tool: Tool, description: Description) -> Verdict:
     if why is None and tool.name == "lycoris":  # a LyCORIS file can have splits that LyCORIS does not derive
         refused = ((m.name, only_lycoris_splits(m.form)) for m in description.modules if m.kind == "lokr")
         why = next((f"{name}: {clause}" for name, clause in refused if clause), None)
+    why = why or _ignored_vectors(tool, description)
     return Verdict(why is None, why or "")
+
+
+def held_vectors(format_name: str, tool: Tool | None) -> Kinds:
+    """The kinds of vectors that a file of the format can hold, and that the application loads from it."""
+    storage = by_name(format_name).storage
+    held = storage.vectors if storage else ()
+    return held if tool is None or tool.vectors is None else tool.vectors
+
+
+def _ignored_vectors(tool: Tool, description: Description) -> str | None:
+    """Why the application does not apply all vectors of the file; None if it does, or if there are none."""
+    held = held_vectors(description.format, tool)
+    layers = {layer for m in description.modules for layer in m.layers}
+    lost = sum(kind_of(name, v.sizes, layers, None) not in held for v in description.vectors for name in v.parameters)
+    return f"it ignores {counted(lost, 'vector')} (biases, norms)" if lost else None

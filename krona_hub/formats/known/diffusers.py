@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from krona_hub.formats.forms.limits import PEFT_LOKR_LIMITS, no_input_dora, no_lora
+from krona_hub.formats.forms.vector_kinds import LORA_BIAS
 from krona_hub.formats.known.format import Format, Storage
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.scales import ScaleConfig, metadata_configs
@@ -63,6 +64,7 @@ DIFFUSERS_LORA = Format(
         limits=(no_input_dora, no_lora),
         lora_keys=("lora_B.weight", "lora_A.weight"),
         magnitude_key="lora_magnitude_vector",
+        vectors=LORA_BIAS,
     ),
     configs=configs,
     notes=lora_notes,

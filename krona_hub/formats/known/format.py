@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from krona_hub.formats.forms.limits import Limit
+from krona_hub.formats.forms.vector_kinds import Kinds
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.module_layout import ModuleLayout
 from krona_hub.formats.parsing.scales import ScaleConfig
@@ -46,6 +47,10 @@ class Storage:
         Parameter names of up and down, and of the DoRA magnitude; kohya's names by default.
     alpha : bool, default False
         Whether each module has an alpha; it is written equal to the rank, so the scale is 1.
+    vectors : tuple of VectorKind, default ()
+        Kinds of vectors with a place.
+    embeddings : bool, default False
+        Whether textual-inversion embeddings have a place.
     one_factor : bool, default False
         Whether a single `decompose_factor` must reproduce the shapes of all layers (PEFT).
     folder : bool, default False
@@ -67,6 +72,8 @@ class Storage:
     lora_keys: tuple[str, str] = ("lora_up.weight", "lora_down.weight")
     magnitude_key: str = "dora_scale"
     alpha: bool = False
+    vectors: Kinds = ()
+    embeddings: bool = False
     one_factor: bool = False
     folder: bool = False
     network_module: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from krona_hub.formats.forms.limits import no_dora, no_locon, no_lora, no_single_term
+from krona_hub.formats.forms.vector_kinds import LYCORIS
 from krona_hub.formats.known.format import Format, Storage
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 
@@ -17,10 +18,12 @@ def is_kohya_lora(file: AdapterFile) -> bool:
 
 def is_lycoris_locon(file: AdapterFile) -> bool:
     """Whether the file has `lycoris_` names, or parts that plain kohya LoRA lacks."""
-    if not {"kohya", "dense"} & file.keys.grammars:
+    if not file.keys.modules:
+        return bool(file.keys.vectors)
+    if not {"kohya", "dense", "value"} & file.keys.grammars:
         return False
     own = any(m.name.startswith("lycoris_") or LYCORIS_PARTS & set(m.parts) for m in file.keys.modules)
-    return own or "lycoris" in file.metadata.get("ss_network_module", "")
+    return own or bool(file.keys.vectors) or "lycoris" in file.metadata.get("ss_network_module", "")
 
 
 def is_lycoris_lokr(file: AdapterFile) -> bool:
@@ -54,6 +57,7 @@ KOHYA_LORA = Format(
         dialect="kohya-ldm",
         limits=(no_dora, no_lora),
         alpha=True,
+        embeddings=True,
         network_module="networks.lora",
     ),
     notes=kohya_notes,
@@ -69,6 +73,8 @@ LYCORIS_LOCON = Format(
         dialect="kohya",
         limits=(no_locon,),
         alpha=True,
+        vectors=LYCORIS,
+        embeddings=True,
         network_module="lycoris.kohya",
         algorithm="locon",
     ),
@@ -84,6 +90,8 @@ LYCORIS_LOKR = Format(
         dialect="kohya",
         limits=(no_single_term,),
         alpha=True,
+        vectors=LYCORIS,
+        embeddings=True,
         network_module="lycoris.kohya",
         algorithm="lokr",
     ),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from krona_hub.checkpoints.file_names import PEFT_CONFIG
 from krona_hub.errors import IncompleteError, UnsupportedError, abbreviated
 from krona_hub.formats.forms.limits import PEFT_LOKR_LIMITS, no_input_dora, no_lora
+from krona_hub.formats.forms.vector_kinds import LORA_BIAS
 from krona_hub.formats.known.format import Format, Storage
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.peft_fields import OTHER_PRODUCTS, unknown_fields
@@ -52,8 +53,6 @@ def config_notes(file: AdapterFile) -> tuple[str, ...]:
     notes = []
     if config.get("fan_in_fan_out"):
         notes.append("fan_in_fan_out is set: the base model stores these weights as (in, out)")
-    if config.get("modules_to_save"):
-        notes.append("modules_to_save: the file also contains full weights, which are not part of the adapter")
     if unknown := unknown_fields(config):
         notes.append(f"{PEFT_CONFIG} sets fields unknown to krona, which may change the deltas: {abbreviated(unknown)}")
     return tuple(notes)
@@ -91,6 +90,7 @@ PEFT_LORA = Format(
         limits=(no_input_dora, no_lora),
         lora_keys=("lora_B.weight", "lora_A.weight"),
         magnitude_key="lora_magnitude_vector",
+        vectors=LORA_BIAS,
         folder=True,
     ),
     configs=configuration,

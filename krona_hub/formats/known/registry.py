@@ -103,13 +103,13 @@ def detect_format(file: AdapterFile) -> Format:
 
 def _check_supported(file: AdapterFile) -> None:
     keys = file.keys
-    if not keys.modules and keys.foreign:
+    if not keys.modules and not keys.vectors and keys.foreign:
         module, algorithm = next(iter(keys.foreign.items()))
         raise UnsupportedError(
             f"All {len(keys.foreign)} modules use unsupported algorithms, e.g. {module!r} ({algorithm}).",
             fix="Merge it with the application that trained it; krona reads Kronecker and low-rank products only.",
         )
-    if not keys.modules:
+    if not keys.modules and not keys.vectors:
         tensors = file.header.tensors
         count = f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}"
         example = f", e.g. {min(tensors)!r}" if tensors else ""

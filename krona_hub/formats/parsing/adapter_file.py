@@ -37,8 +37,8 @@ class AdapterFile:
     @cached_property
     def keys(self) -> Keys:
         """The tensors grouped by module. Raises the errors of `sort_keys`."""
-        vectors = {name for name, info in self.header.tensors.items() if len(info.shape) == 1}
-        return sort_keys(self.header.tensors, self.header.metadata, vectors)
+        flat = {name for name, info in self.header.tensors.items() if len(info.shape) == 1}
+        return sort_keys(self.header.tensors, self.header.metadata, flat, peft=self.config is not None)
 
     @property
     def path(self) -> Path:

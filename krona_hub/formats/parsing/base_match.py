@@ -29,6 +29,7 @@ class BaseMatch:
     candidates: tuple[str, ...]  # catalog names that fit equally well
     places: Mapping[str, Placements]  # module -> layers
     problems: Mapping[str, KronaError]  # module -> why it matches no layer
+    component: str | None = None  # of names without a prefix
 
 
 def match_base(shapes: Shapes, metadata: Mapping[str, str], base: Base | None, component: str | None) -> BaseMatch:
@@ -82,7 +83,7 @@ def _in_base(shapes: Shapes, base: Base, component: str | None, candidates: tupl
             places[name] = _place(names, name, shape, component, hint=len(problems) < HINTS)
         except KronaError as error:
             problems[name] = error
-    return BaseMatch(base, candidates, places, problems)
+    return BaseMatch(base, candidates, places, problems, component)
 
 
 def _place(
@@ -125,7 +126,7 @@ def _size(base: Base, places: Placements) -> tuple[int, int]:
 
 def _by_path(shapes: Shapes, component: str | None) -> BaseMatch:
     named = {name: canonical_from_path(name, component) for name in shapes}
-    return BaseMatch(None, (), {name: (Placement(layer),) for name, layer in named.items() if layer}, {})
+    return BaseMatch(None, (), {name: (Placement(layer),) for name, layer in named.items() if layer}, {}, component)
 
 
 SIGNS: tuple[tuple[re.Pattern[str], str], ...] = (  # start of a diffusers or transformers path -> component

@@ -16,7 +16,7 @@ from krona_hub.errors import ConflictError, IncompleteError
 class KeyPart(NamedTuple):
     """The part of a module that a key names."""
 
-    kind: str  # lora, lokr, cdka, dense; "" for parts of any kind; bias, norm; foreign
+    kind: str  # lora, lokr, cdka, dense, value; "" for parts of any kind; vector; foreign
     name: str  # canonical name of the part
     grammar: str  # family of applications that writes such keys
 
@@ -51,11 +51,19 @@ TAILS: Mapping[str, KeyPart] = {  # end of a key, after the module name -> part
     "dora_scale": KeyPart("", "dora_scale", ""),
     "lora_magnitude_vector": KeyPart("", "magnitude", ""),
     "lora_magnitude_vector.weight": KeyPart("", "magnitude", ""),
-    "diff_b": KeyPart("bias", "diff_b", ""),
-    "lora_up.bias": KeyPart("bias", "bias", ""),
-    "lora_B.bias": KeyPart("bias", "bias", ""),
-    "w_norm": KeyPart("norm", "w_norm", ""),
-    "b_norm": KeyPart("norm", "b_norm", ""),
+    "magnitude": KeyPart("", "magnitude", ""),  # ai-toolkit
+    "diff_b": KeyPart("vector", "bias", ""),
+    "w_norm": KeyPart("vector", "weight", ""),
+    "b_norm": KeyPart("vector", "bias", ""),
+    "diff_m": KeyPart("vector", "modulation", ""),
+    "lora_up.bias": KeyPart("scaled vector", "bias", ""),
+    "lora_B.bias": KeyPart("scaled vector", "bias", ""),
+    "set_weight": KeyPart("value", "weight", "value"),
+}
+PEFT_TAILS: Mapping[str, KeyPart] = {  # parameters that PEFT trains and stores as they are: bias=, modules_to_save=
+    "base_layer.bias": KeyPart("value", "bias", "peft"),
+    "bias": KeyPart("value", "bias", "peft"),
+    "weight": KeyPart("value", "weight", "peft"),
 }
 FOREIGN: Mapping[str, str] = {  # end of a key -> its algorithm, none of them a Kronecker product
     **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), "LoHa"),
@@ -85,7 +93,7 @@ class ModuleTensors:
     """The tensors of one module of a file."""
 
     name: str  # as in the file, without the part
-    kind: str  # lora, lokr, cdka or dense
+    kind: str  # lora, lokr, cdka, dense, or value: the tensor replaces the weight
     parts: Mapping[str, str]  # part -> key of the tensor
     grammars: frozenset[str]
 
@@ -94,12 +102,23 @@ class ModuleTensors:
         return tuple(self.parts.values())
 
 
+class VectorKey(NamedTuple):
+    """The key of a tensor that changes a bias, a norm or another parameter that is not the weight of a layer."""
+
+    key: str
+    module: str  # as in the file
+    parameter: str  # weight, bias or modulation
+    is_value: bool  # the tensor is the new parameter rather than a difference
+    is_scaled: bool  # multiplied by the scale of the module
+
+
 @dataclass(frozen=True)
 class Keys:
     """Every tensor of a file, by role."""
 
     modules: tuple[ModuleTensors, ...]
-    extras: tuple[str, ...] = ()  # embeddings, norms, biases: kept, but not deltas of weights
+    vectors: tuple[VectorKey, ...] = ()
+    extras: tuple[str, ...] = ()  # embeddings: kept, but not changes of parameters
     foreign: Mapping[str, str] | None = None  # module -> an unsupported algorithm
     unknown: tuple[str, ...] = ()  # keys of no grammar
     orphans: tuple[str, ...] = ()  # modules with an alpha or a magnitude, but no delta
@@ -113,8 +132,8 @@ class Keys:
         return frozenset(module.kind for module in self.modules)
 
 
-def split_key(key: str) -> tuple[str, KeyPart] | None:
-    """Split a key into its module and part; None if no grammar matches.
+def split_key(key: str, peft: bool = False) -> tuple[str, KeyPart] | None:
+    """Split a key into its module and part; None if no grammar matches. PEFT folders also store plain parameters.
 
     >>> split_key("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight")
     ('lora_unet_mid_block_attentions_0_proj_in', KeyPart(kind='lora', name='down', grammar='kohya'))
@@ -133,7 +152,8 @@ def split_key(key: str) -> tuple[str, KeyPart] | None:
             return _module(key, tail), TAILS[tail]
         if tail in FOREIGN:
             return _module(key, tail), KeyPart("foreign", FOREIGN[tail], "")
-    return None
+    plain = [tail for tail in PEFT_TAILS if peft and key.endswith(f".{tail}")]
+    return (_module(key, plain[0]), PEFT_TAILS[plain[0]]) if plain else None
 
 
 def _tails(key: str) -> Iterable[str]:
@@ -150,36 +170,47 @@ def _module(key: str, tail: str) -> str:
     return key[: -len(tail)].removesuffix(".")
 
 
-def sort_keys(names: Iterable[str], metadata: Mapping[str, str], vectors: Container[str] = ()) -> Keys:
-    """Group the tensors of a file by module; `vectors` are the one-dimensional ones, whose `.diff` belongs to a norm.
+def sort_keys(
+    names: Iterable[str], metadata: Mapping[str, str], flat: Container[str] = (), *, peft: bool = False
+) -> Keys:
+    """Group the tensors of a file by module; `flat` are the one-dimensional ones, whose `.diff` belongs to a norm.
 
     Raises ConflictError if two keys are the same part of a module, IncompleteError if one module has two kinds of
     delta.
     """
     modules: dict[str, dict[str, tuple[str, KeyPart]]] = {}
     foreign: dict[str, str] = {}
-    extras, unknown = [], []
+    vectors, extras, unknown = [], [], []
     for key in sorted(names):
-        found = split_key(key)
-        if _is_embedding(key, metadata) or (found and _is_extra(found[1], key in vectors)):
+        found = split_key(key, peft)
+        if _is_embedding(key, metadata):
             extras.append(key)
         elif found is None:
             unknown.append(key)
+        elif vector := _vector(key, *found, flat=key in flat):
+            vectors.append(vector)
         elif found[1].kind == "foreign":
             foreign[found[0]] = found[1].name
         else:
             _add(modules.setdefault(found[0], {}), key, found)
     groups = {name: _group(name, parts) for name, parts in modules.items() if name not in foreign}
     orphans = tuple(name for name, group in groups.items() if group is None)
-    return Keys(tuple(g for g in groups.values() if g), tuple(extras), foreign, tuple(unknown), orphans)
+    return Keys(tuple(g for g in groups.values() if g), tuple(vectors), tuple(extras), foreign, tuple(unknown), orphans)
 
 
 def _is_embedding(key: str, metadata: Mapping[str, str]) -> bool:
     return key.startswith(EMBEDDINGS) or metadata.get(key) == "<embed>" or (key[:1] == "<" and key[-1:] == ">")
 
 
-def _is_extra(part: KeyPart, vector: bool) -> bool:
-    return part.kind in ("bias", "norm") or (part.kind == "dense" and vector)
+def _vector(key: str, module: str, part: KeyPart, *, flat: bool) -> VectorKey | None:
+    """The vector of a key; None for a part of a layer's delta."""
+    if part.kind in ("vector", "scaled vector"):
+        return VectorKey(key, module, part.name, is_value=False, is_scaled=part.kind == "scaled vector")
+    if part.kind == "value" and (flat or part.name == "bias"):
+        return VectorKey(key, module, part.name, is_value=True, is_scaled=False)
+    if part.kind == "dense" and flat:
+        return VectorKey(key, module, "weight", is_value=False, is_scaled=False)
+    return None
 
 
 def _add(parts: dict[str, tuple[str, KeyPart]], key: str, found: tuple[str, KeyPart]) -> None:

@@ -162,6 +162,11 @@ def _dense(sizes: Sizes) -> ModuleLayout:
     return ModuleLayout("dense", KronShape(1, 1, whole[0], prod(whole[1:])), whole)
 
 
+def _value(sizes: Sizes) -> ModuleLayout:
+    """A new weight, from which the weight of the base model is subtracted."""
+    return replace(_dense({"diff": _need(sizes, "weight")[0]}), kind="value")
+
+
 def _diffusekrona(sizes: Sizes) -> ModuleLayout:
     """down (a2, a1) and up (b1, b2): the rows of downᵀ ⊗ up, interleaved (FORMATS §8)."""
     down, up = _need(sizes, "down", "up")
@@ -182,7 +187,7 @@ def _peft_lokr(sizes: Sizes) -> ModuleLayout:
 
 KINDS: Mapping[str, Callable[[Sizes], ModuleLayout]] = {
     "lora": _lora, "lokr": _lokr, "cdka": _cdka, "dense": _dense, "diffusekrona": _diffusekrona,
-    "peft-lokr": _peft_lokr,
+    "peft-lokr": _peft_lokr, "value": _value,
 }  # fmt: skip
 
 

@@ -106,7 +106,14 @@ def _cdka(parts: Parts) -> KronTerms:
 
 
 def _dense(parts: Parts) -> KronTerms:
-    weight = parts["diff"]
+    return _whole(parts["diff"])
+
+
+def _value(parts: Parts) -> KronTerms:
+    return _whole(parts["weight"])
+
+
+def _whole(weight: Tensor) -> KronTerms:
     return KronTerms(torch.ones(1, 1, 1), weight.flatten(1)[None])
 
 
@@ -116,5 +123,5 @@ def _diffusekrona(parts: Parts) -> KronTerms:
 
 DECODERS: Mapping[str, Callable[[Parts], KronTerms]] = {
     "lora": _lora, "lokr": _lokr, "cdka": _cdka, "dense": _dense, "diffusekrona": _diffusekrona,
-    "peft-conv1d": _peft_conv1d,
+    "peft-conv1d": _peft_conv1d, "value": _value,
 }  # fmt: skip

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from krona_hub.bases.base import Base
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.checkpoints.header import Header, TensorInfo
-from krona_hub.errors import KronaError
+from krona_hub.errors import KronaError, counted
 from krona_hub.formats.forms.delta_form import SumFactorization
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
 from krona_hub.formats.parsing import file_metadata
 from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
-from krona_hub.formats.reading.description import Description, ModuleInfo
+from krona_hub.formats.reading.description import Description, ModuleInfo, VectorInfo
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan
 from krona_hub.schema import tensor_layout
 
@@ -73,6 +73,7 @@ def _of_plan(plan: ReadPlan) -> Description:
     file, match = plan.file, plan.match
     modules = tuple(_module(m, plan) for m in plan.modules)
     tensors = file.header.tensors
+    vectors = tuple(_vector(v.key.key, v.parameters, tensors) for v in plan.vectors)
     return Description(
         path=file.path,
         format=plan.format,
@@ -82,10 +83,11 @@ def _of_plan(plan: ReadPlan) -> Description:
         base=match.base.name if match.base else None,
         candidates=match.candidates,
         matched=plan.matched,
-        parameters=sum(m.parameters for m in modules),
+        parameters=sum(m.parameters for m in modules) + sum(v.values for v in vectors),
         bytes=file.header.file_size,
         dtypes=dict(Counter(info.dtype for info in tensors.values())),
         extras=file.keys.extras,
+        vectors=vectors,
         unmatched={name: str(error) for name, error in plan.problems.items()},
         trigger_words=file_metadata.trigger_words(file.metadata),
         training=file_metadata.training_record(file.metadata),
@@ -126,6 +128,7 @@ def _native(file: AdapterFile) -> Description:
     known, findings = tensor_layout.examine(header)
     raise_first(findings, str(header.path))
     modules = tuple(_native_module(name, layer, header) for name, layer in known.layers.items())
+    vectors = tuple(_vector(n, (name,), header.tensors) for name, n in known.vectors.items())
     base, provenance = known.header.base, known.provenance(header.metadata)
     return Description(
         path=header.path,
@@ -135,16 +138,25 @@ def _native(file: AdapterFile) -> Description:
         modules=modules,
         base=base.family if base else None,
         candidates=base.candidates if base else (),
-        matched=f"{len(modules)} of {len(modules)} modules read",
-        parameters=sum(m.parameters for m in modules),
+        matched=f"{len(modules)} of {len(modules)} modules read" + _beside(vectors),
+        parameters=sum(m.parameters for m in modules) + sum(v.values for v in vectors),
         bytes=header.file_size,
         dtypes=dict(Counter(info.dtype for info in header.tensors.values())),
         extras=tuple(known.extras),
+        vectors=vectors,
         trigger_words=provenance.trigger_words,
         training={key: str(value) for key, value in provenance.training.items()},
         licence=provenance.licence,
         schema=str(known.version),
     )
+
+
+def _vector(name: str, parameters: tuple[str, ...], tensors: Mapping[str, TensorInfo]) -> VectorInfo:
+    return VectorInfo(name, parameters, tensors[name].numel, len(tensors[name].shape))
+
+
+def _beside(vectors: Sequence[VectorInfo]) -> str:
+    return f" and {counted(len(vectors), 'vector')}" if vectors else ""
 
 
 def _native_module(name: str, layer: tensor_layout.Layer, header: Header) -> ModuleInfo:
@@ -203,6 +215,7 @@ def _joined(path: Path, parts: list[Description]) -> Description:
         bytes=sum(part.bytes for part in parts),
         dtypes=dict(dtypes),
         extras=tuple(e for part in parts for e in part.extras),
+        vectors=tuple(v for part in parts for v in part.vectors),
         unmatched={name: reason for part in parts for name, reason in part.unmatched.items()},
         trigger_words=tuple(dict.fromkeys(w for part in parts for w in part.trigger_words)),
         training=first.training,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -59,6 +59,16 @@ class ModuleInfo:
 
 
 @dataclass(frozen=True)
+class VectorInfo:
+    """A change of biases, norms or other parameters that are not weights of layers."""
+
+    name: str  # of the tensor in the file
+    parameters: tuple[str, ...]  # canonical names; several for the bias of fused layers
+    values: int
+    sizes: int  # number of dimensions
+
+
+@dataclass(frozen=True)
 class Description:
     """Description of a file, or of the files of a folder."""
 
@@ -70,10 +80,11 @@ class Description:
     base: str | None  # base model that it fits; None if unknown
     candidates: tuple[str, ...]  # names of base models that fit equally well
     matched: str  # "N of M modules matched …"
-    parameters: int  # in the modules, without alpha
+    parameters: int  # in the modules and vectors, without alpha
     bytes: int  # of the files
     dtypes: Mapping[str, int]  # dtype -> tensors
-    extras: tuple[str, ...] = ()  # embeddings, norms, biases
+    extras: tuple[str, ...] = ()  # embeddings
+    vectors: tuple[VectorInfo, ...] = ()
     unmatched: Mapping[str, str] = field(default_factory=dict)  # module or key -> reason why it is not read
     trigger_words: tuple[str, ...] = ()
     training: Mapping[str, str] = field(default_factory=dict)
@@ -85,12 +96,24 @@ class Description:
     @property
     def components(self) -> tuple[str, ...]:
         """The adapted components."""
-        return tuple(sorted({layer.partition(".")[0] for m in self.modules for layer in m.layers}))
+        names = [layer for m in self.modules for layer in m.layers] + [n for v in self.vectors for n in v.parameters]
+        return tuple(sorted({name.partition(".")[0] for name in names}))
 
     @property
     def kinds(self) -> Mapping[str, int]:
         """Kind -> number of modules."""
         return dict(Counter(m.kind for m in self.modules))
+
+
+def vectors_text(vectors: Iterable[VectorInfo]) -> str:
+    """Format the number of vectors by kind; "" without any.
+
+    >>> vectors_text([VectorInfo("a", ("unet.conv_in.bias",), 4, 1), VectorInfo("b", ("unet.norm.weight",), 4, 1)])
+    '1 bias, 1 weight'
+    """
+    counts = Counter(name.rpartition(".")[2] for vector in vectors for name in vector.parameters)
+    plurals = {"bias": "biases"}
+    return ", ".join(f"{n:,} {plurals.get(kind, kind + 's') if n > 1 else kind}" for kind, n in sorted(counts.items()))
 
 
 def factorization_text(module: ModuleInfo) -> str:

@@ -27,9 +27,10 @@ from krona_hub.errors import (
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.base_match import BaseMatch, Placements, match_base
-from krona_hub.formats.parsing.keys import ModuleTensors, split_key
+from krona_hub.formats.parsing.keys import ModuleTensors, VectorKey
 from krona_hub.formats.parsing.module_layout import ModuleLayout, layout_of
 from krona_hub.formats.parsing.scales import ModuleScale, ScaleConfig, config_scale, tensor_scale
+from krona_hub.formats.parsing.vector_match import VectorTarget, base_of_vectors, match_vectors
 
 FORGIVABLE = (IncompleteError, UnsupportedError, BaseMismatchError)  # errors that --allow-missing tolerates
 
@@ -44,6 +45,20 @@ class ModulePlan:
     places: Placements  # empty if the base model is unknown
 
 
+@dataclass(frozen=True)
+class VectorPlan:
+    """How to read one vector of a file: a change of biases, norms or other parameters."""
+
+    key: VectorKey
+    targets: tuple[VectorTarget, ...]  # several for the bias of fused layers
+    scale: float
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Canonical names of the changed parameters."""
+        return tuple(target.parameter for target in self.targets)
+
+
 @dataclass(frozen=True, eq=False)
 class ReadPlan:
     """How to read a file."""
@@ -56,17 +71,22 @@ class ReadPlan:
     problems: Mapping[str, KronaError]  # module or key -> why it is not read
     notes: tuple[str, ...]
     base_error: KronaError | None = None  # why no base model was found; then no module has layers
+    vectors: tuple[VectorPlan, ...] = ()
 
     @property
     def total(self) -> int:
-        return len(self.modules) + len(self.problems)
+        """Number of modules, readable or not."""
+        vectors = {vector.key for vector in self.file.keys.vectors}
+        return len(self.modules) + len(self.problems.keys() - vectors)
 
     @property
     def matched(self) -> str:
         """How many modules matched which base model, such as "88 of 88 modules matched sd15"."""
         placed = sum(bool(m.places) for m in self.modules)
+        vectors = self.file.keys.vectors
         where = self.match.base.name if self.match.base else "by name" if placed else "any known base"
-        return f"{placed} of {self.total} modules matched {where}"
+        beside = f" and {len(self.vectors)} of {counted(len(vectors), 'vector')}" if vectors else ""
+        return f"{placed} of {self.total} modules{beside} matched {where}"
 
 
 def make_plan(file: AdapterFile, format: Format, component: str | None = None, *, lost: bool = False) -> ReadPlan:
@@ -79,7 +99,8 @@ def make_plan(file: AdapterFile, format: Format, component: str | None = None, *
     match, base_error = _match(file, layouts, format, component)
     if base_error is not None and not lost:
         raise base_error
-    problems |= {**match.problems, **_conflicts(match)}
+    vectors, vector_problems = _vectors(file, match, scales) if base_error is None else ((), {})
+    problems |= {**match.problems, **_conflicts(match), **vector_problems}
     modules = tuple(
         ModulePlan(group, layouts[group.name], scales[group.name], match.places.get(group.name, ()))
         for group in file.keys.modules
@@ -91,10 +112,10 @@ def make_plan(file: AdapterFile, format: Format, component: str | None = None, *
         *_initial_notes(modules),
         *_scale_notes(modules),
         *_conv1d_note(modules),
+        *_value_note(modules, vectors),
         *_uncovered(match),
-        *_extras(file),
     )
-    return ReadPlan(file, format.name, format.scale, match, modules, problems, notes, base_error)
+    return ReadPlan(file, format.name, format.scale, match, modules, problems, notes, base_error, vectors)
 
 
 def measure(
@@ -162,7 +183,7 @@ def _match(
 ) -> tuple[BaseMatch, KronaError | None]:
     """The layers of the modules, or the error that prevents finding them."""
     nowhere = BaseMatch(None, (), {}, {})
-    if not layouts:
+    if not layouts and not file.keys.vectors:
         return nowhere, None
     try:
         return _match_base(file, layouts, format, component), None
@@ -173,10 +194,35 @@ def _match(
 def _match_base(
     file: AdapterFile, layouts: Mapping[str, ModuleLayout], format: Format, component: str | None
 ) -> BaseMatch:
+    if not layouts:
+        return _match_by_vectors(file, component or file.component)
     if format.match_base is not None:
         return format.match_base(file, layouts)
     shapes = {name: layout.weight_shape for name, layout in layouts.items()}
     return match_base(shapes, file.metadata, file.base, component or file.component)
+
+
+def _match_by_vectors(file: AdapterFile, component: str | None) -> BaseMatch:
+    """The base model of a file without layers."""
+    if file.base is not None:
+        candidates = file.base.candidates or ((file.base.family,) if file.base.family else ())
+        return BaseMatch(file.base, candidates, {}, {}, component)
+    return base_of_vectors(file.keys.vectors, file.header.tensors, component)
+
+
+def _vectors(
+    file: AdapterFile, match: BaseMatch, scales: Mapping[str, ModuleScale]
+) -> tuple[tuple[VectorPlan, ...], dict[str, KronaError]]:
+    """The plans of the vectors of a file, and the errors of the others by key."""
+    found = match_vectors(file.keys.vectors, file.header.tensors, match)
+    problems = dict(found.problems)
+    plans = []
+    for key, targets in found.targets.items():
+        if key.is_scaled and key.module not in scales:
+            problems[key.key] = IncompleteError("A bias without its LoRA.", fix="Save the adapter again.")
+            continue
+        plans.append(VectorPlan(key, targets, scales[key.module].value if key.is_scaled else 1.0))
+    return tuple(plans), problems
 
 
 def _conflicts(match: BaseMatch) -> dict[str, KronaError]:
@@ -198,7 +244,7 @@ def refuse(plan: ReadPlan, allow_missing: bool) -> None:
     refuse_unreadable(plan)
     if plan.problems and not allow_missing:
         raise _summary(plan.problems, plan)
-    if not plan.modules:
+    if not plan.modules and not plan.vectors:
         empty = IncompleteError("The adapter has no modules.", fix="Choose a file that contains adapter weights.")
         raise _summary(plan.problems, plan) if plan.problems else empty
 
@@ -245,10 +291,15 @@ def _conv1d_note(modules: Iterable[ModulePlan]) -> tuple[str, ...]:
     )
 
 
-def _extras(file: AdapterFile) -> tuple[str, ...]:
-    """Note on differences of biases and norms, which are not deltas of weights: they are kept but never applied."""
-    count = sum(split_key(key) is not None for key in file.keys.extras)
-    return (f"{count} differences of biases or norms are kept in extras but not applied",) if count else ()
+def _value_note(modules: Iterable[ModulePlan], vectors: Iterable[VectorPlan]) -> tuple[str, ...]:
+    """Note on tensors that replace parameters: their difference needs the base weights."""
+    count = sum(m.layout.kind == "value" for m in modules) + sum(v.key.is_value for v in vectors)
+    if not count:
+        return ()
+    return (
+        f"{counted(count, 'parameter')} of the base model {'is' if count == 1 else 'are'} stored whole, so that the "
+        "difference can be computed only with the base weights (--base)",
+    )
 
 
 def _uncovered(match: BaseMatch) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from krona_hub.formats.reading.decode import decode, magnitude_of
 from krona_hub.formats.reading.description import Description
 from krona_hub.formats.reading.initial_factors import without_initial_factors
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan, refuse
+from krona_hub.formats.reading.values import minus_base, vectors_of
 from krona_hub.kron.rows import Range, take_rows, transposed
 from krona_hub.kron.terms import KronTerms
 
@@ -126,7 +127,8 @@ def _read_native(file: AdapterFile) -> Adapter:
 
 
 def _execute(plan: ReadPlan) -> Adapter:
-    tensors = load(plan.file.header, [key for m in plan.modules for key in m.group.keys])
+    keys = [key for m in plan.modules for key in m.group.keys]
+    tensors = load(plan.file.header, [*keys, *(vector.key.key for vector in plan.vectors)])
     layers: dict[str, LayerDelta] = {}
     for module in plan.modules:
         parts = {part: tensors[key] for part, key in module.group.parts.items()}
@@ -134,7 +136,8 @@ def _execute(plan: ReadPlan) -> Adapter:
             layers |= _layers(module, parts, plan)
         except KronaError as error:
             raise error.within(module.group.name) from None
-    return Adapter(layers, _base_model(plan), _provenance(plan), load(plan.file.header, plan.file.keys.extras))
+    extras = load(plan.file.header, plan.file.keys.extras)
+    return Adapter(layers, _base_model(plan), _provenance(plan), extras, vectors_of(plan, tensors))
 
 
 def _layers(module: ModulePlan, parts: Mapping[str, Tensor], plan: ReadPlan) -> dict[str, LayerDelta]:
@@ -143,7 +146,10 @@ def _layers(module: ModulePlan, parts: Mapping[str, Tensor], plan: ReadPlan) -> 
     if module.scale.initial:
         terms = without_initial_factors(terms, module, plan.file.weights)
     magnitude = magnitude_of(parts)
-    return {place.layer: _delta(module, terms, magnitude, place, plan.match.base) for place in module.places}
+    deltas = {place.layer: _delta(module, terms, magnitude, place, plan.match.base) for place in module.places}
+    if module.layout.kind != "value":
+        return deltas
+    return {layer: minus_base(layer, delta, plan.file.weights) for layer, delta in deltas.items()}
 
 
 def _delta(
@@ -192,6 +198,7 @@ def _provenance(plan: ReadPlan) -> Provenance:
         licence=file_metadata.license_of(known),
         trigger_words=file_metadata.trigger_words(known),
         metadata=dict(known),
+        skipped=tuple(plan.problems),
         notes=(
             plan.matched,
             *plan.notes,
@@ -211,11 +218,13 @@ def _joined(parts: list[Adapter], source: str) -> Adapter:
                 fix="Read a single subfolder, or name the subfolders by component (unet, text_encoder, …).",
             )
         notes = first.provenance.notes + other.provenance.notes
+        skipped = first.provenance.skipped + other.provenance.skipped
         first = replace(
             first,
             layers={**first.layers, **other.layers},
             base=first.base or other.base,
             extras={**first.extras, **other.extras},
-            provenance=replace(first.provenance, notes=notes),
+            vectors={**first.vectors, **other.vectors},
+            provenance=replace(first.provenance, notes=notes, skipped=skipped),
         )
     return first

@@ -87,19 +87,20 @@ def _stored(term: KronTerms, delta: LayerDelta, tool: str | None) -> KronTerms:
 
 def cast(delta: LayerDelta, dtype: torch.dtype | None) -> LayerDelta:
     """Cast every tensor to `dtype` (None: no change). Raises NonFiniteError if a number overflows."""
+    return delta if dtype is None else delta.map(lambda tensor: cast_tensor(tensor, dtype))
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Cast one tensor as `cast` does."""
     if dtype is None:
-        return delta
-
-    def to(t: Tensor) -> Tensor:
-        small = t.to(dtype)
-        if not bool(torch.isfinite(small).all()):
-            raise NonFiniteError(
-                f"The value {float(t.abs().max()):.3g} overflows {str(dtype).removeprefix('torch.')}.",
-                fix="Use --dtype float32 or bfloat16.",
-            )
-        return small
-
-    return delta.map(to)
+        return tensor
+    small = tensor.to(dtype)
+    if not bool(torch.isfinite(small).all()):
+        raise NonFiniteError(
+            f"The value {float(tensor.abs().max()):.3g} overflows {str(dtype).removeprefix('torch.')}.",
+            fix="Use --dtype float32 or bfloat16.",
+        )
+    return small
 
 
 def tensors_of(delta: LayerDelta, format_name: str) -> dict[str, Tensor]:

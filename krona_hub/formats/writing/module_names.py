@@ -46,6 +46,11 @@ def homes(
     return {layer: shared.get(layer) or _alone(table.spell(layer, dialect), layer) for layer in layers}
 
 
+def vector_name(path: str, dialect: str, table: NameTable | None) -> str:
+    """The name of a norm in a file of that dialect. Raises UnknownBaseError if it needs a base model."""
+    return _plain_name(path, dialect) if dialect == "lycoris" or table is None else table.vector_name(path, dialect)
+
+
 def _alone(module: str, layer: str) -> Home:
     placement = Placement(layer)
     return Home(module, placement, (placement,))

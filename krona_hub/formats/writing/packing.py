@@ -28,6 +28,7 @@ class FileModule(NamedTuple):
     component: str  # unet, transformer, text_encoder, …
     path: str  # within the component, as in the loaded model
     delta: LayerDelta
+    bias: Tensor | None = None  # stored as lora_B.bias
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Context:
     metadata: Mapping[str, str] = field(default_factory=dict)  # metadata of the source file
     trigger_words: tuple[str, ...] = ()
     others: Mapping[str, Collection[str]] = field(default_factory=dict)  # component -> module paths of the base
+    beside: Mapping[str, Tensor] = field(default_factory=dict)  # key -> tensor that belongs to no layer
 
 
 class Tensors(NamedTuple):
@@ -69,7 +71,7 @@ def _kohya(format_name: str, modules: Sequence[FileModule], context: Context) ->
     tensors = _keyed(format_name, [(m.name, m) for m in modules])
     ranks = [int(t) for key, t in tensors.items() if key.endswith(".alpha")]
     metadata = kohya_metadata(format_name, ranks, context.family, context.metadata, context.trigger_words)
-    return FileSet({"": Tensors(tensors, metadata)})
+    return FileSet({"": Tensors({**tensors, **context.beside}, metadata)})
 
 
 def _plain(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
@@ -125,8 +127,12 @@ def _keyed(format_name: str, named: Sequence[tuple[str, FileModule]]) -> dict[st
     return {
         f"{name}.{parameter}": tensor.contiguous()
         for name, module in named
-        for parameter, tensor in tensors_of(module.delta, format_name).items()
+        for parameter, tensor in (tensors_of(module.delta, format_name) | _bias(module)).items()
     }
+
+
+def _bias(module: FileModule) -> dict[str, Tensor]:
+    return {} if module.bias is None else {"lora_B.bias": module.bias}
 
 
 def _by_component(modules: Sequence[FileModule]) -> dict[str, list[FileModule]]:
@@ -159,7 +165,8 @@ def _lora_config(format_name: str, modules: Sequence[FileModule], context: Conte
             fix="Use --to lycoris-locon, which supports both kinds in one file.",
         )
     ranks = {_unwrapped(m): m.delta.sums[0].right.rank for m in modules if isinstance(m.delta.sums[0].right, LowRank)}
-    return lora_config(ranks, dora=any(doras), others=_others(modules, context))
+    biased = any(m.bias is not None for m in modules)
+    return lora_config(ranks, dora=any(doras), biased=biased, others=_others(modules, context))
 
 
 def _lokr_config(modules: Sequence[FileModule], context: Context) -> tuple[list[FileModule], dict[str, Any]]:

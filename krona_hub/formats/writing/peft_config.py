@@ -23,15 +23,17 @@ class LokrModule(NamedTuple):
     right_rank: int | None  # None: w2 is dense
 
 
-def lora_config(ranks: Mapping[str, int], *, dora: bool = False, others: Collection[str] = ()) -> dict[str, Any]:
-    """LoraConfig values for module path -> rank; `others` are module paths of the base model.
+def lora_config(
+    ranks: Mapping[str, int], *, dora: bool = False, biased: bool = False, others: Collection[str] = ()
+) -> dict[str, Any]:
+    """LoraConfig values for module path -> rank, whether all have a lora_B.bias; `others` are paths of the base model.
 
     >>> config = lora_config({"a.to_q": 4, "a.to_k": 4, "a.to_v": 8})
     >>> config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]
     (4, 4, {'a.to_v': 8}, {'a.to_v': 8})
     """
     rank, pattern = _common(ranks)
-    return {
+    config = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
@@ -46,6 +48,7 @@ def lora_config(ranks: Mapping[str, int], *, dora: bool = False, others: Collect
         "use_dora": dora,
         "use_rslora": False,
     }
+    return config | ({"lora_bias": True} if biased else {})
 
 
 def lokr_config(modules: Mapping[str, LokrModule], *, others: Collection[str] = ()) -> dict[str, Any]:

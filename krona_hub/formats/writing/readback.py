@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.errors import IntegrityError, KronaError
 from krona_hub.formats.reading.reader import read
@@ -28,10 +30,20 @@ def checked(plan: WritePlan, staged: Path) -> float:
     wrong += [layer for layer in added if _is_nonzero(back.layers[layer])]
     if wrong:
         raise IntegrityError(f"{len(wrong)} layers differ after reading back; the first is {wrong[0]}.", fix=_REPORT)
+    _check_vectors(plan, back)
     worst, where = max(_differences(plan, back), default=(0.0, ""))
     if not worst <= WORST:
         raise IntegrityError(f"{where} has a relative difference of {worst:.1e} after reading back.", fix=_REPORT)
     return worst
+
+
+def _check_vectors(plan: WritePlan, back: Adapter) -> None:
+    """Raise IntegrityError unless the file has the same vectors, apart from zeros."""
+    found = {name: v for name, v in back.vectors.items() if name in plan.vectors or bool(v.any())}
+    wrong = list(found.keys() ^ plan.vectors.keys())
+    wrong += [n for n, v in plan.vectors.items() if n in found and not torch.equal(found[n].double(), v.double())]
+    if wrong:
+        raise IntegrityError(f"{len(wrong)} vectors differ after reading back; the first is {wrong[0]}.", fix=_REPORT)
 
 
 def _is_nonzero(delta: LayerDelta) -> bool:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.loading import load_base
 from krona_hub.bases.module_spec import ModuleSpec as BaseModule
+from krona_hub.bases.module_spec import OtherParameters
 from krona_hub.bases.name_table import NameTable, table
-from krona_hub.errors import InexpressibleError, UsageError
+from krona_hub.errors import InexpressibleError, UsageError, abbreviated
 from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, tool_named
+from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 from krona_hub.formats.forms.normal_forms import lora_of
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import storage_of
-from krona_hub.formats.writing.encode import cast, normalized
+from krona_hub.formats.writing.beside_layers import Beside, held_beside, lycoris_tensors
+from krona_hub.formats.writing.encode import cast, cast_tensor, normalized
 from krona_hub.formats.writing.fuse_modules import fused
 from krona_hub.formats.writing.module_names import Home, check_one_component, homes, live_path
 from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tensors, pack
@@ -54,6 +60,8 @@ class WritePlan:
     package: FileSet
     dtype: torch.dtype | None
     notes: tuple[str, ...]
+    vectors: Mapping[str, Tensor]  # that the file holds, as stored
+    left_out: LeftOut = COMPLETE
 
 
 def aim_at(adapter: Adapter, format_name: str, tool_name: str | None, split_qkv: bool) -> Aim:
@@ -87,6 +95,12 @@ def _target(adapter: Adapter, tool: Tool) -> ToolTarget:
     return target
 
 
+def known_beside(adapter: Adapter, format_name: str, tool_name: str | None, base: str | Path | Base | None) -> Beside:
+    """What a file would hold beside the layers of an adapter, without planning the file."""
+    tool = None if tool_name is None else tool_named(tool_name)
+    return held_beside(adapter, format_name, tool, _known_base(adapter, base))
+
+
 def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: torch.dtype | None) -> WritePlan:
     """Build the files for a target in memory. Raises a KronaError if the adapter cannot be written that way."""
     if aim.format == KRONA.name:
@@ -95,17 +109,38 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
     names = None if known is None else table(known)
     check_one_component(adapter.components, aim.dialect)
     places = homes(adapter.layers, aim.dialect, names, split_qkv=aim.split_qkv)
+    beside = held_beside(adapter, aim.format, aim.tool, known)
+    vectors = {name: cast_tensor(vector, dtype) for name, vector in beside.vectors.items()}
     modules = [m._replace(delta=cast(m.delta, dtype)) for m in _modules(adapter, aim, places, names)]
     check_text_encoders(aim, modules)
-    package = pack(aim.format, modules, _context(adapter, known))
-    return WritePlan(adapter, aim, known or _own_layers(adapter), places, modules, package, dtype, _notes(adapter, aim))
+    context = _context(adapter, known)
+    if storage_of(aim.format).layout == "kohya":
+        tensors = lycoris_tensors(vectors, aim.dialect, known, split_qkv=aim.split_qkv)
+        context = replace(context, beside={**tensors, **beside.embeddings})
+    elif vectors:
+        modules = _biased(modules, places, vectors)
+    package = pack(aim.format, modules, context)
+    own = known or _own_layers(adapter)
+    return WritePlan(adapter, aim, own, places, modules, package, dtype, _notes(aim), vectors, beside.left_out)
 
 
 def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> WritePlan:
     layers = {layer: cast(delta, dtype) for layer, delta in adapter.layers.items()}
-    package = FileSet({"": Tensors(*to_tensors(adapter.with_layers(layers)))})
+    vectors = {name: cast_tensor(vector, dtype) for name, vector in adapter.vectors.items()}
+    package = FileSet({"": Tensors(*to_tensors(replace(adapter, layers=layers, vectors=vectors)))})
     modules = [FileModule(layer, layer.partition(".")[0], layer, delta) for layer, delta in layers.items()]
-    return WritePlan(adapter, aim, _own_layers(adapter), homes(layers, "", None), modules, package, dtype, ())
+    return WritePlan(adapter, aim, _own_layers(adapter), homes(layers, "", None), modules, package, dtype, (), vectors)
+
+
+def _biased(
+    modules: Sequence[FileModule], places: Mapping[str, Home], vectors: Mapping[str, Tensor]
+) -> list[FileModule]:
+    """The modules with a bias each, zero where none is known, since PEFT's lora_bias applies to all of them."""
+    known = {places[name.removesuffix(".bias")].module: vector for name, vector in vectors.items()}
+    example = next(iter(known.values()))
+    return [
+        m._replace(bias=known.get(m.name, torch.zeros(m.delta.weight_shape[0], dtype=example.dtype))) for m in modules
+    ]
 
 
 def _known_base(adapter: Adapter, base: str | Path | Base | None) -> Base | None:
@@ -117,12 +152,24 @@ def _known_base(adapter: Adapter, base: str | Path | Base | None) -> Base | None
 
 
 def _own_layers(adapter: Adapter) -> Base:
-    """A base model of the adapted layers only, for reading canonical names back."""
-    components: dict[str, Component] = {}
+    """A base model of the adapted layers and vectors only, for reading canonical names back."""
+    modules: dict[str, dict[str, BaseModule]] = defaultdict(dict)
     for layer, delta in adapter.layers.items():
         component, _, path = layer.partition(".")
-        components.setdefault(component, Component())[path] = BaseModule(delta.weight_shape)
-    return Base("the adapter's own layers", None, components)
+        modules[component][path] = BaseModule(delta.weight_shape)
+    others = {component: OtherParameters({}, {}) for component in adapter.components}
+    for name, vector in adapter.vectors.items():
+        component, _, path = name.partition(".")
+        module, _, last = path.rpartition(".")
+        if last not in ("weight", "bias") or vector.ndim != 1:
+            others[component].bare[path] = BaseModule(tuple(vector.shape), bias=False)
+        elif module not in modules[component]:
+            others[component].norms[module] = BaseModule(tuple(vector.shape))
+    return Base(
+        "the adapter's own layers",
+        None,
+        {c: Component(modules[c], partial(others.__getitem__, c)) for c in adapter.components},
+    )
 
 
 def _modules(adapter: Adapter, aim: Aim, places: Mapping[str, Home], names: NameTable | None) -> list[FileModule]:
@@ -175,13 +222,19 @@ def _context(adapter: Adapter, base: Base | None) -> Context:
     )
 
 
-def _notes(adapter: Adapter, aim: Aim) -> tuple[str, ...]:
-    """Notes on what the file omits, and on how to load it."""
-    notes = []
-    if adapter.extras:
-        names = ", ".join(sorted(adapter.extras)[:4])
-        more = " …" if len(adapter.extras) > 4 else ""
-        notes.append(f"omitted, because {aim.format} cannot store it: {names}{more} (the native format keeps it)")
-    if aim.tool and aim.format in aim.tool.note_on:
-        notes.append(aim.tool.note)
-    return tuple(notes)
+def _notes(aim: Aim) -> tuple[str, ...]:
+    """Notes on how to load the file."""
+    return (aim.tool.note,) if aim.tool and aim.format in aim.tool.note_on else ()
+
+
+def check_nothing_left_out(left_out: LeftOut, format_name: str, tool: str | None, *, allow_missing: bool) -> None:
+    """Raise InexpressibleError if the file would leave out a part of the adapter, unless that is allowed."""
+    without_place = replace(left_out, modules=())  # reading has already allowed to skip modules
+    if not without_place or allow_missing:
+        return
+    where = tool_named(tool).title if tool else format_name
+    raise InexpressibleError(
+        f"{where} has no place for {without_place} of the adapter ({abbreviated(without_place.names)}).",
+        fix="Add --allow-missing to leave them out, use --to krona, which stores everything, or merge the adapter into "
+        "its base model.",
+    )

@@ -12,8 +12,9 @@ from krona_hub.adapters.adapter import Adapter
 from krona_hub.bases.base import Base
 from krona_hub.checkpoints.atomic import atomic_folder, atomic_text, check_output
 from krona_hub.checkpoints.writer import write_tensors
+from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 from krona_hub.formats.writing.readback import checked
-from krona_hub.formats.writing.write_plan import WritePlan, aim_at, planned
+from krona_hub.formats.writing.write_plan import WritePlan, aim_at, check_nothing_left_out, planned
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,14 @@ class WriteReport:
     parameters: int  # alpha not counted
     bytes: int
     worst_difference: float  # largest relative Frobenius difference of a layer after reading back
-    notes: tuple[str, ...] = ()  # what the file omits, and how to load it
+    notes: tuple[str, ...] = ()  # how to load the file
+    vectors: int = 0  # read back and compared
+    left_out: LeftOut = COMPLETE
 
     def __str__(self) -> str:
         worst = f"worst relative difference {self.worst_difference:.0e}" if self.worst_difference else "no difference"
-        return f"checked: {self.layers}/{self.layers} modules rebuilt, {worst}"
+        beside = f", {self.vectors}/{self.vectors} vectors" if self.vectors else ""
+        return f"checked: {self.layers}/{self.layers} modules rebuilt{beside}, {worst}"
 
 
 def write(
@@ -45,6 +49,7 @@ def write(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     split_qkv: bool = False,
+    allow_missing: bool = False,
 ) -> WriteReport:
     """Write an adapter in a format, or for an application, and verify the output by reading it back.
 
@@ -67,6 +72,8 @@ def write(
         Replace existing output.
     split_qkv : bool, default False
         Write q, k and v as separate modules where the module names would fuse them.
+    allow_missing : bool, default False
+        Leave out vectors and embeddings that the target has no place for, instead of raising.
 
     Returns
     -------
@@ -76,7 +83,7 @@ def write(
     Raises
     ------
     InexpressibleError
-        The target cannot store a layer exactly.
+        The target cannot store a layer exactly, or has no place for a vector or an embedding.
     ConflictError
         `path` exists and `overwrite` is False.
     IntegrityError
@@ -96,6 +103,8 @@ def write(
     if not aim.is_folder:
         check_output(path, overwrite=overwrite)
     plan = planned(adapter, aim, base, dtype)
+    tool = None if aim.tool is None else aim.tool.name
+    check_nothing_left_out(plan.left_out, aim.format, tool, allow_missing=allow_missing)
     return _write_file(plan, path, overwrite) if plan.package.is_file else _write_folder(plan, path, overwrite)
 
 
@@ -133,4 +142,6 @@ def _report(plan: WritePlan, path: Path, files: tuple[Path, ...], worst: float) 
         bytes=sum(f.stat().st_size for f in files),
         worst_difference=worst,
         notes=plan.notes,
+        vectors=len(plan.vectors),
+        left_out=plan.left_out,
     )

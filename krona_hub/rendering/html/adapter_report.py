@@ -9,7 +9,7 @@ from krona_hub.adapters.adapter import Adapter
 from krona_hub.errors import KronaError
 from krona_hub.formats.compatibility.tools import Verdict
 from krona_hub.formats.forms.normal_forms import size_of
-from krona_hub.formats.reading.description import Description, factorization_text, scale_text
+from krona_hub.formats.reading.description import Description, factorization_text, scale_text, vectors_text
 from krona_hub.formats.reading.reader import read_described
 from krona_hub.rendering.html.charts import Axis, Line, Point, chart
 from krona_hub.rendering.html.heat_map import heat_map
@@ -153,6 +153,7 @@ def _facts(about: Description) -> list[tuple[str, object]]:
         ("data types", ", ".join(about.dtypes)),
         ("trigger words", ", ".join(about.trigger_words)),
         ("license", about.licence),
+        ("vectors", vectors_text(about.vectors)),
         ("extras", ", ".join(about.extras)),
         *((f"training: {name}", value) for name, value in about.training.items()),
     ]

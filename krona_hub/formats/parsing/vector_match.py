@@ -1,0 +1,114 @@
+"""Match the vectors of a file to parameters of a base model: biases, norms and bare parameters. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from krona_hub.bases import catalog
+from krona_hub.bases.base import Base
+from krona_hub.bases.module_spec import Placement
+from krona_hub.bases.name_table import table
+from krona_hub.checkpoints.header import FLOATS, TensorInfo
+from krona_hub.errors import BaseMismatchError, ConflictError, DtypeError, KronaError, UnknownBaseError
+from krona_hub.formats.parsing.base_match import BaseMatch, canonical_from_path
+from krona_hub.formats.parsing.keys import VectorKey
+
+_OTHER_BASE = "Specify the base model the adapter was trained on with --base."
+Infos = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class VectorTarget:
+    """A parameter, and the part of a stored vector that belongs to it."""
+
+    parameter: str  # canonical name
+    shape: tuple[int, ...]
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class VectorMatch:
+    """The parameters that the vectors of a file change."""
+
+    targets: Mapping[VectorKey, tuple[VectorTarget, ...]]
+    problems: Mapping[str, KronaError]  # key -> why it matches no parameter
+
+
+def match_vectors(vectors: Sequence[VectorKey], tensors: Infos, match: BaseMatch) -> VectorMatch:
+    """Find the parameters of each vector in the base model of the match, or by their names without one."""
+    targets: dict[VectorKey, tuple[VectorTarget, ...]] = {}
+    problems: dict[str, KronaError] = {}
+    owner: dict[str, str] = {}
+    for vector in vectors:
+        try:
+            found = _targets(vector, tensors[vector.key], match)
+            _check_single(found, owner)
+        except KronaError as error:
+            problems[vector.key] = error
+            continue
+        targets[vector] = found
+        owner |= {target.parameter: vector.key for target in found}
+    return VectorMatch(targets, problems)
+
+
+def base_of_vectors(vectors: Sequence[VectorKey], tensors: Infos, component: str | None) -> BaseMatch:
+    """Return the first base model of the catalog with all these parameters, for a file without any layer.
+
+    Raises UnknownBaseError if no base model has them.
+    """
+    matches = [BaseMatch(base, (), {}, {}, component) for base in map(catalog.get, catalog.names())]
+    fits = [match for match in matches if not match_vectors(vectors, tensors, match).problems]
+    if not fits:
+        raise UnknownBaseError(
+            f"No known base model has these parameters, e.g. {vectors[0].key!r}.",
+            fix="Specify the base model with --base: a diffusers folder, a checkpoint file, or a name such as sd15.",
+        )
+    names = tuple(match.base.name for match in fits if match.base)
+    return BaseMatch(fits[0].base, names, {}, {}, component)
+
+
+def _check_single(targets: Sequence[VectorTarget], owner: Mapping[str, str]) -> None:
+    taken = next((owner[t.parameter] for t in targets if t.parameter in owner), None)
+    if taken:
+        raise ConflictError(
+            f"The tensor changes the same parameter as {taken}.", fix="Keep only one of the two adapters in the file."
+        )
+
+
+def _targets(vector: VectorKey, info: TensorInfo, match: BaseMatch) -> tuple[VectorTarget, ...]:
+    if info.dtype not in FLOATS or not info.numel:
+        raise DtypeError(f"Unsupported tensor {info.dtype} {list(info.shape)}.", fix="Use the original file.")
+    name = vector.module
+    if vector.parameter == "modulation":
+        name += ".modulation" if "." in name else "_modulation"
+    if match.base is None:
+        layer = canonical_from_path(name, match.component)
+        if layer is None:
+            raise BaseMismatchError("The name needs a base model.", fix=_OTHER_BASE)
+        return (VectorTarget(_parameter(layer, vector, None), info.shape, Placement(layer)),)
+    places = table(match.base).vector_places(name, match.component)
+    if places is None:
+        raise BaseMismatchError(f"{match.base.name} has no such module.", fix=_OTHER_BASE)
+    found = [_target(place, vector, match.base) for place in places]
+    size = sum(prod(target.shape) for target in found)
+    if size != info.numel:
+        raise BaseMismatchError(
+            f"The vector has {info.numel} values, but the parameter of {match.base.name} has {size}.", fix=_OTHER_BASE
+        )
+    return tuple(found)
+
+
+def _target(place: Placement, vector: VectorKey, base: Base) -> VectorTarget:
+    parameter = _parameter(place.layer, vector, base)
+    shape = base.parameter(parameter)
+    if shape is None:
+        raise BaseMismatchError(f"{base.name} has no parameter {parameter}.", fix=_OTHER_BASE)
+    return VectorTarget(parameter, shape, place)
+
+
+def _parameter(layer: str, vector: VectorKey, base: Base | None) -> str:
+    """The canonical name of a parameter: a bare one is its own path."""
+    is_bare = vector.parameter == "modulation" if base is None else base.parameter(layer) is not None
+    return layer if is_bare else f"{layer}.{vector.parameter}"
