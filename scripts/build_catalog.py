@@ -87,6 +87,8 @@ def _saved_config(model: Any) -> dict:
 def catalog_entry(source: dict) -> dict:
     """Return the content of one catalog file, after comparing the parameter count with that of the built model."""
     kind = source["library"], source["class"], source["config"]
+    modules = modules_of(*kind)
+    norms, bare = map(encode, modules.others())
     total = sum(p.numel() for p in build(*kind).parameters())
     if total != source["total_parameters"]:
         raise SystemExit(
@@ -102,7 +104,9 @@ def catalog_entry(source: dict) -> dict:
         "total_status": TOTAL_STATUS.get(source["base"], "W"),
         "source": public_words(source["source"]),
         "config": source["config"],
-        "modules": encode(modules_of(*kind)),
+        "modules": encode(modules),
+        **({"norms": norms} if norms else {}),
+        **({"parameters": bare} if bare else {}),
     }
 
 
@@ -116,9 +120,9 @@ def compact(entry: dict) -> str:
     """Format an entry with one line per field and per pattern, and nested configuration values on one line."""
     lines = []
     for key, value in entry.items():
-        if key == "modules":
+        if key in ("modules", "norms", "parameters"):
             rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
-            lines.append(f' "modules": {{\n{rows}\n }}')
+            lines.append(f" {json.dumps(key)}: {{\n{rows}\n }}")
         else:
             lines.append(f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -39,6 +39,20 @@ class Base:
         component, _, path = layer.partition(".")
         return self.components.get(component, Component()).get(path)
 
+    def parameter(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a canonical parameter other than the weight of a layer; None if the base lacks it.
+
+        These are biases, weights of norms and bare parameters.
+
+        >>> from krona_hub.bases.module_spec import OtherParameters
+        >>> norms = OtherParameters({"norm_q": ModuleSpec((64,), False)})
+        >>> base = Base("x", None, {"transformer": Component({"to_q": ModuleSpec((128, 96))}, lambda: norms)})
+        >>> base.parameter("transformer.to_q.bias"), base.parameter("transformer.norm_q.weight")
+        ((128,), (64,))
+        """
+        component, _, path = name.partition(".")
+        return self.components[component].parameter(path) if component in self.components else None
+
     @property
     def denoiser(self) -> str | None:
         """The denoiser component, `unet` or `transformer`; None for a lone text encoder."""

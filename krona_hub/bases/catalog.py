@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib.resources import files
 from typing import Any, NamedTuple
 
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.families import ALIASES, FAMILIES
+from krona_hub.bases.module_spec import OtherParameters
 from krona_hub.bases.name_patterns import expand
 from krona_hub.errors import UnknownBaseError
 
@@ -106,8 +107,12 @@ def component(name: str) -> CatalogEntry:
         total_parameters=data["total_parameters"],
         source=data["source"],
         config=data["config"],
-        modules=Component(expand(data["modules"])),
+        modules=Component(expand(data["modules"]), partial(_other_parameters, data)),
     )
+
+
+def _other_parameters(data: Mapping[str, Any]) -> OtherParameters:
+    return OtherParameters(expand(data.get("norms", {})), expand(data.get("parameters", {})))
 
 
 def component_names() -> tuple[str, ...]:

@@ -7,7 +7,7 @@ rule covers U-Nets of any configuration.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from krona_hub.bases.module_spec import ModuleSpec, Placement
 
@@ -45,12 +45,15 @@ def is_sdxl_like(modules: Mapping[str, ModuleSpec]) -> bool:
     return "add_embedding.linear_1" in modules
 
 
-def names(modules: Mapping[str, ModuleSpec]) -> dict[str, tuple[Placement, ...]]:
-    """ldm name -> placement (layer: path within the component) of every module of a U-Net; {} for other models."""
+def names(modules: Mapping[str, ModuleSpec], paths: Iterable[str] | None = None) -> dict[str, tuple[Placement, ...]]:
+    """ldm name -> placement (layer: path within the component) of every module of a U-Net; {} for other models.
+
+    With `paths`, of those instead: norms, whose names follow the same rule.
+    """
     if not is_unet(modules):
         return {}
     layers = sum(f"down_blocks.0.resnets.{i}.conv1" in modules for i in range(16))  # L
-    named = ((path, _ldm(path, layers, modules)) for path in modules)
+    named = ((path, _ldm(path, layers, modules)) for path in (modules if paths is None else paths))
     return {ldm: (Placement(path),) for path, ldm in named if ldm}
 
 

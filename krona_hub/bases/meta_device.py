@@ -6,13 +6,15 @@ Only this module needs diffusers and transformers; all others read names and sha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from krona_hub.bases.module_spec import ModuleSpec
+from krona_hub.bases.component import Component
+from krona_hub.bases.module_spec import ModuleSpec, other_parameters
 from krona_hub.errors import UnknownBaseError
 
 
-def modules_of(library: str, class_name: str, config: Mapping[str, Any]) -> dict[str, ModuleSpec]:
+def modules_of(library: str, class_name: str, config: Mapping[str, Any]) -> Component:
     """Path -> ModuleSpec of every Linear and Conv of `class_name` in `library` (`diffusers` or `transformers`).
 
     Paths have no `text_model.`. Raises UnknownBaseError if the class is not installed or rejects the configuration.
@@ -21,13 +23,20 @@ def modules_of(library: str, class_name: str, config: Mapping[str, Any]) -> dict
 
     weighted = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     model = build(library, class_name, config)
-    return {
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, weighted)}
+    modules = {
         name.removeprefix("text_model."): ModuleSpec(
             tuple(m.weight.shape), m.bias is not None, getattr(m, "groups", 1)
         )
-        for name, m in model.named_modules()
-        if isinstance(m, weighted)
+        for name, m in layers.items()
     }  # fmt: skip
+    owners = {f"{name}." for name, m in model.named_modules() if isinstance(m, (*weighted, torch.nn.Embedding))}
+    shapes = {
+        name.removeprefix("text_model."): tuple(p.shape)
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name[: name.rfind(".") + 1] not in owners
+    }
+    return Component(modules, partial(other_parameters, shapes))
 
 
 def build(library: str, class_name: str, config: Mapping[str, Any]) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -22,6 +24,29 @@ class ModuleSpec(NamedTuple):
     def has_kernel(self) -> bool:
         """Whether the module is a convolution with a kernel larger than 1×1."""
         return prod(self.shape[2:]) > 1
+
+
+class OtherParameters(NamedTuple):
+    """The parameters of a model that belong to no layer and to no embedding."""
+
+    norms: Mapping[str, ModuleSpec] = MappingProxyType({})  # module path -> its weight, and whether it has a bias
+    bare: Mapping[str, ModuleSpec] = MappingProxyType({})  # full path of any other parameter -> its shape
+
+
+def other_parameters(shapes: Mapping[str, tuple[int, ...]]) -> OtherParameters:
+    """Sort the parameters that belong to no layer and to no embedding: a norm has a weight of one dimension.
+
+    >>> norms, bare = other_parameters({"norm.weight": (8,), "norm.bias": (8,), "block.table": (6, 8)})
+    >>> norms["norm"], bare["block.table"].shape
+    (ModuleSpec(shape=(8,), bias=True, groups=1), (6, 8))
+    """
+    norms = {
+        path.removesuffix(".weight"): ModuleSpec(shape, f"{path.removesuffix('.weight')}.bias" in shapes)
+        for path, shape in shapes.items()
+        if path.endswith(".weight") and len(shape) == 1
+    }
+    rest = {p: s for p, s in shapes.items() if not (p.endswith((".weight", ".bias")) and p.rpartition(".")[0] in norms)}
+    return OtherParameters(norms, {path: ModuleSpec(shape, False) for path, shape in rest.items()})
 
 
 class Placement(NamedTuple):

@@ -14,7 +14,7 @@ from itertools import groupby, product
 from krona_hub.bases.module_spec import ModuleSpec
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole segment of digits
-SHAPE = re.compile(r"(\d+(?:x\d+)*)(b?)(?:g(\d+))?")
+SHAPE = re.compile(r"(|\d+(?:x\d+)*)(b?)(?:g(\d+))?")  # "" is the shape of a scalar
 
 Box = tuple[frozenset[int], ...]  # a product of sets of numbers, one per index of a name
 
@@ -35,7 +35,7 @@ def parse_module(text: str) -> ModuleSpec:
     if match is None:
         raise ValueError(f"Invalid module shape {text!r}.")  # an error in the shipped catalog, not in user data
     sizes, bias, groups = match.groups()
-    return ModuleSpec(tuple(map(int, sizes.split("x"))), bool(bias), int(groups or 1))
+    return ModuleSpec(tuple(map(int, sizes.split("x"))) if sizes else (), bool(bias), int(groups or 1))
 
 
 def encode(modules: Mapping[str, ModuleSpec]) -> dict[str, str]:

@@ -7,7 +7,7 @@ form (FORMATS §12.1). It contains both the diffusers and the original names, wh
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -50,6 +50,25 @@ class ComponentNames:
         original = self.modules.original
         return apply(original.rules, self.modules) if original else ldm_names.names(self.modules)
 
+    @cached_property
+    def _norm_names(self) -> Mapping[str, Placements]:
+        original = self.modules.original
+        if original:
+            return apply(original.rules, self.modules.norms)
+        return ldm_names.names(self.modules, self.modules.norms)
+
+    @cached_property
+    def norm_homes(self) -> Mapping[str, str]:
+        """Canonical norm or bare parameter -> its original dotted name."""
+        return {f"{self.component}.{places[0].layer}": name for name, places in self._norm_names.items()}
+
+    @cached_property
+    def norm_index(self) -> Mapping[str, str]:
+        """Underscored name -> path of a norm or of a bare parameter, without a final `.weight`."""
+        index = {underscored(_stem(name)): places[0].layer for name, places in self._norm_names.items()}
+        index.update((underscored(_stem(path)), path) for path in self.modules.norms)
+        return index
+
     def _canonical(self, place: Placement) -> Placement:
         return place._replace(layer=f"{self.component}.{place.layer}")
 
@@ -67,13 +86,26 @@ class ComponentNames:
 
     def find(self, path: str) -> Placements | None:
         """The placements of a name without its prefix; None if the component has no such module."""
-        key = underscored(path)
-        if self.component.startswith("text_encoder"):
-            key = key.removeprefix("text_model_")
+        key = self._key(path)
         found = self.index.get(key) or next((self.index[new] for new in _modern(key) if new in self.index), None)
         if isinstance(found, str):
             return (Placement(f"{self.component}.{found}"),)
         return found and tuple(map(self._canonical, found))
+
+    def find_vector(self, path: str) -> Placements | None:
+        """As `find`, also for norms and bare parameters."""
+        places = self.find(path)
+        if places is not None:
+            return places
+        norm = self.norm_index.get(self._key(_stem(path)))
+        return None if norm is None else (Placement(f"{self.component}.{norm}"),)
+
+    def _key(self, path: str) -> str:
+        key = underscored(path)
+        return key.removeprefix("text_model_") if self.component.startswith("text_encoder") else key
+
+
+Find = Callable[[ComponentNames, str], Placements | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,16 +126,30 @@ class NameTable:
         >>> names.find("lora_unet_input_blocks_4_1_proj_in")[0].layer
         'unet.down_blocks.1.attentions.0.proj_in'
         """
-        found = {owner: places for owner, places in self.candidates(name) if component in (None, owner)}
-        if len(found) > 1:
-            raise AmbiguousError(f"{name} exists in {' and in '.join(found)}.", fix="Choose one with --component.")
-        return next(iter(found.values()), None)
+        return _only(name, self.candidates(name), component)
+
+    def vector_places(self, name: str, component: str | None = None) -> Placements | None:
+        """Find the layers, norm or bare parameter with this name; None if the base model has nothing of that name.
+
+        As `find`, for deltas of biases, norms and bare parameters: `name` is the name of the module in any dialect, or
+        of the bare parameter. `layer` of a placement is the path of the module, or of the bare parameter.
+
+        >>> from krona_hub.bases import catalog
+        >>> table(catalog.get("sdxl")).vector_places("lora_unet_input_blocks_4_1_norm")[0].layer
+        'unet.down_blocks.1.attentions.0.norm'
+        >>> table(catalog.get("wan21-t2v-14b")).vector_places("transformer.blocks.0.scale_shift_table")[0].layer
+        'transformer.blocks.0.scale_shift_table'
+        """
+        return _only(name, self._search(name, ComponentNames.find_vector), component)
 
     def candidates(self, name: str) -> list[tuple[str, Placements]]:
         """(component, placements), for the longest prefix with which the name is known."""
+        return self._search(name, ComponentNames.find)
+
+    def _search(self, name: str, find: Find) -> list[tuple[str, Placements]]:
         for role, path in name_prefixes.readings(name):
             owners = name_prefixes.components(role, self.base)
-            found = [(owner, p) for owner in owners if (p := self.parts[owner].find(path)) is not None]
+            found = [(owner, p) for owner in owners if (p := find(self.parts[owner], path)) is not None]
             if found:
                 return found
         return []
@@ -125,15 +171,32 @@ class NameTable:
         'lora_unet_double_blocks_0_img_attn_qkv'
         """
         if self.base.module(layer) is None:
-            near = self.nearest(layer)
-            fix = f"Did you mean {near!r}?" if near else "Specify the base model of the adapter with --base."
-            raise NotFoundError(f"{self.base.name} has no layer {layer!r}.", fix=fix)
-        name = spell(self, layer, dialect)
-        if name is None:
-            raise InexpressibleError(
-                f"{layer} has no name in the {dialect} dialect.", fix="Choose another format, or omit the layer."
-            )
-        return name
+            raise self._unknown(layer)
+        return _expressible(layer, spell(self, layer, dialect), dialect)
+
+    def vector_name(self, path: str, dialect: str) -> str:
+        """The name of a canonical layer, norm or bare parameter in a dialect: the inverse of `vector_places`.
+
+        The bias of a layer in a fused module has the name of that module. Raises the errors of `spell`.
+
+        >>> from krona_hub.bases import catalog
+        >>> table(catalog.get("flux1-dev")).vector_name("transformer.transformer_blocks.0.attn.norm_q", "original")
+        'diffusion_model.double_blocks.0.img_attn.norm.query_norm'
+        """
+        component, _, inside = path.partition(".")
+        part = self.parts.get(component)
+        if part is None or inside not in part.modules.norms:
+            return self.spell(path, dialect)
+        if dialect == "processor":
+            return _expressible(path, None, dialect)
+        if uses_originals(self.base, component, dialect):
+            inside = part.norm_homes.get(path, inside)
+        return prefixed(self.base, component, _stem(inside), dialect)
+
+    def _unknown(self, layer: str) -> NotFoundError:
+        near = self.nearest(layer)
+        fix = f"Did you mean {near!r}?" if near else "Specify the base model of the adapter with --base."
+        return NotFoundError(f"{self.base.name} has no layer {layer!r}.", fix=fix)
 
     def fused(self, dialect: str) -> Mapping[str, Placements]:
         """Names of a dialect that are not plain layers: stacked layers, swapped halves, or transposed weights."""
@@ -164,6 +227,26 @@ class NameTable:
 def table(base: Base) -> NameTable:
     """The name table of a base model, cached."""
     return NameTable(base)
+
+
+def _only(name: str, candidates: Iterable[tuple[str, Placements]], component: str | None) -> Placements | None:
+    """The placements in the chosen component, or in the only one. Raises AmbiguousError if there are several."""
+    found = {owner: places for owner, places in candidates if component in (None, owner)}
+    if len(found) > 1:
+        raise AmbiguousError(f"{name} exists in {' and in '.join(found)}.", fix="Choose one with --component.")
+    return next(iter(found.values()), None)
+
+
+def _expressible(path: str, name: str | None, dialect: str) -> str:
+    if name is None:
+        raise InexpressibleError(
+            f"{path} has no name in the {dialect} dialect.", fix="Choose another format, or omit the layer."
+        )
+    return name
+
+
+def _stem(path: str) -> str:
+    return path.removesuffix(".weight")
 
 
 def underscored(path: str) -> str:
