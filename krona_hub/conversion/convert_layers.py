@@ -220,6 +220,8 @@ def _lora_note(before: int | None, after: int) -> str:
 
 def check_kind(method: Method, to_lora: bool, names: Sequence[str]) -> None:
     """Raise UsageError if the method and the kind of the target contradict each other."""
+    if not names:
+        raise KronaError("The adapter is empty.", fix="Choose another adapter or another --component.")
     if to_lora and isinstance(method, FixedShape):
         raise UsageError(
             "--shape does not apply to a LoRA target.", fix="Use --rank or --max-error, or choose a Kronecker format."

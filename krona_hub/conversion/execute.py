@@ -50,7 +50,7 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     )
     target = choose_target(adapter, to=request.to, tool=request.tool, method=request.method)
     method = request.method if request.method is not None else default_method(adapter, target)
-    check_kind(method, target.to_lora, list(adapter.layers))
+    check_kind(method, target.to_lora, [*adapter.layers, *adapter.vectors])
     baked = bake_dora(adapter, target, method, request.base)
     reference = dict(adapter.layers) | baked  # the result is measured against this
     kept = (

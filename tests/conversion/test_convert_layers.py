@@ -125,5 +125,5 @@ def test_contradictions_of_way_and_target_are_refused():
         check_kind(FixedShape(8, 4), True, ["x"])
     with pytest.raises(UsageError, match="--rank requires a LoRA target"):
         check_kind(Rank(4), False, ["x"])
-    with pytest.raises(KronaError, match="no layers"):
+    with pytest.raises(KronaError, match="is empty"):
         check_kind(Keep(), False, [])

@@ -94,13 +94,24 @@ def test_a_file_of_norms_alone_finds_its_base(tmp_path):
     adapter = read(path)
     assert not adapter.layers and adapter.base.family == "sd15" and len(adapter.vectors) == 2
     report = krona_hub.convert(path, tmp_path / "y.safetensors")
-    assert report.verdict.startswith("Exact") and read(tmp_path / "y.safetensors").vectors.keys() == adapter.vectors.keys()
+    assert (
+        report.verdict.startswith("Exact") and read(tmp_path / "y.safetensors").vectors.keys() == adapter.vectors.keys()
+    )
 
 
 def test_whole_parameters_need_the_base_weights(tmp_path):
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "auto_mapping": {"base_model_class": "UNet2DConditionModel"}}
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 1,
+        "auto_mapping": {"base_model_class": "UNet2DConditionModel"},
+    }
     tensors = {f"{LAYER}.lora_A.weight": rand(2, IN), f"{LAYER}.lora_B.weight": rand(OUT, 2)}
-    tensors |= {f"{LAYER}.base_layer.bias": BIAS, f"{NORM}.weight": WEIGHT, "conv_out.weight": rand(*UNET["conv_out"].shape)}
+    tensors |= {
+        f"{LAYER}.base_layer.bias": BIAS,
+        f"{NORM}.weight": WEIGHT,
+        "conv_out.weight": rand(*UNET["conv_out"].shape),
+    }
     folder = peft_folder(tmp_path / "a", config, tensors)
     with pytest.raises(UnknownBaseError, match="depends on the base weights"):
         read(folder, base=catalog.get(BASE))
@@ -119,7 +130,7 @@ BROKEN = {
     "of no module": ({"lora_unet_nothing.w_norm": rand(4)}, BaseMismatchError, "has no such module"),
     "not finite": ({f"lora_unet_{NORM}.w_norm": WEIGHT / 0}, NonFiniteError, "NaN or infinity"),
     "twice": (
-        {f"lora_unet_{NORM}.w_norm": WEIGHT, f"unet.{NORM}.diff": WEIGHT}, ConflictError, "same parameter as",
+        {f"lora_unet_{NORM}.w_norm": WEIGHT, f"unet.{NORM}.diff": WEIGHT + 1}, ConflictError, "same parameter as",
     ),
     "without its LoRA": ({f"lora_unet_{NORM}.lora_B.bias": WEIGHT}, IncompleteError, "without its LoRA"),
 }  # fmt: skip
@@ -144,7 +155,11 @@ def test_a_skipped_vector_is_counted_in_the_verdict(tmp_path):
 
 def adapter_with_vectors() -> Adapter:
     delta = LayerDelta((as_lora(rand(OUT, 2), rand(2, IN)),), (OUT, IN))
-    vectors = {f"unet.{LAYER}.bias": BIAS, f"unet.{NORM}.weight": WEIGHT, "unet.conv_in.bias": rand(UNET["conv_in"].shape[0])}
+    vectors = {
+        f"unet.{LAYER}.bias": BIAS,
+        f"unet.{NORM}.weight": WEIGHT,
+        "unet.conv_in.bias": rand(UNET["conv_in"].shape[0]),
+    }
     return Adapter({f"unet.{LAYER}": delta}, catalog.get(BASE).model, vectors=vectors)
 
 

@@ -59,8 +59,11 @@ def test_the_report_counts_what_is_in_the_files(tmp_path):
 
 def test_what_a_format_has_no_place_for_is_said(tmp_path):
     adapter = replace(made.lora(SHAPES), extras={"<s1>": torch.ones(768)})
-    assert "<s1>" in write(adapter, tmp_path / "a.safetensors", format="diffusers-lora").notes[0]
-    assert not write(adapter, tmp_path / "b.safetensors").notes
+    with pytest.raises(InexpressibleError, match="no place for 1 embedding of the adapter .*<s1>"):
+        write(adapter, tmp_path / "a.safetensors", format="diffusers-lora")
+    report = write(adapter, tmp_path / "a.safetensors", format="diffusers-lora", allow_missing=True)
+    assert report.left_out.embeddings == ("<s1>",)
+    assert not write(adapter, tmp_path / "b.safetensors").left_out
 
 
 def test_names_that_need_a_base_ask_for_it(tmp_path):

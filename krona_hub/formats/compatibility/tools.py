@@ -15,7 +15,7 @@ from krona_hub.formats.compatibility.format_limits import common_peft_factor, ly
 from krona_hub.formats.compatibility.known_failures import reservation
 from krona_hub.formats.forms.delta_form import LayerFactorization, SumFactorization, channel_split, is_factored
 from krona_hub.formats.forms.limits import Limit, no_dora
-from krona_hub.formats.forms.vector_kinds import NORMS, Kinds, kind_of
+from krona_hub.formats.forms.vector_kinds import NORMS, Kinds
 from krona_hub.formats.known.registry import by_name
 from krona_hub.kron.shapes import KronShape
 
@@ -249,6 +249,5 @@ def held_vectors(format_name: str, tool: Tool | None) -> Kinds:
 def _ignored_vectors(tool: Tool, description: Description) -> str | None:
     """Why the application does not apply all vectors of the file; None if it does, or if there are none."""
     held = held_vectors(description.format, tool)
-    layers = {layer for m in description.modules for layer in m.layers}
-    lost = sum(kind_of(name, v.sizes, layers, None) not in held for v in description.vectors for name in v.parameters)
+    lost = sum(v.kind not in held for v in description.vectors)
     return f"it ignores {counted(lost, 'vector')} (biases, norms)" if lost else None

@@ -19,13 +19,15 @@ LYCORIS: Kinds = ("adapted bias", "bias", *NORMS)
 ALL: Kinds = (*LYCORIS, "other")
 
 
-def kind_of(parameter: str, sizes: int, layers: Container[str], base: Base | None) -> VectorKind:
+def kind_of(
+    parameter: str, sizes: int, layers: Container[str], vectors: Container[str], base: Base | None
+) -> VectorKind:
     """The kind of a vector: the bias of an adapted layer or of another one, part of a norm, or another parameter.
 
-    `sizes` is the number of its dimensions, `layers` are the adapted ones. Without a base model, a bias alone counts
-    as that of a layer.
+    `sizes` is the number of its dimensions; `layers` and `vectors` are the adapted ones. Without a base model, a bias
+    without a weight counts as that of a layer.
 
-    >>> kind_of("unet.conv_in.bias", 1, {"unet.conv_in"}, None), kind_of("unet.conv_norm_out.weight", 1, (), None)
+    >>> kind_of("unet.conv_in.bias", 1, {"unet.conv_in"}, (), None), kind_of("unet.norm.weight", 1, (), (), None)
     ('adapted bias', 'unet norm')
     """
     module, _, last = parameter.rpartition(".")
@@ -33,7 +35,8 @@ def kind_of(parameter: str, sizes: int, layers: Container[str], base: Base | Non
         return "adapted bias"
     if last not in ("weight", "bias") or sizes != 1:
         return "other"
-    if last == "bias" and (base is None or base.module(module) is not None):
+    is_norm = last == "weight" or f"{module}.weight" in vectors
+    if not is_norm and (base is None or base.module(module) is not None):
         return "bias"
     component = parameter.partition(".")[0]
     if component not in DENOISERS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from krona_hub.bases.base import Base
@@ -11,6 +11,7 @@ from krona_hub.checkpoints.findings import raise_first
 from krona_hub.checkpoints.header import Header, TensorInfo
 from krona_hub.errors import KronaError, counted
 from krona_hub.formats.forms.delta_form import SumFactorization
+from krona_hub.formats.forms.vector_kinds import kind_of
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
 from krona_hub.formats.parsing import file_metadata
@@ -73,7 +74,7 @@ def _of_plan(plan: ReadPlan) -> Description:
     file, match = plan.file, plan.match
     modules = tuple(_module(m, plan) for m in plan.modules)
     tensors = file.header.tensors
-    vectors = tuple(_vector(v.key.key, v.parameters, tensors) for v in plan.vectors)
+    vectors = _vectors({v.key.key: v.parameters for v in plan.vectors}, tensors, modules, match.base)
     return Description(
         path=file.path,
         format=plan.format,
@@ -128,7 +129,7 @@ def _native(file: AdapterFile) -> Description:
     known, findings = tensor_layout.examine(header)
     raise_first(findings, str(header.path))
     modules = tuple(_native_module(name, layer, header) for name, layer in known.layers.items())
-    vectors = tuple(_vector(n, (name,), header.tensors) for name, n in known.vectors.items())
+    vectors = _vectors({n: (name,) for name, n in known.vectors.items()}, header.tensors, modules, None)
     base, provenance = known.header.base, known.provenance(header.metadata)
     return Description(
         path=header.path,
@@ -151,8 +152,24 @@ def _native(file: AdapterFile) -> Description:
     )
 
 
-def _vector(name: str, parameters: tuple[str, ...], tensors: Mapping[str, TensorInfo]) -> VectorInfo:
-    return VectorInfo(name, parameters, tensors[name].numel, len(tensors[name].shape))
+def _vectors(
+    named: Mapping[str, tuple[str, ...]],
+    tensors: Mapping[str, TensorInfo],
+    modules: Iterable[ModuleInfo],
+    base: Base | None,
+) -> tuple[VectorInfo, ...]:
+    """Describe vectors by tensor name -> parameters."""
+    layers = {layer for module in modules for layer in module.layers}
+    changed = {parameter for parameters in named.values() for parameter in parameters}
+    return tuple(
+        VectorInfo(
+            name,
+            parameters,
+            tensors[name].numel,
+            kind_of(parameters[0], len(tensors[name].shape), layers, changed, base),
+        )
+        for name, parameters in named.items()
+    )
 
 
 def _beside(vectors: Sequence[VectorInfo]) -> str:

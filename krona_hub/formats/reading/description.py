@@ -10,6 +10,7 @@ from typing import Literal
 
 from krona_hub.checkpoints.header import Header
 from krona_hub.formats.forms.delta_form import LayerFactorization, SumFactorization
+from krona_hub.formats.forms.vector_kinds import VectorKind
 from krona_hub.formats.reading.read_plan import ReadPlan
 from krona_hub.kron.shapes import KronShape
 
@@ -65,7 +66,7 @@ class VectorInfo:
     name: str  # of the tensor in the file
     parameters: tuple[str, ...]  # canonical names; several for the bias of fused layers
     values: int
-    sizes: int  # number of dimensions
+    kind: VectorKind
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,11 @@ class Description:
 def vectors_text(vectors: Iterable[VectorInfo]) -> str:
     """Format the number of vectors by kind; "" without any.
 
-    >>> vectors_text([VectorInfo("a", ("unet.conv_in.bias",), 4, 1), VectorInfo("b", ("unet.norm.weight",), 4, 1)])
-    '1 bias, 1 weight'
+    >>> vectors_text([VectorInfo("a", ("unet.conv_in.bias",), 4, "bias")] * 2)
+    '2 × bias'
     """
-    counts = Counter(name.rpartition(".")[2] for vector in vectors for name in vector.parameters)
-    plurals = {"bias": "biases"}
-    return ", ".join(f"{n:,} {plurals.get(kind, kind + 's') if n > 1 else kind}" for kind, n in sorted(counts.items()))
+    counts = Counter(vector.kind for vector in vectors)
+    return ", ".join(f"{n:,} × {kind}" for kind, n in sorted(counts.items()))
 
 
 def factorization_text(module: ModuleInfo) -> str:

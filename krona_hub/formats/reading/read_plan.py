@@ -173,7 +173,7 @@ def _scale(
         path = rest
     else:
         config = configs.get("")
-    if alpha is not None or config is None or layout.kind in ("dense", "cdka"):
+    if alpha is not None or config is None or layout.kind in ("dense", "cdka", "value"):
         return tensor_scale(layout, alpha)
     return config_scale(config, path, layout)
 

@@ -157,19 +157,17 @@ def _own_layers(adapter: Adapter) -> Base:
     for layer, delta in adapter.layers.items():
         component, _, path = layer.partition(".")
         modules[component][path] = BaseModule(delta.weight_shape)
-    others = {component: OtherParameters({}, {}) for component in adapter.components}
+    norms: dict[str, dict[str, BaseModule]] = defaultdict(dict)
+    bare: dict[str, dict[str, BaseModule]] = defaultdict(dict)
     for name, vector in adapter.vectors.items():
         component, _, path = name.partition(".")
         module, _, last = path.rpartition(".")
         if last not in ("weight", "bias") or vector.ndim != 1:
-            others[component].bare[path] = BaseModule(tuple(vector.shape), bias=False)
+            bare[component][path] = BaseModule(tuple(vector.shape), bias=False)
         elif module not in modules[component]:
-            others[component].norms[module] = BaseModule(tuple(vector.shape))
-    return Base(
-        "the adapter's own layers",
-        None,
-        {c: Component(modules[c], partial(others.__getitem__, c)) for c in adapter.components},
-    )
+            norms[component][module] = BaseModule(tuple(vector.shape))
+    components = {c: Component(modules[c], partial(OtherParameters, norms[c], bare[c])) for c in adapter.components}
+    return Base("the adapter's own layers", None, components)
 
 
 def _modules(adapter: Adapter, aim: Aim, places: Mapping[str, Home], names: NameTable | None) -> list[FileModule]:
