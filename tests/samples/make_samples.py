@@ -209,11 +209,11 @@ SAMPLES = {
         options={"algo": "locon", **SIZES, "train_norm": True}, note="w_norm, b_norm beside LoCon",
     ),
     "lyc_full": Sample(
-        **LYCORIS, format="lycoris_full", modules=(OUT, KEY, CONV_OUT),
+        **LYCORIS, format="lycoris_locon", modules=(OUT, KEY, CONV_OUT),
         options={"algo": "full"}, note="diff, and diff_b where the layer has a bias",
     ),
     "lyc_norm": Sample(
-        **LYCORIS, format="lycoris_full", modules=(), norms=(LAYER_NORM, GROUP_NORM, LAST_NORM),
+        **LYCORIS, format="lycoris_locon", modules=(), norms=(LAYER_NORM, GROUP_NORM, LAST_NORM),
         options={"algo": "full", "train_norm": True}, note="w_norm, b_norm alone: no layer changes",
     ),
     "lyc_loha_dim3_a2_conv2_a1": Sample(
