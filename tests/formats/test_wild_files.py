@@ -1,0 +1,156 @@
+"""Files that people could not load: each is read to the right delta or refused with a code, as `expected.json` says.
+
+Names and shapes are those of the public reports, the values are random; README.md beside the files explains the fields.
+Cases that fail today and belong to work on names, bases or applications are strict xfails, with the reason.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from krona_hub import read, write
+from krona_hub.errors import KronaError
+from krona_hub.formats.compatibility.tools import loads_in
+from krona_hub.formats.reading.describe import describe
+from tests.shared import SHARED, shared
+
+EXPECTED = SHARED / "wild" / "files" / "expected.json"
+CASES = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
+UNREAD = {  # names and bases to come
+    "krea2_simpletuner_fused_lokr": "fused projections with the names of diffusers are not known yet",
+    "flux1_xlabs": "the names of XLabs are not known yet",
+    "wan21_i2v_lora_k_img": "the base model is not in the catalog yet",
+    "hunyuanvideo_i2v_own_prefix": "the prefix of the HunyuanVideo-I2V trainer is not known yet",
+}
+UNMEASURED = "claims about applications are not measured yet"
+LOADED = {  # what `loads in` still says
+    ("zimage_musubi_lora", "comfyui"),
+    ("zimage_aitoolkit_dora_magnitude", "diffusers"),
+    ("zimage_aitoolkit_dora_magnitude", "comfyui"),
+    ("flux2_dev_mixed_prefixes", "diffusers"),
+    ("flux2_klein9b_diffsynth_default", "diffusers"),
+    ("flux1_simpletuner_double_prefix", "comfyui"),
+    ("flux1_simpletuner_double_prefix", "diffusers"),
+    ("lumina2_kohya_qkv", "diffusers"),
+    ("wan21_diffsynth_default", "comfyui"),
+    ("wan21_diffsynth_default", "diffusers"),
+    ("hunyuanvideo_musubi_fc1", "comfyui"),
+    ("hunyuanvideo_musubi_fc1", "diffusers"),
+    ("hunyuanvideo_i2v_own_prefix", "comfyui"),
+    ("hunyuanvideo_i2v_own_prefix", "diffusers"),
+    ("for_nunchaku_sd15", "nunchaku"),
+}
+MISNAMED = {("for_musubi_wan", "musubi"): "the names of musubi-tuner are not written yet"}
+MAGNITUDES = (".magnitude", ".lora_magnitude_vector", ".dora_scale")
+CHANGES = (".diff_b", ".set_weight")  # of parameters that are not weights of layers
+NORM_LIMIT, ENTRY_LIMIT = 1e-4, 1e-5  # of the norm itself; of the largest entry that is listed
+
+
+def cases(claims, failing, reason=None):
+    """Parameters of a test, one per claim: (case, …); those in `failing` are strict xfails."""
+    parameters = []
+    for claim in claims:
+        key = claim[0] if len(claim) == 1 else claim
+        why = failing[key] if isinstance(failing, dict) and key in failing else reason
+        marks = [pytest.mark.xfail(strict=True, reason=why)] if key in failing else []
+        parameters.append(pytest.param(*claim, marks=marks, id="-".join(claim)))
+    return parameters
+
+
+def file_of(case):
+    return shared("wild", "files", f"{case}.safetensors")
+
+
+def keys_of(path, endings):
+    with safe_open(path, "pt") as file:
+        return [key for key in file.keys() if key.endswith(endings)]  # noqa: SIM118 (safe_open is not a mapping)
+
+
+def norm(delta):
+    """The Frobenius norm, row by row: a single float32 sum over 10⁸ entries is not accurate enough."""
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(delta.flatten(1), dim=1)))
+
+
+def assert_contains(adapter, expected):
+    assert set(adapter) == set(expected)
+    for layer, wanted in expected.items():
+        found = adapter[layer].dense()
+        assert list(found.shape) == wanted["shape"], layer
+        assert norm(found) == pytest.approx(wanted["norm"], rel=NORM_LIMIT), layer
+        rows, columns, values = zip(*wanted["samples"], strict=True)
+        entries = found.flatten(1)[list(rows), list(columns)].double()
+        values = torch.tensor(values, dtype=torch.float64)
+        assert (entries - values).abs().max() <= ENTRY_LIMIT * values.abs().max(), layer
+
+
+def test_every_case_has_its_file():
+    files = {path.stem for path in shared("wild", "files").glob("*.safetensors")}
+    assert files == set(CASES)
+    assert {case["want"] for case in CASES.values()} <= {"read", "refuse", "read-or-refuse"}
+    assert set(UNREAD) | {case for case, _ in LOADED} <= set(CASES), "an expected failure of a case that is not there"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases([(c,) for c, e in CASES.items() if e["want"] == "read"], UNREAD))
+def test_a_file_is_read_to_its_deltas(case):
+    expected = CASES[case]
+    assert expected["layers"]
+    assert_contains(read(file_of(case), base=expected["base"]), expected["layers"])
+
+
+@pytest.mark.parametrize("case", [c for c, e in CASES.items() if e["want"] == "read-or-refuse"])
+def test_an_unclear_file_is_read_rightly_or_refused(case):
+    expected = CASES[case]
+    try:
+        adapter = read(file_of(case), base=expected["base"])
+    except KronaError as error:
+        assert error.code and error.fix
+    else:
+        assert_contains(adapter, expected["layers"])
+
+
+@pytest.mark.parametrize("case", [c for c, e in CASES.items() if e["want"] == "refuse"])
+def test_a_file_that_is_not_understood_is_refused_or_loses_nothing(case):
+    """Files may be read once their magnitudes and biases are applied; reading them without those is the failure."""
+    path, expected = file_of(case), CASES[case]
+    try:
+        adapter = read(path, base=expected["base"])
+    except KronaError as error:
+        assert error.code and error.fix
+        return
+    magnitudes, changes = keys_of(path, MAGNITUDES), keys_of(path, CHANGES)
+    assert magnitudes or changes, "nothing in this file has become readable"
+    assert not keys_of(path, (".reshape_weight",)), "the weight would have to grow"
+    assert sum(delta.magnitude is not None for delta in adapter.values()) == len(magnitudes)
+    assert len(adapter.vectors) == len(changes)
+    if not expected.get("dora"):
+        assert_contains(adapter, expected["layers"])
+
+
+@pytest.mark.parametrize(
+    ("case", "tool"), cases([(c, t) for c, e in CASES.items() for t in e["not_loaded_by"]], LOADED, UNMEASURED)
+)
+def test_a_program_that_does_not_load_the_file_is_not_named(case, tool):
+    verdict = loads_in(describe(file_of(case), base=CASES[case]["base"]))[tool]
+    assert not verdict.ok and verdict.why
+
+
+@pytest.mark.parametrize(
+    ("case", "tool"), cases([(c, t) for c, e in CASES.items() for t in e.get("names_for", {})], MISNAMED)
+)
+def test_a_program_gets_its_own_names(case, tool, tmp_path):
+    expected = CASES[case]
+    adapter = read(file_of(case), base=expected["base"])
+    report = write(adapter, tmp_path / "out.safetensors", tool=tool, base=expected["base"])
+    with safe_open(report.path, "pt") as file:
+        modules = {key.split(".")[0] for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
+    assert modules == set(expected["names_for"][tool])
+
+
+@pytest.mark.xfail(strict=True, reason=UNMEASURED)
+def test_no_file_is_written_for_a_program_that_does_not_run_the_base(tmp_path):
+    adapter = read(file_of("for_nunchaku_sd15"), base="sd15")
+    with pytest.raises(KronaError):
+        write(adapter, tmp_path / "out.safetensors", tool="nunchaku", base="sd15")
