@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -24,6 +25,7 @@ from krona_hub.bases.weight_files import (
     WeightPlace,
     files_of,
     modules_in,
+    parameter_of,
     read,
     stored_in,
     weights_by_module,
@@ -38,15 +40,18 @@ __all__ = [
     "Weights",
     "base_weights",
     "landed",
+    "landed_vectors",
     "load_base",
     "named_base",
     "open_checkpoint",
+    "plain_vectors",
     "read",
     "stored_by_component",
+    "vector_files",
     "weight_files",
 ]
 
-Weights = Callable[[str], "Tensor | None"]  # canonical layer -> weight of the base model
+Weights = Callable[[str], "Tensor | None"]  # canonical layer or parameter -> tensor of the base model
 
 
 def load_base(source: str | Path) -> Base:
@@ -61,7 +66,7 @@ def load_base(source: str | Path) -> Base:
     Returns
     -------
     Base
-        Modules by component. `family` is the equal entry of the catalog, or None.
+        Modules by component, with their norms. `family` is the equal entry of the catalog, or None.
 
     Raises
     ------
@@ -105,14 +110,39 @@ def weight_files(source: str | Path) -> dict[str, WeightPlace]:
     return placed(path, stored_in([path]))
 
 
+def vector_files(source: str | Path) -> dict[str, WeightPlace]:
+    """Canonical parameter -> location, of every bias, norm and bare parameter; {} without local weights.
+
+    `read(place)` returns the tensor itself, in the shape of the parameter.
+    """
+    path = folder_of(source)
+    if path.is_dir():
+        return {n: w for c, stored in stored_by_component(path).items() for n, w in plain_vectors(c, stored).items()}
+    if not path.exists():
+        return {}
+    stored = stored_in([path])
+    return landed_vectors(_base_of_tensors(path, stored), stored)
+
+
 def base_weights(source: str | Path) -> Weights:
-    """Return a function from a canonical layer to its base weight, None if there is none. Files are opened lazily."""
+    """Return a function from a canonical layer or parameter to its tensor, None if there is none.
+
+    Files are opened lazily.
+    """
 
     @cache
     def places() -> Mapping[str, WeightPlace]:
         return weight_files(source)
 
-    return lambda layer: read(places()[layer]) if layer in places() else None
+    @cache
+    def vectors() -> Mapping[str, WeightPlace]:
+        return vector_files(source)
+
+    def weight(name: str) -> Tensor | None:
+        place = places().get(name) or vectors().get(name)
+        return read(place) if place else None
+
+    return weight
 
 
 def open_checkpoint(path: Path) -> tuple[Base, dict[str, WeightPlace]]:
@@ -152,6 +182,28 @@ def landed(base: Base, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPl
     }
 
 
+def plain_vectors(component: str, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
+    """Canonical parameter -> location, for the biases, norms and bare parameters with diffusers names."""
+    modules = modules_in(stored)
+    paths = {name.removeprefix("text_model."): tensor for name, tensor in stored.items()}
+    found = {f"{component}.{path}": t for path, t in paths.items() if modules.parameter(path) is not None}
+    return {parameter: WeightPlace(t.path, t.tensor, Placement(parameter)) for parameter, t in found.items()}
+
+
+def landed_vectors(base: Base, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
+    """Canonical parameter -> location, for the biases, norms and bare parameters with any names of `base`."""
+    found = {}
+    for name, tensor in stored.items():
+        module, part = parameter_of(name)
+        for place in table(base).vector_places(module) or table(base).vector_places(name) or ():
+            for parameter in (f"{place.layer}.{part}", place.layer):
+                if (shape := base.parameter(parameter)) is not None:
+                    placement = place._replace(layer=parameter, transpose=False)
+                    flat = place.rows is None and tensor.shape != shape and prod(tensor.shape) == prod(shape)
+                    found[parameter] = WeightPlace(tensor.path, tensor.tensor, placement, shape if flat else None)
+    return found
+
+
 def component_folders(path: Path) -> dict[str, Path]:
     """Component -> folder, for a pipeline or a single component. Raises UnknownBaseError for any other folder."""
     folders = {c: path / c for c in COMPONENTS if _has_model(path / c)}
@@ -186,13 +238,13 @@ def _component_of(folder: Path) -> str:
     return "text_encoder" if class_name else _component_by_content(_folder_modules(folder))
 
 
-def _component_by_content(modules: Mapping[str, ModuleSpec]) -> str:
+def _component_by_content(modules: Component) -> str:
     if ldm_names.is_unet(modules):
         return "unet"
-    return "text_encoder" if Component(modules).kind else "transformer"
+    return "text_encoder" if modules.kind else "transformer"
 
 
-def _folder_modules(folder: Path) -> Mapping[str, ModuleSpec]:
+def _folder_modules(folder: Path) -> Component:
     files = files_of(folder)
     if files:
         return modules_in(stored_in(files))
@@ -222,7 +274,7 @@ def _file_base(path: Path) -> Base:
 
 def _base_of_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> Base:
     """A base model from one checkpoint: diffusers names directly, original names through the catalog."""
-    plain = _diffusers_components(modules_in(stored))
+    plain = _diffusers_components(stored)
     if plain:
         return named_base(plain, str(path))
     weights = weights_by_module(stored)
@@ -241,10 +293,10 @@ def _base_of_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> Base:
 
 def _as_stored(
     component: str,
-    modules: Mapping[str, ModuleSpec],
+    modules: Component,
     places: Mapping[str, WeightPlace],
     stored: Mapping[str, StoredTensor],
-) -> dict[str, ModuleSpec]:
+) -> Component:
     """The modules of the catalog with the shapes in the file: an inpainting U-Net has a wider `conv_in`."""
 
     def actual(path: str, module: ModuleSpec) -> ModuleSpec:
@@ -253,20 +305,22 @@ def _as_stored(
         same = prod(shape) == prod(module.shape) or not weight.placement.plain
         return module if same else module._replace(shape=shape)
 
-    return {path: actual(path, module) for path, module in modules.items()}
+    return Component({path: actual(path, module) for path, module in modules.items()}, modules.others)
 
 
-def _diffusers_components(modules: Mapping[str, ModuleSpec]) -> dict[str, dict[str, ModuleSpec]]:
+def _diffusers_components(stored: Mapping[str, StoredTensor]) -> dict[str, Component]:
     """Component -> modules, if names are those of diffusers, with a component prefix or of a single component."""
-    parts: dict[str, dict[str, ModuleSpec]] = {}
-    for name, module in modules.items():
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in stored.items():
         component, _, path = name.partition(".")
         if component in COMPONENTS:
-            parts.setdefault(component, {})[path.removeprefix("text_model.")] = module
-    if parts:
-        return parts
+            parts.setdefault(component, {})[path] = tensor
+    found = {component: modules for component, of_one in parts.items() if (modules := modules_in(of_one))}
+    if found:
+        return found
+    modules = modules_in(stored)
     kind = next((c for c, signs in SIGNS.items() if any(sign in modules for sign in signs)), None)
-    return {kind: dict(modules)} if kind else {}
+    return {kind: modules} if kind else {}
 
 
 SIGNS: Mapping[str, tuple[str, ...]] = {  # modules that identify a single component with diffusers names
@@ -282,12 +336,11 @@ SIGNS: Mapping[str, tuple[str, ...]] = {  # modules that identify a single compo
 
 def named_base(modules: Mapping[str, Mapping[str, ModuleSpec]], name: str) -> Base:
     """A base model of these modules; `family` is the equal catalog entry, if exactly one is equal."""
-    components = {c: Component(of_one) for c, of_one in modules.items()}
-    base = Base(name, None, components)
+    base = Base(name, None, {c: m if isinstance(m, Component) else Component(m) for c, m in modules.items()})
     equal = _by_fingerprint().get(base.fingerprint, ()) if base.denoiser else ()
     if len(equal) != 1:
-        return Base(name, None, components, candidates=equal)
-    return Base(name, equal[0], components, catalog.get(equal[0]).hub_id)
+        return replace(base, candidates=equal)
+    return Base(name, equal[0], base.components, catalog.get(equal[0]).hub_id)
 
 
 @cache

@@ -1,6 +1,6 @@
-"""Tables that map module names of another program to diffusers paths.
+"""Tables that map names of modules, norms and bare parameters of another program to diffusers paths.
 
-A table is text with one module per line: the other name, then the diffusers path, both with `{}` for the block
+A table is text with one name per line: the other name, then the diffusers path, both with `{}` for the block
 number. `(a|b|c)` lists the layers that the other module stacks, in row order; `swap` marks a module of two chunks
 (scale, shift) stored in reverse order; `transpose` marks a weight stored as (in, out).
 """

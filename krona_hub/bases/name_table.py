@@ -64,7 +64,7 @@ class ComponentNames:
 
     @cached_property
     def norm_index(self) -> Mapping[str, str]:
-        """Underscored name -> path of a norm or of a bare parameter, without a final `.weight`."""
+        """Underscored name -> path of a norm or of a bare parameter, without a final `.weight` or `.scale`."""
         index = {underscored(_stem(name)): places[0].layer for name, places in self._norm_names.items()}
         index.update((underscored(_stem(path)), path) for path in self.modules.norms)
         return index
@@ -245,8 +245,9 @@ def _expressible(path: str, name: str | None, dialect: str) -> str:
     return name
 
 
-def _stem(path: str) -> str:
-    return path.removesuffix(".weight")
+def _stem(name: str) -> str:
+    """The name of the module of a parameter; several authors call the weight of a norm `scale`."""
+    return name.removesuffix(".weight").removesuffix(".scale")
 
 
 def underscored(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Original module names of each transformer, where they differ from the diffusers names.
+"""Original names of the layers and norms of each transformer, where they differ from the diffusers names.
 
 Tables (`originals/*.txt`): FLUX.1 and Chroma, FLUX.2, SD3/SD3.5, AuraFlow, HunyuanVideo, Lumina 2, Z-Image, Krea 2,
 Wan 2.1, Sana, and the OpenCLIP text encoders of ldm checkpoints; U-Nets follow the rule in `ldm_names.py`. Qwen-Image

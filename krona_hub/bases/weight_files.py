@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from krona_hub.bases.module_spec import ModuleSpec, Placement
+from krona_hub.bases.component import Component
+from krona_hub.bases.module_spec import ModuleSpec, OtherParameters, Placement, other_parameters
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import FormatError, IncompleteError
 
@@ -20,6 +22,10 @@ TABLES = (  # two-dimensional weights of embeddings, which are not layers
     "word_embeddings", "position_embeddings", "token_type_embeddings", "class_embedding", "positional_embedding",
 )  # fmt: skip
 SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+BUFFERS = ("position_ids",)
+PARAMETERS = {  # end of a tensor name -> parameter of its module
+    ".weight": "weight", ".scale": "weight", "_weight": "weight", ".bias": "bias", "_bias": "bias",
+}  # fmt: skip
 SUFFIXES = (".weight", "_weight", "")  # `attn.in_proj_weight` and the bare `text_projection` of OpenCLIP
 
 
@@ -32,11 +38,12 @@ class StoredTensor(NamedTuple):
 
 
 class WeightPlace(NamedTuple):
-    """The location of the base weight of a layer: rows of a tensor in a file."""
+    """The location of the base weight of a layer, or of another parameter: rows of a tensor in a file."""
 
     path: Path
     tensor: str
     placement: Placement
+    shape: tuple[int, ...] | None = None  # of the parameter, if the file stores it in another shape
 
 
 def stored_in(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -109,7 +116,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return shards
 
 
-def modules_in(stored: Mapping[str, StoredTensor]) -> dict[str, ModuleSpec]:
+def modules_in(stored: Mapping[str, StoredTensor]) -> Component:
     """Path -> ModuleSpec of every linear layer and convolution among the tensors, without `text_model.`.
 
     A convolution with one input channel is depthwise, with as many groups as outputs; a file does not reveal others.
@@ -121,7 +128,29 @@ def modules_in(stored: Mapping[str, StoredTensor]) -> dict[str, ModuleSpec]:
             depthwise = len(place.shape) > 2 and place.shape[1] == 1
             groups = place.shape[0] if depthwise else 1
             modules[path.removeprefix("text_model.")] = ModuleSpec(place.shape, f"{path}.bias" in stored, groups)
-    return modules
+    return Component(modules, partial(_others_in, stored))
+
+
+def _others_in(stored: Mapping[str, StoredTensor]) -> OtherParameters:
+    matrices = (name for name, place in stored.items() if name.endswith(".weight") and len(place.shape) > 1)
+    owners = {name.removesuffix(".weight") for name in matrices}
+    return other_parameters(
+        {
+            name.removeprefix("text_model."): place.shape
+            for name, place in stored.items()
+            if name.rpartition(".")[0] not in owners and name.rpartition(".")[2] not in (*TABLES, *BUFFERS)
+        }
+    )
+
+
+def parameter_of(tensor: str) -> tuple[str, str]:
+    """Split a tensor name into module and parameter, whatever its authors call the latter; "" for a bare parameter.
+
+    >>> parameter_of("norm.query_norm.scale"), parameter_of("attn.in_proj_bias"), parameter_of("blocks.0.modulation")
+    (('norm.query_norm', 'weight'), ('attn.in_proj', 'bias'), ('blocks.0.modulation', ''))
+    """
+    ending = next((end for end in PARAMETERS if tensor.endswith(end)), "")
+    return tensor[: len(tensor) - len(ending)], PARAMETERS.get(ending, "")
 
 
 def _is_table(path: str, shape: tuple[int, ...]) -> bool:
@@ -145,14 +174,14 @@ def weights_by_module(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTen
 
 
 def read(place: WeightPlace) -> Tensor:
-    """Read the base weight of a layer in its stored dtype: only its rows, with halves and axes in canonical order."""
+    """Read a base weight in its stored dtype: only its rows, with halves and axes in canonical order."""
     import torch
     from safetensors import safe_open
 
     _, rows, swap_halves, transpose = place.placement
     with safe_open(place.path, framework="pt") as file:
-        whole = file.get_slice(place.tensor)
-        weight: Tensor = whole[rows[0] : rows[1]] if rows else whole[:]
+        stored: Tensor = file.get_slice(place.tensor)[rows[0] : rows[1]] if rows else file.get_tensor(place.tensor)
+    weight = stored if place.shape is None else stored.reshape(place.shape)
     if transpose:
         weight = weight.mT
     if swap_halves:

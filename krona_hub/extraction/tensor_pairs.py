@@ -178,7 +178,7 @@ def _extended(model: Base, more: Mapping[str, ModuleSpec]) -> Base:
     def own(component: str) -> Component:
         prefix = f"{component}."
         extra = {n.removeprefix(prefix).removeprefix("text_model."): m for n, m in more.items() if n.startswith(prefix)}
-        return Component({**extra, **model.components[component]})
+        return Component({**extra, **model.components[component]}, model.components[component].others)
 
     return replace(model, components={c: own(c) for c in model.components})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Any
 from krona_hub.assets.shipped import folder_of
 from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
-from krona_hub.bases.loading import component_folders, load_base, open_checkpoint, plainly_placed, read, weight_files
-from krona_hub.bases.weight_files import WeightPlace, indices_of, sets_of, stored_in
+from krona_hub.bases.loading import (
+    component_folders,
+    landed_vectors,
+    load_base,
+    open_checkpoint,
+    plain_vectors,
+    plainly_placed,
+    read,
+    weight_files,
+)
+from krona_hub.bases.weight_files import StoredTensor, WeightPlace, indices_of, sets_of, stored_in
 from krona_hub.checkpoints.header import FLOATS, Header, read_header
 from krona_hub.errors import (
     FormatError,
@@ -64,9 +73,23 @@ class BaseTree:
     def is_folder(self) -> bool:
         return self.root.is_dir()
 
-    def weight(self, layer: str) -> Tensor | None:
-        """Read the weight of a layer; None if the base model has none, or only a quantized one."""
-        places = [place for place in self.places.get(layer, ()) if self.quantization(place) is None]
+    @cached_property
+    def vectors(self) -> Mapping[str, tuple[WeightPlace, ...]]:
+        """Canonical parameter -> all tensors with it, for biases, norms and bare parameters."""
+        if not self.is_folder:
+            stored = self._stored(self.headers)
+            return {name: (place,) for name, place in landed_vectors(self.base, stored).items()}
+        sets = {component: sets_of(folder) for component, folder in component_folders(self.root).items()}
+        return _gathered(sets, lambda component, files: plain_vectors(component, self._stored(files)))
+
+    def _stored(self, files: Iterable[Path]) -> dict[str, StoredTensor]:
+        infos = ((path, name, info) for path in files for name, info in self.headers[path].tensors.items())
+        return {name: StoredTensor(path, name, info.shape) for path, name, info in infos}
+
+    def weight(self, name: str) -> Tensor | None:
+        """Read the weight of a layer or another parameter; None if the base model has none, or a quantized one."""
+        places = self.places.get(name) or self.vectors.get(name, ())
+        places = tuple(place for place in places if self.quantization(place) is None)
         return read(places[0]) if places else None
 
     def quantization(self, place: WeightPlace) -> str | None:
@@ -111,7 +134,7 @@ def open_tree(base: str | Path) -> BaseTree:
     if not any(sets.values()):
         raise _only_others(root, folders.values(), configured)
     headers = _headers(path for files in sets.values() for some in files for path in some)
-    places = _gathered(sets)
+    places = _gathered(sets, lambda component, files: plainly_placed(component, stored_in(files)))
     if len(headers) == 1 and not (root / "config.json").exists():
         _check_no_checkpoint(root, next(iter(headers)), places)
     return BaseTree(root, load_base(root), headers, places, {**configured, **_signs(headers)})
@@ -133,12 +156,15 @@ def _headers(paths: Iterable[Path]) -> dict[Path, Header]:
     return {path: read_header(path) for path in sorted(set(paths))}
 
 
-def _gathered(sets: Mapping[str, tuple[tuple[Path, ...], ...]]) -> dict[str, tuple[WeightPlace, ...]]:
+def _gathered(
+    sets: Mapping[str, tuple[tuple[Path, ...], ...]],
+    locate: Callable[[str, tuple[Path, ...]], Mapping[str, WeightPlace]],
+) -> dict[str, tuple[WeightPlace, ...]]:
     found: dict[str, tuple[WeightPlace, ...]] = {}
     for component, variants in sets.items():
         for files in variants:
-            for layer, place in plainly_placed(component, stored_in(files)).items():
-                found[layer] = (*found.get(layer, ()), place)
+            for name, place in locate(component, files).items():
+                found[name] = (*found.get(name, ()), place)
     return found
 
 

@@ -1,13 +1,20 @@
 """Norms, biases and bare parameters of base models: none is forgotten, and each is found in every dialect."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from krona_hub.bases import catalog, ldm_names
+from krona_hub.bases import catalog, ldm_names, loading
+from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.module_spec import ModuleSpec, OtherParameters, Placement
 from krona_hub.bases.name_patterns import encode_module, parse_module
 from krona_hub.bases.name_table import DIALECTS, table
 from krona_hub.errors import InexpressibleError, NotFoundError
+from krona_hub.merging.base_weights import open_tree
+from tests import single_file, tiny
+from tests.bases.test_original_names import CONVERTERS, Checkpoint, original_checkpoint, stacked
+from tests.shared import shared
 
 CATALOG = catalog.component_names()
 
@@ -24,8 +31,6 @@ def vectors(component: Component) -> list[str]:
 @pytest.mark.parametrize("name", CATALOG)
 def test_every_parameter_of_a_model_is_exactly_one_of_the_kinds(name):
     """A weight of a layer, a vector of the known shape, or an embedding."""
-    import torch
-
     from krona_hub.bases.meta_device import build
 
     entry = catalog.component(name)
@@ -89,6 +94,14 @@ SEEN = {  # name in a file -> base, path of the norm, layer or bare parameter
     "lora_unet_conv_in": ("sd15", "unet.conv_in"),
     "diffusion_model.double_stream_blocks.0.block.ff_i.gate":
         ("hidream-i1", "transformer.double_stream_blocks.0.block.ff_i.gate.weight"),
+    "diffusion_model.double_blocks.7.txt_attn.norm.key_norm.scale":
+        ("flux1-dev", "transformer.transformer_blocks.7.attn.norm_added_k"),
+    "lora_unet_single_blocks_37_norm_query_norm": ("flux2-dev", "transformer.single_transformer_blocks.37.attn.norm_q"),
+    "diffusion_model.blocks.0.self_attn.norm_q": ("wan21-t2v-14b", "transformer.blocks.0.attn1.norm_q"),
+    "diffusion_model.blocks.0.norm3": ("wan21-t2v-14b", "transformer.blocks.0.norm2"),
+    "diffusion_model.blocks.0.modulation": ("wan21-t2v-14b", "transformer.blocks.0.scale_shift_table"),
+    "diffusion_model.head.modulation": ("wan21-t2v-14b", "transformer.scale_shift_table"),
+    "conditioner.embedders.1.model.ln_final": ("sdxl", "text_encoder_2.final_layer_norm"),
     "diffusion_model.scale_shift_table": ("pixart-sigma-xl", "transformer.scale_shift_table"),
 }  # fmt: skip
 
@@ -151,3 +164,136 @@ def test_norms_are_loaded_when_they_are_needed():
 def test_the_shape_of_a_scalar_survives():
     scalar = ModuleSpec((), False)
     assert parse_module(encode_module(scalar)) == scalar
+
+
+# --- original names --------------------------------------------------------------------------------------------------
+
+SCALED = ("flux1", "chroma", "flux2", "krea2")  # their authors call the weight of a norm `scale`
+FLAT = (".mod.lin",)  # tables that Krea 2 stores as one vector
+
+
+def numbers(part: Component) -> dict[str, torch.Tensor]:
+    """Vector -> numbers that occur in no other one."""
+    found, start = {}, 1
+    for path in vectors(part):
+        shape = part.parameter(path)
+        size = torch.Size(shape).numel()
+        found[path] = torch.arange(start, start + size).reshape(shape)
+        start += size
+    return found
+
+
+def original_vectors(base: str, component: str, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The vectors in a checkpoint with the names of its authors."""
+    part, names = catalog.get(base).components[component], table(catalog.get(base)).parts[component]
+    values = numbers(part)
+    covered = {place.layer for places in names.originals.values() for place in places}
+    homes = dict(names.originals) | {
+        path: (Placement(f"{component}.{path}"),) for path in part if f"{component}.{path}" not in covered
+    }
+    stored = {}
+    for name, places in homes.items():
+        paths = [place.layer.partition(".")[2] for place in places]
+        if all(f"{path}.bias" in values for path in paths):
+            stored[f"{name}.bias"] = stacked(places, {path: values[f"{path}.bias"] for path in paths})
+    scaled = part.original is not None and part.original.name in SCALED
+    for path in part.norms:
+        name = names.norm_homes.get(f"{component}.{path}", path)
+        if path in part.bare:
+            stored[name] = values[path].flatten() if name.endswith(FLAT) else values[path]
+            continue
+        stored[f"{name}.{'scale' if scaled else 'weight'}"] = values[f"{path}.weight"]
+        if f"{path}.bias" in values:
+            stored[f"{name}.bias"] = values[f"{path}.bias"]
+    return {prefix + name: tensor for name, tensor in stored.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", CONVERTERS)
+def test_diffusers_converts_the_original_names_of_vectors_to_ours(base):
+    from diffusers.loaders import single_file_utils
+
+    checkpoint = original_checkpoint(base, "transformer")
+    heights = checkpoint.heights
+    checkpoint = Checkpoint(checkpoint | original_vectors(base, "transformer"))
+    checkpoint.heights = heights
+    converted = getattr(single_file_utils, CONVERTERS[base])(checkpoint)
+    for path, value in numbers(catalog.get(base).components["transformer"]).items():
+        assert torch.equal(converted[path], value), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["sd15", "sd21", "sdxl", "sdxl-refiner"])
+def test_diffusers_converts_the_ldm_names_of_vectors_to_ours(base):
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    prefix = "model.diffusion_model."
+    checkpoint = dict(original_checkpoint(base, "unet", prefix)) | original_vectors(base, "unet", prefix)
+    converted = convert_ldm_unet_checkpoint(checkpoint, dict(catalog.component(f"{base}.unet").config))
+    for path, value in numbers(catalog.get(base).components["unet"]).items():
+        assert torch.equal(converted[path], value), path
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(folder) -> dict[str, torch.Tensor]:
+    """Canonical parameter -> tensor, of the default variant of a pipeline folder."""
+    return {
+        f"{component}.{name.removeprefix('text_model.')}": tensor
+        for component in loading.load_base(folder).components
+        for path in (folder / component).glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+def assert_vectors_are_those_of(source, tensors):
+    """Files, base and tree agree: every vector is found, has its shape, and is read whole and in order."""
+    base, places, tree = loading.load_base(source), loading.vector_files(source), open_tree(source)
+    layers = {f"{layer}.weight" for layer, _ in base.layers()}
+    components = tuple(f"{component}." for component in base.components)
+    wanted = {n for n in tensors if n not in layers and ".embeddings." not in n and n.startswith(components)}
+    assert set(places) == set(tree.vectors) == wanted and wanted
+    weights = loading.base_weights(source)
+    for name, place in places.items():
+        assert base.parameter(name) == tuple(tensors[name].shape)
+        assert torch.equal(loading.read(place), tensors[name]), name
+        assert torch.equal(weights(name), tensors[name]) and torch.equal(tree.weight(name), tensors[name])
+        assert tree.vectors[name] == (place,)
+    assert weights("unet.conv_in.nothing") is None and tree.weight("unet.conv_in.nothing") is None
+
+
+def test_the_vectors_of_a_folder_are_its_other_tensors():
+    folder = shared("golden", "base")
+    assert_vectors_are_those_of(folder, tensors_of(folder))
+
+
+@pytest.mark.parametrize("pipeline", [tiny.sd15, tiny.sdxl, tiny.flux], ids=["sd15", "sdxl", "flux"])
+def test_a_checkpoint_has_the_vectors_of_the_folder(pipeline, tmp_path):
+    """With ldm, OpenCLIP and BFL names: rows of fused biases, swapped halves, and `scale` of norms."""
+    pipe = pipeline()
+    for part in (getattr(pipe, name) for name in ("unet", "transformer", "text_encoder", "text_encoder_2")
+                 if getattr(pipe, name, None) is not None):  # fmt: skip
+        torch.manual_seed(0)
+        for parameter in part.parameters():
+            if parameter.dim() == 1:  # norms are ones and biases zeros in a new model
+                torch.nn.init.normal_(parameter)
+    plain = tiny.save(pipe, tmp_path / "plain")
+    single_file.save(pipe, tmp_path / "base.safetensors")
+    with single_file.known("tiny", plain):
+        assert_vectors_are_those_of(tmp_path / "base.safetensors", tensors_of(tmp_path / "plain"))
+
+
+def test_a_table_stored_flat_is_read_in_its_own_shape(tmp_path):
+    from safetensors.torch import save_file
+
+    values = torch.arange(24, dtype=torch.bfloat16)
+    save_file({"mod.lin": values, "scalar": torch.tensor(3.0)}, tmp_path / "w.safetensors")
+    place = loading.WeightPlace(tmp_path / "w.safetensors", "mod.lin", Placement("table"), (6, 4))
+    assert torch.equal(loading.read(place), values.reshape(6, 4))
+    scalar = place._replace(tensor="scalar", shape=None)
+    assert loading.read(scalar) == 3.0
+    part = Component({"proj": ModuleSpec((4, 6))}, lambda: OtherParameters({}, {"table": ModuleSpec((6, 4), False)}))
+    base = Base("x", None, {"transformer": part})
+    stored = {"table": loading.StoredTensor(tmp_path / "w.safetensors", "mod.lin", (24,))}
+    assert loading.landed_vectors(base, stored)["transformer.table"].shape == (6, 4)
