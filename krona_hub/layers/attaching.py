@@ -67,10 +67,10 @@ def attach(
     allow_missing: bool = False,
     trainable: bool = False,
 ) -> AttachReport:
-    """Attach an adapter, so that its layers compute base(x) + scale · ΔW x without changing W.
+    """Attach an adapter, so that its layers compute base(x) + scale · ΔW x without changing W, and so for vectors.
 
-    Its vectors are added, times scale, where the model reads biases and norms. Adapters with different names add up. Compiled models and models with PEFT
-    adapters are supported. All layers are checked before any is changed.
+    Adapters with different names add up. Compiled models and models with PEFT adapters are supported. All layers and
+    vectors are checked before any is changed.
 
     Parameters
     ----------
@@ -137,9 +137,7 @@ def _for_parts(adapter: Adapter, components: Collection[str]) -> Adapter:
     return replace(adapter, layers=layers, vectors=vectors)
 
 
-def _report(
-    name: str, adapter: Adapter, own: Adapter, missing: Problems, missing_vectors: Problems
-) -> AttachReport:
+def _report(name: str, adapter: Adapter, own: Adapter, missing: Problems, missing_vectors: Problems) -> AttachReport:
     elsewhere = tuple(layer for layer in adapter.layers if layer not in own)
     others = len(adapter.vectors) - len(own.vectors)
     extras = tuple(adapter.extras)
@@ -199,8 +197,9 @@ def detach(model: Any, name: str | None = None, *, component: str | None = None)
 def swap(model: Any, adapter: Adapter, name: str = DEFAULT, *, component: str | None = None) -> None:
     """Replace an attached adapter by one with the same layers, vectors, shapes and terms; its strength stays.
 
-    The factors are copied into the existing tensors, so that nothing is recompiled. Raises BaseMismatchError if the
-    adapter changes other layers or parameters, ShapeError if a shape or a number of terms differs; then nothing is changed.
+    The numbers are copied into the existing tensors, so that nothing is recompiled. Raises BaseMismatchError if the
+    adapter changes other layers or parameters, ShapeError if a shape or a number of terms differs; nothing is changed
+    then.
     """
     parts = _parts(model, adapter, component)
     own = attachments(parts)

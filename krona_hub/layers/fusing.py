@@ -59,7 +59,7 @@ def fuse(model: Any, *, component: str | None = None) -> int:
     """
     own = attachments(models_of(model, component))
     own.check_not_fused()
-    weights = {path: _weight(path, slot.module) for path, slot in own.slots.items() if isinstance(slot.module, KronLayer)}
+    weights = {path: _weight(path, layer) for path, layer in zip(own.slots, own.layers, strict=True)}
     for vectors in own.vectors:
         _check_changeable(vectors)
     try:

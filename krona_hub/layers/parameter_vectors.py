@@ -1,8 +1,8 @@
 """Vectors of adapters at a parameter of a model: biases, weights of norms, bare parameters.
 
-A module whose parameters have vectors gets a subclass of its own class, in which those names are properties: `self.bias`
-is then bias + Σ strength · vector, wherever it is read. The parameters themselves are neither changed nor moved, so that
-they keep their names in `state_dict`, and removing the last vector restores the module exactly.
+A module whose parameters have vectors gets a subclass of its own class, in which those names are properties:
+`self.bias` is then bias + Σ strength · vector, wherever it is read. The parameters themselves are neither changed nor
+moved, so that they keep their names in `state_dict`, and removing the last vector restores the module exactly.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class ParameterVectors:
     @property
     def parameter(self) -> Tensor:
         """The parameter of the model, without vectors."""
-        found = self.module._parameters[self.key]
-        assert found is not None
+        found: Tensor = self.module._parameters[self.key]  # type: ignore[assignment]
         return found
 
     @property
@@ -92,7 +91,7 @@ class ParameterVectors:
         """
         if parameter is None or parameter.is_meta or self.fused:
             return parameter
-        if not self.is_active and not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or self.is_active):  # in this order: a graph depends on what it reads
             return parameter
         total = self.total.to(parameter.device)
         return (parameter.to(total.dtype) + total).to(parameter.dtype)
@@ -125,7 +124,8 @@ def remove_vectors(vectors: ParameterVectors, name: str | None) -> None:
         vectors.branches.clear()
     vectors.branches.pop(name or "", None)
     if vectors.branches:
-        return vectors.refresh()
+        vectors.refresh()
+        return
     module = vectors.module
     plain = plain_class(module)
     del vars(module)[KEPT][vectors.key]
@@ -157,29 +157,30 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 # --- the subclass ----------------------------------------------------------------------------------------------------
 
 
-def _set_class(module: nn.Module, plain: type[nn.Module]) -> None:
+def _set_class(module: nn.Module, plain: Any) -> None:
     names = tuple(sorted(vars(module)[KEPT]))
     module.__class__ = _class_with(plain, names) if names else plain
 
 
 @cache
-def _class_with(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _class_with(plain: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """Return a subclass that goes by the name of its parent: libraries recognize models by the names of classes."""
 
     def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        plain._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        plain._apply(self, fn, recurse)
         for vectors in vars(self)[KEPT].values():
             vectors.move(fn)
         return self
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = plain.__reduce_ex__(self, protocol)
-        return (_empty, (plain, names), *state)
+        reduced: tuple[Any, ...] = plain.__reduce_ex__(self, protocol)
+        return (_empty, (plain, names), *reduced[2:])
 
     body: dict[str, Any] = {name: _property(name) for name in names}
     body |= {"plain": plain, "_apply": _apply, "__reduce_ex__": __reduce_ex__}
     body |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain)(plain.__name__, (plain,), body)
+    found: type[nn.Module] = type(plain)(plain.__name__, (plain,), body)
+    return found
 
 
 def _property(name: str) -> property:
@@ -190,7 +191,7 @@ def _property(name: str) -> property:
     return property(read)
 
 
-def _empty(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _empty(plain: Any, names: tuple[str, ...]) -> nn.Module:
     """Create a module for copy and pickle, which then fill in its state."""
     kind = _class_with(plain, names)
     return kind.__new__(kind)

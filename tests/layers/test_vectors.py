@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from krona_hub import Adapter, extract_adapter, load_into, unload
 from krona_hub.errors import BaseMismatchError, ConflictError, NonFiniteError, NotFoundError, ShapeError
 from krona_hub.layers import attach, attached, branches_of, detach, fuse, set_scales, swap, unfuse
+from krona_hub.layers.attachment import vector_branches_of, without
 from tests import tiny
 from tests.formats import made
 from tests.layers.test_attaching import assert_close, assert_equal, modules, weights
@@ -160,6 +161,16 @@ def test_a_small_trained_layer_uses_the_changed_bias():
     assert_equal(extract_adapter(model, component="unet").vectors, adapter.vectors)
 
 
+def test_disabled_branches_and_vectors_give_the_base_model():
+    model = toy()
+    alone = model(inputs())
+    attach(model, both(model, *VECTORS), scale=0.7)
+    enabled = model(inputs())
+    with without([*branches_of(model), *vector_branches_of(model)]):
+        assert torch.equal(model(inputs()), alone)
+    assert torch.equal(model(inputs()), enabled) and not torch.equal(enabled, alone)
+
+
 # --- removed without a trace -----------------------------------------------------------------------------------------
 
 
@@ -284,7 +295,7 @@ def test_one_graph_serves_every_strength_and_swap(first):
     if first:
         compiled(x)
         graphs = counter.frame_count
-    one, two = both(model, *VECTORS), both(model, *VECTORS, seed=7)
+    one, two = both(model, *VECTORS), both(model, *VECTORS, seed=6)
     attach(compiled, one, scale=0.7)
     for strength in (0.7, 0.0, -1.0):
         set_scales(compiled, {"default": strength})
@@ -313,9 +324,11 @@ def test_vectors_that_do_not_fit_are_named_and_nothing_is_attached(name, shape, 
     model = toy()
     tree, base = [type(m) for m in model.modules()], model(inputs())
     fitting = both(model, *VECTORS)
-    odd = Adapter(fitting.layers, vectors={**fitting.vectors, f"unet.{name}": torch.ones(shape)} | {})
+    odd = Adapter(fitting.layers, vectors={**fitting.vectors, f"unet.{name}": torch.ones(shape)})
     total = len(LAYERS) + len(odd.vectors)
-    with pytest.raises(BaseMismatchError, match=f"{total - 1} of {total} modules and vectors match; not unet.{name}. .*{cause}"):
+    with pytest.raises(
+        BaseMismatchError, match=f"{total - 1} of {total} modules and vectors match; not unet.{name}. .*{cause}"
+    ):
         attach(model, odd)
     assert [type(m) for m in model.modules()] == tree and torch.equal(model(inputs()), base)
     report = attach(model, odd, allow_missing=True)
@@ -328,8 +341,12 @@ def test_names_of_adapters_with_only_vectors_are_known():
     attach(model, only_vectors(model, "rms.weight"), "teapot")
     with pytest.raises(ConflictError, match="already attached"):
         attach(model, only_vectors(model, "lin.bias"), "teapot")
-    for call in (lambda: set_scales(model, {"teapto": 1}), lambda: detach(model, "teapto"),
-                 lambda: extract_adapter(model, "teapto"), lambda: swap(model, only_vectors(model, "lin.bias"), "teapto")):  # fmt: skip
+    for call in (
+        lambda: set_scales(model, {"teapto": 1}),
+        lambda: detach(model, "teapto"),
+        lambda: extract_adapter(model, "teapto"),
+        lambda: swap(model, only_vectors(model, "lin.bias"), "teapto"),
+    ):
         with pytest.raises(NotFoundError, match="Did you mean 'teapot'"):
             call()
     assert list(extract_adapter(model, "teapot").vectors) == ["unet.rms.weight"]
@@ -339,7 +356,7 @@ def test_names_of_adapters_with_only_vectors_are_known():
 def test_swapping_refuses_other_vectors():
     model = toy()
     attach(model, only_vectors(model, "rms.weight"))
-    with pytest.raises(BaseMismatchError, match="different vectors: 1 differ, unet.lin.bias"):
+    with pytest.raises(BaseMismatchError, match=r"different vectors: 1 differ, unet\.lin\.bias"):
         swap(model, only_vectors(model, "rms.weight", "lin.bias"))
     new = only_vectors(model, "rms.weight", seed=9)
     set_scales(model, {"default": 0.7})
