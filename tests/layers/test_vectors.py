@@ -476,3 +476,81 @@ def test_vectors_reach_the_layers_inside_of_peft_adapters_and_are_the_biases_of_
     assert_close({"x": tiny.output(ours)}, {"x": tiny.output(theirs)})
     detach(ours)
     assert [type(m) for m in ours.modules()] == before
+
+
+# --- with other tools ------------------------------------------------------------------------------------------------
+
+
+def group_offload(pipe) -> None:
+    cpu = torch.device("cpu")
+    pipe.unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+def eight_bits(pipe) -> None:
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def offload(pipe) -> None:
+    from accelerate import cpu_offload
+
+    cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("tool", "order"),
+    [
+        (group_offload, "before"),
+        (group_offload, "after"),
+        (offload, "before"),
+        (eight_bits, "before"),
+        (eight_bits, "after"),
+    ],
+)
+def test_vectors_reach_parameters_that_wait_elsewhere_or_in_eight_bits(tool, order):
+    pipe, other = tiny.sd15(), tiny.sd15()
+    vectors = {name: v for name, v in everything(pipe).vectors.items() if name.startswith("unet.")}
+    adapter = Adapter({}, vectors=vectors)
+    for step in (tool, lambda pipe: load_into(pipe, adapter, 0.3))[:: 1 if order == "before" else -1]:
+        step(pipe)
+    if tool is eight_bits:
+        other.unet.load_state_dict({name: tensor.float() for name, tensor in pipe.unet.state_dict().items()})
+    want = tiny.output(changed(other, adapter, 0.3).unet)
+    assert_close({"unet": tiny.output(pipe.unet)}, {"unet": want}, 1e-4)
+
+
+def test_peft_takes_its_adapter_off_and_leaves_the_vectors(tmp_path):
+    from krona_hub import write
+
+    pipe, file = tiny.sd15(), tmp_path / "lora.safetensors"
+    before = modules(pipe)
+    write(made.lora(tiny.layers(pipe, "to_out.0")), file, format="diffusers-lora", base=tiny.save(pipe, tmp_path))
+    vectors = Adapter({}, vectors=everything(pipe).vectors)
+    pipe.load_lora_weights(file)
+    load_into(pipe, vectors, 0.3, "toy")
+    pipe.unload_lora_weights()
+    assert_close(tiny.outputs(pipe), tiny.outputs(changed(tiny.sd15(), vectors, 0.3)), 1e-4)
+    unload(pipe)
+    assert modules(pipe) == before
+
+
+def test_a_saved_model_is_the_base_under_its_own_class(tmp_path):
+    """Even if the model itself has a parameter with a vector."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
+        cross_attention_dim=16, sample_size=8, caption_channels=12, use_additional_conditions=False,
+    )  # fmt: skip
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    tables = [name for name in base if name.endswith("scale_shift_table")]
+    assert "scale_shift_table" in tables and len(tables) == 2
+    vectors = {f"transformer.{name}": torch.ones_like(base[name]) for name in tables}
+    assert len(attach(model, Adapter({}, vectors=vectors)).vectors) == 2
+    assert torch.equal(model.scale_shift_table, base["scale_shift_table"] + 1)
+    model.save_pretrained(tmp_path)
+    assert_equal(PixArtTransformer2DModel.from_pretrained(tmp_path).state_dict(), base)
+    fuse(model)
+    model.save_pretrained(tmp_path)
+    fused = PixArtTransformer2DModel.from_pretrained(tmp_path).state_dict()
+    assert torch.equal(fused["scale_shift_table"], base["scale_shift_table"] + 1)
