@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from torch import nn
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.errors import BaseMismatchError, ConflictError, KronaError, ShapeError, UnsupportedError, abbreviated
-from krona_hub.layers.attachment import branch_at, check_not_fused, check_scale, layer_parts, names_of, unknown_name
+from krona_hub.layers.attachment import attachments, branch_at, check_scale, layer_parts, vectors_of
 from krona_hub.layers.fusing import restore
 from krona_hub.layers.kron_conv import KronConv1d, KronConv2d, KronConv3d
 from krona_hub.layers.kron_layer import DEFAULT, KronLayer, check_name, core
 from krona_hub.layers.kron_linear import KronLinear
-from krona_hub.layers.layer_match import Deltas, Parts, Placing, Problems, placings
-from krona_hub.layers.module_tree import Slot, kron_layers, models_of, parts_of, unwrapped
+from krona_hub.layers.layer_match import Parts, Placing, Problems, placings
+from krona_hub.layers.module_tree import Slot, models_of, parts_of, unwrapped
+from krona_hub.layers.parameter_vectors import ParameterVectors, add_vectors, remove_vectors, replace_vectors
+from krona_hub.layers.vector_match import VectorPlacing, vector_placings
 
 WRAPPERS: tuple[tuple[type[nn.Module], Callable[[nn.Module], KronLayer]], ...] = (
     (nn.Conv1d, KronConv1d),
@@ -31,22 +33,28 @@ REBUILDING = ("fuse_qkv_projections", "unfuse_qkv_projections")  # methods that 
 
 @dataclass(frozen=True)
 class AttachReport:
-    """The layers of an adapter that are attached to a model, and those that are not."""
+    """The layers and vectors of an adapter that are attached to a model, and those that are not."""
 
     name: str
     matched: tuple[str, ...]  # canonical layers that are adapted
     missing: Mapping[str, str] = field(default_factory=dict)  # canonical layer -> cause
     elsewhere: tuple[str, ...] = ()  # layers of components that were not requested
-    extras: tuple[str, ...] = ()  # tensors other than weight deltas, such as embeddings; not applied
+    extras: tuple[str, ...] = ()  # tensors that change no parameter, such as embeddings; not applied
     notes: tuple[str, ...] = ()  # summary of the two above, and notes of the file reader
+    vectors: tuple[str, ...] = ()  # canonical parameters that vectors are added to: biases, weights of norms
+    missing_vectors: Mapping[str, str] = field(default_factory=dict)  # canonical parameter -> cause
 
     def __str__(self) -> str:
         """
         >>> print(AttachReport("toy", ("unet.conv_in",), {"unet.x": "no such layer"}))
         toy: 1 of 2 modules
+        >>> print(AttachReport("toy", ("unet.conv_in",), vectors=("unet.conv_in.bias",)))
+        toy: 1 of 1 modules and 1 of 1 vectors
         """
-        total = len(self.matched) + len(self.missing)
-        return "; ".join((f"{self.name}: {len(self.matched)} of {total} modules", *self.notes))
+        modules = f"{len(self.matched)} of {len(self.matched) + len(self.missing)} modules"
+        total = len(self.vectors) + len(self.missing_vectors)
+        vectors = f" and {len(self.vectors)} of {total} vectors" if total else ""
+        return "; ".join((f"{self.name}: {modules}{vectors}", *self.notes))
 
 
 def attach(
@@ -59,10 +67,10 @@ def attach(
     allow_missing: bool = False,
     trainable: bool = False,
 ) -> AttachReport:
-    """Attach an adapter, so that its layers compute base(x) + scale · ΔW x without changing W.
+    """Attach an adapter, so that its layers compute base(x) + scale · ΔW x without changing W, and so for vectors.
 
-    Adapters with different names add up. Compiled models and models with PEFT adapters are supported. All layers are
-    checked before any is changed.
+    Adapters with different names add up. Compiled models and models with PEFT adapters are supported. All layers and
+    vectors are checked before any is changed.
 
     Parameters
     ----------
@@ -72,7 +80,7 @@ def attach(
     scale : strength (default: 1.0)
     component : component of a lone model, if its class is ambiguous; the only component of a pipeline to change
     allow_missing : attach the layers that fit, if any, instead of raising BaseMismatchError
-    trainable : make the factors parameters, of at least float32; freezing the base is up to you
+    trainable : make the factors (not the vectors) parameters, of at least float32; freezing the base is up to you
 
     Returns
     -------
@@ -98,15 +106,14 @@ def attach(
     check_name(name)
     check_scale(scale)
     parts = _parts(model, adapter, component)
-    own = {layer: d for layer, d in adapter.layers.items() if not component or layer.startswith(f"{component}.")}
-    if isinstance(model, nn.Module):
-        own = {layer: d for layer, d in own.items() if layer.partition(".")[0] in parts}
-    found, missing = placings(own, parts)
+    own = _for_parts(adapter, parts) if component or isinstance(model, nn.Module) else adapter
+    found, missing = placings(own.layers, parts)
+    vectors, missing_vectors = vector_placings(own.vectors, parts)
     _check_free(name, parts)
-    _check_matched(own, missing, parts, allow_missing)
-    _attach_all(found, name, scale, trainable)
+    _check_matched(own, {**missing, **missing_vectors}, parts, allow_missing)
+    _attach_all(found, vectors, name, scale, trainable)
     guard(parts.values())
-    return _report(name, adapter, own, missing)
+    return _report(name, adapter, own, missing, missing_vectors)
 
 
 def _parts(model: Any, adapter: Adapter, component: str | None) -> dict[str, nn.Module]:
@@ -114,23 +121,39 @@ def _parts(model: Any, adapter: Adapter, component: str | None) -> dict[str, nn.
     wanted: tuple[str, ...] = adapter.components
     if isinstance(model, nn.Module) and component is None and len(wanted) > 1:
         inner = unwrapped(model)
-        fits = [c for c in wanted if not placings(_of_component(adapter, c), {c: inner})[1]]
+        fits = [c for c in wanted if _fits(_for_parts(adapter, (c,)), {c: inner})]
         wanted = tuple(fits) or wanted
     return parts_of(model, wanted, component)
 
 
-def _of_component(adapter: Adapter, component: str) -> Deltas:
-    return {layer: d for layer, d in adapter.layers.items() if layer.startswith(f"{component}.")}
+def _fits(adapter: Adapter, parts: Parts) -> bool:
+    return not placings(adapter.layers, parts)[1] and not vector_placings(adapter.vectors, parts)[1]
 
 
-def _report(name: str, adapter: Adapter, own: Deltas, missing: Problems) -> AttachReport:
-    matched = tuple(layer for layer in own if layer not in missing)
+def _for_parts(adapter: Adapter, components: Collection[str]) -> Adapter:
+    """Return the layers and vectors for some components."""
+    layers = {name: delta for name, delta in adapter.layers.items() if name.partition(".")[0] in components}
+    vectors = {name: vector for name, vector in adapter.vectors.items() if name.partition(".")[0] in components}
+    return replace(adapter, layers=layers, vectors=vectors)
+
+
+def _report(name: str, adapter: Adapter, own: Adapter, missing: Problems, missing_vectors: Problems) -> AttachReport:
     elsewhere = tuple(layer for layer in adapter.layers if layer not in own)
+    others = len(adapter.vectors) - len(own.vectors)
     extras = tuple(adapter.extras)
-    notes = [f"{len(elsewhere)} layers are for other components"] if elsewhere else []
+    counts = [f"{len(elsewhere)} layers"] * bool(elsewhere) + [f"{others} vectors"] * bool(others)
+    notes = [f"{' and '.join(counts)} are for other components"] if counts else []
     notes += [f"not applied, because they are not weight deltas: {abbreviated(extras)}"] if extras else []
-    causes = {layer: error.cause for layer, error in missing.items()}
-    return AttachReport(name, matched, causes, elsewhere, extras, tuple(notes))
+    return AttachReport(
+        name,
+        tuple(layer for layer in own if layer not in missing),
+        {layer: error.cause for layer, error in missing.items()},
+        elsewhere,
+        extras,
+        tuple(notes),
+        tuple(vector for vector in own.vectors if vector not in missing_vectors),
+        {vector: error.cause for vector, error in missing_vectors.items()},
+    )
 
 
 def detach(model: Any, name: str | None = None, *, component: str | None = None) -> None:
@@ -161,29 +184,33 @@ def detach(model: Any, name: str | None = None, *, component: str | None = None)
     'Linear'
     """
     models = models_of(model, component)
-    slots = kron_layers(models).values()
-    if name is not None and name not in names_of(slots):
-        raise unknown_name(name, slots)
-    restore(slots)
-    for slot in slots:
-        _strip(slot, name)
-    if not kron_layers(models):
+    own = attachments(models)
+    if name is not None:
+        own.check_known(name)
+    restore(own)
+    _remove(own.slots.values(), own.vectors, name)
+    left = attachments(models)
+    if not left.slots and not left.vectors:
         release(models.values())
 
 
 def swap(model: Any, adapter: Adapter, name: str = DEFAULT, *, component: str | None = None) -> None:
-    """Replace an attached adapter by one with the same layers, shapes and terms; its strength stays.
+    """Replace an attached adapter by one with the same layers, vectors, shapes and terms; its strength stays.
 
-    The factors are copied into the existing tensors, so that nothing is recompiled. Raises BaseMismatchError if the
-    adapter changes other layers, ShapeError if a shape or a number of terms differs; then nothing is changed.
+    The numbers are copied into the existing tensors, so that nothing is recompiled. Raises BaseMismatchError if the
+    adapter changes other layers or parameters, ShapeError if a shape or a number of terms differs; nothing is changed
+    then.
     """
     parts = _parts(model, adapter, component)
-    slots = kron_layers(parts)
-    check_not_fused(slots.values())
-    new = {layer: d for layer, d in adapter.layers.items() if layer.partition(".")[0] in parts}
-    _check_same_layers(layer_parts(slots, name), new)
-    found, missing = placings(new, parts)
-    _check_matched(new, missing, parts, False)
+    own = attachments(parts)
+    own.check_known(name)
+    own.check_not_fused()
+    new = _for_parts(adapter, parts)
+    _check_same("layers", layer_parts(own.slots, name), new.layers)
+    _check_same("vectors", vectors_of(own.vectors, name), new.vectors)
+    found, missing = placings(new.layers, parts)
+    vectors, missing_vectors = vector_placings(new.vectors, parts)
+    _check_matched(new, {**missing, **missing_vectors}, parts, False)
     branches = [branch_at(placing.slot, name) for placing in found]
     for placing, (_, branch) in zip(found, branches, strict=True):
         if not branch.fits(placing.delta):
@@ -194,39 +221,43 @@ def swap(model: Any, adapter: Adapter, name: str = DEFAULT, *, component: str | 
             )
     for placing, (layer, branch) in zip(found, branches, strict=True):
         branch.take(placing.delta, layer.readable_weight)
+    for vector in vectors:
+        replace_vectors(vector.module, vector.key, name, vector.shares)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _check_free(name: str, parts: Parts) -> None:
-    if name in names_of(kron_layers(parts).values()):
+    if name in attachments(parts).names:
         raise ConflictError(
             f"An adapter {name!r} is already attached.", fix="Detach it, swap it, or choose another name."
         )
 
 
-def _check_matched(deltas: Deltas, missing: Problems, parts: Parts, allow_missing: bool) -> None:
-    if not deltas:
+def _check_matched(own: Adapter, missing: Problems, parts: Parts, allow_missing: bool) -> None:
+    total = len(own.layers) + len(own.vectors)
+    if not total:
         raise BaseMismatchError(
             f"The adapter has no layers for {', '.join(parts)}.",
             fix="See adapter.components for those that it changes.",
         )
-    if not missing or (allow_missing and len(missing) < len(deltas)):
+    if not missing or (allow_missing and len(missing) < total):
         return
     first, error = next(iter(missing.items()))
-    rest = len(deltas) - len(missing)
+    rest = total - len(missing)
+    items = "modules and vectors" if own.vectors else "modules"
     raise BaseMismatchError(
-        f"{rest} of {len(deltas)} modules match; not {abbreviated(missing)}. {first}: {error.cause}",
+        f"{rest} of {total} {items} match; not {abbreviated(missing)}. {first}: {error.cause}",
         fix=f"{error.fix} Or attach the other {rest} with allow_missing=True." if rest else error.fix,
     )
 
 
-def _check_same_layers(old: Iterable[str], new: Iterable[str]) -> None:
+def _check_same(items: str, old: Iterable[str], new: Iterable[str]) -> None:
     other = sorted(set(old) ^ set(new))
     if other:
         raise BaseMismatchError(
-            f"The adapters change different layers: {len(other)} differ, {abbreviated(other)}.",
+            f"The adapters change different {items}: {len(other)} differ, {abbreviated(other)}.",
             fix="Detach the old adapter and attach the new one.",
         )
 
@@ -240,19 +271,33 @@ def _factorization(delta: LayerDelta) -> str:
 # --- changes of the module tree --------------------------------------------------------------------------------------
 
 
-def _attach_all(found: Iterable[Placing], name: str, scale: float, trainable: bool) -> None:
+def _attach_all(
+    found: Iterable[Placing], vectors: Iterable[VectorPlacing], name: str, scale: float, trainable: bool
+) -> None:
     """Attach everything, or nothing if an error occurs."""
-    done: list[Slot] = []
+    slots: list[Slot] = []
+    added: list[ParameterVectors] = []
+    where = ""
     try:
         for placing in found:
+            where = placing.layer
             _attach_one(placing, name, scale, trainable)
-            done.append(placing.slot)
+            slots.append(placing.slot)
+        for vector in vectors:
+            where = vector.shares[0].name
+            added.append(add_vectors(vector.module, vector.key, name, vector.shares, scale))
     except BaseException as error:
-        for slot in done:
-            _strip(slot, name)
+        _remove(slots, added, name)
         if isinstance(error, KronaError):
-            raise error.within(placing.layer) from None
+            raise error.within(where) from None
         raise
+
+
+def _remove(slots: Iterable[Slot], vectors: Iterable[ParameterVectors], name: str | None) -> None:
+    for slot in slots:
+        _strip(slot, name)
+    for each in vectors:
+        remove_vectors(each, name)
 
 
 def _attach_one(placing: Placing, name: str, scale: float, trainable: bool) -> None:

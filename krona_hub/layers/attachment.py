@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from math import isfinite
 from typing import Any, NamedTuple
+
+from torch import Tensor, nn
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.errors import AmbiguousError, ConflictError, NotFoundError, UsageError
@@ -14,6 +17,60 @@ from krona_hub.kron.rows import take_rows
 from krona_hub.layers.adapter_branch import Branch
 from krona_hub.layers.kron_layer import DEFAULT, KronLayer
 from krona_hub.layers.module_tree import UNKNOWN, Range, Slot, kron_layers, models_of
+from krona_hub.layers.parameter_vectors import ParameterVectors, VectorBranch, vectors_in
+
+
+@dataclass(frozen=True)
+class Attachments:
+    """The adapted layers of models, and their parameters with vectors."""
+
+    slots: Mapping[str, Slot]  # path -> KronLayer
+    vectors: tuple[ParameterVectors, ...]
+
+    @property
+    def layers(self) -> Iterator[KronLayer]:
+        yield from (slot.module for slot in self.slots.values() if isinstance(slot.module, KronLayer))
+
+    @property
+    def branches(self) -> Iterator[tuple[str, Branch | VectorBranch]]:
+        """Yield (adapter, branch) of every layer and parameter."""
+        for layer in self.layers:
+            yield from layer.adapters()
+        for vectors in self.vectors:
+            yield from vectors.branches.items()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all adapters, sorted."""
+        return sorted({name for name, _ in self.branches})
+
+    @property
+    def is_fused(self) -> bool:
+        return any(layer.fused for layer in self.layers) or any(vectors.fused for vectors in self.vectors)
+
+    def check_known(self, name: str) -> None:
+        """Raise NotFoundError, with the nearest name, if no adapter of that name is attached."""
+        names = self.names
+        if name in names:
+            return
+        near = get_close_matches(name, names, n=1)
+        fix = (
+            f"Did you mean {near[0]!r}?"
+            if near
+            else f"Attached: {', '.join(names)}."
+            if names
+            else "No adapter is attached."
+        )
+        raise NotFoundError(f"No adapter {name!r} is attached.", fix=fix)
+
+    def check_not_fused(self) -> None:
+        if self.is_fused:
+            raise ConflictError("Adapters are fused into the weights.", fix="Call unfuse first.")
+
+
+def attachments(models: Mapping[str, nn.Module]) -> Attachments:
+    """Return what is attached to these models."""
+    return Attachments(kron_layers(models), tuple(vectors_in(models.values())))
 
 
 class LayerPart(NamedTuple):
@@ -49,20 +106,18 @@ def set_scales(model: Any, scales: Mapping[str, float], *, component: str | None
     >>> attached(model)
     {'toy': 0.5}
     """
-    slots = kron_layers(models_of(model, component)).values()
+    own = attachments(models_of(model, component))
     for name, scale in scales.items():
         check_scale(scale)
-        if name not in names_of(slots):
-            raise unknown_name(name, slots)
-    check_not_fused(slots)
-    for layer in layers_of(slots):
-        for name, branch in layer.adapters():
-            if name in scales:
-                branch.set_scale(scales[name])
+        own.check_known(name)
+    own.check_not_fused()
+    for name, branch in own.branches:
+        if name in scales:
+            branch.set_scale(scales[name])
 
 
 @contextmanager
-def without(branches: Sequence[Branch]) -> Iterator[None]:
+def without(branches: Sequence[Branch | VectorBranch]) -> Iterator[None]:
     """Disable these branches while the block runs."""
     before = [branch.scale for branch in branches]
     for branch in branches:
@@ -101,23 +156,27 @@ def extract_adapter(model: Any, name: str = DEFAULT, *, component: str | None = 
     >>> list(extract_adapter(model, component="unet").layers)
     ['unet.0']
     """
-    found = layer_parts(kron_layers(models_of(model, component)), name)
-    return Adapter({layer: _delta(part) for layer, part in found.items()})
+    own = attachments(models_of(model, component))
+    own.check_known(name)
+    layers = {layer: _delta(part) for layer, part in layer_parts(own.slots, name).items()}
+    return Adapter(layers, vectors=vectors_of(own.vectors, name))
 
 
 def attached(model: Any) -> dict[str, float]:
     """Return name -> strength of the adapters attached to a model or pipeline, sorted by name."""
-    layers = layers_of(kron_layers(models_of(model)).values())
-    return dict(sorted((name, branch.scale) for layer in layers for name, branch in layer.adapters()))
+    return dict(sorted((name, branch.scale) for name, branch in attachments(models_of(model)).branches))
 
 
 def branches_of(model: Any, name: str = DEFAULT) -> list[Branch]:
     """Return the branches of an adapter, one per module; their `parameters()` are those to train."""
-    slots = kron_layers(models_of(model)).values()
-    found = [layer.branch(name) for layer in layers_of(slots) if name in layer.branches]
-    if not found:
-        raise unknown_name(name, slots)
-    return found
+    own = attachments(models_of(model))
+    own.check_known(name)
+    return [layer.branch(name) for layer in own.layers if name in layer.branches]
+
+
+def vector_branches_of(model: Any, name: str = DEFAULT) -> list[VectorBranch]:
+    """Return the vectors of an adapter, one branch per parameter, or none; they are not trained."""
+    return [v.branches[name] for v in vectors_in(models_of(model).values()) if name in v.branches]
 
 
 # --- for the other modules of this package ---------------------------------------------------------------------------
@@ -128,50 +187,26 @@ def check_scale(scale: float) -> None:
         raise UsageError(f"Invalid strength {scale}.", fix="Use a finite number, such as 0.8.")
 
 
-def check_not_fused(slots: Iterable[Slot]) -> None:
-    if any(layer.fused for layer in layers_of(slots)):
-        raise ConflictError("Adapters are fused into the weights.", fix="Call unfuse first.")
-
-
-def layers_of(slots: Iterable[Slot]) -> Iterator[KronLayer]:
-    yield from (slot.module for slot in slots if isinstance(slot.module, KronLayer))
-
-
-def names_of(slots: Iterable[Slot]) -> list[str]:
-    """Return the names of all adapters, sorted."""
-    return sorted({name for layer in layers_of(slots) for name, _ in layer.adapters()})
-
-
-def unknown_name(name: str, slots: Iterable[Slot]) -> NotFoundError:
-    names = names_of(slots)
-    near = get_close_matches(name, names, n=1)
-    fix = (
-        f"Did you mean {near[0]!r}?"
-        if near
-        else f"Attached: {', '.join(names)}."
-        if names
-        else "No adapter is attached."
-    )
-    return NotFoundError(f"No adapter {name!r} is attached.", fix=fix)
-
-
 def layer_parts(slots: Mapping[str, Slot], name: str) -> dict[str, LayerPart]:
-    """Return canonical layer -> part of the adapter of that name. Raises NotFoundError if there is none."""
+    """Return canonical layer -> part of the adapter of that name."""
     found: dict[str, LayerPart] = {}
     for path, slot in slots.items():
         layer = slot.module
         if isinstance(layer, KronLayer) and name in layer.branches:
             found |= _parts(path, layer.branch(name))
-    if not found:
-        raise unknown_name(name, slots.values())
     return found
+
+
+def vectors_of(vectors: Iterable[ParameterVectors], name: str) -> dict[str, Tensor]:
+    """Return canonical parameter -> vector of the adapter of that name."""
+    return {share.name: share.vector for v in vectors if name in v.branches for share in v.branches[name].shares}
 
 
 def branch_at(slot: Slot, name: str) -> tuple[KronLayer, Branch]:
     """Return the layer and the branch in a slot. Raises NotFoundError if the adapter is not attached there."""
     layer = slot.module
     if not isinstance(layer, KronLayer):
-        raise unknown_name(name, [slot])
+        raise NotFoundError(f"No adapter {name!r} is attached.", fix="Attach it first.")
     return layer, layer.branch(name)
 
 

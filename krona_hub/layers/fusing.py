@@ -1,12 +1,11 @@
 """Fuse adapters into the base weights of a model, and restore the weights bit by bit: `fuse`, `unfuse`.
 
 W' = W + Σ scale · ΔW in float64, rounded once to the type of the weight, as `krona_hub.merge` does with exact rounding.
-The original weight is kept in CPU memory, and `unfuse` restores it.
+Vectors are added to their parameters in the same way. The originals are kept in CPU memory, and `unfuse` restores them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -16,15 +15,17 @@ from torch import Tensor
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import ConflictError, KronaError, NonFiniteError, UnsupportedError
 from krona_hub.kron.terms import Factor, KronTerms, LowRank
-from krona_hub.layers.attachment import check_not_fused, layers_of
+from krona_hub.layers.adapter_branch import COMPUTED
+from krona_hub.layers.attachment import Attachments, attachments
 from krona_hub.layers.kron_layer import KronLayer
-from krona_hub.layers.module_tree import Slot, kron_layers, models_of
+from krona_hub.layers.module_tree import models_of
+from krona_hub.layers.parameter_vectors import ParameterVectors
 
 WIDE = (torch.float32, torch.float64)
 
 
 def fuse(model: Any, *, component: str | None = None) -> int:
-    """Add every attached adapter, at its strength, to the base weights: all of them or none.
+    """Add every attached adapter, at its strength, to the base weights, biases and norms: all of them or none.
 
     The model then costs as much as its base, and its `state_dict` is that of the merged model.
 
@@ -36,14 +37,14 @@ def fuse(model: Any, *, component: str | None = None) -> int:
     Returns
     -------
     int
-        Number of weights that changed.
+        Number of weights, biases and other parameters that changed.
 
     Raises
     ------
     ConflictError
         Adapters are already fused.
     UnsupportedError
-        A weight is quantized, packed or offloaded.
+        A parameter is quantized, packed or offloaded.
     NonFiniteError
         A sum overflows the type of the weight.
 
@@ -56,15 +57,17 @@ def fuse(model: Any, *, component: str | None = None) -> int:
     1
     >>> unfuse(model)
     """
-    slots = kron_layers(models_of(model, component))
-    check_not_fused(slots.values())
-    weights = {path: _weight(path, layer) for path, layer in zip(slots, layers_of(slots.values()), strict=True)}
+    own = attachments(models_of(model, component))
+    own.check_not_fused()
+    weights = {path: _weight(path, layer) for path, layer in zip(own.slots, own.layers, strict=True)}
+    for vectors in own.vectors:
+        _check_changeable(vectors)
     try:
-        return sum(
-            _fuse(path, layer, weights[path]) for path, layer in zip(slots, layers_of(slots.values()), strict=True)
-        )
+        layers = zip(weights, own.layers, strict=True)
+        changed = sum(_fuse(path, layer, weights[path]) for path, layer in layers)
+        return changed + sum(_fuse_vectors(vectors) for vectors in own.vectors)
     except KronaError:
-        restore(slots.values())
+        restore(own)
         raise
 
 
@@ -94,29 +97,43 @@ def unfuse(model: Any, *, component: str | None = None) -> None:
     >>> torch.equal(model[0].weight, before)
     True
     """
-    slots = kron_layers(models_of(model, component)).values()
-    if not any(layer.fused for layer in layers_of(slots)):
+    own = attachments(models_of(model, component))
+    if not own.is_fused:
         raise ConflictError("No adapter is fused.", fix="Call fuse first.")
-    restore(slots)
+    restore(own)
 
 
 @torch.no_grad()
-def restore(slots: Iterable[Slot]) -> None:
-    """Undo `fuse` in every layer."""
-    for layer in layers_of(slots):
+def restore(own: Attachments) -> None:
+    """Undo `fuse` in every layer and parameter."""
+    for layer in own.layers:
         if layer.original is not None:
             _weight("", layer).copy_(layer.original)
         layer.fused, layer.original = (), None
+    for vectors in own.vectors:
+        if vectors.original is not None:
+            vectors.parameter.copy_(vectors.original)
+        vectors.fused, vectors.original = False, None
 
 
 def _weight(path: str, layer: KronLayer) -> Tensor:
     weight = layer.readable_weight
     if weight is None:
-        raise UnsupportedError(
-            f"{path}: its weight is quantized, packed or offloaded, and cannot be changed.",
-            fix="Load the model in fp32, fp16 or bf16 and without offloading, or do not fuse the adapters.",
-        )
+        raise _unchangeable(path, "weight")
     return weight
+
+
+def _check_changeable(vectors: ParameterVectors) -> None:
+    if vectors.parameter.is_meta or vectors.parameter.dtype not in COMPUTED:
+        path, _, key = vectors.name.rpartition(".")
+        raise _unchangeable(path, key)
+
+
+def _unchangeable(path: str, key: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{path}: its {key} is quantized, packed or offloaded, and cannot be changed.",
+        fix="Load the model in fp32, fp16 or bf16 and without offloading, or do not fuse the adapters.",
+    )
 
 
 @torch.no_grad()
@@ -126,17 +143,38 @@ def _fuse(path: str, layer: KronLayer, weight: Tensor) -> bool:
     parts = [(branch.value, branch.scale) for _, branch in layer.adapters() if branch.scale]
     if not parts:
         return False
-    device = torch.device("cpu") if weight.device.type == "mps" else weight.device  # MPS has no float64
-    base = weight.to(device, torch.float64)
+    base = weight.to(_exact_device(weight), torch.float64)
     total = base.clone()
     for delta, scale in parts:
-        total.add_(exact(delta, device).dense(base).reshape(base.shape), alpha=scale)
+        total.add_(exact(delta, base.device).dense(base).reshape(base.shape), alpha=scale)
+    layer.original = _replace(path, weight, base, total)
+    return True
+
+
+@torch.no_grad()
+def _fuse_vectors(vectors: ParameterVectors) -> bool:
+    """Fuse the vectors of one parameter; return whether there was anything to add."""
+    vectors.fused = True
+    if not vectors.is_active:
+        return False
+    parameter = vectors.parameter
+    base = parameter.to(_exact_device(parameter), torch.float64)
+    vectors.original = _replace(vectors.name, parameter, base, base + vectors.exact_sum(base.device))
+    return True
+
+
+def _exact_device(weight: Tensor) -> torch.device:
+    return torch.device("cpu") if weight.device.type == "mps" else weight.device  # MPS has no float64
+
+
+def _replace(path: str, weight: Tensor, base: Tensor, total: Tensor) -> Tensor:
+    """Write the sum into the weight, rounded once; return a copy of the old one, in CPU memory."""
     merged = rounded_once(total, weight.dtype)
     if not bool(merged.isfinite().all()) and bool(base.isfinite().all()):
         raise NonFiniteError(f"{path} overflows {weight.dtype}.", fix="Use smaller strengths, or a wider type.")
-    layer.original = weight.detach().to("cpu", copy=True)
+    original = weight.detach().to("cpu", copy=True)
     weight.copy_(merged)
-    return True
+    return original
 
 
 def exact(delta: LayerDelta, device: torch.device) -> LayerDelta:

@@ -17,6 +17,7 @@ from krona_hub.kron.shapes import split
 from krona_hub.kron.terms import KronTerms, check_terms
 from krona_hub.layers.adapter_branch import COMPUTED, Branch
 from krona_hub.layers.chain_step import Window
+from krona_hub.layers.parameter_vectors import plain_class
 
 DEFAULT = "default"
 NOT_OURS = ("base_layer", "get_base_layer")  # of PEFT, which would unwrap the layer, and remove it, if it found them
@@ -186,7 +187,7 @@ class KronLayer(nn.Module):
         """Whether the base's output can be overwritten: an ordinary layer without hooks."""
         base = self.base
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        return type(base) is kind and not hooked and "forward" not in vars(base)
+        return plain_class(base) is kind and not hooked and "forward" not in vars(base)
 
     # state_dict: the base under its own names, and the factors that are stored beside it
 

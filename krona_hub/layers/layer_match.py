@@ -16,7 +16,9 @@ from krona_hub.layers.module_tree import Slot, slots_of, weight_shape_of
 
 Deltas = Mapping[str, LayerDelta]  # by canonical layer
 Parts = Mapping[str, nn.Module]  # component -> model
-Problems = dict[str, KronaError]  # by canonical layer
+Problems = dict[str, KronaError]  # by canonical layer or parameter
+MODEL = "Use the model that the adapter was made for."  # the way out of most of them
+NO_LAYER = "The model has no such layer."
 
 
 class Placing(NamedTuple):
@@ -51,19 +53,23 @@ def placings(deltas: Deltas, parts: Parts) -> tuple[list[Placing], Problems]:
 
 
 def _share(layer: str, delta: LayerDelta, slots: Mapping[str, Slot], parts: Parts) -> Share:
-    component = layer.partition(".")[0]
-    if component not in parts:
-        raise BaseMismatchError(f"The pipeline has no {component}.", fix="Load the pipeline with it.")
+    check_component(layer, parts)
     slot = slots.get(layer)
     if slot is None:
-        raise BaseMismatchError("The model has no such layer.", fix="Use the model that the adapter was made for.")
+        raise BaseMismatchError(NO_LAYER, fix=MODEL)
     shape = slot.weight_shape
     if shape is None or not _same_matrix(delta.weight_shape, shape):
         raise ShapeError(
-            f"The adapter changes a weight of shape {delta.weight_shape}, but the layer has {shape}.",
-            fix="Use the model that the adapter was made for.",
+            f"The adapter changes a weight of shape {delta.weight_shape}, but the layer has {shape}.", fix=MODEL
         )
     return Share(slot, layer, _in_rows(delta, slot))
+
+
+def check_component(name: str, parts: Parts) -> None:
+    """Raise BaseMismatchError if the component of a layer or parameter is missing."""
+    component = name.partition(".")[0]
+    if component not in parts:
+        raise BaseMismatchError(f"The pipeline has no {component}.", fix="Load the pipeline with it.")
 
 
 def _same_matrix(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

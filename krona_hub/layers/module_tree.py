@@ -45,6 +45,13 @@ class Slot(NamedTuple):
         return (self.rows[1] - self.rows[0], *shape[1:]) if shape and self.rows else shape
 
 
+class Owner(NamedTuple):
+    """The module that computes with the parameters of a path, optionally with some of their rows only."""
+
+    module: nn.Module
+    rows: Range | None = None  # None: all
+
+
 # --- components ------------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +142,23 @@ def slots_of(parts: Mapping[str, nn.Module]) -> dict[str, Slot]:
         for component, model in parts.items()
         for path, slot in {**_plain(model), **_fused(model)}.items()
     }
+
+
+def owners_of(parts: Mapping[str, nn.Module]) -> dict[str, Owner]:
+    """Return `component` or `component.path` -> owner of the parameters there, inside all wrappers."""
+    owners = {component: Owner(model) for component, model in parts.items()}
+    for component, model in parts.items():
+        for path, slot in _walk(model, ""):
+            owners[f"{component}.{path.removeprefix('text_model.')}"] = Owner(_innermost(slot.module))
+        for path, slot in _fused(model).items():
+            owners[f"{component}.{path}"] = Owner(_innermost(slot.module), slot.rows)
+    return owners
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while (inner := module.base if isinstance(module, KronLayer) else core(unwrapped(module))) is not module:
+        module = inner
+    return module
 
 
 def kron_layers(parts: Mapping[str, nn.Module]) -> dict[str, Slot]:

@@ -37,7 +37,7 @@ def load_into(
 ) -> AttachReport:
     """Load an adapter into a diffusers pipeline, or one of its models, without merging it.
 
-    Tensors other than weight deltas (embeddings, norms) are not applied; the report lists them.
+    Its vectors are added to biases and norms. Embeddings are not applied; the report lists them.
 
     Parameters
     ----------
@@ -53,12 +53,12 @@ def load_into(
     Returns
     -------
     AttachReport
-        Name, adapted layers, missing layers and notes.
+        Name, adapted layers and parameters, missing ones and notes.
 
     Raises
     ------
     BaseMismatchError
-        Some modules do not fit the pipeline. Errors of `krona_hub.read` are raised as well.
+        Some modules or vectors do not fit the pipeline. Errors of `krona_hub.read` are raised as well.
 
     Examples
     --------

@@ -21,6 +21,7 @@ from krona_hub.checkpoints.atomic import atomic_text
 from krona_hub.errors import UsageError
 from krona_hub.formats.reading.reader import read
 from krona_hub.layers import attach, branches_of
+from krona_hub.layers.attachment import vector_branches_of
 from krona_hub.pipelines.load_adapter import base_of
 from krona_hub.sources import resolve
 from krona_hub.training.configuration import ECHO, to_toml
@@ -175,7 +176,7 @@ def _training(
         objective=objective,
         source=sources.source,
         batches=_batches(settings, sources.source, accelerator),
-        branches=branches,
+        branches=[*branches, *vector_branches_of(pipe)],
         parameters=parameters,
         optimizer=make_optimizer(parameters, settings),
         metrics=Metrics(run),

@@ -116,6 +116,14 @@ def test_without_a_shape_the_start_keeps_its_own_form():
     assert torch.equal(start[LAYER].low_rank_delta(), lora()[LAYER].low_rank_delta())
 
 
+@pytest.mark.parametrize("values", [{}, {"shape": "32x4", "targets": r"mid_block.*attn2\.to_k"}])
+def test_a_start_keeps_its_vectors(values):
+    vectors = {"unet.conv_norm_out.bias": torch.randn(320), "unet.conv_in.bias": torch.randn(320)}
+    start = started_from(Adapter(lora().layers, vectors=vectors), get("sd15"), checked(values))
+    assert start.vectors.keys() == vectors.keys()
+    assert all(torch.equal(start.vectors[name], vectors[name]) for name in vectors)
+
+
 def test_layers_of_a_start_that_are_not_trained_are_told():
     with pytest.raises(BaseMismatchError, match="not trained"):
         started_from(lora(), get("sd15"), checked({"shape": "32x4", "targets": r"attn1\.to_q"}))

@@ -195,10 +195,14 @@ def started_from(adapter: Adapter, base: Base, settings: TrainingSettings) -> Ad
     """Return an initial adapter made from an existing one.
 
     Without a requested shape, it is used as it is. Otherwise, a delta with another factorization is replaced by the
-    nearest Kronecker sum, and layers that the adapter lacks start from zero.
+    nearest Kronecker sum, and layers that the adapter lacks start from zero. Vectors stay as they are in both cases.
     """
     if settings.shape == "auto" and not settings.shapes:
-        return Adapter({layer: _in_float32(d) for layer, d in adapter.layers.items()}, extras=adapter.extras)
+        return Adapter(
+            {layer: _in_float32(d) for layer, d in adapter.layers.items()},
+            extras=adapter.extras,
+            vectors=adapter.vectors,
+        )
     targets = plan_targets(base, settings)
     fresh = fresh_adapter(targets, settings)
     foreign = [layer for layer in adapter.layers if layer not in fresh.layers]
@@ -208,7 +212,7 @@ def started_from(adapter: Adapter, base: Base, settings: TrainingSettings) -> Ad
             fix="Extend --targets, or use an adapter for the trained layers only.",
         )
     near = {t.layer: _nearest(adapter.layers[t.layer], t, settings) for t in targets if t.layer in adapter.layers}
-    return fresh.with_layers({**fresh.layers, **near})
+    return Adapter({**fresh.layers, **near}, vectors=adapter.vectors)
 
 
 def _in_float32(delta: LayerDelta) -> LayerDelta:

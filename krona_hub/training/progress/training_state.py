@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from krona_hub.layers.adapter_branch import Branch
+from krona_hub.layers.parameter_vectors import VectorBranch
 from krona_hub.training.data.batches import Batches
 from krona_hub.training.data.encoding import Source
 from krona_hub.training.model.objective import Objective
@@ -44,7 +45,7 @@ class Training:
     objective: Objective
     source: Source
     batches: Batches
-    branches: list[Branch]  # of the adapter, in all models of the pipeline
+    branches: list[Branch | VectorBranch]  # of the adapter, in all models of the pipeline; vectors are not trained
     parameters: list[Tensor]  # trainable parameters of the branches
     optimizer: Optimizer
     metrics: Metrics
