@@ -178,9 +178,8 @@ def _strengths(values: tuple[float, ...]) -> str | None:
 
 def _show_delta(report: DeltaCheck, every: bool) -> None:
     worst = sorted(report.different, key=lambda x: -x.relative_difference)
-    rows = [
-        (x.layer, x.first, x.second, relative(x.relative_difference)) for x in (report.compared if every else worst)
-    ]
+    listed = report.compared if every else worst
+    rows = [(x.layer, x.first, x.second, relative(x.relative_difference)) for x in listed]
     _show_rows(("layer", "first", "second", ">relative difference"), rows, every)
     show_facts(_delta_facts(report))
 
@@ -192,10 +191,8 @@ def _delta_facts(report: DeltaCheck) -> Iterator[tuple[str, Any]]:
     yield "vectors", len(report.vectors) or None
     yield "only in the first", len(report.only_first) or None
     yield "only in the second", len(report.only_second) or None
-    yield (
-        "difference",
-        f"{relative(report.relative_difference)} relative, over all layers{' and vectors' if report.vectors else ''}",
-    )
+    everything = "layers and vectors" if report.vectors else "layers"
+    yield "difference", f"{relative(report.relative_difference)} relative, over all {everything}"
     if report.scale is not None and report.cosine is not None:
         parallel = abs(report.cosine) > PARALLEL
         words = f"about {report.scale:.4g}× the first" if parallel else "not a multiple of the first"

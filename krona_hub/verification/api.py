@@ -44,7 +44,7 @@ def verify(
     ----------
     first, second : merged checkpoint or adapter; second adapter.
     base, adapters : base model (for two adapters: resolves names, provides the weights for DoRA); pairs with strength.
-    tolerance, exact : relative Frobenius difference per layer or vector; whether merged weights must be equal bit for bit.
+    tolerance, exact : relative Frobenius difference, as above; whether merged weights must be equal bit for bit.
     component, block_weights, allow_missing : as in `merge`.
     progress : called with (done, total).
 

@@ -1,4 +1,4 @@
-"""Vectors in `verify`: a merge is checked parameter by parameter, and those of two adapters are compared like layers."""
+"""Vectors in `verify`: a merge is checked parameter by parameter; those of two adapters are compared like layers."""
 
 from dataclasses import replace
 
