@@ -26,7 +26,7 @@ SHAPES = {
     "transformer.blocks.0.norm1.weight": (16,),
     "transformer.blocks.0.norm1.bias": (16,),
     "transformer.blocks.0.scale_shift_table": (1, 6, 16),
-    "transformer.blocks.1.scale_shift_table": (6, 16),
+    "transformer.scale_shift_table": (6, 16),
     "text_encoder.encoder.layers.0.self_attn.q_proj.weight": (12, 20),
     "text_encoder.encoder.layers.0.layer_norm1.weight": (20,),
 }
@@ -185,13 +185,13 @@ def test_a_component_leaves_the_vectors_of_others_alone(tmp_path):
 
 def test_block_weights_match_the_module_of_a_parameter(tmp_path):
     base, adapter = base_of(tmp_path / "base", torch.float32), adapter_of(*PARAMETERS)
-    blocks = {r"norm1$": 0.5, r"to_q$": 0.0, r"blocks\.1": 2.0}
+    blocks = {r"norm1$": 0.5, r"to_q$": 0.0, r"^transformer\.scale": 2.0}
     merge(base, [(adapter, 0.8)], tmp_path / "out", block_weights=blocks)
     before, after = tensors_of(base), tensors_of(tmp_path / "out")
     factors = dict.fromkeys(PARAMETERS, 1.0) | {
         "transformer.blocks.0.norm1.weight": 0.5, "transformer.blocks.0.norm1.bias": 0.5,
         "text_encoder.encoder.layers.0.layer_norm1.weight": 0.5, "transformer.blocks.0.attn1.to_q.bias": 0.0,
-        "transformer.blocks.1.scale_shift_table": 2.0,
+        "transformer.scale_shift_table": 2.0,
     }  # fmt: skip
     for name, factor in factors.items():
         assert_nearest(after[name], summed(before[name], [(adapter, 0.8 * factor)], name), torch.float32)
