@@ -130,6 +130,7 @@ def _show_groups(report: CombineReport) -> None:
 
 def _facts(report: CombineReport) -> Iterator[tuple[str, Any]]:
     yield "total", f"{len(report.layers)} layers, {report.target_format}"
+    yield "vectors", f"{len(report.vectors):,}, {report.vector_parameters:,} parameters" if report.vectors else None
     yield "parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"
     yield "bytes", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"
     yield "error", f"{relative(report.relative_error)} relative, retained energy {percent(report.energy_kept)}"

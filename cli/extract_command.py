@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +24,7 @@ from krona_hub.rendering.humanize import human_bytes, percent, relative
 
 if TYPE_CHECKING:
     from krona_hub.extraction import ExtractedLayer, ExtractionReport
+    from krona_hub.extraction.report import OtherChange
 
 FEW = 12  # layers that are listed without --layers
 WORST = 3
@@ -46,7 +47,7 @@ OPTIONS = {
             shell_complete=complete_bases,
             help="Base model name to record in the adapter.",
         ),
-        click.Option(["--also-vectors"], is_flag=True, help="Also store changes to norms and biases, in the extras."),
+        click.Option(["--also-vectors"], is_flag=True, help="Also store changes to norms and biases, as vectors."),
     ),
     "Method (choose at most one of --terms, --max-error and --budget)": (
         click.Option(
@@ -182,6 +183,7 @@ def _facts(report: ExtractionReport) -> Iterator[tuple[str, Any]]:
     yield "bytes", human_bytes(report.bytes)
     yield "error", f"{relative(report.relative_error)} relative, retained energy {percent(report.energy_kept)}"
     yield "beyond rounding", f"{relative(report.beyond_rounding)}, not explained by rounding"
+    yield "vectors", _captured(report)
     yield "not captured", _not_captured(report)
     yield "verdict", report.verdict
     for note in report.notes:
@@ -191,10 +193,20 @@ def _facts(report: ExtractionReport) -> Iterator[tuple[str, Any]]:
 
 
 def _not_captured(report: ExtractionReport) -> str | None:
-    """`changes to 12 norms, e.g. unet.conv_norm_out.weight; --also-vectors stores those of norms and biases`."""
+    """`changes to 12 norm, e.g. unet.conv_norm_out.weight; --also-vectors stores those of norms and biases`."""
     left = report.not_captured
     if not left:
         return None
-    kinds = [x.kind for x in left]
-    counts = ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
-    return f"changes to {counts}, e.g. {left[0].name}; --also-vectors stores those of norms and biases"
+    advice = "; --also-vectors stores those of norms and biases" if any(x.storable for x in left) else ""
+    return f"changes to {_kinds(left)}, e.g. {left[0].name}{advice}"
+
+
+def _captured(report: ExtractionReport) -> str | None:
+    """`changes to 12 norm, 4 bias stored, 1,280 parameters`."""
+    stored = report.captured
+    return f"changes to {_kinds(stored)} stored, {sum(x.parameters for x in stored):,} parameters" if stored else None
+
+
+def _kinds(changes: Sequence[OtherChange]) -> str:
+    kinds = [x.kind for x in changes]
+    return ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))

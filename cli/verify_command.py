@@ -178,7 +178,8 @@ def _strengths(values: tuple[float, ...]) -> str | None:
 
 def _show_delta(report: DeltaCheck, every: bool) -> None:
     worst = sorted(report.different, key=lambda x: -x.relative_difference)
-    rows = [(x.layer, x.first, x.second, relative(x.relative_difference)) for x in (report.layers if every else worst)]
+    listed = report.compared if every else worst
+    rows = [(x.layer, x.first, x.second, relative(x.relative_difference)) for x in listed]
     _show_rows(("layer", "first", "second", ">relative difference"), rows, every)
     show_facts(_delta_facts(report))
 
@@ -187,9 +188,11 @@ def _delta_facts(report: DeltaCheck) -> Iterator[tuple[str, Any]]:
     yield "first", f"{report.first} ({report.formats[0]})"
     yield "second", f"{report.second} ({report.formats[1]})"
     yield "layers", len(report.layers)
+    yield "vectors", len(report.vectors) or None
     yield "only in the first", len(report.only_first) or None
     yield "only in the second", len(report.only_second) or None
-    yield "difference", f"{relative(report.relative_difference)} relative, over all layers"
+    everything = "layers and vectors" if report.vectors else "layers"
+    yield "difference", f"{relative(report.relative_difference)} relative, over all {everything}"
     if report.scale is not None and report.cosine is not None:
         parallel = abs(report.cosine) > PARALLEL
         words = f"about {report.scale:.4g}× the first" if parallel else "not a multiple of the first"
@@ -198,9 +201,15 @@ def _delta_facts(report: DeltaCheck) -> Iterator[tuple[str, Any]]:
         yield "note", note
     yield _verdict(
         report.same,
-        f"Match: both represent the same ΔW, within {report.tolerance:g} in each of {len(report.layers):,} layers.",
-        f"Mismatch: {len(report.different):,} of {len(report.layers):,} layers differ by over {report.tolerance:g}.",
+        f"Match: both represent the same ΔW, within {report.tolerance:g} in each of {_compared(report)}.",
+        f"Mismatch: {len(report.different):,} of {_compared(report)} differ by over {report.tolerance:g}.",
     )
+
+
+def _compared(report: DeltaCheck) -> str:
+    """`56 layers and 4 vectors`; without the vectors if there are none."""
+    vectors = f" and {len(report.vectors):,} vectors" if report.vectors else ""
+    return f"{len(report.layers):,} layers{vectors}"
 
 
 # --- an adapter and its base model -----------------------------------------------------------------------------------

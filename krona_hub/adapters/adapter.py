@@ -127,6 +127,12 @@ class LayerDelta:
         return dora_weight(base + delta, self.magnitude.to(delta.dtype), self.magnitude_axis) - base
 
 
+def _vector_delta(vector: Tensor) -> LayerDelta:
+    """Return what is added to a parameter as 1 ⊗ v, with v flattened from dimension 1 like a weight."""
+    shape = tuple(vector.shape) or (1,)
+    return LayerDelta((KronTerms(torch.ones(1, 1, 1), vector.reshape(1, shape[0], -1)),), shape)
+
+
 def dora_weight(directed: Tensor, magnitude: Tensor, axis: Axis) -> Tensor:
     """Return V·m/‖V‖ with one norm per output row (`out`) or per input channel (`in`); zero rows stay zero."""
     return directed * dora_gain(directed, magnitude, axis)
@@ -210,6 +216,14 @@ class Adapter(Mapping[str, LayerDelta]):
 
     def __contains__(self, layer: object) -> bool:
         return isinstance(layer, str) and canonical_name(layer) in self.layers
+
+    def delta(self, name: str) -> LayerDelta:
+        """Return the delta of a layer, or that of a parameter: its vector as one dense factor.
+
+        Raises NotFoundError for a name that is neither.
+        """
+        vector = self.vectors.get(canonical_name(name))
+        return self[name] if vector is None else _vector_delta(vector)
 
     def get(self, layer: str, default: Any = None) -> Any:
         """Return the delta of a layer, or `default`."""

@@ -39,7 +39,7 @@ def combine(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> CombineReport:
-    """Combine adapters into one, their weighted sum Σ weight · ΔW: exact, over the union of their layers.
+    """Combine adapters into one, their weighted sum Σ weight · ΔW: exact, over the union of layers and vectors.
 
     Adapters may have different formats and shapes. `terms` or `max_error` makes the result smaller.
 

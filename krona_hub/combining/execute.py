@@ -44,6 +44,8 @@ def execute(request: CombineRequest, progress: Progress | None = None) -> Combin
         out=request.out,
         layers=_layer_reports(total.layers, outcomes),
         notes=total.provenance.notes,
+        vectors=tuple(total.vectors),
+        vector_parameters=sum(vector.numel() for vector in total.vectors.values()),
     )
     _check_loss(report, request.allow_loss)
     _check_expressible(target, outcomes)
@@ -73,8 +75,10 @@ def _part(x: CombineInput, adapter: Adapter, request: CombineRequest) -> Combine
         weight=x.weight,
         format=None if isinstance(x.source, Adapter) else format_of(x.source, request.base),
         layers=len(adapter),
-        parameters=sum(size_of(delta)[0] for delta in adapter.layers.values()),
+        parameters=sum(size_of(delta)[0] for delta in adapter.layers.values())
+        + sum(vector.numel() for vector in adapter.vectors.values()),
         sha256=file_sha256(x.source) if isinstance(x.source, Path) and x.source.is_file() else None,
+        vectors=len(adapter.vectors),
     )
 
 

@@ -18,6 +18,7 @@ class CombinedAdapter:
     layers: int
     parameters: int
     sha256: str | None = None  # of a file; None for folders and adapters in memory
+    vectors: int = 0  # of biases and norms; their numbers are part of `parameters`
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,5 @@ class CombineReport(Totals):
     checked: str = ""  # the read-back check, in words
     written: bool = False
     files: tuple[Path, ...] = ()
+    vectors: tuple[str, ...] = ()  # parameters with a vector in any part; vectors are added exactly
+    vector_parameters: int = 0  # numbers in these vectors, which the totals of the layers do not count

@@ -2,6 +2,8 @@
 
     Σᵢ wᵢ·ΔWᵢ     a layer keeps one Kronecker sum per shape; sums of one shape become one with more terms
 
+    Σᵢ wᵢ·vᵢ      vectors, those of biases and norms, are added up; an adapter without one counts as 0
+
 The result never has more parameters than its parts together, whatever their shapes: a layer can hold several sums.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from math import isfinite
 from typing import NamedTuple
 
@@ -31,7 +34,7 @@ class WeightedAdapter(NamedTuple):
 
 
 def weighted_sum(adapters: Sequence[tuple[Adapter, float]], *, allow_base_mismatch: bool = False) -> Adapter:
-    """Return Σ weight · adapter as one adapter, exactly: the union of the layers, with concatenated factors.
+    """Return Σ weight · adapter as one adapter: the union of the layers, with concatenated factors, and of the vectors.
 
     Weights may have any sign; a layer whose parts cancel or have weight 0 stays, as a zero delta. Biases and norms in
     the extras are added too; other extras with the same name are taken from the first adapter that has them.
@@ -51,9 +54,10 @@ def weighted_sum(adapters: Sequence[tuple[Adapter, float]], *, allow_base_mismat
         for name, delta in adapter.layers.items():
             parts.setdefault(name, []).append(WeightedAdapter(weight, delta))
     layers = {name: _within(name, own) for name, own in parts.items()}
+    vectors = _vectors(adapters)
     extras, differing = _extras(adapters)
     notes = (*_notes(parts, layers, len(adapters)), *_differing(differing))
-    return Adapter(layers, base, _provenance([a.provenance for a, _ in adapters], notes), extras)
+    return Adapter(layers, base, _provenance([a.provenance for a, _ in adapters], notes), extras, vectors)
 
 
 def _check_weights(weights: Sequence[float]) -> None:
@@ -166,6 +170,33 @@ def _cat(factors: Sequence[Factor]) -> Factor:
     return torch.cat([f for f in factors if isinstance(f, Tensor)])
 
 
+# --- vectors ---------------------------------------------------------------------------------------------------------
+
+
+def _vectors(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, Tensor]:
+    """Return Σ weight · vector of every parameter. Raises BaseMismatchError if the shapes of one differ."""
+    parts: dict[str, list[tuple[float, Tensor]]] = {}
+    for adapter, weight in adapters:
+        for name, vector in adapter.vectors.items():
+            parts.setdefault(name, []).append((weight, vector))
+    return {name: _vector_sum(name, own) for name, own in parts.items()}
+
+
+def _vector_sum(name: str, parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """Add in float64 and round once to float32; a single vector at weight 1 keeps its dtype."""
+    shapes = {tuple(vector.shape) for _, vector in parts}
+    if len(shapes) > 1:
+        raise BaseMismatchError(
+            f"{name}: The adapters have vectors of different shapes, {' and '.join(map(str, sorted(shapes)))}.",
+            fix="Combine adapters of the same base model.",
+        )
+    (weight, first), *others = parts
+    if weight == 1 and not others:
+        return first
+    dtype = reduce(torch.promote_types, (vector.dtype for _, vector in parts), torch.float32)
+    return sum((w * vector.double() for w, vector in others), weight * first.double()).to(dtype)
+
+
 # --- extras and provenance -------------------------------------------------------------------------------------------
 
 
@@ -201,7 +232,7 @@ def _notes(
     notes = []
     if zero:
         notes.append(f"{len(zero)} of {len(layers)} layers are zero: their parts cancel or have strength 0")
-    if adapters > 1 and all(len(own) == 1 for own in parts.values()):
+    if adapters > 1 and parts and all(len(own) == 1 for own in parts.values()):
         notes.append("the adapters have no layers in common")
     return tuple(notes)
 

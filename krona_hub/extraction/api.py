@@ -55,7 +55,7 @@ def extract(
     shape, shape_fallback : size `a1xa2` of A, or "auto" (best shape, or LoRA, per layer); "nearest" if indivisible.
     terms, max_error, budget : terms (with "auto": maximum); relative error per layer; parameters, or a share ("1%").
     component, targets : component to compare; named sets of layers, or regular expressions of layer names.
-    also_vectors, base_name : store changed norms, biases, embeddings as extras; base model, if not identifiable.
+    also_vectors, base_name : also store changed norms and biases, as vectors; base model, if not identifiable.
     allow_loss, overwrite, dry_run : accept a total error above 0.5; replace `out`; measure without writing.
     threads, progress : number of threads (default: at most 4); called with (done, total).
 

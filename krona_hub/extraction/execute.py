@@ -15,7 +15,7 @@ from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, LossyError, NoDifferenceError
 from krona_hub.extraction.fit_layers import Fitted, fit, steps_of
 from krona_hub.extraction.fit_plan import FitPlan
-from krona_hub.extraction.other_tensors import ChangedTensor, changes
+from krona_hub.extraction.other_tensors import ChangedTensor, changes, extras_of, vectors_of
 from krona_hub.extraction.report import ExtractionReport
 from krona_hub.extraction.request import ExtractRequest
 from krona_hub.extraction.tensor_pairs import Pairs, pair_up
@@ -35,7 +35,7 @@ def execute(request: ExtractRequest, progress: Progress | None = None) -> Extrac
         base_name=request.base_name,
     )
     fitted = fit(pairs.layers, plan, _steps(progress, steps_of(plan) * len(pairs.layers)))
-    found = list(changes(pairs.others))
+    found = list(changes(pairs.others, pairs.model))
     report = _report(request, pairs, fitted, found)
     adapter = _adapter(report, pairs, fitted, found if request.also_vectors else [])
     _check(report, adapter, fitted, target, request.allow_loss)
@@ -65,7 +65,7 @@ def _report(
         layers=tuple(f.taken.report for f in fitted if f.taken is not None),
         unchanged=sum(f.taken is None and not f.is_rounding for f in fitted),
         at_rounding=tuple(f.pair.name for f in fitted if f.is_rounding),
-        others=tuple(replace(c.report, kept=request.also_vectors) for c in found),
+        others=tuple(replace(c.report, kept=request.also_vectors and c.report.storable) for c in found),
         notes=_notes(pairs),
     )
 
@@ -83,28 +83,28 @@ def _steps(progress: Progress | None, total: int) -> Callable[[], None]:
 
 
 def _adapter(
-    report: ExtractionReport, pairs: Pairs, fitted: Sequence[Fitted], extras: Sequence[ChangedTensor]
+    report: ExtractionReport, pairs: Pairs, fitted: Sequence[Fitted], kept: Sequence[ChangedTensor]
 ) -> Adapter:
-    """Return the adapter to write: the layers with a difference above the noise."""
+    """Return the adapter to write: the layers with a difference above the noise, and the other changes to keep."""
     layers = {f.pair.name: f.taken.delta for f in fitted if f.taken is not None and f.taken.delta.sums}
     provenance = Provenance(
         method=report.method,
         relative_error=report.relative_error,
         layer_errors={x.layer: x.relative_error for x in report.layers if x.layer in layers},
     )
-    kept = {change.extra: change.difference for change in extras}
-    return Adapter(layers, pairs.model.model, provenance, kept)
+    return Adapter(layers, pairs.model.model, provenance, extras_of(kept), vectors_of(kept))
 
 
 def _check(
     report: ExtractionReport, adapter: Adapter, fitted: Sequence[Fitted], target: ConversionTarget, allow_loss: bool
 ) -> None:
     """Raise if the result is empty, loses too much, or does not fit the format."""
-    if not report.layers and not adapter.extras:
+    others = bool(adapter.extras or adapter.vectors)
+    if not report.layers and not others:
         raise _no_difference(report)
     if report.beyond_rounding > REFUSED_ABOVE and not allow_loss:
         raise _too_lossy(report, fitted)
-    if not adapter.layers and not adapter.extras:
+    if not adapter.layers and not others:
         raise _no_difference(report)
     refusals = target.refusals(adapter.layers)
     if refusals:
@@ -116,7 +116,7 @@ def _check(
 
 
 def _no_difference(report: ExtractionReport) -> NoDifferenceError:
-    vectors = len(report.others)
+    vectors = sum(x.storable for x in report.not_captured)
     fix = f"Add --also-vectors to keep the {vectors} norms, biases or embeddings that differ." if vectors else ""
     if report.at_rounding:
         return NoDifferenceError(

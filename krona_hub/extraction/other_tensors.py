@@ -1,31 +1,34 @@
-"""Changed norms, biases and embeddings: listed in the report and optionally stored in the extras."""
+"""Changed norms, biases and embeddings: listed in the report; all but embeddings can become vectors of the adapter.
+
+A vector is added to a parameter. Embeddings are stored in the extras, which nothing is added to; buffers of integers
+and tensors without a canonical name, such as those of a VAE, are not stored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from krona_hub.bases.base import Base
 from krona_hub.bases.weight_files import TABLES, read
 from krona_hub.extraction.report import OtherChange
 from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.kron.rounding_noise import StorageNoise
-
-ENDINGS = {".weight": ".diff", ".bias": ".diff_b"}  # suffix of a tensor -> suffix of its difference, as in LyCORIS
 
 
 class ChangedTensor(NamedTuple):
     """A tensor that differs by more than rounding."""
 
     report: OtherChange
-    extra: str  # name of the difference in extras
     difference: Tensor
 
 
-def changes(pairs: Sequence[LayerPair]) -> Iterator[ChangedTensor]:
+def changes(pairs: Sequence[LayerPair], model: Base) -> Iterator[ChangedTensor]:
     """Yield the pairs that differ by more than rounding; integer tensors (positions) whenever they differ."""
+    heads = {head for layer, _ in model.layers() for head in _heads(layer)} if pairs else set()
     for pair in pairs:
         base, tuned = read(pair.base), read(pair.tuned)
         if base.shape != tuned.shape or torch.equal(base.double(), tuned.double()):
@@ -37,9 +40,23 @@ def changes(pairs: Sequence[LayerPair]) -> Iterator[ChangedTensor]:
             continue
         norm = float(torch.linalg.vector_norm(base.float()))
         moved = float(torch.linalg.vector_norm(difference)) / norm if norm else float("inf")
-        yield ChangedTensor(
-            OtherChange(pair.name, _kind(pair), tuple(base.shape), moved), _extra(pair.name), difference
-        )
+        kind = _kind(pair)
+        known = pair.name.partition(".")[0] in heads if kind == "embedding" else _is_parameter(pair.name, heads)
+        storable = known and base.is_floating_point() and base.ndim > 0
+        yield ChangedTensor(OtherChange(pair.name, kind, tuple(base.shape), moved, storable), difference)
+
+
+def _heads(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module: `a.b.c` -> `a.b`, `a`."""
+    while head := name.rpartition(".")[0]:
+        yield head
+        name = head
+
+
+def _is_parameter(name: str, heads: Collection[str]) -> bool:
+    """Return whether a name is canonical: `heads` has the module around the norm, the layer or the bare parameter."""
+    module = name.removesuffix(".weight").removesuffix(".bias")
+    return module.rpartition(".")[0] in heads
 
 
 def _kind(pair: LayerPair) -> str:
@@ -52,6 +69,12 @@ def _kind(pair: LayerPair) -> str:
     return "bias" if part.endswith("bias") else "other"
 
 
-def _extra(name: str) -> str:
-    ending = next((e for e in ENDINGS if name.endswith(e)), "")
-    return name.removesuffix(ending) + ENDINGS.get(ending, ".diff")
+def vectors_of(found: Sequence[ChangedTensor]) -> dict[str, Tensor]:
+    """Return the differences of biases, norms and bare parameters, by parameter."""
+    return {c.report.name: c.difference for c in found if c.report.storable and c.report.kind != "embedding"}
+
+
+def extras_of(found: Sequence[ChangedTensor]) -> dict[str, Tensor]:
+    """Return the differences of embeddings, named as in LyCORIS: `<module>.diff`."""
+    embeddings = [c for c in found if c.report.storable and c.report.kind == "embedding"]
+    return {f"{c.report.name.removesuffix('.weight')}.diff": c.difference for c in embeddings}

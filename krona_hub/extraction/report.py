@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 
 from krona_hub.conversion.report import VERDICTS
@@ -45,7 +45,12 @@ class OtherChange:
     kind: str  # "norm", "bias", "embedding" or "other"
     shape: tuple[int, ...]
     relative_norm: float  # ‖difference‖ / ‖base‖; inf if the base is zero
-    kept: bool = False  # whether its difference is in the adapter's extras (--also-vectors)
+    storable: bool = True  # not a buffer of integers, nor a tensor whose name is unknown
+    kept: bool = False  # whether the adapter stores its difference (--also-vectors)
+
+    @property
+    def parameters(self) -> int:
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,11 @@ class ExtractionReport:
     def energy_kept(self) -> float:
         """Retained energy, 1 − relative_error²: the share of ‖Δ‖² in the adapter."""
         return max(0.0, 1 - self.relative_error**2)
+
+    @property
+    def captured(self) -> tuple[OtherChange, ...]:
+        """Changes that the adapter stores: vectors, and embeddings in its extras."""
+        return tuple(x for x in self.others if x.kept)
 
     @property
     def not_captured(self) -> tuple[OtherChange, ...]:

@@ -150,7 +150,7 @@ def _every_module(folder: Path) -> dict[str, ModuleSpec]:
 
 def _side(path: Path, model: Base, more: Mapping[str, ModuleSpec]) -> _Side:
     if path.is_dir():
-        layers = weight_files(path)
+        layers = {name: place for name, place in weight_files(path).items() if model.module(name) is not None}
         tensors = {
             f"{component}.{name.removeprefix('text_model.')}": place
             for component, stored in stored_by_component(path).items()

@@ -96,7 +96,7 @@ class _Work:
         )
 
     def _patches(self, tensor: TensorPlan) -> list[Patch]:
-        return [Patch(self.adapters[t.adapter].layers[t.layer], t.weight, t.placement) for t in tensor.targets]
+        return [Patch(self.adapters[t.adapter].delta(t.layer), t.weight, t.placement) for t in tensor.targets]
 
     def reports(self) -> Iterator[TensorReport]:
         for file in self.plan.files:

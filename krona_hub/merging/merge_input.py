@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite, prod
 from pathlib import Path
@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from krona_hub.adapters.provenance import BaseModel
 from krona_hub.bases import name_prefixes
 from krona_hub.bases.base import COMPONENTS
+from krona_hub.bases.loading import component_folders
+from krona_hub.bases.module_spec import Placement
+from krona_hub.bases.weight_files import WeightPlace
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.errors import AmbiguousError, KronaError, UsageError
 from krona_hub.formats.known.format import Format
@@ -25,6 +28,8 @@ from krona_hub.schema import tensor_layout
 from krona_hub.sources import resolve
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from krona_hub.adapters.adapter import Adapter
 
 
@@ -55,10 +60,32 @@ class MergeInput:
     files: tuple[Path, ...] = ()  # of the adapter
     plans: tuple[ReadPlan, ...] = ()  # of these files; none for a native file
     guesses: tuple[str, ...] = ()  # catalog names that fit according to its reader
+    vectors: Mapping[str, tuple[WeightPlace, ...]] = field(default_factory=dict)
+    """Parameter that a vector is added to -> its tensors in the base, one per variant."""
+    missing_vectors: Mapping[str, str] = field(default_factory=dict)  # parameter -> why it cannot be merged
 
     @property
     def total(self) -> int:
         return len(self.modules) + len(self.missing)
+
+    @property
+    def total_vectors(self) -> int:
+        return len(self.vectors) + len(self.missing_vectors)
+
+    @property
+    def matches(self) -> bool:
+        """Whether anything of the adapter can be merged."""
+        return bool(self.modules or self.vectors)
+
+    @property
+    def unmatched(self) -> Mapping[str, str]:
+        """Modules and parameters that cannot be merged, and why."""
+        return {**self.missing, **self.missing_vectors}
+
+    @property
+    def match_summary(self) -> str:
+        """How much of the adapter matched, in words; vectors only if it has any."""
+        return matched_counts(modules=(len(self.modules), self.total), vectors=(len(self.vectors), self.total_vectors))
 
     @property
     def doras(self) -> frozenset[str]:
@@ -82,6 +109,16 @@ class MergeInput:
             return describe(self.source).candidates if isinstance(self.source, Path) else self.guesses
         except KronaError:
             return ()
+
+
+def matched_counts(**counts: tuple[int, int]) -> str:
+    """Return how many of each kind matched, as (number, total); kinds of which there are none are left out.
+
+    >>> matched_counts(modules=(77, 77), vectors=(0, 0)), matched_counts(modules=(77, 77), vectors=(60, 64))
+    ('77 of 77 modules', '77 of 77 modules and 60 of 64 vectors')
+    """
+    given = {kind: count for kind, count in counts.items() if count[1]} or dict([*counts.items()][:1])
+    return " and ".join(f"{found} of {total} {kind}" for kind, (found, total) in given.items())
 
 
 def open_input(
@@ -113,6 +150,7 @@ def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str 
         for name, delta in adapter.layers.items()
     )
     modules, missing = _sorted_out(found, {}, component)
+    vectors, missing_vectors = _placed({name: tuple(v.shape) for name, v in adapter.vectors.items()}, tree, component)
     guessed = adapter.provenance.source_format not in RECORDING
     return MergeInput(
         label=label,
@@ -123,9 +161,17 @@ def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str 
         missing=missing,
         base=None if guessed else adapter.base,
         guesses=adapter.base.names if guessed and adapter.base else (),
-        nbytes=sum(t.numel() * t.element_size() for d in adapter.layers.values() for t in d.tensors),
+        nbytes=sum(t.numel() * t.element_size() for t in _tensors(adapter)),
         notes=tuple(_extras(tuple(adapter.extras))),
+        vectors=vectors,
+        missing_vectors=missing_vectors,
     )
+
+
+def _tensors(adapter: Adapter) -> Iterator[Tensor]:
+    for delta in adapter.layers.values():
+        yield from delta.tensors
+    yield from adapter.vectors.values()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -233,7 +279,60 @@ def _why_not(layer: str, weight_shape: tuple[int, ...], tree: BaseTree) -> str:
 
 def _extras(names: tuple[str, ...]) -> Iterator[str]:
     if names:
-        yield (
-            f"{len(names)} tensors other than weight deltas (embeddings, norms, biases), such as {names[0]}, are not "
-            "merged"
+        yield f"{len(names)} tensors other than deltas (embeddings), such as {names[0]}, are not merged"
+
+
+# --- vectors ---------------------------------------------------------------------------------------------------------
+
+Shape = tuple[int, ...]
+
+
+def _placed(
+    shapes: Mapping[str, Shape], tree: BaseTree, component: str | None
+) -> tuple[dict[str, tuple[WeightPlace, ...]], dict[str, str]]:
+    """Locate the parameters that vectors are added to; also return why others cannot be merged."""
+    wanted = {name: shape for name, shape in shapes.items() if component is None or name.startswith(f"{component}.")}
+    places = parameter_places(tree, wanted) if wanted else {}
+    missing = {name: why for name, shape in wanted.items() if (why := _why_not_added(name, shape, places, tree))}
+    return {name: places[name] for name in wanted if name not in missing}, missing
+
+
+def parameter_places(tree: BaseTree, parameters: Iterable[str]) -> dict[str, tuple[WeightPlace, ...]]:
+    """Locate biases, weights of norms and bare parameters: canonical name -> its tensors, one per variant.
+
+    Only names of diffusers are resolved; a parameter that the base lacks is left out.
+    """
+    folders = component_folders(tree.root) if tree.is_folder else {}
+    found: dict[str, tuple[WeightPlace, ...]] = {}
+    for parameter in parameters:
+        owner, _, path = parameter.partition(".")
+        names = {path, f"text_model.{path}"} if tree.is_folder else {parameter, path}
+        places = tuple(
+            WeightPlace(file, name, Placement(parameter))
+            for file, header in tree.headers.items()
+            if not tree.is_folder or file.parent == folders.get(owner)
+            for name in sorted(names & header.tensors.keys())
         )
+        if places:
+            found[parameter] = places
+    return found
+
+
+def _why_not_added(name: str, shape: Shape, places: Mapping[str, tuple[WeightPlace, ...]], tree: BaseTree) -> str:
+    """Return why a vector cannot be merged, "" if it can."""
+    if name not in places:
+        return f"{tree.root.name} has no {name_prefixes.lacking(name, tree.base) or 'such parameter'}."
+    for place in places[name]:
+        stored = _shape_at(place, tree)
+        if (shape[:1], prod(shape)) != (stored[:1], prod(stored)):
+            return f"its vector is {_words(shape)}, but the parameter is {_words(stored)}."
+    return ""
+
+
+def _shape_at(place: WeightPlace, tree: BaseTree) -> Shape:
+    shape, rows = tree.headers[place.path].tensors[place.tensor].shape, place.placement.rows
+    return (rows[1] - rows[0], *shape[1:]) if rows else shape
+
+
+def _words(shape: Shape) -> str:
+    return "x".join(map(str, shape)) or "a number"

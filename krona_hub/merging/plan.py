@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from krona_hub.bases.module_spec import Placement
+from krona_hub.bases.weight_files import WeightPlace
 from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo
 from krona_hub.errors import BaseMismatchError, ConflictError, UsageError, abbreviated
 from krona_hub.merging.base_weights import BaseTree, open_tree, quantized
 from krona_hub.merging.block_weights import BlockWeights
-from krona_hub.merging.merge_input import MergeInput, open_input
+from krona_hub.merging.merge_input import MergeInput, matched_counts, open_input
 from krona_hub.merging.output.model_folder import files_below, stale
 from krona_hub.sources import resolve_base
 
@@ -34,7 +35,7 @@ class TensorTarget(NamedTuple):
     """A layer of an adapter that is added to a tensor."""
 
     adapter: int  # index
-    layer: str  # canonical
+    layer: str  # canonical; for a vector the name of its parameter
     placement: Placement  # where in the tensor
     weight: float  # block weights included, never 0
 
@@ -76,13 +77,16 @@ class AdapterPlan:
     weight: float
     matched: int  # modules that match, even if their strength is 0
     total: int
-    missing: Mapping[str, str]  # module -> why it is not merged
+    missing: Mapping[str, str]  # module, or parameter of a vector -> why it is not merged
     notes: tuple[str, ...] = ()
+    vectors: int = 0  # vectors that match, even if their strength is 0
+    total_vectors: int = 0
 
     @property
     def match_summary(self) -> str:
-        """How many modules matched, in words."""
-        return f"{self.matched} of {self.total} modules matched"
+        """How many modules and vectors matched, in words."""
+        counts = matched_counts(modules=(self.matched, self.total), vectors=(self.vectors, self.total_vectors))
+        return f"{counts} matched"
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,28 +231,27 @@ def _check_base(part: MergeInput, tree: BaseTree, allowed: bool) -> None:
 
 def _check_plain(part: MergeInput, tree: BaseTree, allow_missing: bool) -> None:
     """Raise if weights that the adapter changes are quantized, or if quantization may explain missing layers."""
-    layers = (layer for module in part.modules for layer in module.layers)
-    touched = (tree.quantization(place) for layer in layers for place in tree.places[layer])
+    touched = (tree.quantization(place) for _, places in _changed_by(part, tree) for place in places)
     found = next((kind for kind in touched if kind), None)
-    if found is None and part.missing and not (allow_missing and part.modules):
+    if found is None and part.unmatched and not (allow_missing and part.matches):
         found = next(iter(tree.quantized.values()), None)
     if found:
         raise quantized(tree.root, found)
 
 
 def _check_matched(part: MergeInput, tree: BaseTree, component: str | None, allowed: bool) -> None:
-    if part.modules and (allowed or not part.missing):
+    if part.matches and (allowed or not part.unmatched):
         return
     where = f"{tree.root}" + (f" ({component})" if component else "")
-    found = f"{len(part.modules)} of {part.total} modules of {part.label} matched {where}"
-    if not part.modules:
-        reason = next(iter(part.missing.values()), "it has no modules of that component.")
+    found = f"{part.match_summary} of {part.label} matched {where}"
+    if not part.matches:
+        reason = next(iter(part.unmatched.values()), "it has no modules of that component.")
         raise BaseMismatchError(
             f"{found}. Reason for the first: {reason}", fix=f"{_likely(part, tree)}Run krona inspect for details."
         )
-    first = next(iter(part.missing.values()))
+    first = next(iter(part.unmatched.values()))
     raise BaseMismatchError(
-        f"{found}; unmatched: {abbreviated(part.missing)}. Reason for the first: {first}",
+        f"{found}; unmatched: {abbreviated(part.unmatched)}. Reason for the first: {first}",
         fix=f"{_likely(part, tree)}Add --allow-missing to merge the others, or --component NAME for one component.",
     )
 
@@ -281,10 +284,26 @@ def _targets(
     parts: Sequence[MergeInput], tree: BaseTree, factors: BlockWeights
 ) -> Iterator[tuple[Path, str, TensorTarget]]:
     for i, part in enumerate(parts):
-        for layer in (layer for module in part.modules for layer in module.layers):
-            weight = part.weight * factors.of(layer)
-            for place in tree.places[layer] if weight else ():
-                yield place.path, place.tensor, TensorTarget(i, layer, place.placement, weight)
+        for name, places in _changed_by(part, tree):
+            weight = part.weight * factors.of(module_path(name) if name in part.vectors else name)
+            for place in places if weight else ():
+                yield place.path, place.tensor, TensorTarget(i, name, place.placement, weight)
+
+
+def _changed_by(part: MergeInput, tree: BaseTree) -> Iterator[tuple[str, tuple[WeightPlace, ...]]]:
+    """Yield the layers, then the parameters that an adapter changes, with their locations."""
+    for layer in (layer for module in part.modules for layer in module.layers):
+        yield layer, tree.places[layer]
+    yield from part.vectors.items()
+
+
+def module_path(parameter: str) -> str:
+    """Return the module of a weight or bias, whose block weight applies to it; a bare parameter stays as it is.
+
+    >>> module_path("unet.conv_in.bias"), module_path("transformer.blocks.0.scale_shift_table")
+    ('unet.conv_in', 'transformer.blocks.0.scale_shift_table')
+    """
+    return parameter.removesuffix(".bias").removesuffix(".weight")
 
 
 def _files(
@@ -318,7 +337,17 @@ def _tensor(name: str, info: TensorInfo, targets: tuple[TensorTarget, ...], out_
 
 
 def _adapter_plan(part: MergeInput) -> AdapterPlan:
-    return AdapterPlan(part.label, part.format, part.weight, len(part.modules), part.total, part.missing, part.notes)
+    return AdapterPlan(
+        source=part.label,
+        format=part.format,
+        weight=part.weight,
+        matched=len(part.modules),
+        total=part.total,
+        missing=part.unmatched,
+        notes=part.notes,
+        vectors=len(part.vectors),
+        total_vectors=part.total_vectors,
+    )
 
 
 def _notes(

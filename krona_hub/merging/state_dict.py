@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,18 +22,19 @@ from krona_hub.kron.parallel import in_parallel
 from krona_hub.merging.arithmetic.patches import Patch
 from krona_hub.merging.arithmetic.rounding import NEAREST, Rounding
 from krona_hub.merging.arithmetic.tiles import merge_tensor
+from krona_hub.merging.merge_input import matched_counts
 
 Source = Adapter | str | Path
 
 
 class StateDictSlot(NamedTuple):
-    """Location of a layer in a state dict."""
+    """Location of a layer or parameter in a state dict."""
 
     tensor: str
     placement: Placement
 
 
-Places = Mapping[str, StateDictSlot]  # by canonical layer
+Places = Mapping[str, StateDictSlot]  # by canonical layer or parameter
 
 
 def apply_to_state_dict(
@@ -46,6 +48,8 @@ def apply_to_state_dict(
     allow_missing: bool = False,
 ) -> dict[str, Tensor]:
     """Return a new state dict with strength · ΔW of every adapter added; untouched tensors are shared with the old one.
+
+    Vectors are added to their parameters likewise; these are found by the model's own names.
 
     Parameters
     ----------
@@ -75,8 +79,7 @@ def apply_to_state_dict(
     """
     pairs = [(adapters, 1.0)] if isinstance(adapters, Adapter | str | Path) else list(adapters)
     loaded = [(_loaded(source, base, component), weight) for source, weight in pairs]
-    wanted = {layer for adapter, _ in loaded for layer in adapter.layers}
-    places = _places(state_dict, wanted, base, component)
+    places = _places(state_dict, [adapter for adapter, _ in loaded], base, component)
     for adapter, _ in loaded:
         _check_matched(adapter, places, allow_missing)
     patches = _patches(loaded, places)
@@ -92,37 +95,59 @@ def _loaded(source: Source, base: str | Path | None, component: str | None) -> A
     adapter = source if isinstance(source, Adapter) else read(source, base=base, component=component)
     if component is None:
         return adapter
-    return adapter.with_layers({n: d for n, d in adapter.layers.items() if n.split(".", 1)[0] == component})
+    own = f"{component}."
+    return replace(
+        adapter,
+        layers={name: delta for name, delta in adapter.layers.items() if name.startswith(own)},
+        vectors={name: vector for name, vector in adapter.vectors.items() if name.startswith(own)},
+    )
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
 def _places(
-    state_dict: Mapping[str, Tensor], wanted: Collection[str], base: str | Path | None, component: str | None
+    state_dict: Mapping[str, Tensor], adapters: Sequence[Adapter], base: str | Path | None, component: str | None
+) -> Places:
+    """Locate the layers and parameters that the adapters change."""
+    stored = {name: StoredTensor(Path("the state dict"), name, tuple(t.shape)) for name, t in state_dict.items()}
+    layers = {name for adapter in adapters for name in adapter.layers}
+    vectors = {name for adapter in adapters for name in adapter.vectors}
+    present = {name.partition(".")[0] for name in layers | vectors}
+    owners = [component] if component else [c for c in COMPONENTS if c in present]
+    return {
+        **_layer_places(stored, layers, owners, base, component),
+        **_by_own_names({n: n for n in stored}, vectors, owners),
+    }
+
+
+def _layer_places(
+    stored: Mapping[str, StoredTensor],
+    wanted: Collection[str],
+    owners: Sequence[str],
+    base: str | Path | None,
+    component: str | None,
 ) -> Places:
     """Locate the layers: by their own names if all are there, else as `base` or the catalog resolves them."""
-    stored = {name: StoredTensor(Path("the state dict"), name, tuple(t.shape)) for name, t in state_dict.items()}
-    owners = [component] if component else [c for c in COMPONENTS if any(n.startswith(f"{c}.") for n in wanted)]
-    plain = _by_own_names(stored, wanted, owners)
+    plain = _by_own_names({name: w.tensor for name, w in weights_by_module(stored).items()}, wanted, owners)
     if len(plain) == len(wanted):
         return plain
     known = _by_base(stored, base, component) if base is not None else _by_catalog(stored)
     return max(plain, known, key=lambda places: len(places.keys() & wanted))
 
 
-def _by_own_names(stored: Mapping[str, StoredTensor], wanted: Collection[str], owners: Sequence[str]) -> Places:
-    """Locate the layers that have their canonical name, with or without the component as prefix."""
+def _by_own_names(tensors: Mapping[str, str], wanted: Collection[str], owners: Sequence[str]) -> Places:
+    """Locate what has its canonical name, with or without the component as prefix; `tensors`: name -> its tensor."""
     found: dict[str, StateDictSlot] = {}
-    for module, weight in weights_by_module(stored).items():
-        path = module.removeprefix("text_model.")
+    for name, tensor in tensors.items() if wanted else ():
+        path = name.removeprefix("text_model.")
         head, _, tail = path.partition(".")
         whole = f"{head}.{tail.removeprefix('text_model.')}"
-        layers = [whole] if head in COMPONENTS else [f"{owner}.{path}" for owner in owners]
-        here = [layer for layer in layers if layer in wanted]
+        readings = [whole] if head in COMPONENTS else [f"{owner}.{path}" for owner in owners]
+        here = [reading for reading in readings if reading in wanted]
         if len(here) > 1:
-            raise AmbiguousError(f"{module} may be {' or '.join(here)}.", fix="Specify component=.")
-        found |= {layer: StateDictSlot(weight.tensor, Placement(layer)) for layer in here}
+            raise AmbiguousError(f"{name} may be {' or '.join(here)}.", fix="Specify component=.")
+        found |= {reading: StateDictSlot(tensor, Placement(reading)) for reading in here}
     return found
 
 
@@ -144,12 +169,16 @@ def _by_catalog(stored: Mapping[str, StoredTensor]) -> Places:
 
 
 def _check_matched(adapter: Adapter, places: Places, allow_missing: bool) -> None:
-    missing = [layer for layer in adapter.layers if layer not in places]
-    if not missing or (allow_missing and len(missing) < len(adapter)):
+    names = (*adapter.layers, *adapter.vectors)
+    missing = [name for name in names if name not in places]
+    if not missing or (allow_missing and len(missing) < len(names)):
         return
+    counts = {
+        kind: (len(own.keys() & places.keys()), len(own))
+        for kind, own in {"layers": adapter.layers, "vectors": adapter.vectors}.items()
+    }
     raise BaseMismatchError(
-        f"{len(adapter) - len(missing)} of {len(adapter)} layers of the adapter are in the state dict; "
-        f"missing: {abbreviated(missing)}.",
+        f"{matched_counts(**counts)} of the adapter are in the state dict; missing: {abbreviated(missing)}.",
         fix="Identify the weights with base= and component=, or apply the matching layers with allow_missing=True.",
     )
 
@@ -161,10 +190,10 @@ def _patches(loaded: Sequence[tuple[Adapter, float]], places: Places) -> dict[st
     """Return, by tensor name, what is added to it."""
     patches: dict[str, list[Patch]] = {}
     for adapter, weight in loaded:
-        for layer, delta in adapter.layers.items():
-            if layer in places and weight:
-                place = places[layer]
-                patches.setdefault(place.tensor, []).append(Patch(_on_cpu(delta), weight, place.placement))
+        for name in (*adapter.layers, *adapter.vectors) if weight else ():
+            if name in places:
+                place, delta = places[name], _on_cpu(adapter.delta(name))
+                patches.setdefault(place.tensor, []).append(Patch(delta, weight, place.placement))
     return patches
 
 

@@ -37,14 +37,14 @@ def verify(
     """Compare checkpoints or adapters, and report the differences.
 
     verify(MERGED, base=BASE, adapters=[(A, s), …])   MergeCheck   round(base + Σ s·ΔW), within 1 ULP?
-    verify(A, B)                                      DeltaCheck   same ΔW, within `tolerance` per layer?
+    verify(A, B)                                      DeltaCheck   same ΔW, within `tolerance` per layer or vector?
     verify(A, base=BASE)                              FitCheck     does the base have these layers? Headers only.
 
     Parameters
     ----------
     first, second : merged checkpoint or adapter; second adapter.
     base, adapters : base model (for two adapters: resolves names, provides the weights for DoRA); pairs with strength.
-    tolerance, exact : relative Frobenius difference per layer; whether merged weights must be equal bit for bit.
+    tolerance, exact : relative Frobenius difference, as above; whether merged weights must be equal bit for bit.
     component, block_weights, allow_missing : as in `merge`.
     progress : called with (done, total).
 

@@ -127,7 +127,7 @@ def _targets(plan: MergePlan) -> Targets:
         for tensor in file.tensors:
             own: list[list[Patch]] = [[] for _ in adapters]
             for t in tensor.targets:
-                own[t.adapter].append(Patch(adapters[t.adapter].layers[t.layer], t.weight, t.placement))
+                own[t.adapter].append(Patch(adapters[t.adapter].delta(t.layer), t.weight, t.placement))
             targets[_relative(file.path, plan.tree.root), tensor.name] = own
     return targets
 

@@ -1,8 +1,9 @@
-"""Compare the ΔW of two adapters through their factors, layer by layer, in any formats."""
+"""Compare two adapters, in any formats: the ΔW of layers through their factors, and vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import inf, sqrt
 from pathlib import Path
 
@@ -32,14 +33,28 @@ def same_delta(
     allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> DeltaCheck:
-    """Check whether ‖ΔW₂ − ΔW₁‖ ≤ tolerance · ‖ΔW₁‖ in every layer; a layer that only one has must be zero.
+    """Read and compare two adapters. Raises what reading them and `compare_deltas` raise."""
+    paths = resolve(first), resolve(second)
+    one, two = (read(x, base=base, component=component, allow_missing=allow_missing) for x in paths)
+    formats = format_of(paths[0], base), format_of(paths[1], base)
+    return replace(
+        compare_deltas(one, two, base, tolerance, progress), first=str(first), second=str(second), formats=formats
+    )
+
+
+def compare_deltas(
+    one: Adapter,
+    two: Adapter,
+    base: str | Path | None = None,
+    tolerance: float = 1e-5,
+    progress: Progress | None = None,
+) -> DeltaCheck:
+    """Check whether ‖ΔW₂ − ΔW₁‖ ≤ tolerance · ‖ΔW₁‖ in every layer and vector; what only one has must be zero.
 
     Raises UnknownBaseError if a DoRA is compared with a plain delta and `base` has no weights.
     """
-    paths = resolve(first), resolve(second)
-    one, two = (read(x, base=base, component=component, allow_missing=allow_missing) for x in paths)
-    a, b = _comparable(one.layers, two.layers, base)
-    names = sorted(a.keys() | b.keys())
+    a, b = _comparable(_deltas(one), _deltas(two), base)
+    names, vectors = sorted(a.keys() | b.keys()), one.vectors.keys() | two.vectors.keys()
     checks: list[LayerCheck] = []
     for _, check in in_parallel(lambda name: _check(name, a.get(name), b.get(name), tolerance), names):
         checks.append(check)
@@ -47,15 +62,21 @@ def same_delta(
             progress(len(checks), len(names))
     scale, cosine = (None, None) if all(c.same for c in checks) else _alignment(a, b)
     return DeltaCheck(
-        first=str(first),
-        second=str(second),
-        formats=(format_of(paths[0], base), format_of(paths[1], base)),
+        first="the first adapter",
+        second="the second adapter",
+        formats=(one.provenance.source_format, two.provenance.source_format),
         tolerance=tolerance,
-        layers=tuple(checks),
+        layers=tuple(c for c in checks if c.layer not in vectors),
+        vectors=tuple(c for c in checks if c.layer in vectors),
         scale=scale,
         cosine=cosine,
         notes=tuple(_notes(one, two, checks)),
     )
+
+
+def _deltas(adapter: Adapter) -> Layers:
+    """Return the deltas of the layers and, by the names of their parameters, those of the vectors."""
+    return {**adapter.layers, **{name: adapter.delta(name) for name in adapter.vectors}}
 
 
 def _comparable(one: Layers, two: Layers, base: str | Path | None) -> tuple[Layers, Layers]:

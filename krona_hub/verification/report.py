@@ -48,7 +48,7 @@ class MergeCheck:
     base: Path
     adapters: tuple[str, ...]
     weights: tuple[float, ...]  # requested strengths
-    matched: tuple[str, ...]  # per adapter, "N of M modules …"
+    matched: tuple[str, ...]  # per adapter, "N of M modules …", with its vectors
     tensors: tuple[TensorCheck, ...]  # all tensors of both
     strengths: tuple[float, ...] = ()  # estimated over all touched tensors that differ; () if none does
     notes: tuple[str, ...] = ()
@@ -79,9 +79,9 @@ class MergeCheck:
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """The ΔW of one layer in two adapters."""
+    """The ΔW of one layer, or of one vector, in two adapters."""
 
-    layer: str
+    layer: str  # canonical; for a vector the name of its parameter
     first: str | None  # factorization: "LoRA r16", "64x4 ⊗ 5x80"; None if the adapter lacks the layer
     second: str | None
     relative_difference: float  # ‖ΔW₂ − ΔW₁‖ / ‖ΔW₁‖, Frobenius; inf if only the first is zero
@@ -100,32 +100,38 @@ class DeltaCheck:
     tolerance: float  # relative, per layer
     layers: tuple[LayerCheck, ...]  # all layers of both
     scale: float | None = None  # s that brings s · first nearest to the second; None if they are the same
-    cosine: float | None = None  # ⟨ΔW₁, ΔW₂⟩ / ‖ΔW₁‖‖ΔW₂‖ over all layers; None if they are the same
+    cosine: float | None = None  # ⟨ΔW₁, ΔW₂⟩ / ‖ΔW₁‖‖ΔW₂‖ over all layers and vectors; None if same
     notes: tuple[str, ...] = ()
     question: Literal["delta"] = "delta"
+    vectors: tuple[LayerCheck, ...] = ()  # all vectors of both, by parameter
+
+    @property
+    def compared(self) -> tuple[LayerCheck, ...]:
+        """All layers and vectors."""
+        return (*self.layers, *self.vectors)
 
     @property
     def same(self) -> bool:
-        return all(x.same for x in self.layers)
+        return all(x.same for x in self.compared)
 
     @property
     def different(self) -> tuple[LayerCheck, ...]:
-        return tuple(x for x in self.layers if not x.same)
+        return tuple(x for x in self.compared if not x.same)
 
     @property
     def only_first(self) -> tuple[str, ...]:
-        """Layers that the second adapter lacks."""
-        return tuple(x.layer for x in self.layers if x.second is None)
+        """Layers and parameters that the second adapter lacks."""
+        return tuple(x.layer for x in self.compared if x.second is None)
 
     @property
     def only_second(self) -> tuple[str, ...]:
-        """Layers that the first adapter lacks."""
-        return tuple(x.layer for x in self.layers if x.first is None)
+        """Layers and parameters that the first adapter lacks."""
+        return tuple(x.layer for x in self.compared if x.first is None)
 
     @property
     def relative_difference(self) -> float:
-        """Relative difference over all layers: √Σ‖ΔW₂ − ΔW₁‖² / √Σ‖ΔW₁‖²."""
-        whole, difference = _root([x.norm for x in self.layers]), _root([x.difference for x in self.layers])
+        """Relative difference over all layers and vectors: √Σ‖ΔW₂ − ΔW₁‖² / √Σ‖ΔW₁‖²."""
+        whole, difference = _root([x.norm for x in self.compared]), _root([x.difference for x in self.compared])
         return difference / whole if whole else (0.0 if not difference else float("inf"))
 
     @property
