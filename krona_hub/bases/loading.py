@@ -25,11 +25,13 @@ from krona_hub.bases.weight_files import (
     WeightPlace,
     files_of,
     modules_in,
+    only_pickles,
     parameter_of,
     read,
     stored_in,
     weights_by_module,
 )
+from krona_hub.checkpoints.file_names import ADAPTER_PICKLES, SAFETENSORS
 from krona_hub.errors import FormatError, NotFoundError, UnknownBaseError
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def load_base(source: str | Path) -> Base:
         return named_base({c: _folder_modules(folder) for c, folder in component_folders(path).items()}, str(path))
     if path.exists():
         return _file_base(path)
-    if catalog.find(str(source)) is None and path.suffix in (".safetensors", ".ckpt", ".pt"):
+    if catalog.find(str(source)) is None and path.suffix in (SAFETENSORS, *ADAPTER_PICKLES):
         raise NotFoundError(f"File {source} does not exist.", fix="Check the path.")
     return catalog.get(str(source))
 
@@ -153,8 +155,15 @@ def open_checkpoint(path: Path) -> tuple[Base, dict[str, WeightPlace]]:
 
 
 def stored_by_component(folder: Path) -> dict[str, dict[str, StoredTensor]]:
-    """Component -> tensor name -> location, for a pipeline or a single component."""
-    return {c: stored_in(files_of(f)) for c, f in component_folders(folder).items()}
+    """Component -> tensor name -> location, for a pipeline or a single component.
+
+    Raises PickleError if all weights are pickles.
+    """
+    folders = component_folders(folder)
+    stored = {c: stored_in(files_of(f)) for c, f in folders.items()}
+    if not any(stored.values()) and (pickles := next(filter(None, map(only_pickles, folders.values())), None)):
+        raise pickles
+    return stored
 
 
 def placed(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
@@ -205,11 +214,17 @@ def landed_vectors(base: Base, stored: Mapping[str, StoredTensor]) -> dict[str, 
 
 
 def component_folders(path: Path) -> dict[str, Path]:
-    """Component -> folder, for a pipeline or a single component. Raises UnknownBaseError for any other folder."""
+    """Component -> folder, for a pipeline or a single component.
+
+    Raises PickleError for a folder of pickles, UnknownBaseError for any other folder.
+    """
     folders = {c: path / c for c in COMPONENTS if _has_model(path / c)}
     if folders:
         return folders
     if not _has_model(path):
+        parts = (path, *(path / c for c in COMPONENTS))
+        if pickles := next(filter(None, map(only_pickles, parts)), None):
+            raise pickles
         raise UnknownBaseError(
             f"No base model found in {path}.",
             fix="Specify a diffusers folder (with unet/ or transformer/), a component folder or a checkpoint file.",

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from krona_hub.bases.component import Component
 from krona_hub.bases.module_spec import ModuleSpec, OtherParameters, Placement, other_parameters
-from krona_hub.checkpoints.header import read_header
-from krona_hub.errors import FormatError, IncompleteError
+from krona_hub.checkpoints.file_names import ADAPTER_PICKLES
+from krona_hub.checkpoints.header import Header, read_header
+from krona_hub.errors import FormatError, IncompleteError, PickleError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,7 @@ TABLES = (  # two-dimensional weights of embeddings, which are not layers
     "token_embedding", "position_embedding", "embed_tokens", "embed_positions", "shared", "relative_attention_bias",
     "word_embeddings", "position_embeddings", "token_type_embeddings", "class_embedding", "positional_embedding",
 )  # fmt: skip
+EMA = "model_ema."  # copies of the weights, averaged during training, in checkpoints with ldm names
 SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 BUFFERS = ("position_ids",)
 PARAMETERS = {  # end of a tensor name -> parameter of its module
@@ -49,8 +51,36 @@ class WeightPlace(NamedTuple):
 def stored_in(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """Tensor name -> location, for the files of one model. Reads headers only."""
     return {
-        name: StoredTensor(path, name, info.shape) for path in files for name, info in read_header(path).tensors.items()
+        name: StoredTensor(path, name, info.shape)
+        for path in files
+        for name, info in header_of_model(path).tensors.items()
     }
+
+
+def header_of_model(path: Path) -> Header:
+    """Read the header of a file of a model. Raises the errors of `read_header`, with the way to convert a pickle."""
+    try:
+        return read_header(path)
+    except PickleError:
+        raise PickleError(
+            f"{path} is a pickle (.ckpt, .pt, .bin), which krona never loads because it can execute code.",
+            fix="Convert it to safetensors, for example with diffusers: StableDiffusionPipeline.from_single_file(FILE)"
+            ".save_pretrained(FOLDER), with the pipeline class of the model; then specify FOLDER.",
+        ) from None
+
+
+def only_pickles(folder: Path) -> PickleError | None:
+    """Return the error for a component folder with weights as pickles and none as safetensors, None for others."""
+    if any(folder.glob("*.safetensors")):
+        return None
+    pickle = next((path for path in sorted(folder.glob("*")) if path.suffix in ADAPTER_PICKLES), None)
+    if pickle is None:
+        return None
+    return PickleError(
+        f"{folder} contains weights only as pickles, such as {pickle.name}, which krona never loads.",
+        fix="Download the safetensors files, or convert the model with diffusers: DiffusionPipeline.from_pretrained"
+        "(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors.",
+    )
 
 
 def files_of(folder: Path) -> tuple[Path, ...]:
@@ -155,6 +185,15 @@ def parameter_of(tensor: str) -> tuple[str, str]:
 
 def _is_table(path: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and path.rpartition(".")[2] in TABLES
+
+
+def has_ema(names: Iterable[str]) -> bool:
+    """Whether tensors of an ldm checkpoint are EMA copies of the weights, which no application generates images with.
+
+    >>> has_ema(["model_ema.diffusion_modeltime_embed0weight"])
+    True
+    """
+    return any(name.startswith(EMA) for name in names)
 
 
 def _module_path(tensor: str) -> tuple[str, str]:

@@ -17,10 +17,17 @@ from krona_hub.checkpoints import strict_json
 from krona_hub.checkpoints.findings import Finding, quoted, raise_first
 from krona_hub.checkpoints.os_errors import fault
 from krona_hub.checkpoints.sniff import FIRST_BYTES, sniff
-from krona_hub.checkpoints.tensor_entries import DTYPE_BITS, FLOATS, TensorInfo, layout_findings, parse_entry
+from krona_hub.checkpoints.tensor_entries import (
+    DTYPE_BITS,
+    EIGHT_BITS,
+    FLOATS,
+    TensorInfo,
+    layout_findings,
+    parse_entry,
+)
 from krona_hub.errors import FormatError, KronaError, StructureError, TruncatedError
 
-__all__ = ["DTYPE_BITS", "FLOATS", "MAX_HEADER", "Header", "TensorInfo", "examine", "read_header"]
+__all__ = ["DTYPE_BITS", "EIGHT_BITS", "FLOATS", "MAX_HEADER", "Header", "TensorInfo", "examine", "read_header"]
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 _AGAIN = "Download or copy it again."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from math import ldexp, nan
 from typing import TYPE_CHECKING, BinaryIO
 
 from krona_hub.checkpoints.findings import quoted
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _SCALARS = {
     "F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f",
+    "F8_E5M2": "<e", "F8_E4M3": "<e",
     "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B", "BOOL": "<?",
 }  # fmt: skip
 
@@ -70,7 +72,19 @@ def _scalar(file: BinaryIO, header: Header, name: str, info: TensorInfo) -> floa
         raise StructureError(f"{where} cannot be read: the file has changed.", fix="Try again.")
     if info.dtype == "BF16":  # the upper half of a float32
         raw = b"\0\0" + raw
+    elif info.dtype == "F8_E5M2":  # the upper half of a float16
+        raw = b"\0" + raw
+    elif info.dtype == "F8_E4M3":
+        return _of_e4m3(raw[0])
     return float(struct.unpack(_SCALARS[info.dtype], raw)[0])
+
+
+def _of_e4m3(byte: int) -> float:
+    """The number of an F8_E4M3: sign, four bits of exponent with bias 7, three of mantissa; no infinity."""
+    sign, exponent, mantissa = -1.0 if byte >> 7 else 1.0, byte >> 3 & 15, byte & 7
+    if byte & 127 == 127:
+        return nan
+    return sign * (ldexp(8 + mantissa, exponent - 10) if exponent else ldexp(mantissa, -9))
 
 
 def _info(header: Header, name: str) -> TensorInfo:

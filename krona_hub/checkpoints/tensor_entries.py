@@ -21,6 +21,7 @@ DTYPE_BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2")  # plain casts, exact in BF16
 MAX_BYTES = 2**63 - 1  # largest offset
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _BROKEN = "Download the file again, or save it again with its application: it is corrupt or forged."

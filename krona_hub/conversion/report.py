@@ -36,7 +36,6 @@ class Totals:
 
     layers: tuple[LayerReport, ...]
     left_out: LeftOut = COMPLETE
-    vectors: int = 0  # of the source
     vector_error: float = 0.0  # relative, over all vectors that the result has
 
     @property

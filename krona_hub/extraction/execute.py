@@ -21,6 +21,8 @@ from krona_hub.extraction.request import ExtractRequest
 from krona_hub.extraction.tensor_pairs import Pairs, pair_up
 from krona_hub.formats.writing.writer import write
 
+EMA_NOTE = "the EMA weights (model_ema) in the file are not compared: applications do not use them to generate images"
+
 
 def execute(request: ExtractRequest, progress: Progress | None = None) -> ExtractionReport:
     """Run the request; `extract` documents the errors."""
@@ -154,8 +156,9 @@ def _terms_for(error: float, fitted: Sequence[Fitted]) -> str:
 
 def _notes(pairs: Pairs) -> tuple[str, ...]:
     sides = (("the tuned checkpoint", pairs.only_base), ("the base checkpoint", pairs.only_tuned))
-    return tuple(
+    lacking = (
         f"{words} lacks {len(names)} layers of the other, such as {names[0]}; they are omitted"
         for words, names in sides
         if names
     )
+    return (*lacking, *((EMA_NOTE,) if pairs.ema else ()))

@@ -14,11 +14,11 @@ from krona_hub.bases.loading import landed, load_base, stored_by_component, weig
 from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import table
 from krona_hub.bases.target_sets import choose
-from krona_hub.bases.weight_files import StoredTensor, WeightPlace, stored_in
-from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo, read_header
+from krona_hub.bases.weight_files import StoredTensor, WeightPlace, has_ema, stored_in
+from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS, Header, TensorInfo, read_header
 from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError, UnsupportedError, UsageError
 
-READABLE = (*FLOATS, "F8_E4M3", "F8_E5M2")
+READABLE = (*FLOATS, *EIGHT_BITS)
 SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")  # of quantized tensors
 PARTS = (".weight", ".bias", "_weight", "_bias", "")  # suffixes of tensor names after the module
 
@@ -48,6 +48,7 @@ class Pairs:
     others: tuple[LayerPair, ...]  # norms, biases, embeddings, buffers
     only_base: tuple[str, ...]  # layers of shared components that `tuned` lacks
     only_tuned: tuple[str, ...]
+    ema: bool = False  # whether a checkpoint contains EMA copies of the weights, which are not compared
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def pair_up(
         layers=layers,
         others=tuple(LayerPair(n, first.shape(first.others[n]), first.others[n], second.others[n]) for n in both),
         only_base=tuple(name for name in of_base if name not in second.layers),
+        ema=any(has_ema(header.tensors) for side in (first, second) for header in side.headers.values()),
         only_tuned=tuple(n for n in second.layers if inside(n) and n not in first.layers) if wanted is None else (),
     )
 
@@ -161,7 +163,7 @@ def _side(path: Path, model: Base, more: Mapping[str, ModuleSpec]) -> _Side:
         stored = stored_in([path])
         layers, others = landed(model, stored), dict(_placed(_extended(model, more), stored))
     taken = {(place.path, place.tensor) for place in layers.values()}
-    others = {n: p for n, p in others.items() if (p.path, p.tensor) not in taken}
+    others = {n: p for n, p in others.items() if (p.path, p.tensor) not in taken and not has_ema([p.tensor])}
     headers = {file: read_header(file) for file in {p.path for p in (*layers.values(), *others.values())}}
     scales = [name for header in headers.values() for name in header.tensors if name.endswith(SCALES)]
     if scales:

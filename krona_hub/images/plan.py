@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from krona_hub.bases.loading import load_base
+from krona_hub.bases.weight_files import header_of_model
 from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.checkpoints.file_names import SAFETENSORS
-from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import FormatError, IncompleteError, KronaError, UnknownBaseError, UsageError
 from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.description import Description
@@ -96,7 +96,7 @@ def _base(source: str, request: GenerateRequest) -> BasePlan:
     if not path.exists():
         raise missing_base_error(source)
     if path.is_file():
-        read_header(path)  # rejects anything but safetensors: pickles are never opened
+        header_of_model(path)  # rejects anything but safetensors: pickles are never opened
     elif request.variant:
         _check_variant(path, request.variant)
     family, fingerprint = _identity(path)

@@ -22,14 +22,21 @@ from krona_hub.bases.loading import (
     read,
     weight_files,
 )
-from krona_hub.bases.weight_files import StoredTensor, WeightPlace, indices_of, sets_of, stored_in
-from krona_hub.checkpoints.header import FLOATS, Header, read_header
+from krona_hub.bases.weight_files import (
+    StoredTensor,
+    WeightPlace,
+    header_of_model,
+    indices_of,
+    only_pickles,
+    sets_of,
+    stored_in,
+)
+from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS, Header, read_header
 from krona_hub.errors import (
     FormatError,
     IncompleteError,
     KronaError,
     NotFoundError,
-    PickleError,
     StructureError,
     UnknownBaseError,
     UnsupportedError,
@@ -39,7 +46,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-EIGHT_BITS = ("F8_E4M3", "F8_E5M2")  # plain casts: can be merged, with the loss reported
 QUANTIZED = {  # suffix of a tensor name -> how its weights are stored
     ".quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes fp4",
@@ -53,7 +59,6 @@ QUANTIZED = {  # suffix of a tensor name -> how its weights are stored
     ".wscales": "SVDQuant (Nunchaku)",
     "scaled_fp8": "scaled fp8",
 }
-_PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 _ADVICE = "Merge into the model in bf16 or fp16 and quantize the result, or load the adapter at run time instead."
 
 
@@ -153,7 +158,7 @@ def _of_file(path: Path) -> BaseTree:
 
 
 def _headers(paths: Iterable[Path]) -> dict[Path, Header]:
-    return {path: read_header(path) for path in sorted(set(paths))}
+    return {path: header_of_model(path) for path in sorted(set(paths))}
 
 
 def _gathered(
@@ -214,12 +219,8 @@ def _only_others(root: Path, folders: Iterable[Path], configured: Mapping[Path, 
     for folder in folders:
         if folder in configured:
             return quantized(folder, configured[folder])
-        for pattern in _PICKLES:
-            if pickle := next(folder.glob(pattern), None):
-                return PickleError(
-                    f"{root} contains weights only as pickles, such as {pickle.name}.",
-                    fix="Download the safetensors files, or save the model again with save_pretrained.",
-                )
+        if pickles := only_pickles(folder):
+            return pickles
         if next(folder.glob("*.gguf"), None):
             return quantized(folder, "GGUF")
     return IncompleteError(f"{root} contains no weights.", fix="Download its safetensors files.")

@@ -14,7 +14,7 @@ from krona_hub.bases import name_prefixes
 from krona_hub.bases.base import COMPONENTS
 from krona_hub.bases.loading import component_folders
 from krona_hub.bases.module_spec import Placement
-from krona_hub.bases.weight_files import WeightPlace
+from krona_hub.bases.weight_files import WeightPlace, only_pickles
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.errors import AmbiguousError, KronaError, UsageError
 from krona_hub.formats.known.format import Format
@@ -247,10 +247,23 @@ def _planned(plan: ReadPlan, tree: BaseTree) -> _Reading:
     modules = []
     for module in plan.modules:
         layers = tuple(place.layer for place in module.places)
-        lost = next((f"{layer} has no weight in the base." for layer in layers if layer not in tree.places), "")
+        lost = next(
+            (
+                f"{layer} has no weight in the base{_pickled(tree, layer)}."
+                for layer in layers
+                if layer not in tree.places
+            ),
+            "",
+        )
         modules.append((MergeModule(module.group.name, layers, module.layout.dora is not None), lost))
     unread = {name: _why_unread(error) for name, error in plan.problems.items()}
     return _Reading(plan.format, tuple(modules), unread, plan.file.keys.extras, plan=plan)
+
+
+def _pickled(tree: BaseTree, layer: str) -> str:
+    """Return why a folder has no weight of a layer, if its component is stored only as pickles."""
+    pickles = tree.is_folder and only_pickles(tree.root / layer.partition(".")[0])
+    return ", which stores this component only as a pickle" if pickles else ""
 
 
 def _sorted_out(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from krona_hub.bases.module_spec import Placement
-from krona_hub.bases.weight_files import WeightPlace
-from krona_hub.checkpoints.header import FLOATS, Header, TensorInfo
+from krona_hub.bases.weight_files import WeightPlace, has_ema
+from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS, Header, TensorInfo
 from krona_hub.errors import BaseMismatchError, ConflictError, UsageError, abbreviated
 from krona_hub.merging.base_weights import BaseTree, open_tree, quantized
 from krona_hub.merging.block_weights import BlockWeights
@@ -357,7 +357,7 @@ def _notes(
         yield from (f"{part.label}: {note}" for note in part.notes)
     if not targets:
         yield "every strength is 0: the output equals the base"
-    narrow = {tree.headers[path].tensors[tensor].dtype for path, tensor, _ in targets} & {"F8_E4M3", "F8_E5M2"}
+    narrow = {tree.headers[path].tensors[tensor].dtype for path, tensor, _ in targets} & {*EIGHT_BITS}
     if narrow:
         yield "the base is stored in 8 bits, which loses most of an adapter; --out-dtype bf16 preserves more of it"
     variants = {place.path.parent for places in tree.places.values() if len(places) > 1 for place in places}
@@ -365,5 +365,5 @@ def _notes(
         yield f"{folder.name} has several variants (such as fp16); each is merged"
     for path in tree.beside if targets else ():
         yield f"{path.name} also contains a complete model, which is not merged: diffusers does not load it"
-    if any(name.startswith("model_ema.") for path, _, _ in targets[:1] for name in tree.headers[path].tensors):
+    if any(has_ema(tree.headers[path].tensors) for path, _, _ in targets[:1]):
         yield "the EMA weights (model_ema) in the file are not merged: applications do not use them to generate images"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from krona_hub.bases import catalog
+from krona_hub.bases.weight_files import only_pickles
 from krona_hub.errors import FormatError, IncompleteError, KronaError, NoDeviceError, NotFoundError, UnknownBaseError
 
 SINGLE_FILES: Mapping[str, str] = {  # start of a family's name -> the pipeline for its checkpoints in one file
@@ -69,12 +71,20 @@ def loading_errors(source: str) -> Iterator[None]:
             fix="Specify a diffusers folder, or a file with the whole pipeline.",
         ) from problem
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as problem:
+        if pickles := _pickles_in(Path(source)):
+            raise pickles from problem
         words = " ".join(str(problem).split())[:200]
         kind = IncompleteError if isinstance(problem, OSError) else FormatError
         raise kind(
             f"{source}: diffusers cannot load it: {words}",
             fix="Download it again; a single file needs its configuration: --config FOLDER.",
         ) from problem
+
+
+def _pickles_in(folder: Path) -> KronaError | None:
+    """Return the error of the first component of a pipeline folder with weights only as pickles, if there is one."""
+    parts = sorted(path for path in folder.glob("*") if path.is_dir())
+    return next(filter(None, map(only_pickles, parts)), None)
 
 
 def pipeline_for(source: str, family: str | None) -> str:

@@ -55,7 +55,7 @@ BAD = {
     ),
     "infinity": (module(Q, lokr_w1=FULL["lokr_w1"] / 0, lokr_w2=FULL["lokr_w2"]), NonFiniteError),
     "integers": (module(Q, lora_up=UP.int(), lora_down=DOWN), DtypeError),
-    "fp8": (module(Q, lora_up=UP.to(torch.float8_e4m3fn), lora_down=DOWN), DtypeError),
+    "fp8 of other hardware": (module(Q, lora_up=UP.to(torch.float8_e4m3fnuz), lora_down=DOWN), DtypeError),
     "an integer alpha": (module(Q, **LORA, **alpha(4, torch.int64)), DtypeError),
     "alpha infinite": (module(Q, **LORA, **alpha(float("inf"))), ScaleError),
     "alpha not a number": (module(Q, **LORA, **alpha(float("nan"))), ScaleError),

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from krona_hub.checkpoints.file_names import PEFT_CONFIG
-from krona_hub.errors import AmbiguousError, UnrecognisedError, UnsupportedError, UsageError
+from krona_hub.errors import AmbiguousError, UnrecognisedError, UsageError
 from krona_hub.formats.known.cloneofsimo import CLONEOFSIMO
 from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
 from krona_hub.formats.known.diffusers import DIFFUSERS_LOKR, DIFFUSERS_LORA
@@ -20,6 +20,7 @@ from krona_hub.formats.known.format import Format, Storage
 from krona_hub.formats.known.kohya import KOHYA_LORA, LYCORIS_LOCON, LYCORIS_LOKR
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.peft import PEFT_LOKR, PEFT_LORA
+from krona_hub.formats.known.refusals import not_an_adapter, refuse_whole
 from krona_hub.formats.parsing.adapter_file import AdapterFile, open_files
 
 FORMATS: tuple[Format, ...] = (
@@ -80,9 +81,10 @@ def detect_format(file: AdapterFile) -> Format:
     Raises
     ------
     UnrecognisedError
-        The file contains no adapter weights.
+        The file is not an adapter, such as a checkpoint.
     UnsupportedError
-        All modules belong to an algorithm that is not a Kronecker or low-rank product, such as LoHa.
+        All modules belong to an algorithm that is not a Kronecker or low-rank product, such as OFT, or the tensors are
+        quantized with scales.
     AmbiguousError
         Two formats fit; the message names the option that decides.
 
@@ -103,20 +105,9 @@ def detect_format(file: AdapterFile) -> Format:
 
 def _check_supported(file: AdapterFile) -> None:
     keys = file.keys
-    if not keys.modules and not keys.vectors and keys.foreign:
-        module, algorithm = next(iter(keys.foreign.items()))
-        raise UnsupportedError(
-            f"All {len(keys.foreign)} modules use unsupported algorithms, e.g. {module!r} ({algorithm}).",
-            fix="Merge it with the application that trained it; krona reads Kronecker and low-rank products only.",
-        )
+    refuse_whole(file)
     if not keys.modules and not keys.vectors:
-        tensors = file.header.tensors
-        count = f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}"
-        example = f", e.g. {min(tensors)!r}" if tensors else ""
-        raise UnrecognisedError(
-            f"No adapter weights found ({count}{example}).",
-            fix="Choose an adapter file, not a checkpoint; `krona formats` lists supported formats.",
-        )
+        raise not_an_adapter(file)
     scaled = "lora_adapter_metadata" in file.metadata or any("alpha" in m.parts for m in keys.modules)
     if file.config is None and not scaled and any(m.name.startswith("base_model.model.") for m in keys.modules):
         kind = "lokr" if "lokr" in keys.kinds else "lora"

@@ -15,12 +15,14 @@ from typing import Any
 
 from krona_hub.bases.base import COMPONENTS, Base
 from krona_hub.bases.loading import Weights, base_weights, load_base
+from krona_hub.bases.weight_files import indices_of
 from krona_hub.checkpoints.file_names import ADAPTER_PICKLES, DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from krona_hub.checkpoints.header import Header, read_header
 from krona_hub.checkpoints.os_errors import fault
-from krona_hub.errors import AmbiguousError, FormatError, KronaError, NotFoundError, PickleError
+from krona_hub.errors import AmbiguousError, FormatError, KronaError, NotFoundError, PickleError, UnrecognisedError
 from krona_hub.formats.parsing.keys import Keys, sort_keys
 
+EXTRACT = "Run `krona extract BASE MODEL` for an adapter of a fine-tuned model; specify a base model with --base."
 CONFIG_LIMIT = 10_000_000  # bytes; real ones are a few kB
 
 
@@ -129,6 +131,8 @@ def _only_file(folder: Path) -> Path:
     preferred = [f for f in files if f.name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)]
     if len(preferred or files) == 1:
         return (preferred or files)[0]
+    if indices_of(folder) or (not files and any((folder / c).is_dir() for c in COMPONENTS)):
+        raise UnrecognisedError(f"{folder} contains a model in the layout of diffusers, not an adapter.", fix=EXTRACT)
     if files:
         raise AmbiguousError(
             f"{folder} contains {len(files)} safetensors files: {', '.join(f.name for f in files[:4])}.",

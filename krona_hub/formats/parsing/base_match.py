@@ -15,7 +15,9 @@ from krona_hub.bases.base import COMPONENTS, Base
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, UnknownBaseError
+from krona_hub.formats.parsing.foreign import unsupported
 
+INPUT_LAYERS = (".x_embedder", ".img_in", ".patch_embedding", ".pos_embed.proj")
 HINTS = 8  # modules per file to suggest a name for; each search takes milliseconds
 Placements = tuple[Placement, ...]
 Shapes = Mapping[str, tuple[int, ...]]  # module of a file -> shape of the weight, as implied by its tensors
@@ -99,6 +101,8 @@ def _place(
     wanted = _size(names.base, places)
     given = shape[0], prod(shape[1:])
     if given != wanted:
+        if given == (wanted[0], 2 * wanted[1]) and places[0].layer.endswith(INPUT_LAYERS):
+            raise unsupported("control LoRA", f" (an input layer of {given[1]} instead of {wanted[1]} channels)")
         raise BaseMismatchError(
             f"The delta is {given[0]}x{given[1]}, but the layer of {names.base.name} is {wanted[0]}x{wanted[1]}.",
             fix="Specify the base model the adapter was trained on with --base.",

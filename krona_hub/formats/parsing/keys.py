@@ -65,16 +65,32 @@ PEFT_TAILS: Mapping[str, KeyPart] = {  # parameters that PEFT trains and stores 
     "bias": KeyPart("value", "bias", "peft"),
     "weight": KeyPart("value", "weight", "peft"),
 }
-FOREIGN: Mapping[str, str] = {  # end of a key -> its algorithm, none of them a Kronecker product
+FOREIGN: Mapping[str, str] = {  # end of a key -> its algorithm, explained in `foreign`
     **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), "LoHa"),
+    **dict.fromkeys(("q_layer.weight", "p_layer.weight", "lambda_layer"), "T-LoRA"),
+    **dict.fromkeys(("base_q", "base_p", "base_lambda"), "T-LoRA"),
     **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), "GLoRA"),
-    **dict.fromkeys(("oft_blocks", "oft_diag", "oft_r", "oft_s", "oft_R.weight", "rescale"), "OFT or BOFT"),
+    **dict.fromkeys(("glora_A", "glora_B", "glora_C", "glora_D", "glora_E"), "GLoRA"),
+    **dict.fromkeys(("oft_blocks", "oft_diag", "oft_r", "oft_s", "oft_R", "oft_R.weight", "rescale"), "OFT or BOFT"),
     **dict.fromkeys(("boft_R", "boft_s"), "BOFT"),
     **dict.fromkeys(("ia3_l", "on_input"), "IA3"),
     **dict.fromkeys(("lora_E", "ranknum"), "AdaLoRA"),
     **dict.fromkeys(("lora_embedding_A", "lora_embedding_B"), "LoRA of an embedding"),
     **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), "VeRA"),
+    **dict.fromkeys(("pvera_lambda_b", "pvera_lambda_d"), "PVeRA"),
+    **dict.fromkeys(("randlora_lambda", "randlora_gamma"), "RandLoRA"),
+    **dict.fromkeys(("hira_A", "hira_B"), "HiRA"),
+    **dict.fromkeys(("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"), "GraLoRA"),
+    **dict.fromkeys(("delora_A", "delora_B", "delora_lambda"), "DeLoRA"),
+    **dict.fromkeys(("road_theta", "road_alpha"), "RoAd"),
+    **dict.fromkeys(("lora_down", "lora_up", "proj_down", "proj_up"), "Nunchaku"),
+    **dict.fromkeys(("wscales", "wtscale", "wcscales", "smooth", "smooth_orig"), "Nunchaku"),
+    **dict.fromkeys(("smooth_factor", "smooth_factor_orig"), "Nunchaku"),
+    **dict.fromkeys(("qweight", "qzeros"), "GPTQ, AWQ or Nunchaku"),
+    "reshape_weight": "control LoRA",
     "lokr_t1": "LoKr with lokr_t1, which no trainer writes",
+    "shira_weight": "SHiRA",
+    "waveft_spectrum": "WaveFT",
     "c3a_kernel": "C3A",
     "hra_u": "HRA",
     "fourierft_spectrum": "FourierFT",
@@ -193,6 +209,7 @@ def sort_keys(
             foreign[found[0]] = found[1].name
         else:
             _add(modules.setdefault(found[0], {}), key, found)
+    unknown = [key for key in unknown if key.rpartition(".")[0] not in foreign]  # `weight` of IA3
     groups = {name: _group(name, parts) for name, parts in modules.items() if name not in foreign}
     orphans = tuple(name for name, group in groups.items() if group is None)
     return Keys(tuple(g for g in groups.values() if g), tuple(vectors), tuple(extras), foreign, tuple(unknown), orphans)

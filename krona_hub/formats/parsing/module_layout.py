@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from krona_hub.checkpoints.header import FLOATS, TensorInfo
-from krona_hub.errors import AmbiguousError, DtypeError, IncompleteError, ShapeError
+from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS, TensorInfo
+from krona_hub.errors import AmbiguousError, DtypeError, IncompleteError, ShapeError, UnsupportedError
 from krona_hub.formats.parsing.keys import ModuleTensors
 from krona_hub.kron.shapes import KronShape
 
@@ -53,9 +53,9 @@ def layout_of(group: ModuleTensors, tensors: Mapping[str, TensorInfo], kind: str
 
 
 def _check_dtype(part: str, info: TensorInfo) -> None:
-    if info.dtype not in FLOATS:
+    if info.dtype not in (*FLOATS, *EIGHT_BITS):
         raise DtypeError(
-            f"Unsupported dtype {info.dtype} of {part!r}; supported are F64, F32, F16 and BF16.",
+            f"Unsupported dtype {info.dtype} of {part!r}; supported are F64, F32, F16, BF16 and unscaled fp8.",
             fix="Use the original file; a quantized adapter cannot be read exactly.",
         )
     if info.numel == 0:
@@ -88,8 +88,18 @@ def _lora(sizes: Sizes) -> ModuleLayout:
     _check(len(down) >= 2, f"'down' must be a matrix or a kernel, not {list(down)}.")
     if "mid" in sizes:
         return _lora_tucker(sizes["mid"], _matrix("down", down), (out, rank))
+    if len(down) > 2 and down[0] > rank and down[0] % rank == 0 and out % (down[0] // rank) == 0:
+        raise _grouped(down[0] // rank)
     _check(down[0] == rank, f"'up' {list(up)} and 'down' {list(down)} have different ranks: {rank} and {down[0]}.")
     return ModuleLayout("lora", KronShape(1, 1, out, prod(down[1:])), (out, *down[1:]), right_rank=rank, rank=rank)
+
+
+def _grouped(groups: int) -> UnsupportedError:
+    """PEFT computes down without groups: each output depends on all inputs, which the grouped weight cannot hold."""
+    return UnsupportedError(
+        f"This is a PEFT LoRA of a convolution with {groups} groups, which cannot be added to the grouped weight.",
+        fix="Train without this layer; PEFT can apply the LoRA at run time, but cannot merge it either.",
+    )
 
 
 def _lora_tucker(mid: Size, down: tuple[int, int], up: tuple[int, int]) -> ModuleLayout:

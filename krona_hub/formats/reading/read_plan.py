@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from krona_hub.bases.base import COMPONENTS
-from krona_hub.checkpoints.header import FLOATS
+from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS
 from krona_hub.checkpoints.reader import read_scalars
 from krona_hub.errors import (
     AmbiguousError,
@@ -25,8 +25,10 @@ from krona_hub.errors import (
     counted,
 )
 from krona_hub.formats.known.format import Format
+from krona_hub.formats.known.refusals import refuse_whole
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.base_match import BaseMatch, Placements, match_base
+from krona_hub.formats.parsing.foreign import unsupported
 from krona_hub.formats.parsing.keys import ModuleTensors, VectorKey
 from krona_hub.formats.parsing.module_layout import ModuleLayout, layout_of
 from krona_hub.formats.parsing.scales import ModuleScale, ScaleConfig, config_scale, tensor_scale
@@ -92,9 +94,10 @@ class ReadPlan:
 def make_plan(file: AdapterFile, format: Format, component: str | None = None, *, lost: bool = False) -> ReadPlan:
     """Plan how to read `file` by the rules of `format`; problems of single modules are in `problems`.
 
-    Raises errors that concern the whole file: a broken configuration, and an unknown or ambiguous base model. With
-    `lost`, the latter is a note instead, and the modules have no layers.
+    Raises errors that concern the whole file: a broken configuration, scaled fp8, and an unknown or ambiguous base
+    model. With `lost`, the latter is a note instead, and the modules have no layers.
     """
+    refuse_whole(file)
     layouts, scales, problems = measure(file, format)
     match, base_error = _match(file, layouts, format, component)
     if base_error is not None and not lost:
@@ -142,22 +145,34 @@ def _leftovers(file: AdapterFile) -> dict[str, KronaError]:
     keys = file.keys
     found: dict[str, KronaError] = {}
     for name, algorithm in (keys.foreign or {}).items():
-        found[name] = UnsupportedError(
-            f"Unsupported algorithm {algorithm}: not a Kronecker or low-rank product.",
-            fix="Use --allow-missing to read the other modules.",
-        )
+        found[name] = unsupported(algorithm)
     for key in keys.unknown:
-        found[key] = IncompleteError("Unknown key.", fix="Use --allow-missing to skip it.")
+        found[key] = _unknown(key)
     for name in keys.orphans:
         found[name] = IncompleteError("An alpha or a magnitude without a delta.", fix="Save the adapter again.")
     return found
+
+
+def _unknown(key: str) -> IncompleteError:
+    if key.endswith((".weight", ".bias")):
+        return IncompleteError(
+            "This is a whole weight, as in a checkpoint, not a difference from the base model.",
+            fix="Use --allow-missing to skip it; `krona extract` makes an adapter of a fine-tuned model.",
+        )
+    return IncompleteError(
+        "The key belongs to no adapter format that krona knows.", fix="Use --allow-missing to skip it."
+    )
 
 
 def _alphas(file: AdapterFile) -> dict[str, float]:
     """Module -> stored alpha, if it is a single floating-point number."""
     keys = {m.name: m.parts["alpha"] for m in file.keys.modules if "alpha" in m.parts}
     tensors = file.header.tensors
-    sound = {name: key for name, key in keys.items() if tensors[key].numel == 1 and tensors[key].dtype in FLOATS}
+    sound = {
+        name: key
+        for name, key in keys.items()
+        if tensors[key].numel == 1 and tensors[key].dtype in (*FLOATS, *EIGHT_BITS)
+    }
     values = read_scalars(file.header, sound.values())
     return {name: values[key] for name, key in sound.items()}
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenance
@@ -25,6 +26,8 @@ from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan,
 from krona_hub.formats.reading.values import minus_base, vectors_of
 from krona_hub.kron.rows import Range, take_rows, transposed
 from krona_hub.kron.terms import KronTerms
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # exact in bfloat16, which has more bits of both kinds
 
 __all__ = ["detect_format", "read", "read_described", "read_files", "read_planned"]
 
@@ -128,7 +131,8 @@ def _read_native(file: AdapterFile) -> Adapter:
 
 def _execute(plan: ReadPlan) -> Adapter:
     keys = [key for m in plan.modules for key in m.group.keys]
-    tensors = load(plan.file.header, [*keys, *(vector.key.key for vector in plan.vectors)])
+    stored = load(plan.file.header, [*keys, *(vector.key.key for vector in plan.vectors)])
+    tensors = {key: tensor.to(torch.bfloat16) if tensor.dtype in FP8 else tensor for key, tensor in stored.items()}
     layers: dict[str, LayerDelta] = {}
     for module in plan.modules:
         parts = {part: tensors[key] for part, key in module.group.parts.items()}
