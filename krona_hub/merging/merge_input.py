@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from krona_hub.adapters.provenance import BaseModel
 from krona_hub.bases import name_prefixes
 from krona_hub.bases.base import COMPONENTS
-from krona_hub.bases.loading import component_folders
-from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.weight_files import WeightPlace, only_pickles
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.errors import AmbiguousError, KronaError, UsageError
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from krona_hub.adapters.adapter import Adapter
 
 
+Shape = tuple[int, ...]
 RECORDING = (None, "krona")  # formats that record their base; for others it is inferred from names and shapes
 
 
@@ -188,6 +187,9 @@ def _of_file(
         {name: why for reading in found for name, why in reading.unread.items()},
         component,
     )
+    shapes = {name: shape for reading in found for name, shape in reading.vectors.items()}
+    vectors, missing_vectors = _placed(shapes, tree, component)
+    unread = {name: why for reading in found for name, why in reading.unread_vectors.items()}
     return MergeInput(
         label=str(source),
         source=path,
@@ -200,6 +202,8 @@ def _of_file(
         notes=tuple(_extras(tuple(name for reading in found for name in reading.extras))),
         files=tuple(file.path for file in files),
         plans=tuple(reading.plan for reading in found if reading.plan),
+        vectors=vectors,
+        missing_vectors=missing_vectors | _of_component(unread, component),
     )
 
 
@@ -212,6 +216,8 @@ class _Reading(NamedTuple):
     extras: tuple[str, ...]
     base: BaseModel | None = None  # that it records; only native files do so reliably
     plan: ReadPlan | None = None
+    vectors: Mapping[str, Shape] = {}  # parameter -> shape of what is added to it
+    unread_vectors: Mapping[str, str] = {}  # keys of vectors that do not match the base, and why
 
 
 def _reading(file: AdapterFile, tree: BaseTree, format: str | None, component: str | None) -> _Reading:
@@ -238,7 +244,8 @@ def _native(file: AdapterFile, tree: BaseTree) -> _Reading:
         (MergeModule(name, (name,), layer.magnitude is not None), _why_not(name, layer.weight_shape, tree))
         for name, layer in known.layers.items()
     )
-    return _Reading("krona", tuple(modules), {}, tuple(known.extras), known.header.base)
+    vectors = {name: file.header.tensors[tensor].shape for name, tensor in known.vectors.items()}
+    return _Reading("krona", tuple(modules), {}, tuple(known.extras), known.header.base, vectors=vectors)
 
 
 def _planned(plan: ReadPlan, tree: BaseTree) -> _Reading:
@@ -257,7 +264,16 @@ def _planned(plan: ReadPlan, tree: BaseTree) -> _Reading:
         )
         modules.append((MergeModule(module.group.name, layers, module.layout.dora is not None), lost))
     unread = {name: _why_unread(error) for name, error in plan.problems.items()}
-    return _Reading(plan.format, tuple(modules), unread, plan.file.keys.extras, plan=plan)
+    keys = {vector.key for vector in plan.file.keys.vectors}
+    return _Reading(
+        plan.format,
+        tuple(modules),
+        {name: why for name, why in unread.items() if name not in keys},
+        plan.file.keys.extras,
+        plan=plan,
+        vectors={target.parameter: target.shape for vector in plan.vectors for target in vector.targets},
+        unread_vectors={name: why for name, why in unread.items() if name in keys},
+    )
 
 
 def _pickled(tree: BaseTree, layer: str) -> str:
@@ -271,8 +287,13 @@ def _sorted_out(
 ) -> tuple[tuple[MergeModule, ...], dict[str, str]]:
     """Return the modules that can be merged, and why the others cannot; with `component`, only its modules."""
     wanted = [(m, why) for m, why in found if component is None or m.layers[0].startswith(f"{component}.")]
-    lost = {name: why for name, why in unread.items() if component is None or name_prefixes.may_mean(name, component)}
+    lost = _of_component(unread, component)
     return tuple(m for m, why in wanted if not why), {m.name: why for m, why in wanted if why} | lost
+
+
+def _of_component(unread: Mapping[str, str], component: str | None) -> dict[str, str]:
+    """Return the unread names that may be of that component."""
+    return {n: why for n, why in unread.items() if component is None or name_prefixes.may_mean(n, component)}
 
 
 def _why_unread(error: KronaError) -> str:
@@ -297,38 +318,15 @@ def _extras(names: tuple[str, ...]) -> Iterator[str]:
 
 # --- vectors ---------------------------------------------------------------------------------------------------------
 
-Shape = tuple[int, ...]
-
 
 def _placed(
     shapes: Mapping[str, Shape], tree: BaseTree, component: str | None
 ) -> tuple[dict[str, tuple[WeightPlace, ...]], dict[str, str]]:
     """Locate the parameters that vectors are added to; also return why others cannot be merged."""
     wanted = {name: shape for name, shape in shapes.items() if component is None or name.startswith(f"{component}.")}
-    places = parameter_places(tree, wanted) if wanted else {}
+    places = {name: tree.vectors[name] for name in wanted if name in tree.vectors}
     missing = {name: why for name, shape in wanted.items() if (why := _why_not_added(name, shape, places, tree))}
     return {name: places[name] for name in wanted if name not in missing}, missing
-
-
-def parameter_places(tree: BaseTree, parameters: Iterable[str]) -> dict[str, tuple[WeightPlace, ...]]:
-    """Locate biases, weights of norms and bare parameters: canonical name -> its tensors, one per variant.
-
-    Only names of diffusers are resolved; a parameter that the base lacks is left out.
-    """
-    folders = component_folders(tree.root) if tree.is_folder else {}
-    found: dict[str, tuple[WeightPlace, ...]] = {}
-    for parameter in parameters:
-        owner, _, path = parameter.partition(".")
-        names = {path, f"text_model.{path}"} if tree.is_folder else {parameter, path}
-        places = tuple(
-            WeightPlace(file, name, Placement(parameter))
-            for file, header in tree.headers.items()
-            if not tree.is_folder or file.parent == folders.get(owner)
-            for name in sorted(names & header.tensors.keys())
-        )
-        if places:
-            found[parameter] = places
-    return found
 
 
 def _why_not_added(name: str, shape: Shape, places: Mapping[str, tuple[WeightPlace, ...]], tree: BaseTree) -> str:

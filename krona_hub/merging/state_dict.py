@@ -12,7 +12,7 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases.base import COMPONENTS
-from krona_hub.bases.loading import load_base, placed
+from krona_hub.bases.loading import landed_vectors, load_base, placed
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import table
 from krona_hub.bases.weight_files import StoredTensor, weights_by_module
@@ -49,7 +49,7 @@ def apply_to_state_dict(
 ) -> dict[str, Tensor]:
     """Return a new state dict with strength · ΔW of every adapter added; untouched tensors are shared with the old one.
 
-    Vectors are added to their parameters likewise; these are found by the model's own names.
+    Vectors are added to their parameters likewise, found by the model's own names or by those that `base` resolves.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def _places(
     owners = [component] if component else [c for c in COMPONENTS if c in present]
     return {
         **_layer_places(stored, layers, owners, base, component),
-        **_by_own_names({n: n for n in stored}, vectors, owners),
+        **_vector_places(stored, vectors, owners, base),
     }
 
 
@@ -134,6 +134,17 @@ def _layer_places(
         return plain
     known = _by_base(stored, base, component) if base is not None else _by_catalog(stored)
     return max(plain, known, key=lambda places: len(places.keys() & wanted))
+
+
+def _vector_places(
+    stored: Mapping[str, StoredTensor], wanted: Collection[str], owners: Sequence[str], base: str | Path | None
+) -> Places:
+    """Locate the parameters of vectors: by their own names if all are there, else as `base` resolves them."""
+    plain = _by_own_names({name: name for name in stored}, wanted, owners)
+    if len(plain) == len(wanted) or base is None:
+        return plain
+    known = landed_vectors(load_base(base), stored)
+    return {**{n: StateDictSlot(p.tensor, p.placement) for n, p in known.items() if n in wanted}, **plain}
 
 
 def _by_own_names(tensors: Mapping[str, str], wanted: Collection[str], owners: Sequence[str]) -> Places:

@@ -246,5 +246,5 @@ def test_an_application_that_ignores_vectors_does_not_load_the_file_rightly(tmp_
 def test_plain_weights_in_a_file_that_is_not_peft_stay_unknown(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(LORA | {"unet.conv_norm_out.weight": WEIGHT}, path)
-    with pytest.raises(IncompleteError, match="Unknown key"):
+    with pytest.raises(IncompleteError, match="a whole weight, as in a checkpoint"):
         read(path, base=BASE)
