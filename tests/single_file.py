@@ -96,7 +96,7 @@ def _unet_tensors(unet) -> dict[str, Tensor]:
 
 
 def _unet_name(path: str, homes: Mapping[str, str]) -> str:
-    """The ldm name of a module; norms are in no table of krona, since no adapter changes them."""
+    """The ldm name of a module; those of norms are written out, as an oracle for the names of `krona_hub`."""
     parent, _, leaf = path.rpartition(".")
     if path in homes or path == "conv_norm_out":
         return homes.get(path, "out.0")
