@@ -128,9 +128,8 @@ class LayerDelta:
 
 
 def _vector_delta(vector: Tensor) -> LayerDelta:
-    """Return what is added to a parameter as 1 ⊗ v, with v flattened from dimension 1 like a weight."""
-    shape = tuple(vector.shape) or (1,)
-    return LayerDelta((KronTerms(torch.ones(1, 1, 1), vector.reshape(1, shape[0], -1)),), shape)
+    """Return what is added to a parameter as 1 ⊗ v, flat, since files store bare parameters in several shapes."""
+    return LayerDelta((KronTerms(torch.ones(1, 1, 1), vector.reshape(1, -1, 1)),), (vector.numel(),))
 
 
 def dora_weight(directed: Tensor, magnitude: Tensor, axis: Axis) -> Tensor:
@@ -218,7 +217,7 @@ class Adapter(Mapping[str, LayerDelta]):
         return isinstance(layer, str) and canonical_name(layer) in self.layers
 
     def delta(self, name: str) -> LayerDelta:
-        """Return the delta of a layer, or that of a parameter: its vector as one dense factor.
+        """Return the delta of a layer, or that of a parameter: its vector, flat, as one dense factor.
 
         Raises NotFoundError for a name that is neither.
         """

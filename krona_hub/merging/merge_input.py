@@ -335,7 +335,7 @@ def _why_not_added(name: str, shape: Shape, places: Mapping[str, tuple[WeightPla
         return f"{tree.root.name} has no {name_prefixes.lacking(name, tree.base) or 'such parameter'}."
     for place in places[name]:
         stored = _shape_at(place, tree)
-        if (shape[:1], prod(shape)) != (stored[:1], prod(stored)):
+        if shape != stored:
             return f"its vector is {_words(shape)}, but the parameter is {_words(stored)}."
     return ""
 

@@ -159,6 +159,15 @@ def test_a_vector_lands_on_the_rows_and_halves_of_a_fused_bias(swap):
     assert torch.equal(found, rounded(wanted, torch.float16))
 
 
+@pytest.mark.parametrize("shape", [(96,), (6, 16), (1, 6, 16), (96, 1, 1)])
+def test_a_table_may_be_stored_in_another_shape(shape):
+    stored, vector = rand(*shape).bfloat16(), rand(1, 6, 16, seed=3)
+    found, _ = merged(
+        stored, [Patch(Adapter({}, vectors={"unet.x": vector}).delta("unet.x"), 0.6, Placement("unet.x"))]
+    )
+    assert torch.equal(found, rounded(stored.double() + 0.6 * vector.double().reshape(shape), torch.bfloat16))
+
+
 def test_a_scalar_parameter_is_a_vector_too():
     delta = Adapter({}, vectors={"text_encoder.logit_scale": torch.tensor(0.25)}).delta("text_encoder.logit_scale")
     found, _ = merged(torch.tensor(2.0), [Patch(delta, 2.0, Placement("text_encoder.logit_scale"))])

@@ -95,9 +95,8 @@ def test_a_vector_that_only_one_has_must_be_zero():
     assert compare_deltas(vectors_of(x=torch.zeros(15)), vectors_of()).same
 
 
-def test_vectors_of_different_shapes_are_never_the_same():
-    a = torch.randn(6, 16)
-    report = compare_deltas(vectors_of(x=a), vectors_of(x=a[None]))
+def test_vectors_of_different_sizes_are_never_the_same():
+    report = compare_deltas(vectors_of(x=torch.ones(16)), vectors_of(x=torch.ones(15)))
     assert not report.same and "unet.x.bias: different sizes" in report.notes[0]
 
 

@@ -36,10 +36,10 @@ def merge_tensor(
 ) -> Survival:
     """Send W + Σ w·ΔW, rounded once to `out_dtype`, to `sink`: the whole tensor, in tiles, in file order.
 
-    `weight` has its stored shape and dtype, and is only read. A tile is valid until `sink` returns. Untouched rows keep
-    their bits. Threads may run in parallel, each on one tensor. Raises BaseMismatchError for a delta of another size,
-    DtypeError for a base that is not floating point, ConflictError for two DoRA patches on the same rows,
-    NonFiniteError, naming the tensor, if a finite value of the base becomes infinite.
+    `weight` has its stored shape and dtype, and is only read; vectors are added to it as a flat one. A tile is valid
+    until `sink` returns. Untouched rows keep their bits. Threads may run in parallel, each on one tensor. Raises
+    BaseMismatchError for a delta of another size, DtypeError for a base that is not floating point, ConflictError for
+    two DoRA patches on the same rows, NonFiniteError, naming the tensor, if a finite value of the base overflows.
     """
     if not weight.is_floating_point():
         raise DtypeError(
@@ -68,8 +68,9 @@ class _Merge:
     def __init__(
         self, weight: Tensor, patches: Sequence[Patch], out_dtype: torch.dtype, rounding: Rounding, name: str
     ) -> None:
-        self._height = len(weight) if weight.ndim else 1
         self._base = weight.detach().reshape(-1)  # a view of the file
+        flat = not weight.ndim or (patches and all(len(patch.delta.weight_shape) == 1 for patch in patches))
+        self._height = len(self._base) if flat else len(weight)  # vectors are flat
         self._columns = len(self._base) // self._height
         self._out_dtype, self._name = out_dtype, name
         self._wide = torch.float64 if rounding.exact or weight.dtype == torch.float64 else torch.float32
