@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from krona_hub.adapters.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta, Provenance
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.loading import load_base
@@ -19,10 +19,11 @@ from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, 
 from krona_hub.formats.forms.normal_forms import lora_of
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import storage_of
+from krona_hub.formats.reading.placed_layers import layer_of
 from krona_hub.formats.writing.encode import cast, normalized
 from krona_hub.formats.writing.fuse_modules import fused
 from krona_hub.formats.writing.module_names import Home, check_one_component, homes, live_path
-from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tensors, pack
+from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tensors, pack, with_common_factors
 from krona_hub.schema.v1 import to_tensors
 
 CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
@@ -44,16 +45,26 @@ class Aim:
 
 @dataclass(frozen=True)
 class WritePlan:
-    """Everything needed to write the file and to verify it."""
+    """Everything needed to write the file, to measure it, and to verify it."""
 
     adapter: Adapter
     aim: Aim
     base: Base  # base model for reading the names back
-    homes: Mapping[str, Home]  # layer -> module that stores it
+    context: Context
     modules: Sequence[FileModule]
-    package: FileSet
+    stored: Mapping[str, LayerDelta]  # layer -> the delta that a reader of the file finds, in the stored numbers
     dtype: torch.dtype | None
     notes: tuple[str, ...]
+
+    def packed(self) -> FileSet:
+        """The files, with the provenance of the adapter."""
+        if self.aim.format == KRONA.name:
+            return FileSet({"": Tensors(*to_tensors(self.adapter.with_layers(self.stored)))})
+        return pack(self.aim.format, self.modules, self.context)
+
+    def with_provenance(self, provenance: Provenance) -> WritePlan:
+        """The same plan for an adapter with another provenance, such as one with the measured errors."""
+        return replace(self, adapter=replace(self.adapter, provenance=provenance))
 
 
 def aim_at(adapter: Adapter, format_name: str, tool_name: str | None, split_qkv: bool) -> Aim:
@@ -88,7 +99,7 @@ def _target(adapter: Adapter, tool: Tool) -> ToolTarget:
 
 
 def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: torch.dtype | None) -> WritePlan:
-    """Build the files for a target in memory. Raises a KronaError if the adapter cannot be written that way."""
+    """Plan the file in memory, to the last bit. Raises a KronaError if the adapter cannot be written that way."""
     if aim.format == KRONA.name:
         return _native(adapter, aim, dtype)
     known = _known_base(adapter, base)
@@ -97,15 +108,34 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
     places = homes(adapter.layers, aim.dialect, names, split_qkv=aim.split_qkv)
     modules = [m._replace(delta=cast(m.delta, dtype)) for m in _modules(adapter, aim, places, names)]
     check_text_encoders(aim, modules)
-    package = pack(aim.format, modules, _context(adapter, known))
-    return WritePlan(adapter, aim, known or _own_layers(adapter), places, modules, package, dtype, _notes(adapter, aim))
+    read_with = known or _own_layers(adapter)
+    return WritePlan(
+        adapter=adapter,
+        aim=aim,
+        base=read_with,
+        context=_context(adapter, known),
+        modules=modules,
+        stored=_stored_layers(adapter, modules, places),
+        dtype=dtype,
+        notes=_notes(adapter, aim),
+    )
 
 
 def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> WritePlan:
-    layers = {layer: cast(delta, dtype) for layer, delta in adapter.layers.items()}
-    package = FileSet({"": Tensors(*to_tensors(adapter.with_layers(layers)))})
-    modules = [FileModule(layer, layer.partition(".")[0], layer, delta) for layer, delta in layers.items()]
-    return WritePlan(adapter, aim, _own_layers(adapter), homes(layers, "", None), modules, package, dtype, ())
+    stored = {layer: cast(delta, dtype) for layer, delta in adapter.layers.items()}
+    modules = [FileModule(layer, layer.partition(".")[0], layer, delta) for layer, delta in stored.items()]
+    return WritePlan(adapter, aim, _own_layers(adapter), Context(), modules, stored, dtype, ())
+
+
+def _stored_layers(
+    adapter: Adapter, modules: Sequence[FileModule], places: Mapping[str, Home]
+) -> dict[str, LayerDelta]:
+    """Take the modules of the file apart again, as a reader does."""
+    deltas = {m.name: m.delta for m in modules}
+    return {
+        layer: layer_of(deltas[places[layer].module], places[layer].placement, delta.weight_shape)
+        for layer, delta in adapter.layers.items()
+    }
 
 
 def _known_base(adapter: Adapter, base: str | Path | Base | None) -> Base | None:
@@ -133,7 +163,7 @@ def _modules(adapter: Adapter, aim: Aim, places: Mapping[str, Home], names: Name
         label = layer if len(places[layer].siblings) == 1 else name
         stored = normalized(delta, aim.format, tool, layer=label)
         modules.append(FileModule(name, layer.partition(".")[0], live_path(layer, names), stored))
-    return modules
+    return with_common_factors(aim.format, modules)
 
 
 def check_text_encoders(aim: Aim, modules: Sequence[FileModule]) -> None:
