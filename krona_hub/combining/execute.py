@@ -119,7 +119,7 @@ def _check_expressible(target: ConversionTarget, outcomes: Mapping[str, Converte
         )
 
 
-# --- the provenance --------------------------------------------------------------------------------------------
+# --- the provenance --------------------------------------------------------------------------------------------------
 
 
 def _provenance(total: Adapter, report: CombineReport) -> Provenance:

@@ -8,12 +8,16 @@ from itertools import product
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.conversion import convert
 from krona_hub.errors import InexpressibleError, NonFiniteError
 from krona_hub.formats.known.registry import FORMATS, storage_of
 from krona_hub.formats.reading.reader import read
+from krona_hub.formats.writing.writer import write
+from krona_hub.kron.norms import relative_difference
+from krona_hub.kron.terms import KronTerms
 from tests.shared import shared
 
 LAYERS = {  # names in the file of a linear layer and of a convolution -> weight shape, both rectangular
@@ -132,6 +136,46 @@ TARGETS = [pair for pair in product(WRITABLE, DTYPES) if pair[0] != "diffusekron
 def test_the_reported_error_is_that_of_the_file(to, dtype, tmp_path):
     written = [check(case, to, dtype, tmp_path) for case in cases(TARGETS.index((to, dtype)))]
     assert sum(written) >= 5
+
+
+def test_a_dry_run_reports_the_errors_of_the_file(tmp_path):
+    source = source_file(tmp_path / "source.safetensors", "rank above the size", torch.bfloat16, 1e-4, "other")
+    for to, dtype in (("lycoris-lokr", "float16"), ("peft-lokr", "bfloat16"), ("krona", "float16")):
+        options = {"to": to, "dtype": dtype, "base": shared("golden", "base")}
+        trial = convert(source, tmp_path / "out", dry_run=True, **options)
+        report = convert(source, tmp_path / to, **options)
+        assert not trial.written and trial.relative_error > 1e-5
+        assert [x.relative_error for x in trial.layers] == [x.relative_error for x in report.layers]
+
+
+def test_a_half_precision_product_is_kept_exactly_in_float32_without_a_dtype(tmp_path):
+    source = source_file(tmp_path / "source.safetensors", "scalar A", torch.bfloat16, 1.0, "rank")
+    report = convert(source, tmp_path / "out.safetensors", to="kohya-lora", base=shared("golden", "base"), exact=True)
+    assert report.relative_error < 1e-6
+    stored = load_file(tmp_path / "out.safetensors")
+    assert {t.dtype for name, t in stored.items() if name.endswith("lora_up.weight")} == {torch.float32}
+    assert {float(t) for name, t in stored.items() if name.endswith("alpha")} == {3.0}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+def test_the_error_of_a_fused_term_is_that_of_the_file(dtype, size, tmp_path):
+    """q, k and v are multiples of one another and become one term in the names of kohya, rounded once."""
+    generator, heights = torch.Generator().manual_seed(4), {"q": 24, "k": 8, "v": 8}
+    right = torch.randn(1, 96, 96, generator=generator) * size
+    layers = {}
+    for (name, a1), factor in zip(heights.items(), (1.0, -0.3, 5.0), strict=True):
+        terms = KronTerms(torch.randn(1, a1, 24, generator=generator), right * factor)
+        layers[f"transformer.layers.0.attn.to_{name}"] = LayerDelta((terms,), (a1 * 96, 24 * 96))
+    write(Adapter(layers), tmp_path / "source.safetensors")
+    out = tmp_path / "out.safetensors"
+    report = convert(tmp_path / "source.safetensors", out, tool="comfyui", base="lumina2", dtype=dtype)
+    found = read(out, base="lumina2")
+    for row in report.layers:
+        true = relative_difference(found[row.layer].sums, layers[row.layer].sums)
+        assert agrees(row.relative_error, true), f"{row.relative_error}, {true}"
+        assert true < 1e-2  # float16 would lose a right factor of 1e-6 without a balance
+    assert len([name for name in load_file(out) if name.endswith("lokr_w1")]) == 1
 
 
 @pytest.mark.slow
