@@ -9,22 +9,24 @@ from pathlib import Path
 import torch
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
+from krona_hub.adapters.provenance import Provenance
 from krona_hub.aliases import Progress
 from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.combining.recompression import to_terms, within
 from krona_hub.combining.report import CombinedAdapter, CombineReport
 from krona_hub.combining.request import CombineInput, CombineRequest
 from krona_hub.combining.weighted_sum import weighted_sum
-from krona_hub.conversion.convert_layers import ConvertedLayer, layer_report
+from krona_hub.conversion.convert_layers import ConvertedLayer, error_of, layer_report
+from krona_hub.conversion.execute import vector_error
 from krona_hub.conversion.report import REFUSED_ABOVE, LayerReport, percent
 from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import size_of
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
-from krona_hub.formats.writing.encode import cast
-from krona_hub.formats.writing.writer import write
-from krona_hub.kron.norms import norm, relative_difference
+from krona_hub.formats.writing.write_plan import aim_at, check_nothing_left_out, planned
+from krona_hub.formats.writing.writer import write_planned
+from krona_hub.kron.norms import norm
 from krona_hub.kron.parallel import in_parallel
 
 Layers = Mapping[str, LayerDelta]
@@ -37,28 +39,26 @@ def execute(request: CombineRequest, progress: Progress | None = None) -> Combin
     weighted = [(adapter, x.weight) for adapter, x in zip(loaded, request.inputs, strict=True)]
     total = weighted_sum(weighted, allow_base_mismatch=request.allow_base_mismatch)
     outcomes = _recompressed(total.layers, request, target, progress)
-    outcomes = {name: replace(o, delta=cast(o.delta, stored)) for name, o in outcomes.items()}
+    _check_expressible(target, outcomes)
+    result = replace(total, layers={name: o.delta for name, o in outcomes.items()})
+    plan = planned(result, aim_at(result, target.format, None, split_qkv=False), request.base, stored)
     report = CombineReport(
         parts=tuple(_part(x, adapter, request) for x, adapter in zip(request.inputs, loaded, strict=True)),
         target_format=target.format,
         out=request.out,
-        layers=_layer_reports(total.layers, outcomes),
+        layers=_layer_reports(total.layers, outcomes, plan.stored),
         notes=total.provenance.notes,
+        left_out=plan.left_out,
+        vector_error=vector_error(total.vectors, plan.vectors),
         vectors=tuple(total.vectors),
         vector_parameters=sum(vector.numel() for vector in total.vectors.values()),
     )
     _check_loss(report, request.allow_loss)
-    _check_expressible(target, outcomes)
+    check_nothing_left_out(plan, allow_missing=request.allow_missing)
     if request.out is None or request.dry_run:
         return report
-    written = write(
-        _described(total, outcomes, report),
-        request.out,
-        format=target.format,
-        base=request.base,
-        dtype=stored,
-        overwrite=request.overwrite,
-    )
+    described = plan.with_provenance(_provenance(total, report))
+    written = write_planned(described, request.out, overwrite=request.overwrite, allow_missing=True)
     notes = (*report.notes, *written.notes)
     return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
 
@@ -95,17 +95,13 @@ def _recompressed(
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _layer_reports(exact: Layers, outcomes: Mapping[str, ConvertedLayer]) -> tuple[LayerReport, ...]:
+def _layer_reports(exact: Layers, outcomes: Mapping[str, ConvertedLayer], stored: Layers) -> tuple[LayerReport, ...]:
     """Return one report per layer; norms are only needed, and computed, if some layer has an error."""
-    errors = dict(in_parallel(lambda name: _error(outcomes[name].delta, exact[name]), list(exact)))
+    errors = dict(in_parallel(lambda name: error_of(stored[name], exact[name]), list(exact)))
     norms: dict[str, float] = {}
     if any(errors.values()):
         norms = dict(in_parallel(lambda name: norm(exact[name].sums), list(exact)))
-    return tuple(layer_report(n, exact[n], outcomes[n], errors[n], norms.get(n, 0.0)) for n in exact)
-
-
-def _error(found: LayerDelta, exact: LayerDelta) -> float:
-    return 0.0 if found.sums == exact.sums else relative_difference(found.sums, exact.sums)
+    return tuple(layer_report(n, exact[n], outcomes[n], stored[n], errors[n], norms.get(n, 0.0)) for n in exact)
 
 
 def _check_loss(report: CombineReport, allowed: bool) -> None:
@@ -131,20 +127,19 @@ def _check_expressible(target: ConversionTarget, outcomes: Mapping[str, Converte
         )
 
 
-# --- the adapter to write --------------------------------------------------------------------------------------------
+# --- the provenance --------------------------------------------------------------------------------------------------
 
 
-def _described(total: Adapter, outcomes: Mapping[str, ConvertedLayer], report: CombineReport) -> Adapter:
-    """Return the result, with its parts and the measured errors in its provenance."""
+def _provenance(total: Adapter, report: CombineReport) -> Provenance:
+    """Return the provenance of the result, with its parts and the measured errors."""
     errors = {x.layer: x.relative_error for x in report.layers if x.relative_error > 0}
     parts = " + ".join(f"{part.weight:g} · {Path(part.source).name}{_digest(part)}" for part in report.parts)
-    provenance = replace(
+    return replace(
         total.provenance,
         method=f"combined: {parts}",
         relative_error=report.relative_error if errors else None,
         layer_errors=errors,
     )
-    return replace(total, layers={name: o.delta for name, o in outcomes.items()}, provenance=provenance)
 
 
 def _digest(part: CombinedAdapter) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from krona_hub.conversion.report import LayerReport, Totals
+from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,11 @@ class CombineReport(Totals):
     target_format: str
     out: Path | None  # None: measured only
     layers: tuple[LayerReport, ...]  # the union of the layers of all parts
+    left_out: LeftOut = COMPLETE  # parts of the sum that the result does not have
+    vector_error: float = 0.0  # relative, over all vectors that the result has
     notes: tuple[str, ...] = ()
     checked: str = ""  # the read-back check, in words
     written: bool = False
     files: tuple[Path, ...] = ()
-    vectors: tuple[str, ...] = ()  # parameters with a vector in any part; vectors are added exactly
+    vectors: tuple[str, ...] = ()  # parameters with a vector in any part; vectors
     vector_parameters: int = 0  # numbers in these vectors, which the totals of the layers do not count

@@ -22,7 +22,6 @@ from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.adapters.provenance import BaseModel, Provenance
 from krona_hub.errors import BaseMismatchError, KronaError, UnsupportedError, UsageError, abbreviated
 from krona_hub.formats.forms.normal_forms import lora_of
-from krona_hub.formats.parsing.keys import split_key
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, stored_rank
 
 
@@ -201,18 +200,12 @@ def _vector_sum(name: str, parts: Sequence[tuple[float, Tensor]]) -> Tensor:
 
 
 def _extras(adapters: Sequence[tuple[Adapter, float]]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the extras of all adapters and the names of those that differ; bias and norm deltas are added."""
+    """Return the embeddings of all adapters, the first of equal names, and the names of those that differ."""
     extras: dict[str, Tensor] = {}
     differing = []
-    for adapter, weight in adapters:
+    for adapter, _ in adapters:
         for name, tensor in adapter.extras.items():
-            adds_up = split_key(name) is not None
-            tensor = tensor.float() * weight if adds_up and weight != 1 else tensor
-            if name not in extras:
-                extras[name] = tensor
-            elif adds_up and extras[name].shape == tensor.shape:
-                extras[name] = extras[name].float() + tensor
-            elif not torch.equal(extras[name], tensor):
+            if not torch.equal(extras.setdefault(name, tensor), tensor):
                 differing.append(name)
     return extras, differing
 
@@ -247,6 +240,7 @@ def _provenance(parts: Sequence[Provenance], notes: tuple[str, ...]) -> Provenan
         licence=" AND ".join(licences) or None,
         trigger_words=tuple(dict.fromkeys(w for p in parts for w in p.trigger_words)),
         metadata=shared,
+        skipped=tuple(name for p in parts for name in p.skipped),
         notes=notes,
     )
 

@@ -18,7 +18,7 @@ from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageEr
 from krona_hub.formats.forms.normal_forms import Lora, exact_lora_of, is_lora, lora_rank, size_of, with_lora, words_of
 from krona_hub.kron.factorization_search import Choice, realize, smallest_within, within_budget
 from krona_hub.kron.from_lora import nearest_kron_of_loras
-from krona_hub.kron.norms import norm, recompress
+from krona_hub.kron.norms import norm, recompress, relative_difference
 from krona_hub.kron.shapes import KronShape, nearest_split, split
 from krona_hub.kron.terms import KronTerms
 from krona_hub.kron.to_lora import nearest_lora
@@ -241,9 +241,16 @@ def lora_error_within(layers: Layers, parameters: int) -> float:
     return sqrt(_lost(choices, norms) / whole) if whole else 0.0
 
 
-def layer_report(name: str, before: LayerDelta, outcome: ConvertedLayer, error: float, norm: float) -> LayerReport:
-    """Return the report of one layer: factorizations before and after, error and norm."""
-    (p0, b0), (p1, b1) = size_of(before), size_of(outcome.delta)
+def error_of(found: LayerDelta, exact: LayerDelta) -> float:
+    """Return the relative error of a delta; 0.0, without reading any number, if its sums are those of `exact`."""
+    return 0.0 if found.sums == exact.sums else relative_difference(found.sums, exact.sums)
+
+
+def layer_report(
+    name: str, before: LayerDelta, outcome: ConvertedLayer, stored: LayerDelta, error: float, norm: float
+) -> LayerReport:
+    """Return the report of one layer: factorizations before and after, size in the file, error and norm."""
+    (p0, b0), (p1, _) = size_of(before), size_of(outcome.delta)
     return LayerReport(
         layer=name,
         before=words_of(before),
@@ -251,7 +258,7 @@ def layer_report(name: str, before: LayerDelta, outcome: ConvertedLayer, error: 
         parameters_before=p0,
         parameters_after=p1,
         bytes_before=b0,
-        bytes_after=b1,
+        bytes_after=size_of(stored)[1],
         relative_error=error,
         norm=norm,
         note=outcome.note,

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.adapters.provenance import native_provenance
+from krona_hub.adapters.provenance import Provenance, native_provenance
 from krona_hub.aliases import Progress
 from krona_hub.conversion.bake_dora import bake_dora
 from krona_hub.conversion.convert_layers import (
     ConvertedLayer,
     apply_method,
     check_kind,
+    error_of,
     layer_report,
     lora_error_within,
 )
@@ -30,10 +31,9 @@ from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import is_lora
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
-from krona_hub.formats.writing.encode import cast, cast_tensor
-from krona_hub.formats.writing.write_plan import check_nothing_left_out, known_beside
-from krona_hub.formats.writing.writer import write
-from krona_hub.kron.norms import norm, relative_difference
+from krona_hub.formats.writing.write_plan import aim_at, check_nothing_left_out, planned
+from krona_hub.formats.writing.writer import write_planned
+from krona_hub.kron.norms import norm
 from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.to_lora import nearest_lora
 
@@ -63,37 +63,32 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     if changed:
         outcomes |= apply_method(changed, MaxError() if isinstance(method, Keep) else method, target, progress)
     target = target.for_result(o.delta for o in outcomes.values())
-    outcomes = {name: replace(o, delta=cast(o.delta, stored)) for name, o in outcomes.items()}
-    beside = known_beside(adapter, target.format, request.tool, request.base)
-
+    _check_expressible(target, outcomes)
+    result = adapter.with_layers({name: o.delta for name, o in outcomes.items()})
+    aim = aim_at(result, target.format, request.tool, request.split_qkv)
+    plan = planned(result, aim, request.base, stored)
     report = ConversionReport(
         source=request.source,
         source_format=request.from_format or format_of(request.path, request.base),
         target_format=target.format,
         tool=request.tool,
         out=request.out if request.out is not None else default_out(request.source, target.format),
-        layers=_layer_reports(adapter.layers, reference, outcomes),
+        layers=_layer_reports(adapter.layers, reference, outcomes, plan.stored),
         vectors=len(adapter.vectors),
-        vector_error=vector_error(beside.vectors, stored),
-        left_out=beside.left_out,
+        vector_error=vector_error(adapter.vectors, plan.vectors),
+        left_out=plan.left_out,
         notes=_dora_note(baked),
     )
     if report.relative_error > REFUSED_ABOVE and not request.allow_loss:
         raise _too_lossy(report, reference)
-    _check_expressible(target, outcomes)
     allowed = request.allow_missing and not isinstance(method, Exact)
-    check_nothing_left_out(beside.left_out, target.format, request.tool, allow_missing=allowed)
+    check_nothing_left_out(plan, allow_missing=allowed)
     if request.dry_run:
         return report
-    written = write(
-        _converted(adapter, outcomes, report, method, request.path),
+    written = write_planned(
+        plan.with_provenance(_provenance(adapter, report, method, request.path)),
         report.out,
-        format=target.format,
-        base=request.base,
-        tool=request.tool,
-        dtype=stored,
         overwrite=request.overwrite,
-        split_qkv=request.split_qkv,
         allow_missing=allowed,
     )
     return replace(
@@ -101,11 +96,10 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     )
 
 
-def vector_error(vectors: Mapping[str, Tensor], stored: torch.dtype | None) -> float:
-    """Return the relative error of storing vectors in another dtype, over all of them."""
-    pairs = [(v.double(), cast_tensor(v, stored).double()) for v in vectors.values()] if stored else []
-    whole = sum(float(v.square().sum()) for v, _ in pairs)
-    lost = sum(float((v - small).square().sum()) for v, small in pairs)
+def vector_error(meant: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> float:
+    """Return the relative error of the stored vectors, over all of them: that of a conversion to another dtype."""
+    whole = sum(float(meant[name].double().square().sum()) for name in stored)
+    lost = sum(float((meant[name].double() - v.double()).square().sum()) for name, v in stored.items())
     return sqrt(lost / whole) if whole else 0.0
 
 
@@ -121,34 +115,31 @@ def _dora_note(baked: Mapping[str, LayerDelta]) -> tuple[str, ...]:
 
 
 def _layer_reports(
-    before: Mapping[str, LayerDelta], reference: Mapping[str, LayerDelta], outcomes: Mapping[str, ConvertedLayer]
+    before: Mapping[str, LayerDelta],
+    reference: Mapping[str, LayerDelta],
+    outcomes: Mapping[str, ConvertedLayer],
+    stored: Mapping[str, LayerDelta],
 ) -> tuple[LayerReport, ...]:
+    """Measure what a reader of the file finds against `reference`, what `before` stands for: they differ for DoRA."""
+
     def measured(name: str) -> LayerReport:
-        return _layer_report(name, before[name], reference[name], outcomes[name])
+        exact = reference[name].sums
+        error = error_of(stored[name], reference[name])
+        return layer_report(name, before[name], outcomes[name], stored[name], error, norm(exact))
 
     return tuple(report for _, report in in_parallel(measured, list(reference)))
 
 
-def _layer_report(name: str, before: LayerDelta, reference: LayerDelta, outcome: ConvertedLayer) -> LayerReport:
-    """Measure against `reference`, the delta that `before` stands for: they differ for a merged DoRA."""
-    unchanged = outcome.delta.sums == reference.sums
-    error = 0.0 if unchanged else relative_difference(outcome.delta.sums, reference.sums)
-    return layer_report(name, before, outcome, error, norm(reference.sums))
-
-
-def _converted(
-    adapter: Adapter, outcomes: Mapping[str, ConvertedLayer], report: ConversionReport, method: Method, source: Path
-) -> Adapter:
-    """Return the adapter to write, with the method and the measured errors in its provenance."""
+def _provenance(adapter: Adapter, report: ConversionReport, method: Method, source: Path) -> Provenance:
+    """Return the provenance to write, with the method and the measured errors."""
     errors = {x.layer: x.relative_error for x in report.layers if x.relative_error > 0}
     known, becomes_native = adapter.provenance, report.target_format == "krona" != report.source_format
-    provenance = replace(
+    return replace(
         native_provenance(source, known) if becomes_native else known,  # no other format can store it
         method=None if isinstance(method, Keep) else str(method),
         relative_error=report.relative_error if errors else None,
         layer_errors=errors,
     )
-    return replace(adapter, layers={name: o.delta for name, o in outcomes.items()}, provenance=provenance)
 
 
 def _check_expressible(target: ConversionTarget, outcomes: Mapping[str, ConvertedLayer]) -> None:

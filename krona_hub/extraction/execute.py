@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from krona_hub.adapters.adapter import Adapter
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.adapters.provenance import Provenance
 from krona_hub.aliases import Progress
 from krona_hub.conversion.report import REFUSED_ABOVE, percent
@@ -15,11 +15,16 @@ from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, LossyError, NoDifferenceError
 from krona_hub.extraction.fit_layers import Fitted, fit, steps_of
 from krona_hub.extraction.fit_plan import FitPlan
+from krona_hub.extraction.layer_difference import LayerDifference
 from krona_hub.extraction.other_tensors import ChangedTensor, changes, extras_of, vectors_of
 from krona_hub.extraction.report import ExtractionReport
 from krona_hub.extraction.request import ExtractRequest
 from krona_hub.extraction.tensor_pairs import Pairs, pair_up
-from krona_hub.formats.writing.writer import write
+from krona_hub.formats.writing.write_plan import aim_at, planned
+from krona_hub.formats.writing.writer import write_planned
+from krona_hub.kron.norms import relative_difference
+
+REORDERED = 1e-12  # relative difference of equal factors whose products are added in another order
 
 EMA_NOTE = "the EMA weights (model_ema) in the file are not compared: applications do not use them to generate images"
 
@@ -38,21 +43,45 @@ def execute(request: ExtractRequest, progress: Progress | None = None) -> Extrac
     )
     fitted = fit(pairs.layers, plan, _steps(progress, steps_of(plan) * len(pairs.layers)))
     found = list(changes(pairs.others, pairs.model))
+    report, adapter = _checked(request, pairs, fitted, found, target)
+    file = planned(adapter, aim_at(adapter, target.format, None, split_qkv=False), pairs.model, dtype)
+    if file.left_out:
+        raise InexpressibleError(
+            f"{target.format} has no place for {file.left_out}.",
+            fix="Omit --also-vectors to leave them out, or use --to krona.",
+        )
+    again = [_as_stored(f, file.stored) for f in fitted]
+    if again != fitted:
+        report, adapter = _checked(request, pairs, again, found, target)
+    if request.dry_run:
+        return report
+    written = write_planned(file.with_provenance(adapter.provenance), request.out, overwrite=request.overwrite)
+    notes = (*report.notes, *written.notes)
+    return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
+
+
+def _checked(
+    request: ExtractRequest,
+    pairs: Pairs,
+    fitted: Sequence[Fitted],
+    found: Sequence[ChangedTensor],
+    target: ConversionTarget,
+) -> tuple[ExtractionReport, Adapter]:
     report = _report(request, pairs, fitted, found)
     adapter = _adapter(report, pairs, fitted, found if request.also_vectors else [])
     _check(report, adapter, fitted, target, request.allow_loss)
-    if request.dry_run:
-        return report
-    written = write(
-        adapter,
-        request.out,
-        format=target.format,
-        base=pairs.model,
-        dtype=plan.dtype,
-        overwrite=request.overwrite,
-    )
-    notes = (*report.notes, *written.notes)
-    return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
+    return report, adapter
+
+
+def _as_stored(fitted: Fitted, stored: Mapping[str, LayerDelta]) -> Fitted:
+    """Measure a layer again if the module that it is fused into stores other numbers than the layer alone."""
+    delta = stored.get(fitted.pair.name)
+    if fitted.taken is None or delta is None:
+        return fitted
+    if relative_difference(delta.sums, fitted.taken.delta.sums) <= REORDERED:
+        return fitted
+    difference = LayerDifference.of(fitted.pair)
+    return fitted if difference is None else replace(fitted, taken=difference.measured(delta, fitted.taken.report.note))
 
 
 def _report(

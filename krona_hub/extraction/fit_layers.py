@@ -88,7 +88,7 @@ def fit_difference(plan: FitPlan, pair: LayerPair, difference: LayerDifference |
         return Fitted(pair, is_rounding=True)
     form = plan.choose(pair, [curve], difference.noise.energy)
     sums = difference.sums(form) if form.terms else None
-    return Fitted(pair, difference.take(sums, plan.dtype, plan.note(pair, curve, form)), curve=curve)
+    return Fitted(pair, difference.take(sums, plan.stored, plan.note(pair, curve, form)), curve=curve)
 
 
 # --- in steps --------------------------------------------------------------------------------------------------------
@@ -179,6 +179,6 @@ def _take(plan: FitPlan, study: Study, chosen: Factorization | KronTerms) -> Fit
     if difference is None:  # the file changed in the meantime
         return Fitted(study.pair)
     if isinstance(chosen, KronTerms):
-        return Fitted(study.pair, difference.take(chosen, plan.dtype))
+        return Fitted(study.pair, difference.take(chosen, plan.stored))
     sums = difference.sums(chosen) if chosen.terms else None
-    return Fitted(study.pair, difference.take(sums, plan.dtype, plan.note(study.pair, study.curves[0], chosen)))
+    return Fitted(study.pair, difference.take(sums, plan.stored, plan.note(study.pair, study.curves[0], chosen)))

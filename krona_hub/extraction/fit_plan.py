@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, ShapeError
 from krona_hub.extraction.error_curves import Allowed, ErrorCurve, above_noise, within
@@ -15,6 +16,7 @@ from krona_hub.extraction.request import FitRequest
 from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.formats.compatibility.tools import loads_form
 from krona_hub.formats.known.registry import storage_of
+from krona_hub.formats.writing.encode import cast, normalized, why_not
 from krona_hub.kron.candidates import Factorization, is_lora
 from krona_hub.kron.shapes import KronShape, nearest_split, split
 
@@ -32,6 +34,11 @@ class FitPlan:
     def one_shape(self) -> bool:
         """Whether each layer has only one curve: that of the requested shape, or of a LoRA."""
         return self.request.shape is not None or self.target.to_lora
+
+    def stored(self, delta: LayerDelta) -> LayerDelta:
+        """Return a delta as the file stores it; what the target cannot hold, which is reported later, is only cast."""
+        holds = bool(delta.sums) and why_not(delta, self.target.format) is None
+        return cast(normalized(delta, self.target.format) if holds else delta, self.dtype)
 
     def curve(self, difference: LayerDifference) -> ErrorCurve:
         """Return the curve of the one shape, or of the LoRA, with no more terms than needed."""

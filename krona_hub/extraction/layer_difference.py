@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import hypot, isfinite
@@ -18,7 +19,6 @@ from krona_hub.extraction.error_curves import ErrorCurve
 from krona_hub.extraction.report import NO_FORM, ExtractedLayer
 from krona_hub.extraction.tensor_pairs import LayerPair
 from krona_hub.formats.forms.normal_forms import lora_rank, size_of, words_of
-from krona_hub.formats.writing.encode import cast
 from krona_hub.kron.candidates import Factorization
 from krona_hub.kron.from_dense import SMALL, DenseSpectrum, RearrangedDense, dense_rows
 from krona_hub.kron.rounding_noise import StorageNoise, stored_dtype
@@ -31,6 +31,8 @@ BENT = 6.0  # times the noise floor, and
 WEAK = 0.2  # of the largest σ: a smallest term above the noise that is below both may still be rounding
 TRIES = 3
 CANCELLED = 1e-3  # relative error below which float32 loses too many digits
+
+Store = Callable[[LayerDelta], LayerDelta]  # a delta -> what the file stores of it
 
 
 class Taken(NamedTuple):
@@ -148,9 +150,12 @@ class LayerDifference:
         fit = known.first(terms).sums()[0].to(torch.float32)
         return fit if form.right_rank is None else lora_of_terms(fit)
 
-    def take(self, sums: KronTerms | None, dtype: torch.dtype | None, note: str = "") -> Taken:
-        """Return the layer of the adapter in the dtype of the file, with its errors measured on these values."""
-        delta = cast(LayerDelta(() if sums is None else (sums,), self.pair.shape), dtype)
+    def take(self, sums: KronTerms | None, store: Store, note: str = "") -> Taken:
+        """Return the layer of the adapter as `store` leaves it for the file, with its errors measured on that."""
+        return self.measured(store(LayerDelta(() if sums is None else (sums,), self.pair.shape)), note)
+
+    def measured(self, delta: LayerDelta, note: str = "") -> Taken:
+        """Return the layer with the errors of this delta."""
         error, beyond = self.errors(delta)
         whole = self.energy**0.5
         parameters, size = size_of(delta)

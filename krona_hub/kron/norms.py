@@ -86,9 +86,17 @@ def _identical(a: Delta, b: Delta) -> bool:
         x.shape == y.shape
         and x.rows == y.rows
         and len(x.tensors) == len(y.tensors)
-        and all(torch.equal(s.double(), t.double()) for s, t in zip(x.tensors, y.tensors, strict=True))
+        and all(_equal(s, t) for s, t in zip(x.tensors, y.tensors, strict=True))
         for x, y in zip(a, b, strict=True)
     )
+
+
+def _equal(s: Tensor, t: Tensor) -> bool:
+    """Return whether two tensors have equal values; views of the same numbers are not read."""
+    if s.shape != t.shape:
+        return False
+    same = s.data_ptr() == t.data_ptr() and s.dtype == t.dtype and s.stride() == t.stride() and s.device == t.device
+    return same or torch.equal(s.double(), t.double())
 
 
 def scaled(sums: Delta, weight: float) -> tuple[KronTerms, ...]:

@@ -61,6 +61,19 @@ def test_the_reported_error_is_the_true_error(dtype, tmp_path):
     assert report.relative_error == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("to", ["krona", "lora", "lokr"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_faint_difference_is_measured_as_it_is_stored(to, dtype, tmp_path):
+    base, tuned, _ = pair(tmp_path, kron(1, 1) if to == "lora" else kron(4, 8), torch.float32, share=1e-7)
+    options = {"terms": 1} | ({} if to == "lora" else {"shape": "4x8"})
+    report = run(tmp_path, to=to, dtype=dtype, allow_loss=True, **options)
+    adapter = read(report.out, base=tmp_path / "base.safetensors", component="unet")
+    true = true_errors(tmp_path, adapter, base, tuned)
+    assert len(report.layers) == len(SIZES)
+    for row in report.layers:
+        assert row.relative_error == pytest.approx(true[row.layer], rel=1e-3, abs=1e-6)
+
+
 def test_the_error_is_that_of_the_dense_svd(tmp_path):
     base, tuned, _ = pair(tmp_path, lora(40), torch.float32)
     report = run(tmp_path, shape="8x4", terms=3, allow_loss=True)

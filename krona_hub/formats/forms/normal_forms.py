@@ -14,7 +14,16 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.formats.forms.delta_form import LayerFactorization, SumFactorization
-from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, dense_factor, factor_tensors, stored_rank
+from krona_hub.kron.terms import (
+    Factor,
+    KronTerms,
+    LowRank,
+    as_lora,
+    dense_factor,
+    factor_tensors,
+    stored_rank,
+    wide,
+)
 from krona_hub.kron.to_lora import nearest_lora
 
 PROPORTIONAL = 1e-7  # relative tolerance within which two factors count as multiples of each other
@@ -41,7 +50,7 @@ def _sum_form(s: KronTerms) -> SumFactorization:
 def lora_of(delta: LayerDelta) -> Lora | None:
     """The delta as up·down of its concatenated sums; None if a sum is not a LoRA as stored.
 
-    A scalar factor other than 1 is folded into up, in the wider dtype of both; otherwise up and down keep their dtypes.
+    A scalar factor other than 1 is folded into up, in float32 at least; otherwise up and down keep their dtypes.
     """
     pairs = [_lora_of_sum(s) for s in delta.sums if s.rows == "kron" or 1 in (s.shape.a1, s.shape.b1)]
     known = [p for p in pairs if p is not None]
@@ -73,7 +82,7 @@ def _scaled_pairs(pairs: LowRank, scales: Tensor) -> Lora:
     """Σₖ scale[k]·up[k]·down[k] as one pair."""
     up = pairs.up
     if bool((scales != 1).any()):
-        up = up.to(torch.promote_types(up.dtype, scales.dtype)) * scales[:, None, None]
+        up = wide(up) * wide(scales)[:, None, None]
     return Lora(up.transpose(0, 1).flatten(1), pairs.down.flatten(0, 1))
 
 
@@ -123,7 +132,7 @@ def _combined(factors: Sequence[Factor], scales: Sequence[float]) -> Factor:
     """Σ scale·factor: a product of the concatenated halves if all factors are products, else dense."""
     products = [f for f in factors if isinstance(f, LowRank)]
     if len(products) == len(factors):
-        ups = [p.up if c == 1 else p.up.float() * c for p, c in zip(products, scales, strict=True)]
+        ups = [p.up if c == 1 else wide(p.up) * c for p, c in zip(products, scales, strict=True)]
         return LowRank(_cat(ups, 2), _cat([p.down for p in products], 1))
     total = sum(dense_factor(f).double() * c for f, c in zip(factors, scales, strict=True))
     return torch.as_tensor(total).float()

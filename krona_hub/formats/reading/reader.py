@@ -13,7 +13,7 @@ from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenanc
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement
 from krona_hub.checkpoints.reader import load
-from krona_hub.errors import ConflictError, KronaError, UnsupportedError
+from krona_hub.errors import ConflictError, KronaError
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
@@ -22,9 +22,9 @@ from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_fi
 from krona_hub.formats.reading.decode import decode, magnitude_of
 from krona_hub.formats.reading.description import Description
 from krona_hub.formats.reading.initial_factors import without_initial_factors
+from krona_hub.formats.reading.placed_layers import layer_of
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan, refuse
 from krona_hub.formats.reading.values import minus_base, vectors_of
-from krona_hub.kron.rows import Range, take_rows, transposed
 from krona_hub.kron.terms import KronTerms
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # exact in bfloat16, which has more bits of both kinds
@@ -161,30 +161,9 @@ def _delta(
 ) -> LayerDelta:
     """The part of a module's delta that belongs to one layer."""
     known = base.module(place.layer) if base else None
-    if place.plain:
-        shape = known.shape if known else module.layout.weight_shape
-        return LayerDelta((terms,), shape, magnitude, module.layout.dora or "out")
-    if place.transpose:
-        terms = transposed(terms)
-    axis = module.layout.dora or "out"
-    if magnitude is not None and (place.transpose or (axis == "in" and place.rows)):
-        raise UnsupportedError(
-            "A DoRA with norms over several fused layers cannot be split.", fix="Merge it into its base model."
-        )
-    ranges = _ranges(place, terms.shape.full[0])
-    if magnitude is not None and axis == "out":
-        magnitude = magnitude[[row for start, stop in ranges for row in range(start, stop)]]
-    terms = take_rows(terms, ranges)
-    return LayerDelta((terms,), known.shape if known else terms.shape.full, magnitude, axis)
-
-
-def _ranges(place: Placement, height: int) -> list[Range]:
-    """The row ranges of the stored module that form the layer, in the order of the layer."""
-    start, stop = place.rows or (0, height)
-    if not place.swap_halves:
-        return [(start, stop)]
-    middle = (start + stop) // 2
-    return [(middle, stop), (start, middle)]
+    shape = known.shape if known and place.plain else module.layout.weight_shape
+    whole = LayerDelta((terms,), shape, magnitude, module.layout.dora or "out")
+    return layer_of(whole, place, known.shape if known else None)
 
 
 def _base_model(plan: ReadPlan) -> BaseModel | None:

@@ -19,7 +19,8 @@ from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
 from krona_hub.formats.known.format import Storage
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import storage_of
-from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor
+from krona_hub.kron.balance import balanced, loses_values
+from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor, wide
 
 
 def why_not(delta: LayerDelta, format_name: str, tool: str | None = None, *, layer: str = "") -> str | None:
@@ -56,11 +57,14 @@ def normalized(delta: LayerDelta, format_name: str, tool: str | None = None, *, 
     kind = storage_of(format_name).kind
     if kind == "any":
         return delta
+    if format_name == DIFFUSEKRONA.name:
+        return replace(delta, sums=tuple(_dense_factors(s) for s in delta.sums))
     if kind == "kronecker":
-        one = delta if _keeps_its_sums(format_name) else _as_one(delta)
+        one = _as_one(delta)
         return replace(one, sums=tuple(_stored(s, one, tool) for s in one.sums))
     lora = lora_of(delta)
-    return _as_one(delta) if lora is None else replace(delta, sums=(as_lora(*lora),))
+    sums = tuple(map(_whole, _as_one(delta).sums)) if lora is None else (as_lora(*lora),)
+    return replace(delta, sums=sums)
 
 
 def _offer(delta: LayerDelta) -> str:
@@ -85,13 +89,36 @@ def _stored(term: KronTerms, delta: LayerDelta, tool: str | None) -> KronTerms:
     return replace(term, left=left, right=right)
 
 
+def _dense_factors(s: KronTerms) -> KronTerms:
+    return replace(s, left=dense_factor(s.left), right=dense_factor(s.right))
+
+
+def _whole(term: KronTerms) -> KronTerms:
+    """[[c]] ⊗ B as [[1]] ⊗ cB, with c = 1 unchanged: a full matrix is stored without A."""
+    scale, right = wide(dense_factor(term.left)), dense_factor(term.right)
+    return term if bool((scale == 1).all()) else KronTerms(torch.ones_like(scale), wide(right) * scale)
+
+
 def cast(delta: LayerDelta, dtype: torch.dtype | None) -> LayerDelta:
-    """Cast every tensor to `dtype` (None: no change). Raises NonFiniteError if a number overflows."""
-    return delta if dtype is None else delta.map(lambda tensor: cast_tensor(tensor, dtype))
+    """Cast every tensor to `dtype` (None: no change), the last step before a delta is stored.
+
+    Where factors have numbers out of the range of `dtype`, powers of two move between them first. Raises NonFiniteError
+    if a number overflows all the same.
+    """
+    if dtype is None:
+        return delta
+    sums = tuple(_cast_sum(s, dtype) for s in delta.sums)
+    magnitude = None if delta.magnitude is None else cast_tensor(delta.magnitude, dtype)
+    return replace(delta, sums=sums, magnitude=magnitude)
+
+
+def _cast_sum(s: KronTerms, dtype: torch.dtype) -> KronTerms:
+    small = s.to(dtype)
+    return balanced(s).map(lambda t: cast_tensor(t, dtype)) if loses_values(s, small) else small
 
 
 def cast_tensor(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Cast one tensor as `cast` does."""
+    """Cast one tensor (None: no change). Raises NonFiniteError if a number overflows."""
     if dtype is None:
         return tensor
     small = tensor.to(dtype)
@@ -124,10 +151,8 @@ def _lora(delta: LayerDelta, lora: Lora, storage: Storage) -> dict[str, Tensor]:
 
 
 def _dense(delta: LayerDelta) -> dict[str, Tensor]:
-    """A full matrix, the `.diff` of LyCORIS LoCon."""
-    term = delta.sums[0]
-    weight = dense_factor(term.right)[0] * dense_factor(term.left)[0, 0, 0]
-    return {"diff": weight.reshape(delta.weight_shape)}
+    """A full matrix, the `.diff` of LyCORIS LoCon, of [[1]] ⊗ B."""
+    return {"diff": dense_factor(delta.sums[0].right)[0].reshape(delta.weight_shape)}
 
 
 def _lokr(delta: LayerDelta, term: KronTerms, storage: Storage) -> dict[str, Tensor]:
@@ -154,7 +179,7 @@ def _with_kernel(w2: Tensor, weight_shape: tuple[int, ...], a2: int) -> Tensor:
 
 def _diffusekrona(term: KronTerms) -> dict[str, Tensor]:
     """up = B, down = Aᵀ in float32, the only dtype its loader supports."""
-    a, b = dense_factor(term.left)[0], dense_factor(term.right)[0]
+    a, b = dense_factor(term.left)[0], dense_factor(term.right)[0]  # `normalized` left no products
     return {"up.weight": b.float(), "down.weight": a.float().mT}
 
 

@@ -92,8 +92,8 @@ def _diffusers_lora(format_name: str, modules: Sequence[FileModule], context: Co
 def _diffusers_lokr(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
     """As save_lora_adapter writes: keys without a component, so only one component is possible."""
     members = _only_component(modules, "A diffusers LoKr file")
-    modules, config = _lokr_config(members, context)
-    return FileSet({"": Tensors(_keyed(format_name, [(m.path, m) for m in modules]), _adapter_metadata(config))})
+    keyed = _keyed(format_name, [(m.path, m) for m in members])
+    return FileSet({"": Tensors(keyed, _adapter_metadata(_lokr_config(members, context)))})
 
 
 def _peft(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
@@ -103,7 +103,7 @@ def _peft(format_name: str, modules: Sequence[FileModule], context: Context) -> 
     for component, members in groups.items():
         folder = f"{component}/" if len(groups) > 1 else ""
         if storage_of(format_name).kind == "kronecker":
-            members, config = _lokr_config(members, context)
+            config = _lokr_config(members, context)
         else:
             config = _lora_config(format_name, members, context)
         keyed = _keyed(format_name, [(f"base_model.model.{m.path}", m) for m in members])
@@ -121,6 +121,9 @@ PACKERS: Mapping[str, Callable[[str, Sequence[FileModule], Context], FileSet]] =
     "peft-lokr": _peft,
     "plain": _plain,
 }
+
+
+LOKR_CONFIGS = ("diffusers-lokr", "peft-lokr")  # layouts with one PEFT configuration for all LoKr modules
 
 
 def _keyed(format_name: str, named: Sequence[tuple[str, FileModule]]) -> dict[str, Tensor]:
@@ -169,13 +172,21 @@ def _lora_config(format_name: str, modules: Sequence[FileModule], context: Conte
     return lora_config(ranks, dora=any(doras), biased=biased, others=_others(modules, context))
 
 
-def _lokr_config(modules: Sequence[FileModule], context: Context) -> tuple[list[FileModule], dict[str, Any]]:
-    """The configuration and the modules; w1 becomes dense everywhere if PEFT's decompose_both cannot apply to all."""
-    sizes = {_unwrapped(m): _lokr_module(m.delta) for m in modules}
-    if not keeps_left_products(sizes):
-        modules = [m._replace(delta=_left_dense(m.delta)) for m in modules]
-        sizes = {_unwrapped(m): _lokr_module(m.delta) for m in modules}
-    return list(modules), lokr_config(sizes, others=_others(modules, context))
+def with_common_factors(format_name: str, modules: Sequence[FileModule]) -> list[FileModule]:
+    """The modules with w1 dense in a whole component if PEFT's decompose_both cannot apply to all of them."""
+    if storage_of(format_name).layout not in LOKR_CONFIGS:
+        return list(modules)
+    groups = _by_component(modules)
+    dense = {name for name, members in groups.items() if not keeps_left_products(_lokr_modules(members))}
+    return [m._replace(delta=_left_dense(m.delta)) if m.component in dense else m for m in modules]
+
+
+def _lokr_config(modules: Sequence[FileModule], context: Context) -> dict[str, Any]:
+    return lokr_config(_lokr_modules(modules), others=_others(modules, context))
+
+
+def _lokr_modules(modules: Sequence[FileModule]) -> dict[str, LokrModule]:
+    return {_unwrapped(m): _lokr_module(m.delta) for m in modules}
 
 
 def _lokr_module(delta: LayerDelta) -> LokrModule:

@@ -9,7 +9,7 @@ import torch
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.errors import IntegrityError, KronaError
 from krona_hub.formats.reading.reader import read
-from krona_hub.formats.writing.write_plan import WritePlan, gathered
+from krona_hub.formats.writing.write_plan import WritePlan
 from krona_hub.kron.norms import norm, relative_difference
 from krona_hub.kron.parallel import in_parallel
 
@@ -52,13 +52,10 @@ def _is_nonzero(delta: LayerDelta) -> bool:
 
 
 def _differences(plan: WritePlan, back: Adapter) -> list[tuple[float, str]]:
-    """(difference, name): from the adapter, or from the cast tensors, because the loss of a cast is intended."""
-    if plan.dtype is None:
-        pairs = [(x, back.layers[x], delta) for x, delta in plan.adapter.layers.items()]
-    else:
-        found = gathered(back.layers, plan.homes)
-        pairs = [(m.name, found[m.name], m.delta) for m in plan.modules]
-    return [(worst, pair[0]) for pair, worst in in_parallel(lambda pair: difference(*pair[1:]), pairs)]
+    """(difference, layer): from the adapter, or from the cast numbers, because the loss of a cast is intended."""
+    meant = plan.adapter.layers if plan.dtype is None else plan.stored
+    found = in_parallel(lambda layer: difference(back.layers[layer], meant[layer]), list(meant))
+    return [(worst, layer) for layer, worst in found]
 
 
 def difference(found: LayerDelta, meant: LayerDelta) -> float:

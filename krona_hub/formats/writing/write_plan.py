@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from krona_hub.adapters.adapter import Adapter, LayerDelta
+from krona_hub.adapters.adapter import Adapter, LayerDelta, Provenance
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.loading import load_base
@@ -24,11 +24,12 @@ from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 from krona_hub.formats.forms.normal_forms import lora_of
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import storage_of
-from krona_hub.formats.writing.beside_layers import Beside, held_beside, lycoris_tensors
+from krona_hub.formats.reading.placed_layers import layer_of
+from krona_hub.formats.writing.beside_layers import held_beside, lycoris_tensors
 from krona_hub.formats.writing.encode import cast, cast_tensor, normalized
 from krona_hub.formats.writing.fuse_modules import fused
 from krona_hub.formats.writing.module_names import Home, check_one_component, homes, live_path
-from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tensors, pack
+from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tensors, pack, with_common_factors
 from krona_hub.schema.native_tensors import to_tensors
 
 CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
@@ -50,18 +51,28 @@ class Aim:
 
 @dataclass(frozen=True)
 class WritePlan:
-    """Everything needed to write the file and to verify it."""
+    """Everything needed to write the file, to measure it, and to verify it."""
 
     adapter: Adapter
     aim: Aim
     base: Base  # base model for reading the names back
-    homes: Mapping[str, Home]  # layer -> module that stores it
+    context: Context
     modules: Sequence[FileModule]
-    package: FileSet
+    stored: Mapping[str, LayerDelta]  # layer -> the delta that a reader of the file finds, in the stored numbers
     dtype: torch.dtype | None
     notes: tuple[str, ...]
     vectors: Mapping[str, Tensor]  # that the file holds, as stored
     left_out: LeftOut = COMPLETE
+
+    def packed(self) -> FileSet:
+        """The files, with the provenance of the adapter."""
+        if self.aim.format == KRONA.name:
+            return FileSet({"": Tensors(*to_tensors(replace(self.adapter, layers=self.stored, vectors=self.vectors)))})
+        return pack(self.aim.format, self.modules, self.context)
+
+    def with_provenance(self, provenance: Provenance) -> WritePlan:
+        """The same plan for an adapter with another provenance, such as one with the measured errors."""
+        return replace(self, adapter=replace(self.adapter, provenance=provenance))
 
 
 def aim_at(adapter: Adapter, format_name: str, tool_name: str | None, split_qkv: bool) -> Aim:
@@ -95,14 +106,8 @@ def _target(adapter: Adapter, tool: Tool) -> ToolTarget:
     return target
 
 
-def known_beside(adapter: Adapter, format_name: str, tool_name: str | None, base: str | Path | Base | None) -> Beside:
-    """What a file would hold beside the layers of an adapter, without planning the file."""
-    tool = None if tool_name is None else tool_named(tool_name)
-    return held_beside(adapter, format_name, tool, _known_base(adapter, base))
-
-
 def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: torch.dtype | None) -> WritePlan:
-    """Build the files for a target in memory. Raises a KronaError if the adapter cannot be written that way."""
+    """Plan the file in memory, to the last bit. Raises a KronaError if the adapter cannot be written that way."""
     if aim.format == KRONA.name:
         return _native(adapter, aim, dtype)
     known = _known_base(adapter, base)
@@ -119,17 +124,37 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
         context = replace(context, beside={**tensors, **beside.embeddings})
     elif vectors:
         modules = _biased(modules, places, vectors)
-    package = pack(aim.format, modules, context)
-    own = known or _own_layers(adapter)
-    return WritePlan(adapter, aim, own, places, modules, package, dtype, _notes(aim), vectors, beside.left_out)
+    return WritePlan(
+        adapter=adapter,
+        aim=aim,
+        base=known or _own_layers(adapter),
+        context=context,
+        modules=modules,
+        stored=_stored_layers(adapter, modules, places),
+        dtype=dtype,
+        notes=_notes(aim),
+        vectors=vectors,
+        left_out=beside.left_out,
+    )
 
 
 def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> WritePlan:
-    layers = {layer: cast(delta, dtype) for layer, delta in adapter.layers.items()}
+    stored = {layer: cast(delta, dtype) for layer, delta in adapter.layers.items()}
     vectors = {name: cast_tensor(vector, dtype) for name, vector in adapter.vectors.items()}
-    package = FileSet({"": Tensors(*to_tensors(replace(adapter, layers=layers, vectors=vectors)))})
-    modules = [FileModule(layer, layer.partition(".")[0], layer, delta) for layer, delta in layers.items()]
-    return WritePlan(adapter, aim, _own_layers(adapter), homes(layers, "", None), modules, package, dtype, (), vectors)
+    modules = [FileModule(layer, layer.partition(".")[0], layer, delta) for layer, delta in stored.items()]
+    left_out = LeftOut(adapter.provenance.skipped)
+    return WritePlan(adapter, aim, _own_layers(adapter), Context(), modules, stored, dtype, (), vectors, left_out)
+
+
+def _stored_layers(
+    adapter: Adapter, modules: Sequence[FileModule], places: Mapping[str, Home]
+) -> dict[str, LayerDelta]:
+    """Take the modules of the file apart again, as a reader does."""
+    deltas = {m.name: m.delta for m in modules}
+    return {
+        layer: layer_of(deltas[places[layer].module], places[layer].placement, delta.weight_shape)
+        for layer, delta in adapter.layers.items()
+    }
 
 
 def _biased(
@@ -178,7 +203,7 @@ def _modules(adapter: Adapter, aim: Aim, places: Mapping[str, Home], names: Name
         label = layer if len(places[layer].siblings) == 1 else name
         stored = normalized(delta, aim.format, tool, layer=label)
         modules.append(FileModule(name, layer.partition(".")[0], live_path(layer, names), stored))
-    return modules
+    return with_common_factors(aim.format, modules)
 
 
 def check_text_encoders(aim: Aim, modules: Sequence[FileModule]) -> None:
@@ -225,12 +250,12 @@ def _notes(aim: Aim) -> tuple[str, ...]:
     return (aim.tool.note,) if aim.tool and aim.format in aim.tool.note_on else ()
 
 
-def check_nothing_left_out(left_out: LeftOut, format_name: str, tool: str | None, *, allow_missing: bool) -> None:
+def check_nothing_left_out(plan: WritePlan, *, allow_missing: bool) -> None:
     """Raise InexpressibleError if the file would leave out a part of the adapter, unless that is allowed."""
-    without_place = replace(left_out, modules=())  # reading has already allowed to skip modules
+    without_place = replace(plan.left_out, modules=())  # reading has already allowed to skip modules
     if not without_place or allow_missing:
         return
-    where = tool_named(tool).title if tool else format_name
+    where = plan.aim.tool.title if plan.aim.tool else plan.aim.format
     raise InexpressibleError(
         f"{where} has no place for {without_place} of the adapter ({abbreviated(without_place.names)}).",
         fix="Add --allow-missing to leave them out, use --to krona, which stores everything, or merge the adapter into "

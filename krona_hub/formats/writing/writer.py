@@ -13,6 +13,7 @@ from krona_hub.bases.base import Base
 from krona_hub.checkpoints.atomic import atomic_folder, atomic_text, check_output
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
+from krona_hub.formats.writing.packing import FileSet
 from krona_hub.formats.writing.readback import checked
 from krona_hub.formats.writing.write_plan import WritePlan, aim_at, check_nothing_left_out, planned
 
@@ -103,35 +104,43 @@ def write(
     if not aim.is_folder:
         check_output(path, overwrite=overwrite)
     plan = planned(adapter, aim, base, dtype)
-    tool = None if aim.tool is None else aim.tool.name
-    check_nothing_left_out(plan.left_out, aim.format, tool, allow_missing=allow_missing)
-    return _write_file(plan, path, overwrite) if plan.package.is_file else _write_folder(plan, path, overwrite)
+    return write_planned(plan, path, overwrite=overwrite, allow_missing=allow_missing)
 
 
-def _write_file(plan: WritePlan, path: Path, overwrite: bool) -> WriteReport:
+def write_planned(plan: WritePlan, path: Path, *, overwrite: bool = False, allow_missing: bool = False) -> WriteReport:
+    """Write and verify the files of a plan. Raises the errors of `write`."""
+    check_nothing_left_out(plan, allow_missing=allow_missing)
+    if not plan.aim.is_folder:
+        check_output(path, overwrite=overwrite)
+    package = plan.packed()
+    store = _write_file if package.is_file else _write_folder
+    return store(plan, package, path, overwrite)
+
+
+def _write_file(plan: WritePlan, package: FileSet, path: Path, overwrite: bool) -> WriteReport:
     """Write to a temporary folder beside the target, verify, then move into place."""
     with tempfile.TemporaryDirectory(prefix=".krona-", dir=path.parent) as folder:
         staged = Path(folder) / path.name
-        write_tensors(staged, *plan.package.files[""])
+        write_tensors(staged, *package.files[""])
         worst = checked(plan, staged)
         check_output(path, overwrite=overwrite)
         staged.replace(path)
-    return _report(plan, path, (path,), worst)
+    return _report(plan, package, path, (path,), worst)
 
 
-def _write_folder(plan: WritePlan, path: Path, overwrite: bool) -> WriteReport:
+def _write_folder(plan: WritePlan, package: FileSet, path: Path, overwrite: bool) -> WriteReport:
     with atomic_folder(path, overwrite=overwrite) as staged:
-        for name, (tensors, metadata) in plan.package.files.items():
+        for name, (tensors, metadata) in package.files.items():
             (staged / name).parent.mkdir(exist_ok=True)
             write_tensors(staged / name, tensors, metadata)
-        for name, text in plan.package.texts.items():
+        for name, text in package.texts.items():
             atomic_text(staged / name, text)
         worst = checked(plan, staged)
-    return _report(plan, path, tuple(path / n for n in (*plan.package.files, *plan.package.texts)), worst)
+    return _report(plan, package, path, tuple(path / n for n in (*package.files, *package.texts)), worst)
 
 
-def _report(plan: WritePlan, path: Path, files: tuple[Path, ...], worst: float) -> WriteReport:
-    stored = [t for f in plan.package.files.values() for name, t in f.tensors.items() if not name.endswith(".alpha")]
+def _report(plan: WritePlan, package: FileSet, path: Path, files: tuple[Path, ...], worst: float) -> WriteReport:
+    stored = [t for f in package.files.values() for name, t in f.tensors.items() if not name.endswith(".alpha")]
     return WriteReport(
         path=path,
         format=plan.aim.format,

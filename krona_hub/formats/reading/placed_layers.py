@@ -1,0 +1,47 @@
+"""The layer that a module of a file adapts: the whole module, some of its rows, or its transpose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.bases.module_spec import Placement
+from krona_hub.errors import UnsupportedError
+from krona_hub.kron.rows import Range, take_rows, transposed
+
+
+def layer_of(module: LayerDelta, place: Placement, weight_shape: tuple[int, ...] | None) -> LayerDelta:
+    """Return the part of a module's delta that belongs to one layer; `weight_shape` is that of the base, if known.
+
+    The inverse of `krona_hub.formats.writing.fuse_modules.fused`. Raises UnsupportedError for a DoRA that cannot be
+    split.
+
+    >>> import torch
+    >>> from krona_hub.kron.terms import as_lora
+    >>> qkv = LayerDelta((as_lora(torch.ones(12, 2), torch.ones(2, 5)),), (12, 5))
+    >>> layer_of(qkv, Placement("unet.x.to_k", rows=(4, 8)), None).weight_shape
+    (4, 5)
+    """
+    if place.plain:
+        return replace(module, weight_shape=weight_shape or module.weight_shape)
+    if module.magnitude is not None and (place.transpose or (module.magnitude_axis == "in" and place.rows)):
+        raise UnsupportedError(
+            "A DoRA with norms over several fused layers cannot be split.", fix="Merge it into its base model."
+        )
+    sums = tuple(map(transposed, module.sums)) if place.transpose else module.sums
+    height = module.matrix_shape[place.transpose]
+    ranges, magnitude = _ranges(place, height), module.magnitude
+    if magnitude is not None and module.magnitude_axis == "out":
+        magnitude = magnitude[[row for start, stop in ranges for row in range(start, stop)]]
+    taken = tuple(take_rows(s, ranges) for s in sums)
+    size = (sum(stop - start for start, stop in ranges), module.matrix_shape[not place.transpose])
+    return LayerDelta(taken, weight_shape or size, magnitude, module.magnitude_axis)
+
+
+def _ranges(place: Placement, height: int) -> list[Range]:
+    """Return the row ranges of the stored module that form the layer, in the order of the layer."""
+    start, stop = place.rows or (0, height)
+    if not place.swap_halves:
+        return [(start, stop)]
+    middle = (start + stop) // 2
+    return [(middle, stop), (start, middle)]
