@@ -17,7 +17,6 @@ from krona_hub.combining.report import CombinedAdapter, CombineReport
 from krona_hub.combining.request import CombineInput, CombineRequest
 from krona_hub.combining.weighted_sum import weighted_sum
 from krona_hub.conversion.convert_layers import ConvertedLayer, error_of, layer_report
-from krona_hub.conversion.execute import vector_error
 from krona_hub.conversion.report import REFUSED_ABOVE, LayerReport, percent
 from krona_hub.conversion.target import ConversionTarget
 from krona_hub.errors import InexpressibleError, LossyError
@@ -49,7 +48,7 @@ def execute(request: CombineRequest, progress: Progress | None = None) -> Combin
         layers=_layer_reports(total.layers, outcomes, plan.stored),
         notes=total.provenance.notes,
         left_out=plan.left_out,
-        vector_error=vector_error(total.vectors, plan.vectors),
+        vector_error=plan.vector_error,
         vectors=tuple(total.vectors),
         vector_parameters=sum(vector.numel() for vector in total.vectors.values()),
     )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import sqrt
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.adapters.provenance import Provenance, native_provenance
@@ -75,7 +73,7 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         out=request.out if request.out is not None else default_out(request.source, target.format),
         layers=_layer_reports(adapter.layers, reference, outcomes, plan.stored),
         vectors=len(adapter.vectors),
-        vector_error=vector_error(adapter.vectors, plan.vectors),
+        vector_error=plan.vector_error,
         left_out=plan.left_out,
         notes=_dora_note(baked),
     )
@@ -94,13 +92,6 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     return replace(
         report, checked=str(written), written=True, files=written.files, notes=(*report.notes, *written.notes)
     )
-
-
-def vector_error(meant: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> float:
-    """Return the relative error of the stored vectors, over all of them: that of a conversion to another dtype."""
-    whole = sum(float(meant[name].double().square().sum()) for name in stored)
-    lost = sum(float((meant[name].double() - v.double()).square().sum()) for name, v in stored.items())
-    return sqrt(lost / whole) if whole else 0.0
 
 
 def _kept(delta: LayerDelta, method: Method, target: ConversionTarget) -> bool:

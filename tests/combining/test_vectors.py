@@ -22,7 +22,7 @@ def written(monkeypatch):
         found.append(adapter)
         raise InterruptedError
 
-    monkeypatch.setattr(execute, "write", keep)
+    monkeypatch.setattr(execute, "write_planned", keep)
     return found
 
 

@@ -29,7 +29,7 @@ def written(monkeypatch):
         found.append(adapter)
         return write(adapter, *arguments, **options)
 
-    monkeypatch.setattr(execute, "write", keep)
+    monkeypatch.setattr(execute, "write_planned", keep)
     return found
 
 

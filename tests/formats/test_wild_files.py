@@ -28,7 +28,6 @@ UNMEASURED = "claims about applications are not measured yet"
 LOADED = {  # what `loads in` still says
     ("zimage_musubi_lora", "comfyui"),
     ("zimage_aitoolkit_dora_magnitude", "diffusers"),
-    ("zimage_aitoolkit_dora_magnitude", "comfyui"),
     ("flux2_dev_mixed_prefixes", "diffusers"),
     ("flux2_klein9b_diffsynth_default", "diffusers"),
     ("flux1_simpletuner_double_prefix", "comfyui"),

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import sqrt
 from pathlib import Path
 
 import torch
@@ -63,6 +64,14 @@ class WritePlan:
     notes: tuple[str, ...]
     vectors: Mapping[str, Tensor]  # that the file holds, as stored
     left_out: LeftOut = COMPLETE
+
+    @property
+    def vector_error(self) -> float:
+        """Relative error of the stored vectors, over all of them: that of a conversion to another dtype."""
+        pairs = [(self.adapter.vectors[name].double(), v.double()) for name, v in self.vectors.items()]
+        whole = sum(float(meant.square().sum()) for meant, _ in pairs)
+        lost = sum(float((meant - stored).square().sum()) for meant, stored in pairs)
+        return sqrt(lost / whole) if whole else 0.0
 
     def packed(self) -> FileSet:
         """The files, with the provenance of the adapter."""
