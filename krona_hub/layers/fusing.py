@@ -7,7 +7,6 @@ The original weight is kept in CPU memory, and `unfuse` restores it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import ConflictError, KronaError, NonFiniteError, UnsupportedError
-from krona_hub.kron.terms import Factor, KronTerms, LowRank
 from krona_hub.layers.attachment import check_not_fused, layers_of
 from krona_hub.layers.kron_layer import KronLayer
 from krona_hub.layers.module_tree import Slot, kron_layers, models_of
@@ -141,15 +139,7 @@ def _fuse(path: str, layer: KronLayer, weight: Tensor) -> bool:
 
 def exact(delta: LayerDelta, device: torch.device) -> LayerDelta:
     """Convert the factors to float64."""
-
-    def widened(factor: Factor) -> Factor:
-        if isinstance(factor, LowRank):
-            return LowRank(factor.up.to(device, torch.float64), factor.down.to(device, torch.float64))
-        return factor.to(device, torch.float64)
-
-    sums = tuple(KronTerms(widened(s.left), widened(s.right), s.rows) for s in delta.sums)
-    magnitude = None if delta.magnitude is None else delta.magnitude.to(device, torch.float64)
-    return replace(delta, sums=sums, magnitude=magnitude)
+    return delta.map(lambda tensor: tensor.to(device, torch.float64))
 
 
 def rounded_once(numbers: Tensor, dtype: torch.dtype) -> Tensor:
