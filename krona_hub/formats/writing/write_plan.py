@@ -16,7 +16,7 @@ from krona_hub.bases.module_spec import ModuleSpec as BaseModule
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, tool_named
-from krona_hub.formats.forms.normal_forms import lora_of
+from krona_hub.formats.forms.normal_forms import lora_of, without_hadamard
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.writing.encode import cast, normalized
@@ -102,7 +102,7 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
 
 
 def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> WritePlan:
-    layers = {layer: cast(delta, dtype) for layer, delta in adapter.layers.items()}
+    layers = {layer: cast(without_hadamard(delta), dtype) for layer, delta in adapter.layers.items()}
     package = FileSet({"": Tensors(*to_tensors(adapter.with_layers(layers)))})
     modules = [FileModule(layer, layer.partition(".")[0], layer, delta) for layer, delta in layers.items()]
     return WritePlan(adapter, aim, _own_layers(adapter), homes(layers, "", None), modules, package, dtype, ())
