@@ -21,7 +21,7 @@ from torch import Tensor
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.adapters.provenance import BaseModel, Provenance
 from krona_hub.errors import BaseMismatchError, KronaError, UnsupportedError, UsageError, abbreviated
-from krona_hub.formats.forms.normal_forms import lora_of
+from krona_hub.formats.forms.normal_forms import lora_of, without_hadamard
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, stored_rank
 
 
@@ -83,7 +83,8 @@ def _layer_sum(parts: Sequence[WeightedAdapter]) -> LayerDelta:
     present = [p for p in parts if p.weight]
     if any(p.delta.magnitude is not None for p in present):
         return _only_dora(present)
-    pairs = _merge_equal([(p.weight, s) for p in present for s in p.delta.sums])
+    deltas = [(p.weight, without_hadamard(p.delta, to_lora=True)) for p in present]
+    pairs = _merge_equal([(weight, s) for weight, delta in deltas for s in delta.sums])
     sums = [s if weight == 1 else s.scaled(weight) for weight, s in pairs]
     return LayerDelta(stacked(sums), shape)
 
@@ -102,7 +103,7 @@ def _common_shape(deltas: Sequence[LayerDelta]) -> tuple[int, ...]:
 def _only_dora(parts: Sequence[WeightedAdapter]) -> LayerDelta:
     """Return a single DoRA at strength 1 unchanged; its delta depends on the base weight, so it cannot be added."""
     if len(parts) == 1 and parts[0].weight == 1:
-        return parts[0].delta
+        return without_hadamard(parts[0].delta)
     raise UnsupportedError(
         "A DoRA layer cannot be scaled or added to another layer: its delta depends on the base weights.",
         fix="Convert it to a plain delta first: krona convert FILE --exact --base BASE.",

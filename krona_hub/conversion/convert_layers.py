@@ -15,7 +15,16 @@ from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxErr
 from krona_hub.conversion.report import LayerReport
 from krona_hub.conversion.target import ConversionTarget, Loads
 from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
-from krona_hub.formats.forms.normal_forms import Lora, exact_lora_of, is_lora, lora_rank, size_of, with_lora, words_of
+from krona_hub.formats.forms.normal_forms import (
+    Lora,
+    exact_lora_of,
+    has_hadamard,
+    is_lora,
+    lora_rank,
+    size_of,
+    with_lora,
+    words_of,
+)
 from krona_hub.kron.factorization_search import Choice, realize, smallest_within, within_budget
 from krona_hub.kron.from_lora import nearest_kron_of_loras
 from krona_hub.kron.norms import norm, recompress, relative_difference
@@ -205,9 +214,11 @@ def _outcome(delta: LayerDelta, lora: Lora, choice: Choice, holds_any_shape: Hol
     best_other = None if other is None else f"{other}, error {other.relative_error:.3f}"
     if is_lora(delta) and form.shape[:2] == (1, 1) and (form.right_rank or 0) >= lora.up.shape[1]:
         return ConvertedLayer(delta, "kept as LoRA", best_other)
-    if not is_lora(delta) and size_of(delta)[0] <= form.parameters and holds_any_shape(delta):
+    is_stored = not is_lora(delta) and not has_hadamard(delta)
+    if is_stored and size_of(delta)[0] <= form.parameters and holds_any_shape(delta):
         return ConvertedLayer(delta, "unchanged: no smaller factorization within the limit")
-    note = _lora_note(lora_rank(delta), form.right_rank or form.terms) if form.is_lora else ""
+    rank = lora_rank(delta) if is_lora(delta) else None
+    note = _lora_note(rank, form.right_rank or form.terms) if form.is_lora else ""
     terms = realize(lora.up, lora.down, form).terms.to(torch.float32)  # as new factors are stored
     return ConvertedLayer(replace(delta, sums=(terms,)), note, best_other if form.is_lora else None)
 

@@ -26,7 +26,7 @@ from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, LayerRe
 from krona_hub.conversion.request import ConvertRequest
 from krona_hub.conversion.target import ConversionTarget, choose_target, default_method
 from krona_hub.errors import InexpressibleError, LossyError
-from krona_hub.formats.forms.normal_forms import is_lora
+from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora, size_of, without_hadamard
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing.write_plan import aim_at, check_nothing_left_out, planned
@@ -60,6 +60,7 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     outcomes = {name: ConvertedLayer(delta) for name, delta in kept.items()}
     if changed:
         outcomes |= apply_method(changed, MaxError() if isinstance(method, Keep) else method, target, progress)
+    outcomes = {n: replace(o, delta=without_hadamard(o.delta, to_lora=target.to_lora)) for n, o in outcomes.items()}
     target = target.for_result(o.delta for o in outcomes.values())
     _check_expressible(target, outcomes)
     result = adapter.with_layers({name: o.delta for name, o in outcomes.items()})
@@ -95,8 +96,13 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
 
 
 def _kept(delta: LayerDelta, method: Method, target: ConversionTarget) -> bool:
-    """Return whether a layer stays unchanged without a method: it already has the target's kind."""
-    return isinstance(method, Keep) or is_lora(delta) == target.to_lora
+    """Return whether a layer stays unchanged without a method: it already has the target's kind, or an application's.
+
+    A LoHa never does.
+    """
+    if has_hadamard(delta):
+        return False
+    return isinstance(method, Keep) or target.tool is not None or is_lora(delta) == target.to_lora
 
 
 def _dora_note(baked: Mapping[str, LayerDelta]) -> tuple[str, ...]:
@@ -167,12 +173,18 @@ def _too_lossy(report: ConversionReport, layers: Mapping[str, LayerDelta]) -> Lo
     """Return the error, with measured alternatives."""
     size = report.parameters_after
     lora = lora_error_within(layers, size)
+    whole = report.parameters_before + sum(_growth(delta) for delta in layers.values())
     as_lora = f"--to lora --budget {size} (error {percent(lora)}), " if lora <= REFUSED_ABOVE else ""
     error = LossyError(
         f"The relative error would be {percent(report.relative_error)} (retained energy {percent(report.energy_kept)}; "
         f"a LoRA with {size:,} parameters: error {percent(lora)}); nothing was written.",
-        fix=f"Choose {as_lora}--exact (no loss, {report.parameters_before:,} parameters), --max-error 0.05 (smallest "
+        fix=f"Choose {as_lora}--exact (no loss, {whole:,} parameters), --max-error 0.05 (smallest "
         "factorization within 5 % per layer), or --allow-loss to write this result.",
     )
     error.report = report
     return error
+
+
+def _growth(delta: LayerDelta) -> int:
+    """Parameters that an equal delta without elementwise products has more."""
+    return size_of(without_hadamard(delta))[0] - size_of(delta)[0] if has_hadamard(delta) else 0

@@ -11,7 +11,7 @@ from krona_hub.conversion.methods import DEFAULT_MAX_ERROR, Exact, Keep, MaxErro
 from krona_hub.conversion.output_options import format_named
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.formats.compatibility.tools import loads_form, target_for, tool_named
-from krona_hub.formats.forms.normal_forms import is_lora
+from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora
 from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.writing.encode import why_not
@@ -82,7 +82,8 @@ def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, method:
     if tool is None:
         return ConversionTarget(format_named(to or "krona"))
     known = tool_named(tool)
-    stays_lora = all(map(is_lora, adapter.layers.values())) and (method is None or isinstance(method, Exact))
+    loras = all(is_lora(delta) or has_hadamard(delta) for delta in adapter.layers.values())
+    stays_lora = loras and (method is None or isinstance(method, Exact))
     wanted = target_for(known, stays_lora)
     if wanted is None and method is not None and known.lora is not None:
         wanted = known.lora  # a method was given, and the application loads LoRA only
@@ -95,6 +96,11 @@ def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, method:
 
 
 def default_method(adapter: Adapter, target: ConversionTarget) -> Method:
-    """Return the default: keep the factors within a kind or for an application, else the smallest within 5 %."""
+    """Return the default: keep the factors within a kind or for an application, else the smallest within 5 %.
+
+    No target stores a LoHa, whose equal LoRA has the square of its rank: it is approximated, too.
+    """
+    if any(map(has_hadamard, adapter.layers.values())):
+        return MaxError()
     kinds = {is_lora(delta) for delta in adapter.layers.values()}
     return Keep() if target.tool is not None or kinds == {target.to_lora} else MaxError()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.errors import ShapeError
+from krona_hub.kron.hadamard import Hadamard
 from krona_hub.kron.krylov import leading_rows
 from krona_hub.kron.shapes import KronShape, split
 from krona_hub.kron.terms import KronFit, KronTerms, LowRank, check_terms, dense_factor
@@ -202,7 +203,7 @@ def dense_rows(terms: KronTerms, dtype: torch.dtype) -> Iterator[Tensor]:
     a1, a2, b1, b2 = terms.shape
     wide = terms.to(dtype)
     left, right = wide.left, wide.right
-    if isinstance(right, LowRank) and a1 == a2 == 1:
+    if isinstance(right, LowRank) and not isinstance(right, Hadamard) and a1 == a2 == 1:
         for rows in torch.split(right.up * dense_factor(left), max(1, CHUNK // b2), 1):
             yield (rows @ right.down).sum(0)
         return

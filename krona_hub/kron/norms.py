@@ -107,7 +107,7 @@ def scaled(sums: Delta, weight: float) -> tuple[KronTerms, ...]:
 def minus(terms: KronTerms) -> KronTerms:
     """Return −ΔW, exact in every dtype, since only signs change."""
     left = terms.left
-    flipped: Factor = LowRank(-left.up, left.down) if isinstance(left, LowRank) else -left
+    flipped: Factor = left.map_up(torch.neg) if isinstance(left, LowRank) else -left
     return KronTerms(flipped, terms.right, terms.rows)
 
 
@@ -148,7 +148,7 @@ def _cheapest(sums: Delta) -> str:
 
 def _row_cost(s: KronTerms) -> int:
     """Return the multiplications per value of ΔW when it is formed by rows."""
-    return s.terms * (s.right.rank if isinstance(s.right, LowRank) and s.shape.a2 == 1 else 1) + 4
+    return s.terms * (s.right.depth if isinstance(s.right, LowRank) and s.shape.a2 == 1 else 1) + 4
 
 
 def _in_r_space(sums: Delta) -> Pair:
@@ -197,7 +197,7 @@ def _some_rows(s: KronTerms, index: Tensor) -> Tensor:
 
 def _rows_of(factor: Factor, index: Tensor) -> Tensor:
     if isinstance(factor, LowRank):
-        return factor.up[:, index].double() @ factor.down.double()
+        return factor.map_sides(lambda up: up[:, index].double(), Tensor.double).dense()
     return factor[:, index].double()
 
 

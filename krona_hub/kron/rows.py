@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from krona_hub.errors import UnsupportedError
-from krona_hub.kron.terms import Factor, KronTerms, LowRank
+from krona_hub.kron.hadamard import Hadamard
+from krona_hub.kron.terms import Factor, KronTerms, LowRank, transpose_factor
 
 Range = tuple[int, int]  # first row, and one past the last row
 
@@ -58,7 +59,7 @@ def transposed(terms: KronTerms) -> KronTerms:
         raise UnsupportedError(
             "a sum with interleaved rows cannot be transposed.", fix="Convert the adapter to LoRA first (--to lora)."
         )
-    return KronTerms(_transposed(terms.left), _transposed(terms.right))
+    return KronTerms(transpose_factor(terms.left), transpose_factor(terms.right))
 
 
 def among_rows(terms: KronTerms, first: int, height: int) -> KronTerms:
@@ -86,7 +87,7 @@ def among_rows(terms: KronTerms, first: int, height: int) -> KronTerms:
 def _among(factor: Factor, shares: int, own: int) -> Factor:
     """Embed a factor: (terms, p, q) → (terms, shares·p, q), zero outside of the share `own`."""
     if isinstance(factor, LowRank):
-        return LowRank(_among_tensor(factor.up, shares, own), factor.down)
+        return factor.map_sides(lambda up: _among_tensor(up, shares, own))
     return _among_tensor(factor, shares, own)
 
 
@@ -108,7 +109,7 @@ def _cut(terms: KronTerms, unit: int) -> KronTerms:
 def _spread(factor: Factor, blocks: int) -> Factor:
     """Expand A: (terms, p, q) → (terms·blocks, p·blocks, q), where term k·blocks + m is factor[k] ⊗ eₘ."""
     if isinstance(factor, LowRank):
-        return LowRank(_spread_tensor(factor.up, blocks), factor.down.repeat_interleave(blocks, 0))
+        return factor.map_sides(lambda up: _spread_tensor(up, blocks), lambda down: down.repeat_interleave(blocks, 0))
     return _spread_tensor(factor, blocks)
 
 
@@ -120,7 +121,7 @@ def _spread_tensor(tensor: Tensor, blocks: int) -> Tensor:
 def _blocks(factor: Factor, blocks: int) -> Factor:
     """Split B: (terms, p, q) → (terms·blocks, p/blocks, q), the row blocks of each term in order."""
     if isinstance(factor, LowRank):
-        return LowRank(_blocks_tensor(factor.up, blocks), factor.down.repeat_interleave(blocks, 0))
+        return factor.map_sides(lambda up: _blocks_tensor(up, blocks), lambda down: down.repeat_interleave(blocks, 0))
     return _blocks_tensor(factor, blocks)
 
 
@@ -130,12 +131,14 @@ def _blocks_tensor(tensor: Tensor, blocks: int) -> Tensor:
 
 def _rows(factor: Factor, ranges: Sequence[Range]) -> Factor:
     if isinstance(factor, LowRank):
-        return _without_unused(LowRank(_rows_tensor(factor.up, ranges), factor.down))
+        return _without_unused(factor.map_sides(lambda up: _rows_tensor(up, ranges)))
     return _rows_tensor(factor, ranges)
 
 
 def _without_unused(factor: LowRank) -> LowRank:
     """Drop the inner dimensions that these rows do not use, such as two thirds if q, k and v were fused."""
+    if isinstance(factor, Hadamard):
+        return Hadamard(_without_unused(factor.first), _without_unused(factor.second))
     used = (factor.up != 0).any(1).any(0)
     if bool(used.all()):
         return factor
@@ -145,9 +148,3 @@ def _without_unused(factor: LowRank) -> LowRank:
 
 def _rows_tensor(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:
     return torch.cat([tensor[:, start:stop] for start, stop in ranges], 1)
-
-
-def _transposed(factor: Factor) -> Factor:
-    if isinstance(factor, LowRank):
-        return LowRank(factor.down.mT, factor.up.mT)
-    return factor.mT

@@ -49,10 +49,36 @@ class LowRank:
         """The inner dimension r of the products."""
         return self.up.shape[2]
 
+    @property
+    def depth(self) -> int:
+        """Multiplications per value of the matrices."""
+        return self.rank
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The stored tensors: (up, down)."""
+        return self.up, self.down
+
     def dense(self) -> Tensor:
         """Return the products, (terms, p, q), in the wider of the two dtypes, at least float32."""
         up, down = _wide_alike(self.up, self.down)
         return up @ down
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LowRank:
+        """Apply `change` to every stored tensor."""
+        return self.map_sides(change, change)
+
+    def map_sides(self, up: Callable[[Tensor], Tensor], down: Callable[[Tensor], Tensor] = lambda t: t) -> LowRank:
+        """Apply functions to up and to down, such as one that selects or repeats rows of every matrix."""
+        return LowRank(up(self.up), down(self.down))
+
+    def map_up(self, change: Callable[[Tensor], Tensor]) -> LowRank:
+        """Apply a linear `change` of values, such as a multiplication: it acts on one tensor, hence on the product."""
+        return LowRank(change(self.up), self.down)
+
+    def transposed(self) -> LowRank:
+        """Return the stack of transposed matrices."""
+        return LowRank(self.down.mT, self.up.mT)
 
 
 Factor = Tensor | LowRank  # (terms, p, q), stored or as a product
@@ -64,19 +90,17 @@ def dense_factor(factor: Factor) -> Tensor:
 
 
 def map_factor(change: Callable[[Tensor], Tensor], factor: Factor) -> Factor:
-    """Apply `change` to every stored tensor of a factor: to itself, or to its up and its down.
+    """Apply `change` to every stored tensor of a factor: to itself, or to those of its product.
 
     >>> map_factor(Tensor.double, LowRank(torch.ones(1, 4, 2), torch.ones(1, 2, 6))).up.dtype
     torch.float64
     """
-    if isinstance(factor, LowRank):
-        return LowRank(change(factor.up), change(factor.down))
-    return change(factor)
+    return factor.map(change) if isinstance(factor, LowRank) else change(factor)
 
 
 def transpose_factor(factor: Factor) -> Factor:
     """Transpose every matrix of the stack: (terms, p, q) -> (terms, q, p)."""
-    return LowRank(factor.down.mT, factor.up.mT) if isinstance(factor, LowRank) else factor.mT
+    return factor.transposed() if isinstance(factor, LowRank) else factor.mT
 
 
 def stored_rank(factor: Factor) -> int | None:
@@ -91,8 +115,8 @@ def rank_bound(factor: Factor) -> int:
 
 
 def factor_tensors(factor: Factor) -> tuple[Tensor, ...]:
-    """Return the stored tensors of a factor: itself, or (up, down)."""
-    return (factor.up, factor.down) if isinstance(factor, LowRank) else (factor,)
+    """Return the stored tensors of a factor: itself, or those of its product."""
+    return factor.tensors if isinstance(factor, LowRank) else (factor,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +202,7 @@ class KronTerms:
     def scaled(self, weight: float) -> KronTerms:
         """Return weight · ΔW; the weight is folded into the first stored tensor, which becomes at least float32."""
         if isinstance(self.left, LowRank):
-            return replace(self, left=LowRank(wide(self.left.up) * weight, self.left.down))
+            return replace(self, left=self.left.map_up(lambda up: wide(up) * weight))
         return replace(self, left=wide(self.left) * weight)
 
 

@@ -223,10 +223,10 @@ def _kron(a: Tensor, b: Tensor) -> Tensor:
 def _thin(factor: Factor, k: int, tolerance: float) -> Pair:
     """Return factor k as up·down of minimal rank: as stored, with an identity, or truncated to its rank by SVD."""
     if isinstance(factor, LowRank):
-        up, down = factor.up[k].double(), factor.down[k].double()
+        one = factor.map(lambda t: t[k : k + 1].double())
         if factor.rank <= min(factor.shape[1:]):
-            return up, down
-        matrix = up @ down
+            return one.up[0], one.down[0]
+        matrix = one.dense()[0]
     else:
         matrix = factor[k].double()
     if tolerance and min(matrix.shape) > 1:

@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from krona_hub.kron.hadamard import expanded
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, Rows, dense_factor
 from krona_hub.layers.chain import Sizes, cheaper_beside, cheapest_chain
 from krona_hub.layers.chain_step import Window
@@ -70,7 +71,7 @@ class KronSum(nn.Module):
 
     def snapshot(self) -> KronTerms:
         """Copy the sum, so that further training does not change it."""
-        return KronTerms(_copied(self.value.left), _copied(self.value.right), self.rows)
+        return self.value.map(lambda factor: factor.detach().clone())
 
     def _side(self, side: str) -> Factor:
         if side in self.names:
@@ -95,9 +96,12 @@ def wide(tensor: Tensor) -> torch.dtype:
 def essential(terms: KronTerms, dtype: torch.dtype | None = None) -> list[tuple[str, Tensor]]:
     """Return (name, tensor) of the factors in chain order, without a side of size 1×1.
 
+    An elementwise product becomes a low-rank product or a matrix.
+
     For float16, the factors are scaled to equal magnitudes: ΔW is the same, and nothing underflows.
     """
-    left, right, one = terms.left, terms.right, (1, 1)
+    terms, one = expanded(terms), (1, 1)
+    left, right = terms.left, terms.right
     if terms.shape[:2] == one:
         named = _named("right", _absorbed(right, left))
     elif terms.shape[2:] == one:
@@ -105,12 +109,6 @@ def essential(terms: KronTerms, dtype: torch.dtype | None = None) -> list[tuple[
     else:
         named = _named("left", left) + _named("right", right)
     return _balanced(named) if dtype == torch.float16 else named
-
-
-def _copied(factor: Factor) -> Factor:
-    if isinstance(factor, LowRank):
-        return LowRank(factor.up.detach().clone(), factor.down.detach().clone())
-    return factor.detach().clone()
 
 
 def _absorbed(factor: Factor, scalars: Factor) -> Factor:

@@ -6,7 +6,6 @@ Vectors are added to their parameters in the same way. The originals are kept in
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import ConflictError, KronaError, NonFiniteError, UnsupportedError
-from krona_hub.kron.terms import Factor, KronTerms, LowRank
 from krona_hub.layers.adapter_branch import COMPUTED
 from krona_hub.layers.attachment import Attachments, attachments
 from krona_hub.layers.kron_layer import KronLayer
@@ -179,15 +177,7 @@ def _replace(path: str, weight: Tensor, base: Tensor, total: Tensor) -> Tensor:
 
 def exact(delta: LayerDelta, device: torch.device) -> LayerDelta:
     """Convert the factors to float64."""
-
-    def widened(factor: Factor) -> Factor:
-        if isinstance(factor, LowRank):
-            return LowRank(factor.up.to(device, torch.float64), factor.down.to(device, torch.float64))
-        return factor.to(device, torch.float64)
-
-    sums = tuple(KronTerms(widened(s.left), widened(s.right), s.rows) for s in delta.sums)
-    magnitude = None if delta.magnitude is None else delta.magnitude.to(device, torch.float64)
-    return replace(delta, sums=sums, magnitude=magnitude)
+    return delta.map(lambda tensor: tensor.to(device, torch.float64))
 
 
 def rounded_once(numbers: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from krona_hub.checkpoints.findings import quoted, raise_first
 from krona_hub.checkpoints.header import FLOATS, Header
 from krona_hub.checkpoints.writer import DTYPE_NAMES
 from krona_hub.errors import DtypeError, KronaError, NonFiniteError, ShapeError, UsageError
+from krona_hub.kron.hadamard import expanded
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, Rows
 from krona_hub.schema import modelspec, tensor_layout
 from krona_hub.schema.header import HEADER_KEY, SCHEMA_KEY, LayerFacts, NativeHeader, ordered_errors, render
@@ -74,7 +75,8 @@ def from_tensors(header: Header, tensors: Mapping[str, Tensor]) -> Adapter:
 
 
 def _nonempty_sums(delta: LayerDelta) -> tuple[KronTerms, ...]:
-    return tuple(s for s in delta.sums if all(t.numel() for t in s.tensors))
+    """Return the sums to store; an elementwise product becomes a low-rank product or a matrix."""
+    return tuple(expanded(s) for s in delta.sums if all(t.numel() for t in s.tensors))
 
 
 def _named(layers: Mapping[str, tuple[KronTerms, ...]]) -> Iterator[tuple[str, Tensor]]:

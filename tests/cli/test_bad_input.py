@@ -75,9 +75,10 @@ BAD_ADAPTERS = {
         save({"lora_unet_x.lora_up.weight": torch.ones(7, 1), "lora_unet_x.lora_down.weight": torch.ones(1, 5)}),
         {"KH126", "KH129", "KH160"},
     ),
-    "a LoHa": (
+    "an OFT": (save({f"{TO_Q}.oft_blocks": torch.ones(4, 80, 80)}), {"KH128"}),
+    "a LoHa of two ranks": (
         save({f"{TO_Q}.hada_w{i}_{side}": torch.ones(320, 4) for i in (1, 2) for side in "ab"}),
-        {"KH128"},
+        {"KH110"},
     ),
 }
 

@@ -132,8 +132,8 @@ def test_two_modules_for_one_layer_are_a_conflict(tmp_path):
 
 
 def test_foreign_algorithms_are_named_and_left_out_on_consent(tmp_path):
-    path = save(tmp_path, lora(Q, 12, 10) | module("lora_unet_mid_block_resnets_0_conv1", hada_w1_a=rand(2, 3)))
-    with pytest.raises(UnsupportedError, match=r"conv1.*LoHa"):
+    path = save(tmp_path, lora(Q, 12, 10) | module("lora_unet_mid_block_resnets_0_conv1", oft_blocks=rand(2, 3)))
+    with pytest.raises(UnsupportedError, match=r"conv1.*OFT"):
         read(path, base=TINY)
     assert list(read(path, base=TINY, allow_missing=True).layers) == [TO_Q]
 
@@ -171,8 +171,8 @@ def test_a_configuration_of_another_rank_is_refused(tmp_path):
 
 
 def test_other_peft_types_are_refused_by_name(tmp_path):
-    with pytest.raises(UnsupportedError, match="LoHa"):
-        read(peft_folder(tmp_path / "p", {"peft_type": "LOHA"}, {"x.hada_w1_a": rand(2, 2)}))
+    with pytest.raises(UnsupportedError, match="OFT"):
+        read(peft_folder(tmp_path / "p", {"peft_type": "OFT"}, {"x.oft_R.weight": rand(2, 2)}))
 
 
 def test_a_folder_of_pickles_is_not_opened(tmp_path):

@@ -18,6 +18,7 @@ from krona_hub.kron.terms import KronTerms
 from krona_hub.rendering.tables import loads_matrix
 from tests import tiny
 from tests.formats import made
+from tests.formats.files_on_disk import TINY, TO_Q, Q, peft_folder, rand, save
 from tests.shared import shared
 
 PIPE = tiny.sd15()
@@ -25,7 +26,7 @@ SHAPES = {name: shape for name, shape in tiny.layers(PIPE, "to_q", "to_v").items
 STAND_INS = {"diffusekrona": "of_diffusekrona"}  # formats that hold neither a plain LoRA nor a plain LoKr
 IDS = [format.name for format in FORMATS]
 WRITTEN = [format for format in FORMATS if format.writes]
-READ_ONLY = {"cloneofsimo": "cloneofsimo_r2_fp16.safetensors"}  # format -> a golden file of it
+READ_ONLY = {"cloneofsimo": "cloneofsimo_r2_fp16.safetensors"}  # format -> a golden file of it; others are made here
 
 
 def of_diffusekrona():
@@ -149,8 +150,20 @@ def test_a_format_that_is_only_read_says_so(format, tmp_path):
     with pytest.raises(UsageError, match="read-only"):
         write(made.lora(SHAPES), tmp_path / "out.safetensors", format=format.name)
     assert not list(tmp_path.iterdir())
-    path = shared("golden", READ_ONLY[format.name])
-    base = str(shared("golden", "base"))
+    path, base = of_read_only(format.name, tmp_path)
     assert detect_format(open_files(path, base)[0]) is format
-    sample = json.loads(shared("golden", "index.json").read_text())["samples"]
-    assert path.name in {s["adapter"] for s in sample} and len(read(path, base=base)) > 0
+    assert len(read(path, base=base, component="unet")) > 0
+
+
+def of_read_only(name, folder):
+    """(a file or folder of the format, its base)"""
+    if name in READ_ONLY:
+        path = shared("golden", READ_ONLY[name])
+        sample = json.loads(shared("golden", "index.json").read_text())["samples"]
+        assert path.name in {s["adapter"] for s in sample}
+        return path, str(shared("golden", "base"))
+    q = TO_Q.partition(".")[2] if name == "peft-loha" else Q
+    tensors = {f"{q}.hada_w{i}_{side}": t for i in (1, 2) for side, t in (("a", rand(12, 2)), ("b", rand(2, 10)))}
+    if name == "peft-loha":
+        return peft_folder(folder / "peft", {"peft_type": "LOHA", "r": 2, "alpha": 3}, tensors), TINY
+    return save(folder, tensors), TINY

@@ -68,7 +68,8 @@ DAMAGE = {
     "an alpha beyond reason": ({"alpha": torch.tensor(1e10)}, "KH152"),
     "an alpha of two numbers": ({"alpha": torch.ones(2)}, "KH110"),
     "an unknown key": ({"secret": torch.ones(2)}, "KH129"),
-    "a LoHa": ({"hada_w1_a": torch.ones(2, 2)}, "KH128"),
+    "an OFT": ({"oft_blocks": torch.ones(2, 2)}, "KH128"),
+    "a LoHa beside the LoRA": ({"hada_w1_a": torch.ones(2, 2)}, "KH129"),
 }
 
 

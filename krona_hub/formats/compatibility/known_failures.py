@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from krona_hub.formats.reading.description import Description, ModuleInfo
 
 LOKR_PIPELINES = ("flux2", "z-image")  # families whose diffusers pipelines load LoKr
-KOHYA = ("kohya-lora", "lycoris-locon", "lycoris-lokr")
+KOHYA = ("kohya-lora", "lycoris-locon", "lycoris-lokr", "lycoris-loha")
 
 
 def dora_of(axis: str, why: str) -> Callable[[Description], str | None]:
@@ -103,6 +103,16 @@ def kernel_split(description: Description) -> str | None:
     return f"A of {bad} splits the kernel" if bad else None
 
 
+def refused_loha(description: Description) -> str | None:
+    found = _first(description, lambda m: m.kind == "loha")
+    return f"it does not support LoHa, such as {found}" if found else None
+
+
+def unknown_loha(description: Description) -> str | None:
+    found = _first(description, lambda m: m.kind == "loha")
+    return f"whether it loads LoHa, such as {found}, is unknown" if found else None
+
+
 class Check(NamedTuple):
     tools: Sequence[str]
     formats: Sequence[str]  # () for all
@@ -130,6 +140,8 @@ CHECKS = (
     Check(("lycoris",), ("lycoris-lokr",), uneven_products),
     Check(("lycoris",), ("lycoris-lokr",), kernel_split),
     Check(("lycoris",), KOHYA, dora_of("in", "LyCORIS fails to load DoRA per input column")),
+    Check((*_INTERFACES, "onetrainer", "musubi"), (), unknown_loha),
+    Check(("diffusers", "kohya", "nunchaku"), (), refused_loha),
     Check(("musubi",), ("lycoris-lokr",), conv_of("and musubi-tuner applies LoKr to linear layers only")),
 )
 

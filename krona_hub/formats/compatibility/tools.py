@@ -200,6 +200,11 @@ REJECTS: Mapping[str, Mapping[str, str]] = {
     "lycoris-lokr": {
         "peft": _NO_FOLDER, "kohya": _LORA_ONLY, "nunchaku": _LORA_ONLY,
     },
+    "lycoris-loha": {
+        "peft": _NO_FOLDER, "diffusers": "its loaders require 'lora' in all names", "kohya": _OLD,
+        "nunchaku": _LORA_ONLY,
+    },
+    "peft-loha": dict.fromkeys([t for t in TOOLS if t != "peft"], "only PEFT reads PEFT LoHa folders"),
     "peft-lora": {
         **dict.fromkeys([t for t in TOOLS if t != "peft"], "it does not read PEFT folders"),
         "diffusers": "its pipelines require a file written by save_lora_weights",

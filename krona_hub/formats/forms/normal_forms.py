@@ -14,6 +14,7 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.formats.forms.delta_form import LayerFactorization, SumFactorization
+from krona_hub.kron.hadamard import Hadamard, as_low_rank, expanded, is_hadamard
 from krona_hub.kron.terms import (
     Factor,
     KronTerms,
@@ -21,6 +22,8 @@ from krona_hub.kron.terms import (
     as_lora,
     dense_factor,
     factor_tensors,
+    map_factor,
+    rank_bound,
     stored_rank,
     wide,
 )
@@ -43,8 +46,12 @@ def form_of(delta: LayerDelta, layer: str = "") -> LayerFactorization:
 
 
 def _sum_form(s: KronTerms) -> SumFactorization:
-    left, right = map(stored_rank, (s.left, s.right))
-    return SumFactorization(s.shape, s.terms, left, right, s.rows)
+    return SumFactorization(s.shape, s.terms, _rank_as_product(s.left), _rank_as_product(s.right), s.rows)
+
+
+def _rank_as_product(factor: Factor) -> int | None:
+    """The rank of a factor as `lora_of` returns it; None for a dense factor."""
+    return rank_bound(factor) if isinstance(factor, Hadamard) else stored_rank(factor)
 
 
 def lora_of(delta: LayerDelta) -> Lora | None:
@@ -80,6 +87,7 @@ def _lora_of_sum(s: KronTerms) -> Lora | None:
 
 def _scaled_pairs(pairs: LowRank, scales: Tensor) -> Lora:
     """Σₖ scale[k]·up[k]·down[k] as one pair."""
+    pairs = as_low_rank(pairs)
     up = pairs.up
     if bool((scales != 1).any()):
         up = wide(up) * wide(scales)[:, None, None]
@@ -132,6 +140,7 @@ def _combined(factors: Sequence[Factor], scales: Sequence[float]) -> Factor:
     """Σ scale·factor: a product of the concatenated halves if all factors are products, else dense."""
     products = [f for f in factors if isinstance(f, LowRank)]
     if len(products) == len(factors):
+        products = [as_low_rank(p) for p in products]
         ups = [p.up if c == 1 else wide(p.up) * c for p, c in zip(products, scales, strict=True)]
         return LowRank(_cat(ups, 2), _cat([p.down for p in products], 1))
     total = sum(dense_factor(f).double() * c for f, c in zip(factors, scales, strict=True))
@@ -140,9 +149,7 @@ def _combined(factors: Sequence[Factor], scales: Sequence[float]) -> Factor:
 
 def _nth(factor: Factor, k: int) -> Factor:
     """Factor k of a stack, as a stack of one."""
-    if isinstance(factor, LowRank):
-        return LowRank(factor.up[k : k + 1], factor.down[k : k + 1])
-    return factor[k : k + 1]
+    return map_factor(lambda t: t[k : k + 1], factor)
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
@@ -159,7 +166,20 @@ def lora_rank(delta: LayerDelta) -> int | None:
 
 
 def is_lora(delta: LayerDelta) -> bool:
-    return lora_rank(delta) is not None
+    """Whether a delta is stored as LoRA; a LoHa is not, although it equals one of higher rank."""
+    return lora_rank(delta) is not None and not has_hadamard(delta)
+
+
+def has_hadamard(delta: LayerDelta) -> bool:
+    """Whether a delta contains an elementwise product, which krona reads but no format of it stores."""
+    return any(map(is_hadamard, delta.sums))
+
+
+def without_hadamard(delta: LayerDelta, *, to_lora: bool = False) -> LayerDelta:
+    """An equal delta without elementwise products: each as up·down, or dense if that is smaller and not `to_lora`."""
+    if not has_hadamard(delta):
+        return delta
+    return replace(delta, sums=tuple(expanded(s, always_low_rank=to_lora) for s in delta.sums))
 
 
 def exact_lora_of(delta: LayerDelta) -> Lora:
@@ -182,12 +202,13 @@ def words_of(delta: LayerDelta) -> str:
     >>> words_of(LayerDelta((as_lora(torch.ones(4, 2), torch.ones(2, 6)),), (4, 6)))
     'LoRA r2'
     """
-    rank = lora_rank(delta)
-    words = " + ".join(_sum_words(s) for s in delta.sums) if rank is None else f"LoRA r{rank}"
+    words = f"LoRA r{lora_rank(delta)}" if is_lora(delta) else " + ".join(_sum_words(s) for s in delta.sums)
     return (words if delta.sums else "zero") + (", DoRA" if delta.magnitude is not None else "")
 
 
 def _sum_words(terms: KronTerms) -> str:
+    if terms.shape[:2] == (1, 1) and terms.terms == 1 and isinstance(terms.right, Hadamard):
+        return f"LoHa r{terms.right.first.rank}"
     if terms.shape[:2] == (1, 1) and terms.terms == 1 and isinstance(terms.right, LowRank):
         return f"LoRA r{terms.right.rank}"
     whole = terms.shape[:2] == (1, 1) and not isinstance(terms.right, LowRank)

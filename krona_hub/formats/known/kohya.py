@@ -1,4 +1,4 @@
-"""Formats of kohya's sd-scripts and of LyCORIS: LoRA, LoCon (FORMATS §6) and LoKr (§3), with alpha in the file."""
+"""Formats of kohya's sd-scripts and of LyCORIS: LoRA, LoCon (FORMATS §6), LoKr (§3) and LoHa, with alpha inside."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def is_lycoris_locon(file: AdapterFile) -> bool:
 def is_lycoris_lokr(file: AdapterFile) -> bool:
     """Whether the file has LoKr modules (formats listed earlier are ruled out), or CDKA sums of a LyCORIS fork."""
     return bool({"lokr", "cdka"} & file.keys.kinds)
+
+
+def is_lycoris_loha(file: AdapterFile) -> bool:
+    """Whether the file has LoHa modules, also beside LoRA modules; files with LoKr modules, too, are LyCORIS LoKr."""
+    return "loha" in file.keys.kinds
 
 
 def kohya_notes(file: AdapterFile) -> tuple[str, ...]:
@@ -78,6 +83,13 @@ LYCORIS_LOCON = Format(
         network_module="lycoris.kohya",
         algorithm="locon",
     ),
+)
+LYCORIS_LOHA = Format(
+    name="lycoris-loha",
+    summary="LyCORIS LoHa, elementwise products of two low-rank matrices",
+    recognizes=is_lycoris_loha,
+    scale="alpha / rank; 1 without alpha",
+    storage=None,
 )
 LYCORIS_LOKR = Format(
     name="lycoris-lokr",

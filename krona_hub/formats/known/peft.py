@@ -1,4 +1,4 @@
-"""PEFT LoRA (FORMATS §7) and LoKr (FORMATS §4): a folder with adapter_config.json beside the tensors. Torch-free."""
+"""PEFT LoRA (FORMATS §7), LoKr (§4) and LoHa: a folder with adapter_config.json beside the tensors. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.peft_fields import OTHER_PRODUCTS, unknown_fields
 from krona_hub.formats.parsing.scales import ScaleConfig, config_of
 
-TYPES = ("LOKR", "LORA")
+TYPES = ("LOHA", "LOKR", "LORA")
 
 
 def peft_type(file: AdapterFile) -> str | None:
@@ -27,7 +27,7 @@ def has_type(file: AdapterFile, name: str) -> bool:
     if found is not None and found not in TYPES:
         raise UnsupportedError(
             f"Unsupported peft_type {found!r} in {PEFT_CONFIG}: not a Kronecker or low-rank product.",
-            fix=f"krona reads {' and '.join(TYPES)}; merge other types with PEFT (merge_and_unload).",
+            fix=f"krona reads {', '.join(TYPES)}; merge other types with PEFT (merge_and_unload).",
         )
     return found == name
 
@@ -66,6 +66,19 @@ def is_lora(file: AdapterFile) -> bool:
     return has_type(file, "LORA")
 
 
+def is_loha(file: AdapterFile) -> bool:
+    return has_type(file, "LOHA")
+
+
+PEFT_LOHA = Format(
+    name="peft-loha",
+    summary="PEFT LoHa: a folder with adapter_config.json",
+    recognizes=is_loha,
+    scale="alpha / r from adapter_config.json",
+    storage=None,
+    configs=configuration,
+    notes=config_notes,
+)
 PEFT_LOKR = Format(
     name="peft-lokr",
     summary="PEFT LoKr: a folder with adapter_config.json",

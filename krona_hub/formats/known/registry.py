@@ -3,7 +3,7 @@
 Examples
 --------
 >>> [format.name for format in FORMATS if not format.writes]
-['cloneofsimo']
+['peft-loha', 'cloneofsimo', 'lycoris-loha']
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from krona_hub.formats.known.cloneofsimo import CLONEOFSIMO
 from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
 from krona_hub.formats.known.diffusers import DIFFUSERS_LOKR, DIFFUSERS_LORA
 from krona_hub.formats.known.format import Format, Storage
-from krona_hub.formats.known.kohya import KOHYA_LORA, LYCORIS_LOCON, LYCORIS_LOKR
+from krona_hub.formats.known.kohya import KOHYA_LORA, LYCORIS_LOCON, LYCORIS_LOHA, LYCORIS_LOKR
 from krona_hub.formats.known.native import KRONA
-from krona_hub.formats.known.peft import PEFT_LOKR, PEFT_LORA
+from krona_hub.formats.known.peft import PEFT_LOHA, PEFT_LOKR, PEFT_LORA
 from krona_hub.formats.known.refusals import not_an_adapter, refuse_whole
 from krona_hub.formats.parsing.adapter_file import AdapterFile, open_files
 
@@ -27,10 +27,12 @@ FORMATS: tuple[Format, ...] = (
     KRONA,
     PEFT_LOKR,
     PEFT_LORA,
+    PEFT_LOHA,
     CLONEOFSIMO,
     DIFFUSERS_LOKR,
     LYCORIS_LOKR,
     DIFFUSEKRONA,
+    LYCORIS_LOHA,
     LYCORIS_LOCON,
     KOHYA_LORA,
     DIFFUSERS_LORA,

@@ -16,7 +16,7 @@ from krona_hub.errors import ConflictError, IncompleteError
 class KeyPart(NamedTuple):
     """The part of a module that a key names."""
 
-    kind: str  # lora, lokr, cdka, dense, value; "" for parts of any kind; vector; foreign
+    kind: str  # lora, lokr, loha, cdka, dense, value; "" for parts of any kind; vector; foreign
     name: str  # canonical name of the part
     grammar: str  # family of applications that writes such keys
 
@@ -29,6 +29,12 @@ TAILS: Mapping[str, KeyPart] = {  # end of a key, after the module name -> part
     "lokr_w2_a": KeyPart("lokr", "w2_a", "lokr"),
     "lokr_w2_b": KeyPart("lokr", "w2_b", "lokr"),
     "lokr_t2": KeyPart("lokr", "t2", "lokr"),
+    "hada_w1_a": KeyPart("loha", "w1_a", "loha"),
+    "hada_w1_b": KeyPart("loha", "w1_b", "loha"),
+    "hada_w2_a": KeyPart("loha", "w2_a", "loha"),
+    "hada_w2_b": KeyPart("loha", "w2_b", "loha"),
+    "hada_t1": KeyPart("loha", "t1", "loha"),
+    "hada_t2": KeyPart("loha", "t2", "loha"),
     "lora_down.weight": KeyPart("lora", "down", "kohya"),
     "lora_up.weight": KeyPart("lora", "up", "kohya"),
     "lora_mid.weight": KeyPart("lora", "mid", "kohya"),
@@ -66,7 +72,6 @@ PEFT_TAILS: Mapping[str, KeyPart] = {  # parameters that PEFT trains and stores 
     "weight": KeyPart("value", "weight", "peft"),
 }
 FOREIGN: Mapping[str, str] = {  # end of a key -> its algorithm, explained in `foreign`
-    **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), "LoHa"),
     **dict.fromkeys(("q_layer.weight", "p_layer.weight", "lambda_layer"), "T-LoRA"),
     **dict.fromkeys(("base_q", "base_p", "base_lambda"), "T-LoRA"),
     **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), "GLoRA"),
@@ -109,7 +114,7 @@ class ModuleTensors:
     """The tensors of one module of a file."""
 
     name: str  # as in the file, without the part
-    kind: str  # lora, lokr, cdka, dense, or value: the tensor replaces the weight
+    kind: str  # lora, lokr, loha, cdka, dense, or value: the tensor replaces the weight
     parts: Mapping[str, str]  # part -> key of the tensor
     grammars: frozenset[str]
 

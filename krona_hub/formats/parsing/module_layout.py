@@ -25,7 +25,7 @@ _AGAIN = "Save the adapter again with the application that trained it."
 
 @dataclass(frozen=True)
 class ModuleLayout:
-    """Kronecker shape, ranks and row order of a module's delta."""
+    """Kronecker shape, ranks and row order of a module's delta; for a LoHa those of the equal LoRA."""
 
     kind: str  # a key of KINDS
     shape: KronShape
@@ -139,15 +139,20 @@ def _lokr_right(sizes: Sizes) -> tuple[Size, int | None]:
         return sizes["w2"], None
     if "w2_a" not in sizes and "w2_b" not in sizes:
         _need(sizes, "w2")
-    first, second = _need(sizes, "w2_a", "w2_b")
-    if "t2" in sizes:
-        (r1, b), (r2, d), core = _matrix("w2_a", first), _matrix("w2_b", second), sizes["t2"]
+    return _product(sizes, "w2_a", "w2_b", "t2")
+
+
+def _product(sizes: Sizes, up: str, down: str, middle: str) -> tuple[Size, int]:
+    """(b, d, k…) and the rank of up (b, r) · down (r, d, k…), or of a Tucker core (r, n, k…) with (r, b) and (n, d)."""
+    first, second = _need(sizes, up, down)
+    if middle in sizes:
+        (r1, b), (r2, d), core = _matrix(up, first), _matrix(down, second), sizes[middle]
         fits = len(core) >= 2 and core[:2] == (r1, r2)
-        _check(fits, f"'t2' {list(core)} does not fit 'w2_a' {list(first)} and 'w2_b' {list(second)}.")
+        _check(fits, f"{middle!r} {list(core)} does not fit {up!r} {list(first)} and {down!r} {list(second)}.")
         return (b, d, *core[2:]), r1
-    _check(len(second) >= 2, f"'w2_b' must be a matrix or a kernel, not {list(second)}.")
-    b, rank = _matrix("w2_a", first)
-    _check(rank == second[0], f"'w2_a' {list(first)} and 'w2_b' {list(second)} have different ranks.")
+    _check(len(second) >= 2, f"{down!r} must be a matrix or a kernel, not {list(second)}.")
+    b, rank = _matrix(up, first)
+    _check(rank == second[0], f"{up!r} {list(first)} and {down!r} {list(second)} have different ranks.")
     return (b, *second[1:]), rank
 
 
@@ -155,6 +160,17 @@ def _only(whole: str, sizes: Sizes, *products: str) -> None:
     both = [part for part in products if part in sizes]
     if both:
         raise IncompleteError(f"{whole!r} is stored both dense and as {' and '.join(both)}.", fix=_AGAIN)
+
+
+def _loha(sizes: Sizes) -> ModuleLayout:
+    """(w1_a·w1_b) ∘ (w2_a·w2_b), each w·_b flat or a kernel, or with Tucker cores t1 and t2: a LoRA of rank r²."""
+    _need(sizes, "w1_a", "w1_b", "w2_a", "w2_b", *(("t1", "t2") if "t1" in sizes or "t2" in sizes else ()))
+    (first, r1), (second, r2) = (_product(sizes, f"w{i}_a", f"w{i}_b", f"t{i}") for i in (1, 2))
+    _check(first == second, f"The two products are {list(first)} and {list(second)}, but must have one shape.")
+    _check(r1 == r2, f"'w1_a' {list(sizes['w1_a'])} and 'w2_a' {list(sizes['w2_a'])} have different ranks.")
+    out, in_ = first[0], prod(first[1:])
+    shape, rank = KronShape(1, 1, out, in_), min(r1 * r2, out, in_)
+    return ModuleLayout("loha", shape, first, right_rank=rank, rank=sizes["w1_b"][0])
 
 
 def _cdka(sizes: Sizes) -> ModuleLayout:
@@ -196,7 +212,7 @@ def _peft_lokr(sizes: Sizes) -> ModuleLayout:
 
 
 KINDS: Mapping[str, Callable[[Sizes], ModuleLayout]] = {
-    "lora": _lora, "lokr": _lokr, "cdka": _cdka, "dense": _dense, "diffusekrona": _diffusekrona,
+    "lora": _lora, "lokr": _lokr, "loha": _loha, "cdka": _cdka, "dense": _dense, "diffusekrona": _diffusekrona,
     "peft-lokr": _peft_lokr, "value": _value,
 }  # fmt: skip
 

@@ -36,7 +36,7 @@ class ModuleScale:
 class ScaleConfig:
     """The part of a PEFT configuration that sets scales."""
 
-    kind: str  # lora or lokr
+    kind: str  # lora, lokr or loha
     rank: float
     alpha: float
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)
@@ -149,7 +149,9 @@ def config_scale(config: ScaleConfig, path: str, layout: ModuleLayout) -> Module
         )
     alpha, rank = config.of(path)
     low = [r for r in (layout.left_rank, layout.right_rank) if r is not None]
-    if low and layout.kind in ("lora", "lokr") and any(r != rank for r in low):
+    if layout.kind == "loha":
+        low = [layout.rank or 0]
+    if low and layout.kind in ("lora", "lokr", "loha") and any(r != rank for r in low):
         raise ShapeError(
             f"The tensors have rank {low[0]}, but the configuration states {rank:g}.",
             fix="Use the configuration saved with this adapter; this one belongs to another file.",

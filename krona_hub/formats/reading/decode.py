@@ -14,6 +14,7 @@ from torch import Tensor
 
 from krona_hub.errors import NonFiniteError, ScaleError
 from krona_hub.formats.parsing.module_layout import ModuleLayout
+from krona_hub.kron.hadamard import Hadamard
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, wide
 
 Parts = Mapping[str, Tensor]
@@ -46,10 +47,9 @@ def magnitude_of(parts: Parts) -> Tensor | None:
 
 
 def _scaled(terms: KronTerms, scale: float, layout: ModuleLayout) -> KronTerms:
-    """Fold the scale in as LyCORIS does: into up of a LoRA, into w1 or w1_a of a LoKr."""
-    if layout.kind == "lora" and isinstance(terms.right, LowRank):
-        up = wide(terms.right.up) * scale
-        scaled = KronTerms(terms.left, LowRank(up, terms.right.down))
+    """Fold the scale in as LyCORIS does: into up of a LoRA, into w1 or w1_a of a LoKr or a LoHa."""
+    if layout.kind in ("lora", "loha") and isinstance(terms.right, LowRank):
+        scaled = KronTerms(terms.left, terms.right.map_up(lambda up: wide(up) * scale))
     else:
         scaled = terms.scaled(scale)
     if not all(is_finite(t) for t in scaled.tensors if t.dtype in (torch.float32, torch.float64)):
@@ -86,10 +86,19 @@ def _lokr_left(parts: Parts) -> Factor:
 def _lokr_right(parts: Parts) -> Factor:
     if "w2" in parts:
         return parts["w2"].flatten(1)[None]
-    first, second = parts["w2_a"].flatten(1), parts["w2_b"].flatten(1)
-    if "t2" in parts:  # here w2_a is (r, b)
-        return LowRank(first.mT.contiguous()[None], _tucker(parts["t2"], second)[None])
+    return _product(parts, "w2_a", "w2_b", "t2")
+
+
+def _product(parts: Parts, up: str, down: str, middle: str) -> LowRank:
+    first, second = parts[up].flatten(1), parts[down].flatten(1)
+    if middle in parts:  # here the first tensor is (r, b)
+        return LowRank(first.mT.contiguous()[None], _tucker(parts[middle], second)[None])
     return LowRank(first[None], second[None])
+
+
+def _loha(parts: Parts) -> KronTerms:
+    both = Hadamard(*(_product(parts, f"w{i}_a", f"w{i}_b", f"t{i}") for i in (1, 2)))
+    return KronTerms(torch.ones(1, 1, 1), both)
 
 
 def _peft_conv1d(parts: Parts) -> KronTerms:
@@ -122,6 +131,6 @@ def _diffusekrona(parts: Parts) -> KronTerms:
 
 
 DECODERS: Mapping[str, Callable[[Parts], KronTerms]] = {
-    "lora": _lora, "lokr": _lokr, "cdka": _cdka, "dense": _dense, "diffusekrona": _diffusekrona,
+    "lora": _lora, "lokr": _lokr, "loha": _loha, "cdka": _cdka, "dense": _dense, "diffusekrona": _diffusekrona,
     "peft-conv1d": _peft_conv1d, "value": _value,
 }  # fmt: skip

@@ -21,9 +21,9 @@ class ModuleInfo:
 
     name: str  # as in the file
     layers: tuple[str, ...]  # canonical names; several if fused, none if no base model matches
-    kind: str  # lora, lokr, cdka, dense, diffusekrona, peft-conv1d; krona in native files
+    kind: str  # lora, lokr, loha, cdka, dense, diffusekrona, peft-conv1d; krona in native files
     weight_shape: tuple[int, ...]  # of the base model if known, otherwise as far as the tensors determine it
-    sums: tuple[SumFactorization, ...]  # exactly one, except in native files
+    sums: tuple[SumFactorization, ...]  # exactly one, except in native files; of a LoHa that of the equal LoRA
     rank: int | None  # the r of alpha / r
     alpha: float | None
     scale: float
@@ -118,6 +118,8 @@ def vectors_text(vectors: Iterable[VectorInfo]) -> str:
 
 def factorization_text(module: ModuleInfo) -> str:
     """Format the factorization of a module: rank of a LoRA, or shape, terms and ranks of a Kronecker sum."""
+    if module.kind == "loha":  # its sum is that of the equal LoRA
+        return f"{module.sums[0].shape.b1}x{module.sums[0].shape.b2} r{module.rank} ∘ r{module.rank}"
     return " + ".join(_sum_text(s) for s in module.sums) or "magnitude only"
 
 

@@ -14,7 +14,7 @@ from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import InexpressibleError, NonFiniteError
 from krona_hub.formats.compatibility.tools import TOOLS, keeps_product_for_lycoris, why_not_form
 from krona_hub.formats.forms.delta_form import is_factored
-from krona_hub.formats.forms.normal_forms import Lora, form_of, lora_of, term_of
+from krona_hub.formats.forms.normal_forms import Lora, form_of, lora_of, term_of, without_hadamard
 from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
 from krona_hub.formats.known.format import Storage
 from krona_hub.formats.known.native import KRONA
@@ -56,7 +56,7 @@ def normalized(delta: LayerDelta, format_name: str, tool: str | None = None, *, 
         raise InexpressibleError(f"{layer or 'The layer'} cannot be written for {where}: {why}.", fix=_offer(delta))
     kind = storage_of(format_name).kind
     if kind == "any":
-        return delta
+        return without_hadamard(delta)
     if format_name == DIFFUSEKRONA.name:
         return replace(delta, sums=tuple(_dense_factors(s) for s in delta.sums))
     if kind == "kronecker":

@@ -131,7 +131,9 @@ def _halves_swapped(module: str, s: KronTerms) -> KronTerms:
 
 
 def _rolled(factor: Tensor | LowRank, rows: int) -> Tensor | LowRank:
-    return LowRank(factor.up.roll(rows, 1), factor.down) if isinstance(factor, LowRank) else factor.roll(rows, 1)
+    if isinstance(factor, LowRank):
+        return factor.map_sides(lambda up: up.roll(rows, 1))
+    return factor.roll(rows, 1)
 
 
 def _transposed(module: str, s: KronTerms) -> KronTerms:

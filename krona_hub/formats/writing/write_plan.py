@@ -22,7 +22,7 @@ from krona_hub.bases.name_table import NameTable, table
 from krona_hub.errors import InexpressibleError, UsageError, abbreviated
 from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, tool_named
 from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
-from krona_hub.formats.forms.normal_forms import lora_of
+from krona_hub.formats.forms.normal_forms import lora_of, without_hadamard
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.reading.placed_layers import layer_of
@@ -148,7 +148,7 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
 
 
 def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> WritePlan:
-    stored = {layer: cast(delta, dtype) for layer, delta in adapter.layers.items()}
+    stored = {layer: cast(without_hadamard(delta), dtype) for layer, delta in adapter.layers.items()}
     vectors = {name: cast_tensor(vector, dtype) for name, vector in adapter.vectors.items()}
     modules = [FileModule(layer, layer.partition(".")[0], layer, delta) for layer, delta in stored.items()]
     left_out = LeftOut(adapter.provenance.skipped)

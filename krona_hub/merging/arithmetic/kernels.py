@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import inf
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from krona_hub.kron.terms import Factor, LowRank, stored_rank
+from krona_hub.kron.hadamard import Hadamard
+from krona_hub.kron.terms import Factor, LowRank
 from krona_hub.merging.arithmetic.scratch import scratch
 from krona_hub.merging.arithmetic.stored_layout import Sizes, StoredLayout
 
@@ -39,7 +41,9 @@ class Rows:
 
     def __init__(self, factor: Factor, wide: torch.dtype, between: tuple[int, ...] = ()) -> None:
         self._wide, self._between, self._whole = wide, between, range(factor.shape[1])
-        self._factor: Factor = LowRank(factor.up, factor.down.to(wide)) if isinstance(factor, LowRank) else factor
+        self._factor: Factor = factor
+        if isinstance(factor, LowRank):
+            self._factor = factor.map_sides(lambda up: up, lambda down: down.to(wide))
         self._kept = self._widened(self._whole) if factor.shape.numel() <= KEPT else None
 
     def __call__(self, rows: range) -> Tensor:
@@ -49,7 +53,7 @@ class Rows:
 
     def _widened(self, rows: range) -> Tensor:
         if isinstance(self._factor, LowRank):
-            some = self._factor.up[:, rows.start : rows.stop].to(self._wide) @ self._factor.down
+            some = self._factor.map_sides(lambda up: up[:, rows.start : rows.stop].to(self._wide)).dense()
         else:
             some = self._factor[:, rows.start : rows.stop].to(self._wide)
         for axis in self._between:
@@ -178,10 +182,11 @@ class Facts(NamedTuple):
     sizes: Sizes
     terms: int
     crossed: bool
-    outer_rank: int | None  # None: dense
-    inner_rank: int | None
+    outer_depth: int | None  # multiplications per value; None: dense
+    inner_depth: int | None
     tile_rows: int
     kept: int
+    inner_is_hadamard: bool = False  # an elementwise product: its up and down are larger than its rows
 
 
 def _runs_cost(f: Facts) -> float:
@@ -191,7 +196,9 @@ def _runs_cost(f: Facts) -> float:
 
 def _products_cost(f: Facts) -> float:
     _, q, r, s = f.sizes
-    depth = f.terms * (f.inner_rank or (r if f.crossed else s))
+    if f.inner_is_hadamard:
+        return inf
+    depth = f.terms * (f.inner_depth or (r if f.crossed else s))
     making = (2 * PER_NUMBER * depth if f.sizes.p > 1 else 0) + PER_CALL / (r * s)
     return PER_NUMBER / 2 + PER_FLOP * depth + making / min(q, f.tile_rows)
 
@@ -219,10 +226,10 @@ def _forming(f: Facts) -> float:
     p, q, r, s = f.sizes
     outer, inner = (s, r) if f.crossed else (r, s)  # columns
     cost = 0.0
-    if f.outer_rank and f.terms * p * outer > f.kept:
-        cost += f.outer_rank * outer / min(q, f.tile_rows)
-    if f.inner_rank and f.terms * q * inner > f.kept:
-        cost += f.inner_rank * inner / _blocks(f)
+    if f.outer_depth and f.terms * p * outer > f.kept:
+        cost += f.outer_depth * outer / min(q, f.tile_rows)
+    if f.inner_depth and f.terms * q * inner > f.kept:
+        cost += f.inner_depth * inner / _blocks(f)
     return PER_FLOP * f.terms * cost / (r * s)
 
 
@@ -240,9 +247,16 @@ KERNELS: tuple[tuple[Maker, Callable[[Facts], float]], ...] = (
 def cheapest_kernel(layout: StoredLayout, wide: torch.dtype) -> Kernel:
     """Return the cheapest kernel for a sum of these sizes."""
     tile_rows = max(1, TILE // (layout.sizes.r * layout.sizes.s))
-    outer_rank, inner_rank = stored_rank(layout.outer), stored_rank(layout.inner)
-    facts = Facts(layout.sizes, layout.terms, layout.crossed, outer_rank, inner_rank, tile_rows, KEPT)
+    outer, inner = layout.outer, layout.inner
+    depths = _depth(outer), _depth(inner)
+    facts = Facts(
+        layout.sizes, layout.terms, layout.crossed, *depths, tile_rows, KEPT, isinstance(inner, Hadamard)
+    )  # fmt: skip
     return _cheapest(facts)(layout, wide)
+
+
+def _depth(factor: Factor) -> int | None:
+    return factor.depth if isinstance(factor, LowRank) else None
 
 
 @lru_cache(maxsize=512)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from krona_hub.kron.hadamard import Hadamard
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, factor_tensors, transpose_factor
 
 BLOCK = 1 << 17  # numbers of a large factor that are widened at a time
@@ -94,6 +95,9 @@ def _holds_any(stack: Tensor) -> bool:
 
 def _scaled(factor: Factor, chosen: Tensor, weight: float) -> Factor:
     """Multiply one tensor of the factor by `weight`, if `chosen` is one of them."""
+    if isinstance(factor, Hadamard):  # one of its tensors, however often it occurs in the product
+        here = any(t is chosen for t in factor.tensors)
+        return factor.map_up(lambda up: up.double() * weight) if here else factor
     if isinstance(factor, LowRank):
         up, down = (t.double() * weight if t is chosen else t for t in (factor.up, factor.down))
         return LowRank(up, down)
@@ -102,11 +106,19 @@ def _scaled(factor: Factor, chosen: Tensor, weight: float) -> Factor:
 
 def _gram(factor: Factor) -> Tensor:
     """Return ⟨factorₖ, factorₗ⟩ of all pairs of terms: (terms, terms), float64."""
+    if isinstance(factor, Hadamard):  # r₁²·r₂² products of columns would cost more than the matrix
+        step = max(1, BLOCK // (factor.shape[0] * factor.shape[2]))
+        blocks = (_rows(factor, i, i + step).dense() for i in range(0, factor.shape[1], step))
+        return sum((_gram(block) for block in blocks), torch.zeros((), dtype=torch.float64))
     if not isinstance(factor, LowRank):
         return _summed(factor, lambda rows: rows.flatten(1))
     terms, rank = len(factor.up), factor.rank
     ups, downs = (_summed(t, _columns) for t in (factor.up, factor.down.mT))  # (terms·rank, terms·rank)
     return (ups * downs).reshape(terms, rank, terms, rank).sum((1, 3))
+
+
+def _rows(factor: LowRank, start: int, stop: int) -> LowRank:
+    return factor.map_sides(lambda up: up[:, start:stop])
 
 
 def _columns(stack: Tensor) -> Tensor:
