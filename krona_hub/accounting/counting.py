@@ -134,18 +134,26 @@ def account_file(
 ) -> Accounting:
     """Count the parameters of an adapter file (first row) and of other adapters on the same layers.
 
-    Each module of the file counts as one layer, fused ones too; only headers are read.
+    Each module of the file counts as one layer, fused ones too; its vectors have a row of their own. Only headers are
+    read.
     """
     about = describe(source, base=base, component=component)
     layers = {m.name: ModuleSpec(m.weight_shape) for m in about.modules}
-    own = CountRow(f"this file, {about.format}", about.parameters, len(layers), lora_rank_of(about))
-    rows = (own, *(_row(method, layers) for method in adapter_kinds(shapes, factors, ranks, terms)))
+    own = [CountRow(f"this file, {about.format}", _in_layers(about), len(layers), lora_rank_of(about))]
+    if about.vectors:
+        own.append(CountRow("this file, vectors", about.parameters - _in_layers(about), 0, 0.0))
+    rows = (*own, *(_row(method, layers) for method in adapter_kinds(shapes, factors, ranks, terms)))
     return Accounting(about.base or "unknown", f"the layers of {about.path.name}", _file_parts(about.modules), rows, ())
 
 
 def lora_rank_of(about: Description) -> float:
-    """Return the rank of a LoRA on the layers of a file with as many parameters; 0 without layers."""
-    return _as_lora(about.parameters, [ModuleSpec(m.weight_shape) for m in about.modules])
+    """Return the rank of a LoRA on the layers of a file with as many parameters, without vectors; 0 without layers."""
+    return _as_lora(_in_layers(about), [ModuleSpec(m.weight_shape) for m in about.modules])
+
+
+def _in_layers(about: Description) -> int:
+    """Return the parameters of a file without its vectors."""
+    return about.parameters - sum(vector.values for vector in about.vectors)
 
 
 def _file_parts(modules: Iterable[ModuleInfo]) -> tuple[ComponentCount, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from krona_hub.adapters.adapter import Adapter
 from krona_hub.bases.base import Base
+from krona_hub.bases.component import Component
 from krona_hub.bases.loading import Weights, load_base, named_base
-from krona_hub.bases.module_spec import ModuleSpec
+from krona_hub.bases.module_spec import ModuleSpec, OtherParameters, other_parameters
 from krona_hub.formats.parsing.adapter_file import open_files
 from krona_hub.formats.reading.reader import read_files
 from krona_hub.layers.attaching import AttachReport, attach, detach
 from krona_hub.layers.attachment import attached
 from krona_hub.layers.kron_layer import core
-from krona_hub.layers.module_tree import Slot, parts_of, slots_of, unwrapped
+from krona_hub.layers.module_tree import Owner, owners_of, parts_of, slots_of, unwrapped, weight_shape_of
 from krona_hub.sources import resolve
+
+COUNTS = re.compile(r"\d+ of \d+ (modules|vectors)\b.* matched ")  # a note of the reader that the report repeats
 
 
 def load_into(
@@ -76,7 +79,7 @@ def load_into(
     free = name or _free_name(pipe, source)
     report = attach(pipe, adapter, free, scale, component=component, allow_missing=allow_missing)
     read_notes = () if isinstance(source, Adapter) else adapter.provenance.notes
-    return replace(report, notes=(*report.notes, *(note for note in read_notes if " modules matched " not in note)))
+    return replace(report, notes=(*report.notes, *(note for note in read_notes if not COUNTS.match(note))))
 
 
 def unload(pipe: Any, name: str | None = None) -> None:
@@ -108,7 +111,7 @@ def unload(pipe: Any, name: str | None = None) -> None:
 
 
 def base_of(pipe: Any, component: str | None = None) -> Base:
-    """Return a pipeline, or a lone model, as a base: the names and shapes of its modules."""
+    """Return a pipeline, or a lone model, as a base: the names and shapes of its modules and other parameters."""
     parts = parts_of(pipe, (), component)
     components: dict[str, dict[str, ModuleSpec]] = {c: {} for c in parts}
     for layer, slot in slots_of(parts).items():
@@ -116,7 +119,21 @@ def base_of(pipe: Any, component: str | None = None) -> Base:
         inner: Any = core(unwrapped(slot.module))
         if (shape := slot.weight_shape) is not None:
             components[owner][path] = ModuleSpec(shape, inner.bias is not None, getattr(inner, "groups", 1))
-    return named_base(components, f"this {type(pipe).__name__}")
+    others = {c: partial(_others_of, c, model) for c, model in parts.items()}
+    return named_base({c: Component(components[c], others[c]) for c in parts}, f"this {type(pipe).__name__}")
+
+
+def _others_of(component: str, model: nn.Module) -> OtherParameters:
+    """Return the parameters of a model that belong to no layer and to no embedding."""
+    return other_parameters(
+        {
+            f"{path}.{key}".partition(".")[2]: tuple(parameter.shape)
+            for path, owner in owners_of({component: model}).items()
+            if weight_shape_of(owner.module) is None and not isinstance(owner.module, nn.Embedding)
+            for key, parameter in owner.module._parameters.items()
+            if parameter is not None
+        }
+    )
 
 
 def _adapter(
@@ -137,16 +154,24 @@ def _adapter(
 
 
 def _weights_of(pipe: Any, component: str | None) -> Weights:
-    """Return a function from a layer to its weight in the pipeline, without adapters; the pipeline is walked lazily."""
+    """Return a function from a layer, or another parameter, to its tensor in the pipeline, without adapters.
+
+    The pipeline is walked lazily.
+    """
 
     @cache
-    def slots() -> Mapping[str, Slot]:
-        return slots_of(parts_of(pipe, (), component))
+    def owners() -> Mapping[str, Owner]:
+        return owners_of(parts_of(pipe, (), component))
 
-    def weight(layer: str) -> Tensor | None:
-        slot = slots().get(layer)
-        layer_module: Any = None if slot is None else core(unwrapped(slot.module))
-        return None if layer_module is None else layer_module.weight
+    def weight(name: str) -> Tensor | None:
+        path, key = (name, "weight") if name in owners() else (name.rpartition(".")[0], name.rpartition(".")[2])
+        owner = owners().get(path)
+        if owner is None:
+            return None
+        found = owner.module._parameters.get(key)  # the attribute would include the vectors of adapters
+        if found is None:
+            found = getattr(owner.module, key, None)
+        return found if found is None or owner.rows is None else found[owner.rows[0] : owner.rows[1]]
 
     return weight
 
