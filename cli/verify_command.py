@@ -222,6 +222,8 @@ def _show_fit(report: FitCheck, every: bool) -> None:
 
 def _fit_facts(report: FitCheck) -> Iterator[tuple[str, Any]]:
     yield "modules", f"{report.matched} of {report.total} modules match a layer and its shape in {report.base}"
+    if report.total_vectors:
+        yield "vectors", f"{report.matched_vectors} of {report.total_vectors} vectors match a parameter"
     yield "layers", ", ".join(f"{part} {done:,} of {of:,}" for part, (done, of) in report.coverage.items())
     yield "recorded base model", report.recorded
     if report.fingerprint_agrees is False:

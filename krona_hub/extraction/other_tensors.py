@@ -6,7 +6,7 @@ and tensors without a canonical name, such as those of a VAE, are not stored.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,6 @@ class ChangedTensor(NamedTuple):
 
 def changes(pairs: Sequence[LayerPair], model: Base) -> Iterator[ChangedTensor]:
     """Yield the pairs that differ by more than rounding; integer tensors (positions) whenever they differ."""
-    heads = {head for layer, _ in model.layers() for head in _heads(layer)} if pairs else set()
     for pair in pairs:
         base, tuned = read(pair.base), read(pair.tuned)
         if base.shape != tuned.shape or torch.equal(base.double(), tuned.double()):
@@ -41,22 +40,11 @@ def changes(pairs: Sequence[LayerPair], model: Base) -> Iterator[ChangedTensor]:
         norm = float(torch.linalg.vector_norm(base.float()))
         moved = float(torch.linalg.vector_norm(difference)) / norm if norm else float("inf")
         kind = _kind(pair)
-        known = pair.name.partition(".")[0] in heads if kind == "embedding" else _is_parameter(pair.name, heads)
+        known = model.parameter(pair.name) == tuple(base.shape)
+        if kind == "embedding":
+            known = pair.name.partition(".")[0] in model.components
         storable = known and base.is_floating_point() and base.ndim > 0
         yield ChangedTensor(OtherChange(pair.name, kind, tuple(base.shape), moved, storable), difference)
-
-
-def _heads(name: str) -> Iterator[str]:
-    """Yield the names of the modules around a module: `a.b.c` -> `a.b`, `a`."""
-    while head := name.rpartition(".")[0]:
-        yield head
-        name = head
-
-
-def _is_parameter(name: str, heads: Collection[str]) -> bool:
-    """Return whether a name is canonical: `heads` has the module around the norm, the layer or the bare parameter."""
-    module = name.removesuffix(".weight").removesuffix(".bias")
-    return module.rpartition(".")[0] in heads
 
 
 def _kind(pair: LayerPair) -> str:

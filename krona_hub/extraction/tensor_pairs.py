@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
-from krona_hub.bases.loading import landed, load_base, stored_by_component, weight_files
+from krona_hub.bases.loading import landed, landed_vectors, load_base, stored_by_component, weight_files
 from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import table
 from krona_hub.bases.target_sets import choose
@@ -66,6 +66,8 @@ class _Side:
 
     def shape(self, place: WeightPlace) -> tuple[int, ...]:
         """Return the shape of `read(place)`."""
+        if place.shape is not None:
+            return place.shape
         shape = self.info(place).shape
         if place.placement.rows:
             shape = (place.placement.rows[1] - place.placement.rows[0], *shape[1:])
@@ -162,6 +164,9 @@ def _side(path: Path, model: Base, more: Mapping[str, ModuleSpec]) -> _Side:
     else:
         stored = stored_in([path])
         layers, others = landed(model, stored), dict(_placed(_extended(model, more), stored))
+        vectors = landed_vectors(model, stored)
+        known = {(place.path, place.tensor) for place in vectors.values()}
+        others = {name: p for name, p in others.items() if (p.path, p.tensor) not in known} | vectors
     taken = {(place.path, place.tensor) for place in layers.values()}
     others = {n: p for n, p in others.items() if (p.path, p.tensor) not in taken and not has_ema([p.tensor])}
     headers = {file: read_header(file) for file in {p.path for p in (*layers.values(), *others.values())}}

@@ -341,6 +341,8 @@ def _why_not_added(name: str, shape: Shape, places: Mapping[str, tuple[WeightPla
 
 
 def _shape_at(place: WeightPlace, tree: BaseTree) -> Shape:
+    if place.shape is not None:  # that of the parameter, which the file stores in another one
+        return place.shape
     shape, rows = tree.headers[place.path].tensors[place.tensor].shape, place.placement.rows
     return (rows[1] - rows[0], *shape[1:]) if rows else shape
 

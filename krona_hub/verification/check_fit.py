@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 from krona_hub.adapters.provenance import BaseModel
@@ -11,7 +12,7 @@ from krona_hub.bases.base import Base
 from krona_hub.bases.loading import load_base
 from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, UnknownBaseError
 from krona_hub.formats.reading.describe import describe
-from krona_hub.formats.reading.description import Description, ModuleInfo
+from krona_hub.formats.reading.description import Description, ModuleInfo, VectorInfo
 from krona_hub.schema import tensor_layout
 from krona_hub.schema.tensor_layout import is_native
 from krona_hub.sources import resolve
@@ -29,6 +30,8 @@ def fits(source: str | Path, base: str | Path, component: str | None = None) -> 
     path, known = resolve(source), load_base(base)
     about = _described(path, known, component)
     problems = dict(_problems(about, known))
+    vector_keys = {vector.key for plan in about.plans for vector in plan.file.keys.vectors}
+    unmatched = [name for name in about.unmatched if name not in vector_keys]
     adapted = {layer for m in about.modules if m.name not in problems for layer in m.layers}
     recorded = _recorded(about)
     check = FitCheck(
@@ -36,7 +39,9 @@ def fits(source: str | Path, base: str | Path, component: str | None = None) -> 
         base=known.name,
         format=about.format,
         matched=len(about.modules) - sum(m.name in problems for m in about.modules),
-        total=len(about.modules) + len(about.unmatched),
+        total=len(about.modules) + len(unmatched),
+        matched_vectors=len(about.vectors) - sum(v.name in problems for v in about.vectors),
+        total_vectors=len(about.vectors) + len(about.unmatched) - len(unmatched),
         problems=problems,
         coverage=_coverage(adapted, known),
         recorded=recorded.words if recorded else about.training.get("base"),
@@ -58,12 +63,25 @@ def _described(path: Path, base: Base, component: str | None) -> Description:
 
 
 def _problems(about: Description, base: Base) -> Iterator[tuple[str, str]]:
-    """Yield modules and why they do not fit."""
+    """Yield modules and vectors, and why they do not fit."""
     yield from about.unmatched.items()
     for module in about.modules:
         why = _why_not(module, base)
         if why:
             yield module.name, why
+    for vector in about.vectors:
+        why = _why_not_added(vector, base)
+        if why:
+            yield vector.name, why
+
+
+def _why_not_added(vector: VectorInfo, base: Base) -> str | None:
+    shapes = {name: base.parameter(name) for name in vector.parameters}
+    lacking = next((name for name, shape in shapes.items() if shape is None), None)
+    if lacking is not None:
+        return f"{base.name} has no {lacking}."
+    size = sum(prod(shape) for shape in shapes.values() if shape is not None)
+    return None if size == vector.values else f"it has {vector.values} values, but {base.name} has {size}."
 
 
 def _why_not(module: ModuleInfo, base: Base) -> str | None:

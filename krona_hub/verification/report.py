@@ -148,7 +148,7 @@ def _root(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class FitCheck:
-    """Whether the base has every layer of an adapter, with its shape. From headers alone."""
+    """Whether the base has every layer and parameter that an adapter changes, with its shape. From headers alone."""
 
     adapter: Path
     base: str  # catalog name or path
@@ -164,11 +164,14 @@ class FitCheck:
     fits_instead: tuple[str, ...] = ()  # catalog names that it fits instead, if it does not fit this one
     notes: tuple[str, ...] = ()
     question: Literal["fit"] = "fit"
+    matched_vectors: int = 0  # vectors whose parameters and sizes match
+    total_vectors: int = 0
 
     @property
     def same(self) -> bool:
         """Whether the adapter fits the base."""
-        return not self.problems and self.fingerprint_agrees is not False and self.matched == self.total
+        complete = (self.matched, self.matched_vectors) == (self.total, self.total_vectors)
+        return complete and not self.problems and self.fingerprint_agrees is not False
 
     @property
     def exit_code(self) -> int:

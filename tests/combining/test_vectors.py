@@ -18,8 +18,8 @@ def written(monkeypatch):
     """The adapters that `combine` hands to the writer, and what it would write next to them."""
     found = []
 
-    def keep(adapter, *_, **__):
-        found.append(adapter)
+    def keep(plan, *_, **__):
+        found.append(plan.adapter)
         raise InterruptedError
 
     monkeypatch.setattr(execute, "write_planned", keep)

@@ -8,14 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from krona_hub import merge, plan_merge, unmerge
+from krona_hub import merge, plan_merge, unmerge, verify, write
 from krona_hub.adapters.adapter import Adapter, LayerDelta
+from krona_hub.bases.loading import load_base
 from krona_hub.bases.module_spec import Placement
 from krona_hub.cli.merge_command import plan_document, report_document
 from krona_hub.errors import BaseMismatchError, ShapeError, UnsupportedError, UsageError
 from krona_hub.kron.terms import as_lora
 from krona_hub.merging.arithmetic.patches import Patch
 from krona_hub.merging.state_dict import apply_to_state_dict
+from tests import tiny
+from tests.extraction.test_layouts import as_ldm
+from tests.formats import made as formats_made
 from tests.merging.made import contents
 from tests.merging.oracle import merged, rounded
 
@@ -325,3 +329,65 @@ def test_a_vector_that_a_state_dict_lacks_is_an_error_unless_allowed(tmp_path):
     short = {**state, "transformer.blocks.0.norm1.bias": torch.ones(12)}
     with pytest.raises((BaseMismatchError, ShapeError), match=r"norm1\.bias"):
         apply_to_state_dict(short, adapter)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdxl")
+    tiny.save(tiny.sdxl(), folder)
+    return folder
+
+
+def vectors_of(folder, *names):
+    """Random vectors for parameters of a model, by their shapes in it."""
+    return {name: 0.3 * torch.randn(load_base(folder).parameter(name)) for name in names}
+
+
+@pytest.mark.parametrize("format", ["krona", "lycoris-locon"])
+def test_the_vectors_of_a_file_are_merged_and_verified(format, sdxl, tmp_path):
+    layers = formats_made.lora({"unet.mid_block.attentions.0.proj_in": (64, 64)}).layers
+    block = "unet.mid_block.attentions.0"
+    names = ("unet.conv_in.bias", *(f"{block}.{name}" for name in ("proj_in.bias", "norm.weight", "norm.bias")))
+    adapter = Adapter(layers, vectors=vectors_of(sdxl, *names))
+    path = tmp_path / "x.safetensors"
+    write(adapter, path, format=format, base=sdxl)
+    plan = plan_merge(sdxl, [(path, 0.7)])
+    assert plan.adapters[0].match_summary == "1 of 1 modules and 4 of 4 vectors matched"
+    merge(sdxl, [(path, 0.7)], tmp_path / "out")
+    merge(sdxl, [(adapter, 0.7)], tmp_path / "wanted")
+    before, after, wanted = (
+        load_file(next((f / "unet").glob("*.safetensors"))) for f in (sdxl, tmp_path / "out", tmp_path / "wanted")
+    )
+    for name in names:
+        path_in = name.removeprefix("unet.")
+        torch.testing.assert_close(after[path_in], before[path_in] + 0.7 * adapter.vectors[name])
+    for name in before:
+        torch.testing.assert_close(after[name], wanted[name], rtol=1e-6, atol=1e-7)
+    assert verify(tmp_path / "out", base=sdxl, adapters=[(path, 0.7)]).same
+    fit = verify(path, base=sdxl)
+    assert fit.same and (fit.matched_vectors, fit.total_vectors) == (4, 4)
+
+
+def test_a_vector_of_a_file_that_the_base_lacks_is_unmatched(sdxl, tmp_path):
+    layers = formats_made.lora({"unet.mid_block.attentions.0.proj_in": (64, 64)}).layers
+    adapter = Adapter(layers, vectors={"unet.nowhere.bias": torch.ones(3), "unet.conv_in.bias": torch.ones(5)})
+    write(adapter, tmp_path / "x.safetensors")
+    with pytest.raises(BaseMismatchError, match="1 of 1 modules and 0 of 2 vectors"):
+        plan_merge(sdxl, [(tmp_path / "x.safetensors", 1.0)])
+    fit = verify(tmp_path / "x.safetensors", base=sdxl)
+    assert not fit.same and (fit.matched_vectors, fit.total_vectors) == (0, 2) and len(fit.problems) == 2
+
+
+def test_original_names_get_the_vectors_too(sdxl, tmp_path):
+    """The U-Net of SDXL under the names of its authors, as a state dict."""
+    adapter = Adapter({}, vectors=vectors_of(sdxl, "unet.mid_block.attentions.0.norm.weight", "unet.conv_in.bias"))
+    file = as_ldm(sdxl, tmp_path / "ldm.safetensors")
+    state = load_file(file)
+    found = apply_to_state_dict(state, adapter, base=sdxl, component="unet")
+    changed = {name for name in state if not torch.equal(state[name], found[name])}
+    assert changed == {
+        "model.diffusion_model.middle_block.1.norm.weight", "model.diffusion_model.input_blocks.0.0.bias",
+    }  # fmt: skip
