@@ -77,7 +77,7 @@ def test_what_a_lora_tool_refuses_names_the_tool():
 
 def test_a_cast_that_overflows_is_refused():
     with pytest.raises(NonFiniteError, match="float16"):
-        cast(delta(as_lora(rand(OUT, 2) * 1e6, rand(2, IN))), torch.float16)
+        cast(delta(as_lora(rand(OUT, 2) * 1e6, rand(2, IN) * 1e6)), torch.float16)
 
 
 def test_a_product_of_high_rank_is_stored_dense_and_small_ones_stay():
