@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from krona_hub.assets.shipped import folder_of
 from krona_hub.bases import catalog, detection, ldm_names
-from krona_hub.bases.base import COMPONENTS, Base
+from krona_hub.bases.base import COMPONENTS, DENOISERS, Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.meta_device import modules_of
 from krona_hub.bases.module_spec import ModuleSpec, Placement
@@ -104,7 +104,7 @@ def weight_files(source: str | Path) -> dict[str, WeightPlace]:
     if path.is_dir():
         return {
             layer: w
-            for c, stored in stored_by_component(path).items()
+            for c, stored in stored_by_component(path, whole=False).items()
             for layer, w in plainly_placed(c, stored).items()
         }
     if not path.exists():
@@ -154,16 +154,22 @@ def open_checkpoint(path: Path) -> tuple[Base, dict[str, WeightPlace]]:
     return base, landed(base, stored)
 
 
-def stored_by_component(folder: Path) -> dict[str, dict[str, StoredTensor]]:
+def stored_by_component(folder: Path, *, whole: bool = True) -> dict[str, dict[str, StoredTensor]]:
     """Component -> tensor name -> location, for a pipeline or a single component.
 
-    Raises PickleError if all weights are pickles.
+    Raises the error of `refuse_pickles`.
     """
     folders = component_folders(folder)
-    stored = {c: stored_in(files_of(f)) for c, f in folders.items()}
-    if not any(stored.values()) and (pickles := next(filter(None, map(only_pickles, folders.values())), None)):
-        raise pickles
-    return stored
+    refuse_pickles(folders, whole=whole)
+    return {c: stored_in(files_of(f)) for c, f in folders.items()}
+
+
+def refuse_pickles(folders: Mapping[str, Path], *, whole: bool = False) -> None:
+    """Raise PickleError if the denoiser, the only component or, with `whole`, any has weights only as pickles."""
+    for component, path in folders.items():
+        needed = whole or len(folders) == 1 or component in DENOISERS
+        if needed and (pickles := only_pickles(path)):
+            raise pickles
 
 
 def placed(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:

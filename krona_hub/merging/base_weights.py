@@ -20,6 +20,7 @@ from krona_hub.bases.loading import (
     plain_vectors,
     plainly_placed,
     read,
+    refuse_pickles,
     weight_files,
 )
 from krona_hub.bases.weight_files import (
@@ -125,8 +126,8 @@ def open_tree(base: str | Path) -> BaseTree:
     """Open a local base model: a checkpoint file, a component folder or a pipeline folder.
 
     Raises NotFoundError, UnknownBaseError if it is not a model or only the name of one, UnsupportedError for quantized
-    weights, PickleError if all weights are pickles, IncompleteError for missing shards, StructureError for an index
-    that does not match its shards.
+    weights, PickleError if the weights of the denoiser, or all, are pickles, IncompleteError for missing shards,
+    StructureError for an index that does not match its shards.
     """
     root = folder_of(base)
     if not root.exists():
@@ -134,6 +135,7 @@ def open_tree(base: str | Path) -> BaseTree:
     if not root.is_dir():
         return _of_file(root)
     folders = component_folders(root)
+    refuse_pickles(folders)
     configured = {folder: kind for folder in folders.values() if (kind := _configured(folder / "config.json"))}
     sets = {component: _sets(folder) for component, folder in folders.items()}
     if not any(sets.values()):

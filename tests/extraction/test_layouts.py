@@ -82,6 +82,20 @@ def test_a_folder_and_a_single_file_in_ldm_names_are_compared_layer_by_layer(fol
         extract(old, new, tmp_path / "d.safetensors")
 
 
+@pytest.mark.parametrize("which", ["base", "tuned", "both"])
+def test_ema_copies_are_left_out_and_mentioned(which, folders, tmp_path):
+    files = {n: as_ldm(folders / n, tmp_path / f"{n}.safetensors") for n in ("base", "tuned")}
+    plain = extract(*files.values(), tmp_path / "a.safetensors", base_name=folders / "base", also_vectors=True)
+    for name in files if which == "both" else (which,):
+        tensors = load_file(files[name])
+        copies = {f"model_ema.{k.removeprefix('model.').replace('.', '')}": t.clone() for k, t in tensors.items()}
+        save_file(tensors | copies, files[name])
+    report = extract(*files.values(), tmp_path / "b.safetensors", base_name=folders / "base", also_vectors=True)
+    assert layers(report) == layers(plain) and report.others == plain.others
+    assert read(report.out).extras.keys() == read(plain.out).extras.keys()
+    assert [any("model_ema" in note for note in r.notes) for r in (plain, report)] == [False, True]
+
+
 def test_a_component_folder_and_its_lone_file_are_checkpoints_too(folders, tmp_path):
     whole = extract(folders / "base", folders / "tuned", tmp_path / "a.safetensors", component="unet")
     file = next((folders / "tuned" / "unet").glob("*.safetensors"))

@@ -209,6 +209,7 @@ OTHERS = {
     "autoencoder": {"decoder.conv_in.weight": rand(4, 3, 3, 3), "encoder.conv_in.weight": rand(4, 3, 3, 3)},
     "whole weights": {"blocks.0.mixer.weight": rand(4, 3), "blocks.0.mixer.bias": rand(4)},
     "no adapter format that krona knows": {"a.b": rand(2, 3)},
+    "no adapter format that krona knows (1 tensor": {"blocks.0.new_lora9.down.weight": rand(2, 3)},
 }
 
 

@@ -12,8 +12,7 @@ from krona_hub.bases.loading import load_base
 from krona_hub.bases.weight_files import has_ema
 from krona_hub.errors import KronaError, UnrecognisedError, UnsupportedError
 from krona_hub.formats.parsing.adapter_file import EXTRACT, AdapterFile
-from krona_hub.formats.parsing.foreign import refuse_scaled, unsupported
-from krona_hub.formats.parsing.keys import split_key
+from krona_hub.formats.parsing.foreign import is_whole_weight, refuse_scaled, unsupported
 
 MOST_WEIGHTS = 0.5  # share of tensors named like parameters above which a file is a model
 
@@ -76,7 +75,7 @@ def not_an_adapter(file: AdapterFile) -> KronaError:
         if any(other.sign.match(key) for key in tensors):
             return UnsupportedError(other.cause, fix=other.fix)
     count = f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}, e.g. {min(tensors)!r}"
-    weights = sum(key.endswith((".weight", ".bias")) and split_key(key) is None for key in tensors)
+    weights = sum(map(is_whole_weight, file.keys.unknown))
     if weights > MOST_WEIGHTS * len(tensors):
         return UnrecognisedError(f"The file contains whole weights ({count}), as a model does.", fix=EXTRACT)
     return UnrecognisedError(

@@ -88,6 +88,15 @@ def unsupported(name: str, where: str = "") -> UnsupportedError:
     return UnsupportedError(f"{capital}{where} is not supported: {cause}.", fix=fix)
 
 
+def is_whole_weight(key: str) -> bool:
+    """Whether a key of no known grammar names a parameter of a model rather than a part of an adapter.
+
+    >>> is_whole_weight("conv_out.weight"), is_whole_weight("blocks.0.new_lora.down.weight")
+    (True, False)
+    """
+    return key.endswith((".weight", ".bias")) and "lora" not in key.lower()
+
+
 def refuse_scaled(names: Iterable[str]) -> None:
     """Raise UnsupportedError if the tensors are stored with scales, without which their numbers are wrong."""
     scale = next((name for name in names if name == "scaled_fp8" or name.endswith(SCALED_FP8)), None)

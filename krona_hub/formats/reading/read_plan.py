@@ -28,7 +28,7 @@ from krona_hub.formats.known.format import Format
 from krona_hub.formats.known.refusals import refuse_whole
 from krona_hub.formats.parsing.adapter_file import AdapterFile
 from krona_hub.formats.parsing.base_match import BaseMatch, Placements, match_base
-from krona_hub.formats.parsing.foreign import unsupported
+from krona_hub.formats.parsing.foreign import is_whole_weight, unsupported
 from krona_hub.formats.parsing.keys import ModuleTensors, VectorKey
 from krona_hub.formats.parsing.module_layout import ModuleLayout, layout_of
 from krona_hub.formats.parsing.scales import ModuleScale, ScaleConfig, config_scale, tensor_scale
@@ -154,7 +154,7 @@ def _leftovers(file: AdapterFile) -> dict[str, KronaError]:
 
 
 def _unknown(key: str) -> IncompleteError:
-    if key.endswith((".weight", ".bias")):
+    if is_whole_weight(key):
         return IncompleteError(
             "This is a whole weight, as in a checkpoint, not a difference from the base model.",
             fix="Use --allow-missing to skip it; `krona extract` makes an adapter of a fine-tuned model.",
