@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import inf, sqrt
+from math import inf, isqrt, sqrt
 
 import torch
 
@@ -34,6 +34,8 @@ from krona_hub.kron.to_lora import nearest_lora
 
 Layers = Mapping[str, LayerDelta]
 Holds = Callable[[LayerDelta], bool]
+SEARCHED = 16  # largest rank of the LoRA equal to a LoHa for which all shapes are tried: more takes minutes per layer
+WIDE = f"LoHa: Kronecker shapes are tried up to rank {isqrt(SEARCHED)}"
 OTHERS_WITHIN = 4.0  # times the size of the LoRA: a larger alternative is not worth reporting
 
 
@@ -63,7 +65,12 @@ def apply_method(
             return {name: ConvertedLayer(_nearest_lora(delta, max_error=error)) for name, delta in layers.items()}
         case FixedShape():
             return _fixed_shapes(layers, method, progress)
-        case MaxError() | Budget():
+        case MaxError(error):
+            wide = {name: delta for name, delta in layers.items() if _is_wide_loha(delta, target)}
+            found = {name: ConvertedLayer(_nearest_lora(delta, max_error=error), WIDE) for name, delta in wide.items()}
+            others = {name: delta for name, delta in layers.items() if name not in wide}
+            return found | (_searched(others, method, target, progress) if others else {})
+        case Budget():
             return _searched(layers, method, target, progress)
 
 
@@ -79,6 +86,13 @@ def _nearest_lora(delta: LayerDelta, *, rank: int | None = None, max_error: floa
     if fit.up.shape[1] >= (lora_rank(delta) or inf):
         return delta
     return with_lora(delta, Lora(fit.up.float(), fit.down.float()))
+
+
+def _is_wide_loha(delta: LayerDelta, target: ConversionTarget) -> bool:
+    """Return whether a LoHa equals only LoRAs of high rank, and the target can hold a LoRA in any layer."""
+    if not has_hadamard(delta) or (lora_rank(delta) or 0) <= SEARCHED or len(target.loads) != 1:
+        return False
+    return target.loads[0](delta.weight_shape, KronShape(1, 1, *delta.matrix_shape), 1, 1)
 
 
 def only_loras(weight_shape: tuple[int, ...], shape: KronShape, terms: int, right_rank: int | None) -> bool:

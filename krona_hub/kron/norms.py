@@ -20,6 +20,7 @@ from torch import Tensor
 
 from krona_hub.kron.from_dense import nearest_kron_of_dense
 from krona_hub.kron.from_lora import nearest_kron_of_lora
+from krona_hub.kron.hadamard import is_hadamard
 from krona_hub.kron.shapes import KronShape, split
 from krona_hub.kron.terms import Factor, KronFit, KronTerms, LowRank, check_terms, dense_factor, map_factor, rank_bound
 from krona_hub.kron.to_lora import Pair, dense_sum, full_size, long_lora, lora_rank_bound, result_dtype
@@ -138,7 +139,7 @@ def _cheapest(sums: Delta) -> str:
         "dense": out * in_ * sum(_row_cost(s) for s in sums),
         "lora": BLAS_ADVANTAGE * (out + in_) * rank**2 if rank <= max(out, in_) else inf,
     }
-    if len({(s.shape, s.rows) for s in sums}) == 1:
+    if len({(s.shape, s.rows) for s in sums}) == 1 and not any(map(is_hadamard, sums)):  # these would be formed whole
         shape, terms = sums[0].shape, sum(s.terms for s in sums)
         smaller = min(terms, shape.a1 * shape.a2), min(terms, shape.b1 * shape.b2)
         work = shape.a1 * shape.a2 * terms * smaller[0] + shape.b1 * shape.b2 * terms * smaller[1]

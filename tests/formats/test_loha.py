@@ -10,7 +10,7 @@ import krona_hub
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.formats.compatibility.tools import loads_in
-from krona_hub.formats.forms.normal_forms import words_of
+from krona_hub.formats.forms.normal_forms import lora_of, words_of
 from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.description import factorization_text
 from krona_hub.formats.reading.reader import read
@@ -241,6 +241,21 @@ def test_an_exact_lora_has_the_square_of_the_rank_or_the_shorter_side(made, tmp_
     for name, delta in read(report.out, base=base).items():
         assert delta.sums[0].right.rank <= min(64, *delta.matrix_shape)
         assert error(delta, deltas[name]) < 1e-6
+
+
+def test_a_loha_of_high_rank_becomes_the_best_lora_without_a_search(made, tmp_path):
+    base = made[0]
+    path, deltas = network(tiny.sd15(), tmp_path / "high.safetensors", lora_dim=5)
+    for to in ("krona", "lokr"):
+        report = krona_hub.convert(path, tmp_path / to, base=base, to=to)
+        after = read(report.out, base=base)
+        for layer in report.layers:
+            true = error(after[layer.layer], deltas[layer.layer])
+            sigma = torch.linalg.svdvals(deltas[layer.layer].flatten(1))
+            needed = int((sigma.flip(0).square().cumsum(0).flip(0).sqrt() > 0.05 * sigma.norm()).sum())
+            assert layer.relative_error == pytest.approx(true, rel=1e-3, abs=1e-6) and true <= 0.05
+            assert lora_of(after[layer.layer]) is None or len(lora_of(after[layer.layer]).down) == needed
+            assert "rank 4" in layer.note
 
 
 @pytest.mark.parametrize("rank", [2, 8])
