@@ -153,7 +153,8 @@ def _shape_for(name: str, size: tuple[int, int], method: FixedShape) -> KronShap
 def _searched(
     layers: Layers, method: MaxError | Budget, target: ConversionTarget, progress: Progress | None
 ) -> dict[str, ConvertedLayer]:
-    variants = (only_loras,) if target.to_lora else target.loads
+    wide = any(_is_wide_loha(delta, target) for delta in layers.values())
+    variants = (only_loras,) if target.to_lora or wide else target.loads
     loras = {name: exact_lora_of(delta) for name, delta in layers.items()}
     total = sum(size_of(delta)[0] for delta in layers.values())
     errors = (InexpressibleError, UsageError) if len(variants) > 1 else InexpressibleError

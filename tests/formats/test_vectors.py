@@ -248,3 +248,14 @@ def test_plain_weights_in_a_file_that_is_not_peft_stay_unknown(tmp_path):
     save_file(LORA | {"unet.conv_norm_out.weight": WEIGHT}, path)
     with pytest.raises(IncompleteError, match="a whole weight, as in a checkpoint"):
         read(path, base=BASE)
+
+
+def test_a_layer_is_never_read_without_its_magnitude(tmp_path):
+    other = LAYER.replace("attn1.to_out.0", "attn1.to_q")
+    plain = module(
+        f"lora_unet_{other.replace('.', '_')}", lora_up=rand(*UNET[other].shape)[:, :1], lora_down=rand(1, IN)
+    )
+    path = save(tmp_path, LORA | plain | {f"unet.{LAYER}.lora_magnitude_vector": rand(OUT)})
+    with pytest.raises(IncompleteError, match="of the same layer has another name"):
+        read(path, base=BASE)
+    assert list(read(path, base=BASE, allow_missing=True)) == [f"unet.{other}"]

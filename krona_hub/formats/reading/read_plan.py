@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from krona_hub.bases.base import COMPONENTS
+from krona_hub.bases.name_table import NameTable, table
 from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS
 from krona_hub.checkpoints.reader import read_scalars
 from krona_hub.errors import (
@@ -104,6 +105,7 @@ def make_plan(file: AdapterFile, format: Format, component: str | None = None, *
         raise base_error
     vectors, vector_problems = _vectors(file, match, scales) if base_error is None else ((), {})
     problems |= {**match.problems, **_conflicts(match), **vector_problems}
+    problems = {**_without_magnitude(file, match), **problems}
     modules = tuple(
         ModulePlan(group, layouts[group.name], scales[group.name], match.places.get(group.name, ()))
         for group in file.keys.modules
@@ -252,6 +254,27 @@ def _conflicts(match: BaseMatch) -> dict[str, KronaError]:
             )
         owner |= {p.layer: name for p in places}
     return found
+
+
+def _without_magnitude(file: AdapterFile, match: BaseMatch) -> dict[str, KronaError]:
+    """Errors of modules whose DoRA magnitude has another module name: they would be read as plain LoRA without it."""
+    if not file.keys.orphans or match.base is None:
+        return {}
+    names = table(match.base)
+    lost = {place.layer: name for name in file.keys.orphans for place in _placed(names, name, match.component)}
+    return {
+        module: IncompleteError(
+            f"A magnitude or alpha of the same layer has another name, {lost[place.layer]}.",
+            fix="Rename the tensors, or save the adapter again with the application that trained it.",
+        )
+        for module, places in match.places.items()
+        for place in places
+        if place.layer in lost
+    }
+
+
+def _placed(names: NameTable, name: str, component: str | None) -> Placements:
+    return next((places for owner, places in names.candidates(name) if component in (None, owner)), ())
 
 
 def refuse(plan: ReadPlan, allow_missing: bool) -> None:
