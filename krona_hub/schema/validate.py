@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from krona_hub.bases.base import Base
@@ -74,6 +74,8 @@ def native_findings(header: Header, base: Base | None = None) -> Iterator[Findin
         yield Finding.of(error, severity="warning")
     if base is not None:
         yield from base_findings(known, base)
+        shapes = {name: header.tensors[tensor].shape for name, tensor in known.vectors.items()}
+        yield from _vector_findings(shapes, base)
 
 
 def base_findings(known: NativeLayout, base: Base) -> Iterator[Finding]:
@@ -88,6 +90,23 @@ def base_findings(known: NativeLayout, base: Base) -> Iterator[Finding]:
         elif not _same_weight(layer, module.shape):
             error = BaseMismatchError(
                 f"its weight has shape {list(layer.weight_shape)}, but {list(module.shape)} in {base.name}.",
+                fix=_OTHER_BASE,
+            )
+            yield Finding.of(error, where=quoted(name))
+
+
+def _vector_findings(shapes: Mapping[str, tuple[int, ...]], base: Base) -> Iterator[Finding]:
+    """Yield a finding for every vector whose parameter is missing from `base` or has another shape."""
+    for name, shape in shapes.items():
+        found = base.parameter(name)
+        if found is None:
+            uncovered = name.partition(".")[0] not in base.components and base.uncovered
+            severity: Severity = "warning" if uncovered else "error"
+            error = BaseMismatchError(f"parameter not found in {base.name}.", fix=_OTHER_BASE)
+            yield Finding.of(error, where=quoted(name), severity=severity)
+        elif found != shape:
+            error = BaseMismatchError(
+                f"the vector has shape {list(shape)}, but the parameter has {list(found)} in {base.name}.",
                 fix=_OTHER_BASE,
             )
             yield Finding.of(error, where=quoted(name))

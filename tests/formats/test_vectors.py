@@ -259,3 +259,12 @@ def test_a_layer_is_never_read_without_its_magnitude(tmp_path):
     with pytest.raises(IncompleteError, match="of the same layer has another name"):
         read(path, base=BASE)
     assert list(read(path, base=BASE, allow_missing=True)) == [f"unet.{other}"]
+
+
+def test_validate_compares_vectors_with_the_base(tmp_path):
+    from krona_hub.schema.validate import validate
+
+    vectors = {f"unet.{NORM}.weight": WEIGHT, f"unet.{NORM}.bias": rand(WIDTH + 1), "unet.nothing.bias": rand(4)}
+    write(Adapter({}, catalog.get(BASE).model, vectors=vectors), tmp_path / "x.safetensors")
+    findings = [f for f in validate(tmp_path / "x.safetensors", catalog.get(BASE)) if f.severity == "error"]
+    assert {f.where for f in findings} == {f"'unet.{NORM}.bias'", "'unet.nothing.bias'"}
