@@ -35,7 +35,9 @@ OPTIONS = {
         base_option,
         component_option,
         click.Option(
-            ["--allow-missing"], is_flag=True, help="Convert the recognized modules if others are not recognized."
+            ["--allow-missing"],
+            is_flag=True,
+            help="Leave out what is not recognized, and what the target has no place for.",
         ),
     ),
     "Output": (

@@ -180,7 +180,7 @@ class AmbiguousError(FormatError):
 
 
 class UnsupportedError(FormatError):
-    """An unsupported algorithm (LoHa, OFT, …), quantized tensors, or an operation that the format does not allow."""
+    """An unsupported algorithm (OFT, IA3, …), quantized tensors, or an operation that the format does not allow."""
 
     code = "KH128"
 

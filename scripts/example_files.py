@@ -19,6 +19,8 @@ import torch
 from krona_hub.assets import __file__ as assets
 from krona_hub.bases import catalog
 from krona_hub.bases.name_table import table
+from krona_hub.checkpoints.header import read_header
+from krona_hub.checkpoints.reader import load
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.cli.main import main
 from scripts.make_demo_adapter import normal, projections
@@ -42,7 +44,7 @@ def output_of(command: str, folder: Path) -> str:
 def example_folder(folder: Path, *, bf16: bool = False) -> Path:
     """Write the example files to a folder.
 
-    These are lora, lokr and krona.safetensors; base and merged, two pipeline folders; undo.safetensors and blocks.txt.
+    These are lora, lokr and krona.safetensors; norms.safetensors, the LoRA with changes of a norm; base and merged, two pipeline folders; undo.safetensors and blocks.txt.
     zorbi-lora and zorbi-lokr.safetensors are for tiny-scenes, the others for Stable Diffusion 1.5.
     With `bf16`, also `base-bf16`, the base model in bfloat16.
     """
@@ -50,6 +52,7 @@ def example_folder(folder: Path, *, bf16: bool = False) -> Path:
         shutil.copyfile(Path(assets).parent / f"demo_{name}.safetensors", folder / f"{name}.safetensors")
     for name, trained in TRAINED.items():
         shutil.copyfile(Path(assets).parent / trained, folder / name)
+    write_norms(folder / "lora.safetensors", folder / "norms.safetensors")
     (folder / "blocks.txt").write_text(BLOCK_WEIGHTS)
     write_base(folder / "base", torch.float16)
     if bf16:
@@ -64,6 +67,17 @@ BLOCK_WEIGHTS = """# the first block at half strength, no change of the cross at
 down_blocks\\.0\\. = 0.5
 attn2\\.to_v$ = 0
 """
+
+
+def write_norms(source: Path, path: Path) -> None:
+    """Write a LoRA with the changes of a norm, as LyCORIS trains them with `train_norm`."""
+    header = read_header(source)
+    values = np.random.default_rng(SEED).standard_normal((2, 320)).astype(np.float32) * SPREAD
+    vectors = {f"lora_unet_conv_norm_out.{part}": torch.from_numpy(v) for part, v in zip(NORM, values, strict=True)}
+    write_tensors(path, load(header) | vectors, header.metadata)
+
+
+NORM = ("w_norm", "b_norm")
 
 
 def write_base(folder: Path, dtype: torch.dtype) -> None:

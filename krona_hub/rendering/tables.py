@@ -79,12 +79,16 @@ def loads_matrix() -> dict[str, dict[str, Cell]]:
 
 
 def _cell(format_name: str, tool: str) -> Cell:
+    from krona_hub.formats.compatibility.known_failures import LOHA_UNKNOWN
     from krona_hub.formats.compatibility.tools import TOOLS, rejection
     from krona_hub.formats.forms.limits import no_dora
+    from krona_hub.formats.known.kohya import LYCORIS_LOHA
     from krona_hub.formats.known.registry import by_name
 
     if reason := rejection(format_name, tool):
         return Cell("–", reason)
+    if format_name == LYCORIS_LOHA.name and tool in LOHA_UNKNOWN:
+        return Cell("?", "whether it loads LoHa is unknown")
     storage = by_name(format_name).storage
     if storage is not None and storage.kind == "kronecker" and any(rule is not no_dora for rule in TOOLS[tool].rules):
         return Cell("some", f"{TOOLS[tool].title} loads only some shapes; krona inspect shows which")

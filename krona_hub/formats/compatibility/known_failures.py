@@ -120,6 +120,7 @@ class Check(NamedTuple):
 
 
 _INTERFACES = ("comfyui", "forge", "a1111")
+LOHA_UNKNOWN = (*_INTERFACES, "onetrainer", "musubi")  # neither run nor read completely
 CHECKS = (
     Check(
         ("comfyui", "forge"),
@@ -140,7 +141,7 @@ CHECKS = (
     Check(("lycoris",), ("lycoris-lokr",), uneven_products),
     Check(("lycoris",), ("lycoris-lokr",), kernel_split),
     Check(("lycoris",), KOHYA, dora_of("in", "LyCORIS fails to load DoRA per input column")),
-    Check((*_INTERFACES, "onetrainer", "musubi"), (), unknown_loha),
+    Check(LOHA_UNKNOWN, (), unknown_loha),
     Check(("diffusers", "kohya", "nunchaku"), (), refused_loha),
     Check(("musubi",), ("lycoris-lokr",), conv_of("and musubi-tuner applies LoKr to linear layers only")),
 )
