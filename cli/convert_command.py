@@ -154,6 +154,7 @@ def show(report: ConversionReport, *, every_layer: bool) -> None:
         (
             ("total", f"{len(report.layers)} layers, {report.source_format} → {report.target_format}"),
             ("parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"),
+            ("vectors", f"{report.vectors:,}, {report.vector_parameters:,} parameters" if report.vectors else None),
             ("bytes", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),
             ("error", f"{relative(report.relative_error)} relative, retained energy {percent(report.energy_kept)}"),
             ("verdict", report.verdict),

@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.adapters.provenance import Provenance, native_provenance
 from krona_hub.aliases import Progress
+from krona_hub.bases.loading import WeightPlace, weight_files
+from krona_hub.bases.loading import read as read_weight
 from krona_hub.conversion.bake_dora import bake_dora
 from krona_hub.conversion.convert_layers import (
     ConvertedLayer,
@@ -25,7 +28,7 @@ from krona_hub.conversion.output_options import default_out
 from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, LayerReport, percent
 from krona_hub.conversion.request import ConvertRequest
 from krona_hub.conversion.target import ConversionTarget, choose_target, default_method
-from krona_hub.errors import InexpressibleError, LossyError
+from krona_hub.errors import InexpressibleError, LossyError, counted
 from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora, size_of, without_hadamard
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
@@ -66,17 +69,20 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     result = adapter.with_layers({name: o.delta for name, o in outcomes.items()})
     aim = aim_at(result, target.format, request.tool, request.split_qkv)
     plan = planned(result, aim, request.base, stored)
+    doras = any(delta.magnitude is not None for delta in reference.values())
+    places = weight_files(request.base) if doras and request.base is not None else {}
     report = ConversionReport(
         source=request.source,
         source_format=request.from_format or format_of(request.path, request.base),
         target_format=target.format,
         tool=request.tool,
         out=request.out if request.out is not None else default_out(request.source, target.format),
-        layers=_layer_reports(adapter.layers, reference, outcomes, plan.stored),
+        layers=_layer_reports(adapter.layers, reference, outcomes, plan.stored, places),
         vectors=len(adapter.vectors),
+        vector_parameters=sum(vector.numel() for vector in adapter.vectors.values()),
         vector_error=plan.vector_error,
         left_out=plan.left_out,
-        notes=_dora_note(baked),
+        notes=(*_dora_note(baked), *_unmeasured_note(reference, plan.stored, places)),
     )
     if report.relative_error > REFUSED_ABOVE and not request.allow_loss:
         raise _too_lossy(report, reference)
@@ -116,15 +122,44 @@ def _layer_reports(
     reference: Mapping[str, LayerDelta],
     outcomes: Mapping[str, ConvertedLayer],
     stored: Mapping[str, LayerDelta],
+    places: Mapping[str, WeightPlace],
 ) -> tuple[LayerReport, ...]:
     """Measure what a reader of the file finds against `reference`, what `before` stands for: they differ for DoRA."""
 
     def measured(name: str) -> LayerReport:
-        exact = reference[name].sums
-        error = error_of(stored[name], reference[name])
-        return layer_report(name, before[name], outcomes[name], stored[name], error, norm(exact))
+        exact, found = reference[name], stored[name]
+        if name in places and exact.magnitude is not None and not _same(found, exact):
+            error, size = dora_error(found, exact, read_weight(places[name]))
+        else:
+            error, size = error_of(found, exact), norm(exact.sums)
+        return layer_report(name, before[name], outcomes[name], found, error, size)
 
     return tuple(report for _, report in in_parallel(measured, list(reference)))
+
+
+def dora_error(found: LayerDelta, exact: LayerDelta, weight: Tensor) -> tuple[float, float]:
+    """Return the relative error of the delta of a DoRA layer, and the norm of the exact one, with the base weight."""
+    wanted, written = (delta.map(Tensor.double).dense(weight) for delta in (exact, found))
+    lost, size = (written - wanted).norm(), wanted.norm()
+    return float(lost / size) if size > 0 else 0.0, float(size)
+
+
+def _same(found: LayerDelta, exact: LayerDelta) -> bool:
+    return found.sums == exact.sums and found.magnitude is exact.magnitude
+
+
+def _unmeasured_note(
+    reference: Mapping[str, LayerDelta], stored: Mapping[str, LayerDelta], places: Mapping[str, WeightPlace]
+) -> tuple[str, ...]:
+    """Note on DoRA layers whose error is that of their directions, since the base weights are unknown."""
+    changed = [n for n, d in reference.items() if d.magnitude is not None and not _same(stored[n], d)]
+    count = sum(name not in places for name in changed)
+    if not count:
+        return ()
+    return (
+        f"the errors of {counted(count, 'DoRA layer')} are those of ΔW before the normalization; with the base weights "
+        "(--base), those of the normalized weights are measured",
+    )
 
 
 def _provenance(adapter: Adapter, report: ConversionReport, method: Method, source: Path) -> Provenance:

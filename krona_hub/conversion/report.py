@@ -83,6 +83,7 @@ class ConversionReport(Totals):
     out: Path
     layers: tuple[LayerReport, ...]
     vectors: int = 0  # of the source: changes of biases and norms
+    vector_parameters: int = 0  # numbers in these vectors, which the totals of the layers do not count
     vector_error: float = 0.0  # relative, over all vectors that the result has
     left_out: LeftOut = COMPLETE  # parts of the source that the result does not have
     alternatives: tuple[str, ...] = ()  # measured

@@ -102,14 +102,16 @@ def _whole(term: KronTerms) -> KronTerms:
 def cast(delta: LayerDelta, dtype: torch.dtype | None) -> LayerDelta:
     """Cast every tensor to `dtype` (None: no change), the last step before a delta is stored.
 
-    Where factors have numbers out of the range of `dtype`, powers of two move between them first. Raises NonFiniteError
-    if a number overflows all the same.
+    Where factors have numbers out of the range of `dtype`, powers of two move between them first. A DoRA magnitude is
+    never rounded: its rounding changes the whole weight, which is often more than the adapter itself does. Raises
+    NonFiniteError if a number overflows all the same.
     """
     if dtype is None:
         return delta
-    sums = tuple(_cast_sum(s, dtype) for s in delta.sums)
-    magnitude = None if delta.magnitude is None else cast_tensor(delta.magnitude, dtype)
-    return replace(delta, sums=sums, magnitude=magnitude)
+    magnitude = delta.magnitude
+    if magnitude is not None:
+        magnitude = magnitude.to(torch.promote_types(magnitude.dtype, dtype))
+    return replace(delta, sums=tuple(_cast_sum(s, dtype) for s in delta.sums), magnitude=magnitude)
 
 
 def _cast_sum(s: KronTerms, dtype: torch.dtype) -> KronTerms:
