@@ -120,6 +120,7 @@ def _sizes(adapter: LocalAdapter) -> list[tuple[str, str]]:
         ("parameters", f"{d.parameters:,}"),
         ("equivalent LoRA rank", f"{lora_rank_of(d):.2f}"),
         ("adapted layers", f"{len(d.modules)}"),
+        *([("changes of biases and norms", f"{len(d.vectors)}")] if d.vectors else []),
         ("file size", human_bytes(d.bytes)),
         ("data types", ", ".join(d.dtypes)),
     ]

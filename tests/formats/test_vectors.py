@@ -268,3 +268,13 @@ def test_validate_compares_vectors_with_the_base(tmp_path):
     write(Adapter({}, catalog.get(BASE).model, vectors=vectors), tmp_path / "x.safetensors")
     findings = [f for f in validate(tmp_path / "x.safetensors", catalog.get(BASE)) if f.severity == "error"]
     assert {f.where for f in findings} == {f"'unet.{NORM}.bias'", "'unet.nothing.bias'"}
+
+
+def test_a_weight_that_is_set_is_a_difference_from_the_base(tmp_path):
+    from krona_hub.bases.loading import base_weights
+
+    shape = UNET["conv_out"].shape
+    tensors = {f"unet.{NORM}.set_weight": WEIGHT, "unet.conv_out.set_weight": rand(*shape)}
+    adapter, weights = read(save(tmp_path, tensors), base=BASE), base_weights(BASE)
+    torch.testing.assert_close(adapter.vectors[f"unet.{NORM}.weight"], WEIGHT - weights(f"unet.{NORM}.weight").float())
+    torch.testing.assert_close(adapter["unet.conv_out"].dense(), rand(*shape) - weights("unet.conv_out").float())
