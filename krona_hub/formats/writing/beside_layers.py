@@ -51,7 +51,7 @@ def held_beside(adapter: Adapter, format_name: str, tool: Tool | None, base: Bas
 
 
 def _adapts_layers_without_bias(adapter: Adapter, base: Base | None) -> bool:
-    """Whether PEFT's `lora_bias` has no meaning: it adds a bias to every adapted layer, and one without cannot merge."""
+    """Whether `lora_bias` of PEFT does not fit: it is for every adapted layer, and PEFT merges none into these."""
     return base is not None and any(base.parameter(f"{layer}.bias") is None for layer in adapter.layers)
 
 
