@@ -199,6 +199,20 @@ def test_peft_gets_a_bias_in_every_module_and_its_setting(tmp_path):
     assert json.loads((tmp_path / "x/adapter_config.json").read_text())["lora_bias"] is True
 
 
+@pytest.mark.parametrize("name", ["peft-lora", "diffusers-lora"])
+def test_a_bias_has_no_place_in_peft_beside_an_adapted_layer_without_one(tmp_path, name):
+    """`lora_bias` of PEFT is a setting of the whole adapter, and PEFT merges no bias into a layer that has none."""
+    whole = adapter_with_vectors()
+    to_q = f"unet.{LAYER.replace('to_out.0', 'to_q')}"
+    delta = LayerDelta((as_lora(rand(OUT, 3), rand(3, IN)),), (OUT, IN))
+    adapter = Adapter({**whole.layers, to_q: delta}, whole.base, vectors={f"unet.{LAYER}.bias": BIAS})
+    out = tmp_path / "out"
+    with pytest.raises(InexpressibleError, match="no place for 1 vector"):
+        write(adapter, out, format=name, base=BASE)
+    assert write(adapter, out, format=name, base=BASE, allow_missing=True).left_out.vectors == (f"unet.{LAYER}.bias",)
+    assert set(read(out, base=BASE, component="unet")) == set(adapter)
+
+
 def test_vectors_of_zeros_are_not_a_loss(tmp_path):
     adapter = adapter_with_vectors()
     zeros = Adapter(adapter.layers, adapter.base, vectors={n: torch.zeros_like(v) for n, v in adapter.vectors.items()})
@@ -217,6 +231,16 @@ def test_a_conversion_counts_what_it_leaves_out_and_needs_consent(tmp_path):
     assert report.left_out.vectors and out.exists()
     complete = krona_hub.convert(source, tmp_path / "p.safetensors", to="lycoris-locon", exact=True)
     assert complete.verdict.startswith("Exact: ") and complete.vectors == 3
+
+
+@pytest.mark.parametrize("goal", [{"to": "kohya-lora"}, {"to": "peft-lokr"}, {"tool": "musubi"}, {"tool": "peft"}])
+def test_a_file_with_nothing_in_it_is_never_written(tmp_path, goal):
+    source, folder = tmp_path / "s.safetensors", tmp_path / "out"
+    write(Adapter({}, catalog.get(BASE).model, vectors={f"unet.{NORM}.weight": WEIGHT}), source, base=BASE)
+    folder.mkdir()
+    with pytest.raises(InexpressibleError, match="would be empty") as caught:
+        krona_hub.convert(source, folder / "o", base=BASE, allow_missing=True, **goal)
+    assert caught.value.exit_code == 3 and not any(folder.iterdir())
 
 
 def test_the_error_of_rounded_vectors_is_reported(tmp_path):

@@ -18,7 +18,7 @@ from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.formats.compatibility.tools import Tool, held_vectors
 from krona_hub.formats.forms.left_out import LeftOut
-from krona_hub.formats.forms.vector_kinds import kind_of
+from krona_hub.formats.forms.vector_kinds import LORA_BIAS, kind_of
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.parsing.keys import EMBEDDINGS
 from krona_hub.formats.writing.module_names import Home, homes, vector_name
@@ -36,6 +36,8 @@ def held_beside(adapter: Adapter, format_name: str, tool: Tool | None, base: Bas
     """Return the vectors and embeddings that the format has a place for, and that the application loads from it."""
     nonzero = {name: v for name, v in adapter.vectors.items() if bool(v.any())}
     held, storage = held_vectors(format_name, tool), storage_of(format_name)
+    if storage.layout != "kohya" and _adapts_layers_without_bias(adapter, base):
+        held = tuple(kind for kind in held if kind not in LORA_BIAS)
     vectors = {name: v for name, v in nonzero.items() if kind_of(name, v.ndim, adapter.layers, nonzero, base) in held}
     loaded = storage.embeddings and (tool is None or tool.embeddings)
     whole = storage.layout == "krona"
@@ -46,6 +48,11 @@ def held_beside(adapter: Adapter, format_name: str, tool: Tool | None, base: Bas
         tuple(key for key in adapter.extras if key not in embeddings),
     )
     return Beside(vectors, embeddings, left_out)
+
+
+def _adapts_layers_without_bias(adapter: Adapter, base: Base | None) -> bool:
+    """Whether `lora_bias` of PEFT does not fit: it is for every adapted layer, and PEFT merges none into these."""
+    return base is not None and any(base.parameter(f"{layer}.bias") is None for layer in adapter.layers)
 
 
 def lycoris_tensors(

@@ -260,11 +260,19 @@ def _notes(aim: Aim) -> tuple[str, ...]:
 
 
 def check_nothing_left_out(plan: WritePlan, *, allow_missing: bool) -> None:
-    """Raise InexpressibleError if the file would leave out a part of the adapter, unless that is allowed."""
+    """Raise InexpressibleError if the file would leave out a part of the adapter, unless that is allowed.
+
+    A file without any layer or vector is never allowed: no reader takes it for an adapter.
+    """
+    where = plan.aim.tool.title if plan.aim.tool else plan.aim.format
+    if plan.aim.format != KRONA.name and not plan.modules and not plan.vectors:
+        raise InexpressibleError(
+            f"{where} has no place for any part of the adapter, so that the file would be empty.",
+            fix="Use --to krona, which stores everything, or merge the adapter into its base model.",
+        )
     without_place = replace(plan.left_out, modules=())  # reading has already allowed to skip modules
     if not without_place or allow_missing:
         return
-    where = plan.aim.tool.title if plan.aim.tool else plan.aim.format
     raise InexpressibleError(
         f"{where} has no place for {without_place} of the adapter ({abbreviated(without_place.names)}).",
         fix="Add --allow-missing to leave them out, use --to krona, which stores everything, or merge the adapter into "
