@@ -28,7 +28,7 @@ from krona_hub.bases import catalog
 from krona_hub.kron.shapes import peft_factors
 from krona_hub.kron.terms import KronTerms, as_lora
 
-CATALOG = Path(catalog.__file__).parent / "catalog" / "sdxl.unet.json"
+CATALOG = Path(catalog.__file__).parent / "components" / "sdxl.unet.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 RELATIVE = 0.02  # approximate ‖ΔW‖ / ‖W‖

@@ -37,7 +37,7 @@ class Base:
     def module(self, layer: str) -> ModuleSpec | None:
         """The module of a canonical layer name; None if the base has no such layer."""
         component, _, path = layer.partition(".")
-        return self.components.get(component, Component()).get(path)
+        return self.components[component].get(path) if component in self.components else None
 
     def parameter(self, name: str) -> tuple[int, ...] | None:
         """The shape of a canonical parameter other than the weight of a layer; None if the base lacks it.

@@ -21,13 +21,16 @@ from krona_hub.checkpoints.tensor_entries import (
     DTYPE_BITS,
     EIGHT_BITS,
     FLOATS,
+    READABLE,
     TensorInfo,
     layout_findings,
     parse_entry,
 )
 from krona_hub.errors import FormatError, KronaError, StructureError, TruncatedError
 
-__all__ = ["DTYPE_BITS", "EIGHT_BITS", "FLOATS", "MAX_HEADER", "Header", "TensorInfo", "examine", "read_header"]
+__all__ = [
+    "DTYPE_BITS", "EIGHT_BITS", "FLOATS", "MAX_HEADER", "READABLE", "Header", "TensorInfo", "examine", "read_header",
+]  # fmt: skip
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 _AGAIN = "Download or copy it again."

@@ -22,6 +22,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")  # plain casts, exact in BF16
+READABLE = (*FLOATS, *EIGHT_BITS)
 MAX_BYTES = 2**63 - 1  # largest offset
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _BROKEN = "Download the file again, or save it again with its application: it is corrupt or forged."

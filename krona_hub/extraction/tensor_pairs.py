@@ -15,10 +15,9 @@ from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import table
 from krona_hub.bases.target_sets import choose
 from krona_hub.bases.weight_files import StoredTensor, WeightPlace, has_ema, stored_in
-from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS, Header, TensorInfo, read_header
+from krona_hub.checkpoints.header import READABLE, Header, TensorInfo, read_header
 from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError, UnsupportedError, UsageError
 
-READABLE = (*FLOATS, *EIGHT_BITS)
 SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")  # of quantized tensors
 PARTS = (".weight", ".bias", "_weight", "_bias", "")  # suffixes of tensor names after the module
 

@@ -97,7 +97,7 @@ def _equal(s: Tensor, t: Tensor) -> bool:
     if s.shape != t.shape:
         return False
     same = s.data_ptr() == t.data_ptr() and s.dtype == t.dtype and s.stride() == t.stride() and s.device == t.device
-    return same or torch.equal(s.double(), t.double())
+    return same or (torch.equal(s, t) if s.dtype == t.dtype else torch.equal(s.double(), t.double()))
 
 
 def scaled(sums: Delta, weight: float) -> tuple[KronTerms, ...]:

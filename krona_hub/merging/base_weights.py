@@ -32,7 +32,7 @@ from krona_hub.bases.weight_files import (
     sets_of,
     stored_in,
 )
-from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS, Header, read_header
+from krona_hub.checkpoints.header import READABLE, Header, read_header
 from krona_hub.errors import (
     FormatError,
     IncompleteError,
@@ -103,7 +103,7 @@ class BaseTree:
         if place.path.parent in self.quantized:
             return self.quantized[place.path.parent]
         tensors = self.headers[place.path].tensors
-        if tensors[place.tensor].dtype not in (*FLOATS, *EIGHT_BITS):
+        if tensors[place.tensor].dtype not in READABLE:
             return f"stored as {tensors[place.tensor].dtype}"
         if place.path not in self.quantized:
             return None
@@ -256,5 +256,5 @@ def _kinds(header: Header) -> Iterator[str]:
     for name in header.tensors:
         yield from (kind for end, kind in QUANTIZED.items() if name.endswith(end))
     for name, info in header.tensors.items():
-        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype not in (*FLOATS, *EIGHT_BITS):
+        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype not in READABLE:
             yield f"stored as {info.dtype}"

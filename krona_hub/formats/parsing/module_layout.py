@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS, TensorInfo
+from krona_hub.checkpoints.header import READABLE, TensorInfo
 from krona_hub.errors import AmbiguousError, DtypeError, IncompleteError, ShapeError, UnsupportedError
 from krona_hub.formats.parsing.keys import ModuleTensors
 from krona_hub.kron.shapes import KronShape
@@ -53,7 +53,7 @@ def layout_of(group: ModuleTensors, tensors: Mapping[str, TensorInfo], kind: str
 
 
 def _check_dtype(part: str, info: TensorInfo) -> None:
-    if info.dtype not in (*FLOATS, *EIGHT_BITS):
+    if info.dtype not in READABLE:
         raise DtypeError(
             f"Unsupported dtype {info.dtype} of {part!r}; supported are F64, F32, F16, BF16 and unscaled fp8.",
             fix="Use the original file; a quantized adapter cannot be read exactly.",

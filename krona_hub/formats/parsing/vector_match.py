@@ -10,7 +10,7 @@ from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import table
-from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS, TensorInfo
+from krona_hub.checkpoints.header import READABLE, TensorInfo
 from krona_hub.errors import BaseMismatchError, ConflictError, DtypeError, KronaError, UnknownBaseError
 from krona_hub.formats.parsing.base_match import BaseMatch, canonical_from_path
 from krona_hub.formats.parsing.keys import VectorKey
@@ -78,7 +78,7 @@ def _check_single(targets: Sequence[VectorTarget], owner: Mapping[str, str]) -> 
 
 
 def _targets(vector: VectorKey, info: TensorInfo, match: BaseMatch) -> tuple[VectorTarget, ...]:
-    if info.dtype not in (*FLOATS, *EIGHT_BITS) or not info.numel:
+    if info.dtype not in READABLE or not info.numel:
         raise DtypeError(f"Unsupported tensor {info.dtype} {list(info.shape)}.", fix="Use the original file.")
     name = vector.module
     if vector.parameter == "modulation":

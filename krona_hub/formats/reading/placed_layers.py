@@ -23,7 +23,9 @@ def layer_of(module: LayerDelta, place: Placement, weight_shape: tuple[int, ...]
     (4, 5)
     """
     if place.plain:
-        return replace(module, weight_shape=weight_shape or module.weight_shape)
+        if weight_shape in (None, module.weight_shape):
+            return module
+        return replace(module, weight_shape=weight_shape)
     if module.magnitude is not None and (place.transpose or (module.magnitude_axis == "in" and place.rows)):
         raise UnsupportedError(
             "A DoRA with norms over several fused layers cannot be split.", fix="Merge it into its base model."

@@ -11,8 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from krona_hub.bases.base import COMPONENTS
+<<<<<<< HEAD
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS
+=======
+from krona_hub.checkpoints.header import READABLE
+>>>>>>> i-bench
 from krona_hub.checkpoints.reader import read_scalars
 from krona_hub.errors import (
     AmbiguousError,
@@ -173,7 +177,7 @@ def _alphas(file: AdapterFile) -> dict[str, float]:
     sound = {
         name: key
         for name, key in keys.items()
-        if tensors[key].numel == 1 and tensors[key].dtype in (*FLOATS, *EIGHT_BITS)
+        if tensors[key].numel == 1 and tensors[key].dtype in READABLE
     }
     values = read_scalars(file.header, sound.values())
     return {name: values[key] for name, key in sound.items()}

@@ -36,8 +36,8 @@ def held_beside(adapter: Adapter, format_name: str, tool: Tool | None, base: Bas
     """Return the vectors and embeddings that the format has a place for, and that the application loads from it."""
     nonzero = {name: v for name, v in adapter.vectors.items() if bool(v.any())}
     held, storage = held_vectors(format_name, tool), storage_of(format_name)
-    if storage.layout != "kohya" and _adapts_layers_without_bias(adapter, base):
-        held = tuple(kind for kind in held if kind not in LORA_BIAS)
+    if held == LORA_BIAS and _adapts_layers_without_bias(adapter, base):
+        held = ()
     vectors = {name: v for name, v in nonzero.items() if kind_of(name, v.ndim, adapter.layers, nonzero, base) in held}
     loaded = storage.embeddings and (tool is None or tool.embeddings)
     whole = storage.layout == "krona"
