@@ -11,12 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from krona_hub.bases.base import COMPONENTS
-<<<<<<< HEAD
 from krona_hub.bases.name_table import NameTable, table
-from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS
-=======
 from krona_hub.checkpoints.header import READABLE
->>>>>>> i-bench
 from krona_hub.checkpoints.reader import read_scalars
 from krona_hub.errors import (
     AmbiguousError,
