@@ -258,7 +258,7 @@ SHAPES = {
     "params --base sdxl --shape 64x8 --rank 4": {"type": "object"},
     "formats": obj(
         formats=many(obj(name=TEXT, reads=FLAG, writes=FLAG, summary=TEXT), 10),
-        loads_in=each(each(obj(mark={"enum": ["yes", "some", "–"]}, why=TEXT))),
+        loads_in=each(each(obj(mark={"enum": ["yes", "some", "?", "–"]}, why=TEXT))),
     ),
     "completion fish": obj(shell=TEXT, file=TEXT, script=TEXT),
     "demo": obj(folder=TEXT, note=TEXT, steps=many(obj(command=TEXT, result={"type": "object"}), 5), files=many(obj())),
