@@ -7,35 +7,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.adapters.provenance import Provenance, native_provenance
 from krona_hub.aliases import Progress
-from krona_hub.bases.loading import WeightPlace, weight_files
-from krona_hub.bases.loading import read as read_weight
 from krona_hub.conversion.bake_dora import bake_dora
 from krona_hub.conversion.convert_layers import (
     ConvertedLayer,
     apply_method,
     check_kind,
-    error_of,
-    layer_report,
     lora_error_within,
 )
+from krona_hub.conversion.layer_errors import measured_layers
 from krona_hub.conversion.methods import Exact, Keep, MaxError, Method
 from krona_hub.conversion.output_options import default_out
-from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, LayerReport, percent
+from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, percent, total_error
 from krona_hub.conversion.request import ConvertRequest
 from krona_hub.conversion.target import ConversionTarget, choose_target, default_method
-from krona_hub.errors import InexpressibleError, LossyError, counted
+from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora, size_of, without_hadamard
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing.write_plan import aim_at, check_nothing_left_out, planned
 from krona_hub.formats.writing.writer import write_planned
-from krona_hub.kron.norms import norm
-from krona_hub.kron.parallel import in_parallel
 from krona_hub.kron.to_lora import nearest_lora
 
 
@@ -69,23 +63,25 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     result = adapter.with_layers({name: o.delta for name, o in outcomes.items()})
     aim = aim_at(result, target.format, request.tool, request.split_qkv)
     plan = planned(result, aim, request.base, stored)
-    doras = any(delta.magnitude is not None for delta in reference.values())
-    places = weight_files(request.base) if doras and request.base is not None else {}
+    layers, error_notes = measured_layers(adapter.layers, reference, outcomes, plan.stored, request.base)
     report = ConversionReport(
         source=request.source,
         source_format=request.from_format or format_of(request.path, request.base),
         target_format=target.format,
         tool=request.tool,
         out=request.out if request.out is not None else default_out(request.source, target.format),
-        layers=_layer_reports(adapter.layers, reference, outcomes, plan.stored, places),
+        layers=layers,
         vectors=len(adapter.vectors),
         vector_parameters=sum(vector.numel() for vector in adapter.vectors.values()),
         vector_error=plan.vector_error,
         left_out=plan.left_out,
-        notes=(*_dora_note(baked), *_unmeasured_note(reference, plan.stored, places)),
+        notes=(*_dora_note(baked), *error_notes),
     )
     if report.relative_error > REFUSED_ABOVE and not request.allow_loss:
-        raise _too_lossy(report, reference)
+        unrounded = {name: o.delta for name, o in outcomes.items()}
+        exact_layers, _ = measured_layers(adapter.layers, reference, outcomes, unrounded, request.base)
+        is_rounding = request.dtype is not None and total_error(exact_layers) <= REFUSED_ABOVE
+        raise _too_coarse(report, request.dtype) if is_rounding else _too_lossy(report, reference)
     allowed = request.allow_missing and not isinstance(method, Exact)
     check_nothing_left_out(plan, allow_missing=allowed)
     if request.dry_run:
@@ -115,51 +111,6 @@ def _dora_note(baked: Mapping[str, LayerDelta]) -> tuple[str, ...]:
     if not baked:
         return ()
     return (f"{len(baked)} DoRA layers were merged with the base weights into plain deltas: equal only at strength 1",)
-
-
-def _layer_reports(
-    before: Mapping[str, LayerDelta],
-    reference: Mapping[str, LayerDelta],
-    outcomes: Mapping[str, ConvertedLayer],
-    stored: Mapping[str, LayerDelta],
-    places: Mapping[str, WeightPlace],
-) -> tuple[LayerReport, ...]:
-    """Measure what a reader of the file finds against `reference`, what `before` stands for: they differ for DoRA."""
-
-    def measured(name: str) -> LayerReport:
-        exact, found = reference[name], stored[name]
-        if name in places and exact.magnitude is not None and not _same(found, exact):
-            error, size = dora_error(found, exact, read_weight(places[name]))
-        else:
-            error, size = error_of(found, exact), norm(exact.sums)
-        return layer_report(name, before[name], outcomes[name], found, error, size)
-
-    return tuple(report for _, report in in_parallel(measured, list(reference)))
-
-
-def dora_error(found: LayerDelta, exact: LayerDelta, weight: Tensor) -> tuple[float, float]:
-    """Return the relative error of the delta of a DoRA layer, and the norm of the exact one, with the base weight."""
-    wanted, written = (delta.map(Tensor.double).dense(weight) for delta in (exact, found))
-    lost, size = (written - wanted).norm(), wanted.norm()
-    return float(lost / size) if size > 0 else 0.0, float(size)
-
-
-def _same(found: LayerDelta, exact: LayerDelta) -> bool:
-    return found.sums == exact.sums and found.magnitude is exact.magnitude
-
-
-def _unmeasured_note(
-    reference: Mapping[str, LayerDelta], stored: Mapping[str, LayerDelta], places: Mapping[str, WeightPlace]
-) -> tuple[str, ...]:
-    """Note on DoRA layers whose error is that of their directions, since the base weights are unknown."""
-    changed = [n for n, d in reference.items() if d.magnitude is not None and not _same(stored[n], d)]
-    count = sum(name not in places for name in changed)
-    if not count:
-        return ()
-    return (
-        f"the errors of {counted(count, 'DoRA layer')} are those of ΔW before the normalization; with the base weights "
-        "(--base), those of the normalized weights are measured",
-    )
 
 
 def _provenance(adapter: Adapter, report: ConversionReport, method: Method, source: Path) -> Provenance:
@@ -215,6 +166,16 @@ def _too_lossy(report: ConversionReport, layers: Mapping[str, LayerDelta]) -> Lo
         f"a LoRA with {size:,} parameters: error {percent(lora)}); nothing was written.",
         fix=f"Choose {as_lora}--exact (no loss, {whole:,} parameters), --max-error 0.05 (smallest "
         "factorization within 5 % per layer), or --allow-loss to write this result.",
+    )
+    error.report = report
+    return error
+
+
+def _too_coarse(report: ConversionReport, dtype: str | None) -> LossyError:
+    """Return the error for a result that only rounding destroys, such as that of DoRA magnitudes."""
+    error = LossyError(
+        f"Rounding to {dtype} would leave a relative error of {percent(report.relative_error)}; nothing was written.",
+        fix="Use --dtype float32 or omit --dtype; --allow-loss writes this result.",
     )
     error.report = report
     return error

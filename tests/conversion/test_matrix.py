@@ -6,6 +6,7 @@ import torch
 from krona_hub.conversion import convert
 from krona_hub.errors import KronaError
 from krona_hub.formats.reading.reader import read
+from tests.conversion.true_error import true_errors
 from tests.shared import shared
 
 FILES = ("weapons_sd15_r4.safetensors", "lora_disney.safetensors")
@@ -20,17 +21,6 @@ REFUSED = {  # (target, file or None for every file) -> code
     ("diffusers-lokr", FILES[1]): "KH141",  # no component in its names, and the file has two
     ("lycoris", FILES[1]): "KH141",  # likewise: create_lycoris writes one model a file
 }
-
-
-def dense_error(new, old):
-    """Oracle: over all layers, from the dense deltas in float64."""
-    lost = whole = 0.0
-    per_layer = {}
-    for name, delta in old.layers.items():
-        w, v = (d.dense().reshape(delta.matrix_shape).double() for d in (delta, new.layers[name]))
-        per_layer[name] = float((w - v).norm() / w.norm()) if w.norm() else 0.0
-        lost, whole = lost + float((w - v).norm()) ** 2, whole + float(w.norm()) ** 2
-    return per_layer, (lost / whole) ** 0.5
 
 
 @pytest.mark.slow
@@ -51,7 +41,7 @@ def test_every_real_file_becomes_a_checked_file_or_a_coded_refusal(file, option,
     report = convert(source, out, **{kind: name}, base="sd15")
     assert report.written
     assert f"{len(report.layers)}/{len(report.layers)} modules rebuilt" in report.checked
-    per_layer, total = dense_error(read(out, base="sd15"), read(source, base="sd15"))
+    per_layer, total = true_errors(read(source, base="sd15"), read(out, base="sd15"))
     assert report.relative_error == pytest.approx(total, rel=1e-3, abs=1e-6)
     for row in report.layers:
         assert row.relative_error == pytest.approx(per_layer[row.layer], rel=1e-3, abs=1e-6)

@@ -4,6 +4,7 @@ The truth is the definition, dense and in float64, from two independent reads. S
 the size of a factor, a scale or none, three dtypes, and numbers from 1e-4, where float16 underflows, to 1e2.
 """
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
+from krona_hub.assets.shipped import folder_of
+from krona_hub.bases.loading import base_weights
 from krona_hub.conversion import convert
-from krona_hub.errors import InexpressibleError, NonFiniteError
+from krona_hub.errors import InexpressibleError, LossyError, NonFiniteError
 from krona_hub.formats.known.registry import FORMATS, storage_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing.writer import write
 from krona_hub.kron.norms import relative_difference
 from krona_hub.kron.terms import KronTerms
-from tests.shared import shared
+from tests.conversion.true_error import agrees, true_errors
+from tests.shared import ROOT, shared
 
 LAYERS = {  # names in the file of a linear layer and of a convolution -> weight shape, both rectangular
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (32, 24),
@@ -77,20 +81,6 @@ def source_file(path, kind, dtype, size, alpha):
         tensors[f"{name}.alpha"] = torch.tensor(float(rank if alpha == "rank" else 0.75 * rank + 0.5))
     save_file(tensors, path, {"ss_network_module": "lycoris.kohya"})
     return path
-
-
-def true_errors(before, after):
-    """Relative error of every layer, and of all together."""
-    differences, norms = {}, {}
-    for layer, delta in before.layers.items():
-        was, now = delta.dense().double(), after[layer].dense().double()
-        differences[layer], norms[layer] = (now - was).norm(), was.norm()
-    total = torch.stack([*differences.values()]).norm() / torch.stack([*norms.values()]).norm()
-    return {layer: float(differences[layer] / norms[layer]) for layer in norms}, float(total)
-
-
-def agrees(reported, true):
-    return abs(reported - true) <= 1e-5 + 0.02 * true
 
 
 def method_for(to, kind):
@@ -176,6 +166,65 @@ def test_the_error_of_a_fused_term_is_that_of_the_file(dtype, size, tmp_path):
         assert agrees(row.relative_error, true), f"{row.relative_error}, {true}"
         assert true < 1e-2  # float16 would lose a right factor of 1e-6 without a balance
     assert len([name for name in load_file(out) if name.endswith("lokr_w1")]) == 1
+
+
+# --- DoRA ------------------------------------------------------------------------------------------------------------
+
+DORAS = ("peft_lora_dora_r3_a5", "lyc_loha_dora_in_dim3_a2_conv2_a1.safetensors")
+
+
+def dora_file(path, size):
+    """A PEFT DoRA of the shipped base whose magnitudes are those of the weights times 1 + size, at random."""
+    adapter, weights = read(ROOT / "tests" / "samples" / DORAS[0], base="tiny-scenes"), base_weights("tiny-scenes")
+    generator, layers = torch.Generator().manual_seed(5), {}
+    for layer, delta in adapter.items():
+        norms = weights(layer).double().flatten(1).norm(dim=1)
+        drift = size * torch.randn(len(norms), generator=generator, dtype=torch.float64)
+        layers[layer] = replace(delta, sums=(delta.sums[0].scaled(size),), magnitude=(norms * (1 + drift)).float())
+    write(adapter.with_layers(layers), path, base="tiny-scenes")
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("size", [1.0, 0.1])
+def test_the_error_of_a_rounded_magnitude_is_that_of_the_delta(size, dtype, tmp_path):
+    """A magnitude rounded by a part of the weight is off by a much larger part of its small change."""
+    source, out = dora_file(tmp_path / "source.safetensors", size), tmp_path / "out.safetensors"
+    report = convert(source, out, to="lycoris-locon", base="tiny-scenes", dtype=dtype)
+    weights = base_weights("tiny-scenes")
+    errors, total = true_errors(read(source, base="tiny-scenes"), read(out, base="tiny-scenes"), weights)
+    assert all(agrees(row.relative_error, errors[row.layer]) for row in report.layers)
+    assert agrees(report.relative_error, total) and total > 1e-5
+    assert not any("depends on base weights" in note for note in report.notes)
+
+
+def test_vectors_that_rounding_destroys_are_refused_with_the_way_out(tmp_path):
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    write(Adapter({}, vectors={"unet.conv_norm_out.weight": torch.full((4,), 1e-9)}), source)
+    with pytest.raises(LossyError, match="Rounding to float16") as caught:
+        convert(source, out, dtype="float16")
+    assert not out.exists() and caught.value.report.relative_error > 0.5 and "float32" in caught.value.fix
+    assert convert(source, out, dtype="float32").relative_error < 1e-6
+
+
+def test_the_error_of_a_dora_without_base_weights_is_that_of_its_numbers(tmp_path):
+    source, out = dora_file(tmp_path / "source.safetensors", 0.1), tmp_path / "out.safetensors"
+    base = catalog_only(tmp_path)
+    report = convert(source, out, to="lycoris-locon", base=base, dtype="bfloat16")
+    assert any("depends on base weights (--base)" in note for note in report.notes)
+    before, after = read(source, base=base), read(out, base=base)
+    for row in report.layers:
+        numbers = [(before[row.layer].magnitude, after[row.layer].magnitude)]
+        numbers += [tuple(a[row.layer].low_rank_delta() for a in (before, after))]
+        assert agrees(row.relative_error, max(float((new.double() - old).norm() / old.norm()) for old, new in numbers))
+
+
+def catalog_only(folder):
+    """The shipped base without its weights."""
+    for config in folder_of("tiny-scenes").rglob("config.json"):
+        (folder / config.parent.name).mkdir(exist_ok=True)
+        (folder / config.parent.name / "config.json").write_bytes(config.read_bytes())
+    return folder
 
 
 @pytest.mark.slow
