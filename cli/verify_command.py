@@ -11,6 +11,7 @@ from krona_hub.cli.console import announce, emit, krona_command, show_facts, sho
 from krona_hub.cli.options import allow_missing_option, base_option, component_option
 from krona_hub.cli.progress import byte_progress, progress
 from krona_hub.cli.weighted_source import WeightedArgument, WeightedSource
+from krona_hub.errors import counted
 from krona_hub.rendering.humanize import plain, relative
 
 if TYPE_CHECKING:
@@ -202,14 +203,14 @@ def _delta_facts(report: DeltaCheck) -> Iterator[tuple[str, Any]]:
     yield _verdict(
         report.same,
         f"Match: both represent the same ΔW, within {report.tolerance:g} in each of {_compared(report)}.",
-        f"Mismatch: {len(report.different):,} of {_compared(report)} differ by over {report.tolerance:g}.",
+        f"Mismatch: {len(report.different):,} of the {_compared(report)} differ by over {report.tolerance:g}.",
     )
 
 
 def _compared(report: DeltaCheck) -> str:
     """`56 layers and 4 vectors`; without the vectors if there are none."""
-    vectors = f" and {len(report.vectors):,} vectors" if report.vectors else ""
-    return f"{len(report.layers):,} layers{vectors}"
+    vectors = f" and {counted(len(report.vectors), 'vector')}" if report.vectors else ""
+    return f"{counted(len(report.layers), 'layer')}{vectors}"
 
 
 # --- an adapter and its base model -----------------------------------------------------------------------------------

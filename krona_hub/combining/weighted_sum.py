@@ -241,7 +241,8 @@ def _provenance(parts: Sequence[Provenance], notes: tuple[str, ...]) -> Provenan
         licence=" AND ".join(licences) or None,
         trigger_words=tuple(dict.fromkeys(w for p in parts for w in p.trigger_words)),
         metadata=shared,
-        skipped=tuple(name for p in parts for name in p.skipped),
+        skipped=tuple(dict.fromkeys(name for p in parts for name in p.skipped)),
+        skipped_vectors=tuple(dict.fromkeys(name for p in parts for name in p.skipped_vectors)),
         notes=notes,
     )
 

@@ -75,7 +75,7 @@ def convert(
     >>> convert(lora, to="krona", exact=True, dry_run=True).verdict
     'Exact: the delta is the same up to rounding. Same number of parameters.'
     """
-    _check_target(to, tool)
+    _check_consistent(to, tool, exact, allow_missing)
     method = choose_method(
         shape=shape, terms=terms, shape_fallback=shape_fallback,
         max_error=max_error, budget=budget, exact=exact, rank=rank,
@@ -92,7 +92,9 @@ def convert(
     return execute(request, progress)
 
 
-def _check_target(to: str | None, tool: str | None) -> None:
+def _check_consistent(to: str | None, tool: str | None, exact: bool, allow_missing: bool) -> None:
+    if exact and allow_missing:
+        raise UsageError("--exact and --allow-missing exclude each other.", fix="--exact never leaves anything out.")
     if to is not None and tool is not None:
         raise UsageError("--to and --for exclude each other.", fix="Omit --to: --for selects the format.")
 

@@ -19,7 +19,7 @@ from krona_hub.conversion.convert_layers import (
     lora_error_within,
 )
 from krona_hub.conversion.layer_errors import measured_layers
-from krona_hub.conversion.methods import Exact, Keep, MaxError, Method
+from krona_hub.conversion.methods import Keep, MaxError, Method
 from krona_hub.conversion.output_options import default_out
 from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, percent, total_error
 from krona_hub.conversion.request import ConvertRequest
@@ -75,22 +75,21 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         vector_parameters=sum(vector.numel() for vector in adapter.vectors.values()),
         vector_error=plan.vector_error,
         left_out=plan.left_out,
-        notes=(*_dora_note(baked), *error_notes),
+        notes=(*adapter.provenance.warnings, *_dora_note(baked), *error_notes),
     )
     if report.relative_error > REFUSED_ABOVE and not request.allow_loss:
         unrounded = {name: o.delta for name, o in outcomes.items()}
         exact_layers, _ = measured_layers(adapter.layers, reference, outcomes, unrounded, request.base)
         is_rounding = request.dtype is not None and total_error(exact_layers) <= REFUSED_ABOVE
         raise _too_coarse(report, request.dtype) if is_rounding else _too_lossy(report, reference)
-    allowed = request.allow_missing and not isinstance(method, Exact)
-    check_nothing_left_out(plan, allow_missing=allowed)
+    check_nothing_left_out(plan, allow_missing=request.allow_missing)
     if request.dry_run:
         return report
     written = write_planned(
         plan.with_provenance(_provenance(adapter, report, method, request.path)),
         report.out,
         overwrite=request.overwrite,
-        allow_missing=allowed,
+        allow_missing=request.allow_missing,
     )
     return replace(
         report, checked=str(written), written=True, files=written.files, notes=(*report.notes, *written.notes)
@@ -110,7 +109,8 @@ def _kept(delta: LayerDelta, method: Method, target: ConversionTarget) -> bool:
 def _dora_note(baked: Mapping[str, LayerDelta]) -> tuple[str, ...]:
     if not baked:
         return ()
-    return (f"{len(baked)} DoRA layers were merged with the base weights into plain deltas: equal only at strength 1",)
+    layers = "1 DoRA layer was" if len(baked) == 1 else f"{len(baked)} DoRA layers were"
+    return (f"{layers} merged with the base weights into plain deltas: equal only at strength 1",)
 
 
 def _provenance(adapter: Adapter, report: ConversionReport, method: Method, source: Path) -> Provenance:

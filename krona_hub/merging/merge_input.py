@@ -14,7 +14,7 @@ from krona_hub.bases import name_prefixes
 from krona_hub.bases.base import COMPONENTS
 from krona_hub.bases.weight_files import WeightPlace, only_pickles
 from krona_hub.checkpoints.findings import raise_first
-from krona_hub.errors import AmbiguousError, KronaError, UsageError
+from krona_hub.errors import AmbiguousError, KronaError, UsageError, counted
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
@@ -199,7 +199,10 @@ def _of_file(
         missing=missing,
         base=found[0].base,
         nbytes=sum(file.header.file_size for file in files),
-        notes=tuple(_extras(tuple(name for reading in found for name in reading.extras))),
+        notes=(
+            *(note for reading in found if reading.plan for note in reading.plan.notes),
+            *_extras(tuple(name for reading in found for name in reading.extras)),
+        ),
         files=tuple(file.path for file in files),
         plans=tuple(reading.plan for reading in found if reading.plan),
         vectors=vectors,
@@ -313,7 +316,7 @@ def _why_not(layer: str, weight_shape: tuple[int, ...], tree: BaseTree) -> str:
 
 def _extras(names: tuple[str, ...]) -> Iterator[str]:
     if names:
-        yield f"{len(names)} tensors other than deltas (embeddings), such as {names[0]}, are not merged"
+        yield f"{counted(len(names), 'embedding')}, such as {names[0]}, not merged"
 
 
 # --- vectors ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from krona_hub.conversion.report import percent
+from krona_hub.errors import counted
 from krona_hub.merging.plan import AdapterPlan
 
 MOST = 0.5  # lost share from which most of the change is noise
@@ -63,8 +64,13 @@ class MergeReport:
 
     @property
     def verdict(self) -> str:
-        """The result in words, with advice."""
-        return verdict(self.share_lost, self.tensors)
+        """The result in words, with advice; what was not merged comes first."""
+        missing = sum(len(adapter.missing) for adapter in self.adapters)
+        words = verdict(self.share_lost, self.tensors)
+        if not missing:
+            return words
+        rest = words.replace("contain the adapters", "contain the rest")
+        return f"{counted(missing, 'part')} of the adapters not merged; {rest}"
 
 
 def verdict(share_lost: float, tensors: Sequence[TensorReport]) -> str:

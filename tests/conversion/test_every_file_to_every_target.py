@@ -27,7 +27,7 @@ OPTIONS = (
     {"exact": True},
     {"allow_missing": True},
     {"dtype": "float16"},
-    {"exact": True, "allow_missing": True, "dtype": "bfloat16"},
+    {"exact": True, "dtype": "bfloat16"},
     {"dtype": "bfloat16", "allow_missing": True},
     {"exact": True, "dtype": "float16"},
 )

@@ -16,6 +16,7 @@ from krona_hub.errors import (
     InexpressibleError,
     NonFiniteError,
     UnknownBaseError,
+    UsageError,
 )
 from krona_hub.formats.compatibility.tools import loads_in
 from krona_hub.formats.known.registry import FORMATS
@@ -115,7 +116,8 @@ def test_whole_parameters_need_the_base_weights(tmp_path):
     folder = peft_folder(tmp_path / "a", config, tensors)
     with pytest.raises(UnknownBaseError, match="depends on the base weights"):
         read(folder, base=catalog.get(BASE))
-    assert any("3 parameters of the base model are stored whole" in w for w in describe(folder, base=BASE).warnings)
+    without_weights = describe(folder, base=catalog.get(BASE)).warnings
+    assert any("3 parameters are stored whole" in w for w in without_weights)
     from krona_hub.bases.loading import base_weights
 
     weights, adapter = base_weights(BASE), read(folder, base=BASE)
@@ -146,8 +148,8 @@ def test_a_vector_that_cannot_be_read_is_refused_by_name(tmp_path, case):
 
 def test_a_skipped_vector_is_counted_in_the_verdict(tmp_path):
     path = save(tmp_path, LORA | {"lora_unet_nothing.w_norm": rand(4)})
-    report = krona_hub.convert(path, tmp_path / "y.safetensors", base=BASE, exact=True, allow_missing=True)
-    assert report.verdict.startswith("Exact for 1 layer; 1 module left out.")
+    report = krona_hub.convert(path, tmp_path / "y.safetensors", base=BASE, allow_missing=True, to="lycoris-locon")
+    assert report.verdict.startswith("Exact for 1 layer; 1 vector (biases, norms) left out.")
 
 
 # --- places of vectors -----------------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def test_vectors_of_zeros_are_not_a_loss(tmp_path):
 def test_a_conversion_counts_what_it_leaves_out_and_needs_consent(tmp_path):
     source, out = tmp_path / "s.safetensors", tmp_path / "o.safetensors"
     write(adapter_with_vectors(), source, base=BASE)
-    for options in ({}, {"exact": True, "allow_missing": True}, {"dry_run": True}):
+    for options in ({}, {"exact": True}, {"dry_run": True}):
         with pytest.raises(InexpressibleError) as caught:
             krona_hub.convert(source, out, to="lora", **options)
         assert caught.value.exit_code == 3 and not out.exists()
@@ -302,3 +304,46 @@ def test_a_weight_that_is_set_is_a_difference_from_the_base(tmp_path):
     adapter, weights = read(save(tmp_path, tensors), base=BASE), base_weights(BASE)
     torch.testing.assert_close(adapter.vectors[f"unet.{NORM}.weight"], WEIGHT - weights(f"unet.{NORM}.weight").float())
     torch.testing.assert_close(adapter["unet.conv_out"].dense(), rand(*shape) - weights("unet.conv_out").float())
+
+
+def test_exact_never_leaves_anything_out(tmp_path):
+    path = save(tmp_path, LORA | {"lora_unet_nothing.w_norm": rand(4)})
+    with pytest.raises(UsageError, match="exclude each other"):
+        krona_hub.convert(path, tmp_path / "y.safetensors", base=BASE, exact=True, allow_missing=True)
+
+
+def test_copies_of_biases_that_peft_stores_twice_are_one(tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "bias": "all", "modules_to_save": ["conv_out"]}
+    config["auto_mapping"] = {"base_model_class": "UNet2DConditionModel"}
+    bias = rand(UNET["conv_out"].shape[0])
+    tensors = {f"{LAYER}.lora_A.weight": rand(2, IN), f"{LAYER}.lora_B.weight": rand(OUT, 2), "conv_out.bias": bias}
+    tensors |= {"conv_out.modules_to_save.bias": bias + 0, "conv_out.original_module.bias": bias + 0}
+    assert list(vectors_of(peft_folder(tmp_path / "a", config, tensors))) == ["unet.conv_out.bias"]
+
+
+def test_unknown_settings_are_reported_by_a_conversion_and_a_merge(tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "foo_mode": "bar"}
+    config["auto_mapping"] = {"base_model_class": "UNet2DConditionModel"}
+    tensors = {f"{LAYER}.lora_A.weight": rand(2, IN), f"{LAYER}.lora_B.weight": rand(OUT, 2)}
+    folder = peft_folder(tmp_path / "a", config, tensors)
+    report = krona_hub.convert(folder, tmp_path / "x.safetensors", to="lycoris-locon", base=BASE)
+    assert any("foo_mode" in note for note in report.notes)
+    assert any("foo_mode" in note for note in krona_hub.plan_merge(BASE, [(folder, 1.0)]).notes)
+
+
+def test_a_merge_that_leaves_parts_out_says_so_in_its_verdict(tmp_path):
+    path = save(tmp_path, LORA | {"lora_unet_nothing.w_norm": rand(4)})
+    report = krona_hub.merge(BASE, [(path, 1.0)], tmp_path / "merged", allow_missing=True)
+    assert report.verdict.startswith("1 part of the adapters not merged; ") and "contain the rest" in report.verdict
+
+
+def test_peft_loads_the_parameters_that_it_stored(tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "bias": "all"}
+    config["auto_mapping"] = {"base_model_class": "UNet2DConditionModel"}
+    tensors = {f"{LAYER}.lora_A.weight": rand(2, IN), f"{LAYER}.lora_B.weight": rand(OUT, 2), f"{NORM}.bias": WEIGHT}
+    assert loads_in(describe(peft_folder(tmp_path / "a", config, tensors), base=BASE))["peft"].ok
+
+
+def test_a_single_weight_that_is_set_is_recognized(tmp_path):
+    path = save(tmp_path, {"unet.conv_out.set_weight": rand(*UNET["conv_out"].shape)})
+    assert list(read(path, base=BASE)) == ["unet.conv_out"]

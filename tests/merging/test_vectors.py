@@ -286,7 +286,7 @@ def test_a_quantized_parameter_is_not_changed(tmp_path):
 def test_embeddings_are_noted_as_not_merged(tmp_path):
     adapter = replace(adapter_of(*PARAMETERS), extras={"<toy>": torch.ones(3)})
     notes = plan_merge(base_of(tmp_path / "base"), [(adapter, 1.0)]).notes
-    assert any("<toy>" in note and "embeddings" in note and "norms" not in note for note in notes)
+    assert any("<toy>" in note and "1 embedding" in note and "norms" not in note for note in notes)
 
 
 # --- undo ------------------------------------------------------------------------------------------------------------

@@ -111,6 +111,6 @@ def test_the_command_counts_vectors(capsys):
     a = torch.randn(15)
     show(compare_deltas(vectors_of(x=a), vectors_of(x=2 * a)), every=False)
     shown = capsys.readouterr().out
-    assert "unet.x.bias" in shown and "1 of 2 layers and 1 vectors differ" in " ".join(shown.split())
+    assert "unet.x.bias" in shown and "1 of the 2 layers and 1 vector differ" in " ".join(shown.split())
     show(compare_deltas(vectors_of(), vectors_of()), every=False)
     assert "in each of 2 layers." in " ".join(capsys.readouterr().out.split())

@@ -253,6 +253,8 @@ def held_vectors(format_name: str, tool: Tool | None) -> Kinds:
 
 def _ignored_vectors(tool: Tool, description: Description) -> str | None:
     """Why the application does not apply all vectors of the file; None if it does, or if there are none."""
+    if tool.name == "peft":  # a PEFT folder holds only vectors that PEFT wrote, and loads
+        return None
     held = held_vectors(description.format, tool)
     lost = sum(v.kind not in held for v in description.vectors)
     return f"it ignores {counted(lost, 'vector')} (biases, norms)" if lost else None

@@ -22,8 +22,15 @@ def is_lycoris_locon(file: AdapterFile) -> bool:
         return bool(file.keys.vectors)
     if not {"kohya", "dense", "value"} & file.keys.grammars:
         return False
+    if file.keys.vectors or "value" in file.keys.grammars:
+        return True
     own = any(m.name.startswith("lycoris_") or LYCORIS_PARTS & set(m.parts) for m in file.keys.modules)
-    return own or bool(file.keys.vectors) or "lycoris" in file.metadata.get("ss_network_module", "")
+    return (
+        own
+        or bool(file.keys.vectors)
+        or "value" in file.keys.grammars
+        or "lycoris" in file.metadata.get("ss_network_module", "")
+    )
 
 
 def is_lycoris_lokr(file: AdapterFile) -> bool:

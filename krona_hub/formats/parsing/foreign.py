@@ -44,6 +44,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "HiRA": Algorithm("its low-rank product multiplies the base weights element by element", _PEFT),
     "AdaLoRA": Algorithm("a vector (lora_E) scales each rank of its product", _PEFT),
     "LoRA of an embedding": Algorithm("krona adapts linear layers and convolutions only", _PEFT),
+    "trainable tokens": Algorithm("krona adapts linear layers and convolutions, not rows of an embedding", _PEFT),
     "VeRA": Algorithm("its random matrices are shared by all layers", _PEFT),
     "PVeRA": Algorithm("its random matrices are shared by all layers", _PEFT),
     "RandLoRA": Algorithm("its random matrices are shared by all layers", _PEFT),

@@ -96,6 +96,7 @@ FOREIGN: Mapping[str, str] = {  # end of a key -> its algorithm, explained in `f
     "lokr_t1": "LoKr with lokr_t1, which no trainer writes",
     "shira_weight": "SHiRA",
     "waveft_spectrum": "WaveFT",
+    "trainable_tokens_delta": "trainable tokens",
     "c3a_kernel": "C3A",
     "hra_u": "HRA",
     "fourierft_spectrum": "FourierFT",
@@ -105,6 +106,7 @@ FOREIGN: Mapping[str, str] = {  # end of a key -> its algorithm, explained in `f
 }
 POSITIONAL = re.compile(r"(unet|text_encoder):([0-9]{1,6}):(up|down)")  # cloneofsimo: modules are numbered
 ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$")
+COPIES = re.compile(r"\.(?:modules_to_save|original_module)\.")  # PEFT stores their biases twice with bias="all"
 EMBEDDINGS = ("bundle_emb.", "emb_params")  # textual-inversion embeddings in the same file (OneTrainer)
 OPTIONAL = ("mid", "alpha", "dora_scale", "magnitude")
 
@@ -202,7 +204,10 @@ def sort_keys(
     modules: dict[str, dict[str, tuple[str, KeyPart]]] = {}
     foreign: dict[str, str] = {}
     vectors, extras, unknown = [], [], []
-    for key in sorted(names):
+    present = set(names)
+    for key in sorted(present):
+        if peft and COPIES.sub(".", key) in present - {key}:
+            continue
         found = split_key(key, peft)
         if _is_embedding(key, metadata):
             extras.append(key)

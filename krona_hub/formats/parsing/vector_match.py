@@ -103,6 +103,10 @@ def _targets(vector: VectorKey, info: TensorInfo, match: BaseMatch) -> tuple[Vec
 def _target(place: Placement, vector: VectorKey, base: Base) -> VectorTarget:
     parameter = _parameter(place.layer, vector, base)
     shape = base.parameter(parameter)
+    if shape is None and vector.parameter == "weight" and base.module(place.layer) is not None:
+        raise BaseMismatchError(
+            f"{place.layer} is a layer, not a norm.", fix="Save the adapter again with the application that wrote it."
+        )
     if shape is None:
         raise BaseMismatchError(f"{base.name} has no parameter {parameter}.", fix=_OTHER_BASE)
     return VectorTarget(parameter, shape, place)

@@ -298,7 +298,10 @@ def _summary(problems: Mapping[str, KronaError], plan: ReadPlan) -> KronaError:
     if isinstance(error, FORGIVABLE) and plan.modules and "--allow-missing" not in fix:
         others = counted(len(plan.modules), "other module")
         fix = f"{fix} Use --allow-missing to read the {others}.".strip()
-    where = name if len(alike) == 1 else f"{len(alike)} of {plan.total} modules ({abbreviated(alike)}): {name}"
+    keys = {vector.key for vector in plan.file.keys.vectors}
+    total = plan.total + len(keys) if keys.intersection(alike) else plan.total
+    kind = "modules and vectors" if keys.intersection(alike) else "modules"
+    where = name if len(alike) == 1 else f"{len(alike)} of {total} {kind} ({abbreviated(alike)}): {name}"
     return type(error)(f"{where}: {error.cause}", fix=fix)
 
 
@@ -330,10 +333,8 @@ def _value_note(modules: Iterable[ModulePlan], vectors: Iterable[VectorPlan]) ->
     count = sum(m.layout.kind == "value" for m in modules) + sum(v.key.is_value for v in vectors)
     if not count:
         return ()
-    return (
-        f"{counted(count, 'parameter')} of the base model {'is' if count == 1 else 'are'} stored whole, so that the "
-        "difference can be computed only with the base weights (--base)",
-    )
+    subject = "1 parameter is" if count == 1 else f"{count:,} parameters are"
+    return (f"{subject} stored whole: what is added is the difference from the base weights (--base)",)
 
 
 def _uncovered(match: BaseMatch) -> tuple[str, ...]:

@@ -175,13 +175,16 @@ def _base_model(plan: ReadPlan) -> BaseModel | None:
 
 def _provenance(plan: ReadPlan) -> Provenance:
     known = plan.file.metadata
+    vectors = {vector.key for vector in plan.file.keys.vectors}
     return Provenance(
         source_format=plan.format,
         training=file_metadata.training_record(known),
         licence=file_metadata.license_of(known),
         trigger_words=file_metadata.trigger_words(known),
         metadata=dict(known),
-        skipped=tuple(plan.problems),
+        skipped=tuple(name for name in plan.problems if name not in vectors),
+        skipped_vectors=tuple(name for name in plan.problems if name in vectors),
+        warnings=plan.notes,
         notes=(
             plan.matched,
             *plan.notes,
@@ -200,14 +203,20 @@ def _joined(parts: list[Adapter], source: str) -> Adapter:
                 f"{source}: two of its folders adapt {both[0]}.",
                 fix="Read a single subfolder, or name the subfolders by component (unet, text_encoder, …).",
             )
-        notes = first.provenance.notes + other.provenance.notes
-        skipped = first.provenance.skipped + other.provenance.skipped
+        one, two = first.provenance, other.provenance
+        provenance = replace(
+            one,
+            notes=one.notes + two.notes,
+            skipped=one.skipped + two.skipped,
+            skipped_vectors=one.skipped_vectors + two.skipped_vectors,
+            warnings=tuple(dict.fromkeys((*one.warnings, *two.warnings))),
+        )
         first = replace(
             first,
             layers={**first.layers, **other.layers},
             base=first.base or other.base,
             extras={**first.extras, **other.extras},
             vectors={**first.vectors, **other.vectors},
-            provenance=replace(first.provenance, notes=notes, skipped=skipped),
+            provenance=provenance,
         )
     return first

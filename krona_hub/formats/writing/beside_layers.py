@@ -44,7 +44,7 @@ def held_beside(adapter: Adapter, format_name: str, tool: Tool | None, base: Bas
     embeddings = {key: t for key, t in adapter.extras.items() if whole or (loaded and key.startswith(EMBEDDINGS))}
     left_out = LeftOut(
         adapter.provenance.skipped,
-        tuple(name for name in nonzero if name not in vectors),
+        (*adapter.provenance.skipped_vectors, *(name for name in nonzero if name not in vectors)),
         tuple(key for key in adapter.extras if key not in embeddings),
     )
     return Beside(vectors, embeddings, left_out)

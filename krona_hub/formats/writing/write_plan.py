@@ -151,7 +151,7 @@ def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> WritePlan:
     stored = {layer: cast(without_hadamard(delta), dtype) for layer, delta in adapter.layers.items()}
     vectors = {name: cast_tensor(vector, dtype) for name, vector in adapter.vectors.items()}
     modules = [FileModule(layer, layer.partition(".")[0], layer, delta) for layer, delta in stored.items()]
-    left_out = LeftOut(adapter.provenance.skipped)
+    left_out = LeftOut(adapter.provenance.skipped, adapter.provenance.skipped_vectors)
     return WritePlan(adapter, aim, _own_layers(adapter), Context(), modules, stored, dtype, (), vectors, left_out)
 
 
@@ -270,7 +270,9 @@ def check_nothing_left_out(plan: WritePlan, *, allow_missing: bool) -> None:
             f"{where} has no place for any part of the adapter, so that the file would be empty.",
             fix="Use --to krona, which stores everything, or merge the adapter into its base model.",
         )
-    without_place = replace(plan.left_out, modules=())  # reading has already allowed to skip modules
+    skipped = plan.adapter.provenance.skipped_vectors  # reading has already allowed to skip them, and modules
+    vectors = tuple(name for name in plan.left_out.vectors if name not in skipped)
+    without_place = replace(plan.left_out, modules=(), vectors=vectors)
     if not without_place or allow_missing:
         return
     raise InexpressibleError(
