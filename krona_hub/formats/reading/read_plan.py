@@ -168,11 +168,7 @@ def _alphas(file: AdapterFile) -> dict[str, float]:
     """Module -> stored alpha, if it is a single floating-point number."""
     keys = {m.name: m.parts["alpha"] for m in file.keys.modules if "alpha" in m.parts}
     tensors = file.header.tensors
-    sound = {
-        name: key
-        for name, key in keys.items()
-        if tensors[key].numel == 1 and tensors[key].dtype in READABLE
-    }
+    sound = {name: key for name, key in keys.items() if tensors[key].numel == 1 and tensors[key].dtype in READABLE}
     values = read_scalars(file.header, sound.values())
     return {name: values[key] for name, key in sound.items()}
 
