@@ -42,6 +42,7 @@ import krona_hub
 from krona_hub import convert, load_into, merge, read, unload, verify
 from krona_hub.formats.reading.describe import describe
 torch.set_num_threads(1)
+new = {"overwrite": True}
 folder, model = sys.argv[1], None
 
 def forward(file):
@@ -118,9 +119,11 @@ CASES = {
     "describe kohya LoRA": Case("describe(f'{folder}/kohya.safetensors')", 15),
     "describe LyCORIS LoKr": Case("describe(f'{folder}/lokr.safetensors')", 15),
     "describe PEFT LoRA": Case("describe(f'{folder}/peft')", 15),
-    "convert kohya to PEFT": Case("convert(f'{folder}/kohya.safetensors', out + '-peft', to='peft-lora', overwrite=True)", 7),
-    "convert LoKr to native": Case("convert(f'{folder}/lokr.safetensors', out + '.safetensors', to='krona', overwrite=True)", 7),
-    "convert native to kohya": Case("convert(f'{folder}/native.safetensors', out + '.safetensors', to='kohya-lora', overwrite=True)", 7),
+    "convert kohya to PEFT": Case("convert(f'{folder}/kohya.safetensors', out + '-peft', to='peft-lora', **new)", 7),
+    "convert LoKr to native": Case("convert(f'{folder}/lokr.safetensors', out + '.safetensors', to='krona', **new)", 7),
+    "convert native to kohya": Case(
+        "convert(f'{folder}/native.safetensors', out + '.safetensors', to='kohya-lora', **new)", 7
+    ),
     "merge LoRA, fp16": Case("merge(unet, [(f'{folder}/small_lora.safetensors', 0.8)], out, overwrite=True)", 5),
     "merge LoKr, fp16": Case("merge(unet, [(f'{folder}/small_lokr.safetensors', 0.8)], out, overwrite=True)", 5),
     "merge DoRA, fp16": Case("merge(unet, [(f'{folder}/small_dora.safetensors', 0.8)], out, overwrite=True)", 5),
@@ -169,7 +172,7 @@ class Checkout:
             return self._ask(process, "peak", code)
 
     def _ask(self, process: subprocess.Popen[str], what: str, code: str) -> float:
-        prepare, separator, code = code.rpartition(";;")
+        prepare, _, code = code.rpartition(";;")
         assert process.stdin and process.stdout
         process.stdin.write(json.dumps([what, f"{self.start};{prepare};;{code}"]) + "\n")
         process.stdin.flush()
@@ -184,7 +187,9 @@ class Checkout:
         """Return the CPU seconds and the peak memory, in MB, of one `krona` command."""
         command = [sys.executable, "-m", "krona_hub.cli", *arguments]
         command = [sys.executable, "-c", SPAWN, *command]
-        done = subprocess.run(command, capture_output=True, text=True, env=self.environment, cwd=self.folder, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=self.environment, cwd=self.folder, check=False
+        )
         if done.returncode:
             raise SystemExit(f"{self.path} failed: krona {' '.join(arguments)}")
         seconds, peak = json.loads(done.stdout.splitlines()[-1])
@@ -256,7 +261,9 @@ def with_magnitudes(adapter: Adapter) -> Adapter:
 def compare_case(before: Checkout, after: Checkout, case: Case) -> dict[str, float]:
     for side in (before, after):
         side.measure("seconds", case.code)  # imports and caches
-    rounds = [alternating(i, before, after, lambda side: side.measure("seconds", case.code)) for i in range(case.rounds)]
+    rounds = [
+        alternating(i, before, after, lambda side: side.measure("seconds", case.code)) for i in range(case.rounds)
+    ]
     figures = ratios(rounds)
     if "model" in case.code or "forward" in case.code:
         return figures

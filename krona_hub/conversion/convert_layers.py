@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import inf, isqrt, sqrt
+from math import inf, isqrt
 
 import torch
 
@@ -25,12 +25,12 @@ from krona_hub.formats.forms.normal_forms import (
     with_lora,
     words_of,
 )
-from krona_hub.kron.factorization_search import Choice, realize, smallest_within, within_budget
+from krona_hub.kron.factorization_search import Choice, realize, smallest_lora_error, smallest_within, within_budget
 from krona_hub.kron.from_lora import nearest_kron_of_loras
 from krona_hub.kron.norms import norm, recompress, relative_difference
 from krona_hub.kron.shapes import KronShape, nearest_split, split
 from krona_hub.kron.terms import KronTerms
-from krona_hub.kron.to_lora import nearest_lora
+from krona_hub.kron.to_lora import nearest_lora, singular_values
 
 Layers = Mapping[str, LayerDelta]
 Holds = Callable[[LayerDelta], bool]
@@ -260,11 +260,9 @@ def check_kind(method: Method, to_lora: bool, names: Sequence[str]) -> None:
 
 def lora_error_within(layers: Layers, parameters: int) -> float:
     """Return the total relative error of the best LoRAs within that many parameters, as a baseline."""
-    loras = [exact_lora_of(delta) for delta in layers.values()]
-    norms = [norm(delta.sums) for delta in layers.values()]
-    choices = within_budget(loras, parameters, allowed=lambda *form: only_loras((), *form))
-    whole = sum(n**2 for n in norms)
-    return sqrt(_lost(choices, norms) / whole) if whole else 0.0
+    deltas = list(layers.values())
+    spectra = [singular_values(delta.sums) for delta in deltas]  # one layer at a time: a LoHa needs its whole matrix
+    return smallest_lora_error(spectra, [delta.matrix_shape for delta in deltas], parameters)
 
 
 def error_of(found: LayerDelta, exact: LayerDelta) -> float:

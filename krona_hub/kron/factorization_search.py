@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from math import inf
+from math import inf, sqrt
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,10 @@ from krona_hub.kron.parallel import in_processes
 from krona_hub.kron.rearrangement import LoraSvd
 from krona_hub.kron.shapes import KronShape, choices, divisors, split
 
-__all__ = ["Choice", "Factorization", "error_of", "frontier", "realize", "smallest_within", "within_budget"]
+__all__ = [
+    "Choice", "Factorization", "error_of", "frontier", "realize", "smallest_lora_error", "smallest_within",
+    "within_budget",
+]  # fmt: skip
 
 TOGETHER = 24  # layers searched at once: more share more products, fewer need less memory
 ROUNDS = 3  # updates of the price of a parameter, each with all factorizations found so far
@@ -231,6 +234,22 @@ def within_budget(
     if progress:
         progress(total, total)
     return [_with_other(point, rest, price) for point, rest in zip(chosen[0], points, strict=True)]
+
+
+def smallest_lora_error(singular_values: Sequence[Tensor], sizes: Sequence[tuple[int, int]], parameters: int) -> float:
+    """Return the total relative error of the best LoRAs of layers within `parameters` values; 0.0 for zero layers.
+
+    It needs only the singular values of each layer and its (out, in). Raises UsageError as `within_budget` does.
+    """
+    _check_budget(parameters)
+    energies = [float(s.square().sum()) for s in singular_values]
+    points = [
+        [_point(form, energy) for form in _lora_forms(s, size, None)]
+        for s, size, energy in zip(singular_values, sizes, energies, strict=True)
+    ]
+    chosen, _ = _allocated(points, parameters)
+    whole = sum(energies)
+    return sqrt(sum(point.loss for point in chosen) / whole) if whole else 0.0
 
 
 def _check_budget(parameters: int) -> None:

@@ -31,7 +31,7 @@ class LowRank:
     down: Tensor  # (terms, r, q)
 
     def __post_init__(self) -> None:
-        fits = self.up.ndim == self.down.ndim == 3 and len(self.up) == len(self.down)
+        fits = self.up.ndim == self.down.ndim == 3 and self.up.shape[0] == self.down.shape[0]
         if not fits or self.up.shape[2] != self.down.shape[1]:
             raise ShapeError(
                 f"up {tuple(self.up.shape)} and down {tuple(self.down.shape)} must be (terms, p, r) and "
@@ -42,7 +42,7 @@ class LowRank:
     @property
     def shape(self) -> torch.Size:
         """(terms, p, q), the shape of the products."""
-        return torch.Size((len(self.up), self.up.shape[1], self.down.shape[2]))
+        return torch.Size((*self.up.shape[:2], self.down.shape[2]))
 
     @property
     def rank(self) -> int:
@@ -155,7 +155,8 @@ class KronTerms:
     @property
     def shape(self) -> KronShape:
         """Shape of each term."""
-        return KronShape(*self.left.shape[1:], *self.right.shape[1:])
+        (_, a1, a2), (_, b1, b2) = self.left.shape, self.right.shape
+        return KronShape(a1, a2, b1, b2)
 
     @property
     def terms(self) -> int:

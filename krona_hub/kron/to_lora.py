@@ -78,6 +78,24 @@ def nearest_loras(
     return [fits[i] for i in range(len(deltas))]
 
 
+def singular_values(sums: Sequence[KronTerms]) -> Tensor:
+    """Return the singular values of Σ sums, descending, in float64, without its singular vectors.
+
+    >>> singular_values([KronTerms(torch.diag(torch.tensor([2.0, 1.0]))[None], 3 * torch.eye(2)[None])]).tolist()
+    [6.0, 6.0, 3.0, 3.0]
+    """
+    if _is_one_dense_term(sums):
+        left, right = (torch.linalg.svdvals(dense_factor(f)[0].double()) for f in (sums[0].left, sums[0].right))
+        return torch.outer(left, right).flatten().sort(descending=True).values
+    if lora_rank_bound(sums) < min(full_size(sums)):
+        up, down = long_lora(sums)
+        core = torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.mT, mode="r").R.mT
+    else:
+        core = dense_sum(sums)
+    values: Tensor = torch.linalg.svdvals(core)
+    return values
+
+
 def lora_rank_bound(sums: Sequence[KronTerms]) -> int:
     """Return an upper bound of the rank of Σ sums, from sizes alone.
 

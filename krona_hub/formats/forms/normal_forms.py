@@ -202,7 +202,9 @@ def words_of(delta: LayerDelta) -> str:
     >>> words_of(LayerDelta((as_lora(torch.ones(4, 2), torch.ones(2, 6)),), (4, 6)))
     'LoRA r2'
     """
-    words = f"LoRA r{lora_rank(delta)}" if is_lora(delta) else " + ".join(_sum_words(s) for s in delta.sums)
+    rank = lora_rank(delta)
+    stored_as_lora = rank is not None and not has_hadamard(delta)
+    words = f"LoRA r{rank}" if stored_as_lora else " + ".join(_sum_words(s) for s in delta.sums)
     return (words if delta.sums else "zero") + (", DoRA" if delta.magnitude is not None else "")
 
 

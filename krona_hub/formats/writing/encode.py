@@ -20,6 +20,7 @@ from krona_hub.formats.known.format import Storage
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.kron.balance import balanced, loses_values
+from krona_hub.kron.hadamard import Hadamard
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor, wide
 
 
@@ -62,9 +63,21 @@ def normalized(delta: LayerDelta, format_name: str, tool: str | None = None, *, 
     if kind == "kronecker":
         one = _as_one(delta)
         return replace(one, sums=tuple(_stored(s, one, tool) for s in one.sums))
+    if _is_one_pair(delta):
+        return delta
     lora = lora_of(delta)
     sums = tuple(map(_whole, _as_one(delta).sums)) if lora is None else (as_lora(*lora),)
     return replace(delta, sums=sums)
+
+
+def _is_one_pair(delta: LayerDelta) -> bool:
+    """Return whether a delta is [[1]] ⊗ up·down already, as most LoRAs are."""
+    if len(delta.sums) != 1:
+        return False
+    (s,) = delta.sums
+    if s.rows != "kron" or not isinstance(s.right, LowRank) or isinstance(s.right, Hadamard):
+        return False
+    return isinstance(s.left, Tensor) and s.left.shape == (1, 1, 1) and float(s.left) == 1
 
 
 def _offer(delta: LayerDelta) -> str:
