@@ -150,8 +150,13 @@ def _merged(report: MergeCheck) -> str:
     touched = sum(t.touched for t in report.tensors)
     return (
         f"Match: the model equals base + adapters (within 1 ULP). {touched:,} tensors are the rounded sum; "
-        f"{len(report.tensors) - touched:,} are unchanged."
+        f"{len(report.tensors) - touched:,} are unchanged.{_not_compared(report)}"
     )
+
+
+def _not_compared(report: MergeCheck | DeltaCheck) -> str:
+    count = len(report.skipped)
+    return f" {counted(count, 'part')} of the files {'was' if count == 1 else 'were'} not compared." if count else ""
 
 
 def _not_merged(report: MergeCheck) -> str:
@@ -202,7 +207,8 @@ def _delta_facts(report: DeltaCheck) -> Iterator[tuple[str, Any]]:
         yield "note", note
     yield _verdict(
         report.same,
-        f"Match: both represent the same ΔW, within {report.tolerance:g} in each of {_compared(report)}.",
+        f"Match: both represent the same ΔW, within {report.tolerance:g} in each of {_compared(report)}."
+        f"{_not_compared(report)}",
         f"Mismatch: {len(report.different):,} of the {_compared(report)} differ by over {report.tolerance:g}.",
     )
 

@@ -69,6 +69,7 @@ def contains(
         tensors=tuple(outcome.check for outcome in outcomes),
         strengths=_overall(outcomes),
         notes=(*plan.notes, *_notes(outcomes)),
+        skipped=tuple(name for adapter in plan.adapters for name in adapter.missing),
     )
 
 

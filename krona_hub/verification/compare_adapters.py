@@ -71,6 +71,7 @@ def compare_deltas(
         scale=scale,
         cosine=cosine,
         notes=tuple(_notes(one, two, checks)),
+        skipped=tuple(name for p in (one.provenance, two.provenance) for name in (*p.skipped, *p.skipped_vectors)),
     )
 
 

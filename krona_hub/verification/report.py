@@ -52,6 +52,7 @@ class MergeCheck:
     tensors: tuple[TensorCheck, ...]  # all tensors of both
     strengths: tuple[float, ...] = ()  # estimated over all touched tensors that differ; () if none does
     notes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()  # parts of the adapters that were not compared: not recognized, or without a place
     question: Literal["merge"] = "merge"
 
     @property
@@ -102,6 +103,7 @@ class DeltaCheck:
     scale: float | None = None  # s that brings s · first nearest to the second; None if they are the same
     cosine: float | None = None  # ⟨ΔW₁, ΔW₂⟩ / ‖ΔW₁‖‖ΔW₂‖ over all layers and vectors; None if same
     notes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()  # parts of the adapters that were not compared: not recognized, or without a place
     question: Literal["delta"] = "delta"
     vectors: tuple[LayerCheck, ...] = ()  # all vectors of both, by parameter
 

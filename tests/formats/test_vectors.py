@@ -347,3 +347,11 @@ def test_peft_loads_the_parameters_that_it_stored(tmp_path):
 def test_a_single_weight_that_is_set_is_recognized(tmp_path):
     path = save(tmp_path, {"unet.conv_out.set_weight": rand(*UNET["conv_out"].shape)})
     assert list(read(path, base=BASE)) == ["unet.conv_out"]
+
+
+def test_a_comparison_says_what_it_did_not_compare(tmp_path, capsys):
+    from krona_hub.cli.main import main
+
+    path = save(tmp_path, LORA | {"lora_unet_nothing.w_norm": rand(4)})
+    assert main(["verify", str(path), str(path), "--base", BASE, "--allow-missing"]) == 0
+    assert "2 parts of the files were not compared." in " ".join(capsys.readouterr().out.split())
