@@ -29,8 +29,8 @@ from krona_hub.kron.factorization_search import Choice, realize, smallest_lora_e
 from krona_hub.kron.from_lora import nearest_kron_of_loras
 from krona_hub.kron.norms import norm, recompress, relative_difference
 from krona_hub.kron.shapes import KronShape, nearest_split, split
-from krona_hub.kron.terms import KronTerms
-from krona_hub.kron.to_lora import nearest_lora, singular_values
+from krona_hub.kron.terms import KronTerms, dense_factor
+from krona_hub.kron.to_lora import lora_rank_bound, nearest_lora, singular_values
 
 Layers = Mapping[str, LayerDelta]
 Holds = Callable[[LayerDelta], bool]
@@ -131,10 +131,27 @@ def _nearest(deltas: Sequence[LayerDelta], shape: KronShape, terms: int) -> list
     terms = min(terms, shape.max_terms)
     rank = lora_rank(deltas[0])
     if rank is None or 4 * rank > min(shape.full):
-        return [recompress(delta.sums, shape, terms).terms for delta in deltas]
+        return _recompressed(deltas, shape, terms)
     loras = [exact_lora_of(delta) for delta in deltas]
     fits = nearest_kron_of_loras([x.up for x in loras], [x.down for x in loras], shape, terms)
     return [fit.terms for fit in fits]
+
+
+def _recompressed(deltas: Sequence[LayerDelta], shape: KronShape, terms: int) -> list[KronTerms]:
+    """Return the nearest sums of that shape in float32, computed from whole matrices, one layer at a time.
+
+    The results are allocated before the first matrix: between matrices, each small result would keep the allocator from
+    using the memory of the last matrix again, and a LoHa of SDXL would need gigabytes.
+    """
+    a1, a2, b1, b2 = shape
+    spaces = [(torch.empty(terms, a1, a2), torch.empty(terms, b1, b2)) for _ in deltas]
+    fitted = []
+    for delta, (left, right) in zip(deltas, spaces, strict=True):
+        found = recompress(delta.sums, shape, terms).terms
+        own = found.terms  # fewer where fewer are exact
+        a, b = left[:own].copy_(dense_factor(found.left)), right[:own].copy_(dense_factor(found.right))
+        fitted.append(KronTerms(a, b, found.rows))
+    return fitted
 
 
 def _shape_for(name: str, size: tuple[int, int], method: FixedShape) -> KronShape:
@@ -261,7 +278,12 @@ def check_kind(method: Method, to_lora: bool, names: Sequence[str]) -> None:
 def lora_error_within(layers: Layers, parameters: int) -> float:
     """Return the total relative error of the best LoRAs within that many parameters, as a baseline."""
     deltas = list(layers.values())
-    spectra = [singular_values(delta.sums) for delta in deltas]  # one layer at a time: a LoHa needs its whole matrix
+    # one layer at a time, since a LoHa needs its whole matrix; allocated first for the reason in `_recompressed`
+    spaces = [torch.empty(lora_rank_bound(delta.sums), dtype=torch.float64) for delta in deltas]
+    spectra = []
+    for delta, space in zip(deltas, spaces, strict=True):
+        values = singular_values(delta.sums)
+        spectra.append(space[: len(values)].copy_(values))
     return smallest_lora_error(spectra, [delta.matrix_shape for delta in deltas], parameters)
 
 

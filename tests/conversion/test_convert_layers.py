@@ -127,3 +127,14 @@ def test_contradictions_of_way_and_target_are_refused():
         check_kind(Rank(4), False, ["x"])
     with pytest.raises(KronaError, match="is empty"):
         check_kind(Keep(), False, [])
+
+
+@pytest.mark.parametrize("rows", ["kron", "shuffled"])
+def test_a_shape_with_more_terms_than_the_sum_has_keeps_the_sum(rows):
+    torch.manual_seed(0)
+    one = KronTerms(torch.randn(1, 4, 3), torch.randn(1, 6, 12), rows)
+    delta = LayerDelta((one,), (24, 36))
+    (found,) = convert(delta, FixedShape(4, 3, terms=2)).delta.sums
+    assert found.terms == 1
+    assert found.rows == rows
+    assert torch.allclose(found.dense(), one.dense(), atol=1e-5)
