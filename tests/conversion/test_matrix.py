@@ -38,8 +38,10 @@ def test_every_real_file_becomes_a_checked_file_or_a_coded_refusal(file, option,
         assert refusal.value.fix
         assert not out.exists()
         return
-    report = convert(source, out, **{kind: name}, base="sd15")
+    report = convert(source, out, **{kind: name}, base="sd15", allow_missing=True)
     assert report.written
+    kept = {*report.left_out.names, *read(out, base="sd15").extras}
+    assert kept == set(read(source, base="sd15").extras), "its embeddings are in the file, or counted as left out"
     assert f"{len(report.layers)}/{len(report.layers)} modules rebuilt" in report.checked
     per_layer, total = true_errors(read(source, base="sd15"), read(out, base="sd15"))
     assert report.relative_error == pytest.approx(total, rel=1e-3, abs=1e-6)
