@@ -14,10 +14,11 @@ from krona_hub import read
 from krona_hub.assets.shipped import folder_of
 from krona_hub.bases.loading import base_weights
 from krona_hub.conversion import convert
-from krona_hub.errors import InexpressibleError, IntegrityError, KronaError
+from krona_hub.errors import InexpressibleError, IntegrityError, KronaError, UnknownBaseError
 from krona_hub.formats.compatibility.tools import TOOLS
 from krona_hub.formats.known.registry import FORMATS, storage_of
 from tests.conversion.true_error import agrees, true_errors
+from tests.formats.test_wild_files import UNREAD
 from tests.shared import ROOT, SHARED, shared
 
 SAMPLES = ROOT / "tests" / "samples"
@@ -62,8 +63,9 @@ WILD = [
     Source(case, ("wild", "files", f"{case}.safetensors"), expected["base"])
     for case, expected in index(SHARED / "wild" / "files" / "expected.json").items()
 ]
+SLOW = {"flux2_klein9b_aitoolkit_fused_lokr"}  # rows of a LoKr of real size: 40 s per conversion
 SMALL = [pytest.param(i, source, id=source.name) for i, source in enumerate(GOLDEN + OWN)]
-REAL = [pytest.param(i, source, id=source.name) for i, source in enumerate(WILD)]
+REAL = [pytest.param(i, source, id=source.name) for i, source in enumerate(WILD) if source.name not in SLOW]
 
 
 def place_of(source):
@@ -87,7 +89,11 @@ def check(source, target, options, folder):
         assert not source.has_weights or target != {"to": "krona"}, f"{label}: the native format holds everything"
         return False
     before = read(path, base=base, allow_missing=options.get("allow_missing", False))
-    after = read(report.files[0] if report.files[0].parent == folder else folder / "out", base=base)
+    try:
+        after = read(folder / "out", base=base)
+    except UnknownBaseError:
+        assert base is None, label  # in the names of some targets, a model that nobody knows is not found again
+        return True
     assert_complete(report, before, after, options, label)
     assert_measured(report, before, after, base_weights(base) if source.has_weights else None, label)
     return True
@@ -105,7 +111,9 @@ def assert_complete(report, before, after, options, label):
     assert not any(after[layer].dense().any() for layer in added), label  # parts of fused modules
     wanted = {name: v for name, v in before.vectors.items() if v.any()}
     found = {name: v for name, v in after.vectors.items() if v.any() or name in wanted}
-    assert found.keys() == wanted.keys() - set(lost.vectors) and set(lost.vectors) <= wanted.keys(), label
+    dropped = set(lost.vectors) - set(before.provenance.skipped_vectors)
+    assert len(lost.vectors) == len(dropped) + len(before.provenance.skipped_vectors), label
+    assert found.keys() == wanted.keys() - dropped and dropped <= wanted.keys(), label
     dtype = getattr(torch, options.get("dtype", ""), None)
     for name, vector in found.items():
         assert vector.shape == wanted[name].shape, f"{label}: {name}"
@@ -139,10 +147,12 @@ def error_of_vectors(before, after):
 
 
 def real_method(source, target):
-    """A method for weights of real size: searching shapes, or the LoRA equal to a LoKr, takes minutes per file."""
-    if "tool" in target or storage_of(target["to"]).kind == "any":
-        return {}
-    return {"rank": 2, "allow_loss": True} if storage_of(target["to"]).kind == "low-rank" else {"exact": True}
+    """A method for weights of real size, None for a LoRA near a LoKr: that, or a search of shapes, takes minutes."""
+    low_rank = "to" in target and storage_of(target["to"]).kind == "low-rank"
+    if low_rank and "lokr" in source.name:
+        return None
+    loads_lora_only = "tool" in target and TOOLS[target["tool"]].lokr is None
+    return {} if low_rank or loads_lora_only else {"exact": True}
 
 
 @pytest.mark.parametrize(("number", "source"), SMALL)
@@ -158,3 +168,17 @@ def test_a_small_file_to_every_target(number, source, tmp_path):
     torch.set_num_threads(1)
     written = [check(source, t, OPTIONS[(number + i) % len(OPTIONS)], tmp_path) for i, t in enumerate(TARGETS)]
     assert sum(written) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "source"), REAL)
+def test_a_file_from_the_wild_to_every_target(number, source, tmp_path):
+    """Without other dtypes, for which every layer would have to be multiplied out."""
+    torch.set_num_threads(1)
+    written = 0
+    for i, target in enumerate(TARGETS):
+        method = real_method(source, target)
+        if method is not None:  # --exact leaves nothing out
+            written += check(source, target, method or {"allow_missing": (number + i) % 2 == 0}, tmp_path)
+    wanted = index(SHARED / "wild" / "files" / "expected.json")[source.name]["want"]
+    assert written >= 5 or wanted != "read" or source.name in UNREAD, "what is read is written for most targets"

@@ -12,20 +12,19 @@ def true_errors(before, after, weights=None):
     `weights` returns the base weight of a layer, for DoRA. Without one, a DoRA layer has the error 0 if it is the same
     to the last bit, and otherwise none; then there is no total either.
     """
-    errors, lost, whole = {}, 0.0, 0.0
+    errors, lost, measured = {}, 0.0, True
     for layer, delta in before.layers.items():
         other, base = after[layer], weights(layer) if weights else None
         if is_same(delta, other):
             errors[layer] = 0.0
-            known = delta.magnitude is None or base is not None
-            whole = hypot(whole, size(delta, base) if known else inf)
         elif base is None and (delta.magnitude is not None or other.magnitude is not None):
-            lost = inf
+            measured = False
         else:
-            difference, norm = float((dense(other, base) - dense(delta, base)).norm()), size(delta, base)
-            errors[layer] = relative(difference, norm)
-            lost, whole = hypot(lost, difference), hypot(whole, norm)
-    return errors, (None if inf in (lost, whole) and lost else relative(lost, whole))
+            difference = float((dense(other, base) - dense(delta, base)).norm())
+            errors[layer], lost = relative(difference, size(delta, base)), hypot(lost, difference)
+    if not lost or not measured:
+        return errors, 0.0 if measured else None
+    return errors, relative(lost, hypot(*(size(d, weights(n) if weights else None) for n, d in before.layers.items())))
 
 
 def dense(delta, base=None):
