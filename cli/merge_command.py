@@ -21,6 +21,7 @@ from krona_hub.cli.options import (
 )
 from krona_hub.cli.progress import byte_progress
 from krona_hub.cli.weighted_source import WeightedArgument, WeightedSource
+from krona_hub.errors import counted
 from krona_hub.rendering.humanize import human_bytes, percent, rate
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def _plan_facts(plan: MergePlan) -> Iterator[tuple[str, Any]]:
     yield (
         "changes",
         (
-            f"{len(plan.tensors):,} tensors in {_count(len(plan.files), 'file')}, {human_bytes(plan.bytes_to_touch)} "
+            f"{len(plan.tensors):,} tensors in {counted(len(plan.files), 'file')}, {human_bytes(plan.bytes_to_touch)} "
             f"({percent(plan.bytes_to_touch / max(plan.tree.nbytes, 1))})"
         ),
     )
@@ -239,9 +240,9 @@ def _show_report(report: MergeReport, every: bool) -> None:
 
 
 def _report_facts(report: MergeReport) -> Iterator[tuple[str, Any]]:
-    changed = f"{len(report.tensors):,} tensors in {_count(len(report.files), 'file')}"
+    changed = f"{len(report.tensors):,} tensors in {counted(len(report.files), 'file')}"
     yield "changed", f"{changed}, {human_bytes(report.bytes_touched)}"
-    yield "unchanged", _count(report.copied, "file") if report.copied else None
+    yield "unchanged", counted(report.copied, "file") if report.copied else None
     yield "omitted", ", ".join(report.left_out)
     yield "written", f"{human_bytes(report.bytes_written)} in {rate(report.bytes_written, report.seconds)}"
     yield "verdict", report.verdict
@@ -250,7 +251,3 @@ def _report_facts(report: MergeReport) -> Iterator[tuple[str, Any]]:
     yield "output", str(report.out)
     where = f"{report.out} --undo {report.undo}" + (" --in-place" if report.out == report.base else " -o RESTORED")
     yield "undo", f"krona unmerge {where}" if report.undo else None
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"

@@ -12,7 +12,7 @@ import click
 
 from krona_hub.cli.console import emit, flag_is_set, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.progress import noted_progress
-from krona_hub.errors import UsageError
+from krona_hub.errors import UsageError, counted
 from krona_hub.rendering.humanize import human_bytes
 from krona_hub.training.configuration import PRESETS
 from krona_hub.training.settings import KINDS, SettingKind
@@ -203,10 +203,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
-def _images(count: int) -> str:
-    return f"{count:,} image{'' if count == 1 else 's'}"
-
-
 def _show_plan(plan: Any) -> None:
     sizes = ", ".join(f"{count} at {w}x{h}" for (w, h), count in plan.sizes)
     time = None if plan.seconds is None else f"{_duration(plan.seconds)} ({plan.seconds_per_step:.2f} s per step)"
@@ -219,7 +215,7 @@ def _show_plan(plan: Any) -> None:
             ("regularization images", plan.prior_pictures or None),
             ("layers", plan.layers),
             ("parameters", plan.parameters),
-            ("steps", f"{plan.steps:,} × {_images(plan.pictures_per_step)}: {plan.epochs:.3g} epochs"),
+            ("steps", f"{plan.steps:,} × {counted(plan.pictures_per_step, 'image')}: {plan.epochs:.3g} epochs"),
             ("memory", _memory(plan)),
             ("time", time),
         ]

@@ -10,6 +10,7 @@ import click
 from krona_hub.cli.console import emit, krona_command, show_facts, show_text
 from krona_hub.cli.options import output_option, overwrite_option, threads_option
 from krona_hub.cli.progress import byte_progress, counting
+from krona_hub.errors import counted
 from krona_hub.rendering.humanize import human_bytes, plain, rate
 
 if TYPE_CHECKING:
@@ -60,12 +61,8 @@ def _show(report: UnmergeReport) -> None:
 
 
 def _facts(report: UnmergeReport) -> Iterator[tuple[str, Any]]:
-    yield "restored", _files(len(report.restored))
-    yield "unchanged", _files(len(report.unchanged)) if report.unchanged else None
-    yield "copied", _files(len(report.copied)) if report.copied else None
+    yield "restored", counted(len(report.restored), "file")
+    yield "unchanged", counted(len(report.unchanged), "file") if report.unchanged else None
+    yield "copied", counted(len(report.copied), "file") if report.copied else None
     yield "output", report.out
     yield "written", f"{human_bytes(report.nbytes)} in {rate(report.nbytes, report.seconds)}"
-
-
-def _files(count: int) -> str:
-    return f"{count:,} file{'' if count == 1 else 's'}"

@@ -7,6 +7,7 @@ import click
 from krona_hub.checkpoints.findings import Finding
 from krona_hub.cli.console import announce, emit, krona_command, show_text
 from krona_hub.cli.options import base_option, file_argument
+from krona_hub.errors import counted
 from krona_hub.verification import ValidationReport, validate
 
 COLORS = {"error": "bold red", "warning": "yellow"}
@@ -54,9 +55,5 @@ def _show_finding(finding: Finding) -> None:
 def _verdict(report: ValidationReport) -> str:
     """`valid`, `valid, 1 warning` or `2 errors, 1 warning`."""
     errors, warnings = len(report.errors), len(report.findings) - len(report.errors)
-    counts = [_count(n, word) for n, word in ((errors, "error"), (warnings, "warning")) if n]
+    counts = [counted(n, word) for n, word in ((errors, "error"), (warnings, "warning")) if n]
     return ", ".join(counts if errors else ["valid", *counts])
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"

@@ -30,13 +30,17 @@ class Component(dict[str, ModuleSpec]):
     @cached_property
     def norms(self) -> Mapping[str, ModuleSpec]:
         """Norms by module path, and bare parameters by their full path, such as `blocks.0.scale_shift_table`."""
-        norms, bare = self.others()
+        norms, bare = self._others
         return {**norms, **bare}
 
     @cached_property
     def bare(self) -> Mapping[str, ModuleSpec]:
         """The members of `norms` that are parameters themselves, rather than modules with a weight."""
-        return self.others().bare
+        return self._others.bare
+
+    @cached_property
+    def _others(self) -> OtherParameters:
+        return self.others()
 
     def parameter(self, path: str) -> tuple[int, ...] | None:
         """The shape of a bias, of the weight of a norm or of a bare parameter; None if there is none.

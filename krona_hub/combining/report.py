@@ -36,5 +36,5 @@ class CombineReport(Totals):
     checked: str = ""  # the read-back check, in words
     written: bool = False
     files: tuple[Path, ...] = ()
-    vectors: tuple[str, ...] = ()  # parameters with a vector in any part; vectors
+    vectors: tuple[str, ...] = ()  # names of the parameters that vectors change
     vector_parameters: int = 0  # numbers in these vectors, which the totals of the layers do not count

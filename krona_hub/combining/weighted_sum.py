@@ -35,10 +35,10 @@ class WeightedAdapter(NamedTuple):
 def weighted_sum(adapters: Sequence[tuple[Adapter, float]], *, allow_base_mismatch: bool = False) -> Adapter:
     """Return Σ weight · adapter as one adapter: the union of the layers, with concatenated factors, and of the vectors.
 
-    Weights may have any sign; a layer whose parts cancel or have weight 0 stays, as a zero delta. Biases and norms in
-    the extras are added too; other extras with the same name are taken from the first adapter that has them.
-    `provenance.notes` lists what users should know. Raises BaseMismatchError if base models (unless
-    `allow_base_mismatch`) or shapes differ, UnsupportedError for DoRA layers that would have to be added or scaled.
+    Weights may have any sign; a layer whose parts cancel or have weight 0 stays, as a zero delta. Extras of the same
+    name are not added: that of the first adapter is taken. `provenance.notes` lists what users should know. Raises
+    BaseMismatchError if base models (unless `allow_base_mismatch`) or shapes differ, UnsupportedError for DoRA layers
+    that would have to be added or scaled.
 
     >>> from krona_hub.kron.terms import KronTerms
     >>> layer = LayerDelta((KronTerms(torch.ones(1, 2, 2), torch.ones(1, 4, 3)),), (8, 6))

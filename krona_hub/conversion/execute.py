@@ -172,7 +172,7 @@ def _too_lossy(report: ConversionReport, layers: Mapping[str, LayerDelta]) -> Lo
 
 
 def _too_coarse(report: ConversionReport, dtype: str | None) -> LossyError:
-    """Return the error for a result that only rounding destroys, such as that of DoRA magnitudes."""
+    """Return the error for a result whose loss comes from rounding alone."""
     error = LossyError(
         f"Rounding to {dtype} would leave a relative error of {percent(report.relative_error)}; nothing was written.",
         fix="Use --dtype float32 or omit --dtype; --allow-loss writes this result.",

@@ -25,12 +25,7 @@ def is_lycoris_locon(file: AdapterFile) -> bool:
     if file.keys.vectors or "value" in file.keys.grammars:
         return True
     own = any(m.name.startswith("lycoris_") or LYCORIS_PARTS & set(m.parts) for m in file.keys.modules)
-    return (
-        own
-        or bool(file.keys.vectors)
-        or "value" in file.keys.grammars
-        or "lycoris" in file.metadata.get("ss_network_module", "")
-    )
+    return own or "lycoris" in file.metadata.get("ss_network_module", "")
 
 
 def is_lycoris_lokr(file: AdapterFile) -> bool:

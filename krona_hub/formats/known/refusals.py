@@ -10,7 +10,7 @@ from typing import NamedTuple
 from krona_hub.bases import detection
 from krona_hub.bases.loading import load_base
 from krona_hub.bases.weight_files import has_ema
-from krona_hub.errors import KronaError, UnrecognisedError, UnsupportedError
+from krona_hub.errors import KronaError, UnrecognisedError, UnsupportedError, counted
 from krona_hub.formats.parsing.adapter_file import EXTRACT, AdapterFile
 from krona_hub.formats.parsing.foreign import is_whole_weight, refuse_scaled, unsupported
 
@@ -74,7 +74,7 @@ def not_an_adapter(file: AdapterFile) -> KronaError:
     for other in OTHER_FILES:
         if any(other.sign.match(key) for key in tensors):
             return UnsupportedError(other.cause, fix=other.fix)
-    count = f"{len(tensors)} tensor{'' if len(tensors) == 1 else 's'}, e.g. {min(tensors)!r}"
+    count = f"{counted(len(tensors), 'tensor')}, e.g. {min(tensors)!r}"
     weights = sum(map(is_whole_weight, file.keys.unknown))
     if weights > MOST_WEIGHTS * len(tensors):
         return UnrecognisedError(f"The file contains whole weights ({count}), as a model does.", fix=EXTRACT)
@@ -89,7 +89,7 @@ def _foreign(foreign: Mapping[str, str]) -> UnsupportedError:
     example = next(module for module, algorithm in foreign.items() if algorithm == name)
     others = len(foreign) - count
     rest = f", and {others} of other algorithms" if others else ""
-    return unsupported(name, f" ({count} module{'' if count == 1 else 's'}, e.g. {example!r}{rest})")
+    return unsupported(name, f" ({counted(count, 'module')}, e.g. {example!r}{rest})")
 
 
 def _model(file: AdapterFile) -> str:
