@@ -1,10 +1,13 @@
-"""Write krona_hub/bases/components/*.json from published configurations.
+"""Write krona_hub/bases/components/*.json and krona_hub/bases/index.json from published configurations.
 
     python scripts/build_catalog.py [FOLDER OF CONFIGURATIONS]
+    python scripts/build_catalog.py --index
 
-The folder contains one JSON file per component (class, configuration, source). It defaults to `bases` in the folder
-that KRONA_SHARED names, or in `shared` beside the project. Each model is built on torch's meta device, so no weights
-are needed. The base model that ships in the package is added from `tiny_scenes/models.py`.
+The folder contains one JSON file per component (class, configuration, source), those of models that diffusers has no
+class for in `authors-only`, and what is known of their totals in `checks/status.json`. It defaults to `bases` in the
+folder that KRONA_SHARED names, or in `shared` beside the project. Each model is built on torch's meta device, so no
+weights are needed. The base model that ships in the package is added from `tiny_scenes/models.py`. With `--index`, only
+the index is written: it is needed after a change of families.json or of a table of names.
 """
 
 import json
@@ -14,8 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from krona_hub.bases import catalog_index
 from krona_hub.bases.meta_device import build, modules_of
-from krona_hub.bases.name_patterns import encode
+from krona_hub.bases.name_patterns import encode, expand
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,7 +37,7 @@ CONFIG_STATUS = {
     "class defaults": "D",
     "of this package": "O",
 }
-TOTAL_STATUS = {  # exceptions from W: a public source states the same number for the named model
+TOTAL_STATUS = {  # of components without a status of their own: exceptions from W, a source states the same number
     **dict.fromkeys(("tiny-scenes.unet", "tiny-scenes.text"), "O"),
     **dict.fromkeys(("sd21-base.unet", "sd21.unet", "sdxl-refiner.unet", "pixart-sigma-xl.transformer"), "A"),
     **dict.fromkeys(("flux2-dev.transformer", "flux2-klein-4b.transformer", "flux2-klein-9b.transformer"), "A"),
@@ -44,11 +48,46 @@ TOTAL_STATUS = {  # exceptions from W: a public source states the same number fo
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else SHARED / "bases"
+    if sys.argv[1:] != ["--index"]:
+        write_components(Path(sys.argv[1]) if len(sys.argv) > 1 else SHARED / "bases")
+    catalog_index.PATH.write_text(catalog_index.as_text(catalog_index.build()), "utf-8")
+
+
+def write_components(folder: Path) -> None:
     OUT.mkdir(exist_ok=True)
-    published = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-    for entry in map(catalog_entry, [*published, *shipped()]):
+    statuses = total_statuses(folder / "checks" / "status.json")
+    published = [read(path) for path in sorted(folder.glob("*.json"))]
+    listed = [listed_entry(read(path)) for path in sorted(folder.glob("authors-only/*.json"))]
+    built = [catalog_entry(source, statuses) for source in [*published, *shipped()]]
+    for entry in [*built, *listed]:
         OUT.joinpath(f"{entry['component']}.json").write_text(compact(entry), "utf-8")
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text("utf-8"))
+
+
+def total_statuses(path: Path) -> dict[str, str]:
+    """Return component -> status of its total; H where the key hash of a released file proves names and shapes."""
+    known = read(path)
+    proven = dict.fromkeys(known["old_now_proven"], "H")
+    return TOTAL_STATUS | proven | {name: facts["total_status"] for name, facts in known["new"].items()}
+
+
+def listed_entry(source: dict) -> dict:
+    """Return the content of a catalog file for a model without a class: its module list in its authors' names."""
+    return {
+        "component": source["base"],
+        "library": "",
+        "class": "",
+        "total_parameters": source["total_parameters"],
+        "persistent_buffers": 0,
+        "config_status": "L",
+        "total_status": source["total_status"].partition(" ")[0],
+        "source": source["source"],
+        "config": {},
+        "modules": encode(expand(source["modules"])),
+    }
 
 
 def shipped() -> list[dict]:
@@ -84,7 +123,7 @@ def _saved_config(model: Any) -> dict:
     return model.config.to_diff_dict() if hasattr(model.config, "to_diff_dict") else dict(model.config)
 
 
-def catalog_entry(source: dict) -> dict:
+def catalog_entry(source: dict, statuses: dict[str, str]) -> dict:
     """Return the content of one catalog file, after comparing the parameter count with that of the built model."""
     kind = source["library"], source["class"], source["config"]
     modules = modules_of(*kind)
@@ -101,7 +140,7 @@ def catalog_entry(source: dict) -> dict:
         "total_parameters": total,
         "persistent_buffers": source["persistent_buffers"],
         "config_status": CONFIG_STATUS[source["config_status"]],
-        "total_status": TOTAL_STATUS.get(source["base"], "W"),
+        "total_status": statuses.get(source["base"], "W"),
         "source": public_words(source["source"]),
         "config": source["config"],
         "modules": encode(modules),

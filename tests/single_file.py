@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from krona_hub.bases import catalog, ldm_names, loading
+from krona_hub.bases import catalog, catalog_index, detection, loading
 from krona_hub.bases.base import Base
 
 UNET = "model.diffusion_model."
@@ -37,15 +37,16 @@ def known(name: str, folder: str):
     """The base in that diffusers folder as one of the catalog, so that its single file is recognised."""
     base = Base(name, name, loading.load_base(folder).components)
     real_names, real_get = catalog.names, catalog.get
+    real_promising, real_equals = detection._promising, catalog_index.bases_with
     with (
         patch.object(catalog, "names", lambda: (name, *real_names())),
         patch.object(catalog, "get", lambda wanted: base if wanted == name else real_get(wanted)),
+        patch.object(detection, "_promising", lambda modules: [base, *real_promising(modules)]),
+        patch.object(
+            catalog_index, "bases_with", lambda print_: (name,) if print_ == base.fingerprint else real_equals(print_)
+        ),
     ):
-        loading._by_fingerprint.cache_clear()
-        try:
-            yield base
-        finally:
-            loading._by_fingerprint.cache_clear()
+        yield base
 
 
 def save(pipe, path, dtype: torch.dtype | None = None):

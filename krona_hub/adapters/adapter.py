@@ -18,13 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from krona_hub.adapters.provenance import BaseModel, Provenance
+from krona_hub.adapters.provenance import COMPONENTS, BaseModel, Provenance
 from krona_hub.errors import NotFoundError, ShapeError, UnknownBaseError
 from krona_hub.kron.terms import KronTerms
 
 __all__ = ["COMPONENTS", "Adapter", "Axis", "BaseModel", "LayerDelta", "Provenance", "canonical_name", "dora_weight"]
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 Axis = Literal["out", "in"]
 
 

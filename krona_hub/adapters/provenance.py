@@ -11,6 +11,10 @@ from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.checkpoints.file_names import PEFT_WEIGHTS
 from krona_hub.version import __version__
 
+DENOISERS = ("unet", "transformer", "prior", "decoder")  # Stable Cascade has the last two
+CONDITIONER = "text_conditioner"  # between the text encoder and the transformer of Anima
+COMPONENTS = (*DENOISERS, CONDITIONER, "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+
 
 def creator() -> str:
     """Return the `created_by` value of new files."""

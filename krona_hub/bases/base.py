@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
-from krona_hub.adapters.provenance import BaseModel
+from krona_hub.adapters.provenance import COMPONENTS, CONDITIONER, DENOISERS, BaseModel
 from krona_hub.bases.component import Component
 from krona_hub.bases.module_spec import ModuleSpec
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
-DENOISERS = COMPONENTS[:2]
+__all__ = ["COMPONENTS", "CONDITIONER", "DENOISERS", "Base"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +54,13 @@ class Base:
 
     @property
     def denoiser(self) -> str | None:
-        """The denoiser component, `unet` or `transformer`; None for a lone text encoder."""
+        """The denoiser component, `unet` or `transformer` for most models; None for a lone text encoder."""
         return next((c for c in DENOISERS if c in self.components), None)
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
         """The text-encoder components, in order."""
-        return tuple(c for c in COMPONENTS if c in self.components and c not in DENOISERS)
+        return tuple(c for c in COMPONENTS if c in self.components and c.startswith("text_encoder"))
 
     def layers(self, component: str | None = None) -> Iterator[tuple[str, ModuleSpec]]:
         """Canonical name and module of every layer, of one component or of all components."""

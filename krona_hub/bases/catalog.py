@@ -26,11 +26,14 @@ CONFIG_STATUS: Mapping[str, str] = {  # source of the configuration
     "P1": "one public source",
     "R": "recalled, not checked",
     "D": "defaults of the class",
+    "L": "a list of modules; diffusers has no class of this model",
     "O": "our own: scripts/make_tiny_base.py",
 }
 TOTAL_STATUS: Mapping[str, str] = {  # source of the total number of parameters
     "W": "a public source states the same number for the model",
+    "H": "the key hash of a released file proves names and shapes",
     "A": "a public source computes the same number",
+    "P": "agrees with the published size in billions",
     "N": "no source found",
     "O": "our own: counted in the model",
 }
@@ -40,7 +43,7 @@ class CatalogEntry(NamedTuple):
     """One file of the catalog: a single model of a pipeline."""
 
     name: str  # e.g. "sdxl.unet"
-    library: str  # diffusers or transformers
+    library: str  # diffusers or transformers; "" for a list of modules
     class_name: str
     config_status: str  # a key of CONFIG_STATUS
     total_status: str  # a key of TOTAL_STATUS

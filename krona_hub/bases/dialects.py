@@ -18,7 +18,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from krona_hub.bases import ldm_names
-from krona_hub.bases.base import DENOISERS, Base
+from krona_hub.bases.base import CONDITIONER, DENOISERS, Base
+from krona_hub.bases.original_names import AUTHORS
+from krona_hub.bases.original_names import COMFYUI as COMFYUI_NAMES
 from krona_hub.errors import UsageError
 
 
@@ -55,19 +57,23 @@ def prefixed(base: Base, component: str, path: str, dialect: str) -> str:
     """The name of a module path in a dialect: prefix, `text_model.` of CLIP, underscores."""
     rule = _rule(base, component, dialect)
     path = text_model(base, component, path, dialect)
-    prefix = rule.denoiser if component in DENOISERS else rule.text
+    if component == CONDITIONER and rule.denoiser != "{}.":  # the part of the transformer with this name elsewhere
+        path = f"llm_adapter.{path}" if rule.denoiser else path
+    prefix = rule.denoiser if component in (*DENOISERS, CONDITIONER) else rule.text
     flat = rule.underscored or prefix.startswith("lora_")
     path = path.replace(".", "_") if flat else path
     return prefix.format(component, n=trainers_number(base, component)) + path
 
 
-def uses_originals(base: Base, component: str, dialect: str) -> bool:
-    """Whether the dialect uses the original names for this component."""
+def spelling_of(base: Base, component: str, dialect: str) -> str | None:
+    """The spelling of the names of a component in a dialect (see `original_names`); None for the diffusers names."""
     if component not in DENOISERS or not _rule(base, component, dialect).originals:
-        return False
-    # sd-scripts uses ldm names for SDXL, but diffusers names for SD 1 and 2
+        return None
     modules = base.components[component]
-    return dialect != "kohya-ldm" or not ldm_names.is_unet(modules) or ldm_names.is_sdxl_like(modules)
+    if ldm_names.is_unet(modules):  # sd-scripts uses ldm names for SDXL, but diffusers names for SD 1 and 2
+        return AUTHORS if dialect != "kohya-ldm" or ldm_names.is_sdxl_like(modules) else None
+    original = modules.original
+    return original.written(COMFYUI_NAMES if dialect == "comfyui" else AUTHORS) if original else None
 
 
 def text_model(base: Base, component: str, path: str, dialect: str) -> str:
@@ -103,7 +109,7 @@ def _rule(base: Base, component: str, dialect: str) -> Dialect:
 
 def _comfyui(base: Base) -> Dialect:
     """ComfyUI supports the diffusers names of U-Nets and some transformers, and all original names."""
-    original = base.components["transformer"].original if "transformer" in base.components else None
+    original = base.components[base.denoiser].original if base.denoiser else None
     return COMFYUI[original.comfyui] if original else DIALECTS["comfyui"]
 
 

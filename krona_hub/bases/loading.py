@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from krona_hub.assets.shipped import folder_of
-from krona_hub.bases import catalog, detection, ldm_names
+from krona_hub.bases import catalog, catalog_index, detection, ldm_names
 from krona_hub.bases.base import COMPONENTS, DENOISERS, Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.meta_device import modules_of
@@ -358,16 +358,7 @@ SIGNS: Mapping[str, tuple[str, ...]] = {  # modules that identify a single compo
 def named_base(modules: Mapping[str, Mapping[str, ModuleSpec]], name: str) -> Base:
     """A base model of these modules; `family` is the equal catalog entry, if exactly one is equal."""
     base = Base(name, None, {c: m if isinstance(m, Component) else Component(m) for c, m in modules.items()})
-    equal = _by_fingerprint().get(base.fingerprint, ()) if base.denoiser else ()
+    equal = catalog_index.bases_with(base.fingerprint) if base.denoiser else ()
     if len(equal) != 1:
         return replace(base, candidates=equal)
     return Base(name, equal[0], base.components, catalog.get(equal[0]).hub_id)
-
-
-@cache
-def _by_fingerprint() -> Mapping[str, tuple[str, ...]]:
-    known: dict[str, tuple[str, ...]] = {}
-    for name in catalog.names():
-        fingerprint = catalog.get(name).fingerprint
-        known[fingerprint] = (*known.get(fingerprint, ()), name)
-    return known

@@ -80,3 +80,30 @@ def _rows(paths: list[str], modules: Mapping[str, ModuleSpec]) -> Iterator[tuple
 def _two_chunks(module: ModuleSpec) -> bool:
     """Whether a modulation has only scale and shift, (2·in, in); those of six or nine chunks are never swapped."""
     return module.shape[0] == 2 * module.shape[1]
+
+
+FUSED = {  # what diffusers and SimpleTuner call stacked projections -> the layers, in row order
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
+}
+
+
+def fused_projections(modules: Mapping[str, ModuleSpec]) -> dict[str, tuple[Placement, ...]]:
+    """Name after `fuse_qkv_projections()` of diffusers -> placements, for every attention with inputs of one size.
+
+    >>> attention = {f"attn.to_{x}": ModuleSpec((rows, 4)) for x, rows in (("q", 6), ("k", 2), ("v", 2))}
+    >>> [(place.layer, place.rows) for place in fused_projections(attention)["attn.to_qkv"]]
+    [('attn.to_q', (0, 6)), ('attn.to_k', (6, 8)), ('attn.to_v', (8, 10))]
+    """
+    owners = {path.rpartition(".")[0] for path in modules if path.endswith((".to_k", ".add_k_proj"))}
+    found = {}
+    for owner in owners:
+        for name, parts in FUSED.items():
+            paths = [f"{owner}.{part}" for part in parts]
+            widths = {modules[path].shape[1:] if path in modules else () for path in paths}
+            if len(widths) == 1 and () not in widths and f"{owner}.{name}" not in modules:
+                places = zip(paths, _rows(paths, modules), strict=True)
+                found[f"{owner}.{name}"] = tuple(Placement(path, rows) for path, rows in places)
+    return found

@@ -7,7 +7,7 @@ form (FORMATS §12.1). It contains both the diffusers and the original names, wh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -16,15 +16,19 @@ from heapq import nlargest
 from krona_hub.bases import dialects, ldm_names, name_prefixes
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
-from krona_hub.bases.dialects import prefixed, processor_name, text_model, uses_originals
+from krona_hub.bases.dialects import prefixed, processor_name, spelling_of, text_model
 from krona_hub.bases.module_spec import Placement
-from krona_hub.bases.name_rules import apply
+from krona_hub.bases.name_rules import apply, fused_projections
+from krona_hub.bases.original_names import AUTHORS
 from krona_hub.errors import AmbiguousError, InexpressibleError, NotFoundError
 
 DIALECTS = tuple(dialects.DIALECTS)
 
 LIKELY = 24  # layers compared letter by letter for "did you mean"
 Placements = tuple[Placement, ...]
+LANGUAGE_MODEL = re.compile(
+    r"^(model_language_model_|language_model_model_|language_model_|model_)"
+)  # and `` in ComfyUI
 PROCESSOR_ERA = (  # old attention-processor name -> current name, tried in order
     (re.compile(r"^(.*_)processor_(to_[qkv])(?:_lora)?$"), r"\1\2"),
     (re.compile(r"^(.*?_)(?:processor_)?to_out(?:_lora)?$"), r"\1to_out_0"),
@@ -41,68 +45,77 @@ class ComponentNames:
     modules: Component
 
     @cached_property
-    def originals(self) -> Mapping[str, Placements]:
-        """Original dotted name -> placements; {} if those are the diffusers names."""
-        return {name: tuple(map(self._canonical, places)) for name, places in self._own_names.items()}
+    def spellings(self) -> Mapping[str, Mapping[str, Placements]]:
+        """Who writes other names than diffusers (see `original_names`) -> dotted name -> placements."""
+        return {who: _in(self.component, names) for who, names in self._spelled.items()}
 
     @cached_property
-    def _own_names(self) -> Mapping[str, Placements]:
-        original = self.modules.original
-        return apply(original.rules, self.modules) if original else ldm_names.names(self.modules)
-
-    @cached_property
-    def _norm_names(self) -> Mapping[str, Placements]:
+    def _spelled(self) -> Mapping[str, Mapping[str, Placements]]:
         original = self.modules.original
         if original:
-            return apply(original.rules, self.modules.norms)
-        return ldm_names.names(self.modules, self.modules.norms)
+            return {who: apply(original.rules(who), self.modules) for who in original.spellings}
+        ldm = ldm_names.names(self.modules)
+        return {AUTHORS: ldm} if ldm else {}
+
+    @property
+    def originals(self) -> Mapping[str, Placements]:
+        """Original dotted name -> placements; {} if those are the diffusers names."""
+        return self.spellings.get(AUTHORS, {})
 
     @cached_property
-    def norm_homes(self) -> Mapping[str, str]:
-        """Canonical norm or bare parameter -> its original dotted name."""
-        return {f"{self.component}.{places[0].layer}": name for name, places in self._norm_names.items()}
+    def _norm_names(self) -> Mapping[str, Mapping[str, Placements]]:
+        original = self.modules.original
+        if original:
+            return {who: apply(original.rules(who), self.modules.norms) for who in original.spellings}
+        return {AUTHORS: ldm_names.names(self.modules, self.modules.norms)}
+
+    def norm_homes(self, spelling: str) -> Mapping[str, str]:
+        """Canonical norm or bare parameter -> its dotted name in a spelling."""
+        names = self._norm_names.get(spelling, {})
+        return {f"{self.component}.{places[0].layer}": name for name, places in names.items()}
 
     @cached_property
     def norm_index(self) -> Mapping[str, str]:
         """Underscored name -> path of a norm or of a bare parameter, without a final `.weight` or `.scale`."""
-        index = {underscored(_stem(name)): places[0].layer for name, places in self._norm_names.items()}
+        named = (item for names in self._norm_names.values() for item in names.items())
+        index = {underscored(_stem(name)): places[0].layer for name, places in named}
         index.update((underscored(_stem(path)), path) for path in self.modules.norms)
         return index
 
-    def _canonical(self, place: Placement) -> Placement:
-        return place._replace(layer=f"{self.component}.{place.layer}")
-
     @cached_property
     def index(self) -> Mapping[str, str | Placements]:
-        """Underscored name -> a path of this component, or the placements of an original name."""
-        index: dict[str, str | Placements] = {underscored(name): places for name, places in self._own_names.items()}
+        """Underscored name -> a path of this component, or the placements of a name in another spelling."""
+        index: dict[str, str | Placements] = {underscored(n): p for n, p in fused_projections(self.modules).items()}
+        for names in reversed(self._spelled.values()):
+            index.update((underscored(name), places) for name, places in names.items())
         index.update((underscored(path), path) for path in self.modules)
         return index
 
     @cached_property
-    def homes(self) -> Mapping[str, str]:
-        """Canonical layer -> original dotted name of the module that contains it."""
-        return {place.layer: name for name, places in self.originals.items() for place in places}
+    def homes(self) -> Mapping[str, Mapping[str, str]]:
+        """Spelling -> canonical layer -> dotted name of the module that contains it."""
+        return {
+            who: {place.layer: name for name, places in names.items() for place in places}
+            for who, names in self.spellings.items()
+        }
 
     def find(self, path: str) -> Placements | None:
         """The placements of a name without its prefix; None if the component has no such module."""
-        key = self._key(path)
-        found = self.index.get(key) or next((self.index[new] for new in _modern(key) if new in self.index), None)
+        found = next((self.index[key] for key in self._keys(path) if key in self.index), None)
         if isinstance(found, str):
             return (Placement(f"{self.component}.{found}"),)
-        return found and tuple(map(self._canonical, found))
+        return found and _canonical(self.component, found)
 
     def find_vector(self, path: str) -> Placements | None:
         """As `find`, also for norms and bare parameters."""
         places = self.find(path)
         if places is not None:
             return places
-        norm = self.norm_index.get(self._key(_stem(path)))
+        norm = next((self.norm_index[k] for k in self._keys(_stem(path)) if k in self.norm_index), None)
         return None if norm is None else (Placement(f"{self.component}.{norm}"),)
 
-    def _key(self, path: str) -> str:
-        key = underscored(path)
-        return key.removeprefix("text_model_") if self.component.startswith("text_encoder") else key
+    def _keys(self, path: str) -> Iterator[str]:
+        return keys_of(path, text_encoder=self.component.startswith("text_encoder"))
 
 
 Find = Callable[[ComponentNames, str], Placements | None]
@@ -189,8 +202,9 @@ class NameTable:
             return self.spell(path, dialect)
         if dialect == "processor":
             return _expressible(path, None, dialect)
-        if uses_originals(self.base, component, dialect):
-            inside = part.norm_homes.get(path, inside)
+        spelling = spelling_of(self.base, component, dialect)
+        if spelling:
+            inside = part.norm_homes(spelling).get(path, inside)
         return prefixed(self.base, component, _stem(inside), dialect)
 
     def _unknown(self, layer: str) -> NotFoundError:
@@ -203,8 +217,8 @@ class NameTable:
         return {
             dialects.prefixed(self.base, part.component, name, dialect): places
             for part in self.parts.values()
-            if dialects.uses_originals(self.base, part.component, dialect)
-            for name, places in part.originals.items()
+            if (spelling := spelling_of(self.base, part.component, dialect))
+            for name, places in part.spellings[spelling].items()
             if not (len(places) == 1 and places[0].plain)
         }
 
@@ -245,6 +259,19 @@ def _expressible(path: str, name: str | None, dialect: str) -> str:
     return name
 
 
+def keys_of(path: str, *, text_encoder: bool = True) -> Iterator[str]:
+    """The underscored names that a name without prefix may mean, the most literal first.
+
+    >>> list(keys_of("text_model.encoder.layers.0.mlp.fc1"))[:2]
+    ['encoder_layers_0_mlp_fc1', 'model_encoder_layers_0_mlp_fc1']
+    """
+    key = underscored(path)
+    key = key.removeprefix("text_model_") if text_encoder else key
+    inner = LANGUAGE_MODEL.sub("", key)
+    also = (inner, f"model_{inner}") if text_encoder else ()
+    yield from dict.fromkeys((key, *_modern(key), *also))
+
+
 def _stem(name: str) -> str:
     """The name of the module of a parameter; several authors call the weight of a norm `scale`."""
     return name.removesuffix(".weight").removesuffix(".scale")
@@ -262,11 +289,20 @@ def _modern(key: str) -> Iterable[str]:
     return (pattern.sub(new, key) for pattern, new in PROCESSOR_ERA if pattern.match(key))
 
 
+def _in(component: str, names: Mapping[str, Placements]) -> Mapping[str, Placements]:
+    return {name: _canonical(component, places) for name, places in names.items()}
+
+
+def _canonical(component: str, places: Placements) -> Placements:
+    return tuple(place._replace(layer=f"{component}.{place.layer}") for place in places)
+
+
 def spell(table: NameTable, layer: str, dialect: str) -> str | None:
     """The name of an existing layer in a dialect; None if the dialect has no name for it."""
     component, _, path = layer.partition(".")
     if dialect == "processor":
         return processor_name(component, text_model(table.base, component, path, dialect))
-    if uses_originals(table.base, component, dialect):
-        path = table.parts[component].homes.get(layer, path)
+    spelling = spelling_of(table.base, component, dialect)
+    if spelling:
+        path = table.parts[component].homes[spelling].get(layer, path)
     return prefixed(table.base, component, path, dialect)

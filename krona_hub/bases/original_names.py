@@ -1,9 +1,9 @@
-"""Original names of the layers and norms of each transformer, where they differ from the diffusers names.
+"""Other names of the layers and norms of each transformer: those of its authors, of ComfyUI and of trainers.
 
-Tables (`originals/*.txt`): FLUX.1 and Chroma, FLUX.2, SD3/SD3.5, AuraFlow, HunyuanVideo, Lumina 2, Z-Image, Krea 2,
-Wan 2.1, Sana, and the OpenCLIP text encoders of ldm checkpoints; U-Nets follow the rule in `ldm_names.py`. Qwen-Image
-and HiDream have identical original and diffusers names. PixArt-Σ has no table: no current application reads its
-original names. `tests/bases/test_original_names.py` checks each table with diffusers' own converter.
+A spelling is a table in `originals/`: `<architecture>.txt` for the names of the released checkpoint, which sd-scripts,
+musubi-tuner and most trainers use, and `<architecture>.<who>.txt` for other programs. An architecture without a table
+has the diffusers names everywhere; U-Nets follow the rule in `ldm_names.py`. `tests/bases/test_original_names.py`
+checks the tables with the converters of diffusers, `tests/bases/test_names_of_others.py` with verified lists of names.
 """
 
 from __future__ import annotations
@@ -11,48 +11,128 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.bases.name_rules import Rule, parse
 
+AUTHORS, COMFYUI = "authors", "comfyui"  # spellings that files are written in
+NO_SPELLINGS: Mapping[str, str] = MappingProxyType({})
+
 
 class Original(NamedTuple):
-    """An architecture, the table of its original names, and the names that ComfyUI reads."""
+    """An architecture, its spellings, and the names that ComfyUI reads."""
 
     name: str
-    needs: tuple[str, ...]  # combination of modules unique to this architecture
-    table: str | None = None  # file of originals/; None if both names are the same
+    needs: tuple[str, ...]  # modules unique to this architecture, some with their shape: "proj_out 16x2304"
+    spellings: Mapping[str, str] = NO_SPELLINGS  # who writes the names -> file of originals/
     comfyui: Literal["diffusers", "original"] = "original"  # after `transformer.` or after `diffusion_model.`
 
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """The rules of the table; () without a table."""
-        return _table(self.table) if self.table else ()
+    def rules(self, spelling: str) -> tuple[Rule, ...]:
+        """The rules of a spelling."""
+        return _table(self.spellings[spelling])
+
+    def written(self, program: str = AUTHORS) -> str | None:
+        """The spelling in which a file for a program is written: its own or that of the authors; None: diffusers."""
+        return next((s for s in dict.fromkeys((program, AUTHORS)) if s in self.spellings), None)
+
+
+def _same(name: str) -> dict[str, str]:
+    return {AUTHORS: name}
+
+
+def _both(name: str) -> dict[str, str]:
+    return {AUTHORS: name, COMFYUI: f"{name}.comfyui"}
 
 
 ORIGINALS = (  # the first with all of `needs` applies
-    Original("chroma", ("distilled_guidance_layer.in_proj",), "flux1", "diffusers"),
-    Original("hunyuan-video", ("context_embedder.proj_in", "single_transformer_blocks.0.proj_mlp"), "hunyuan-video"),
-    Original("flux2", ("single_transformer_blocks.0.attn.to_qkv_mlp_proj",), "flux2"),
-    Original("flux1", ("single_transformer_blocks.0.proj_mlp", "x_embedder"), "flux1", "diffusers"),
-    Original("auraflow", ("joint_transformer_blocks.0.ff.linear_1",), "auraflow", "diffusers"),
-    Original("sd3", ("pos_embed.proj", "transformer_blocks.0.attn.add_q_proj"), "sd3", "diffusers"),
-    Original("lumina2", ("time_caption_embed.caption_embedder.1",), "lumina2"),
-    Original("z-image", ("all_x_embedder.2-1",), "z-image", "diffusers"),
-    Original("krea2", ("text_fusion.projector",), "krea2", "diffusers"),
-    Original("wan", ("condition_embedder.time_proj", "blocks.0.attn1.to_q"), "wan"),
-    Original("sana", ("transformer_blocks.0.ff.conv_inverted",), "sana"),
-    Original("qwen-image", ("transformer_blocks.0.img_mlp.net.0.proj",), None, "diffusers"),
-    Original("hidream", ("double_stream_blocks.0.block.attn1.to_q_t",), None, "diffusers"),
-    Original("pixart", ("adaln_single.linear", "caption_projection.linear_1"), None, "diffusers"),
-    Original("openclip", ("encoder.layers.0.self_attn.q_proj",), "openclip"),
+    Original("chroma", ("distilled_guidance_layer.in_proj", "x_embedder"), _same("flux1"), "diffusers"),
+    Original("framepack", ("clean_x_embedder.proj",), {COMFYUI: "framepack.comfyui"}),
+    Original("hunyuan-video-15", ("context_embedder_2.linear_1", "image_embedder.linear_1"), _both("hunyuan-video-15")),
+    Original(
+        "hunyuan-image", ("context_embedder_2.linear_1",), _both("hunyuan-image") | {"split": "hunyuan-image.split"}
+    ),
+    Original(
+        "hunyuan-video", ("context_embedder.proj_in", "single_transformer_blocks.0.proj_mlp"), _both("hunyuan-video")
+    ),
+    Original("flux2", ("single_transformer_blocks.0.attn.to_qkv_mlp_proj",), _same("flux2")),
+    Original("flux3", ("x_embedders.image",), _same("flux3")),
+    Original("ovis-image", ("timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp"), _both("ovis-image")),
+    Original(
+        "longcat-image",
+        ("time_embed.timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp", "context_embedder 3072x3584"),
+        {COMFYUI: "longcat-image.comfyui"},
+    ),
+    Original(
+        "bria", ("time_embed.timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp"), comfyui="diffusers"
+    ),
+    Original(
+        "flux1",
+        ("single_transformer_blocks.0.proj_mlp", "x_embedder"),
+        _same("flux1") | {"xlabs": "flux1.xlabs", "qkv": "flux1.qkv"},
+        "diffusers",
+    ),
+    Original("auraflow", ("joint_transformer_blocks.0.ff.linear_1",), _same("auraflow"), "diffusers"),
+    Original("sd3", ("pos_embed.proj", "transformer_blocks.0.attn.add_q_proj"), _same("sd3"), "diffusers"),
+    Original("lumina-next", ("time_caption_embed.caption_embedder.1", "layers.0.attn2.to_k"), _same("lumina-next")),
+    Original("omnigen2", ("ref_image_patch_embedder",)),
+    Original("lumina2", ("time_caption_embed.caption_embedder.1", "layers.0.norm1.linear"), _same("lumina2")),
+    Original("z-image", ("all_x_embedder.2-1",), _same("z-image"), "diffusers"),
+    Original("krea2", ("text_fusion.projector",), _same("krea2"), "diffusers"),
+    Original("anyflow", ("condition_embedder.delta_embedder.linear_1",), comfyui="diffusers"),
+    Original("helios", ("patch_short",), comfyui="diffusers"),
+    Original("wan", ("condition_embedder.time_proj", "blocks.0.attn1.to_q"), _same("wan")),
+    Original("wan-animate2", ("img_emb.proj.1", "blocks.0.self_attn.to_q"), _same("wan-animate2")),
+    Original("ltx-2", ("audio_proj_in", "audio_time_embed.linear"), _same("ltx-2")),
+    Original("ltx-video", ("proj_in", "time_embed.linear", "caption_projection.linear_1"), _same("ltx-video")),
+    Original("sana-sprint", ("time_embed.guidance_embedder.linear_1",), comfyui="diffusers"),
+    Original("sana-video", ("transformer_blocks.0.ff.conv_temp",), comfyui="diffusers"),
+    Original("sana", ("transformer_blocks.0.ff.conv_inverted",), _same("sana")),
+    Original(
+        "cosmos", ("time_embed.t_embedder.linear_1", "transformer_blocks.0.norm1.linear_1"), _same("cosmos-predict2")
+    ),
+    Original("mochi", ("time_embed.pooler.to_kv",), _same("mochi")),
+    Original("hunyuan-dit", ("time_extra_emb.pooler.q_proj",), _same("hunyuan-dit")),
+    Original(
+        "cogvideox",
+        ("patch_embed.text_proj", "time_embedding.linear_1"),
+        {"sat": "cogvideox", COMFYUI: "cogvideox.comfyui"},
+    ),
+    Original(
+        "cogview", ("patch_embed.text_proj", "time_condition_embed.timestep_embedder.linear_1"), {"sat": "cogview4"}
+    ),
+    Original("glm-image", ("glyph_projector.net.2",), comfyui="diffusers"),
+    Original("ideogram4", ("llm_cond_proj", "layers.0.attention.to_q"), _same("ideogram4")),
+    Original("stable-cascade", ("clip_txt_pooled_mapper",)),
+    Original(
+        "qwen-image-21",
+        ("transformer_blocks.0.img_mlp.gate_layer",),
+        {COMFYUI: "qwen-image-21.comfyui"},
+    ),
+    Original("qwen-image", ("transformer_blocks.0.img_mlp.net.0.proj",), comfyui="diffusers"),
+    Original("kandinsky5", ("visual_transformer_blocks.0.self_attention.to_query",), comfyui="diffusers"),
+    Original("ernie-image", ("layers.0.self_attention.to_q", "text_proj"), comfyui="diffusers"),
+    Original("joyimage-edit", ("double_blocks.0.attn.img_attn_qkv",)),
+    Original("minimax-h3", ("audio_proj_in", "token_refiner.refiner_blocks.0.attn.to_q"), _same("minimax-h3")),
+    Original("omnigen", ("patch_embedding.output_image_proj",)),
+    Original("prx", ("blocks.0.attention.img_qkv_proj",)),
+    Original("hidream", ("double_stream_blocks.0.block.attn1.to_q_t",), comfyui="diffusers"),
+    Original("allegro", ("caption_projection.linear_1", "pos_embed.proj 2304x4x2x2"), comfyui="diffusers"),
+    Original("pixart", ("adaln_single.linear", "caption_projection.linear_1"), _same("pixart"), "diffusers"),
+    Original("openclip", ("encoder.layers.0.self_attn.q_proj",), _same("openclip")),
 )
 
 
 def original_of(modules: Mapping[str, ModuleSpec]) -> Original | None:
     """The architecture of a component; None if not listed (for U-Nets see `ldm_names.py`)."""
-    return next((o for o in ORIGINALS if all(path in modules for path in o.needs)), None)
+    return next((o for o in ORIGINALS if all(_has(modules, need) for need in o.needs)), None)
+
+
+def _has(modules: Mapping[str, ModuleSpec], need: str) -> bool:
+    path, _, shape = need.partition(" ")
+    module = modules.get(path)
+    return module is not None and shape in ("", "x".join(map(str, module.shape)))
 
 
 @cache

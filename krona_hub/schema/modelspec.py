@@ -24,6 +24,7 @@ ARCHITECTURES = {  # catalog name -> architecture id; other families keep their 
     "flux1-dev": "flux-1-dev",
     "flux1-schnell": "flux-1-schnell",
 }
+MOST_NAMES = 3  # base models in a title
 ADAPTER = "krona"  # the tensor names differ from those of a LoRA, so the architecture must differ, too
 _ABOUT_BYTES = (f"{PREFIX}hash_", f"{PREFIX}date")  # valid only for the file that they were read from
 
@@ -34,17 +35,21 @@ def keys(base: BaseModel | None, provenance: Provenance) -> dict[str, str]:
     >>> keys(BaseModel(family="sdxl"), Provenance())["modelspec.architecture"]
     'stable-diffusion-xl-v1-base/krona'
     """
-    family = base.family if base else None
+    family = base.family if base and len(base.names) == 1 else None  # one of several is not named
     kept = {k: v for k, v in provenance.metadata.items() if k.startswith(PREFIX) and not k.startswith(_ABOUT_BYTES)}
     known = {
         "sai_model_spec": "1.0.0",
         "architecture": _architecture(family, kept),
         "implementation": "krona-hub",
-        "title": kept.get(TITLE) or f"{UNTITLED}{family or 'an unknown base'}",
+        "title": kept.get(TITLE) or f"{UNTITLED}{_title(base)}",
         "license": provenance.licence or "",
         "trigger_phrase": ", ".join(provenance.trigger_words),
     }
     return kept | {PREFIX + key: value for key, value in known.items() if value}
+
+
+def _title(base: BaseModel | None) -> str:
+    return " or ".join(base.names[:MOST_NAMES]) if base and base.names else "an unknown base"
 
 
 def added(metadata: Mapping[str, str], base: BaseModel | None, provenance: Provenance) -> dict[str, str]:

@@ -9,6 +9,7 @@ from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.module_spec import ModuleSpec, OtherParameters, Placement
 from krona_hub.bases.name_patterns import encode_module, parse_module
+from krona_hub.bases.original_names import AUTHORS
 from krona_hub.bases.name_table import DIALECTS, table
 from krona_hub.errors import InexpressibleError, NotFoundError
 from krona_hub.merging.base_weights import open_tree
@@ -70,7 +71,8 @@ def test_a_vector_is_found_again_by_the_name_it_is_given(dialect, name):
 @pytest.mark.parametrize("name", catalog.names())
 def test_underscored_names_of_norms_never_collide(name):
     for part in table(catalog.get(name)).parts.values():
-        names = [*part.modules, *part.modules.norms, *part.originals, *part.norm_homes.values()]
+        homes = [home for who in part.spellings for home in part.norm_homes(who).values()]
+        names = [*part.modules, *part.modules.norms, *(n for s in part.spellings.values() for n in s), *homes]
         owners: dict[str, set[str]] = {}
         for known in names:
             places = part.find_vector(known)
@@ -198,7 +200,7 @@ def original_vectors(base: str, component: str, prefix: str = "") -> dict[str, t
             stored[f"{name}.bias"] = stacked(places, {path: values[f"{path}.bias"] for path in paths})
     scaled = part.original is not None and part.original.name in SCALED
     for path in part.norms:
-        name = names.norm_homes.get(f"{component}.{path}", path)
+        name = names.norm_homes(AUTHORS).get(f"{component}.{path}", path)
         if path in part.bare:
             stored[name] = values[path].flatten() if name.endswith(FLAT) else values[path]
             continue

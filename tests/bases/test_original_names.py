@@ -179,18 +179,30 @@ def test_diffusers_reads_what_we_spell_for_sd_scripts_and_flux():
 
 @pytest.mark.parametrize("name", catalog.component_names())
 def test_an_original_table_covers_its_component_once_and_whole(name):
-    """No module is left without a place, none has two, and the rows of a fused module meet without a gap."""
+    """No layer has two places, the rows of a fused module meet without a gap, and what has no place keeps its name."""
     modules = catalog.component(name).modules
-    names = ComponentNames("x", modules).originals
-    layers = [place.layer for places in names.values() for place in places]
-    assert len(layers) == len(set(layers))
-    original = modules.original
-    complete = ldm_names.is_unet(modules) or (original is not None and original.name not in ("z-image", "wan"))
-    if names and complete:
-        assert set(layers) == {f"x.{path}" for path in modules}
-    for places in names.values():
-        ends = [0, *(place.rows[1] for place in places if place.rows)]
-        assert [place.rows[0] for place in places if place.rows] == ends[:-1]
+    for names in ComponentNames("x", modules).spellings.values():
+        layers = [place.layer for places in names.values() for place in places]
+        assert len(layers) == len(set(layers))
+        kept = {path for path in modules if f"x.{path}" not in layers}
+        assert kept.isdisjoint(names)
+        for places in names.values():
+            ends = [0, *(place.rows[1] for place in places if place.rows)]
+            assert [place.rows[0] for place in places if place.rows] == ends[:-1]
+            heights = [modules[place.layer.removeprefix("x.")].shape[0] for place in places if place.rows]
+            assert heights == [place.rows[1] - place.rows[0] for place in places if place.rows]
+
+
+WHOLE = ("flux1", "flux2", "flux3", "sd3", "hunyuan-video", "hunyuan-video-15", "hunyuan-image", "mochi", "krea2")
+
+
+@pytest.mark.parametrize("name", catalog.component_names())
+def test_some_tables_name_every_layer(name):
+    modules = catalog.component(name).modules
+    if ldm_names.is_unet(modules) or (modules.original and modules.original.name in WHOLE):
+        names = ComponentNames("x", modules).originals
+        named = {place.layer for places in names.values() for place in places}
+        assert named | {"x.encoder_hid_proj"} >= {f"x.{path}" for path in modules}
 
 
 def test_every_table_serves_a_base_of_the_catalog():

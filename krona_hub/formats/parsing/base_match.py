@@ -56,10 +56,9 @@ def match_base(shapes: Shapes, metadata: Mapping[str, str], base: Base | None, c
 
 
 def _in_catalog(shapes: Shapes, found: list[detection.Candidate], component: str | None) -> BaseMatch:
-    best = detection.settled(found) or found[0]
-    ties = [c for c in found if c.score == best.score and (c.named or not best.named)]
+    best, ties = found[0], detection.ties(found)
     owner = _component([c for c in ties if c.base == best.base], component, len(shapes))
-    return _in_base(shapes, catalog.get(best.base), owner, tuple(dict.fromkeys(c.base for c in ties)))
+    return _in_base(shapes, catalog.get(best.base), owner, tuple(dict.fromkeys(n for c in ties for n in c.names)))
 
 
 def _component(found: Sequence[detection.Candidate], requested: str | None, total: int) -> str | None:

@@ -127,7 +127,7 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
     vectors = {name: cast_tensor(vector, dtype) for name, vector in beside.vectors.items()}
     modules = [m._replace(delta=cast(m.delta, dtype)) for m in _modules(adapter, aim, places, names)]
     check_text_encoders(aim, modules)
-    context = _context(adapter, known)
+    context = _context(adapter, known, is_stated=base is not None)
     if storage_of(aim.format).layout == "kohya":
         tensors = lycoris_tensors(vectors, aim.dialect, known, split_qkv=aim.split_qkv)
         context = replace(context, beside={**tensors, **beside.embeddings})
@@ -243,10 +243,12 @@ def gathered(layers: Mapping[str, LayerDelta], places: Mapping[str, Home]) -> di
     }
 
 
-def _context(adapter: Adapter, base: Base | None) -> Context:
+def _context(adapter: Adapter, base: Base | None, *, is_stated: bool) -> Context:
     own = adapter.base
+    stated = base.family if base and is_stated and not base.candidates else None
+    only = own.family if own and len(own.names) == 1 else None  # one of several base models is not named
     return Context(
-        family=(base.family if base else None) or (own.family if own else None),
+        family=stated or only,
         base_id=(base.hub_id if base else None) or (own.hub_id if own else None),
         metadata=adapter.provenance.metadata,
         trigger_words=adapter.provenance.trigger_words,

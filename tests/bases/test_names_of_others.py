@@ -1,0 +1,136 @@
+"""The names that authors, ComfyUI and trainers use, against lists that were verified in their own programs.
+
+The oracle expands the rows of the lists by itself: no code of the tables is used.
+"""
+
+import itertools
+import json
+import re
+
+import pytest
+
+from krona_hub.bases import catalog, name_prefixes
+from krona_hub.bases.catalog_index import template
+from krona_hub.bases.families import FAMILIES
+from krona_hub.bases.name_table import keys_of, table
+from tests.shared import SHARED, shared
+
+FOLDER = SHARED / "bases" / "names"
+LISTS = {p.stem: json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json"))} if FOLDER.exists() else {}
+SPELLED = [(f, who) for f, known in LISTS.items() for who in known.get("spellings", ()) if known.get("bases")]
+NOT=re.compile("0")
+
+
+def base_of(name: str) -> tuple[str, str]:
+    """The base model and the component of an entry of the lists: `stable-cascade.prior` -> its prior."""
+    name, component = name.split(".") if name.endswith((".prior", ".decoder")) else (name, "")
+    name = f"{name}-decoder" if component == "decoder" else name
+    return name, component or catalog.get(name).denoiser
+
+
+def expanded(row: list[str], modules: dict) -> list[tuple[list[str], list[str]]]:
+    """(others' names, paths) for every block of a row: one of both, or several of either."""
+    other, path, _ = row
+    sides = [_alternatives(other), _alternatives(path)]
+    pattern = re.compile(re.escape(sides[1][0]).replace(r"\{\}", r"(\d+)"))
+    found = []
+    for module in modules:
+        if match := pattern.fullmatch(module):
+            found.append(tuple([text.format(*match.groups()) for text in side] for side in sides))
+    return found
+
+
+def _alternatives(text: str) -> list[str]:
+    stacked = re.fullmatch(r"(.*)\((.*)\)(.*)", text)
+    return [stacked[1] + part + stacked[3] for part in stacked[2].split("|")] if stacked else [text]
+
+
+def shown(places, component: str) -> list[tuple]:
+    return [(place.layer.removeprefix(f"{component}."), place.rows, place.swap_halves) for place in places]
+
+
+@pytest.mark.parametrize(("family", "who"), SPELLED, ids=["-".join(pair) for pair in SPELLED])
+def test_every_row_of_a_list_is_read_and_no_two_rows_share_a_layer(family, who):
+    known = LISTS[family]
+    for entry in known["bases"]:
+        name, component = base_of(entry)
+        component = "text_conditioner" if family == "anima-llm-adapter" else component
+        names = table(catalog.get(name))
+        modules = catalog.get(name).components[component]
+        rows = 0
+        for row in known["spellings"][who]:
+            for others, paths in expanded(row, modules):
+                rows += 1
+                check(names, component, modules, others, paths, row[2])
+        assert rows or not known["spellings"][who], (family, entry)
+
+
+def check(names, component, modules, others, paths, note) -> None:
+    heights = [modules[path].shape[0] for path in paths]
+    if note == "join":
+        share = heights[0] // len(others)
+        for i, other in enumerate(others):
+            (place,) = names.find(spelled(other), component)
+            assert place.layer == f"{component}.{paths[0]}"
+            assert place.part == (i * share, (i + 1) * share)
+        return
+    other = f"{others[0]}.in_proj" if note == "in_proj" else others[0]
+    places = shown(names.find(spelled(other), component), component)
+    if len(paths) == 1:
+        assert paths[0] in [path for path, _, _ in places]
+        assert places[0][1] is None and places[0][2] == (note == "swap"), (other, places)
+    else:
+        edges = list(itertools.accumulate(heights, initial=0))
+        assert places == [(p, (a, b), False) for p, a, b in zip(paths, edges, edges[1:], strict=False)]
+
+
+def spelled(other: str) -> str:
+    """What the keys of a file say: x-flux's parameter is part of the name of the module in single blocks."""
+    return re.sub(r"\.processor\.(qkv|proj)_lora$", r".processor.\1", f"diffusion_model.{other}")
+
+
+FUSED = {part: whole for whole, parts in LISTS.get("fused-diffusers", {}).get("rule", {}).items() for part in parts}
+
+
+@pytest.mark.parametrize("name", catalog.names())
+def test_the_fused_names_of_diffusers_are_read(name):
+    fused = LISTS or shared("bases", "names")
+    known = fused["fused-diffusers"]
+    for component, file in FAMILIES[name].components.items():
+        rows = known["classes"].get(catalog.component(file).class_name, {})
+        modules = catalog.get(name).components[component]
+        for pattern in rows:
+            owner, _, whole = pattern.rpartition(".")
+            first = re.escape(f"{owner}.{known['rule'][whole][0]}").replace(r"\{\}", r"(\d+)")
+            matches = [m for path in modules if (m := re.fullmatch(first, path))]
+            for match in matches:
+                at = owner.format(*match.groups())
+                paths = [f"{at}.{part}" for part in known["rule"][whole]]
+                if not all(path in modules for path in paths):  # cross-attention of another kind of block
+                    continue
+                edges = list(itertools.accumulate((modules[path].shape[0] for path in paths), initial=0))
+                places = table(catalog.get(name)).find(f"{component}.{at}.{whole}")
+                assert shown(places, component) == [
+                    (p, (a, b), False) for p, a, b in zip(paths, edges, edges[1:], strict=False)
+                ]
+
+
+@pytest.mark.parametrize("name", LISTS.get("comfyui-accepts", {}).get("bases", {}))
+def test_names_that_comfyui_accepts_are_read(name):
+    """A name for a weight leads to some layer; a file with it is not refused. `#` in a list is any number."""
+    base, _ = base_of(name)
+    names = table(catalog.get(base))
+    known = {c: {template(key) for key in (*part.index, *part.norm_index)} for c, part in names.parts.items()}
+    accepted = [a for row in LISTS["comfyui-accepts"]["bases"][name] for a in row["accepted"]]
+    missing = [a for a in accepted if not is_known(a, known, names.base)]
+    print(name, len(accepted), sorted({NOT.sub("#", m) for m in missing}))
+    assert missing == []
+
+
+def is_known(name: str, known: dict[str, set[str]], base) -> bool:
+    return any(
+        template(key) in known[owner]
+        for role, path in name_prefixes.readings(name)
+        for owner in name_prefixes.components(role, base)
+        for key in keys_of(path)
+    )
