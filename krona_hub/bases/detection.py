@@ -52,6 +52,11 @@ class Candidate(NamedTuple):
         return self.matched == self.modules
 
     @property
+    def whole(self) -> bool:
+        """Whether the adapter changes every layer of these components."""
+        return self.covered == self.layers
+
+    @property
     def names(self) -> tuple[str, ...]:
         """This base model and those with the same layers, which may be meant as well."""
         return (self.base, *self.also)
@@ -71,19 +76,20 @@ def candidates(modules: Shapes, metadata: Mapping[str, str] | None = None) -> tu
     """
     hinted = bases_named(metadata or {})
     found = [c for base in _promising(modules) for c in _score(base, modules, hinted)]
-    return tuple(sorted(_without_variants(found), key=lambda c: (-c.matched, not c.named, -c.score)))
+    return tuple(sorted(_without_variants(found), key=lambda c: (-c.matched, not c.named, -c.score, not c.whole)))
 
 
 def ties(found: Sequence[Candidate]) -> list[Candidate]:
     """The candidates that cannot be told apart, the best first: as many matched modules, and an equal score.
 
     An adapter that changes less than half of the layers of each kind says nothing about how many there are, so that
-    its score does not count. If the metadata name some of them, the others are left out.
+    its score does not count. One that changes every layer of a base model is not for another one with more. If the
+    metadata name some of them, the others are left out.
     """
     if not found:
         return []
     best = found[0]
-    alike = [c for c in found if c.matched == best.matched and c.named == best.named]
+    alike = [c for c in found if (c.matched, c.named, c.whole) == (best.matched, best.named, best.whole)]
     return [c for c in alike if c.score == best.score or best.score < SPARSE]
 
 

@@ -9,6 +9,16 @@ from collections.abc import Iterator, Mapping
 from krona_hub.bases import catalog
 
 FLUX1 = ("flux1-dev", "flux1-schnell")
+WAN = (
+    "wan21-t2v-1.3b", "wan21-t2v-14b", "wan21-i2v-14b", "wan21-flf2v-14b", "wan22-i2v-a14b", "wan22-ti2v-5b",
+    "wan21-vace-1.3b", "wan21-vace-14b",
+)  # fmt: skip
+HUNYUAN_VIDEO = ("hunyuan-video", "hunyuan-video-i2v", "hunyuan-video-i2v-33ch")
+HUNYUAN_VIDEO_15 = ("hunyuan-video-15", "hunyuan-video-15-step-distilled")
+HUNYUAN_IMAGE = ("hunyuan-image-21", "hunyuan-image-21-distilled")
+KANDINSKY5 = (
+    "kandinsky5-lite-video", "kandinsky5-pro-video", "kandinsky5-lite-image", "kandinsky5-lite-image-edit",
+)  # fmt: skip
 VERSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (  # start of ss_base_model_version (sd-scripts, musubi-tuner)
     ("sd_v1", ("sd15",)),
     ("sd_1.5", ("sd15",)),
@@ -25,14 +35,26 @@ VERSIONS: tuple[tuple[str, tuple[str, ...]], ...] = (  # start of ss_base_model_
     ("flux2_klein_4b", ("flux2-klein-4b",)),
     ("flux2_klein_9b", ("flux2-klein-9b",)),
     ("flux2", ("flux2-dev",)),
+    ("flux_2_klein_4b", ("flux2-klein-4b",)),
+    ("flux_2_klein_9b", ("flux2-klein-9b",)),
+    ("flux_2", ("flux2-dev",)),
+    ("flux_kontext", ("flux1-dev",)),
     ("flux", FLUX1),
     ("lumina2", ("lumina2",)),
     ("lumina", ("lumina2",)),
     ("zimage", ("z-image",)),
     ("z_image", ("z-image",)),
+    ("qwen_image_layered", ("qwen-image-layered",)),
     ("qwen_image", ("qwen-image",)),
-    ("hunyuan_video", ("hunyuan-video",)),
-    ("wan", ("wan21-t2v-1.3b", "wan21-t2v-14b")),
+    ("hunyuan_video_1_5", HUNYUAN_VIDEO_15),
+    ("hunyuan_video", HUNYUAN_VIDEO),
+    ("hunyuan_image", HUNYUAN_IMAGE),
+    ("framepack", ("framepack",)),
+    ("kandinsky5", KANDINSKY5),
+    ("hidream_o1", ("hidream-o1",)),
+    ("ideogram4", ("ideogram4",)),
+    ("anima", ("anima",)),
+    ("wan", WAN),
 )
 ARCHITECTURES: tuple[tuple[str, tuple[str, ...]], ...] = (  # start of modelspec.architecture
     ("stable-diffusion-v1", ("sd15",)),
@@ -49,14 +71,24 @@ ARCHITECTURES: tuple[tuple[str, tuple[str, ...]], ...] = (  # start of modelspec
     ("flux-2-klein-4b", ("flux2-klein-4b",)),
     ("flux-2-klein-9b", ("flux2-klein-9b",)),
     ("flux-2", ("flux2-dev",)),
+    ("flux.2-klein-4b", ("flux2-klein-4b",)),
+    ("flux.2-klein-9b", ("flux2-klein-9b",)),
+    ("flux.2", ("flux2-dev",)),
+    ("flux.1-dev", ("flux1-dev",)),
     ("flux", FLUX1),
     ("chroma", ("chroma",)),
     ("lumina-2", ("lumina2",)),
     ("z-image", ("z-image",)),
+    ("qwen-image-layered", ("qwen-image-layered",)),
     ("qwen-image", ("qwen-image",)),
     ("auraflow", ("auraflow",)),
-    ("hunyuan-video", ("hunyuan-video",)),
-    ("wan2.1", ("wan21-t2v-1.3b", "wan21-t2v-14b")),
+    ("hunyuan-video-1.5", HUNYUAN_VIDEO_15),
+    ("hunyuan-video", HUNYUAN_VIDEO),
+    ("hunyuan-image", HUNYUAN_IMAGE),
+    ("framepack", ("framepack",)),
+    ("kandinsky-5", KANDINSKY5),
+    ("anima", ("anima",)),
+    ("wan2", WAN),
 )
 HUB_KEYS = ("base_model_name_or_path", "ss_base_model", "ss_sd_model_name", "modelspec.base_model", "base_model")
 

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from krona_hub.bases import catalog, detection, name_table
+from krona_hub.bases.families import FAMILIES, equals_of
 from krona_hub.bases.metadata_hints import bases_named
 
 KQVO = r"\.attn\.to_(q|k|v|out\.0)$"
@@ -32,7 +33,10 @@ def told(modules) -> tuple[str, set[str]]:
     return tied[0].base, {name for c in tied for name in (*c.names, *c.variants)}
 
 
-SPELLED = ["diffusers", "kohya", "kohya-ldm", "comfyui", "original", "peft"]
+SPELLED = [  # the others take long
+    "kohya-ldm",
+    *(pytest.param(d, marks=pytest.mark.slow) for d in ("diffusers", "kohya", "comfyui", "original", "peft")),
+]
 ATTENTION = r"(attn|attention|Attention|attn1|attn2)\b|attn_qkv|attn_proj"
 NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
 
@@ -42,18 +46,31 @@ def tenth(modules: dict) -> dict:
     return {name: s for name, s in modules.items() if not (found := NUMBER.search(name)) or found[0][-1] == "0"}
 
 
+# base models that a file of all layers leaves in doubt, besides the same layers and variants
+DOUBT = {
+    "sd21": {"sd21-base"},
+    "sd21-base": {"sd21"},
+    "anima": {"cosmos-predict2-2b-t2i"},
+    "cosmos-predict2-2b-t2i": {"anima"},
+}
+
+
 @pytest.mark.parametrize("dialect", SPELLED)
 @pytest.mark.parametrize("base", catalog.names())
 def test_a_whole_denoiser_is_recognised_in_every_dialect(base, dialect):
     """The right base is the first, or one of those that the answer cannot tell apart."""
     found = detection.candidates(modules_of(base, "", dialect))
     first, others = told(modules_of(base, "", dialect))
+    variants = {name for name, family in FAMILIES.items() if family.variant_of == first}
     assert base in others
-    assert found[0].score == 1 and found[0].complete
+    assert others <= {*equals_of(base), *variants, *DOUBT.get(base, ())}
+    assert found[0].score == 1 and found[0].complete and found[0].whole
     assert found[0].component == catalog.get(base).denoiser
 
 
-@pytest.mark.parametrize("dialect", ["diffusers", "kohya-ldm", "comfyui"])
+@pytest.mark.parametrize(
+    "dialect", ["diffusers", *(pytest.param(d, marks=pytest.mark.slow) for d in ("kohya-ldm", "comfyui"))]
+)
 @pytest.mark.parametrize("base", catalog.names())
 def test_a_part_of_a_denoiser_is_recognised_or_told_to_be_in_doubt(base, dialect):
     whole = modules_of(base, "", dialect)
@@ -62,16 +79,6 @@ def test_a_part_of_a_denoiser_is_recognised_or_told_to_be_in_doubt(base, dialect
         if part:
             first, others = told(part)
             assert base in others, (len(part), first)
-
-
-# base models that a file of all layers leaves in doubt, besides the same layers and variants
-DOUBT = {
-    "sd21": {"sd21-base"},
-    "sd21-base": {"sd21"},
-    "flux1-schnell": {"flux1-dev"},
-    "anima": {"cosmos-predict2-2b-t2i"},
-    "cosmos-predict2-2b-t2i": {"anima"},
-}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.shared import SHARED, shared
 FOLDER = SHARED / "bases" / "names"
 LISTS = {p.stem: json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json"))} if FOLDER.exists() else {}
 SPELLED = [(f, who) for f, known in LISTS.items() for who in known.get("spellings", ()) if known.get("bases")]
-NOT=re.compile("0")
+NOT = re.compile("0")
 
 
 def base_of(name: str) -> tuple[str, str]:

@@ -9,8 +9,8 @@ from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.module_spec import ModuleSpec, OtherParameters, Placement
 from krona_hub.bases.name_patterns import encode_module, parse_module
-from krona_hub.bases.original_names import AUTHORS
 from krona_hub.bases.name_table import DIALECTS, table
+from krona_hub.bases.original_names import AUTHORS
 from krona_hub.errors import InexpressibleError, NotFoundError
 from krona_hub.merging.base_weights import open_tree
 from tests import single_file, tiny
