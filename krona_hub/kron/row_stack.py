@@ -25,6 +25,8 @@ from krona_hub.kron.shapes import divisors
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, dense_factor, factor_tensors, map_factor, wide
 
 SCREEN = 1e-5  # relative squared distance from rank 1 beyond which a shape is rejected, well above any rounding
+NEARBY = 4  # rows of A on either side of the one with the largest entry, which reject most shapes
+INDEPENDENT = 1e-6  # relative squared distance of a vector from the span of others: Cholesky keeps enough digits
 NEAR_ONE = 1e-12  # float64 coefficients this near to 1 are 1, so that they change no stored number
 ALIKE = 1e-6  # relative distance from A up to which a column of stored numbers replaces it
 OVERSAMPLED = 8  # random vectors beyond the rank, for the range of a low-rank matrix
@@ -90,39 +92,80 @@ class Stack:
     coordinates: Tensor  # (height / unit, a2, rights)
     orthonormal: Tensor  # (height / unit, a2, basis), coordinates @ basis.mT
     basis: Tensor  # (basis, rights): the rights in the orthonormal basis
+    squares: Tensor  # (height / unit, a2): the sum of squares of the rows of `orthonormal`
     tolerance: float
 
     @property
     def norm(self) -> float:
         """‖ΔW‖."""
-        return float(torch.linalg.vector_norm(self.orthonormal))
+        return float(self.squares.sum().sqrt())
+
+
+class Rights:
+    """The different right factors, up to multiples, each as stored where it came first."""
+
+    def __init__(self) -> None:
+        self.factors: list[Factor] = []
+        self.rows: list[Tensor] = []  # the values of each, in float64
+        self._sizes: list[float] = []  # the largest value of each
+        self._as_stored: dict[tuple[tuple[torch.dtype, bytes], ...], tuple[int, float]] = {}
+        self._directions: dict[tuple[int, bytes], int] = {}
+
+    def number_of(self, factor: Factor) -> tuple[int, float]:
+        """Return n and c with factor = c · factors[n], exact in float64; c = 0 for zeros."""
+        key = tuple((t.dtype, _bytes(t)) for t in factor_tensors(factor))  # q, k and v have copies: skip their products
+        if key not in self._as_stored:
+            self._as_stored[key] = self._added(factor)
+        return self._as_stored[key]
+
+    def _added(self, factor: Factor) -> tuple[int, float]:
+        row = _double(factor).flatten()
+        largest = int(row.abs().argmax())
+        size = float(row[largest])
+        if not size:
+            return 0, 0.0
+        key = largest, _bytes(row / size + 0.0)  # -0.0 + 0.0 is 0.0
+        number = self._directions.setdefault(key, len(self.factors))
+        if number == len(self.factors):
+            self.factors.append(factor)
+            self.rows.append(row)
+            self._sizes.append(size)
+        return number, size / self._sizes[number]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    data: bytes = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return data
 
 
 def _stacked(sums: Sequence[tuple[int, KronTerms]], height: int) -> Stack:
     unit, a2 = sums[0][1].shape.b1, sums[0][1].shape.a2
-    known: dict[tuple[int, bytes], tuple[int, float]] = {}  # direction -> its number, and the largest entry there
-    rights: list[Factor] = []
-    columns: list[Tensor] = []
-    cuts: list[Cut] = []
-    for first, s in sums:
-        for k in range(s.terms):
-            left, right = _nth(s.left, k), _nth(s.right, k)
-            column = _double(right).flatten()
-            largest = int(column.abs().argmax())
-            size = float(column[largest])
-            if not size:
-                continue
-            key = largest, (column / size + 0.0).numpy().tobytes()  # -0.0 + 0.0 is 0.0
-            index, own = known.setdefault(key, (len(rights), size))
-            if index == len(rights):
-                rights.append(right)
-                columns.append(column)
-            cuts.append(Cut(first // unit, left, index, size / own))
-    coordinates = torch.zeros(height // unit, a2, len(rights), dtype=torch.float64)
+    rights = Rights()
+    cuts = [
+        Cut(first // unit, _nth(s.left, k), *rights.number_of(_nth(s.right, k)))
+        for first, s in sums
+        for k in range(s.terms)
+    ]
+    cuts = [cut for cut in cuts if cut.coefficient]
+    coordinates = torch.zeros(height // unit, a2, len(rights.factors), dtype=torch.float64)
     for cut in cuts:
         coordinates[cut.first :][: cut.left.shape[1], :, cut.right] += _double(cut.left)[0] * cut.coefficient
-    basis = torch.linalg.qr(torch.stack(columns, 1), mode="r").R
-    return Stack(cuts, rights, coordinates, coordinates @ basis.mT, basis, _tolerance([s for _, s in sums]))
+    basis = _triangular(torch.stack(rights.rows))
+    orthonormal, tolerance = coordinates @ basis.mT, _tolerance([s for _, s in sums])
+    return Stack(cuts, rights.factors, coordinates, orthonormal, basis, orthonormal.square().sum(2), tolerance)
+
+
+def _triangular(rows: Tensor) -> Tensor:
+    """Return vectors in an orthonormal basis of their span, (basis, n): by Cholesky if independent, else by QR.
+
+    From Cholesky, the basis is orthonormal to a few digits only, which suffices to measure errors.
+    """
+    gram = rows @ rows.mT
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    sizes = lower.diagonal().square() / gram.diagonal()  # of the part of each row outside of the span of those before
+    if not int(failed) and float(sizes.min()) > INDEPENDENT:
+        return torch.as_tensor(lower.mT)
+    return torch.as_tensor(torch.linalg.qr(rows.mT, mode="r").R)
 
 
 def _nth(factor: Factor, k: int) -> Factor:
@@ -142,12 +185,13 @@ def _tolerance(sums: Sequence[KronTerms]) -> float:
 def _with_blocks(stack: Stack, blocks: int) -> KronTerms | None:
     """Return the term whose B has so many blocks of rows, None unless R(ΔW) of that shape has rank 1."""
     whole = _in_blocks(stack.orthonormal, blocks)  # (a1, blocks, a2, basis)
-    size = whole.square().sum((1, 3))  # (a1, a2), of each row of R(ΔW)
+    size = stack.squares.reshape(-1, blocks, whole.shape[2]).sum(1)  # (a1, a2), of each row of R(ΔW)
     i, j = divmod(int(size.argmax()), size.shape[1])
     largest = whole[i, :, j]  # (blocks, basis)
-    left = torch.einsum("imjs,ms->ij", whole, largest) / size[i, j]
-    if float(size.sum() - left.square().sum() * size[i, j]) > SCREEN * float(size.sum()):
-        return None
+    for rows in (slice(max(0, i - NEARBY), i + NEARBY + 1), slice(None)):
+        left = torch.einsum("imjs,ms->ij", whole[rows], largest) / size[i, j]
+        if float(size[rows].sum() - left.square().sum() * size[i, j]) > SCREEN * float(size.sum()):
+            return None
     coordinates = _in_blocks(stack.coordinates, blocks)  # (a1, blocks, a2, rights)
     left, column = _stored_column(coordinates, left)
     weights = torch.einsum("imjs,ij->ms", coordinates, left) / left.square().sum()
@@ -228,7 +272,8 @@ def _joined(blocks: Sequence[Block], height: int, factors: Sequence[Factor], mat
     dense = _dense(blocks, height) if matrix is None else matrix
     product = _as_product(dense, most if united is None else united.rank - 1) if are_low_rank else None
     if product is not None:
-        return product.map(Tensor.float)
+        dtype = torch.promote_types(_widest([t for f in products for t in f.tensors]), torch.float32)
+        return product.map(lambda tensor: tensor.to(dtype))
     return _as_stored(dense, factors)[None] if united is None else united
 
 
