@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from krona_hub.bases import catalog, catalog_index, detection, loading
+from krona_hub.bases import catalog, catalog_index, detection, ldm_names, loading
 from krona_hub.bases.base import Base
 
 UNET = "model.diffusion_model."

@@ -337,6 +337,8 @@ def _diffusers_components(stored: Mapping[str, StoredTensor]) -> dict[str, Compo
         if component in COMPONENTS:
             parts.setdefault(component, {})[path] = tensor
     found = {component: modules for component, of_one in parts.items() if (modules := modules_in(of_one))}
+    if "decoder" in found and STAGE not in found["decoder"]:
+        del found["decoder"]  # of an autoencoder
     if found:
         return found
     modules = modules_in(stored)
@@ -344,6 +346,7 @@ def _diffusers_components(stored: Mapping[str, StoredTensor]) -> dict[str, Compo
     return {kind: modules} if kind else {}
 
 
+STAGE = "clip_txt_pooled_mapper"  # in both models of Stable Cascade
 SIGNS: Mapping[str, tuple[str, ...]] = {  # modules that identify a single component with diffusers names
     "unet": ("mid_block.resnets.0.conv1",),
     "transformer": (

@@ -28,7 +28,7 @@ from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora, size_of, without_hadamard
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
-from krona_hub.formats.writing.write_plan import aim_at, check_nothing_left_out, planned
+from krona_hub.formats.writing.write_plan import aim_at, check_nothing_left_out, fused_layers, planned
 from krona_hub.formats.writing.writer import write_planned
 from krona_hub.kron.to_lora import nearest_lora
 
@@ -59,8 +59,8 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         outcomes |= apply_method(changed, MaxError() if isinstance(method, Keep) else method, target, progress)
     outcomes = {n: replace(o, delta=without_hadamard(o.delta, to_lora=target.to_lora)) for n, o in outcomes.items()}
     target = target.for_result(o.delta for o in outcomes.values())
-    _check_expressible(target, outcomes)
     result = adapter.with_layers({name: o.delta for name, o in outcomes.items()})
+    _check_expressible(target, result, request)
     aim = aim_at(result, target.format, request.tool, request.split_qkv)
     plan = planned(result, aim, request.base, stored)
     layers, error_notes = measured_layers(adapter.layers, reference, outcomes, plan.stored, request.base)
@@ -125,16 +125,24 @@ def _provenance(adapter: Adapter, report: ConversionReport, method: Method, sour
     )
 
 
-def _check_expressible(target: ConversionTarget, outcomes: Mapping[str, ConvertedLayer]) -> None:
-    """Raise InexpressibleError, with measured alternatives, if the target cannot hold a layer."""
-    refusals = target.refusals({name: o.delta for name, o in outcomes.items()})
+def _check_expressible(target: ConversionTarget, result: Adapter, request: ConvertRequest) -> None:
+    """Raise InexpressibleError, with measured alternatives, if the target cannot hold a layer.
+
+    A layer of several terms may be a part of a module that is one term.
+    """
+    refusals = target.refusals(result.layers)
+    if refusals and not target.to_lora:
+        aim = aim_at(result, target.format, request.tool, request.split_qkv)
+        fused = fused_layers(result, aim, request.base)
+        still_refused = target.refusals({name: fused[name] for name in refusals if name in fused})
+        refusals = {name: why for name, why in refusals.items() if name not in fused or name in still_refused}
     if not refusals:
         return
     name, why = next(iter(refusals.items()))
     where = f"{target.format} for {target.tool}" if target.tool else target.format
     raise InexpressibleError(
-        f"{len(refusals)} of {len(outcomes)} layers cannot be written as {where}; first: {name}: {why}.",
-        fix=_offer(target, outcomes[name].delta),
+        f"{len(refusals)} of {len(result)} layers cannot be written as {where}; first: {name}: {why}.",
+        fix=_offer(target, result.layers[name]),
     )
 
 

@@ -9,7 +9,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from krona_hub.errors import UnsupportedError
+from krona_hub.errors import ShapeError, UnsupportedError
 from krona_hub.kron.hadamard import Hadamard
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, transpose_factor
 
@@ -34,7 +34,7 @@ def take_rows(terms: KronTerms, ranges: Sequence[Range]) -> KronTerms:
     if terms.shape.a1 == 1:
         return replace(terms, rows="kron", right=_rows(terms.right, ranges))
     unit = gcd(terms.shape.b1, *(edge for r in ranges for edge in r))
-    cut = _cut(terms, unit)
+    cut = cut_rows(terms, unit)
     return replace(cut, rows="kron", left=_rows(cut.left, [(a // unit, b // unit) for a, b in ranges]))
 
 
@@ -65,45 +65,67 @@ def transposed(terms: KronTerms) -> KronTerms:
 def among_rows(terms: KronTerms, first: int, height: int) -> KronTerms:
     """Embed the sum at row `first` of a matrix of `height` rows that is zero elsewhere; the inverse of take_rows.
 
-    The rows must be one of height / out equal shares, as q, k and v of a fused projection usually are: A (or B, if the
-    rows are interleaved) is padded with zero rows. Raises UnsupportedError otherwise.
+    If b1 divides `first` and `height`, A is padded with zero rows; for a single row of A (a LoRA), B is. Otherwise B is
+    split into blocks of g = gcd(b1, first, height) rows, as in `take_rows`. In DiffuseKronA's interleaved order, A and
+    B change places. Raises ShapeError if the matrix is too small.
 
     >>> terms = KronTerms(torch.rand(1, 2, 2), torch.rand(1, 3, 2))
     >>> tall = among_rows(terms, 6, 18)
     >>> str(tall.shape), torch.equal(tall.dense()[6:12], terms.dense()), int(tall.dense()[:6].count_nonzero())
     ('6x2 ⊗ 3x2', True, 0)
+    >>> str(among_rows(terms, 2, 10).shape)
+    '10x2 ⊗ 1x2'
     """
     out = terms.shape.full[0]
-    if first % out or height % out:
-        raise UnsupportedError(
-            f"rows {first} to {first + out} are not an equal share of {height}.", fix="Split the fused projection."
+    if not 0 <= first <= height - out:
+        raise ShapeError(
+            f"rows {first} to {first + out} do not fit a matrix of {height} rows.",
+            fix="Use the model that the adapter was made for.",
         )
-    shares = height // out, first // out
-    if terms.rows == "shuffled":
-        return replace(terms, right=_among(terms.right, *shares))
-    return replace(terms, left=_among(terms.left, *shares))
+    interleaved = terms.rows == "shuffled"
+    outer, inner = (terms.right, terms.left) if interleaved else (terms.left, terms.right)
+    outer, inner = _padded(outer, inner, first, height)
+    return replace(terms, left=inner, right=outer) if interleaved else replace(terms, left=outer, right=inner)
 
 
-def _among(factor: Factor, shares: int, own: int) -> Factor:
-    """Embed a factor: (terms, p, q) → (terms, shares·p, q), zero outside of the share `own`."""
+def _padded(outer: Factor, inner: Factor, first: int, height: int) -> tuple[Factor, Factor]:
+    """Pad the factor of the outer row index, after splitting the other one into blocks if necessary."""
+    rows = inner.shape[1]
+    unit = gcd(rows, first, height)
+    if unit != rows and outer.shape[1] == 1:
+        return outer, _with_zero_rows(inner, first, height)
+    outer, inner = _cut_factors(outer, inner, rows // unit)
+    return _with_zero_rows(outer, first // unit, height // unit), inner
+
+
+def _with_zero_rows(factor: Factor, first: int, height: int) -> Factor:
+    """Embed a factor: (terms, p, q) → (terms, height, q), zero outside of rows first to first + p."""
     if isinstance(factor, LowRank):
-        return factor.map_sides(lambda up: _among_tensor(up, shares, own))
-    return _among_tensor(factor, shares, own)
+        return factor.map_sides(lambda up: _with_zero_rows_tensor(up, first, height))
+    return _with_zero_rows_tensor(factor, first, height)
 
 
-def _among_tensor(tensor: Tensor, shares: int, own: int) -> Tensor:
+def _with_zero_rows_tensor(tensor: Tensor, first: int, height: int) -> Tensor:
     terms, p, q = tensor.shape
-    tall = tensor.new_zeros(terms, shares, p, q)
-    tall[:, own] = tensor
-    return tall.flatten(1, 2)
+    tall = tensor.new_zeros(terms, height, q)
+    tall[:, first : first + p] = tensor
+    return tall
 
 
-def _cut(terms: KronTerms, unit: int) -> KronTerms:
-    """Split B into blocks of `unit` rows: (A ⊗ eₘ) ⊗ Bₘ for each block m, terms · b1/unit in total."""
-    blocks = terms.shape.b1 // unit
-    if blocks == 1:
-        return terms
-    return KronTerms(_spread(terms.left, blocks), _blocks(terms.right, blocks))
+def cut_rows(terms: KronTerms, unit: int) -> KronTerms:
+    """Split B into blocks of `unit` rows: (A ⊗ eₘ) ⊗ Bₘ for each block m, terms · b1/unit in total.
+
+    >>> terms = KronTerms(torch.rand(1, 2, 2), torch.rand(1, 6, 3))
+    >>> cut = cut_rows(terms, 2)
+    >>> str(cut.shape), cut.terms, torch.equal(cut.dense(), terms.dense())
+    ('6x2 ⊗ 2x3', 3, True)
+    """
+    left, right = _cut_factors(terms.left, terms.right, terms.shape.b1 // unit)
+    return replace(terms, left=left, right=right)
+
+
+def _cut_factors(outer: Factor, inner: Factor, blocks: int) -> tuple[Factor, Factor]:
+    return (outer, inner) if blocks == 1 else (_spread(outer, blocks), _blocks(inner, blocks))
 
 
 def _spread(factor: Factor, blocks: int) -> Factor:

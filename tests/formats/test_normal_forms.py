@@ -7,8 +7,10 @@ from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.bases.module_spec import Placement
 from krona_hub.errors import InexpressibleError, NonFiniteError
 from krona_hub.formats.forms.normal_forms import lora_of, term_of
+from krona_hub.formats.reading.placed_layers import layer_of
 from krona_hub.formats.writing.encode import cast, normalized, tensors_of, why_not
 from krona_hub.formats.writing.fuse_modules import fused
+from krona_hub.kron.norms import scaled
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
 
 OUT, IN = 12, 30
@@ -113,6 +115,59 @@ def test_kronecker_terms_fuse_where_their_right_factors_agree():
     other = [(p, delta(KronTerms(rand(1, 2, 5), rand(1, 2, 6) + i), shape=(4, IN))) for i, p in enumerate(places)]
     with pytest.raises(InexpressibleError, match="--split-qkv"):
         fused("qkv", other, places)
+
+
+PLACES = (Placement("q", (0, 4)), Placement("k", (4, 8)), Placement("v", (8, 12)))
+
+
+def read_as_parts(whole):
+    """q, k and v, as a reader of the fused module gets them."""
+    return [(p, layer_of(whole, p, None)) for p in PLACES]
+
+
+def test_parts_that_were_one_module_fuse_into_what_was_stored():
+    a, b = rand(1, 2, 5, dtype=torch.bfloat16), rand(1, 6, 6, dtype=torch.bfloat16)
+    for s in (KronTerms(a, b), KronTerms(a, LowRank(b[:, :, :2], b[:, :2]))):
+        parts = read_as_parts(delta(s))
+        assert parts[0][1].sums[0].terms == 3
+        again = fused("qkv", parts[::-1], PLACES)
+        assert all(torch.equal(x, y) for x, y in zip(again.sums[0].tensors, s.tensors, strict=True))
+        cast_apart = [(p, cast(part, torch.float32)) for p, part in parts]
+        assert torch.equal(fused("qkv", cast_apart, PLACES).dense(), again.dense())
+
+
+def test_magnitudes_of_the_rows_of_a_fused_module_come_back():
+    whole = LayerDelta((KronTerms(rand(1, 2, 5), rand(1, 6, 6)),), (OUT, IN), torch.arange(1.0, 13))
+    again = fused("qkv", read_as_parts(whole), PLACES)
+    assert torch.equal(again.magnitude, whole.magnitude) and torch.equal(again.sums[0].right, whole.sums[0].right)
+    with pytest.raises(InexpressibleError, match="only some are a DoRA"):
+        fused("qkv", read_as_parts(whole)[:2], PLACES)
+
+
+def test_parts_of_a_module_that_no_longer_are_one_term_are_refused():
+    parts = read_as_parts(delta(KronTerms(rand(1, 2, 5), rand(1, 6, 6))))
+    for changed in (parts[:2], [(PLACES[0], delta(*scaled(parts[0][1].sums, 2), shape=(4, IN))), *parts[1:]]):
+        with pytest.raises(InexpressibleError, match="do not form a single term"):
+            fused("qkv", changed, PLACES)
+
+
+def test_zero_terms_do_not_keep_loras_from_being_fused():
+    zero = delta(KronTerms(torch.zeros(1, 2, 5), rand(1, 2, 6)), shape=(4, IN))
+    lora = delta(as_lora(rand(4, 2), rand(2, IN)), shape=(4, IN))
+    whole = fused("qkv", [(PLACES[0], zero), (PLACES[1], lora), (PLACES[2], zero)], PLACES)
+    assert lora_of(whole).down.shape[0] == 2
+    assert torch.allclose(whole.dense()[4:8], lora.dense()) and not whole.dense()[:4].any()
+    nothing = fused("qkv", [(p, zero) for p in PLACES], PLACES)
+    assert nothing.sums[0].shape.full == (OUT, IN) and not nothing.dense().any()
+
+
+def test_full_matrices_fuse_into_a_full_matrix():
+    parts = [
+        (p, delta(KronTerms(torch.ones(1, 1, 1), rand(1, 4, IN) + i), shape=(4, IN))) for i, p in enumerate(PLACES)
+    ]
+    whole = fused("qkv", parts, PLACES)
+    assert whole.sums[0].shape == (1, 1, OUT, IN)
+    assert torch.equal(whole.dense(), torch.cat([part.dense() for _, part in parts]))
 
 
 def test_swapped_halves_and_transposes_are_what_they_say():

@@ -1,13 +1,15 @@
 """Rows of a Kronecker sum, against the rows of the dense matrix."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krona_hub.errors import UnsupportedError
+from krona_hub.errors import ShapeError, UnsupportedError
 from krona_hub.kron.rows import among_rows, take_rows, transposed
-from krona_hub.kron.terms import KronTerms, LowRank
+from krona_hub.kron.terms import KronTerms, LowRank, as_lora
 
 SMALL = st.integers(1, 4)
 
@@ -82,7 +84,28 @@ def test_rows_among_others_stand_where_they_should_and_come_back(rows, low_rank)
     assert all(torch.equal(a, b) for a, b in zip(back.tensors, terms.tensors, strict=True))
 
 
-@pytest.mark.parametrize(("first", "height"), [(6, 36), (0, 20)])
-def test_rows_that_are_no_equal_share_are_refused(first, height):
-    with pytest.raises(UnsupportedError, match="not an equal share"):
+@settings(deadline=None)
+@given(sums(), st.sampled_from(["kron", "shuffled"]), st.integers(0, 20), st.integers(0, 20))
+def test_rows_placed_anywhere_are_taken_back_and_all_others_are_zero(terms, rows, above, below):
+    terms = replace(terms, rows=rows)
+    out, height = terms.shape.full[0], above + terms.shape.full[0] + below
+    tall = among_rows(terms, above, height)
+    wanted = torch.zeros(height, terms.shape.full[1]).double()
+    wanted[above : above + out] = terms.dense()
+    assert torch.allclose(tall.dense(), wanted)
+    assert torch.allclose(take_rows(tall, [(above, above + out)]).dense(), terms.dense())
+
+
+def test_rows_at_multiples_of_the_right_factor_and_those_of_a_lora_need_no_further_terms():
+    terms = KronTerms(torch.rand(1, 64, 4), torch.rand(1, 96, 2))  # q of the unequal q, k, v of Krea 2
+    tall = among_rows(terms, 0, 9216)
+    assert tall.terms == 1 and torch.equal(tall.right, terms.right)
+    lora = among_rows(as_lora(torch.rand(1536, 2), torch.rand(2, 8)), 6144, 9216)
+    assert (lora.terms, lora.right.rank, lora.shape.a1) == (1, 2, 6)
+    assert among_rows(as_lora(torch.rand(6144, 2), torch.rand(2, 8)), 0, 9216).parameters == 1 + 2 * (9216 + 8)
+
+
+@pytest.mark.parametrize(("first", "height"), [(-1, 36), (6, 17)])
+def test_rows_beyond_the_matrix_are_refused(first, height):
+    with pytest.raises(ShapeError, match="do not fit"):
         among_rows(KronTerms(torch.rand(1, 3, 2), torch.rand(1, 4, 5)), first, height)

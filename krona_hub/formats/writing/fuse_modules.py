@@ -1,7 +1,7 @@
 """Map layers of an adapter to modules of a file: reorder, transpose, or fuse q, k and v that share one weight.
 
-FORMATS.md §13: LoRAs always fuse exactly (stacked downs, block-sparse up); Kronecker terms fuse into one only if
-their right factors are multiples of one another.
+FORMATS.md §13: LoRAs always fuse exactly (stacked downs, block-sparse up). Kronecker sums fuse into one term if their
+right factors are multiples of one another, or if they are the rows of one term, as after reading a fused module.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.bases.module_spec import Placement
 from krona_hub.errors import InexpressibleError
 from krona_hub.formats.forms.normal_forms import Lora, lora_of, multiples, term_of
+from krona_hub.kron.norms import norm
+from krona_hub.kron.row_stack import as_single_term
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor, transpose_factor
 
 Part = tuple[Placement, LayerDelta]
@@ -33,12 +35,17 @@ def fused(module: str, parts: Sequence[Part], placements: Sequence[Placement]) -
     height = max(p.rows[1] for p in placements if p.rows)
     shape = (height, *ordered[0][1].weight_shape[1:])
     magnitude = _magnitudes(module, ordered, len(placements))
-    pairs = [lora_of(delta) for _, delta in ordered]
-    if all(pairs):
-        rows = [p.rows or (0, height) for p, _ in ordered]
-        lora = fused_lora([pair for pair in pairs if pair is not None], rows, height)
-        return LayerDelta((as_lora(*lora),), shape, magnitude)
-    return LayerDelta((_fused_term(module, ordered, height),), shape, magnitude)
+    lora = _fused_lora(ordered, height)
+    return LayerDelta((_fused_term(module, ordered, height) if lora is None else lora,), shape, magnitude)
+
+
+def _fused_lora(parts: Sequence[Part], height: int) -> KronTerms | None:
+    """The parts as one LoRA; None if one of them is not a LoRA."""
+    pairs = [lora_of(delta) for _, delta in parts]
+    known = [pair for pair in pairs if pair is not None]
+    if len(known) < len(pairs):
+        return None
+    return as_lora(*fused_lora(known, [p.rows or (0, height) for p, _ in parts], height))
 
 
 def fused_lora(pairs: Sequence[Lora], rows: Sequence[tuple[int, int]], height: int) -> Lora:
@@ -71,7 +78,25 @@ def _column(blocks: Sequence[tuple[int, Tensor]], height: int) -> Tensor:
 
 
 def _fused_term(module: str, parts: Sequence[Part], height: int) -> KronTerms:
-    """(stacked cⱼAⱼ) ⊗ B for terms Aⱼ ⊗ cⱼB, with zeros for the rows in between."""
+    """The parts as one term, or as one LoRA if all other parts are zero."""
+    term = _stacked_lefts(parts, height)
+    if term is not None:
+        return term
+    nonzero = [(p, delta) for p, delta in parts if norm(delta.sums) > 0]
+    if 0 < len(nonzero) < len(parts):
+        term = _fused_lora(nonzero, height)
+    if term is None:
+        term = as_single_term([(p.rows[0] if p.rows else 0, delta.sums) for p, delta in parts], height)
+    if term is None:
+        raise InexpressibleError(
+            f"{module} fuses {len(parts)} projections, whose Kronecker terms do not form a single term.",
+            fix="Use --split-qkv if the application supports separate projections, or --to lora.",
+        )
+    return term
+
+
+def _stacked_lefts(parts: Sequence[Part], height: int) -> KronTerms | None:
+    """(stacked cⱼAⱼ) ⊗ B for terms Aⱼ ⊗ cⱼB, with zeros for the rows in between; None for other terms."""
     terms = [term_of(delta) for _, delta in parts]
     known = [t for t in terms if t is not None]
     starts = [p.rows[0] if p.rows else 0 for p, _ in parts]
@@ -79,10 +104,7 @@ def _fused_term(module: str, parts: Sequence[Part], height: int) -> KronTerms:
     fits = len(known) == len(parts) and all(t.shape[2:] == right for t in known)
     scales = multiples([t.right for t in known]) if fits else None
     if scales is None or any(n % right[0] for n in (*starts, height)):
-        raise InexpressibleError(
-            f"{module} fuses {len(parts)} projections, whose Kronecker terms do not form a single term.",
-            fix="Use --split-qkv if the application supports separate projections, or --to lora.",
-        )
+        return None
     left = torch.zeros(height // right[0], known[0].shape.a2)
     for term, start, scale in zip(known, starts, scales, strict=True):
         left[start // right[0] :][: term.shape.a1] = dense_factor(term.left)[0].float() * scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import sqrt
@@ -241,6 +242,20 @@ def gathered(layers: Mapping[str, LayerDelta], places: Mapping[str, Home]) -> di
         name: fused(name, [(places[x].placement, layers[x]) for x in own], places[own[0]].siblings)
         for name, own in members.items()
     }
+
+
+def fused_layers(adapter: Adapter, aim: Aim, base: str | Path | Base | None) -> dict[str, LayerDelta]:
+    """Layer -> the delta of the module that fuses it with others, for modules that can be expressed."""
+    known = _known_base(adapter, base)
+    if known is None or aim.format == KRONA.name:
+        return {}
+    places = homes(adapter.layers, aim.dialect, table(known), split_qkv=aim.split_qkv)
+    shared = {x: delta for x, delta in adapter.layers.items() if len(places[x].siblings) > 1}
+    whole: dict[str, LayerDelta] = {}
+    for module in dict.fromkeys(places[x].module for x in shared):
+        with suppress(InexpressibleError):
+            whole |= gathered({x: delta for x, delta in shared.items() if places[x].module == module}, places)
+    return {x: whole[places[x].module] for x in shared if places[x].module in whole}
 
 
 def _context(adapter: Adapter, base: Base | None, *, is_stated: bool) -> Context:
