@@ -76,7 +76,16 @@ def candidates(modules: Shapes, metadata: Mapping[str, str] | None = None) -> tu
     """
     hinted = bases_named(metadata or {})
     found = [c for base in _promising(modules) for c in _score(base, modules, hinted)]
-    return tuple(sorted(_without_variants(found), key=lambda c: (-c.matched, not c.named, -c.score, not c.whole)))
+    found = sorted(_without_variants(found), key=lambda c: (-c.matched, not c.named, -c.score, not c.whole))
+    tied = ties(found)
+    if tied and tied[0].score < SPARSE:  # these scores say nothing: the order of the catalog, better known ones first
+        tied.sort(key=lambda c: _order().get(c.base, -1))
+    return (*tied, *(c for c in found if c not in tied))
+
+
+@cache
+def _order() -> Mapping[str, int]:
+    return {name: number for number, name in enumerate(FAMILIES)}
 
 
 def ties(found: Sequence[Candidate]) -> list[Candidate]:

@@ -102,9 +102,23 @@ class ComponentNames:
     def find(self, path: str) -> Placements | None:
         """The placements of a name without its prefix; None if the component has no such module."""
         found = next((self.index[key] for key in self._keys(path) if key in self.index), None)
+        if found is None or self._has_extra_dots(path):
+            return None
         if isinstance(found, str):
             return (Placement(f"{self.component}.{found}"),)
-        return found and _canonical(self.component, found)
+        return _canonical(self.component, found)
+
+    def _has_extra_dots(self, path: str) -> bool:
+        """Whether a converter wrote dots for the underscores of a name: `cross_attn.k.img` is no module of Wan."""
+        if "." not in path or path in self.modules or any(path in names for names in self._spelled.values()):
+            return False
+        known = self._dotted.get(underscored(path))
+        return known is not None and path.count(".") > known.count(".")
+
+    @cached_property
+    def _dotted(self) -> Mapping[str, str]:
+        named = (name for names in self._spelled.values() for name in names)
+        return {underscored(name): name for name in (*named, *self.modules)}
 
     def find_vector(self, path: str) -> Placements | None:
         """As `find`, also for norms and bare parameters."""

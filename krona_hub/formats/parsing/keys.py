@@ -105,6 +105,7 @@ FOREIGN: Mapping[str, str] = {  # end of a key -> its algorithm, explained in `f
     "vblora_vector_bank": "VB-LoRA",
 }
 POSITIONAL = re.compile(r"(unet|text_encoder):([0-9]{1,6}):(up|down)")  # cloneofsimo: modules are numbered
+XLABS = re.compile(r"(.+\.processor\.(?:qkv|proj)_lora[12])\.(down|up)\.weight")  # x-flux, double blocks
 ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$")
 COPIES = re.compile(r"\.(?:modules_to_save|original_module)\.")  # PEFT stores their biases twice with bias="all"
 EMBEDDINGS = ("bundle_emb.", "emb_params")  # textual-inversion embeddings in the same file (OneTrainer)
@@ -169,6 +170,8 @@ def split_key(key: str, peft: bool = False) -> tuple[str, KeyPart] | None:
     """
     if match := POSITIONAL.fullmatch(key):
         return f"{match[1]}:{match[2]}", KeyPart("lora", match[3], "cloneofsimo")
+    if match := XLABS.fullmatch(key):
+        return match[1], KeyPart("lora", match[2], "processor")
     key = ADAPTER_NAME.sub(r".\1\2", key)
     for tail in _tails(key):
         if tail in TAILS:
