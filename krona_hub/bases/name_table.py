@@ -60,17 +60,18 @@ class ComponentNames:
     @cached_property
     def norm_homes(self) -> Mapping[str, str]:
         """Canonical norm or bare parameter -> its original dotted name."""
-        return {f"{self.component}.{places[0].layer}": name for name, places in self._norm_names.items()}
+        return {f"{self.component}.{p.layer}": name for name, places in self._norm_names.items() for p in places}
 
     @cached_property
-    def norm_index(self) -> Mapping[str, str]:
-        """Underscored name -> path of a norm or of a bare parameter, without a final `.weight` or `.scale`."""
-        index = {underscored(_stem(name)): places[0].layer for name, places in self._norm_names.items()}
-        index.update((underscored(_stem(path)), path) for path in self.modules.norms)
+    def norm_index(self) -> Mapping[str, Placements]:
+        """Underscored name -> norms or a bare parameter, without a final `.weight` or `.scale`."""
+        index = {underscored(_stem(name)): places for name, places in self._norm_names.items()}
+        index.update((underscored(_stem(path)), (Placement(path),)) for path in self.modules.norms)
         return index
 
     def _canonical(self, place: Placement) -> Placement:
-        return place._replace(layer=f"{self.component}.{place.layer}")
+        shared_with = tuple(f"{self.component}.{layer}" for layer in place.shared_with)
+        return place._replace(layer=f"{self.component}.{place.layer}", shared_with=shared_with)
 
     @cached_property
     def index(self) -> Mapping[str, str | Placements]:
@@ -81,8 +82,9 @@ class ComponentNames:
 
     @cached_property
     def homes(self) -> Mapping[str, str]:
-        """Canonical layer -> original dotted name of the module that contains it."""
-        return {place.layer: name for name, places in self.originals.items() for place in places}
+        """Canonical layer -> original dotted name of the module that contains it, or of the first of its rows."""
+        places = [(place, name) for name, own in self.originals.items() for place in own]
+        return {place.layer: name for place, name in places if not place.part or not place.part[0]}
 
     def find(self, path: str) -> Placements | None:
         """The placements of a name without its prefix; None if the component has no such module."""
@@ -98,7 +100,7 @@ class ComponentNames:
         if places is not None:
             return places
         norm = self.norm_index.get(self._key(_stem(path)))
-        return None if norm is None else (Placement(f"{self.component}.{norm}"),)
+        return norm and tuple(map(self._canonical, norm))
 
     def _key(self, path: str) -> str:
         key = underscored(path)
@@ -199,7 +201,7 @@ class NameTable:
         return NotFoundError(f"{self.base.name} has no layer {layer!r}.", fix=fix)
 
     def fused(self, dialect: str) -> Mapping[str, Placements]:
-        """Names of a dialect that are not plain layers: stacked layers, swapped halves, or transposed weights."""
+        """Names of a dialect that are not plain layers: several layers, a part of one, or another order of values."""
         return {
             dialects.prefixed(self.base, part.component, name, dialect): places
             for part in self.parts.values()
