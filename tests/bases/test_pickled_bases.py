@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from krona_hub.bases.loading import load_base, weight_files
+from krona_hub.bases.loading import load_base, read, weight_files
 from krona_hub.cli.main import main
 from krona_hub.conversion.bake_dora import plain_deltas
 from krona_hub.errors import PickleError

@@ -22,7 +22,7 @@ from krona_hub.formats.forms.vector_kinds import LORA_BIAS, kind_of
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.parsing.keys import EMBEDDINGS
 from krona_hub.formats.writing.module_names import Home, homes, vector_name
-from krona_hub.formats.writing.split_modules import check_equal, split_vector
+from krona_hub.formats.writing.split_modules import check_equal, check_equal_norms, split_vector
 
 
 class Beside(NamedTuple):
@@ -71,6 +71,8 @@ def lycoris_tensors(
     for module in modules:
         if module not in layers:
             name = vector_name(module, dialect, names)
+            if names is not None:
+                check_equal_norms(name, module, vectors, names)
             weight, bias = vectors.get(f"{module}.weight"), vectors.get(f"{module}.bias")
             has_bias = base is None or base.parameter(f"{module}.bias") is not None
             tensors |= _norm(name, weight, bias, has_bias)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.adapters.delta_rows import delta_rows, equal_deltas
 from krona_hub.bases.module_spec import Placement
+from krona_hub.bases.name_table import NameTable
 from krona_hub.errors import InexpressibleError
 from krona_hub.formats.writing.module_names import Home
 
@@ -45,10 +47,22 @@ def check_equal(module: str, parts: Sequence[tuple[Placement, LayerDelta]]) -> N
     adapted = {place.layer for place, _ in parts}
     missing = next((layer for layer in first.shared_with if layer not in adapted), None)
     if missing is not None:
-        raise _shared(module, first.layer, missing, "only the former is adapted")
+        raise _shared(module, first.layer, missing, "only one of them is adapted")
     other = next((place for place, own in parts[1:] if not equal_deltas(delta, own)), None)
     if other is not None:
         raise _shared(module, first.layer, other.layer, "their deltas differ")
+
+
+def check_equal_norms(name: str, norm: str, vectors: Mapping[str, Tensor], names: NameTable) -> None:
+    """Raise InexpressibleError unless all norms that the file stores once, under this name, change alike."""
+    places = names.vector_places(name, norm.partition(".")[0]) or ()
+    for first, other in ((place.layer, other) for place in places[:1] for other in place.shared_with):
+        for parameter in ("weight", "bias"):
+            one, two = (vectors.get(f"{owner}.{parameter}") for owner in (first, other))
+            if (one is None) != (two is None):
+                raise _shared(name, first, other, "only one of them is adapted")
+            if one is not None and two is not None and not torch.equal(one, two):
+                raise _shared(name, first, other, "their deltas differ")
 
 
 def _shared(module: str, one: str, other: str, why: str) -> InexpressibleError:
