@@ -292,7 +292,7 @@ def test_a_table_stored_flat_is_read_in_its_own_shape(tmp_path):
     place = loading.WeightPlace(tmp_path / "w.safetensors", "mod.lin", Placement("table"), (6, 4))
     assert torch.equal(loading.read((place,)), values.reshape(6, 4))
     scalar = place._replace(tensor="scalar", shape=None)
-    assert loading.read(scalar) == 3.0
+    assert loading.read((scalar,)) == 3.0
     part = Component({"proj": ModuleSpec((4, 6))}, lambda: OtherParameters({}, {"table": ModuleSpec((6, 4), False)}))
     base = Base("x", None, {"transformer": part})
     stored = {"table": loading.StoredTensor(tmp_path / "w.safetensors", "mod.lin", (24,))}
