@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,9 +29,11 @@ from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora, size_of, without_hadamard
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
-from krona_hub.formats.writing.write_plan import aim_at, check_nothing_left_out, planned
+from krona_hub.formats.writing.write_plan import aim_at, check_nothing_left_out, planned, split_layers
 from krona_hub.formats.writing.writer import write_planned
 from krona_hub.kron.to_lora import nearest_lora
+
+SplitLayers = Mapping[str, Mapping[str, LayerDelta]]  # layer -> modules of the file that together store it -> delta
 
 
 def execute(request: ConvertRequest, progress: Progress | None = None) -> ConversionReport:
@@ -59,8 +62,8 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         outcomes |= apply_method(changed, MaxError() if isinstance(method, Keep) else method, target, progress)
     outcomes = {n: replace(o, delta=without_hadamard(o.delta, to_lora=target.to_lora)) for n, o in outcomes.items()}
     target = target.for_result(o.delta for o in outcomes.values())
-    _check_expressible(target, outcomes)
     result = adapter.with_layers({name: o.delta for name, o in outcomes.items()})
+    _check_expressible(target, outcomes, partial(_split, result, target, request))
     aim = aim_at(result, target.format, request.tool, request.split_qkv)
     plan = planned(result, aim, request.base, stored)
     layers, error_notes = measured_layers(adapter.layers, reference, outcomes, plan.stored, request.base)
@@ -125,9 +128,25 @@ def _provenance(adapter: Adapter, report: ConversionReport, method: Method, sour
     )
 
 
-def _check_expressible(target: ConversionTarget, outcomes: Mapping[str, ConvertedLayer]) -> None:
-    """Raise InexpressibleError, with measured alternatives, if the target cannot hold a layer."""
+def _split(
+    result: Adapter, target: ConversionTarget, request: ConvertRequest
+) -> Mapping[str, Mapping[str, LayerDelta]]:
+    return split_layers(result, aim_at(result, target.format, request.tool, request.split_qkv), request.base)
+
+
+def _check_expressible(
+    target: ConversionTarget,
+    outcomes: Mapping[str, ConvertedLayer],
+    split: Callable[[], SplitLayers],
+) -> None:
+    """Raise InexpressibleError, with measured alternatives, if the target cannot hold a layer.
+
+    A layer of which the file stores the rows in several modules may be a sum of one term for each; `split` has those.
+    """
     refusals = target.refusals({name: o.delta for name, o in outcomes.items()})
+    if refusals and not target.to_lora:
+        modules = split()
+        refusals = {n: why for n, why in refusals.items() if n not in modules or target.refusals(modules[n])}
     if not refusals:
         return
     name, why = next(iter(refusals.items()))

@@ -247,6 +247,19 @@ def gathered(layers: Mapping[str, LayerDelta], places: Mapping[str, Homes]) -> d
     return {name: fused(name, parts, siblings[name]) for name, parts in members.items()}
 
 
+def split_layers(adapter: Adapter, aim: Aim, base: str | Path | Base | None) -> dict[str, dict[str, LayerDelta]]:
+    """Layer -> module -> delta, for the layers that several modules of the file together store."""
+    known = _known_base(adapter, base)
+    if known is None or aim.format == KRONA.name:
+        return {}
+    places = homes(adapter.layers, aim.dialect, table(known), split_qkv=aim.split_qkv)
+    return {
+        layer: {home.module: own for home, own in split_layer(delta, places[layer])}
+        for layer, delta in adapter.layers.items()
+        if places[layer][0].placement.part
+    }
+
+
 def _context(adapter: Adapter, base: Base | None) -> Context:
     own = adapter.base
     return Context(
