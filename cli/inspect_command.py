@@ -137,11 +137,14 @@ def _show_groups(about: Description) -> None:
 def _show_modules(about: Description) -> None:
     show_table(
         ("layer", "kind", "factorization", "scale", ">parameters"),
-        (
-            (" + ".join(m.layers) or m.name, _kind(m), factorization_text(m), scale_text(m), m.parameters)
-            for m in about.modules
-        ),
+        ((_adapted(m), _kind(m), factorization_text(m), scale_text(m), m.parameters) for m in about.modules),
     )
+
+
+def _adapted(module: Any) -> str:
+    """The layers of a module, or the rows of one that it fills, with the first and the last row."""
+    rows = f", rows {module.part[0]} to {module.part[1] - 1}" if module.part else ""
+    return (" + ".join(module.layers) or str(module.name)) + rows
 
 
 def _kind(module: Any) -> str:

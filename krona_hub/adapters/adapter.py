@@ -126,7 +126,7 @@ class LayerDelta:
         return dora_weight(base + delta, self.magnitude.to(delta.dtype), self.magnitude_axis) - base
 
 
-def _vector_delta(vector: Tensor) -> LayerDelta:
+def vector_delta(vector: Tensor) -> LayerDelta:
     """Return what is added to a parameter as 1 ⊗ v, flat, since files store bare parameters in several shapes."""
     return LayerDelta((KronTerms(torch.ones(1, 1, 1), vector.reshape(1, -1, 1)),), (vector.numel(),))
 
@@ -221,7 +221,7 @@ class Adapter(Mapping[str, LayerDelta]):
         Raises NotFoundError for a name that is neither.
         """
         vector = self.vectors.get(canonical_name(name))
-        return self[name] if vector is None else _vector_delta(vector)
+        return self[name] if vector is None else vector_delta(vector)
 
     def get(self, layer: str, default: Any = None) -> Any:
         """Return the delta of a layer, or `default`."""

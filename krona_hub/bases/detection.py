@@ -20,7 +20,7 @@ from krona_hub.bases import catalog, catalog_index
 from krona_hub.bases.base import Base
 from krona_hub.bases.families import FAMILIES, equals_of
 from krona_hub.bases.metadata_hints import bases_named
-from krona_hub.bases.module_spec import Placement
+from krona_hub.bases.module_spec import Placement, stored_height
 from krona_hub.bases.name_patterns import NUMBER
 from krona_hub.bases.name_table import NameTable, table
 
@@ -188,10 +188,15 @@ def _fits(base: Base, places: tuple[Placement, ...], shape: tuple[int, ...] | No
     """Whether a delta of this shape fits the placements; kernels may be flattened into the columns."""
     if shape is None:
         return True
-    sizes = [module.matrix for place in places if (module := base.module(place.layer))]
-    expected = sum(out for out, _ in sizes), sizes[0][1]
-    given = shape[0], prod(shape[1:])
-    return given == (expected[::-1] if places[0].transpose else expected)
+    return (shape[0], prod(shape[1:])) == stored_matrix(base, places)
+
+
+def stored_matrix(base: Base, places: tuple[Placement, ...]) -> tuple[int, int]:
+    """(out, in·k…) of the stored module that these placements, of layers of `base`, are in."""
+    layers = [module for place in places if (module := base.module(place.layer))]
+    rows = stored_height(places, [place.height(module) for place, module in zip(places, layers, strict=True)])
+    size = rows, layers[0].matrix[1]
+    return size[::-1] if places[0].transpose else size
 
 
 def _lacking(base: Base, layers: set[str]) -> int:

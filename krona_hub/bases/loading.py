@@ -6,7 +6,7 @@ Names and shapes come from safetensors headers; only folders with a `config.json
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from math import prod
@@ -23,6 +23,7 @@ from krona_hub.bases.name_table import table
 from krona_hub.bases.weight_files import (
     StoredTensor,
     WeightPlace,
+    WeightPlaces,
     files_of,
     modules_in,
     only_pickles,
@@ -30,6 +31,7 @@ from krona_hub.bases.weight_files import (
     read,
     stored_in,
     weights_by_module,
+    whole_weights,
 )
 from krona_hub.checkpoints.file_names import ADAPTER_PICKLES, SAFETENSORS
 from krona_hub.errors import FormatError, NotFoundError, UnknownBaseError
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WeightPlace",
+    "WeightPlaces",
     "Weights",
     "base_weights",
     "landed",
@@ -95,10 +98,10 @@ def load_base(source: str | Path) -> Base:
     return catalog.get(str(source))
 
 
-def weight_files(source: str | Path) -> dict[str, WeightPlace]:
+def weight_files(source: str | Path) -> dict[str, WeightPlaces]:
     """Canonical layer -> location of its base weight; {} for a base model without local weights.
 
-    `read(place)` returns the tensor itself.
+    `read(places)` returns the tensor itself.
     """
     path = folder_of(source)
     if path.is_dir():
@@ -112,10 +115,10 @@ def weight_files(source: str | Path) -> dict[str, WeightPlace]:
     return placed(path, stored_in([path]))
 
 
-def vector_files(source: str | Path) -> dict[str, WeightPlace]:
+def vector_files(source: str | Path) -> dict[str, WeightPlaces]:
     """Canonical parameter -> location, of every bias, norm and bare parameter; {} without local weights.
 
-    `read(place)` returns the tensor itself, in the shape of the parameter.
+    `read(places)` returns the tensor itself, in the shape of the parameter.
     """
     path = folder_of(source)
     if path.is_dir():
@@ -133,21 +136,21 @@ def base_weights(source: str | Path) -> Weights:
     """
 
     @cache
-    def places() -> Mapping[str, WeightPlace]:
+    def places() -> Mapping[str, WeightPlaces]:
         return weight_files(source)
 
     @cache
-    def vectors() -> Mapping[str, WeightPlace]:
+    def vectors() -> Mapping[str, WeightPlaces]:
         return vector_files(source)
 
     def weight(name: str) -> Tensor | None:
-        place = places().get(name) or vectors().get(name)
-        return read(place) if place else None
+        found = places().get(name) or vectors().get(name)
+        return read(found) if found else None
 
     return weight
 
 
-def open_checkpoint(path: Path) -> tuple[Base, dict[str, WeightPlace]]:
+def open_checkpoint(path: Path) -> tuple[Base, dict[str, WeightPlaces]]:
     """The base model in one checkpoint file and the location of each layer's weight, from a single header read."""
     stored = stored_in([path])
     base = _base_of_tensors(path, stored)
@@ -172,7 +175,7 @@ def refuse_pickles(folders: Mapping[str, Path], *, whole: bool = False) -> None:
             raise pickles
 
 
-def placed(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
+def placed(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlaces]:
     """Canonical layer -> location of its weight, for tensors with any names of a base model in the catalog.
 
     `path` names the source in errors. Raises UnknownBaseError if no base model has these names.
@@ -180,43 +183,48 @@ def placed(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPl
     return landed(_base_of_tensors(path, stored), stored)
 
 
-def plainly_placed(component: str, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
+def plainly_placed(component: str, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlaces]:
     """Canonical layer -> location of its weight, for the tensors of one component with diffusers names."""
     weights = {path.removeprefix("text_model."): w for path, w in weights_by_module(stored).items()}
     layers = {f"{component}.{path}": w for path, w in weights.items()}
-    return {layer: WeightPlace(w.path, w.tensor, Placement(layer)) for layer, w in layers.items()}
+    return {layer: (WeightPlace(w.path, w.tensor, Placement(layer)),) for layer, w in layers.items()}
 
 
-def landed(base: Base, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
-    """Canonical layer -> location of its weight, for tensors with any names of `base`."""
+def landed(base: Base, stored: Mapping[str, StoredTensor], component: str | None = None) -> dict[str, WeightPlaces]:
+    """Canonical layer -> location of its weight, for tensors with any names of `base`, or of one component of it."""
     weights = weights_by_module(stored)
-    return {
-        place.layer: WeightPlace(weight.path, weight.tensor, place)
+    found = (
+        WeightPlace(weight.path, weight.tensor, place)
         for name, weight in weights.items()
-        for place in table(base).find(name) or ()
-    }
+        for place in table(base).find(name, component) or ()
+    )
+    return whole_weights(found, {layer: module.shape for layer, module in base.layers()}.get)
 
 
-def plain_vectors(component: str, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
+def plain_vectors(component: str, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlaces]:
     """Canonical parameter -> location, for the biases, norms and bare parameters with diffusers names."""
     modules = modules_in(stored)
     paths = {name.removeprefix("text_model."): tensor for name, tensor in stored.items()}
     found = {f"{component}.{path}": t for path, t in paths.items() if modules.parameter(path) is not None}
-    return {parameter: WeightPlace(t.path, t.tensor, Placement(parameter)) for parameter, t in found.items()}
+    return {parameter: (WeightPlace(t.path, t.tensor, Placement(parameter)),) for parameter, t in found.items()}
 
 
-def landed_vectors(base: Base, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlace]:
+def landed_vectors(base: Base, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlaces]:
     """Canonical parameter -> location, for the biases, norms and bare parameters with any names of `base`."""
-    found = {}
+    return whole_weights(_every_vector(base, stored), base.parameter)
+
+
+def _every_vector(base: Base, stored: Mapping[str, StoredTensor]) -> Iterator[WeightPlace]:
     for name, tensor in stored.items():
         module, part = parameter_of(name)
         for place in table(base).vector_places(module) or table(base).vector_places(name) or ():
-            for parameter in (f"{place.layer}.{part}", place.layer):
-                if (shape := base.parameter(parameter)) is not None:
-                    placement = place._replace(layer=parameter, transpose=False)
+            for ending in (f".{part}", ""):
+                own = place.renamed(ending)
+                if (shape := base.parameter(own.layer)) is not None:
                     flat = place.rows is None and tensor.shape != shape and prod(tensor.shape) == prod(shape)
-                    found[parameter] = WeightPlace(tensor.path, tensor.tensor, placement, shape if flat else None)
-    return found
+                    yield WeightPlace(
+                        tensor.path, tensor.tensor, own._replace(transpose=False), shape if flat else None
+                    )
 
 
 def component_folders(path: Path) -> dict[str, Path]:
@@ -315,13 +323,13 @@ def _base_of_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> Base:
 def _as_stored(
     component: str,
     modules: Component,
-    places: Mapping[str, WeightPlace],
+    places: Mapping[str, WeightPlaces],
     stored: Mapping[str, StoredTensor],
 ) -> Component:
     """The modules of the catalog with the shapes in the file: an inpainting U-Net has a wider `conv_in`."""
 
     def actual(path: str, module: ModuleSpec) -> ModuleSpec:
-        weight = places[f"{component}.{path}"]
+        weight = places[f"{component}.{path}"][0]
         shape = stored[weight.tensor].shape
         same = prod(shape) == prod(module.shape) or not weight.placement.plain
         return module if same else module._replace(shape=shape)

@@ -1,75 +1,124 @@
 """Tables that map names of modules, norms and bare parameters of another program to diffusers paths.
 
-A table is text with one name per line: the other name, then the diffusers path, both with `{}` for the block
-number. `(a|b|c)` lists the layers that the other module stacks, in row order; `swap` marks a module of two chunks
-(scale, shift) stored in reverse order; `transpose` marks a weight stored as (in, out).
+A table is text with one name per line: the other name, then the diffusers path, then flags. `{}` is a block number;
+a name may have several, the same on both sides, in the same order.
+
+    a.qkv             a.(to_q|to_k|to_v)   the other module stacks these layers, in row order
+    a.(up|gate)       a.proj               the layer stacks these other modules, in equal shares, in row order
+    a.q               a.(to_q1&to_q2)      the other module is each of these layers, which therefore have equal weights
+    a.mod             a.norm swap          a modulation of two chunks (scale, shift), stored in reverse order
+    a.w1              a.proj halves        the two halves of the rows are stored in reverse order, whatever the shape
+    a.w               a.proj transpose     the weight is stored as (in, out)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 from krona_hub.bases.module_spec import ModuleSpec, Placement
 
-FIRST_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+NUMBER = re.compile(r"(?<![^.])(?:\d+|\{\})(?![^.])")  # a whole part of a dotted path, or its place in a rule
+CHOICE = re.compile(r"(.*)\((.*)\)(.*)")
+FLAGS = ("swap", "halves", "transpose")
+
+Numbers = tuple[str, ...]
 
 
 class Rule(NamedTuple):
-    """One line of a table."""
+    """One name of a table."""
 
     other: str
     parts: tuple[str, ...]  # diffusers paths, in row order
     swap: bool = False
     transpose: bool = False
+    halves: bool = False
+    shared: bool = False  # the other module is each of `parts`, rather than their stack
+    share: tuple[int, int] = (0, 1)  # (i, n): the other module is share i of n equal ones of the rows of the layer
 
 
 def parse(table: str) -> tuple[Rule, ...]:
     """Parse the text of a table.
 
-    >>> parse("blocks.{}.qkv  layers.{}.(to_q|to_k)")
-    (Rule(other='blocks.{}.qkv', parts=('layers.{}.to_q', 'layers.{}.to_k'), swap=False, transpose=False),)
+    >>> [(rule.other, rule.parts) for rule in parse("blocks.{}.qkv  layers.{}.(to_q|to_k)")]
+    [('blocks.{}.qkv', ('layers.{}.to_q', 'layers.{}.to_k'))]
+    >>> [(rule.other, rule.share) for rule in parse("mlp.(up|gate)  ff.proj")]
+    [('mlp.up', (0, 2)), ('mlp.gate', (1, 2))]
     """
-    rules = []
-    for line in table.strip().splitlines():
-        other, path, *flags = line.split()
-        rules.append(Rule(other, _alternatives(path), "swap" in flags, "transpose" in flags))
-    return tuple(rules)
+    return tuple(rule for line in table.strip().splitlines() for rule in _rules(line))
 
 
-def _alternatives(path: str) -> tuple[str, ...]:
-    stacked = re.fullmatch(r"(.*)\((.*)\)", path)
-    return tuple(stacked[1] + part for part in stacked[2].split("|")) if stacked else (path,)
+def _rules(line: str) -> Iterator[Rule]:
+    other, path, *flags = line.split()
+    others, parts = _alternatives(other, "|"), _alternatives(path, "|")
+    shared = len(parts) == 1 and "&" in path
+    parts = _alternatives(path, "&") if shared else parts
+    if not {*flags} <= {*FLAGS} or (len(others) > 1 and len(parts) > 1) or (len(parts) > 1 and flags and not shared):
+        raise ValueError(f"not a line of a name table: {line!r}")  # a bug in a table
+    for i, name in enumerate(others):
+        share = i, len(others)
+        yield Rule(name, parts, "swap" in flags, "transpose" in flags, "halves" in flags, shared, share)
 
 
-def apply(rules: tuple[Rule, ...], modules: Mapping[str, ModuleSpec]) -> dict[str, tuple[Placement, ...]]:
+def _alternatives(path: str, separator: str) -> tuple[str, ...]:
+    choice = CHOICE.fullmatch(path)
+    return tuple(choice[1] + part + choice[3] for part in choice[2].split(separator)) if choice else (path,)
+
+
+def apply(rules: Sequence[Rule], modules: Mapping[str, ModuleSpec]) -> dict[str, tuple[Placement, ...]]:
     """Other name -> placements (layer: path within the component), for each rule and block that `modules` has."""
     blocks = _blocks(modules)
-    return {
-        rule.other.format(i): _placements(rule, [part.format(i) for part in rule.parts], modules)
-        for rule in rules
-        for i in blocks.get(rule.parts[0].partition("{}")[0], ())
-        if all(part.format(i) in modules for part in rule.parts)
-    }
+    found = {}
+    for rule in rules:
+        for numbers in _numbers(rule.parts[0], blocks):
+            paths = [part.format(*numbers) for part in rule.parts]
+            if all(path in modules for path in paths) and _divides(rule.share, modules[paths[0]]):
+                found[rule.other.format(*numbers)] = _placements(rule, paths, modules)
+    return found
 
 
-def _blocks(modules: Mapping[str, ModuleSpec]) -> Mapping[str, Iterable[int]]:
-    """Prefix before the first number of a path -> numbers that follow it; a path without a number -> 0."""
-    blocks: dict[str, dict[int, None]] = {}  # a dict keeps the order
+def _blocks(modules: Mapping[str, ModuleSpec]) -> Mapping[str, list[Numbers]]:
+    """Path with `{}` for each of its numbers -> the numbers of the modules with that path."""
+    blocks: dict[str, list[Numbers]] = {}
     for path in modules:
-        blocks[path] = {0: None}
-        if number := FIRST_NUMBER.search(path):
-            blocks.setdefault(path[: number.start()], {})[int(number[0])] = None
+        blocks.setdefault(NUMBER.sub("{}", path), []).append(tuple(NUMBER.findall(path)))
     return blocks
 
 
+def _numbers(path: str, blocks: Mapping[str, list[Numbers]]) -> Iterator[Numbers]:
+    """The block numbers for which a path of a rule exists; its other numbers, as in `to_out.0`, are fixed."""
+    places = NUMBER.findall(path)
+    fixed = [(i, number) for i, number in enumerate(places) if number != "{}"]
+    free = [i for i, number in enumerate(places) if number == "{}"]
+    for numbers in blocks.get(NUMBER.sub("{}", path), ()):
+        if all(numbers[i] == number for i, number in fixed):
+            yield tuple(numbers[i] for i in free)
+
+
 def _placements(rule: Rule, paths: list[str], modules: Mapping[str, ModuleSpec]) -> tuple[Placement, ...]:
-    swap = rule.swap and _two_chunks(modules[paths[0]])
+    first = modules[paths[0]]
+    swap = rule.halves or (rule.swap and _two_chunks(first))
+    if rule.shared:
+        return tuple(
+            Placement(path, None, swap, rule.transpose, None, tuple(p for p in paths if p != path)) for path in paths
+        )
     if len(paths) == 1:
-        return (Placement(paths[0], None, swap, rule.transpose),)
+        return (Placement(paths[0], None, swap, rule.transpose, _part(rule.share, first)),)
     return tuple(Placement(path, rows) for path, rows in zip(paths, _rows(paths, modules), strict=True))
+
+
+def _divides(share: tuple[int, int], module: ModuleSpec) -> bool:
+    return share[1] == 1 or module.shape[0] % share[1] == 0
+
+
+def _part(share: tuple[int, int], module: ModuleSpec) -> tuple[int, int] | None:
+    own, count = share
+    if count == 1:
+        return None
+    height = module.shape[0] // count
+    return own * height, (own + 1) * height
 
 
 def _rows(paths: list[str], modules: Mapping[str, ModuleSpec]) -> Iterator[tuple[int, int]]:

@@ -72,14 +72,14 @@ class ComponentNames:
     def norm_homes(self, spelling: str) -> Mapping[str, str]:
         """Canonical norm or bare parameter -> its dotted name in a spelling."""
         names = self._norm_names.get(spelling, {})
-        return {f"{self.component}.{places[0].layer}": name for name, places in names.items()}
+        return {f"{self.component}.{place.layer}": name for name, places in names.items() for place in places}
 
     @cached_property
-    def norm_index(self) -> Mapping[str, str]:
-        """Underscored name -> path of a norm or of a bare parameter, without a final `.weight` or `.scale`."""
+    def norm_index(self) -> Mapping[str, Placements]:
+        """Underscored name -> norms or a bare parameter, without a final `.weight` or `.scale`."""
         named = (item for names in self._norm_names.values() for item in names.items())
-        index = {underscored(_stem(name)): places[0].layer for name, places in named}
-        index.update((underscored(_stem(path)), path) for path in self.modules.norms)
+        index = {underscored(_stem(name)): places for name, places in named}
+        index.update((underscored(_stem(path)), (Placement(path),)) for path in self.modules.norms)
         return index
 
     @cached_property
@@ -93,9 +93,14 @@ class ComponentNames:
 
     @cached_property
     def homes(self) -> Mapping[str, Mapping[str, str]]:
-        """Spelling -> canonical layer -> dotted name of the module that contains it."""
+        """Spelling -> canonical layer -> dotted name of the module that contains it, or of the first of its rows."""
         return {
-            who: {place.layer: name for name, places in names.items() for place in places}
+            who: {
+                place.layer: name
+                for name, places in names.items()
+                for place in places
+                if not place.part or not place.part[0]
+            }
             for who, names in self.spellings.items()
         }
 
@@ -126,7 +131,7 @@ class ComponentNames:
         if places is not None:
             return places
         norm = next((self.norm_index[k] for k in self._keys(_stem(path)) if k in self.norm_index), None)
-        return None if norm is None else (Placement(f"{self.component}.{norm}"),)
+        return norm and _canonical(self.component, norm)
 
     def _keys(self, path: str) -> Iterator[str]:
         return keys_of(path, text_encoder=self.component.startswith("text_encoder"))
@@ -227,7 +232,7 @@ class NameTable:
         return NotFoundError(f"{self.base.name} has no layer {layer!r}.", fix=fix)
 
     def fused(self, dialect: str) -> Mapping[str, Placements]:
-        """Names of a dialect that are not plain layers: stacked layers, swapped halves, or transposed weights."""
+        """Names of a dialect that are not plain layers: several layers, a part of one, or another order of values."""
         return {
             dialects.prefixed(self.base, part.component, name, dialect): places
             for part in self.parts.values()
@@ -308,7 +313,12 @@ def _in(component: str, names: Mapping[str, Placements]) -> Mapping[str, Placeme
 
 
 def _canonical(component: str, places: Placements) -> Placements:
-    return tuple(place._replace(layer=f"{component}.{place.layer}") for place in places)
+    return tuple(
+        place._replace(
+            layer=f"{component}.{place.layer}", shared_with=tuple(f"{component}.{x}" for x in place.shared_with)
+        )
+        for place in places
+    )
 
 
 def spell(table: NameTable, layer: str, dialect: str) -> str | None:

@@ -46,8 +46,11 @@ def _both(name: str) -> dict[str, str]:
     return {AUTHORS: name, COMFYUI: f"{name}.comfyui"}
 
 
+QKV = {"qkv": "flux1.qkv"}  # the first rows of a fused module, which ComfyUI also finds by a name
+
+
 ORIGINALS = (  # the first with all of `needs` applies
-    Original("chroma", ("distilled_guidance_layer.in_proj", "x_embedder"), _same("flux1"), "diffusers"),
+    Original("chroma", ("distilled_guidance_layer.in_proj", "x_embedder"), _same("flux1") | QKV, "diffusers"),
     Original("framepack", ("clean_x_embedder.proj",), {COMFYUI: "framepack.comfyui"}),
     Original("hunyuan-video-15", ("context_embedder_2.linear_1", "image_embedder.linear_1"), _both("hunyuan-video-15")),
     Original(
@@ -58,11 +61,11 @@ ORIGINALS = (  # the first with all of `needs` applies
     ),
     Original("flux2", ("single_transformer_blocks.0.attn.to_qkv_mlp_proj",), _same("flux2")),
     Original("flux3", ("x_embedders.image",), _same("flux3")),
-    Original("ovis-image", ("timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp"), _both("ovis-image")),
+    Original("ovis-image", ("timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp"), _both("ovis-image") | QKV),
     Original(
         "longcat-image",
         ("time_embed.timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp", "context_embedder 3072x3584"),
-        {COMFYUI: "longcat-image.comfyui"},
+        {COMFYUI: "longcat-image.comfyui"} | QKV,
     ),
     Original(
         "bria", ("time_embed.timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp"), comfyui="diffusers"
@@ -70,7 +73,7 @@ ORIGINALS = (  # the first with all of `needs` applies
     Original(
         "flux1",
         ("single_transformer_blocks.0.proj_mlp", "x_embedder"),
-        _same("flux1") | {"xlabs": "flux1.xlabs", "qkv": "flux1.qkv"},
+        _same("flux1") | {"xlabs": "flux1.xlabs"} | QKV,
         "diffusers",
     ),
     Original("auraflow", ("joint_transformer_blocks.0.ff.linear_1",), _same("auraflow"), "diffusers"),
@@ -104,7 +107,7 @@ ORIGINALS = (  # the first with all of `needs` applies
     ),
     Original("glm-image", ("glyph_projector.net.2",), comfyui="diffusers"),
     Original("ideogram4", ("llm_cond_proj", "layers.0.attention.to_q"), _same("ideogram4")),
-    Original("stable-cascade", ("clip_txt_pooled_mapper",)),
+    Original("stable-cascade", ("clip_txt_pooled_mapper",), _both("stable-cascade")),
     Original(
         "qwen-image-21",
         ("transformer_blocks.0.img_mlp.gate_layer",),

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from krona_hub.bases import ldm_names
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
-from krona_hub.bases.module_spec import ModuleSpec
+from krona_hub.bases.module_spec import ModuleSpec, stored_height
 from krona_hub.bases.name_table import table
 from krona_hub.errors import UsageError
 
@@ -179,6 +179,7 @@ def _fused(base: Base, component: str) -> dict[str, ModuleSpec]:
     """The modules of the original code, with the total height of the layers they stack."""
     fused = {}
     for name, places in table(base).parts[component].originals.items():
-        parts = [module for place in places if (module := base.module(place.layer))]
-        fused[name] = parts[0]._replace(shape=(sum(m.shape[0] for m in parts), *parts[0].shape[1:]))
+        layers = [module for place in places if (module := base.module(place.layer))]
+        height = stored_height(places, [p.height(m) for p, m in zip(places, layers, strict=True)])
+        fused[name] = layers[0]._replace(shape=(height, *layers[0].shape[1:]))
     return fused

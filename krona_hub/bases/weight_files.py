@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,12 +40,15 @@ class StoredTensor(NamedTuple):
 
 
 class WeightPlace(NamedTuple):
-    """The location of the base weight of a layer, or of another parameter: rows of a tensor in a file."""
+    """The location of the base weight of a layer, of some of its rows, or of another parameter, in a tensor."""
 
     path: Path
     tensor: str
     placement: Placement
     shape: tuple[int, ...] | None = None  # of the parameter, if the file stores it in another shape
+
+
+WeightPlaces = tuple[WeightPlace, ...]  # all of one weight: one, or several that fill its rows, in order
 
 
 def stored_in(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -212,12 +215,39 @@ def weights_by_module(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTen
     return {path: place for path, place in named if len(place.shape) > 1 and not _is_table(path, place.shape)}
 
 
-def read(place: WeightPlace) -> Tensor:
+def whole_weights(
+    found: Iterable[WeightPlace], shape_of: Callable[[str], tuple[int, ...] | None]
+) -> dict[str, WeightPlaces]:
+    """Gather all locations of each weight; a weight with rows in no tensor is left out.
+
+    `shape_of` knows the shape of a layer or parameter. Of two tensors for the same rows, the second counts.
+    """
+    gathered: dict[str, dict[tuple[int, int] | None, WeightPlace]] = {}
+    for place in found:
+        gathered.setdefault(place.placement.layer, {})[place.placement.part] = place
+    whole: dict[str, WeightPlaces] = {}
+    for name, by_part in gathered.items():
+        if None in by_part:
+            whole[name] = (by_part[None],)
+            continue
+        parts = sorted(part for part in by_part if part)
+        if sum(stop - start for start, stop in parts) == (shape_of(name) or (0,))[0]:
+            whole[name] = tuple(by_part[part] for part in parts)
+    return whole
+
+
+def read(places: WeightPlaces) -> Tensor:
     """Read a base weight in its stored dtype: only its rows, with halves and axes in canonical order."""
+    import torch
+
+    return _read(places[0]) if len(places) == 1 else torch.cat([_read(place) for place in places])
+
+
+def _read(place: WeightPlace) -> Tensor:
     import torch
     from safetensors import safe_open
 
-    _, rows, swap_halves, transpose = place.placement
+    _, rows, swap_halves, transpose, *_ = place.placement
     with safe_open(place.path, framework="pt") as file:
         stored: Tensor = file.get_slice(place.tensor)[rows[0] : rows[1]] if rows else file.get_tensor(place.tensor)
     weight = stored if place.shape is None else stored.reshape(place.shape)

@@ -28,9 +28,17 @@ from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora, size_of, without_hadamard
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
-from krona_hub.formats.writing.write_plan import aim_at, check_nothing_left_out, fused_layers, planned
+from krona_hub.formats.writing.write_plan import (
+    aim_at,
+    check_nothing_left_out,
+    fused_layers,
+    planned,
+    split_layers,
+)
 from krona_hub.formats.writing.writer import write_planned
 from krona_hub.kron.to_lora import nearest_lora
+
+SplitLayers = Mapping[str, Mapping[str, LayerDelta]]  # layer -> modules of the file that together store it -> delta
 
 
 def execute(request: ConvertRequest, progress: Progress | None = None) -> ConversionReport:
@@ -128,7 +136,8 @@ def _provenance(adapter: Adapter, report: ConversionReport, method: Method, sour
 def _check_expressible(target: ConversionTarget, result: Adapter, request: ConvertRequest) -> None:
     """Raise InexpressibleError, with measured alternatives, if the target cannot hold a layer.
 
-    A layer of several terms may be a part of a module that is one term.
+    A layer of several terms may be a part of a module that is one term, or its rows may be in several modules of one
+    term each.
     """
     refusals = target.refusals(result.layers)
     if refusals and not target.to_lora:
@@ -136,6 +145,9 @@ def _check_expressible(target: ConversionTarget, result: Adapter, request: Conve
         fused = fused_layers(result, aim, request.base)
         still_refused = target.refusals({name: fused[name] for name in refusals if name in fused})
         refusals = {name: why for name, why in refusals.items() if name not in fused or name in still_refused}
+    if refusals and not target.to_lora:
+        split = split_layers(result, aim, request.base)
+        refusals = {n: why for n, why in refusals.items() if n not in split or target.refusals(split[n])}
     if not refusals:
         return
     name, why = next(iter(refusals.items()))

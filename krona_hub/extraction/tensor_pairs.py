@@ -14,7 +14,7 @@ from krona_hub.bases.loading import landed, landed_vectors, load_base, stored_by
 from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import table
 from krona_hub.bases.target_sets import choose
-from krona_hub.bases.weight_files import StoredTensor, WeightPlace, has_ema, stored_in
+from krona_hub.bases.weight_files import StoredTensor, WeightPlace, WeightPlaces, has_ema, stored_in
 from krona_hub.checkpoints.header import READABLE, Header, TensorInfo, read_header
 from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError, UnsupportedError, UsageError
 
@@ -23,14 +23,14 @@ PARTS = (".weight", ".bias", "_weight", "_bias", "")  # suffixes of tensor names
 
 
 class LayerPair(NamedTuple):
-    """One tensor in both checkpoints."""
+    """One weight in both checkpoints."""
 
     name: (
         str  # canonical layer; for other tensors the canonical name with `.weight` or `.bias`, or the name in the file
     )
     shape: tuple[int, ...]  # in the base model
-    base: WeightPlace
-    tuned: WeightPlace
+    base: WeightPlaces
+    tuned: WeightPlaces
 
     @property
     def size(self) -> tuple[int, int]:
@@ -55,16 +55,20 @@ class _Side:
     """One checkpoint: the location of each tensor by canonical name."""
 
     path: Path
-    layers: Mapping[str, WeightPlace]
-    others: Mapping[str, WeightPlace]
+    layers: Mapping[str, WeightPlaces]
+    others: Mapping[str, WeightPlaces]
     model: Base
     headers: Mapping[Path, Header]  # of every file
 
     def info(self, place: WeightPlace) -> TensorInfo:
         return self.headers[place.path].tensors[place.tensor]
 
-    def shape(self, place: WeightPlace) -> tuple[int, ...]:
-        """Return the shape of `read(place)`."""
+    def shape(self, places: WeightPlaces) -> tuple[int, ...]:
+        """Return the shape of `read(places)`."""
+        shapes = list(map(self._shape, places))
+        return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def _shape(self, place: WeightPlace) -> tuple[int, ...]:
         if place.shape is not None:
             return place.shape
         shape = self.info(place).shape
@@ -152,6 +156,7 @@ def _every_module(folder: Path) -> dict[str, ModuleSpec]:
 
 
 def _side(path: Path, model: Base, more: Mapping[str, ModuleSpec]) -> _Side:
+    others: dict[str, WeightPlaces]
     if path.is_dir():
         layers = {name: place for name, place in weight_files(path).items() if model.module(name) is not None}
         tensors = {
@@ -159,16 +164,20 @@ def _side(path: Path, model: Base, more: Mapping[str, ModuleSpec]) -> _Side:
             for component, stored in stored_by_component(path).items()
             for name, place in stored.items()
         }
-        others = {name: WeightPlace(s.path, s.tensor, Placement(name)) for name, s in tensors.items()}
+        others = {name: (WeightPlace(s.path, s.tensor, Placement(name)),) for name, s in tensors.items()}
     else:
         stored = stored_in([path])
         layers, others = landed(model, stored), dict(_placed(_extended(model, more), stored))
         vectors = landed_vectors(model, stored)
-        known = {(place.path, place.tensor) for place in vectors.values()}
-        others = {name: p for name, p in others.items() if (p.path, p.tensor) not in known} | vectors
-    taken = {(place.path, place.tensor) for place in layers.values()}
-    others = {n: p for n, p in others.items() if (p.path, p.tensor) not in taken and not has_ema([p.tensor])}
-    headers = {file: read_header(file) for file in {p.path for p in (*layers.values(), *others.values())}}
+        known = _tensors(vectors)
+        others = {name: own for name, own in others.items() if not _tensors({name: own}) & known} | vectors
+    taken = _tensors(layers)
+    others = {
+        name: own
+        for name, own in others.items()
+        if not _tensors({name: own}) & taken and not has_ema(place.tensor for place in own)
+    }
+    headers = {file: read_header(file) for file in {path for path, _ in taken | _tensors(others)}}
     scales = [name for header in headers.values() for name in header.tensors if name.endswith(SCALES)]
     if scales:
         raise UnsupportedError(
@@ -176,6 +185,10 @@ def _side(path: Path, model: Base, more: Mapping[str, ModuleSpec]) -> _Side:
             fix="Use the checkpoint in fp16, bf16 or fp32.",
         )
     return _Side(path, layers, others, model, headers)
+
+
+def _tensors(located: Mapping[str, WeightPlaces]) -> set[tuple[Path, str]]:
+    return {(place.path, place.tensor) for places in located.values() for place in places}
 
 
 def _extended(model: Base, more: Mapping[str, ModuleSpec]) -> Base:
@@ -189,7 +202,7 @@ def _extended(model: Base, more: Mapping[str, ModuleSpec]) -> Base:
     return replace(model, components={c: own(c) for c in model.components})
 
 
-def _placed(model: Base, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, WeightPlace]]:
+def _placed(model: Base, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, WeightPlaces]]:
     """Yield the canonical name, or else the name in the file, and the location of every tensor."""
     names, lone = table(model), next(iter(model.components)) if len(model.components) == 1 else None
     for name, place in stored.items():
@@ -199,10 +212,10 @@ def _placed(model: Base, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[s
         except AmbiguousError:
             found = ()
         for spot in found:
-            yield f"{spot.layer}{part}", WeightPlace(place.path, place.tensor, spot)
+            yield f"{spot.layer}{part}", (WeightPlace(place.path, place.tensor, spot),)
         if not found:
             key = f"{lone}.{name.removeprefix('text_model.')}" if lone else name
-            yield key, WeightPlace(place.path, place.tensor, Placement(key))
+            yield key, (WeightPlace(place.path, place.tensor, Placement(key)),)
 
 
 def _split(tensor: str) -> tuple[str, str]:
@@ -241,19 +254,19 @@ def _chosen(model: Base, components: set[str], targets: str | Sequence[str]) -> 
 
 def _pair(name: str, first: _Side, second: _Side) -> LayerPair:
     """Pair one layer. Raises BaseMismatchError if the sizes differ, UnsupportedError for quantized weights."""
-    place, other = first.layers[name], second.layers[name]
-    for side, spot in ((first, place), (second, other)):
+    own, other = first.layers[name], second.layers[name]
+    for side, spot in ((side, spot) for side, places in ((first, own), (second, other)) for spot in places):
         if side.info(spot).dtype not in READABLE:
             raise UnsupportedError(
                 f"{name} is {side.info(spot).dtype} in {side.path}; quantized weights have no exact difference.",
                 fix="Use the checkpoint in fp16, bf16 or fp32.",
             )
-    sizes = [(shape[0], prod(shape[1:])) for shape in (first.shape(place), second.shape(other))]
+    sizes = [(shape[0], prod(shape[1:])) for shape in (first.shape(own), second.shape(other))]
     if sizes[0] != sizes[1]:
         raise BaseMismatchError(
-            f"{name} is {list(first.shape(place))} in {first.path} and {list(second.shape(other))} in {second.path}.",
+            f"{name} is {list(first.shape(own))} in {first.path} and {list(second.shape(other))} in {second.path}.",
             fix="Specify the base model that it was fine-tuned from, or exclude the layer with --targets.",
         )
     module = first.model.module(name)
     fits = module is not None and module.matrix == sizes[0]
-    return LayerPair(name, module.shape if module is not None and fits else first.shape(place), place, other)
+    return LayerPair(name, module.shape if module is not None and fits else first.shape(own), own, other)

@@ -8,6 +8,7 @@ from math import gcd
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from krona_hub.errors import ShapeError, UnsupportedError
 from krona_hub.kron.hadamard import Hadamard
@@ -86,6 +87,36 @@ def among_rows(terms: KronTerms, first: int, height: int) -> KronTerms:
     outer, inner = (terms.right, terms.left) if interleaved else (terms.left, terms.right)
     outer, inner = _padded(outer, inner, first, height)
     return replace(terms, left=inner, right=outer) if interleaved else replace(terms, left=outer, right=inner)
+
+
+def at_rows(terms: KronTerms, first: int, height: int) -> KronTerms:
+    """Embed the sum as `among_rows` does, and keep a LoRA a LoRA: rows of zeros are added to its up.
+
+    >>> lora = KronTerms(torch.ones(1, 1, 1), LowRank(torch.rand(1, 4, 2), torch.rand(1, 2, 5)))
+    >>> at_rows(lora, 4, 12).shape, among_rows(lora, 4, 12).shape
+    (KronShape(a1=1, a2=1, b1=12, b2=5), KronShape(a1=3, a2=1, b1=4, b2=5))
+    """
+    if terms.shape[:2] != (1, 1):
+        return among_rows(terms, first, height)
+    last = height - first - terms.shape.b1
+
+    def padded(tensor: Tensor) -> Tensor:
+        return pad(tensor, (0, 0, first, last))
+
+    right = terms.right.map_sides(padded) if isinstance(terms.right, LowRank) else padded(terms.right)
+    return KronTerms(terms.left, right)
+
+
+def nonzero_terms(terms: KronTerms) -> KronTerms:
+    """Return the sum without terms of which a stored factor is zero, perhaps without any term.
+
+    >>> nonzero_terms(KronTerms(torch.eye(2)[:, :, None], torch.tensor([[[1.0]], [[0.0]]]))).terms
+    1
+    """
+    used = torch.ones(terms.terms, dtype=torch.bool, device=terms.tensors[0].device)
+    for tensor in terms.tensors:
+        used &= (tensor != 0).flatten(1).any(1)
+    return terms if bool(used.all()) else terms.map(lambda tensor: tensor[used])
 
 
 def _padded(outer: Factor, inner: Factor, first: int, height: int) -> tuple[Factor, Factor]:

@@ -26,6 +26,7 @@ from krona_hub.bases.loading import (
 from krona_hub.bases.weight_files import (
     StoredTensor,
     WeightPlace,
+    WeightPlaces,
     header_of_model,
     indices_of,
     only_pickles,
@@ -70,8 +71,8 @@ class BaseTree:
     root: Path  # a safetensors file, or a folder
     base: Base
     headers: Mapping[Path, Header]  # of its weight files
-    places: Mapping[str, tuple[WeightPlace, ...]]
-    """Canonical layer -> all tensors with its weight, one per variant (such as `fp16` and the default)."""
+    places: Mapping[str, tuple[WeightPlaces, ...]]
+    """Canonical layer -> the location of its weight in each variant (such as `fp16` and the default)."""
     quantized: Mapping[Path, str] = field(default_factory=dict)
     """Folder or file -> how weights in it are quantized; other weights in it may not be."""
 
@@ -80,11 +81,11 @@ class BaseTree:
         return self.root.is_dir()
 
     @cached_property
-    def vectors(self) -> Mapping[str, tuple[WeightPlace, ...]]:
-        """Canonical parameter -> all tensors with it, for biases, norms and bare parameters."""
+    def vectors(self) -> Mapping[str, tuple[WeightPlaces, ...]]:
+        """Canonical parameter -> its location in each variant, for biases, norms and bare parameters."""
         if not self.is_folder:
             stored = self._stored(self.headers)
-            return {name: (place,) for name, place in landed_vectors(self.base, stored).items()}
+            return {name: (places,) for name, places in landed_vectors(self.base, stored).items()}
         sets = {component: sets_of(folder) for component, folder in component_folders(self.root).items()}
         return _gathered(sets, lambda component, files: plain_vectors(component, self._stored(files)))
 
@@ -94,9 +95,10 @@ class BaseTree:
 
     def weight(self, name: str) -> Tensor | None:
         """Read the weight of a layer or another parameter; None if the base model has none, or a quantized one."""
-        places = self.places.get(name) or self.vectors.get(name, ())
-        places = tuple(place for place in places if self.quantization(place) is None)
-        return read(places[0]) if places else None
+        variants = self.places.get(name) or self.vectors.get(name, ())
+        plain = (places for places in variants if not any(map(self.quantization, places)))
+        found = next(plain, None)
+        return read(found) if found else None
 
     def quantization(self, place: WeightPlace) -> str | None:
         """Return how a weight is quantized, None if it is not."""
@@ -154,7 +156,7 @@ def _of_file(path: Path) -> BaseTree:
     signs = _signs(headers)
     try:
         base, places = open_checkpoint(path)
-        return BaseTree(path, base, headers, {layer: (place,) for layer, place in places.items()}, signs)
+        return BaseTree(path, base, headers, {layer: (own,) for layer, own in places.items()}, signs)
     except UnknownBaseError as error:
         raise (quantized(path, signs[path]) if signs else error) from None
 
@@ -165,13 +167,13 @@ def _headers(paths: Iterable[Path]) -> dict[Path, Header]:
 
 def _gathered(
     sets: Mapping[str, tuple[tuple[Path, ...], ...]],
-    locate: Callable[[str, tuple[Path, ...]], Mapping[str, WeightPlace]],
-) -> dict[str, tuple[WeightPlace, ...]]:
-    found: dict[str, tuple[WeightPlace, ...]] = {}
+    locate: Callable[[str, tuple[Path, ...]], Mapping[str, WeightPlaces]],
+) -> dict[str, tuple[WeightPlaces, ...]]:
+    found: dict[str, tuple[WeightPlaces, ...]] = {}
     for component, variants in sets.items():
         for files in variants:
-            for name, place in locate(component, files).items():
-                found[name] = (*found.get(name, ()), place)
+            for name, places in locate(component, files).items():
+                found[name] = (*found.get(name, ()), places)
     return found
 
 

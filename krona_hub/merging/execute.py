@@ -20,6 +20,7 @@ from krona_hub.checkpoints.digest import file_sha256
 from krona_hub.checkpoints.header import TensorInfo
 from krona_hub.checkpoints.rewrite import ByteSink, TensorChange
 from krona_hub.kron.parallel import one_thread
+from krona_hub.merging.arithmetic.layer_changes import patches_of
 from krona_hub.merging.arithmetic.patches import Patch
 from krona_hub.merging.arithmetic.rounding import Rounding, Survival
 from krona_hub.merging.arithmetic.tiles import merge_tensor
@@ -46,6 +47,7 @@ def execute(request: MergeRequest, progress: Progress | None = None) -> MergeRep
     rounding = Rounding(request.rounding, request.seed, request.exact_rounding)
     recipe = _recipe(plan, request.options, request.title)
     work = _Work(plan, rounding, [part.load() for part in plan.parts])
+    work.check()
     hashed = [_sha256(file.path, request.hash, destination.undo is not None) for file in plan.files]
     files = [_merged_file(work, file, recipe, sha, request.hash) for file, sha in zip(plan.files, hashed, strict=True)]
     with one_thread():  # the writer has its own threads; torch's would only compete with them
@@ -96,7 +98,13 @@ class _Work:
         )
 
     def _patches(self, tensor: TensorPlan) -> list[Patch]:
-        return [Patch(self.adapters[t.adapter].delta(t.layer), t.weight, t.placement) for t in tensor.targets]
+        return patches_of(tensor.targets, lambda i, layer: self.adapters[i].delta(layer), tensor.name)
+
+    def check(self) -> None:
+        """Raise, before anything is written, what `patches_of` raises."""
+        for tensor in self.plan.tensors:
+            if any(t.placement.part or t.placement.shared_with for t in tensor.targets):
+                self._patches(tensor)
 
     def reports(self) -> Iterator[TensorReport]:
         for file in self.plan.files:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from krona_hub.adapters.provenance import BaseModel
 from krona_hub.bases import name_prefixes
 from krona_hub.bases.base import COMPONENTS
-from krona_hub.bases.weight_files import WeightPlace, only_pickles
+from krona_hub.bases.weight_files import WeightPlaces, only_pickles
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.errors import AmbiguousError, KronaError, UsageError, counted
 from krona_hub.formats.known.format import Format
@@ -59,8 +59,8 @@ class MergeInput:
     files: tuple[Path, ...] = ()  # of the adapter
     plans: tuple[ReadPlan, ...] = ()  # of these files; none for a native file
     guesses: tuple[str, ...] = ()  # catalog names that fit according to its reader
-    vectors: Mapping[str, tuple[WeightPlace, ...]] = field(default_factory=dict)
-    """Parameter that a vector is added to -> its tensors in the base, one per variant."""
+    vectors: Mapping[str, tuple[WeightPlaces, ...]] = field(default_factory=dict)
+    """Parameter that a vector is added to -> its location in each variant of the base."""
     missing_vectors: Mapping[str, str] = field(default_factory=dict)  # parameter -> why it cannot be merged
 
     @property
@@ -85,6 +85,11 @@ class MergeInput:
     def match_summary(self) -> str:
         """How much of the adapter matched, in words; vectors only if it has any."""
         return matched_counts(modules=(len(self.modules), self.total), vectors=(len(self.vectors), self.total_vectors))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The adapted layers, each once, even if several modules of the file are rows of it."""
+        return tuple(dict.fromkeys(layer for module in self.modules for layer in module.layers))
 
     @property
     def doras(self) -> frozenset[str]:
@@ -324,7 +329,7 @@ def _extras(names: tuple[str, ...]) -> Iterator[str]:
 
 def _placed(
     shapes: Mapping[str, Shape], tree: BaseTree, component: str | None
-) -> tuple[dict[str, tuple[WeightPlace, ...]], dict[str, str]]:
+) -> tuple[dict[str, tuple[WeightPlaces, ...]], dict[str, str]]:
     """Locate the parameters that vectors are added to; also return why others cannot be merged."""
     wanted = {name: shape for name, shape in shapes.items() if component is None or name.startswith(f"{component}.")}
     places = {name: tree.vectors[name] for name in wanted if name in tree.vectors}
@@ -332,22 +337,26 @@ def _placed(
     return {name: places[name] for name in wanted if name not in missing}, missing
 
 
-def _why_not_added(name: str, shape: Shape, places: Mapping[str, tuple[WeightPlace, ...]], tree: BaseTree) -> str:
+def _why_not_added(name: str, shape: Shape, places: Mapping[str, tuple[WeightPlaces, ...]], tree: BaseTree) -> str:
     """Return why a vector cannot be merged, "" if it can."""
     if name not in places:
         return f"{tree.root.name} has no {name_prefixes.lacking(name, tree.base) or 'such parameter'}."
-    for place in places[name]:
-        stored = _shape_at(place, tree)
+    for variant in places[name]:
+        stored = _shape_at(variant, tree)
         if shape != stored:
             return f"its vector is {_words(shape)}, but the parameter is {_words(stored)}."
     return ""
 
 
-def _shape_at(place: WeightPlace, tree: BaseTree) -> Shape:
-    if place.shape is not None:  # that of the parameter, which the file stores in another one
-        return place.shape
-    shape, rows = tree.headers[place.path].tensors[place.tensor].shape, place.placement.rows
-    return (rows[1] - rows[0], *shape[1:]) if rows else shape
+def _shape_at(places: WeightPlaces, tree: BaseTree) -> Shape:
+    first = places[0]
+    if first.shape is not None:  # that of the parameter, which the file stores in another one
+        return first.shape
+    shapes = [tree.headers[place.path].tensors[place.tensor].shape for place in places]
+    rows = first.placement.rows
+    if rows:
+        return (rows[1] - rows[0], *shapes[0][1:])
+    return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _words(shape: Shape) -> str:

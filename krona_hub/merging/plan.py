@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from krona_hub.bases.module_spec import Placement
-from krona_hub.bases.weight_files import WeightPlace, has_ema
+from krona_hub.bases.weight_files import WeightPlaces, has_ema
 from krona_hub.checkpoints.header import EIGHT_BITS, FLOATS, Header, TensorInfo
 from krona_hub.errors import BaseMismatchError, ConflictError, UsageError, abbreviated
+from krona_hub.merging.arithmetic.layer_changes import check_strengths
 from krona_hub.merging.base_weights import BaseTree, open_tree, quantized
 from krona_hub.merging.block_weights import BlockWeights
 from krona_hub.merging.merge_input import MergeInput, matched_counts, open_input
@@ -193,6 +194,7 @@ def plan_merge(
     targets = list(_targets(parts, tree, factors))
     factors.check_used()
     _check_doras(parts, targets)
+    _check_shared(targets)
     return MergePlan(
         tree=tree,
         adapters=tuple(map(_adapter_plan, parts)),
@@ -277,6 +279,15 @@ def _check_doras(parts: Sequence[MergeInput], targets: Iterable[tuple[Path, str,
             )
 
 
+def _check_shared(targets: Iterable[tuple[Path, str, TensorTarget]]) -> None:
+    by_tensor: dict[tuple[Path, str], list[TensorTarget]] = {}
+    for path, tensor, target in targets:
+        if target.placement.shared_with:
+            by_tensor.setdefault((path, tensor), []).append(target)
+    for (_, tensor), own in by_tensor.items():
+        check_strengths(own, tensor)
+
+
 # --- changed tensors -------------------------------------------------------------------------------------------------
 
 
@@ -290,11 +301,16 @@ def _targets(
                 yield place.path, place.tensor, TensorTarget(i, name, place.placement, weight)
 
 
-def _changed_by(part: MergeInput, tree: BaseTree) -> Iterator[tuple[str, tuple[WeightPlace, ...]]]:
+def _changed_by(part: MergeInput, tree: BaseTree) -> Iterator[tuple[str, WeightPlaces]]:
     """Yield the layers, then the parameters that an adapter changes, with their locations."""
-    for layer in (layer for module in part.modules for layer in module.layers):
-        yield layer, tree.places[layer]
-    yield from part.vectors.items()
+    for layer in part.layers:
+        yield layer, _in_all(tree.places[layer])
+    for name, variants in part.vectors.items():
+        yield name, _in_all(variants)
+
+
+def _in_all(variants: tuple[WeightPlaces, ...]) -> WeightPlaces:
+    return tuple(place for places in variants for place in places)
 
 
 def module_path(parameter: str) -> str:
@@ -360,7 +376,8 @@ def _notes(
     narrow = {tree.headers[path].tensors[tensor].dtype for path, tensor, _ in targets} & {*EIGHT_BITS}
     if narrow:
         yield "the base is stored in 8 bits, which loses most of an adapter; --out-dtype bf16 preserves more of it"
-    variants = {place.path.parent for places in tree.places.values() if len(places) > 1 for place in places}
+    several = (variants for variants in tree.places.values() if len(variants) > 1)
+    variants = {place.path.parent for found in several for place in _in_all(found)}
     for folder in sorted(variants):
         yield f"{folder.name} has several variants (such as fp16); each is merged"
     for path in tree.beside if targets else ():

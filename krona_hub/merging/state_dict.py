@@ -12,13 +12,13 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases.base import COMPONENTS
-from krona_hub.bases.loading import landed_vectors, load_base, placed
+from krona_hub.bases.loading import landed, landed_vectors, load_base, placed
 from krona_hub.bases.module_spec import Placement
-from krona_hub.bases.name_table import table
-from krona_hub.bases.weight_files import StoredTensor, weights_by_module
+from krona_hub.bases.weight_files import StoredTensor, WeightPlaces, weights_by_module
 from krona_hub.errors import AmbiguousError, BaseMismatchError, UnknownBaseError, abbreviated
 from krona_hub.formats.reading.reader import read
 from krona_hub.kron.parallel import in_parallel
+from krona_hub.merging.arithmetic.layer_changes import LayerChange, patches_of
 from krona_hub.merging.arithmetic.patches import Patch
 from krona_hub.merging.arithmetic.rounding import NEAREST, Rounding
 from krona_hub.merging.arithmetic.tiles import merge_tensor
@@ -34,7 +34,7 @@ class StateDictSlot(NamedTuple):
     placement: Placement
 
 
-Places = Mapping[str, StateDictSlot]  # by canonical layer or parameter
+Places = Mapping[str, tuple[StateDictSlot, ...]]  # by canonical layer or parameter; several that fill its rows
 
 
 def apply_to_state_dict(
@@ -143,13 +143,13 @@ def _vector_places(
     plain = _by_own_names({name: name for name in stored}, wanted, owners)
     if len(plain) == len(wanted) or base is None:
         return plain
-    known = landed_vectors(load_base(base), stored)
-    return {**{n: StateDictSlot(p.tensor, p.placement) for n, p in known.items() if n in wanted}, **plain}
+    known = _slots(landed_vectors(load_base(base), stored))
+    return {**{name: slots for name, slots in known.items() if name in wanted}, **plain}
 
 
 def _by_own_names(tensors: Mapping[str, str], wanted: Collection[str], owners: Sequence[str]) -> Places:
     """Locate what has its canonical name, with or without the component as prefix; `tensors`: name -> its tensor."""
-    found: dict[str, StateDictSlot] = {}
+    found: dict[str, tuple[StateDictSlot, ...]] = {}
     for name, tensor in tensors.items() if wanted else ():
         path = name.removeprefix("text_model.")
         head, _, tail = path.partition(".")
@@ -158,17 +158,12 @@ def _by_own_names(tensors: Mapping[str, str], wanted: Collection[str], owners: S
         here = [reading for reading in readings if reading in wanted]
         if len(here) > 1:
             raise AmbiguousError(f"{name} may be {' or '.join(here)}.", fix="Specify component=.")
-        found |= {reading: StateDictSlot(tensor, Placement(reading)) for reading in here}
+        found |= {reading: (StateDictSlot(tensor, Placement(reading)),) for reading in here}
     return found
 
 
 def _by_base(stored: Mapping[str, StoredTensor], base: str | Path, component: str | None) -> Places:
-    names = table(load_base(base))
-    return {
-        placement.layer: StateDictSlot(weight.tensor, placement)
-        for module, weight in weights_by_module(stored).items()
-        for placement in names.find(module, component) or ()
-    }
+    return _slots(landed(load_base(base), stored, component))
 
 
 def _by_catalog(stored: Mapping[str, StoredTensor]) -> Places:
@@ -176,7 +171,11 @@ def _by_catalog(stored: Mapping[str, StoredTensor]) -> Places:
         found = placed(Path("the state dict"), stored)
     except UnknownBaseError:
         return {}
-    return {layer: StateDictSlot(place.tensor, place.placement) for layer, place in found.items()}
+    return _slots(found)
+
+
+def _slots(places: Mapping[str, WeightPlaces]) -> Places:
+    return {name: tuple(StateDictSlot(p.tensor, p.placement) for p in own) for name, own in places.items()}
 
 
 def _check_matched(adapter: Adapter, places: Places, allow_missing: bool) -> None:
@@ -199,13 +198,16 @@ def _check_matched(adapter: Adapter, places: Places, allow_missing: bool) -> Non
 
 def _patches(loaded: Sequence[tuple[Adapter, float]], places: Places) -> dict[str, list[Patch]]:
     """Return, by tensor name, what is added to it."""
-    patches: dict[str, list[Patch]] = {}
-    for adapter, weight in loaded:
+    changes: dict[str, list[LayerChange]] = {}
+    for number, (adapter, weight) in enumerate(loaded):
         for name in (*adapter.layers, *adapter.vectors) if weight else ():
-            if name in places:
-                place, delta = places[name], _on_cpu(adapter.delta(name))
-                patches.setdefault(place.tensor, []).append(Patch(delta, weight, place.placement))
-    return patches
+            for slot in places.get(name, ()):
+                changes.setdefault(slot.tensor, []).append((number, name, slot.placement, weight))
+
+    def delta_of(number: int, name: str) -> LayerDelta:
+        return _on_cpu(loaded[number][0].delta(name))
+
+    return {tensor: patches_of(own, delta_of, tensor) for tensor, own in changes.items()}
 
 
 def _merged(weight: Tensor, patches: Sequence[Patch], dtype: torch.dtype, rounding: Rounding, name: str) -> Tensor:

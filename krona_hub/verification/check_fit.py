@@ -81,7 +81,9 @@ def _why_not_added(vector: VectorInfo, base: Base) -> str | None:
     if lacking is not None:
         return f"{base.name} has no {lacking}."
     size = sum(prod(shape) for shape in shapes.values() if shape is not None)
-    return None if size == vector.values else f"it has {vector.values} values, but {base.name} has {size}."
+    if size == vector.values or not vector.whole:
+        return None
+    return f"it has {vector.values} values, but {base.name} has {size}."
 
 
 def _why_not(module: ModuleInfo, base: Base) -> str | None:
@@ -91,8 +93,9 @@ def _why_not(module: ModuleInfo, base: Base) -> str | None:
         known = base.module(layer)
         if known is None:
             return f"{base.name} has no {layer}."
-        if len(module.layers) == 1 and _size(module.weight_shape) != known.matrix:
-            ours, theirs = _size(module.weight_shape), known.matrix
+        rows = module.part[1] - module.part[0] if module.part else known.matrix[0]
+        ours, theirs = _size(module.weight_shape), (rows, known.matrix[1])
+        if len(module.layers) == 1 and ours != theirs:
             return f"its delta is {ours[0]}x{ours[1]}, but the weight in {base.name} is {theirs[0]}x{theirs[1]}."
     return None
 

@@ -14,7 +14,7 @@ from krona_hub.aliases import Progress
 from krona_hub.checkpoints.reader import load
 from krona_hub.errors import BaseMismatchError
 from krona_hub.kron.parallel import in_parallel
-from krona_hub.merging.arithmetic.patches import Patch
+from krona_hub.merging.arithmetic.layer_changes import patches_of
 from krona_hub.merging.plan import MergePlan, plan_merge
 from krona_hub.sources import resolve_base
 from krona_hub.verification.check_tensors import Patches, TensorOutcome, check_touched, check_untouched
@@ -126,10 +126,9 @@ def _targets(plan: MergePlan) -> Targets:
     targets: dict[tuple[str, str], Patches] = {}
     for file in plan.files:
         for tensor in file.tensors:
-            own: list[list[Patch]] = [[] for _ in adapters]
-            for t in tensor.targets:
-                own[t.adapter].append(Patch(adapters[t.adapter].delta(t.layer), t.weight, t.placement))
-            targets[_relative(file.path, plan.tree.root), tensor.name] = own
+            own = [[t for t in tensor.targets if t.adapter == i] for i in range(len(adapters))]
+            patches = [patches_of(some, lambda i, layer: adapters[i].delta(layer), tensor.name) for some in own]
+            targets[_relative(file.path, plan.tree.root), tensor.name] = patches
     return targets
 
 

@@ -117,9 +117,8 @@ def test_rows_halves_and_axes_are_put_right_on_reading(tmp_path):
     save_file({"qkv.weight": stacked}, tmp_path / "w.safetensors")
 
     def read(**how):
-        return loading.read(
-            loading.WeightPlace(tmp_path / "w.safetensors", "qkv.weight", loading.Placement("x", **how))
-        )
+        place = loading.WeightPlace(tmp_path / "w.safetensors", "qkv.weight", loading.Placement("x", **how))
+        return loading.read((place,))
 
     assert torch.equal(read(rows=(4, 8)), stacked[4:8])
     assert torch.equal(read(swap_halves=True), torch.cat([stacked[6:], stacked[:6]]))

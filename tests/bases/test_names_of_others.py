@@ -18,7 +18,6 @@ from tests.shared import SHARED, shared
 FOLDER = SHARED / "bases" / "names"
 LISTS = {p.stem: json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json"))} if FOLDER.exists() else {}
 SPELLED = [(f, who) for f, known in LISTS.items() for who in known.get("spellings", ()) if known.get("bases")]
-NOT = re.compile("0")
 
 
 def base_of(name: str) -> tuple[str, str]:
@@ -115,6 +114,24 @@ def test_the_fused_names_of_diffusers_are_read(name):
                 ]
 
 
+FLUX_LIKE = r"attn[._]to_(qkv_mlp_proj|out)$|linear_(in|out)$|time_text_embed"
+NOT_READ = {  # names that ComfyUI accepts and krona does not read, and why
+    "wan22-animate-14b": "motion_encoder",  # no layers of diffusers
+    "wan22-s2v-14b": "trainable_cond_mask",  # an embedding, as all that end so
+    "ltx-2.3": "caption_projection|embeddings_connector",  # not in the released model; another component of diffusers
+    "hunyuan-video-15-step-distilled": "cond_type_embedding",
+    "anima": "llm_adapter.embed",
+    "flux1-fill": FLUX_LIKE,  # names of FLUX.2, which ComfyUI maps for all models of the kind; no trainer writes them
+    "ovis-image": FLUX_LIKE,
+    "longcat-image": FLUX_LIKE,
+    "chroma1-radiance": FLUX_LIKE + "|transformer_blocks|context_embedder",  # diffusers has no class of this model
+    "hunyuan-dit-11": "style_embedder",
+    "ideogram4": "embed_image_indicator",
+    "hidream-o1": "embed_tokens|pos_embed",
+    "qwen-image-layered": "addition_t_embedding",
+}
+
+
 @pytest.mark.parametrize("name", LISTS.get("comfyui-accepts", {}).get("bases", {}))
 def test_names_that_comfyui_accepts_are_read(name):
     """A name for a weight leads to some layer; a file with it is not refused. `#` in a list is any number."""
@@ -123,13 +140,14 @@ def test_names_that_comfyui_accepts_are_read(name):
     known = {c: {template(key) for key in (*part.index, *part.norm_index)} for c, part in names.parts.items()}
     accepted = [a for row in LISTS["comfyui-accepts"]["bases"][name] for a in row["accepted"]]
     missing = [a for a in accepted if not is_known(a, known, names.base)]
-    print(name, len(accepted), sorted({NOT.sub("#", m) for m in missing}))
-    assert missing == []
+    expected = NOT_READ.get(name, "(?!)")
+    assert [m for m in missing if not re.search(expected, m)] == []
+    assert missing or name not in NOT_READ, "the name is read by now"
 
 
 def is_known(name: str, known: dict[str, set[str]], base) -> bool:
     return any(
-        template(key) in known[owner]
+        template(key.replace("#-#", "2-1")) in known[owner]
         for role, path in name_prefixes.readings(name)
         for owner in name_prefixes.components(role, base)
         for key in keys_of(path)

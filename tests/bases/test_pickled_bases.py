@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from krona_hub.bases.loading import load_base, weight_files
+from krona_hub.bases.loading import load_base, read, weight_files
 from krona_hub.cli.main import main
 from krona_hub.conversion.bake_dora import plain_deltas
 from krona_hub.errors import PickleError
@@ -96,7 +96,7 @@ def test_where_names_and_shapes_are_enough_the_configuration_is_read(command, ho
 def test_the_weights_that_a_dora_needs_are_called_pickles(home):
     layers = {name: shape for name, shape in tiny.layers(tiny.sd15(), "to_q").items() if name.startswith("unet.")}
     weights = weight_files(home / "base")
-    dora = made.as_dora(made.lora(layers), lambda name: load_file(weights[name].path)[weights[name].tensor])
+    dora = made.as_dora(made.lora(layers), lambda name: read(weights[name]))
     with pytest.raises(PickleError):
         plain_deltas(dora.layers, home / "folder")
 

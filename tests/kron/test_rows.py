@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krona_hub.errors import ShapeError, UnsupportedError
-from krona_hub.kron.rows import among_rows, take_rows, transposed
+from krona_hub.kron.rows import among_rows, at_rows, nonzero_terms, take_rows, transposed
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
 
 SMALL = st.integers(1, 4)
@@ -109,3 +109,28 @@ def test_rows_at_multiples_of_the_right_factor_and_those_of_a_lora_need_no_furth
 def test_rows_beyond_the_matrix_are_refused(first, height):
     with pytest.raises(ShapeError, match="do not fit"):
         among_rows(KronTerms(torch.rand(1, 3, 2), torch.rand(1, 4, 5)), first, height)
+
+
+@settings(deadline=None)
+@given(sums(), st.integers(1, 3), st.data(), st.booleans())
+def test_rows_are_embedded_among_zeros_and_taken_out_again(terms, shares, data, shuffled):
+    terms = KronTerms(terms.left, terms.right, "shuffled" if shuffled else "kron")
+    out, own = terms.shape.full[0], data.draw(st.integers(0, shares - 1))
+    tall = at_rows(terms, own * out, shares * out)
+    wanted = torch.zeros(shares * out, terms.shape.full[1]).double()
+    wanted[own * out : (own + 1) * out] = terms.dense()
+    assert torch.allclose(tall.dense(), wanted) and tall.terms == terms.terms
+    assert torch.allclose(take_rows(tall, [(own * out, (own + 1) * out)]).dense(), terms.dense())
+    assert (tall.shape[:2] == (1, 1)) == (terms.shape[:2] == (1, 1))  # a LoRA stays one
+
+
+@settings(deadline=None)
+@given(sums(), st.data())
+def test_terms_of_zeros_are_left_out(terms, data):
+    kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=terms.terms, max_size=terms.terms)))
+    scale = kept.double()[:, None, None]
+    left = terms.left.map_up(scale.mul) if isinstance(terms.left, LowRank) else terms.left * scale
+    partly = KronTerms(left, terms.right)
+    found = nonzero_terms(partly)
+    assert found.terms == int(kept.sum())
+    assert torch.allclose(found.dense(), partly.dense()) if found.terms else not partly.dense().any()

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from krona_hub.bases import catalog
-from krona_hub.bases.module_spec import Placement
+from krona_hub.bases.module_spec import Placement, stored_height
 from krona_hub.bases.name_table import table
 from krona_hub.checkpoints.tensor_entries import DTYPE_BITS
 
@@ -80,6 +80,7 @@ def _tensor(module: str) -> str:
 
 
 def _stored_shape(name: str, places: tuple[Placement, ...]) -> tuple[int, ...]:
-    shapes = [module.shape for p in places if (module := catalog.get(name).module(p.layer))]
-    whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    layers = [module for p in places if (module := catalog.get(name).module(p.layer))]
+    height = stored_height(places, [p.height(module) for p, module in zip(places, layers, strict=True)])
+    whole = (height, *layers[0].shape[1:])
     return whole[::-1] if places[0].transpose else whole

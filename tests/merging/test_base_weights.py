@@ -26,7 +26,7 @@ def test_a_checkpoint_in_the_names_of_its_authors_holds_every_layer(name, tmp_pa
     wanted = {layer for part in parts for layer, _ in base.layers(part)}
     assert set(tree.places) == wanted and len(parts) == {"sd15": 2, "sdxl": 3, "flux1-dev": 1}[name]
     for layer in wanted:
-        (place,) = tree.places[layer]
+        ((place,),) = tree.places[layer]
         info = tree.headers[place.path].tensors[place.tensor]
         rows = place.placement.rows or (0, info.shape[0])
         held = (rows[1] - rows[0], *info.shape[1:])

@@ -56,7 +56,7 @@ def merged_of(base, out, adapters, *, dtype=None, rounding=torch.Tensor.to, skip
     sums = {}
     for source, weight in adapters:
         for layer, delta in read(source, base=shared("golden", "base")).layers.items():
-            place = weight_files(base)[layer]
+            (place,) = weight_files(base)[layer]
             key = place.path.relative_to(base).as_posix(), place.tensor
             start = tensors[key[0]][key[1]].double()
             sums[key] = sums.get(key, start) + weight * exact(delta, start)

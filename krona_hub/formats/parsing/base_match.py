@@ -97,7 +97,7 @@ def _place(
         raise AmbiguousError(f"The module exists in {' and in '.join(found)}.", fix="Choose one with --component.")
     if places is None:
         raise _unmatched(names, name, hint)
-    wanted = _size(names.base, places)
+    wanted = detection.stored_matrix(names.base, places)
     given = shape[0], prod(shape[1:])
     if given != wanted:
         if given == (wanted[0], 2 * wanted[1]) and places[0].layer.endswith(INPUT_LAYERS):
@@ -118,13 +118,6 @@ def _unmatched(names: NameTable, name: str, hint: bool) -> KronaError:
         f"{names.base.name} has no such module.",
         fix=f"The nearest layer is {near}." if near else "Check that --base is the model the adapter was trained on.",
     )
-
-
-def _size(base: Base, places: Placements) -> tuple[int, int]:
-    """(out, in·k…) of the module that consists of `places`."""
-    sizes = [module.matrix for place in places if (module := base.module(place.layer))]
-    whole = sum(out for out, _ in sizes), sizes[0][1]
-    return whole[::-1] if places[0].transpose else whole
 
 
 def _by_path(shapes: Shapes, component: str | None) -> BaseMatch:

@@ -8,7 +8,7 @@ from math import prod
 
 from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
-from krona_hub.bases.module_spec import Placement
+from krona_hub.bases.module_spec import Placement, stored_height
 from krona_hub.bases.name_table import table
 from krona_hub.checkpoints.header import READABLE, TensorInfo
 from krona_hub.errors import BaseMismatchError, ConflictError, DtypeError, KronaError, UnknownBaseError
@@ -27,6 +27,12 @@ class VectorTarget:
     shape: tuple[int, ...]
     placement: Placement
 
+    @property
+    def values(self) -> int:
+        """Number of values of the parameter that the stored vector has."""
+        part = self.placement.part
+        return (part[1] - part[0]) * prod(self.shape[1:]) if part else prod(self.shape)
+
 
 @dataclass(frozen=True)
 class VectorMatch:
@@ -40,16 +46,17 @@ def match_vectors(vectors: Sequence[VectorKey], tensors: Infos, match: BaseMatch
     """Find the parameters of each vector in the base model of the match, or by their names without one."""
     targets: dict[VectorKey, tuple[VectorTarget, ...]] = {}
     problems: dict[str, KronaError] = {}
-    owner: dict[str, str] = {}
+    owners: dict[str, list[tuple[Placement, str]]] = {}
     for vector in vectors:
         try:
             found = _targets(vector, tensors[vector.key], match)
-            _check_single(found, owner)
+            _check_single(found, owners)
         except KronaError as error:
             problems[vector.key] = error
             continue
         targets[vector] = found
-        owner |= {target.parameter: vector.key for target in found}
+        for target in found:
+            owners.setdefault(target.parameter, []).append((target.placement, vector.key))
     return VectorMatch(targets, problems)
 
 
@@ -69,8 +76,9 @@ def base_of_vectors(vectors: Sequence[VectorKey], tensors: Infos, component: str
     return BaseMatch(fits[0].base, names, {}, {}, component)
 
 
-def _check_single(targets: Sequence[VectorTarget], owner: Mapping[str, str]) -> None:
-    taken = next((owner[t.parameter] for t in targets if t.parameter in owner), None)
+def _check_single(targets: Sequence[VectorTarget], owners: Mapping[str, list[tuple[Placement, str]]]) -> None:
+    others = ((t.placement, place, key) for t in targets for place, key in owners.get(t.parameter, ()))
+    taken = next((key for own, place, key in others if own.overlaps(place)), None)
     if taken:
         raise ConflictError(
             f"The tensor changes the same parameter as {taken}.", fix="Keep only one of the two adapters in the file."
@@ -92,7 +100,7 @@ def _targets(vector: VectorKey, info: TensorInfo, match: BaseMatch) -> tuple[Vec
     if places is None:
         raise BaseMismatchError(f"{match.base.name} has no such module.", fix=_OTHER_BASE)
     found = [_target(place, vector, match.base) for place in places]
-    size = sum(prod(target.shape) for target in found)
+    size = stored_height(places, [target.values for target in found])
     if size != info.numel:
         raise BaseMismatchError(
             f"The vector has {info.numel} values, but the parameter of {match.base.name} has {size}.", fix=_OTHER_BASE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from krona_hub.bases.base import Base
@@ -75,6 +76,8 @@ def _of_plan(plan: ReadPlan) -> Description:
     modules = tuple(_module(m, plan) for m in plan.modules)
     tensors = file.header.tensors
     vectors = _vectors({v.key.key: v.parameters for v in plan.vectors}, tensors, modules, match.base)
+    odd = {v.key.key for v in plan.vectors if any(t.placement.part or t.placement.shared_with for t in v.targets)}
+    vectors = tuple(replace(vector, whole=vector.name not in odd) for vector in vectors)
     return Description(
         path=file.path,
         format=plan.format,
@@ -116,6 +119,7 @@ def _module(module: ModulePlan, plan: ReadPlan) -> ModuleInfo:
         parameters=sum(info.numel for info in infos),
         bytes=sum(info.nbytes for info in infos),
         dtypes=dtypes_of(infos),
+        part=module.places[0].part if module.places else None,
     )
 
 

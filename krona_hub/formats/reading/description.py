@@ -31,6 +31,7 @@ class ModuleInfo:
     parameters: int  # in the file's tensors, without alpha and the constant [[1]] of a LoRA
     bytes: int
     dtypes: tuple[str, ...]
+    part: tuple[int, int] | None = None  # rows of the layer that the module fills; None: all
 
     @property
     def form(self) -> LayerFactorization:
@@ -67,6 +68,7 @@ class VectorInfo:
     parameters: tuple[str, ...]  # canonical names; several for the bias of fused layers
     values: int
     kind: VectorKind
+    whole: bool = True  # whether `values` are those of `parameters` one after the other
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from krona_hub.bases.base import COMPONENTS
+from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.checkpoints.header import READABLE
 from krona_hub.checkpoints.reader import read_scalars
@@ -34,6 +35,7 @@ from krona_hub.formats.parsing.keys import ModuleTensors, VectorKey
 from krona_hub.formats.parsing.module_layout import ModuleLayout, layout_of
 from krona_hub.formats.parsing.scales import ModuleScale, ScaleConfig, config_scale, tensor_scale
 from krona_hub.formats.parsing.vector_match import VectorTarget, base_of_vectors, match_vectors
+from krona_hub.formats.reading.part_checks import undefined_doras
 
 FORGIVABLE = (IncompleteError, UnsupportedError, BaseMismatchError)  # errors that --allow-missing tolerates
 
@@ -106,6 +108,7 @@ def make_plan(file: AdapterFile, format: Format, component: str | None = None, *
     vectors, vector_problems = _vectors(file, match, scales) if base_error is None else ((), {})
     problems |= {**match.problems, **_conflicts(match), **vector_problems}
     problems = {**_without_magnitude(file, match), **problems}
+    problems |= undefined_doras(match, layouts, problems)
     modules = tuple(
         ModulePlan(group, layouts[group.name], scales[group.name], match.places.get(group.name, ()))
         for group in file.keys.modules
@@ -239,16 +242,18 @@ def _vectors(
 
 
 def _conflicts(match: BaseMatch) -> dict[str, KronaError]:
-    """Errors of modules that adapt the same layer as another module."""
-    owner: dict[str, str] = {}
+    """Errors of modules that adapt the same layer, or the same rows of one, as another module."""
+    owners: dict[str, list[tuple[Placement, str]]] = {}
     found: dict[str, KronaError] = {}
     for name, places in match.places.items():
-        taken = next((owner[p.layer] for p in places if p.layer in owner), None)
+        others = ((p, place, owner) for p in places for place, owner in owners.get(p.layer, ()))
+        taken = next((owner for p, place, owner in others if p.overlaps(place)), None)
         if taken:
             found[name] = ConflictError(
                 f"The module adapts the same layer as {taken}.", fix="Keep only one of the two adapters in the file."
             )
-        owner |= {p.layer: name for p in places}
+        for place in places:
+            owners.setdefault(place.layer, []).append((place, name))
     return found
 
 
@@ -257,15 +262,16 @@ def _without_magnitude(file: AdapterFile, match: BaseMatch) -> dict[str, KronaEr
     if not file.keys.orphans or match.base is None:
         return {}
     names = table(match.base)
-    lost = {place.layer: name for name in file.keys.orphans for place in _placed(names, name, match.component)}
+    lost = [(place, name) for name in file.keys.orphans for place in _placed(names, name, match.component)]
     return {
         module: IncompleteError(
-            f"A magnitude or alpha of the same layer has another name, {lost[place.layer]}.",
+            f"A magnitude or alpha of the same layer has another name, {orphan}.",
             fix="Rename the tensors, or save the adapter again with the application that trained it.",
         )
         for module, places in match.places.items()
         for place in places
-        if place.layer in lost
+        for other, orphan in lost
+        if place.overlaps(other)
     }
 
 

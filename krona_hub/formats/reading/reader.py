@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_fi
 from krona_hub.formats.reading.decode import decode, magnitude_of
 from krona_hub.formats.reading.description import Description
 from krona_hub.formats.reading.initial_factors import without_initial_factors
-from krona_hub.formats.reading.placed_layers import layer_of
+from krona_hub.formats.reading.placed_layers import joined, layer_of
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan, refuse
 from krona_hub.formats.reading.values import minus_base, vectors_of
 from krona_hub.kron.terms import KronTerms
@@ -133,27 +133,37 @@ def _execute(plan: ReadPlan) -> Adapter:
     keys = [key for m in plan.modules for key in m.group.keys]
     stored = load(plan.file.header, [*keys, *(vector.key.key for vector in plan.vectors)])
     tensors = {key: tensor.to(torch.bfloat16) if tensor.dtype in FP8 else tensor for key, tensor in stored.items()}
-    layers: dict[str, LayerDelta] = {}
+    pieces: dict[str, list[tuple[Placement, LayerDelta]]] = {}
     for module in plan.modules:
         parts = {part: tensors[key] for part, key in module.group.parts.items()}
         try:
-            layers |= _layers(module, parts, plan)
+            for place, delta in _placed(module, parts, plan):
+                pieces.setdefault(place.layer, []).append((place, delta))
         except KronaError as error:
             raise error.within(module.group.name) from None
+    layers = {layer: _joined_layer(layer, own, plan.match.base) for layer, own in pieces.items()}
     extras = load(plan.file.header, plan.file.keys.extras)
     return Adapter(layers, _base_model(plan), _provenance(plan), extras, vectors_of(plan, tensors))
 
 
-def _layers(module: ModulePlan, parts: Mapping[str, Tensor], plan: ReadPlan) -> dict[str, LayerDelta]:
-    """The deltas of the layers that one module of a file adapts, usually one."""
+def _placed(module: ModulePlan, parts: Mapping[str, Tensor], plan: ReadPlan) -> Iterator[tuple[Placement, LayerDelta]]:
+    """Yield the deltas of the layers that one module of a file adapts, usually one."""
     terms = decode(parts, module.layout, module.scale.value)
     if module.scale.initial:
         terms = without_initial_factors(terms, module, plan.file.weights)
     magnitude = magnitude_of(parts)
-    deltas = {place.layer: _delta(module, terms, magnitude, place, plan.match.base) for place in module.places}
-    if module.layout.kind != "value":
-        return deltas
-    return {layer: minus_base(layer, delta, plan.file.weights) for layer, delta in deltas.items()}
+    for place in module.places:
+        delta = _delta(module, terms, magnitude, place, plan.match.base)
+        yield place, minus_base(place, delta, plan.file.weights) if module.layout.kind == "value" else delta
+
+
+def _joined_layer(layer: str, parts: Sequence[tuple[Placement, LayerDelta]], base: Base | None) -> LayerDelta:
+    """The delta of a layer from those of the modules that it consists of, usually one."""
+    module = base.module(layer) if base else None
+    try:
+        return joined(parts, module.shape if module else None)
+    except KronaError as error:
+        raise error.within(layer) from None
 
 
 def _delta(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from krona_hub.adapters.adapter import Adapter
+from krona_hub.adapters.adapter import Adapter, vector_delta
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
@@ -22,6 +22,7 @@ from krona_hub.formats.forms.vector_kinds import LORA_BIAS, kind_of
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.parsing.keys import EMBEDDINGS
 from krona_hub.formats.writing.module_names import Home, homes, vector_name
+from krona_hub.formats.writing.split_modules import check_equal, check_equal_norms, split_vector
 
 
 class Beside(NamedTuple):
@@ -70,6 +71,8 @@ def lycoris_tensors(
     for module in modules:
         if module not in layers:
             name = vector_name(module, dialect, names)
+            if names is not None:
+                check_equal_norms(name, module, vectors, names)
             weight, bias = vectors.get(f"{module}.weight"), vectors.get(f"{module}.bias")
             has_bias = base is None or base.parameter(f"{module}.bias") is not None
             tensors |= _norm(name, weight, bias, has_bias)
@@ -90,15 +93,18 @@ def _gathered(
 ) -> dict[str, Tensor]:
     """Module of the file -> the biases of its layers, in the order of its rows."""
     places = homes(layers, dialect, names, split_qkv=split_qkv)
-    members: dict[str, list[str]] = {}
+    members: dict[str, list[tuple[Home, Tensor]]] = {}
     for layer in layers:
-        members.setdefault(places[layer].module, []).append(layer)
-    return {name: _stacked([(places[x], vectors[f"{x}.bias"]) for x in own]) for name, own in members.items()}
+        for home, bias in split_vector(vectors[f"{layer}.bias"], places[layer]):
+            members.setdefault(home.module, []).append((home, bias))
+    return {name: _stacked(own) for name, own in members.items()}
 
 
 def _stacked(parts: Sequence[tuple[Home, Tensor]]) -> Tensor:
     """The biases of the layers of one module, zero where a layer has none."""
     home, first = parts[0]
+    if home.placement.shared_with:
+        check_equal(home.module, [(h.placement, vector_delta(bias)) for h, bias in parts])
     if home.placement.rows is None:
         return _in_stored_order(home.placement, first)
     height = max(p.rows[1] for p in home.siblings if p.rows)

@@ -16,6 +16,7 @@ from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.bases.module_spec import Placement
 from krona_hub.errors import InexpressibleError
 from krona_hub.formats.forms.normal_forms import Lora, lora_of, multiples, term_of
+from krona_hub.formats.writing.split_modules import check_equal
 from krona_hub.kron.norms import norm
 from krona_hub.kron.row_stack import as_single_term
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora, dense_factor, transpose_factor
@@ -26,8 +27,12 @@ Part = tuple[Placement, LayerDelta]
 def fused(module: str, parts: Sequence[Part], placements: Sequence[Placement]) -> LayerDelta:
     """The delta of a module that consists of `placements`, of which `parts` are adapted; blocks in row order.
 
-    Raises InexpressibleError for Kronecker terms that do not fuse into a single term.
+    Raises InexpressibleError for Kronecker terms that do not fuse into a single term, and for layers that share the
+    module but differ.
     """
+    if placements[0].shared_with:
+        check_equal(module, parts)
+        return _in_stored_order(module, *parts[0])
     stored = [(p, _in_stored_order(module, p, delta)) for p, delta in parts]
     ordered = sorted(stored, key=lambda part: part[0].rows or (0, 0))
     if len(placements) == 1 and placements[0].rows is None:

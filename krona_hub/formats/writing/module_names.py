@@ -23,7 +23,7 @@ PROJECTED = "text_encoder_2"
 
 @dataclass(frozen=True)
 class Home:
-    """The module of a file that stores a layer."""
+    """A module of a file that stores a layer, or rows of it."""
 
     module: str
     placement: Placement
@@ -32,18 +32,22 @@ class Home:
 
 def homes(
     layers: Iterable[str], dialect: str, table: NameTable | None, *, split_qkv: bool = False
-) -> Mapping[str, Home]:
-    """Layer -> the module that stores it in a file of that dialect.
+) -> Mapping[str, tuple[Home, ...]]:
+    """Layer -> the module that stores it in a file of that dialect, or the modules that together do.
 
     Raises UnknownBaseError if the dialect needs a base model and none is given.
     """
     layers = tuple(layers)
     if dialect == "lycoris" or table is None:
-        return {layer: _alone(_plain_name(layer, dialect), layer) for layer in layers}
+        return {layer: (_alone(_plain_name(layer, dialect), layer),) for layer in layers}
     if split_qkv and any(len(ps) > 1 for ps in table.fused(dialect).values()):
         dialect = SPLIT.get(dialect, dialect)
-    shared = {p.layer: Home(module, p, ps) for module, ps in table.fused(dialect).items() for p in ps}
-    return {layer: shared.get(layer) or _alone(table.spell(layer, dialect), layer) for layer in layers}
+    special: dict[str, tuple[Home, ...]] = {}
+    for module, placements in table.fused(dialect).items():
+        for p in placements:
+            others = special.get(p.layer, ()) if p.part else ()
+            special[p.layer] = (*others, Home(module, p, placements))
+    return {layer: special.get(layer) or (_alone(table.spell(layer, dialect), layer),) for layer in layers}
 
 
 def vector_name(path: str, dialect: str, table: NameTable | None) -> str:

@@ -18,7 +18,7 @@ from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.loading import load_base
 from krona_hub.bases.module_spec import ModuleSpec as BaseModule
-from krona_hub.bases.module_spec import OtherParameters
+from krona_hub.bases.module_spec import OtherParameters, Placement
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.errors import InexpressibleError, UsageError, abbreviated
 from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, tool_named
@@ -26,12 +26,13 @@ from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 from krona_hub.formats.forms.normal_forms import lora_of, without_hadamard
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import storage_of
-from krona_hub.formats.reading.placed_layers import layer_of
+from krona_hub.formats.reading.placed_layers import joined, layer_of
 from krona_hub.formats.writing.beside_layers import held_beside, lycoris_tensors
 from krona_hub.formats.writing.encode import cast, cast_tensor, normalized
-from krona_hub.formats.writing.fuse_modules import fused
-from krona_hub.formats.writing.module_names import Home, check_one_component, homes, live_path
+from krona_hub.formats.writing.fuse_modules import Part, fused
+from krona_hub.formats.writing.module_names import check_one_component, homes, live_path
 from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tensors, pack, with_common_factors
+from krona_hub.formats.writing.split_modules import Homes, split_layer
 from krona_hub.schema.native_tensors import to_tensors
 
 CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
@@ -157,21 +158,24 @@ def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> WritePlan:
 
 
 def _stored_layers(
-    adapter: Adapter, modules: Sequence[FileModule], places: Mapping[str, Home]
+    adapter: Adapter, modules: Sequence[FileModule], places: Mapping[str, Homes]
 ) -> dict[str, LayerDelta]:
     """Take the modules of the file apart again, as a reader does."""
     deltas = {m.name: m.delta for m in modules}
-    return {
-        layer: layer_of(deltas[places[layer].module], places[layer].placement, delta.weight_shape)
-        for layer, delta in adapter.layers.items()
-    }
+
+    def stored(layer: str, shape: tuple[int, ...]) -> LayerDelta:
+        written = [home for home in places[layer] if home.module in deltas]
+        parts = [(home.placement, layer_of(deltas[home.module], home.placement, shape)) for home in written]
+        return joined(parts, shape)
+
+    return {layer: stored(layer, delta.weight_shape) for layer, delta in adapter.layers.items()}
 
 
 def _biased(
-    modules: Sequence[FileModule], places: Mapping[str, Home], vectors: Mapping[str, Tensor]
+    modules: Sequence[FileModule], places: Mapping[str, Homes], vectors: Mapping[str, Tensor]
 ) -> list[FileModule]:
     """The modules with a bias each, zero where none is known, since PEFT's lora_bias applies to all of them."""
-    known = {places[name.removesuffix(".bias")].module: vector for name, vector in vectors.items()}
+    known = {places[name.removesuffix(".bias")][0].module: vector for name, vector in vectors.items()}
     example = next(iter(known.values()))
     return [
         m._replace(bias=known.get(m.name, torch.zeros(m.delta.weight_shape[0], dtype=example.dtype))) for m in modules
@@ -205,12 +209,12 @@ def _own_layers(adapter: Adapter) -> Base:
     return Base("the adapter's own layers", None, components)
 
 
-def _modules(adapter: Adapter, aim: Aim, places: Mapping[str, Home], names: NameTable | None) -> list[FileModule]:
+def _modules(adapter: Adapter, aim: Aim, places: Mapping[str, Homes], names: NameTable | None) -> list[FileModule]:
     """The modules of the file, in the normal form of its format."""
     modules, tool = [], aim.tool.name if aim.tool else None
     for name, delta in gathered(adapter.layers, places).items():
-        layer = next(x for x in adapter.layers if places[x].module == name)
-        label = layer if len(places[layer].siblings) == 1 else name
+        layer, home = next((x, h) for x in adapter.layers for h in places[x] if h.module == name)
+        label = layer if len(home.siblings) == 1 and not home.placement.part else name
         stored = normalized(delta, aim.format, tool, layer=label)
         modules.append(FileModule(name, layer.partition(".")[0], live_path(layer, names), stored))
     return with_common_factors(aim.format, modules)
@@ -233,14 +237,27 @@ def check_text_encoders(aim: Aim, modules: Sequence[FileModule]) -> None:
             )
 
 
-def gathered(layers: Mapping[str, LayerDelta], places: Mapping[str, Home]) -> dict[str, LayerDelta]:
-    """Module of the file -> delta of its layer, reordered or fused with its siblings as the file requires."""
-    members: dict[str, list[str]] = {}
-    for layer in layers:
-        members.setdefault(places[layer].module, []).append(layer)
+def gathered(layers: Mapping[str, LayerDelta], places: Mapping[str, Homes]) -> dict[str, LayerDelta]:
+    """Module of the file -> delta of its layer, reordered, fused with its siblings or split as the file requires."""
+    members: dict[str, list[Part]] = {}
+    siblings: dict[str, Sequence[Placement]] = {}
+    for layer, delta in layers.items():
+        for home, own in split_layer(delta, places[layer]):
+            members.setdefault(home.module, []).append((home.placement, own))
+            siblings[home.module] = home.siblings
+    return {name: fused(name, parts, siblings[name]) for name, parts in members.items()}
+
+
+def split_layers(adapter: Adapter, aim: Aim, base: str | Path | Base | None) -> dict[str, dict[str, LayerDelta]]:
+    """Layer -> module -> delta, for the layers that several modules of the file together store."""
+    known = _known_base(adapter, base)
+    if known is None or aim.format == KRONA.name:
+        return {}
+    places = homes(adapter.layers, aim.dialect, table(known), split_qkv=aim.split_qkv)
     return {
-        name: fused(name, [(places[x].placement, layers[x]) for x in own], places[own[0]].siblings)
-        for name, own in members.items()
+        layer: {home.module: own for home, own in split_layer(delta, places[layer])}
+        for layer, delta in adapter.layers.items()
+        if places[layer][0].placement.part
     }
 
 
@@ -250,12 +267,13 @@ def fused_layers(adapter: Adapter, aim: Aim, base: str | Path | Base | None) -> 
     if known is None or aim.format == KRONA.name:
         return {}
     places = homes(adapter.layers, aim.dialect, table(known), split_qkv=aim.split_qkv)
-    shared = {x: delta for x, delta in adapter.layers.items() if len(places[x].siblings) > 1}
+    shared = {x: delta for x, delta in adapter.layers.items() if len(places[x][0].siblings) > 1}
+    module_of = {x: places[x][0].module for x in shared}
     whole: dict[str, LayerDelta] = {}
-    for module in dict.fromkeys(places[x].module for x in shared):
+    for module in dict.fromkeys(module_of.values()):
         with suppress(InexpressibleError):
-            whole |= gathered({x: delta for x, delta in shared.items() if places[x].module == module}, places)
-    return {x: whole[places[x].module] for x in shared if places[x].module in whole}
+            whole |= gathered({x: delta for x, delta in shared.items() if module_of[x] == module}, places)
+    return {x: whole[module] for x, module in module_of.items() if module in whole}
 
 
 def _context(adapter: Adapter, base: Base | None, *, is_stated: bool) -> Context:
