@@ -87,7 +87,8 @@ class ComponentNames:
     def find(self, path: str) -> Placements | None:
         """The placements of a name without its prefix; None if the component has no such module."""
         key = self._key(path)
-        found = self.index.get(key) or next((self.index[new] for new in _modern(key) if new in self.index), None)
+        found = path if path in self.modules else self.index.get(key)
+        found = found or next((self.index[new] for new in _modern(key) if new in self.index), None)
         if isinstance(found, str):
             return (Placement(f"{self.component}.{found}"),)
         return found and tuple(map(self._canonical, found))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from krona_hub.adapters.unknown_base import KEPT_NAMES, module_name
 from krona_hub.bases.base import Base
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.checkpoints.header import Header, TensorInfo
@@ -148,8 +149,13 @@ def _native(file: AdapterFile) -> Description:
         trigger_words=provenance.trigger_words,
         training={key: str(value) for key, value in provenance.training.items()},
         licence=provenance.licence,
+        warnings=_kept_names((*known.layers, *known.vectors)),
         schema=str(known.version),
     )
+
+
+def _kept_names(names: Iterable[str]) -> tuple[str, ...]:
+    return (KEPT_NAMES,) if any(module_name(name) is not None for name in names) else ()
 
 
 def _vectors(
