@@ -12,7 +12,7 @@ from krona_hub.cli.main import main
 from krona_hub.conversion import convert
 from krona_hub.errors import UnknownBaseError, UnsupportedError
 from krona_hub.formats.reading.reader import read
-from krona_hub.merging import merge
+from krona_hub.merging.api import merge
 from krona_hub.verification import validate, verify
 
 WEIGHTS = {"fancy.0.attn.q": (24, 16), "fancy.0.attn.to_out": (16, 24), "fancy.1.ff_up": (24, 10), "stem": (6, 4, 3, 3)}
@@ -168,7 +168,7 @@ def test_what_is_no_model_and_what_is_quantized_is_refused(tmp_path):
         UnknownBaseError, match=r"not a checkpoint.*--base: a catalog name, a Hub id, a checkpoint file"
     ):
         loading.load_base(tmp_path / "a.safetensors")
-    packed = {"fancy.0.attn.q.weight.absmax": torch.ones(3)}
+    packed = {"fancy.0.attn.q.SCB": torch.ones(3)}
     base = checkpoint(tmp_path / "new.safetensors", more=packed)
     with pytest.raises(UnsupportedError, match="quantized"):
         merge(base, [(tmp_path / "a.safetensors", 1.0)], tmp_path / "m.safetensors")
@@ -178,3 +178,43 @@ def test_a_unet_is_called_one(tmp_path):
     names = ("input_blocks.0.0", "middle_block.0.q", "output_blocks.0.0")
     save_file({f"{name}.weight": rand(1, 4, 6) for name in names}, tmp_path / "new.safetensors")
     assert loading.load_base(tmp_path / "new.safetensors").denoiser == "unet"
+
+
+def test_vectors_and_adapters_in_memory_find_the_base_by_their_kept_names(tmp_path):
+    base = checkpoint(tmp_path / "new.safetensors", "net.")
+    lokr(tmp_path / "a.safetensors")
+    vectors = {"lora_unet_fancy_0_norm.w_norm": rand(1, 16), "lora_unet_fancy_0_attn_q.diff_b": rand(2, 24)}
+    save_file(load_file(tmp_path / "a.safetensors") | vectors, tmp_path / "a.safetensors")
+    native = convert(tmp_path / "a.safetensors", tmp_path / "n.safetensors", to="krona", exact=True).out
+    merged = []
+    for i, source in enumerate((tmp_path / "a.safetensors", native, read(native))):
+        merge(base, [(source, 1.0)], tmp_path / f"{i}.safetensors")
+        merged.append(load_file(tmp_path / f"{i}.safetensors"))
+    before = load_file(base)
+    for after in merged:
+        assert torch.equal(after["net.fancy.0.norm.weight"], before["net.fancy.0.norm.weight"] + rand(1, 16))
+        assert torch.equal(after["net.fancy.0.attn.q.bias"], before["net.fancy.0.attn.q.bias"] + rand(2, 24))
+        assert all(torch.equal(tensor, merged[0][name]) for name, tensor in after.items())
+
+
+def test_a_live_model_takes_an_adapter_of_kept_names(tmp_path):
+    from krona_hub.pipelines.load_adapter import load_into
+
+    class Fancy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = torch.nn.Linear(6, 4, bias=False)
+
+        def forward(self, x):
+            return self.block(x)
+
+    down, up = rand(3, 2, 6), rand(4, 4, 2)
+    save_file(
+        {"lora_unet_block.lora_down.weight": down, "lora_unet_block.lora_up.weight": up}, tmp_path / "a.safetensors"
+    )
+    for source in (tmp_path / "a.safetensors", read(tmp_path / "a.safetensors")):
+        model = Fancy()
+        x = rand(5, 3, 6)
+        plain = model(x)
+        load_into(model, source, component="transformer")
+        torch.testing.assert_close(model(x), plain + x @ (up @ down).T)

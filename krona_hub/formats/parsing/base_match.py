@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from krona_hub.adapters.unknown_base import module_name
 from krona_hub.bases import catalog, detection, name_prefixes
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement
@@ -56,6 +57,15 @@ def match_base(
     names = own_names(shapes, component, is_peft=is_peft)
     places = {name: (Placement(names.layer(name)),) for name in shapes}
     return BaseMatch(None, (), places, {}, component, names)
+
+
+def places_of_kept(shapes: Shapes, base: Base) -> dict[str, Placements]:
+    """Find in `base` the layers of an unknown base model, whose names are those of their file: layer -> placements."""
+    own = {layer: module for layer in shapes if (module := module_name(layer)) is not None}
+    if not own:
+        return {}
+    found = match_base({module: shapes[layer] for layer, module in own.items()}, {}, base, None).places
+    return {layer: found[module] for layer, module in own.items() if module in found}
 
 
 def _in_catalog(shapes: Shapes, found: list[detection.Candidate], component: str | None) -> BaseMatch:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from krona_hub.adapters.unknown_base import module_name
 from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement
@@ -68,6 +69,19 @@ def base_of_vectors(
         return BaseMatch(None, (), {}, {}, component, rule)
     names = tuple(match.base.name for match in fits if match.base)
     return BaseMatch(fits[0].base, names, {}, {}, component)
+
+
+def kept_parameter(name: str, shape: tuple[int, ...], base: Base) -> str:
+    """Return the parameter of `base` with the name that an adapter of an unknown base model kept, else that name."""
+    own = module_name(name)
+    if own is None:
+        return name
+    module, _, part = own.rpartition(".")
+    for path, end in ((module, f".{part}"), (own, "")):
+        places = (table(base).vector_places(path) if path else None) or ()
+        if len(places) == 1 and places[0].plain and base.parameter(f"{places[0].layer}{end}") == shape:
+            return f"{places[0].layer}{end}"
+    return name
 
 
 def _check_single(targets: Sequence[VectorTarget], owner: Mapping[str, str]) -> None:

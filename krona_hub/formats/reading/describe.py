@@ -17,6 +17,7 @@ from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
 from krona_hub.formats.parsing import file_metadata
 from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
+from krona_hub.formats.parsing.base_match import places_of_kept
 from krona_hub.formats.reading.description import Description, ModuleInfo, VectorInfo
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan
 from krona_hub.schema import tensor_layout
@@ -129,7 +130,12 @@ def _native(file: AdapterFile) -> Description:
     header = file.header
     known, findings = tensor_layout.examine(header)
     raise_first(findings, str(header.path))
-    modules = tuple(_native_module(name, layer, header) for name, layer in known.layers.items())
+    shapes = {name: layer.weight_shape for name, layer in known.layers.items()}
+    places = {} if file.base is None else places_of_kept(shapes, file.base)
+    modules = tuple(
+        _native_module(name, layer, header, tuple(p.layer for p in places.get(name, ())) or (name,))
+        for name, layer in known.layers.items()
+    )
     vectors = _vectors({n: (name,) for name, n in known.vectors.items()}, header.tensors, modules, None)
     base, provenance = known.header.base, known.provenance(header.metadata)
     return Description(
@@ -149,7 +155,7 @@ def _native(file: AdapterFile) -> Description:
         trigger_words=provenance.trigger_words,
         training={key: str(value) for key, value in provenance.training.items()},
         licence=provenance.licence,
-        warnings=_kept_names((*known.layers, *known.vectors)),
+        warnings=_kept_names([*(layer for m in modules for layer in m.layers), *known.vectors]),
         schema=str(known.version),
     )
 
@@ -182,12 +188,12 @@ def _beside(vectors: Sequence[VectorInfo]) -> str:
     return f" and {counted(len(vectors), 'vector')}" if vectors else ""
 
 
-def _native_module(name: str, layer: tensor_layout.Layer, header: Header) -> ModuleInfo:
+def _native_module(name: str, layer: tensor_layout.Layer, header: Header, layers: tuple[str, ...]) -> ModuleInfo:
     names = [n for s in layer.sums for n in _counted(s)]
     infos = [header.tensors[n] for n in names + ([layer.magnitude] if layer.magnitude else [])]
     return ModuleInfo(
         name=name,
-        layers=(name,),
+        layers=layers,
         kind="krona",
         weight_shape=layer.weight_shape,
         sums=tuple(_native_sum(s, header) for s in layer.sums),

@@ -22,6 +22,7 @@ from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_fi
 from krona_hub.formats.reading.decode import decode, magnitude_of
 from krona_hub.formats.reading.description import Description
 from krona_hub.formats.reading.initial_factors import without_initial_factors
+from krona_hub.formats.reading.kept_names import resolved
 from krona_hub.formats.reading.placed_layers import layer_of
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan, refuse
 from krona_hub.formats.reading.values import minus_base, vectors_of
@@ -126,7 +127,9 @@ def _read_native(file: AdapterFile) -> Adapter:
     from krona_hub.schema.native_tensors import from_tensors
 
     adapter = from_tensors(file.header, load(file.header))
-    return replace(adapter, base=adapter.base or (file.base.model if file.base else None))
+    if file.base is None:
+        return adapter
+    return replace(resolved(adapter, file.base), base=adapter.base or file.base.model)
 
 
 def _execute(plan: ReadPlan) -> Adapter:
