@@ -70,7 +70,7 @@ def get(name: str) -> Base:
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UnknownBaseError(
             f"Unknown base model {name!r}.",
-            fix=f"{hint}{SPECIFY_BASE} Catalog names: {', '.join(FAMILIES)}.",
+            fix=f"{hint}{SPECIFY_BASE}",
         )
     entry = FAMILIES[family]
     parts = {c: component(file).modules for c, file in entry.components.items()}

@@ -133,7 +133,8 @@ def _sides(base: Path, tuned: Path, base_name: str | Path | None) -> tuple[_Side
     if not known:
         raise UnknownBaseError(
             f"The layer names in {base} and {tuned} do not match any base model in the catalog.",
-            fix="Specify the base model by name, or one of the checkpoints as a diffusers folder.",
+            fix="Specify the base model by name, one of the checkpoints as a diffusers folder, or one of them with "
+            "--base-name to keep its own names.",
         )
     more = {p: m for folder in (base, tuned) if folder.is_dir() for p, m in _every_module(folder).items()}
     first, second = (_side(path, models[path] or known[0], more) for path in (base, tuned))

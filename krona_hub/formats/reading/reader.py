@@ -13,7 +13,7 @@ from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenanc
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement
 from krona_hub.checkpoints.reader import load
-from krona_hub.errors import ConflictError, KronaError
+from krona_hub.errors import SPECIFY_BASE, ConflictError, KronaError, UnknownBaseError
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
@@ -165,6 +165,11 @@ def _delta(
     """The part of a module's delta that belongs to one layer."""
     known = base.module(place.layer) if base else None
     shape = known.shape if known and place.plain else module.layout.weight_shape
+    if base is None and magnitude is not None and module.layout.dora == "in" and magnitude.numel() != shape[1]:
+        raise UnknownBaseError(
+            "The file does not state the kernel of this convolution, which the norms of its DoRA depend on.",
+            fix=SPECIFY_BASE,
+        )
     whole = LayerDelta((terms,), shape, magnitude, module.layout.dora or "out")
     return layer_of(whole, place, known.shape if known else None)
 

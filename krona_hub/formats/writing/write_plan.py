@@ -34,6 +34,7 @@ from krona_hub.formats.writing.module_names import Home, check_one_component, ho
 from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tensors, pack, with_common_factors
 from krona_hub.schema.native_tensors import to_tensors
 
+PLAIN_DIALECTS = ("diffusers", "peft", "lycoris")  # canonical names, reformatted; others need the base model
 CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 
 
@@ -121,7 +122,7 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
     if aim.format == KRONA.name:
         return _native(adapter, aim, dtype)
     known = _known_base(adapter, base)
-    if known is None and aim.tool is not None:
+    if known is None and aim.tool is not None and (UNKNOWN in adapter.components or aim.dialect not in PLAIN_DIALECTS):
         raise _unnamed_for(aim.tool)
     names = None if known is None else table(known)
     check_one_component(adapter.components, aim.dialect)
@@ -151,8 +152,12 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
 
 
 def check_names_for(adapter: Adapter, tool_name: str | None, base: str | Path | Base | None) -> None:
-    """Raise UnknownBaseError for an application without a base model, on which the names that it expects depend."""
-    if tool_name is not None and base is None and (adapter.base is None or adapter.base.family is None):
+    """Raise UnknownBaseError for an application and a file that no known base model matches.
+
+    The names that the application expects depend on the base model.
+    """
+    kept = UNKNOWN in adapter.components or KEPT_NAMES in adapter.provenance.warnings
+    if tool_name is not None and base is None and kept:
         raise _unnamed_for(tool_named(tool_name))
 
 
