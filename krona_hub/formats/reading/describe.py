@@ -47,7 +47,7 @@ def describe(
     -------
     Description
         Format, base model, modules, sizes in parameters and bytes, and warnings. Modules that `read` rejects are in
-        `unmatched` with the reason; without a known base model, modules have no layers.
+        `unmatched` with the reason; without a known base model, layers keep the names of the file.
 
     Raises
     ------

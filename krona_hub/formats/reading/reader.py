@@ -48,8 +48,8 @@ def read(
     source : str or Path
         A `.safetensors` file, a PEFT folder, or a folder with one PEFT folder per component.
     base : str, Path or Base, optional
-        Base model: a catalog name, a diffusers folder, a checkpoint file or a `Base`. Required if names and shapes
-        match no known base model. Default: detect it.
+        Base model: a catalog name, a diffusers folder, a checkpoint file or a `Base`. Default: detect it; layers of
+        an unknown base model are named `unknown.<module name of the file>`.
     format, component : str, optional
         Format name (see `FORMATS`) and component (such as `unet`), for files that leave them open.
     allow_missing : bool, default False
