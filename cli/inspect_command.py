@@ -114,13 +114,19 @@ def _facts(file: str, about: Description, sha256: str | None) -> Iterator[tuple[
 
 def _loads(verdicts: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
     """The applications that load the file, then one line per reason why others do not."""
-    yield "loads in", ", ".join(name for name, v in verdicts.items() if v.ok) or "krona only"
+    from krona_hub.formats.compatibility.tools import UNKNOWN_BASE
+
+    is_open = any(v.why == UNKNOWN_BASE for v in verdicts.values())
+    yield (
+        "loads in",
+        ", ".join(name for name, v in verdicts.items() if v.ok) or ("not known" if is_open else "krona only"),
+    )
     reasons: dict[str, list[str]] = {}
     for name, verdict in verdicts.items():
         if not verdict.ok:
             reasons.setdefault(verdict.why, []).append(name)
     for why, names in reasons.items():
-        yield "not in", f"{', '.join(names)}: {why}"
+        yield "not known" if why == UNKNOWN_BASE else "not in", f"{', '.join(names)}: {why}"
 
 
 def _one_of(candidates: Sequence[str]) -> str:

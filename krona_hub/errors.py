@@ -67,6 +67,12 @@ def counted(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
+SPECIFY_BASE = (
+    "Specify the base model with --base: a catalog name, a Hub id, a checkpoint file of any model, a diffusers or "
+    "component folder, or a folder with only its config.json."
+)
+
+
 class KronaError(Exception):
     """Base class of all errors that a user can fix; any other exception is a bug in krona_hub.
 
@@ -247,7 +253,7 @@ class BaseMismatchError(KronaError):
 
 
 class UnknownBaseError(KronaError):
-    """A required base model that was not specified, or an unknown base model name."""
+    """A required base model that was not specified or is unknown; any checkpoint or folder is accepted by --base."""
 
     code = "KH161"
 

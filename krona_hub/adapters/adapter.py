@@ -4,7 +4,8 @@ An Adapter is a mapping from canonical layer names to LayerDelta values. The ΔW
 alpha, rank and all other scales exist only inside `krona_hub.formats`.
 
 Canonical names are `<component>.<diffusers module path>` without `text_model.`, for example
-`unet.mid_block.attentions.0.proj_in` or `text_encoder.encoder.layers.0.mlp.fc1`.
+`unet.mid_block.attentions.0.proj_in` or `text_encoder.encoder.layers.0.mlp.fc1`. Layers of an unknown base model have
+the names of `krona_hub.adapters.unknown_base`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.provenance import COMPONENTS, BaseModel, Provenance
+from krona_hub.adapters.unknown_base import UNKNOWN
 from krona_hub.errors import NotFoundError, ShapeError, UnknownBaseError
 from krona_hub.kron.terms import KronTerms
 
@@ -237,9 +239,9 @@ class Adapter(Mapping[str, LayerDelta]):
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The components of the layers and vectors, in the order of COMPONENTS."""
+        """The components of the layers and vectors, in the order of COMPONENTS; then UNKNOWN."""
         present = {name.split(".", 1)[0] for name in (*self.layers, *self.vectors)}
-        return tuple(c for c in COMPONENTS if c in present)
+        return tuple(c for c in (*COMPONENTS, UNKNOWN) if c in present)
 
     def with_layers(self, layers: Mapping[str, LayerDelta]) -> Adapter:
         """Return the same adapter with other layers and the same vectors."""

@@ -17,7 +17,7 @@ from krona_hub.bases.component import Component
 from krona_hub.bases.families import ALIASES, FAMILIES
 from krona_hub.bases.module_spec import OtherParameters
 from krona_hub.bases.name_patterns import expand
-from krona_hub.errors import UnknownBaseError
+from krona_hub.errors import SPECIFY_BASE, UnknownBaseError
 
 CONFIG_STATUS: Mapping[str, str] = {  # source of the configuration
     "F": "stored copy of the published config.json",
@@ -73,7 +73,7 @@ def get(name: str) -> Base:
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UnknownBaseError(
             f"Unknown base model {name!r}.",
-            fix=f"{hint}Specify a folder, a checkpoint file, or one of {', '.join(FAMILIES)}.",
+            fix=f"{hint}{SPECIFY_BASE}",
         )
     entry = FAMILIES[family]
     parts = {c: component(file).modules for c, file in entry.components.items()}

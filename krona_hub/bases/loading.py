@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from krona_hub.assets.shipped import folder_of
-from krona_hub.bases import catalog, catalog_index, detection, ldm_names
+from krona_hub.bases import catalog, catalog_index, detection
 from krona_hub.bases.base import COMPONENTS, DENOISERS, Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.meta_device import modules_of
 from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import table
+from krona_hub.bases.unlisted import component_by_content, is_adapter, unwrapped
 from krona_hub.bases.weight_files import (
     StoredTensor,
     WeightPlace,
@@ -34,7 +35,7 @@ from krona_hub.bases.weight_files import (
     whole_weights,
 )
 from krona_hub.checkpoints.file_names import ADAPTER_PICKLES, SAFETENSORS
-from krona_hub.errors import FormatError, NotFoundError, UnknownBaseError
+from krona_hub.errors import SPECIFY_BASE, FormatError, NotFoundError, UnknownBaseError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ Weights = Callable[[str], "Tensor | None"]  # canonical layer or parameter -> te
 
 
 def load_base(source: str | Path) -> Base:
-    """Load the names and shapes of a base model; reads headers and configurations, never weights.
+    """Load the names and shapes of a base model, known or not; reads headers and configurations, never weights.
 
     Parameters
     ----------
@@ -78,7 +79,7 @@ def load_base(source: str | Path) -> Base:
     NotFoundError
         A checkpoint file does not exist.
     UnknownBaseError
-        The name is unknown, or the files do not contain a known base model.
+        The name is unknown, or the files do not contain a model.
     FormatError
         A file is not valid safetensors or JSON.
 
@@ -92,7 +93,7 @@ def load_base(source: str | Path) -> Base:
     if path.is_dir():
         return named_base({c: _folder_modules(folder) for c, folder in component_folders(path).items()}, str(path))
     if path.exists():
-        return _file_base(path)
+        return open_checkpoint(path)[0]
     if catalog.find(str(source)) is None and path.suffix in (SAFETENSORS, *ADAPTER_PICKLES):
         raise NotFoundError(f"File {source} does not exist.", fix="Check the path.")
     return catalog.get(str(source))
@@ -110,9 +111,7 @@ def weight_files(source: str | Path) -> dict[str, WeightPlaces]:
             for c, stored in stored_by_component(path, whole=False).items()
             for layer, w in plainly_placed(c, stored).items()
         }
-    if not path.exists():
-        return {}
-    return placed(path, stored_in([path]))
+    return open_checkpoint(path)[1] if path.exists() else {}
 
 
 def vector_files(source: str | Path) -> dict[str, WeightPlaces]:
@@ -125,8 +124,7 @@ def vector_files(source: str | Path) -> dict[str, WeightPlaces]:
         return {n: w for c, stored in stored_by_component(path).items() for n, w in plain_vectors(c, stored).items()}
     if not path.exists():
         return {}
-    stored = stored_in([path])
-    return landed_vectors(_base_of_tensors(path, stored), stored)
+    return landed_vectors(open_checkpoint(path)[0], stored_in([path]))
 
 
 def base_weights(source: str | Path) -> Weights:
@@ -150,10 +148,16 @@ def base_weights(source: str | Path) -> Weights:
     return weight
 
 
-def open_checkpoint(path: Path) -> tuple[Base, dict[str, WeightPlaces]]:
-    """The base model in one checkpoint file and the location of each layer's weight, from a single header read."""
+def open_checkpoint(path: Path, *, listed_only: bool = False) -> tuple[Base, dict[str, WeightPlaces]]:
+    """The base model in one checkpoint file and the location of each layer's weight, from a single header read.
+
+    A model with the names of neither the catalog nor diffusers keeps its own, except with `listed_only`. Raises
+    UnknownBaseError for a file without weights of a model.
+    """
     stored = stored_in([path])
-    base = _base_of_tensors(path, stored)
+    base = _base_of_tensors(path, stored) or (None if listed_only else _unlisted_base(path, stored))
+    if base is None:
+        raise _not_listed(path)
     return base, landed(base, stored)
 
 
@@ -180,7 +184,10 @@ def placed(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPl
 
     `path` names the source in errors. Raises UnknownBaseError if no base model has these names.
     """
-    return landed(_base_of_tensors(path, stored), stored)
+    base = _base_of_tensors(path, stored)
+    if base is None:
+        raise _not_listed(path)
+    return landed(base, stored)
 
 
 def plainly_placed(component: str, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlaces]:
@@ -193,12 +200,16 @@ def plainly_placed(component: str, stored: Mapping[str, StoredTensor]) -> dict[s
 def landed(base: Base, stored: Mapping[str, StoredTensor], component: str | None = None) -> dict[str, WeightPlaces]:
     """Canonical layer -> location of its weight, for tensors with any names of `base`, or of one component of it."""
     weights = weights_by_module(stored)
-    found = (
+    placed_weights = (
         WeightPlace(weight.path, weight.tensor, place)
         for name, weight in weights.items()
         for place in table(base).find(name, component) or ()
     )
-    return whole_weights(found, {layer: module.shape for layer, module in base.layers()}.get)
+    found = whole_weights(placed_weights, {layer: module.shape for layer, module in base.layers()}.get)
+    if base.family is None and base.denoiser:  # names as in the file, of a model that the catalog does not list
+        exact = plainly_placed(base.denoiser, unwrapped(stored))
+        found |= {layer: place for layer, place in exact.items() if base.module(layer) is not None}
+    return found
 
 
 def plain_vectors(component: str, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlaces]:
@@ -211,7 +222,11 @@ def plain_vectors(component: str, stored: Mapping[str, StoredTensor]) -> dict[st
 
 def landed_vectors(base: Base, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlaces]:
     """Canonical parameter -> location, for the biases, norms and bare parameters with any names of `base`."""
-    return whole_weights(_every_vector(base, stored), base.parameter)
+    found = whole_weights(_every_vector(base, stored), base.parameter)
+    if base.family is None and base.denoiser:
+        exact = plain_vectors(base.denoiser, unwrapped(stored))
+        found = {name: place for name, place in exact.items() if base.parameter(name) is not None} | found
+    return found
 
 
 def _every_vector(base: Base, stored: Mapping[str, StoredTensor]) -> Iterator[WeightPlace]:
@@ -239,10 +254,7 @@ def component_folders(path: Path) -> dict[str, Path]:
         parts = (path, *(path / c for c in COMPONENTS))
         if pickles := next(filter(None, map(only_pickles, parts)), None):
             raise pickles
-        raise UnknownBaseError(
-            f"No base model found in {path}.",
-            fix="Specify a diffusers folder (with unet/ or transformer/), a component folder or a checkpoint file.",
-        )
+        raise UnknownBaseError(f"No base model found in {path}.", fix=SPECIFY_BASE)
     return {_component_of(path): path}
 
 
@@ -264,13 +276,7 @@ def _component_of(folder: Path) -> str:
         return "unet"
     if "_class_name" in _config(folder):
         return "transformer"
-    return "text_encoder" if class_name else _component_by_content(_folder_modules(folder))
-
-
-def _component_by_content(modules: Component) -> str:
-    if ldm_names.is_unet(modules):
-        return "unet"
-    return "text_encoder" if modules.kind else "transformer"
+    return "text_encoder" if class_name else component_by_content(_folder_modules(folder))
 
 
 def _folder_modules(folder: Path) -> Component:
@@ -297,12 +303,13 @@ def _class_of(config: Mapping[str, Any]) -> str:
     return str(config.get("_class_name") or next(iter(config.get("architectures") or ()), ""))
 
 
-def _file_base(path: Path) -> Base:
-    return _base_of_tensors(path, stored_in([path]))
+def _base_of_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> Base | None:
+    """A base model from one checkpoint: diffusers names directly, original names through the catalog; None if neither.
 
-
-def _base_of_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> Base:
-    """A base model from one checkpoint: diffusers names directly, original names through the catalog."""
+    Adapters are no models.
+    """
+    if is_adapter(stored):
+        return None
     plain = _diffusers_components(stored)
     if plain:
         return named_base(plain, str(path))
@@ -314,10 +321,17 @@ def _base_of_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> Base:
         whole = {c: m for c, m in base.components.items() if all(f"{c}.{p}" in places for p in m)}
         if whole:
             return named_base({c: _as_stored(c, m, places, stored) for c, m in whole.items()}, str(path))
-    raise UnknownBaseError(
-        f"{path} is not a checkpoint of a known base model.",
-        fix="Specify a diffusers folder, or one of " + ", ".join(catalog.names()) + ".",
-    )
+    return None
+
+
+def _unlisted_base(path: Path, stored: Mapping[str, StoredTensor]) -> Base | None:
+    """A base model with the names of its file; None for an adapter, and for a file without any layer."""
+    modules = Component() if is_adapter(stored) else modules_in(unwrapped(stored))
+    return named_base({component_by_content(modules): modules}, str(path)) if modules else None
+
+
+def _not_listed(path: Path) -> UnknownBaseError:
+    return UnknownBaseError(f"{path} is not a checkpoint of a base model.", fix=SPECIFY_BASE)
 
 
 def _as_stored(

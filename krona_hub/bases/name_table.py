@@ -86,7 +86,7 @@ class ComponentNames:
     def index(self) -> Mapping[str, str | Placements]:
         """Underscored name -> a path of this component, or the placements of a name in another spelling."""
         index: dict[str, str | Placements] = {underscored(n): p for n, p in fused_projections(self.modules).items()}
-        for names in reversed(self._spelled.values()):
+        for names in reversed(list(self._spelled.values())):
             index.update((underscored(name), places) for name, places in names.items())
         index.update((underscored(path), path) for path in self.modules)
         return index
@@ -106,7 +106,8 @@ class ComponentNames:
 
     def find(self, path: str) -> Placements | None:
         """The placements of a name without its prefix; None if the component has no such module."""
-        found = next((self.index[key] for key in self._keys(path) if key in self.index), None)
+        found: str | Placements | None = path if path in self.modules else None
+        found = found or next((self.index[key] for key in self._keys(path) if key in self.index), None)
         if found is None or self._has_extra_dots(path):
             return None
         if isinstance(found, str):

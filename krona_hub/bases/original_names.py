@@ -61,7 +61,9 @@ ORIGINALS = (  # the first with all of `needs` applies
     ),
     Original("flux2", ("single_transformer_blocks.0.attn.to_qkv_mlp_proj",), _same("flux2")),
     Original("flux3", ("x_embedders.image",), _same("flux3")),
-    Original("ovis-image", ("timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp"), _both("ovis-image") | QKV),
+    Original(
+        "ovis-image", ("timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp"), _both("ovis-image") | QKV
+    ),
     Original(
         "longcat-image",
         ("time_embed.timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp", "context_embedder 3072x3584"),

@@ -46,7 +46,7 @@ def execute(request: CombineRequest, progress: Progress | None = None) -> Combin
         target_format=target.format,
         out=request.out,
         layers=_layer_reports(total.layers, outcomes, plan.stored),
-        notes=total.provenance.notes,
+        notes=(*total.provenance.notes, *plan.notes),
         left_out=plan.left_out,
         vector_error=plan.vector_error,
         vectors=tuple(total.vectors),
@@ -58,8 +58,7 @@ def execute(request: CombineRequest, progress: Progress | None = None) -> Combin
         return report
     described = plan.with_provenance(_provenance(total, report))
     written = write_planned(described, request.out, overwrite=request.overwrite, allow_missing=True)
-    notes = (*report.notes, *written.notes)
-    return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
+    return replace(report, checked=str(written), written=True, files=written.files)
 
 
 def _loaded(x: CombineInput, request: CombineRequest) -> Adapter:

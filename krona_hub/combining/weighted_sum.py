@@ -20,6 +20,7 @@ from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.adapters.provenance import BaseModel, Provenance
+from krona_hub.adapters.unknown_base import UNKNOWN
 from krona_hub.errors import BaseMismatchError, KronaError, UnsupportedError, UsageError, abbreviated
 from krona_hub.formats.forms.normal_forms import lora_of, without_hadamard
 from krona_hub.kron.terms import Factor, KronTerms, LowRank, as_lora, stored_rank
@@ -48,6 +49,7 @@ def weighted_sum(adapters: Sequence[tuple[Adapter, float]], *, allow_base_mismat
     """
     _check_weights([weight for _, weight in adapters])
     base = common_base([a.base for a, _ in adapters], allow_mismatch=allow_base_mismatch)
+    _check_known(base, [a for a, _ in adapters], allow_mismatch=allow_base_mismatch)
     parts: dict[str, list[WeightedAdapter]] = {}
     for adapter, weight in adapters:
         for name, delta in adapter.layers.items():
@@ -57,6 +59,15 @@ def weighted_sum(adapters: Sequence[tuple[Adapter, float]], *, allow_base_mismat
     extras, differing = _extras(adapters)
     notes = (*_notes(parts, layers, len(adapters)), *_differing(differing))
     return Adapter(layers, base, _provenance([a.provenance for a, _ in adapters], notes), extras, vectors)
+
+
+def _check_known(base: BaseModel | None, adapters: Sequence[Adapter], *, allow_mismatch: bool) -> None:
+    """Raise BaseMismatchError for the layers of an unknown base model beside those of a known one."""
+    if base is not None and not allow_mismatch and any(UNKNOWN in adapter.components for adapter in adapters):
+        raise BaseMismatchError(
+            f"One adapter is for {base.words}, and the base model of another is unknown.",
+            fix="Combine adapters of one base model, or specify it with --base.",
+        )
 
 
 def _check_weights(weights: Sequence[float]) -> None:

@@ -30,6 +30,7 @@ from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing.write_plan import (
     aim_at,
+    check_names_for,
     check_nothing_left_out,
     fused_layers,
     planned,
@@ -51,6 +52,7 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         component=request.component,
         allow_missing=request.allow_missing,
     )
+    check_names_for(adapter, request.tool, request.base)
     target = choose_target(adapter, to=request.to, tool=request.tool, method=request.method)
     method = request.method if request.method is not None else default_method(adapter, target)
     check_kind(method, target.to_lora, [*adapter.layers, *adapter.vectors])
@@ -83,7 +85,7 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         vector_parameters=sum(vector.numel() for vector in adapter.vectors.values()),
         vector_error=plan.vector_error,
         left_out=plan.left_out,
-        notes=(*adapter.provenance.warnings, *_dora_note(baked), *error_notes),
+        notes=tuple(dict.fromkeys((*adapter.provenance.warnings, *_dora_note(baked), *error_notes, *plan.notes))),
     )
     if report.relative_error > REFUSED_ABOVE and not request.allow_loss:
         unrounded = {name: o.delta for name, o in outcomes.items()}
@@ -99,9 +101,8 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         overwrite=request.overwrite,
         allow_missing=request.allow_missing,
     )
-    return replace(
-        report, checked=str(written), written=True, files=written.files, notes=(*report.notes, *written.notes)
-    )
+    notes = tuple(dict.fromkeys((*report.notes, *written.notes)))
+    return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
 
 
 def _kept(delta: LayerDelta, method: Method, target: ConversionTarget) -> bool:

@@ -10,7 +10,14 @@ from typing import NamedTuple
 
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
-from krona_hub.bases.loading import landed, landed_vectors, load_base, stored_by_component, weight_files
+from krona_hub.bases.loading import (
+    landed,
+    landed_vectors,
+    load_base,
+    open_checkpoint,
+    stored_by_component,
+    weight_files,
+)
 from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import table
 from krona_hub.bases.target_sets import choose
@@ -130,7 +137,8 @@ def _sides(base: Path, tuned: Path, base_name: str | Path | None) -> tuple[_Side
     if not known:
         raise UnknownBaseError(
             f"The layer names in {base} and {tuned} do not match any base model in the catalog.",
-            fix="Specify the base model by name, or one of the checkpoints as a diffusers folder.",
+            fix="Specify the base model by name, one of the checkpoints as a diffusers folder, or one of them with "
+            "--base-name to keep its own names.",
         )
     more = {p: m for folder in (base, tuned) if folder.is_dir() for p, m in _every_module(folder).items()}
     first, second = (_side(path, models[path] or known[0], more) for path in (base, tuned))
@@ -138,11 +146,11 @@ def _sides(base: Path, tuned: Path, base_name: str | Path | None) -> tuple[_Side
 
 
 def _model(path: Path) -> Base | None:
-    try:
+    if path.is_dir():
         return load_base(path)
+    try:
+        return open_checkpoint(path, listed_only=True)[0]
     except UnknownBaseError:
-        if path.is_dir():
-            raise
         return None
 
 

@@ -21,8 +21,8 @@ from krona_hub.bases.loading import (
     plainly_placed,
     read,
     refuse_pickles,
-    weight_files,
 )
+from krona_hub.bases.unlisted import unwrapped
 from krona_hub.bases.weight_files import (
     StoredTensor,
     WeightPlace,
@@ -155,7 +155,7 @@ def _of_file(path: Path) -> BaseTree:
     headers = _headers([path])
     signs = _signs(headers)
     try:
-        base, places = open_checkpoint(path)
+        base, places = open_checkpoint(path, listed_only=bool(signs))
         return BaseTree(path, base, headers, {layer: (own,) for layer, own in places.items()}, signs)
     except UnknownBaseError as error:
         raise (quantized(path, signs[path]) if signs else error) from None
@@ -210,9 +210,11 @@ def _check_index(index: Path) -> None:
 def _check_no_checkpoint(root: Path, file: Path, places: Mapping[str, object]) -> None:
     """Raise if a folder without configuration contains a single-file checkpoint rather than a component."""
     try:
-        held = weight_files(file)
+        held = open_checkpoint(file, listed_only=True)[1]
     except UnknownBaseError:
-        return
+        held = {}
+        if unwrapped(stored := stored_in([file])).keys() == stored.keys():
+            return
     if not held.keys() & places.keys():
         raise UnknownBaseError(
             f"{root} is not a diffusers folder; it contains a single-file checkpoint.", fix=f"Specify the file: {file}."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from krona_hub.adapters.provenance import BaseModel
 from krona_hub.bases import name_prefixes
-from krona_hub.bases.base import COMPONENTS
+from krona_hub.bases.base import COMPONENTS, Base
 from krona_hub.bases.weight_files import WeightPlaces, only_pickles
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.errors import AmbiguousError, KronaError, UsageError, counted
@@ -19,6 +19,8 @@ from krona_hub.formats.known.format import Format
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
 from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
+from krona_hub.formats.parsing.base_match import places_of_kept
+from krona_hub.formats.parsing.vector_match import kept_parameter
 from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.read_plan import ReadPlan, make_plan, refuse_unreadable
 from krona_hub.merging.base_weights import BaseTree
@@ -62,6 +64,7 @@ class MergeInput:
     vectors: Mapping[str, tuple[WeightPlaces, ...]] = field(default_factory=dict)
     """Parameter that a vector is added to -> its location in each variant of the base."""
     missing_vectors: Mapping[str, str] = field(default_factory=dict)  # parameter -> why it cannot be merged
+    target: Base | None = None  # of the merge, for a native file whose own base model was unknown
 
     @property
     def total(self) -> int:
@@ -102,7 +105,7 @@ class MergeInput:
 
         if not isinstance(self.source, Path):
             return self.source
-        return read_planned(self.plans, self.label) if self.plans else read(self.source)
+        return read_planned(self.plans, self.label) if self.plans else read(self.source, base=self.target)
 
     @cached_property
     def candidates(self) -> tuple[str, ...]:
@@ -149,6 +152,9 @@ def open_input(
 
 
 def _of_adapter(adapter: Adapter, weight: float, tree: BaseTree, component: str | None, label: str) -> MergeInput:
+    from krona_hub.formats.reading.kept_names import resolved
+
+    adapter = resolved(adapter, tree.base)
     found = (
         (MergeModule(name, (name,), delta.magnitude is not None), _why_not(name, delta.weight_shape, tree))
         for name, delta in adapter.layers.items()
@@ -210,6 +216,7 @@ def _of_file(
         ),
         files=tuple(file.path for file in files),
         plans=tuple(reading.plan for reading in found if reading.plan),
+        target=tree.base if any(reading.plan is None for reading in found) else None,
         vectors=vectors,
         missing_vectors=missing_vectors | _of_component(unread, component),
     )
@@ -248,11 +255,18 @@ def _detected(file: AdapterFile) -> Format:
 def _native(file: AdapterFile, tree: BaseTree) -> _Reading:
     known, findings = tensor_layout.examine(file.header)
     raise_first(findings, str(file.path))
+    kept = places_of_kept({name: layer.weight_shape for name, layer in known.layers.items()}, tree.base)
     modules = (
-        (MergeModule(name, (name,), layer.magnitude is not None), _why_not(name, layer.weight_shape, tree))
+        (
+            MergeModule(name, tuple(place.layer for place in kept[name]), layer.magnitude is not None)
+            if name in kept
+            else MergeModule(name, (name,), layer.magnitude is not None),
+            "" if name in kept else _why_not(name, layer.weight_shape, tree),
+        )
         for name, layer in known.layers.items()
     )
-    vectors = {name: file.header.tensors[tensor].shape for name, tensor in known.vectors.items()}
+    shapes = {name: file.header.tensors[tensor].shape for name, tensor in known.vectors.items()}
+    vectors = {kept_parameter(name, shape, tree.base): shape for name, shape in shapes.items()}
     return _Reading("krona", tuple(modules), {}, tuple(known.extras), known.header.base, vectors=vectors)
 
 

@@ -12,11 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from krona_hub.adapters.adapter import Adapter
+from krona_hub.adapters.unknown_base import UNKNOWN
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.loading import Weights, load_base, named_base
 from krona_hub.bases.module_spec import ModuleSpec, OtherParameters, other_parameters
 from krona_hub.formats.parsing.adapter_file import open_files
+from krona_hub.formats.reading.kept_names import resolved
 from krona_hub.formats.reading.reader import read_files
 from krona_hub.layers.attaching import AttachReport, attach, detach
 from krona_hub.layers.attachment import attached
@@ -144,9 +146,11 @@ def _adapter(
     allow_missing: bool,
     format: str | None,
 ) -> Adapter:
-    if isinstance(source, Adapter):
+    if isinstance(source, Adapter) and UNKNOWN not in source.components:
         return source
     known = load_base(base) if isinstance(base, str | Path) else base or _own_base(pipe, component)
+    if isinstance(source, Adapter):
+        return resolved(source, known)
     path = resolve(source)
     weights = _weights_of(pipe, component)
     files = [replace(file, weights=weights) for file in open_files(path, known)]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 
+from krona_hub.adapters.unknown_base import module_name
 from krona_hub.bases.base import Base
+from krona_hub.bases.name_table import table
 from krona_hub.checkpoints import finite_scan
 from krona_hub.checkpoints.findings import Finding, Severity, quoted
 from krona_hub.checkpoints.header import FLOATS, Header, examine
@@ -82,12 +85,15 @@ def base_findings(known: NativeLayout, base: Base) -> Iterator[Finding]:
     """Yield a finding for every layer missing from `base` or of another shape; a warning if the base differs."""
     yield from _fingerprint_finding(known, base)
     for name, layer in known.layers.items():
-        module = base.module(name)
+        module, own = base.module(name), module_name(name)
+        if own is not None:
+            found = table(base).find(own) or ()
+            module = base.module(found[0].layer) if len(found) == 1 and found[0].plain else None
         if module is None:
             uncovered = name.partition(".")[0] not in base.components and base.uncovered
             severity: Severity = "warning" if uncovered else "error"
             yield Finding.of(_unknown_layer(name, base), where=quoted(name), severity=severity)
-        elif not _same_weight(layer, module.shape):
+        elif not _same_weight(layer, module.shape, by_size=own is not None):
             error = BaseMismatchError(
                 f"its weight has shape {list(layer.weight_shape)}, but {list(module.shape)} in {base.name}.",
                 fix=_OTHER_BASE,
@@ -121,9 +127,14 @@ def _fingerprint_finding(known: NativeLayout, base: Base) -> Iterator[Finding]:
         yield Finding.of(error, where="krona.header base.fingerprint", severity="warning")
 
 
-def _same_weight(layer: Layer, shape: tuple[int, ...]) -> bool:
-    """Return whether the shapes are equal apart from kernels of size 1, so that linear fits 1x1 convolution."""
+def _same_weight(layer: Layer, shape: tuple[int, ...], *, by_size: bool = False) -> bool:
+    """Return whether the shapes are equal apart from kernels of size 1, so that linear fits 1x1 convolution.
+
+    With `by_size`, kernels may also be flattened into the columns, as some files do not tell them.
+    """
     ours, theirs = layer.weight_shape, shape
+    if by_size and (ours[0], prod(ours[1:])) == (theirs[0], prod(theirs[1:])):
+        return True
     return ours[:2] == theirs[:2] and _kernel(ours) == _kernel(theirs)
 
 

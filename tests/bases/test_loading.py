@@ -138,7 +138,11 @@ def test_what_is_no_base_says_what_to_give(tmp_path):
     with pytest.raises(UnknownBaseError, match="AutoencoderKL"):
         loading.load_base(vae)
     save_file({"something.weight": torch.ones(2, 2)}, tmp_path / "odd.safetensors")
-    with pytest.raises(UnknownBaseError, match="not a checkpoint of a known base model"):
+    assert list(loading.load_base(tmp_path / "odd.safetensors").layers()) == [
+        ("transformer.something", ((2, 2), False, 1))
+    ]
+    save_file({"something.bias": torch.ones(2)}, tmp_path / "odd.safetensors")
+    with pytest.raises(UnknownBaseError, match=r"not a checkpoint of a base model.*a catalog name, a Hub id"):
         loading.load_base(tmp_path / "odd.safetensors")
     (vae / "config.json").write_text("not json")
     with pytest.raises(KronaError, match="not valid JSON"):

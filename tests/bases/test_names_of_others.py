@@ -124,7 +124,8 @@ NOT_READ = {  # names that ComfyUI accepts and krona does not read, and why
     "flux1-fill": FLUX_LIKE,  # names of FLUX.2, which ComfyUI maps for all models of the kind; no trainer writes them
     "ovis-image": FLUX_LIKE,
     "longcat-image": FLUX_LIKE,
-    "chroma1-radiance": FLUX_LIKE + "|transformer_blocks|context_embedder|linear1_qkv",  # diffusers has no class of this model
+    "chroma1-radiance": FLUX_LIKE
+    + "|transformer_blocks|context_embedder|linear1_qkv",  # diffusers has no class of this model
     "hunyuan-dit-11": "style_embedder",
     "ideogram4": "embed_image_indicator",
     "hidream-o1": "embed_tokens|pos_embed",

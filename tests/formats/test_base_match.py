@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from krona_hub.adapters.unknown_base import KEPT_NAMES
 from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import ModuleSpec
@@ -17,7 +18,6 @@ from krona_hub.errors import (
     NotFoundError,
     PickleError,
     ShapeError,
-    UnknownBaseError,
     UnrecognisedError,
     UnsupportedError,
     UsageError,
@@ -94,16 +94,14 @@ def test_dotted_names_of_an_unknown_base_speak_for_themselves(tmp_path):
     assert set(adapter.layers) == {f"{name}.to_out.0", f"{name}.to_q"} and adapter.base is None
 
 
-def test_underscored_names_of_an_unknown_base_need_the_base(tmp_path):
-    with pytest.raises(UnknownBaseError, match="--base"):
-        read(save(tmp_path, lora("lora_unet_something_new", 6, 4)))
-
-
-def test_a_file_of_an_unknown_base_is_described_without_layers(tmp_path):
-    about = describe(save(tmp_path, lora("lora_unet_something_new", 6, 4)))
-    assert (about.base, about.modules[0].layers, about.modules[0].weight_shape) == (None, (), (6, 4))
-    assert about.matched == "0 of 1 modules matched any known base"
-    assert any("--base" in warning for warning in about.warnings)
+def test_underscored_names_of_an_unknown_base_are_kept(tmp_path):
+    path = save(tmp_path, lora("lora_unet_something_new", 6, 4))
+    adapter = read(path)
+    assert (set(adapter), adapter.base) == ({"unknown.lora_unet_something_new"}, None)
+    assert adapter.provenance.warnings == (KEPT_NAMES,)
+    about = describe(path)
+    assert (about.base, about.modules[0].layers, about.modules[0].weight_shape) == (None, tuple(adapter), (6, 4))
+    assert about.matched == "1 of 1 modules read by their own names"
 
 
 def test_a_module_that_the_base_lacks_is_named_with_the_nearest_and_left_out_on_consent(tmp_path):

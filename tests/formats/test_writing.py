@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
+from krona_hub.adapters.unknown_base import KEPT_NAMES
 from krona_hub.errors import ConflictError, InexpressibleError, IntegrityError, UnknownBaseError, UsageError
+from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing import readback
 from krona_hub.formats.writing.writer import write
 from krona_hub.kron.terms import KronTerms
@@ -66,9 +68,12 @@ def test_what_a_format_has_no_place_for_is_said(tmp_path):
     assert not write(adapter, tmp_path / "b.safetensors").left_out
 
 
-def test_names_that_need_a_base_ask_for_it(tmp_path):
+def test_without_a_base_names_are_kept_and_only_an_application_asks_for_it(tmp_path):
+    report = write(made.lora(SHAPES), tmp_path / "x.safetensors", format="kohya-lora")
+    assert report.notes == (KEPT_NAMES,)
+    assert set(read(report.path).layers) == set(SHAPES)
     with pytest.raises(UnknownBaseError, match="--base"):
-        write(made.lora(SHAPES), tmp_path / "x.safetensors", format="kohya-lora")
+        write(made.lora(SHAPES), tmp_path / "y.safetensors", tool="comfyui")
 
 
 def test_contradictions_and_unknown_formats_are_wrong_usage(tmp_path):

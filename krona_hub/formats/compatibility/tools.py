@@ -187,6 +187,7 @@ class Verdict:
     why: str = ""
 
 
+UNKNOWN_BASE = "the base model is unknown, and which names an application expects depends on it"
 _NO_FOLDER = "PEFT loads only folders with an adapter_config.json"
 _NATIVE = "only krona_hub reads its native format"
 _LORA_ONLY = "it loads LoRA only"
@@ -236,7 +237,10 @@ def loads_in(description: Description) -> Mapping[str, Verdict]:
 
 
 def _verdict(tool: Tool, description: Description) -> Verdict:
-    why = rejection(description.format, tool.name) or reservation(tool.name, description)
+    why = rejection(description.format, tool.name)
+    if why is None and description.base is None:
+        return Verdict(False, UNKNOWN_BASE)
+    why = why or reservation(tool.name, description)
     if why is None and tool.name == "lycoris":  # a LyCORIS file can have splits that LyCORIS does not derive
         refused = ((m.name, only_lycoris_splits(m.form)) for m in description.modules if m.kind == "lokr")
         why = next((f"{name}: {clause}" for name, clause in refused if clause), None)

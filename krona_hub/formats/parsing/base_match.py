@@ -5,17 +5,18 @@ All names decide together: `lycoris_encoder_layers_0_…` fits both text encoder
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
+from krona_hub.adapters.unknown_base import module_name
 from krona_hub.bases import catalog, detection, name_prefixes
-from krona_hub.bases.base import COMPONENTS, Base
+from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
-from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, UnknownBaseError
+from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError
 from krona_hub.formats.parsing.foreign import unsupported
+from krona_hub.formats.parsing.own_names import OwnNames, kept_place, own_names
 
 INPUT_LAYERS = (".x_embedder", ".img_in", ".patch_embedding", ".pos_embed.proj")
 HINTS = 8  # modules per file to suggest a name for; each search takes milliseconds
@@ -27,17 +28,20 @@ Shapes = Mapping[str, tuple[int, ...]]  # module of a file -> shape of the weigh
 class BaseMatch:
     """The base model of a file, and the layers that its modules adapt."""
 
-    base: Base | None  # None: no known base model; layers come from the names alone
+    base: Base | None  # None: no known base model; layers come from the names alone, by `own_names`
     candidates: tuple[str, ...]  # catalog names that fit equally well
     places: Mapping[str, Placements]  # module -> layers
     problems: Mapping[str, KronaError]  # module -> why it matches no layer
     component: str | None = None  # of names without a prefix
+    own_names: OwnNames = field(default_factory=OwnNames)
 
 
-def match_base(shapes: Shapes, metadata: Mapping[str, str], base: Base | None, component: str | None) -> BaseMatch:
-    """Find the layers of each module, and the base model if none is given.
+def match_base(
+    shapes: Shapes, metadata: Mapping[str, str], base: Base | None, component: str | None, *, is_peft: bool = False
+) -> BaseMatch:
+    """Find the layers of each module, and the base model if none is given; without any, the modules keep their names.
 
-    Raises AmbiguousError if several components fit equally well, UnknownBaseError if names without dots fit no base.
+    Raises AmbiguousError if several components fit equally well.
     """
     if base is not None:
         owner = _component(detection.fit(base, shapes), component, len(shapes))
@@ -50,9 +54,18 @@ def match_base(shapes: Shapes, metadata: Mapping[str, str], base: Base | None, c
         return _in_catalog(shapes, whole, component)
     if found and 2 * found[0].matched >= len(shapes):
         return _in_catalog(shapes, found, component)  # the base model is known, but some modules do not match
-    if all(canonical_from_path(name, component) for name in shapes):
-        return _by_path(shapes, component)
-    raise _unknown(shapes)
+    names = own_names(shapes, component, is_peft=is_peft)
+    places = {name: (Placement(names.layer(name)),) for name in shapes}
+    return BaseMatch(None, (), places, {}, component, names)
+
+
+def places_of_kept(shapes: Shapes, base: Base) -> dict[str, Placements]:
+    """Find in `base` the layers of an unknown base model, whose names are those of their file: layer -> placements."""
+    own = {layer: module for layer in shapes if (module := module_name(layer)) is not None}
+    if not own:
+        return {}
+    found = match_base({module: shapes[layer] for layer, module in own.items()}, {}, base, None).places
+    return {layer: found[module] for layer, module in own.items() if module in found}
 
 
 def _in_catalog(shapes: Shapes, found: list[detection.Candidate], component: str | None) -> BaseMatch:
@@ -92,7 +105,9 @@ def _place(
 ) -> Placements:
     """The placements of one module. Raises BaseMismatchError if the base lacks it or has another shape."""
     found = dict(names.candidates(name))
-    places = found.get(component or "") or (next(iter(found.values())) if len(found) == 1 else None)
+    places = kept_place(names.base, name) or found.get(component or "")
+    if places is None and len(found) == 1:
+        places = next(iter(found.values()))
     if places is None and len(found) > 1:
         raise AmbiguousError(f"The module exists in {' and in '.join(found)}.", fix="Choose one with --component.")
     if places is None:
@@ -117,49 +132,4 @@ def _unmatched(names: NameTable, name: str, hint: bool) -> KronaError:
     return BaseMismatchError(
         f"{names.base.name} has no such module.",
         fix=f"The nearest layer is {near}." if near else "Check that --base is the model the adapter was trained on.",
-    )
-
-
-def _by_path(shapes: Shapes, component: str | None) -> BaseMatch:
-    named = {name: canonical_from_path(name, component) for name in shapes}
-    return BaseMatch(None, (), {name: (Placement(layer),) for name, layer in named.items() if layer}, {}, component)
-
-
-SIGNS: tuple[tuple[re.Pattern[str], str], ...] = (  # start of a diffusers or transformers path -> component
-    (re.compile(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b"), "unet"),
-    (re.compile(r"(single_|joint_)?transformer_blocks\."), "transformer"),
-    (re.compile(r"(text_model\.)?encoder\.layers\."), "text_encoder"),
-)
-OLD_PATHS = (  # attention-processor names, as in `bases.name_table`, for paths without a known base
-    (re.compile(r"^(text_encoder.*self_attn\.)to_([qkv]|out)$"), r"\1\2_proj"),
-    (re.compile(r"^(.*)\.processor\.(.*)$"), r"\1.\2"),
-    (re.compile(r"^(.*attn\d?\.to_out)$"), r"\1.0"),
-    (re.compile(r"^(text_encoder[^.]*\.)text_model\."), r"\1"),
-)
-
-
-def canonical_from_path(name: str, component: str | None = None) -> str | None:
-    """The canonical layer that a dotted name contains; None if the name needs a base model.
-
-    >>> canonical_from_path("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out")
-    'unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0'
-    >>> canonical_from_path("lora_unet_mid_block_attentions_0_proj_in") is None
-    True
-    """
-    path = name.removeprefix("base_model.model.")
-    if path.partition(".")[0] not in COMPONENTS:
-        owner = component or next((c for sign, c in SIGNS if sign.match(path)), None)
-        if owner is None or "." not in path:
-            return None
-        path = f"{owner}.{path}"
-    for old, new in OLD_PATHS:
-        path = old.sub(new, path)
-    return path
-
-
-def _unknown(shapes: Shapes) -> KronaError:
-    first = next(iter(shapes))
-    return UnknownBaseError(
-        f"No known base model has these modules, e.g. {first!r}.",
-        fix="Specify the base model with --base: a diffusers folder, a checkpoint file, or a name such as sd15.",
     )

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from krona_hub.adapters.unknown_base import module_name
 from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement, stored_height
 from krona_hub.bases.name_table import table
 from krona_hub.checkpoints.header import READABLE, TensorInfo
-from krona_hub.errors import BaseMismatchError, ConflictError, DtypeError, KronaError, UnknownBaseError
-from krona_hub.formats.parsing.base_match import BaseMatch, canonical_from_path
+from krona_hub.errors import BaseMismatchError, ConflictError, DtypeError, KronaError
+from krona_hub.formats.parsing.base_match import BaseMatch
 from krona_hub.formats.parsing.keys import VectorKey
+from krona_hub.formats.parsing.own_names import kept_place, own_names
 
 _OTHER_BASE = "Specify the base model the adapter was trained on with --base."
 Infos = Mapping[str, TensorInfo]
@@ -60,20 +62,33 @@ def match_vectors(vectors: Sequence[VectorKey], tensors: Infos, match: BaseMatch
     return VectorMatch(targets, problems)
 
 
-def base_of_vectors(vectors: Sequence[VectorKey], tensors: Infos, component: str | None) -> BaseMatch:
+def base_of_vectors(
+    vectors: Sequence[VectorKey], tensors: Infos, component: str | None, *, is_peft: bool = False
+) -> BaseMatch:
     """Return the first base model of the catalog with all these parameters, for a file without any layer.
 
-    Raises UnknownBaseError if no base model has them.
+    If no base model has them, they keep their names.
     """
     matches = [BaseMatch(base, (), {}, {}, component) for base in map(catalog.get, catalog.names())]
     fits = [match for match in matches if not match_vectors(vectors, tensors, match).problems]
     if not fits:
-        raise UnknownBaseError(
-            f"No known base model has these parameters, e.g. {vectors[0].key!r}.",
-            fix="Specify the base model with --base: a diffusers folder, a checkpoint file, or a name such as sd15.",
-        )
+        rule = own_names((vector.module for vector in vectors), component, is_peft=is_peft)
+        return BaseMatch(None, (), {}, {}, component, rule)
     names = tuple(match.base.name for match in fits if match.base)
     return BaseMatch(fits[0].base, names, {}, {}, component)
+
+
+def kept_parameter(name: str, shape: tuple[int, ...], base: Base) -> str:
+    """Return the parameter of `base` with the name that an adapter of an unknown base model kept, else that name."""
+    own = module_name(name)
+    if own is None:
+        return name
+    module, _, part = own.rpartition(".")
+    for path, end in ((module, f".{part}"), (own, "")):
+        places = (table(base).vector_places(path) if path else None) or ()
+        if len(places) == 1 and places[0].plain and base.parameter(f"{places[0].layer}{end}") == shape:
+            return f"{places[0].layer}{end}"
+    return name
 
 
 def _check_single(targets: Sequence[VectorTarget], owners: Mapping[str, list[tuple[Placement, str]]]) -> None:
@@ -92,11 +107,9 @@ def _targets(vector: VectorKey, info: TensorInfo, match: BaseMatch) -> tuple[Vec
     if vector.parameter == "modulation":
         name += ".modulation" if "." in name else "_modulation"
     if match.base is None:
-        layer = canonical_from_path(name, match.component)
-        if layer is None:
-            raise BaseMismatchError("The name needs a base model.", fix=_OTHER_BASE)
+        layer = match.own_names.layer(name)
         return (VectorTarget(_parameter(layer, vector, None), info.shape, Placement(layer)),)
-    places = table(match.base).vector_places(name, match.component)
+    places = kept_place(match.base, name) or table(match.base).vector_places(name, match.component)
     if places is None:
         raise BaseMismatchError(f"{match.base.name} has no such module.", fix=_OTHER_BASE)
     found = [_target(place, vector, match.base) for place in places]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from krona_hub.adapters.unknown_base import KEPT_NAMES, module_name
 from krona_hub.bases.base import Base
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.checkpoints.header import Header, TensorInfo
@@ -17,6 +18,7 @@ from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
 from krona_hub.formats.parsing import file_metadata
 from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
+from krona_hub.formats.parsing.base_match import places_of_kept
 from krona_hub.formats.reading.description import Description, ModuleInfo, VectorInfo
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan
 from krona_hub.schema import tensor_layout
@@ -46,7 +48,7 @@ def describe(
     -------
     Description
         Format, base model, modules, sizes in parameters and bytes, and warnings. Modules that `read` rejects are in
-        `unmatched` with the reason; without a known base model, modules have no layers.
+        `unmatched` with the reason; without a known base model, layers keep the names of the file.
 
     Raises
     ------
@@ -132,7 +134,12 @@ def _native(file: AdapterFile) -> Description:
     header = file.header
     known, findings = tensor_layout.examine(header)
     raise_first(findings, str(header.path))
-    modules = tuple(_native_module(name, layer, header) for name, layer in known.layers.items())
+    shapes = {name: layer.weight_shape for name, layer in known.layers.items()}
+    places = {} if file.base is None else places_of_kept(shapes, file.base)
+    modules = tuple(
+        _native_module(name, layer, header, tuple(p.layer for p in places.get(name, ())) or (name,))
+        for name, layer in known.layers.items()
+    )
     vectors = _vectors({n: (name,) for name, n in known.vectors.items()}, header.tensors, modules, None)
     base, provenance = known.header.base, known.provenance(header.metadata)
     return Description(
@@ -152,8 +159,13 @@ def _native(file: AdapterFile) -> Description:
         trigger_words=provenance.trigger_words,
         training={key: str(value) for key, value in provenance.training.items()},
         licence=provenance.licence,
+        warnings=_kept_names([*(layer for m in modules for layer in m.layers), *known.vectors]),
         schema=str(known.version),
     )
+
+
+def _kept_names(names: Iterable[str]) -> tuple[str, ...]:
+    return (KEPT_NAMES,) if any(module_name(name) is not None for name in names) else ()
 
 
 def _vectors(
@@ -180,12 +192,12 @@ def _beside(vectors: Sequence[VectorInfo]) -> str:
     return f" and {counted(len(vectors), 'vector')}" if vectors else ""
 
 
-def _native_module(name: str, layer: tensor_layout.Layer, header: Header) -> ModuleInfo:
+def _native_module(name: str, layer: tensor_layout.Layer, header: Header, layers: tuple[str, ...]) -> ModuleInfo:
     names = [n for s in layer.sums for n in _counted(s)]
     infos = [header.tensors[n] for n in names + ([layer.magnitude] if layer.magnitude else [])]
     return ModuleInfo(
         name=name,
-        layers=(name,),
+        layers=layers,
         kind="krona",
         weight_shape=layer.weight_shape,
         sums=tuple(_native_sum(s, header) for s in layer.sums),

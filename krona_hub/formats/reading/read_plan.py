@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from krona_hub.adapters.unknown_base import KEPT_NAMES
 from krona_hub.bases.base import COMPONENTS
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
@@ -89,8 +90,10 @@ class ReadPlan:
         """How many modules matched which base model, such as "88 of 88 modules matched sd15"."""
         placed = sum(bool(m.places) for m in self.modules)
         vectors = self.file.keys.vectors
-        where = self.match.base.name if self.match.base else "by name" if placed else "any known base"
         beside = f" and {len(self.vectors)} of {counted(len(vectors), 'vector')}" if vectors else ""
+        if self.match.base is None and (placed or self.vectors):
+            return f"{placed} of {self.total} modules{beside} read by their own names"
+        where = self.match.base.name if self.match.base else "any known base"
         return f"{placed} of {self.total} modules{beside} matched {where}"
 
 
@@ -121,7 +124,7 @@ def make_plan(file: AdapterFile, format: Format, component: str | None = None, *
         *_scale_notes(modules),
         *_conv1d_note(modules),
         *_value_note(modules, vectors),
-        *_uncovered(match),
+        *_kept_names(match, vectors),
     )
     return ReadPlan(file, format.name, format.scale, match, modules, problems, notes, base_error, vectors)
 
@@ -215,7 +218,8 @@ def _match_base(
     if format.match_base is not None:
         return format.match_base(file, layouts)
     shapes = {name: layout.weight_shape for name, layout in layouts.items()}
-    return match_base(shapes, file.metadata, file.base, component or file.component)
+    owner, is_peft = component or file.component, file.config is not None
+    return match_base(shapes, file.metadata, file.base, owner, is_peft=is_peft)
 
 
 def _match_by_vectors(file: AdapterFile, component: str | None) -> BaseMatch:
@@ -223,7 +227,8 @@ def _match_by_vectors(file: AdapterFile, component: str | None) -> BaseMatch:
     if file.base is not None:
         candidates = file.base.candidates or ((file.base.family,) if file.base.family else ())
         return BaseMatch(file.base, candidates, {}, {}, component)
-    return base_of_vectors(file.keys.vectors, file.header.tensors, component)
+    is_peft = file.config is not None
+    return base_of_vectors(file.keys.vectors, file.header.tensors, component, is_peft=is_peft)
 
 
 def _vectors(
@@ -343,7 +348,5 @@ def _value_note(modules: Iterable[ModulePlan], vectors: Iterable[VectorPlan]) ->
     return (f"{subject} stored whole: what is added is the difference from the base weights (--base)",)
 
 
-def _uncovered(match: BaseMatch) -> tuple[str, ...]:
-    if match.base is not None or not match.places:
-        return ()
-    return ("no known base model has these names and shapes; layers keep the names in the file",)
+def _kept_names(match: BaseMatch, vectors: Sequence[VectorPlan]) -> tuple[str, ...]:
+    return (KEPT_NAMES,) if match.base is None and (match.places or vectors) else ()

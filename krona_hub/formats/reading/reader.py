@@ -13,7 +13,7 @@ from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenanc
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement
 from krona_hub.checkpoints.reader import load
-from krona_hub.errors import ConflictError, KronaError
+from krona_hub.errors import SPECIFY_BASE, ConflictError, KronaError, UnknownBaseError
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
@@ -22,6 +22,7 @@ from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_fi
 from krona_hub.formats.reading.decode import decode, magnitude_of
 from krona_hub.formats.reading.description import Description
 from krona_hub.formats.reading.initial_factors import without_initial_factors
+from krona_hub.formats.reading.kept_names import resolved
 from krona_hub.formats.reading.placed_layers import joined, layer_of
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan, refuse
 from krona_hub.formats.reading.values import minus_base, vectors_of
@@ -47,8 +48,8 @@ def read(
     source : str or Path
         A `.safetensors` file, a PEFT folder, or a folder with one PEFT folder per component.
     base : str, Path or Base, optional
-        Base model: a catalog name, a diffusers folder, a checkpoint file or a `Base`. Required if names and shapes
-        match no known base model. Default: detect it.
+        Base model: a catalog name, a diffusers folder, a checkpoint file or a `Base`. Default: detect it; layers of
+        an unknown base model are named `unknown.<module name of the file>`.
     format, component : str, optional
         Format name (see `FORMATS`) and component (such as `unet`), for files that leave them open.
     allow_missing : bool, default False
@@ -126,7 +127,9 @@ def _read_native(file: AdapterFile) -> Adapter:
     from krona_hub.schema.native_tensors import from_tensors
 
     adapter = from_tensors(file.header, load(file.header))
-    return replace(adapter, base=adapter.base or (file.base.model if file.base else None))
+    if file.base is None:
+        return adapter
+    return replace(resolved(adapter, file.base), base=adapter.base or file.base.model)
 
 
 def _execute(plan: ReadPlan) -> Adapter:
@@ -172,6 +175,11 @@ def _delta(
     """The part of a module's delta that belongs to one layer."""
     known = base.module(place.layer) if base else None
     shape = known.shape if known and place.plain else module.layout.weight_shape
+    if base is None and magnitude is not None and module.layout.dora == "in" and magnitude.numel() != shape[1]:
+        raise UnknownBaseError(
+            "The file does not state the kernel of this convolution, which the norms of its DoRA depend on.",
+            fix=SPECIFY_BASE,
+        )
     whole = LayerDelta((terms,), shape, magnitude, module.layout.dora or "out")
     return layer_of(whole, place, known.shape if known else None)
 

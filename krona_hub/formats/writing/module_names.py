@@ -1,7 +1,7 @@
 """Module names in the file to be written. Torch-free.
 
-Names come from the name table of the base model (`krona_hub.bases.name_table`). Without a base model, dialects that
-only reformat the canonical path (diffusers, PEFT, LyCORIS) still work.
+Names come from the name table of the base model (`krona_hub.bases.name_table`). Without a base model, modules keep the
+names of the file that they were read from.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from krona_hub.adapters.unknown_base import UNKNOWN, module_name
+from krona_hub.bases.dialects import processor_name
 from krona_hub.bases.module_spec import Placement
-from krona_hub.errors import InexpressibleError, UnknownBaseError
+from krona_hub.errors import InexpressibleError
 
 if TYPE_CHECKING:
     from krona_hub.bases.name_table import NameTable
@@ -35,7 +37,8 @@ def homes(
 ) -> Mapping[str, tuple[Home, ...]]:
     """Layer -> the module that stores it in a file of that dialect, or the modules that together do.
 
-    Raises UnknownBaseError if the dialect needs a base model and none is given.
+    Without a base model, layers keep the names of their file, or their canonical names. Raises InexpressibleError if
+    the dialect has no name for a layer.
     """
     layers = tuple(layers)
     if dialect == "lycoris" or table is None:
@@ -51,7 +54,7 @@ def homes(
 
 
 def vector_name(path: str, dialect: str, table: NameTable | None) -> str:
-    """The name of a norm in a file of that dialect. Raises UnknownBaseError if it needs a base model."""
+    """The name of a norm in a file of that dialect. Raises InexpressibleError if it has none."""
     return _plain_name(path, dialect) if dialect == "lycoris" or table is None else table.vector_name(path, dialect)
 
 
@@ -61,20 +64,23 @@ def _alone(module: str, layer: str) -> Home:
 
 
 def _plain_name(layer: str, dialect: str) -> str:
-    """The name of a layer in a dialect that needs no name table; "" is the native format."""
+    """The name of a layer in a dialect without a name table: that of its file, or the dotted canonical name."""
     component, _, path = layer.partition(".")
-    if dialect == "diffusers":
-        return f"{component}.{wrapped(component, path)}"
+    own = module_name(layer)
+    if own is not None:
+        return f"{own}_lora" if dialect == "processor" else own
     if dialect == "peft":
         return path
-    if not dialect:
-        return layer
     if dialect == "lycoris":
         return f"lycoris_{path.replace('.', '_')}"
-    raise UnknownBaseError(
-        f"Unknown base model of {layer}; the module names of the file depend on it.",
-        fix="Specify the base model with --base, e.g. --base sd15 or --base sdxl.",
-    )
+    if dialect != "processor":
+        return f"{component}.{wrapped(component, path)}"
+    old = processor_name(component, wrapped(component, path))
+    if old is None:
+        raise InexpressibleError(
+            f"{layer} has no name in the processor dialect.", fix="Choose another format, or omit the layer."
+        )
+    return old
 
 
 def wrapped(component: str, path: str) -> str:
@@ -98,6 +104,8 @@ def live_path(layer: str, table: NameTable | None) -> str:
     if table is not None:
         return table.spell(layer, "peft")
     component, _, path = layer.partition(".")
+    if component == UNKNOWN:
+        return path
     return wrapped(component, path) if component == PROJECTED else path
 
 

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
+from krona_hub.adapters.unknown_base import UNKNOWN
 from krona_hub.checkpoints.file_names import PEFT_CONFIG, PEFT_WEIGHTS
 from krona_hub.errors import InexpressibleError
 from krona_hub.formats.forms.delta_form import ChannelSplit
 from krona_hub.formats.forms.normal_forms import form_of
 from krona_hub.formats.known.registry import storage_of
+from krona_hub.formats.parsing.own_names import WRAPPER
 from krona_hub.formats.writing.encode import tensors_of
 from krona_hub.formats.writing.kohya_metadata import kohya_metadata
 from krona_hub.formats.writing.peft_config import LokrModule, keeps_left_products, lokr_config, lora_config
@@ -81,7 +83,7 @@ def _plain(format_name: str, modules: Sequence[FileModule], context: Context) ->
 def _diffusers_lora(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
     """As save_lora_weights writes: `unet.….lora_A.weight`, and a configuration per component in the metadata."""
     config = {
-        f"{component}.{key}": value
+        key if component == UNKNOWN else f"{component}.{key}": value
         for component, members in _by_component(modules).items()
         for key, value in _lora_config(format_name, members, context).items()
     }
@@ -106,7 +108,7 @@ def _peft(format_name: str, modules: Sequence[FileModule], context: Context) -> 
             config = _lokr_config(members, context)
         else:
             config = _lora_config(format_name, members, context)
-        keyed = _keyed(format_name, [(f"base_model.model.{m.path}", m) for m in members])
+        keyed = _keyed(format_name, [(f"{WRAPPER}{m.path.removeprefix(WRAPPER)}", m) for m in members])
         files[f"{folder}{PEFT_WEIGHTS}"] = Tensors(keyed, {"format": "pt"})
         config = {**config, "base_model_name_or_path": context.base_id}
         texts[f"{folder}{PEFT_CONFIG}"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -206,7 +208,7 @@ def _dense_left(s: KronTerms) -> KronTerms:
 
 def _unwrapped(module: FileModule) -> str:
     """The path without `text_model.`; PEFT matches path endings, so it fits old and new text encoders."""
-    return module.path.removeprefix("text_model.")
+    return module.path.removeprefix(WRAPPER).removeprefix("text_model.")
 
 
 def _others(modules: Sequence[FileModule], context: Context) -> Collection[str]:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta, Provenance
+from krona_hub.adapters.unknown_base import KEPT_NAMES, UNKNOWN
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.loading import load_base
 from krona_hub.bases.module_spec import ModuleSpec as BaseModule
 from krona_hub.bases.module_spec import OtherParameters, Placement
 from krona_hub.bases.name_table import NameTable, table
-from krona_hub.errors import InexpressibleError, UsageError, abbreviated
+from krona_hub.errors import SPECIFY_BASE, InexpressibleError, UnknownBaseError, UsageError, abbreviated
 from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, tool_named
 from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 from krona_hub.formats.forms.normal_forms import lora_of, without_hadamard
@@ -35,6 +36,7 @@ from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tens
 from krona_hub.formats.writing.split_modules import Homes, split_layer
 from krona_hub.schema.native_tensors import to_tensors
 
+PLAIN_DIALECTS = ("diffusers", "peft", "lycoris")  # canonical names, reformatted; others need the base model
 CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 
 
@@ -122,6 +124,8 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
     if aim.format == KRONA.name:
         return _native(adapter, aim, dtype)
     known = _known_base(adapter, base)
+    if known is None and aim.tool is not None and (UNKNOWN in adapter.components or aim.dialect not in PLAIN_DIALECTS):
+        raise _unnamed_for(aim.tool)
     names = None if known is None else table(known)
     check_one_component(adapter.components, aim.dialect)
     places = homes(adapter.layers, aim.dialect, names, split_qkv=aim.split_qkv)
@@ -143,9 +147,26 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
         modules=modules,
         stored=_stored_layers(adapter, modules, places),
         dtype=dtype,
-        notes=_notes(aim),
+        notes=_notes(aim, known),
         vectors=vectors,
         left_out=beside.left_out,
+    )
+
+
+def check_names_for(adapter: Adapter, tool_name: str | None, base: str | Path | Base | None) -> None:
+    """Raise UnknownBaseError for an application and a file that no known base model matches.
+
+    The names that the application expects depend on the base model.
+    """
+    kept = UNKNOWN in adapter.components or KEPT_NAMES in adapter.provenance.warnings
+    if tool_name is not None and base is None and kept:
+        raise _unnamed_for(tool_named(tool_name))
+
+
+def _unnamed_for(tool: Tool) -> UnknownBaseError:
+    return UnknownBaseError(
+        f"The base model of the adapter is unknown; the module names that {tool.title} expects depend on it.",
+        fix=f"{SPECIFY_BASE} Or choose a format with --to, which keeps the names of the file.",
     )
 
 
@@ -154,7 +175,8 @@ def _native(adapter: Adapter, aim: Aim, dtype: torch.dtype | None) -> WritePlan:
     vectors = {name: cast_tensor(vector, dtype) for name, vector in adapter.vectors.items()}
     modules = [FileModule(layer, layer.partition(".")[0], layer, delta) for layer, delta in stored.items()]
     left_out = LeftOut(adapter.provenance.skipped, adapter.provenance.skipped_vectors)
-    return WritePlan(adapter, aim, _own_layers(adapter), Context(), modules, stored, dtype, (), vectors, left_out)
+    notes = (KEPT_NAMES,) if UNKNOWN in adapter.components else ()
+    return WritePlan(adapter, aim, _own_layers(adapter), Context(), modules, stored, dtype, notes, vectors, left_out)
 
 
 def _stored_layers(
@@ -289,8 +311,10 @@ def _context(adapter: Adapter, base: Base | None, *, is_stated: bool) -> Context
     )
 
 
-def _notes(aim: Aim) -> tuple[str, ...]:
+def _notes(aim: Aim, base: Base | None) -> tuple[str, ...]:
     """Notes on how to load the file."""
+    if base is None:
+        return (KEPT_NAMES,)
     return (aim.tool.note,) if aim.tool and aim.format in aim.tool.note_on else ()
 
 
