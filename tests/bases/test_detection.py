@@ -7,6 +7,7 @@ import pytest
 from krona_hub.bases import catalog, detection, name_table
 from krona_hub.bases.families import FAMILIES, equals_of
 from krona_hub.bases.metadata_hints import bases_named
+from krona_hub.formats.writing.module_names import homes
 
 KQVO = r"\.attn\.to_(q|k|v|out\.0)$"
 
@@ -14,12 +15,12 @@ KQVO = r"\.attn\.to_(q|k|v|out\.0)$"
 def modules_of(base: str, pattern: str, dialect: str, component: str | None = None, shapes: bool = True) -> dict:
     """The modules of an adapter of `base` on the layers that `pattern` finds."""
     source, found = catalog.get(base), {}
-    table = name_table.table(source)
-    for layer, module in source.layers(component or source.denoiser):
-        if re.search(pattern, layer):
-            spelled = table.spell(layer, dialect)
-            height = sum(source.module(p.layer).shape[0] for p in table.find(spelled, layer.partition(".")[0]))
-            found[spelled] = (height, *module.shape[1:]) if shapes else None
+    layers = [layer for layer, _ in source.layers(component or source.denoiser) if re.search(pattern, layer)]
+    for stored in homes(layers, dialect, name_table.table(source)).values():
+        for home in stored:
+            heights = [place.height(source.module(place.layer)) for place in home.siblings]
+            height = sum(heights) if home.siblings[0].rows else heights[0]  # else one weight of all
+            found[home.module] = (height, *source.module(home.siblings[0].layer).shape[1:]) if shapes else None
     return found
 
 
