@@ -15,18 +15,10 @@ from typing import Any
 
 from krona_hub.bases import catalog, name_prefixes
 from krona_hub.bases.families import FAMILIES
+from krona_hub.bases.name_patterns import template
 from krona_hub.bases.name_table import ComponentNames, keys_of, table
 
 PATH = Path(__file__).with_name("index.json")
-
-
-def template(key: str) -> str:
-    """An underscored name with `#` for every number that is a word of its own.
-
-    >>> template("double_blocks_11_img_mlp_0"), template("blocks_3_attn1_to_q")
-    ('double_blocks_#_img_mlp_#', 'blocks_#_attn1_to_q')
-    """
-    return "_".join("#" if word.isdigit() else word for word in key.split("_"))
 
 
 def components_with(name: str) -> frozenset[str]:

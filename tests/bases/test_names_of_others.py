@@ -10,8 +10,8 @@ import re
 import pytest
 
 from krona_hub.bases import catalog, name_prefixes
-from krona_hub.bases.catalog_index import template
 from krona_hub.bases.families import FAMILIES
+from krona_hub.bases.name_patterns import template
 from krona_hub.bases.name_table import keys_of, table
 from tests.shared import SHARED, shared
 

@@ -81,9 +81,7 @@ def _in_catalog(shapes: Shapes, found: list[detection.Candidate], component: str
     return replace(_in_base(shapes, catalog.get(best.base), owner, names), fits=(*ties, *others))
 
 
-def wrong_base(
-    base: Base, match: BaseMatch, shapes: Shapes, metadata: Mapping[str, str]
-) -> BaseMismatchError | None:
+def wrong_base(base: Base, match: BaseMatch, shapes: Shapes, metadata: Mapping[str, str]) -> BaseMismatchError | None:
     """Return the one error of a file that is not for this base model; None if it is, but for some modules.
 
     It is for another one if that has more of its modules, or if this one has less than half of them.
