@@ -96,7 +96,7 @@ def bases_page() -> str:
         "device (or, without a class, a list of layers). A base model that is not listed works too: `--base` accepts "
         "a checkpoint file, a diffusers or component folder, and a folder with nothing but a `config.json`; without "
         "any, a file keeps its own module names.\n\n"
-        "The letters tell the source of the configuration and of the total number of parameters:\n\n"
+        "The letters name the source of the configuration and of the total number of parameters:\n\n"
         "Configuration:\n\n" + "\n".join(statuses) + "\n\nTotal:\n\n" + "\n".join(totals) + "\n\n"
         "| name | base model | layers | parameters | checked | other names of modules | same layers, variant of |\n"
         f"|---|---|---|---|---|---|---|\n{rows}\n"

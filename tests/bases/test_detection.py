@@ -15,11 +15,11 @@ def modules_of(base: str, pattern: str, dialect: str, component: str | None = No
     """The modules of an adapter of `base` on the layers that `pattern` finds."""
     source, found = catalog.get(base), {}
     table = name_table.table(source)
-    for layer, module in source.layers(component or source.denoiser):
+    for layer, _ in source.layers(component or source.denoiser):
         if re.search(pattern, layer):
             spelled = table.spell(layer, dialect)
-            height = sum(source.module(p.layer).shape[0] for p in table.find(spelled, layer.partition(".")[0]))
-            found[spelled] = (height, *module.shape[1:]) if shapes else None
+            places = table.find(spelled, layer.partition(".")[0])
+            found[spelled] = detection.stored_matrix(source, places) if shapes else None
     return found
 
 
