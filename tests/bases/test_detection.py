@@ -15,11 +15,12 @@ def modules_of(base: str, pattern: str, dialect: str, component: str | None = No
     """The modules of an adapter of `base` on the layers that `pattern` finds."""
     source, found = catalog.get(base), {}
     table = name_table.table(source)
-    for layer, _ in source.layers(component or source.denoiser):
+    for layer, module in source.layers(component or source.denoiser):
         if re.search(pattern, layer):
             spelled = table.spell(layer, dialect)
             places = table.find(spelled, layer.partition(".")[0])
-            found[spelled] = detection.stored_matrix(source, places) if shapes else None
+            shape = module.shape if places[0].plain else detection.stored_matrix(source, places)
+            found[spelled] = shape if shapes else None
     return found
 
 
