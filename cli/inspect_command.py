@@ -117,9 +117,9 @@ def _facts(file: str, about: Description, sha256: str | None) -> Iterator[tuple[
 
 def _loads(verdicts: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
     """The applications that load the file, then one line per reason why others do not."""
-    from krona_hub.formats.compatibility.tools import UNKNOWN_BASE
+    from krona_hub.formats.compatibility.tools import OPEN
 
-    is_open = any(v.why == UNKNOWN_BASE for v in verdicts.values())
+    is_open = any(v.why in OPEN for v in verdicts.values())
     yield (
         "loads in",
         ", ".join(name for name, v in verdicts.items() if v.ok) or ("not known" if is_open else "krona only"),
@@ -129,7 +129,7 @@ def _loads(verdicts: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
         if not verdict.ok:
             reasons.setdefault(verdict.why, []).append(name)
     for why, names in reasons.items():
-        yield "not known" if why == UNKNOWN_BASE else "not in", f"{', '.join(names)}: {why}"
+        yield "not known" if why in OPEN else "not in", f"{', '.join(names)}: {why}"
 
 
 def _base(about: Description) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ def components_with(name: str) -> frozenset[str]:
     """The files of the catalog with a module that this name, of any dialect, may mean.
 
     >>> sorted(components_with("lora_unet_double_blocks_0_img_attn_qkv"))[:2]
-    ['chroma.transformer', 'flex1-alpha.transformer']
+    ['chroma.transformer', 'chroma1-radiance.transformer']
     """
     templates, groups = _templates()
     keys = {template(key) for _, path in name_prefixes.readings(name) for key in keys_of(path)}

@@ -312,10 +312,13 @@ def _context(adapter: Adapter, base: Base | None, *, is_stated: bool) -> Context
 
 
 def _notes(aim: Aim, base: Base | None) -> tuple[str, ...]:
-    """Notes on how to load the file."""
+    """Notes on how to load the file, and on what is not known about that."""
     if base is None:
         return (KEPT_NAMES,)
-    return (aim.tool.note,) if aim.tool and aim.format in aim.tool.note_on else ()
+    if aim.tool is None:
+        return ()
+    how = (aim.tool.note,) if aim.format in aim.tool.note_on else ()
+    return how if is_recorded(base.family) else (*how, f"{aim.tool.title}: {UNKNOWN_RUN}")
 
 
 def check_nothing_left_out(plan: WritePlan, *, allow_missing: bool) -> None:
