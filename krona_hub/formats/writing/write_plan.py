@@ -22,7 +22,7 @@ from krona_hub.bases.module_spec import ModuleSpec as BaseModule
 from krona_hub.bases.module_spec import OtherParameters, Placement
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.errors import SPECIFY_BASE, InexpressibleError, UnknownBaseError, UsageError, abbreviated
-from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, tool_named
+from krona_hub.formats.compatibility.tools import UNKNOWN_RUN, Tool, ToolTarget, is_recorded, target_for, tool_named
 from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 from krona_hub.formats.forms.normal_forms import lora_of, without_hadamard
 from krona_hub.formats.known.native import KRONA
