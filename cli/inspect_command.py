@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,9 +15,10 @@ from krona_hub.rendering.tables import module_groups
 
 if TYPE_CHECKING:
     from krona_hub.formats.compatibility.tools import Verdict
-    from krona_hub.formats.reading.description import Description
+    from krona_hub.formats.reading.description import BaseFit, Description
 
 
+MOST_BASES = 4  # that are named in doubt
 OPTIONS = (
     from_option,
     base_option,
@@ -63,6 +64,8 @@ def command(
     if report:
         check_html_path(report)
     about = describe(path, format=from_format, base=base, component=component)
+    if about.mismatch:  # one error, rather than a description of another base model
+        raise about.mismatch.within(file)
     verdicts = loads_in(about)
     sha256 = file_sha256(about.header.path) if hashed else None
     emit(as_document(file, about, verdicts, sha256), lambda: _show(file, about, verdicts, sha256, every=layers))
@@ -77,7 +80,7 @@ def as_document(file: str, about: Description, verdicts: Mapping[str, Verdict], 
     return {
         "file": file,
         "sha256": sha256,
-        **fields_of(about, without=("path", "header", "plans")),
+        **fields_of(about, without=("path", "header", "plans", "mismatch")),
         "metadata": about.header.metadata,
         "loads_in": verdicts,
     }
@@ -98,7 +101,7 @@ def _facts(file: str, about: Description, sha256: str | None) -> Iterator[tuple[
     yield "file", f"{file}, {human_bytes(about.bytes)}"
     yield "sha256", sha256
     yield "format", about.format + (f", schema {about.schema}" if about.schema else "")
-    yield "base model", about.base or _one_of(about.candidates)
+    yield from _base(about)
     yield "modules", about.matched
     yield "scale", about.scale_rule
     yield "parameters", about.parameters
@@ -114,9 +117,9 @@ def _facts(file: str, about: Description, sha256: str | None) -> Iterator[tuple[
 
 def _loads(verdicts: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
     """The applications that load the file, then one line per reason why others do not."""
-    from krona_hub.formats.compatibility.tools import UNKNOWN_BASE
+    from krona_hub.formats.compatibility.tools import OPEN
 
-    is_open = any(v.why == UNKNOWN_BASE for v in verdicts.values())
+    is_open = any(v.why in OPEN for v in verdicts.values())
     yield (
         "loads in",
         ", ".join(name for name, v in verdicts.items() if v.ok) or ("not known" if is_open else "krona only"),
@@ -126,11 +129,25 @@ def _loads(verdicts: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
         if not verdict.ok:
             reasons.setdefault(verdict.why, []).append(name)
     for why, names in reasons.items():
-        yield "not known" if why == UNKNOWN_BASE else "not in", f"{', '.join(names)}: {why}"
+        yield "not known" if why in OPEN else "not in", f"{', '.join(names)}: {why}"
 
 
-def _one_of(candidates: Sequence[str]) -> str:
-    return f"{' or '.join(candidates)}; specify one with --base" if candidates else "unknown"
+def _base(about: Description) -> Iterator[tuple[str, str]]:
+    """The base model and how much of it the file changes, or the base models that cannot be told apart."""
+    tied = [fit for fit in about.fits if {fit.base, *fit.same_layers} & {about.base, *about.candidates}]
+    names = about.candidates if len(about.candidates) > 1 else (about.base,) if about.base else about.candidates
+    shares = {name: fit for fit in tied for name in (fit.base, *fit.same_layers)}
+    texts = [_share(name, shares.get(name)) for name in names[:MOST_BASES]]
+    more = f" or {len(names) - MOST_BASES} more" if len(names) > MOST_BASES else ""
+    if len(names) > 1:
+        yield "base model", f"not certain: {' or '.join(texts)}{more}; specify one with --base"
+    else:
+        yield "base model", texts[0] if texts else "unknown"
+    yield "variants", ", ".join(variant for fit in tied for variant in fit.variants)
+
+
+def _share(name: str, fit: BaseFit | None) -> str:
+    return f"{name} ({fit.changed:,} of {fit.layers:,} layers)" if fit else name
 
 
 def _show_groups(about: Description) -> None:

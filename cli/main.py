@@ -25,7 +25,7 @@ rich_click.rich_click.COMMAND_GROUPS = {
     "krona": [
         {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate"]},
         {"name": "Adapters and models", "commands": ["merge", "unmerge", "extract", "verify"]},
-        {"name": "Training", "commands": ["train", "params", "formats"]},
+        {"name": "Training", "commands": ["train", "params", "formats", "bases"]},
         {"name": "Images", "commands": ["generate", "evaluate"]},
         {"name": "Hugging Face Hub", "commands": ["push", "pull", "hub"]},
         {"name": "Getting started", "commands": ["demo", "completion"]},
@@ -73,6 +73,7 @@ COMMANDS = {
     "pull": CommandEntry("krona_hub.cli.pull_command", "Download an adapter from the Hugging Face Hub and check it."),
     "hub": CommandEntry("krona_hub.cli.hub_command", "Show adapters on the Hub and in the local cache."),
     "formats": CommandEntry("krona_hub.cli.formats_command", "List the formats and the applications that load them."),
+    "bases": CommandEntry("krona_hub.cli.bases_command", "List the base models that krona knows by name."),
     "demo": CommandEntry("krona_hub.cli.demo_command", "Run the main workflow offline with the bundled adapters."),
     "completion": CommandEntry("krona_hub.cli.completion_command", "Print the shell completion script."),
 }

@@ -44,8 +44,9 @@ def output_of(command: str, folder: Path) -> str:
 def example_folder(folder: Path, *, bf16: bool = False) -> Path:
     """Write the example files to a folder.
 
-    These are lora, lokr and krona.safetensors; norms.safetensors, the LoRA with changes of a norm; base and merged, two
-    pipeline folders; undo.safetensors and blocks.txt. zorbi-lora and zorbi-lokr.safetensors are for tiny-scenes, the
+    These are lora, lokr and krona.safetensors; norms.safetensors, the LoRA with changes of a norm; new-model.safetensors,
+    a LoKr of a base model that nobody knows; base and merged, two pipeline folders; undo.safetensors and blocks.txt.
+    zorbi-lora and zorbi-lokr.safetensors are for tiny-scenes, the
     others for Stable Diffusion 1.5.
     With `bf16`, also `base-bf16`, the base model in bfloat16.
     """
@@ -54,6 +55,7 @@ def example_folder(folder: Path, *, bf16: bool = False) -> Path:
     for name, trained in TRAINED.items():
         shutil.copyfile(Path(assets).parent / trained, folder / name)
     write_norms(folder / "lora.safetensors", folder / "norms.safetensors")
+    write_unknown(folder / "new-model.safetensors")
     (folder / "blocks.txt").write_text(BLOCK_WEIGHTS)
     write_base(folder / "base", torch.float16)
     if bf16:
@@ -79,6 +81,18 @@ def write_norms(source: Path, path: Path) -> None:
 
 
 NORM = ("w_norm", "b_norm")
+
+
+def write_unknown(path: Path) -> None:
+    """Write a LoKr for a base model that does not exist, with alpha unequal to the rank."""
+    numbers, tensors = np.random.default_rng(SEED), {}
+    for name in ("attention_q", "attention_k", "attention_v", "attention_o"):
+        sizes = {"lokr_w1": (8, 8), "lokr_w2_a": (96, 4), "lokr_w2_b": (4, 96)}
+        for part, size in sizes.items():
+            values = numbers.standard_normal(size).astype(np.float32) * SPREAD
+            tensors[f"lora_unet_glow_blocks_0_{name}.{part}"] = torch.from_numpy(values)
+        tensors[f"lora_unet_glow_blocks_0_{name}.alpha"] = torch.tensor(2.0)
+    write_tensors(path, tensors, {})
 
 
 def write_base(folder: Path, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Generate `docs/commands.md`, `docs/errors.md` and the blocks of README.md, docs/merging.md and docs/generate.md.
+"""Generate the pages of commands, errors and base models, and the blocks of README.md and of two other pages.
 
     python -m scripts.make_docs
 
@@ -19,8 +19,11 @@ from pathlib import Path
 import click
 
 from krona_hub import errors
+from krona_hub.bases import catalog
+from krona_hub.bases.families import FAMILIES
 from krona_hub.cli import failure_report
 from krona_hub.cli.main import COMMANDS, load
+from krona_hub.rendering.base_models import BaseFacts, listed
 from krona_hub.rendering.tables import loads_matrix
 from scripts.example_files import example_folder, output_of
 from scripts.rounding_table import rounding_table
@@ -78,6 +81,38 @@ def loads_in_table() -> str:
     return "\n".join([f"| format | {' | '.join(tools)} |", "|---|" + "---|" * len(tools), *rows]) + "\n"
 
 
+def bases_page() -> str:
+    """Return the page of all base models, by the diffusers class of their denoiser or U-Net."""
+    facts = [known for known in listed() if known.name != "tiny-scenes"]
+    rows = "\n".join(map(_base_row, facts))
+    components = len(catalog.component_names()) - 2  # without those of tiny-scenes
+    statuses = [f"- {letter}: {words}" for letter, words in catalog.CONFIG_STATUS.items() if letter != "O"]
+    totals = [f"- {letter}: {words}" for letter, words in catalog.TOTAL_STATUS.items() if letter != "O"]
+    return (
+        "# Base models\n\nGenerated from the catalog by `scripts/make_docs.py`; `krona bases` prints the same list, "
+        "and `krona bases NAME` the components, Hub ids and sources of one base model.\n\n"
+        f"The catalog lists {len(facts)} base models with {components} components: names and shapes of all layers, "
+        "norms and other parameters, built from published configurations with diffusers and transformers on the meta "
+        "device (or, without a class, a list of layers). A base model that is not listed works too: `--base` accepts "
+        "a checkpoint file, a diffusers or component folder, and a folder with nothing but a `config.json`; without "
+        "any, a file keeps its own module names.\n\n"
+        "The letters name the source of the configuration and of the total number of parameters:\n\n"
+        "Configuration:\n\n" + "\n".join(statuses) + "\n\nTotal:\n\n" + "\n".join(totals) + "\n\n"
+        "| name | base model | layers | parameters | checked | other names of modules | same layers, variant of |\n"
+        f"|---|---|---|---|---|---|---|\n{rows}\n"
+    )
+
+
+def _base_row(facts: BaseFacts) -> str:
+    entry = catalog.component(FAMILIES[facts.name].components[facts.denoiser.component])
+    others = [f"= {name}" for name in facts.same_layers]
+    others += [f"variant of {facts.variant_of}"] if facts.variant_of else []
+    return (
+        f"| `{facts.name}` | {facts.title} | {facts.denoiser.layers:,} | {facts.denoiser.parameters:,} "
+        f"| {entry.config_status}, {entry.total_status} | {', '.join(facts.spellings)} | {', '.join(others)} |"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {"loads-in": loads_in_table, "rounding": rounding_table}
 
 
@@ -99,6 +134,7 @@ def with_blocks_filled(path: str) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "docs/commands.md": commands_page,
     "docs/errors.md": errors_page,
+    "docs/bases.md": bases_page,
     "README.md": lambda: with_blocks_filled("README.md"),
     "docs/merging.md": lambda: with_blocks_filled("docs/merging.md"),
     "docs/generate.md": lambda: with_blocks_filled("docs/generate.md"),

@@ -12,7 +12,7 @@ from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.detection import Candidate
 from krona_hub.bases.module_spec import ModuleSpec, OtherParameters
-from krona_hub.bases.name_rules import parse
+from krona_hub.bases.name_rules import lookup_of, parse
 
 TABLE = """
     stages.{}.{}.mlp.(up|gate)   stages.{}.{}.ff.proj
@@ -35,11 +35,13 @@ QUERIES = tuple(f"transformer.stages.0.1.{attn}.to_q" for attn in ("attn1", "att
 def joined_base(monkeypatch) -> Base:
     """The base, found by its names in checkpoints, too; another base has no such table."""
     rules = parse(TABLE)
+    lookup = lookup_of(rules)
     original = SimpleNamespace(
         name="joined",
         comfyui="original",
         spellings={"authors": "joined"},
         rules=lambda _: rules,
+        lookup=lambda _: lookup,
         written=lambda _="authors": "authors",
     )
     of_catalog = component.original_of

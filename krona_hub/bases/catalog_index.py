@@ -15,25 +15,17 @@ from typing import Any
 
 from krona_hub.bases import catalog, name_prefixes
 from krona_hub.bases.families import FAMILIES
+from krona_hub.bases.name_patterns import template
 from krona_hub.bases.name_table import ComponentNames, keys_of, table
 
 PATH = Path(__file__).with_name("index.json")
-
-
-def template(key: str) -> str:
-    """An underscored name with `#` for every number that is a word of its own.
-
-    >>> template("double_blocks_11_img_mlp_0"), template("blocks_3_attn1_to_q")
-    ('double_blocks_#_img_mlp_#', 'blocks_#_attn1_to_q')
-    """
-    return "_".join("#" if word.isdigit() else word for word in key.split("_"))
 
 
 def components_with(name: str) -> frozenset[str]:
     """The files of the catalog with a module that this name, of any dialect, may mean.
 
     >>> sorted(components_with("lora_unet_double_blocks_0_img_attn_qkv"))[:2]
-    ['chroma.transformer', 'flex1-alpha.transformer']
+    ['chroma.transformer', 'chroma1-radiance.transformer']
     """
     templates, groups = _templates()
     keys = {template(key) for _, path in name_prefixes.readings(name) for key in keys_of(path)}

@@ -25,7 +25,7 @@ from krona_hub.bases.name_patterns import NUMBER
 from krona_hub.bases.name_table import NameTable, table
 
 PROBES = 24  # sampled names that decide whether to score a base model
-SPARSE = 0.5  # score below which an adapter says nothing about the number of blocks
+SPARSE = 0.5  # score below which an adapter does not show the number of blocks
 
 Shapes = Mapping[str, tuple[int, ...] | None]  # module of a file -> shape of its delta, None if unknown
 PlacesByComponent = Mapping[str, tuple[Placement, ...]]  # component -> placements
@@ -63,7 +63,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(modules: Shapes, metadata: Mapping[str, str] | None = None) -> tuple[Candidate, ...]:
-    """Every base model (and component) that some modules fit, best first; `ties` says what cannot be told apart.
+    """Every base model (and component) that some modules fit, best first; `ties` has those that may be meant.
 
     `modules` maps module names, in any dialect, to the shape (out, in[, k…]) of the delta. Metadata only order base
     models that match as many modules; they never override names and shapes.
@@ -89,10 +89,10 @@ def _order() -> Mapping[str, int]:
 
 
 def ties(found: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that cannot be told apart, the best first: as many matched modules, and an equal score.
+    """The candidates that may be meant, the best first: as many matched modules, and an equal score.
 
-    An adapter that changes less than half of the layers of each kind says nothing about how many there are, so that
-    its score does not count. One that changes every layer of a base model is not for another one with more. If the
+    The score of an adapter that changes less than half of the layers of each kind does not count: it does not show how
+    many there are. One that changes every layer of a base model is not for another one with more. If the
     metadata name some of them, the others are left out.
     """
     if not found:

@@ -20,17 +20,19 @@ from krona_hub.bases.component import Component
 from krona_hub.bases.meta_device import modules_of
 from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import table
-from krona_hub.bases.unlisted import component_by_content, is_adapter, unwrapped
 from krona_hub.bases.weight_files import (
     StoredTensor,
     WeightPlace,
     WeightPlaces,
+    component_by_content,
     files_of,
+    is_adapter,
     modules_in,
     only_pickles,
     parameter_of,
     read,
     stored_in,
+    unwrapped,
     weights_by_module,
     whole_weights,
 )

@@ -19,6 +19,15 @@ SHAPE = re.compile(r"(|\d+(?:x\d+)*)(b?)(?:g(\d+))?")  # "" is the shape of a sc
 Box = tuple[frozenset[int], ...]  # a product of sets of numbers, one per index of a name
 
 
+def template(key: str) -> str:
+    """An underscored name with `#` for every number that is a word of its own, and for every place of a number.
+
+    >>> template("double_blocks_11_img_mlp_0"), template("blocks_3_attn1_to_q"), template("blocks_{}_attn1_to_q")
+    ('double_blocks_#_img_mlp_#', 'blocks_#_attn1_to_q', 'blocks_#_attn1_to_q')
+    """
+    return "_".join("#" if word.isdigit() or word == "{}" else word for word in key.split("_"))
+
+
 def encode_module(module: ModuleSpec) -> str:
     """Encode the shape, bias and groups of a module.
 

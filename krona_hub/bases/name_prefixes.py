@@ -48,7 +48,7 @@ COMFYUI_TEXT: Mapping[str, str] = {  # ComfyUI's name of a text encoder -> role,
     **dict.fromkeys(("umt5xxl", "pile_t5xl", "mt5xl", "byt5_small"), "t5"),
     **dict.fromkeys(("qwen3_06b", "qwen3_2b", "qwen3_4b", "qwen3_8b", "qwen3vl_4b", "qwen25_3b"), "language model"),
     **dict.fromkeys(("qwen25_7b", "gemma2_2b", "gemma3_12b", "llama", "mistral3_24b"), "language model"),
-    **dict.fromkeys(("ministral3_3b", "hydit_clip"), "language model"),
+    **dict.fromkeys(("ministral3_3b",), "language model"),
 }
 
 
@@ -99,6 +99,8 @@ DOTTED = (
     Prefix("text_encoders.clip_l.", "clip_l"),
     Prefix("text_encoders.clip_g.", "clip_g"),
     Prefix("text_encoders.t5xxl.", "t5"),
+    Prefix("text_encoders.hydit_clip.transformer.bert.", "te1"),
+    Prefix("text_encoders.transformer.bert.", "te1"),
     Prefix("text_encoders.transformer.", "text encoder"),
     *(Prefix(f"text_encoders.{name}.transformer.", role) for name, role in COMFYUI_TEXT.items()),
     Prefix("cond_stage_model.transformer.", "te1"),
@@ -146,9 +148,14 @@ def _matching(name: str) -> list[Prefix]:
 
 
 def components(role: str, base: Base) -> tuple[str, ...]:
-    """The components of `base` that a role can denote: all for ANY, else the first of its list that exists."""
+    """The components of `base` that a role can denote: all for ANY, else the first of its list that exists.
+
+    `text encoder` denotes each of them.
+    """
     if role == ANY:
         return tuple(base.components)
+    if role == "text encoder":
+        return base.text_encoders
     found = (c for c, kind in ROLES[role] if c in base.components and kind in ("", _kind(base, c)))
     return tuple(found)[:1]
 

@@ -19,6 +19,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from krona_hub.bases.module_spec import ModuleSpec, Placement
+from krona_hub.bases.name_patterns import template
 
 NUMBER = re.compile(r"(?<![^.])(?:\d+|\{\})(?![^.])")  # a whole part of a dotted path, or its place in a rule
 CHOICE = re.compile(r"(.*)\((.*)\)(.*)")
@@ -131,6 +132,35 @@ def _two_chunks(module: ModuleSpec) -> bool:
     return module.shape[0] == 2 * module.shape[1]
 
 
+Lookup = Mapping[str, Sequence[tuple[re.Pattern[str], Rule]]]  # template of an underscored name -> rules
+
+
+def lookup_of(rules: Sequence[Rule]) -> Lookup:
+    """Index rules by the other name, so that `find` needs no table of all blocks."""
+    found: dict[str, list[tuple[re.Pattern[str], Rule]]] = {}
+    for rule in rules:
+        key = rule.other.replace(".", "_")
+        pattern = re.compile(re.escape(key).replace(r"\{\}", r"(\d+)"))
+        found.setdefault(template(key), []).append((pattern, rule))
+    return found
+
+
+def find(key: str, lookup: Lookup, modules: Mapping[str, ModuleSpec]) -> tuple[str, tuple[Placement, ...]] | None:
+    """The dotted form and the placements of an underscored name: an entry of `apply`; None without one.
+
+    >>> rules = lookup_of(parse("blocks.{}.qkv  layers.{}.(to_q|to_k)"))
+    >>> name, places = find("blocks_7_qkv", rules, {f"layers.7.to_{x}": ModuleSpec((4, 4)) for x in "qk"})
+    >>> name, [place.layer for place in places]
+    ('blocks.7.qkv', ['layers.7.to_q', 'layers.7.to_k'])
+    """
+    for pattern, rule in lookup.get(template(key), ()):
+        if match := pattern.fullmatch(key):
+            paths = [part.format(*match.groups()) for part in rule.parts]
+            if all(path in modules for path in paths) and _divides(rule.share, modules[paths[0]]):
+                return rule.other.format(*match.groups()), _placements(rule, paths, modules)
+    return None
+
+
 FUSED = {  # what diffusers and SimpleTuner call stacked projections -> the layers, in row order
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
@@ -147,12 +177,28 @@ def fused_projections(modules: Mapping[str, ModuleSpec]) -> dict[str, tuple[Plac
     [('attn.to_q', (0, 6)), ('attn.to_k', (6, 8)), ('attn.to_v', (8, 10))]
     """
     owners = {path.rpartition(".")[0] for path in modules if path.endswith((".to_k", ".add_k_proj"))}
-    found = {}
-    for owner in owners:
-        for name, parts in FUSED.items():
-            paths = [f"{owner}.{part}" for part in parts]
-            widths = {modules[path].shape[1:] if path in modules else () for path in paths}
-            if len(widths) == 1 and () not in widths and f"{owner}.{name}" not in modules:
-                places = zip(paths, _rows(paths, modules), strict=True)
-                found[f"{owner}.{name}"] = tuple(Placement(path, rows) for path, rows in places)
-    return found
+    named = {f"{owner}.{name}": [f"{owner}.{part}" for part in FUSED[name]] for owner in owners for name in FUSED}
+    return {name: places for name, paths in named.items() if (places := _fused(name, paths, modules))}
+
+
+def find_fused(
+    key: str, plain: Mapping[str, str], modules: Mapping[str, ModuleSpec]
+) -> tuple[str, tuple[Placement, ...]] | None:
+    """The dotted form and the placements of an underscored name: an entry of `fused_projections`; None without one.
+
+    `plain` maps underscored to dotted paths.
+    """
+    name = next((name for name in FUSED if key.endswith(f"_{name}")), None)
+    if name is None:
+        return None
+    paths = [plain.get(key.removesuffix(name) + part, "") for part in FUSED[name]]
+    dotted = f"{paths[0].rpartition('.')[0]}.{name}"
+    places = _fused(dotted, paths, modules)
+    return (dotted, places) if places else None
+
+
+def _fused(name: str, paths: list[str], modules: Mapping[str, ModuleSpec]) -> tuple[Placement, ...]:
+    widths = {modules[path].shape[1:] if path in modules else () for path in paths}
+    if len(widths) != 1 or () in widths or name in modules:
+        return ()
+    return tuple(Placement(path, rows) for path, rows in zip(paths, _rows(paths, modules), strict=True))

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from heapq import nlargest
 
-from krona_hub.bases import dialects, ldm_names, name_prefixes
+from krona_hub.bases import dialects, ldm_names, name_prefixes, name_rules
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.dialects import prefixed, processor_name, spelling_of, text_model
@@ -105,26 +105,40 @@ class ComponentNames:
         }
 
     def find(self, path: str) -> Placements | None:
-        """The placements of a name without its prefix; None if the component has no such module."""
-        found: str | Placements | None = path if path in self.modules else None
-        found = found or next((self.index[key] for key in self._keys(path) if key in self.index), None)
-        if found is None or self._has_extra_dots(path):
-            return None
-        if isinstance(found, str):
-            return (Placement(f"{self.component}.{found}"),)
-        return _canonical(self.component, found)
+        """The placements of a name without its prefix; None if the component has no such module.
 
-    def _has_extra_dots(self, path: str) -> bool:
-        """Whether a converter wrote dots for the underscores of a name: `cross_attn.k.img` is no module of Wan."""
-        if "." not in path or path in self.modules or any(path in names for names in self._spelled.values()):
-            return False
-        known = self._dotted.get(underscored(path))
-        return known is not None and path.count(".") > known.count(".")
+        Finds what `index` has, without building it.
+        """
+        if path in self.modules:
+            return (Placement(f"{self.component}.{path}"),)
+        for key in self._keys(path):
+            # where a converter wrote dots for underscores, the name is none: `cross_attn.k.img` is no module of Wan
+            dots = path.count(".") if key == underscored(path) else 0
+            places = next((places for dotted, places in self._find(key) if dotted.count(".") >= dots), None)
+            if places is not None:
+                return _canonical(self.component, places)
+        return None
+
+    def _find(self, key: str) -> Iterator[tuple[str, Placements]]:
+        """The dotted forms of an underscored name, with their placements."""
+        if key in self._plain:
+            yield self._plain[key], (Placement(self._plain[key]),)
+        original = self.modules.original
+        for who in original.spellings if original else ():
+            if original and (found := name_rules.find(key, original.lookup(who), self.modules)):
+                yield found
+        if original is None and (ldm := self._ldm.get(key)):
+            yield ldm, self._spelled[AUTHORS][ldm]
+        if found := name_rules.find_fused(key, self._plain, self.modules):
+            yield found
 
     @cached_property
-    def _dotted(self) -> Mapping[str, str]:
-        named = (name for names in self._spelled.values() for name in names)
-        return {underscored(name): name for name in (*named, *self.modules)}
+    def _plain(self) -> Mapping[str, str]:
+        return {underscored(path): path for path in self.modules}
+
+    @cached_property
+    def _ldm(self) -> Mapping[str, str]:
+        return {underscored(name): name for name in self._spelled.get(AUTHORS, ())}
 
     def find_vector(self, path: str) -> Placements | None:
         """As `find`, also for norms and bare parameters."""

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from krona_hub.bases.module_spec import ModuleSpec
-from krona_hub.bases.name_rules import Rule, parse
+from krona_hub.bases.name_rules import Lookup, Rule, lookup_of, parse
 
 AUTHORS, COMFYUI = "authors", "comfyui"  # spellings that files are written in
 NO_SPELLINGS: Mapping[str, str] = MappingProxyType({})
@@ -32,6 +32,10 @@ class Original(NamedTuple):
     def rules(self, spelling: str) -> tuple[Rule, ...]:
         """The rules of a spelling."""
         return _table(self.spellings[spelling])
+
+    def lookup(self, spelling: str) -> Lookup:
+        """The same rules by the names that they are for."""
+        return _lookup(self.spellings[spelling])
 
     def written(self, program: str = AUTHORS) -> str | None:
         """The spelling in which a file for a program is written: its own or that of the authors; None: diffusers."""
@@ -144,3 +148,8 @@ def _has(modules: Mapping[str, ModuleSpec], need: str) -> bool:
 @cache
 def _table(name: str) -> tuple[Rule, ...]:
     return parse(files("krona_hub.bases").joinpath("originals", f"{name}.txt").read_text("utf-8"))
+
+
+@cache
+def _lookup(name: str) -> Lookup:
+    return lookup_of(_table(name))

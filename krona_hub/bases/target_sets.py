@@ -49,6 +49,16 @@ CLIP = (
 )
 T5 = (TargetSet("attn", r"SelfAttention\."), TargetSet("attn+ff", r"^encoder\.block\."))
 LANGUAGE_MODEL = (TargetSet("attn", r"self_attn\."), TargetSet("attn+ff", r"(^|\.)layers\.\d+\."))
+ATTENTION = r"(^|[._])(attn\d?|attention)\."
+FEED_FORWARD = (
+    r"(^|[._])(ff|ffn|mlp|feed_forward|channelwise|gate_proj|up_proj|down_proj)[^.]*(\.|$)"
+    r"|\.(intermediate|output)\.dense"
+)
+TRANSFORMER = (  # architectures without sets of their own
+    TargetSet("attn", ATTENTION),
+    TargetSet("attn+ff", rf"{ATTENTION}|{FEED_FORWARD}"),
+    TargetSet("blocks", r"(blocks|layers?|refiner|face_adapter)\.([a-z_]+\.)?\d+\."),
+)
 FLUX = (
     TargetSet("kqvo", KQVO, "peft by suffix, SimpleTuner"),
     TargetSet("attn", r"\.attn\.", "SimpleTuner 'all'"),
@@ -59,6 +69,9 @@ FLUX = (
 ARCHITECTURES: Mapping[str, tuple[TargetSet, ...]] = {  # name of `Component.original` -> sets
     "flux1": FLUX,
     "chroma": FLUX,
+    "ovis-image": FLUX[:-1],
+    "longcat-image": FLUX[:-1],
+    "bria": FLUX[:-1],
     "flux2": (
         TargetSet("kqvo", r"attn\.(to_(q|k|v|out\.0)|to_qkv_mlp_proj)$", "SimpleTuner"),
         TargetSet("attn", r"attn\.(to_(q|k|v|out\.0)|to_qkv_mlp_proj|to_out)$", "diffusers"),
@@ -137,8 +150,9 @@ def sets_of(modules: Component) -> tuple[TargetSet, ...]:
         return (*UNET, ALL)
     by_kind = {"clip": CLIP, "t5": T5}.get(modules.kind)
     original = modules.original
-    own = by_kind or (ARCHITECTURES.get(original.name) if original else None) or LANGUAGE_MODEL
-    return (*own, ALL)
+    listed = ARCHITECTURES.get(original.name) if original else None
+    language_model = any(path.endswith("layers.0.self_attn.q_proj") for path in modules)
+    return (*(by_kind or listed or (LANGUAGE_MODEL if language_model else TRANSFORMER)), ALL)
 
 
 def choose(base: Base, component: str, targets: str) -> dict[str, ModuleSpec]:

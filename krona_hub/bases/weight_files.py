@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from krona_hub.bases import ldm_names
 from krona_hub.bases.component import Component
 from krona_hub.bases.module_spec import ModuleSpec, OtherParameters, Placement, other_parameters
 from krona_hub.checkpoints.file_names import ADAPTER_PICKLES
@@ -29,6 +30,18 @@ PARAMETERS = {  # end of a tensor name -> parameter of its module
     ".weight": "weight", ".scale": "weight", "_weight": "weight", ".bias": "bias", "_bias": "bias",
 }  # fmt: skip
 SUFFIXES = (".weight", "_weight", "")  # `attn.in_proj_weight` and the bare `text_projection` of OpenCLIP
+
+LDM = "model.diffusion_model."  # beside it, such a checkpoint may contain a VAE and text encoders
+WRAPPERS = (  # of all names of a model that the catalog does not list
+    LDM,
+    "diffusion_model.",
+    "net.",
+    "model.",
+    "transformer.",
+    "unet.",
+)
+ADAPTER_KEYS = re.compile(r"[._]lora[._](up|down|A|B)\b|\.(lokr|hada)_w[12]|\.kron_[ab]\b|\.kron_[ab]_")
+UNET_BLOCKS = ("down_blocks.", "up_blocks.", "input_blocks.", "output_blocks.")
 
 
 class StoredTensor(NamedTuple):
@@ -256,3 +269,32 @@ def _read(place: WeightPlace) -> Tensor:
     if swap_halves:
         weight = torch.cat(weight.chunk(2)[::-1])
     return weight.contiguous()
+
+
+def unwrapped(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors of the denoiser by their names without the wrapper that all of them share.
+
+    >>> from pathlib import Path
+    >>> place = StoredTensor(Path("x"), "net.a.weight", (2, 3))
+    >>> list(unwrapped({"net.a.weight": place, "net.b.weight": place}))
+    ['a.weight', 'b.weight']
+    """
+    own = {name: tensor for name, tensor in stored.items() if name.startswith(LDM)} or dict(stored)
+    wrapper = next((text for text in WRAPPERS if all(name.startswith(text) for name in own)), "")
+    return {name.removeprefix(wrapper): tensor for name, tensor in own.items()}
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Return whether the tensors are those of an adapter.
+
+    >>> is_adapter(["a.to_q.lora_down.weight"]), is_adapter(["a.to_q.weight", "a.lora_proj.weight"])
+    (True, False)
+    """
+    return any(ADAPTER_KEYS.search(name) for name in names)
+
+
+def component_by_content(modules: Component) -> str:
+    """Return the component that the modules look like; a transformer unless they show another."""
+    if ldm_names.is_unet(modules) or sum(any(m.startswith(b) for m in modules) for b in UNET_BLOCKS) > 1:
+        return "unet"
+    return "text_encoder" if modules.kind else "transformer"

@@ -22,7 +22,6 @@ from krona_hub.bases.loading import (
     read,
     refuse_pickles,
 )
-from krona_hub.bases.unlisted import unwrapped
 from krona_hub.bases.weight_files import (
     StoredTensor,
     WeightPlace,
@@ -32,6 +31,7 @@ from krona_hub.bases.weight_files import (
     only_pickles,
     sets_of,
     stored_in,
+    unwrapped,
 )
 from krona_hub.checkpoints.header import READABLE, Header, read_header
 from krona_hub.errors import (

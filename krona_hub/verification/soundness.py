@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from krona_hub.adapters.unknown_base import module_name
 from krona_hub.bases.base import Base
 from krona_hub.checkpoints.findings import Finding, quoted
 from krona_hub.errors import AmbiguousError, KronaError, UnknownBaseError
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.known.registry import detect_format
 from krona_hub.formats.parsing.adapter_file import AdapterFile, open_files
+from krona_hub.formats.parsing.base_match import match_base
 from krona_hub.formats.reading.read_plan import make_plan, measure
+from krona_hub.schema import tensor_layout
 from krona_hub.schema import validate as checks
 from krona_hub.schema.tensor_layout import is_native
 from krona_hub.sources import resolve
@@ -88,10 +91,23 @@ def _format(file: AdapterFile) -> str | None:
 def _findings(file: AdapterFile) -> Iterator[Finding]:
     """Yield the findings of one file with a valid structure."""
     if is_native(file.metadata):
-        yield from checks.native_findings(file.header, file.base)
+        mismatch = _native_mismatch(file)
+        if mismatch:
+            yield Finding.of(mismatch)
+        yield from checks.native_findings(file.header, None if mismatch else file.base)
     else:
         yield from _module_findings(file)
     yield from checks.number_findings(file.header)
+
+
+def _native_mismatch(file: AdapterFile) -> KronaError | None:
+    """Return the error of a native file for another base model; None without a base model, or if it fits."""
+    if file.base is None:
+        return None
+    known, findings = tensor_layout.examine(file.header)
+    own = any(module_name(name) is not None for name in known.layers)
+    shapes = {name: layer.weight_shape for name, layer in known.layers.items()}
+    return None if findings or own else match_base(shapes, {}, file.base, None).mismatch
 
 
 def _module_findings(file: AdapterFile) -> Iterator[Finding]:
@@ -110,7 +126,8 @@ def _module_findings(file: AdapterFile) -> Iterator[Finding]:
 def _problems(file: AdapterFile, format: Format) -> Mapping[str, KronaError]:
     """Return, by module or key, why it cannot be read; "" maps to an error of the whole file."""
     try:
-        return make_plan(file, format).problems
+        plan = make_plan(file, format)
+        return {"": plan.match.mismatch} if plan.match.mismatch else plan.problems
     except KronaError as error:
         whole = error
     try:

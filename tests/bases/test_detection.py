@@ -7,7 +7,6 @@ import pytest
 from krona_hub.bases import catalog, detection, name_table
 from krona_hub.bases.families import FAMILIES, equals_of
 from krona_hub.bases.metadata_hints import bases_named
-from krona_hub.formats.writing.module_names import homes
 
 KQVO = r"\.attn\.to_(q|k|v|out\.0)$"
 
@@ -15,12 +14,13 @@ KQVO = r"\.attn\.to_(q|k|v|out\.0)$"
 def modules_of(base: str, pattern: str, dialect: str, component: str | None = None, shapes: bool = True) -> dict:
     """The modules of an adapter of `base` on the layers that `pattern` finds."""
     source, found = catalog.get(base), {}
-    layers = [layer for layer, _ in source.layers(component or source.denoiser) if re.search(pattern, layer)]
-    for stored in homes(layers, dialect, name_table.table(source)).values():
-        for home in stored:
-            heights = [place.height(source.module(place.layer)) for place in home.siblings]
-            height = sum(heights) if home.siblings[0].rows else heights[0]  # else one weight of all
-            found[home.module] = (height, *source.module(home.siblings[0].layer).shape[1:]) if shapes else None
+    table = name_table.table(source)
+    for layer, module in source.layers(component or source.denoiser):
+        if re.search(pattern, layer):
+            spelled = table.spell(layer, dialect)
+            places = table.find(spelled, layer.partition(".")[0])
+            shape = module.shape if places[0].plain else detection.stored_matrix(source, places)
+            found[spelled] = shape if shapes else None
     return found
 
 

@@ -252,3 +252,13 @@ def test_a_base_of_any_configuration_has_ldm_names():
     assert len(originals) == len(base.components["unet"]) == 83
     assert originals["input_blocks.2.0.op"] == (Placement("unet.down_blocks.0.downsamplers.0.conv"),)
     assert originals["output_blocks.1.1.conv"] == (Placement("unet.up_blocks.0.upsamplers.0.conv"),)
+
+
+@pytest.mark.parametrize("name", catalog.names())
+def test_a_name_is_found_without_the_whole_index_as_in_it(name):
+    for part in table(catalog.get(name)).parts.values():
+        for key, entry in part.index.items():
+            places = part.find(key)
+            wanted = (Placement(entry),) if isinstance(entry, str) else entry
+            assert [p.layer.removeprefix(f"{part.component}.") for p in places] == [p.layer for p in wanted]
+            assert [p[1:5] for p in places] == [p[1:5] for p in wanted], key

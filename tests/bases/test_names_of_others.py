@@ -10,8 +10,8 @@ import re
 import pytest
 
 from krona_hub.bases import catalog, name_prefixes
-from krona_hub.bases.catalog_index import template
 from krona_hub.bases.families import FAMILIES
+from krona_hub.bases.name_patterns import template
 from krona_hub.bases.name_table import keys_of, table
 from tests.shared import SHARED, shared
 
@@ -153,3 +153,25 @@ def is_known(name: str, known: dict[str, set[str]], base) -> bool:
         for owner in name_prefixes.components(role, base)
         for key in keys_of(path)
     )
+
+
+NAMED = {  # base model of the list -> one of the catalog
+    "wan": "wan21-t2v-14b", "ltx-video": "ltx-video-2b", "cosmos-predict2": "cosmos-predict2-2b-t2i",
+    "cogvideox": "cogvideox-5b", "kandinsky5": "kandinsky5-lite-video", "hunyuan-dit": "hunyuan-dit-12",
+    "hidream": "hidream-i1",
+}  # fmt: skip
+ENCODERS = LISTS.get("text-encoders", {}).get("encoders", [])
+
+
+@pytest.mark.parametrize("entry", ENCODERS, ids=lambda e: f"{e['base_of']}-{e['component']}")
+def test_names_of_text_encoders_that_comfyui_accepts_are_read(entry):
+    name = NAMED.get(entry["base_of"], entry["base_of"])
+    component = next(c for c, file in FAMILIES[name].components.items() if file == entry["component"])
+    names, modules = table(catalog.get(name)), catalog.get(name).components[component]
+    for path, accepted in entry["accepted_by_comfyui"].items():
+        match = next(m for m in (re.fullmatch(re.escape(path).replace(r"\#", r"(\d+)"), p) for p in modules) if m)
+        for text in accepted:
+            numbers = iter(match.groups())
+            concrete = re.sub("#", lambda _, numbers=numbers: next(numbers), text)
+            (place,) = names.find(concrete, component)
+            assert place.layer == f"{component}.{match[0]}" and place.plain, concrete

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from krona_hub.bases.families import FAMILIES
 from krona_hub.errors import UsageError, counted
 from krona_hub.formats.compatibility.format_limits import common_peft_factor, lycoris_resumes, refusal
 from krona_hub.formats.compatibility.known_failures import reservation
@@ -188,6 +189,14 @@ class Verdict:
 
 
 UNKNOWN_BASE = "the base model is unknown, and which names an application expects depends on it"
+UNKNOWN_RUN = "whether it runs this base model and knows these names is not recorded"
+RECORDED = (  # base models for which the formats that applications load are recorded
+    "sd15", "sd21-base", "sd21", "sdxl", "sdxl-refiner", "sd3-medium", "sd35-medium", "sd35-large", "flux1-dev",
+    "flux1-schnell", "chroma", "flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "z-image", "qwen-image",
+    "pixart-sigma-xl", "lumina2", "sana-1600m", "hidream-i1", "wan21-t2v-1.3b", "wan21-t2v-14b", "hunyuan-video",
+    "krea2", "auraflow", "tiny-scenes",
+)  # fmt: skip
+OPEN = (UNKNOWN_BASE, UNKNOWN_RUN)  # reasons that leave the question open
 _NO_FOLDER = "PEFT loads only folders with an adapter_config.json"
 _NATIVE = "only krona_hub reads its native format"
 _LORA_ONLY = "it loads LoRA only"
@@ -231,6 +240,11 @@ def rejection(format_name: str, tool: str) -> str | None:
     return REJECTS[format_name].get(tool)
 
 
+def is_recorded(base: str | None) -> bool:
+    """Whether the formats that applications load are recorded for this base model, or it is none of the catalog."""
+    return base not in FAMILIES or base in RECORDED
+
+
 def loads_in(description: Description) -> Mapping[str, Verdict]:
     """For every application, whether it loads the described file correctly."""
     return {name: _verdict(tool, description) for name, tool in TOOLS.items()}
@@ -240,6 +254,8 @@ def _verdict(tool: Tool, description: Description) -> Verdict:
     why = rejection(description.format, tool.name)
     if why is None and description.base is None:
         return Verdict(False, UNKNOWN_BASE)
+    if why is None and not is_recorded(description.base):
+        return Verdict(False, UNKNOWN_RUN)
     why = why or reservation(tool.name, description)
     if why is None and tool.name == "lycoris":  # a LyCORIS file can have splits that LyCORIS does not derive
         refused = ((m.name, only_lycoris_splits(m.form)) for m in description.modules if m.kind == "lokr")

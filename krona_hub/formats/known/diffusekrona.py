@@ -5,7 +5,7 @@ They use the keys of old diffusers LoRA; the tensor shapes distinguish the two f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from krona_hub.bases import detection
 from krona_hub.errors import AmbiguousError
@@ -30,7 +30,9 @@ def recognizes(file: AdapterFile) -> bool:
         return True
     as_krona = {name: (down[1] * up[0], down[0] * up[1]) for name, (down, up) in pairs.items()}
     as_lora = {name: (up[0], down[1]) for name, (down, up) in pairs.items()}
-    krona, lora = (_fits(file, sizes) for sizes in (as_krona, as_lora))
+    krona, lora = (file.base is not None and _whole(detection.fit(file.base, s)) for s in (as_krona, as_lora))
+    if not (krona or lora):  # without a base model, or with a wrong one, which another error says
+        krona, lora = (_whole(detection.candidates(s, file.metadata)) for s in (as_krona, as_lora))
     if krona == lora and pairs:
         raise AmbiguousError(
             "Ambiguous format: keys and shapes match both old diffusers LoRA and DiffuseKronA.",
@@ -47,10 +49,9 @@ def _pair(module: ModuleTensors, file: AdapterFile) -> tuple[Matrix, Matrix] | N
     return (down, up) if len(down) == len(up) == 2 else None
 
 
-def _fits(file: AdapterFile, sizes: Mapping[str, Matrix]) -> bool:
-    """Whether a single base model (the given one, or any of the catalog) has every module with these sizes."""
-    found = detection.fit(file.base, sizes) if file.base else detection.candidates(sizes, file.metadata)
-    return any(c.matched == len(sizes) for c in found)
+def _whole(found: Sequence[detection.Candidate]) -> bool:
+    """Whether a single base model has every module."""
+    return any(c.complete for c in found)
 
 
 DIFFUSEKRONA = Format(

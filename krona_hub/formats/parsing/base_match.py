@@ -6,7 +6,7 @@ All names decide together: `lycoris_encoder_layers_0_…` fits both text encoder
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from krona_hub.adapters.unknown_base import module_name
@@ -14,11 +14,12 @@ from krona_hub.bases import catalog, detection, name_prefixes
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
-from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError
+from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, counted
 from krona_hub.formats.parsing.foreign import unsupported
 from krona_hub.formats.parsing.own_names import OwnNames, kept_place, own_names
 
 INPUT_LAYERS = (".x_embedder", ".img_in", ".patch_embedding", ".pos_embed.proj")
+NEXT_BEST = 2  # base models to name besides the best ones
 HINTS = 8  # modules per file to suggest a name for; each search takes milliseconds
 Placements = tuple[Placement, ...]
 Shapes = Mapping[str, tuple[int, ...]]  # module of a file -> shape of the weight, as implied by its tensors
@@ -34,6 +35,8 @@ class BaseMatch:
     problems: Mapping[str, KronaError]  # module -> why it matches no layer
     component: str | None = None  # of names without a prefix
     own_names: OwnNames = field(default_factory=OwnNames)
+    fits: tuple[detection.Candidate, ...] = ()  # how well base models fit: those that tie, then the next best
+    mismatch: BaseMismatchError | None = None  # the given base model is another one than that of the file
 
 
 def match_base(
@@ -44,8 +47,10 @@ def match_base(
     Raises AmbiguousError if several components fit equally well.
     """
     if base is not None:
-        owner = _component(detection.fit(base, shapes), component, len(shapes))
-        return _in_base(shapes, base, owner, base.candidates or ((base.family,) if base.family else ()))
+        fits = detection.fit(base, shapes)
+        owner = _component(fits, component, len(shapes))
+        match = _in_base(shapes, base, owner, base.candidates or ((base.family,) if base.family else ()))
+        return replace(match, fits=fits[:1], mismatch=wrong_base(base, match, shapes, metadata))
     found = [
         c for c in detection.candidates(shapes, metadata) if component in (None, c.component) or c.component is None
     ]
@@ -71,7 +76,33 @@ def places_of_kept(shapes: Shapes, base: Base) -> dict[str, Placements]:
 def _in_catalog(shapes: Shapes, found: list[detection.Candidate], component: str | None) -> BaseMatch:
     best, ties = found[0], detection.ties(found)
     owner = _component([c for c in ties if c.base == best.base], component, len(shapes))
-    return _in_base(shapes, catalog.get(best.base), owner, tuple(dict.fromkeys(n for c in ties for n in c.names)))
+    names = tuple(dict.fromkeys(n for c in ties for n in c.names))
+    others = [c for c in found if c not in ties][:NEXT_BEST]
+    return replace(_in_base(shapes, catalog.get(best.base), owner, names), fits=(*ties, *others))
+
+
+def wrong_base(base: Base, match: BaseMatch, shapes: Shapes, metadata: Mapping[str, str]) -> BaseMismatchError | None:
+    """Return the one error of a file that is not for this base model; None if it is, but for some modules.
+
+    It is for another one if that has more of its modules, or if this one has less than half of them.
+    """
+    total, matched = len(shapes), len(match.places)
+    if not any(isinstance(problem, BaseMismatchError) for problem in match.problems.values()):
+        return None
+    better = next((c for c in detection.candidates(shapes, metadata) if c.matched > matched), None)
+    if better is None and 2 * matched >= total:
+        return None
+    share = f"{matched:,} of {counted(total, 'module')} fit"
+    if better is None:
+        return BaseMismatchError(
+            f"This is not an adapter of {base.name}: {share}, and no known base model fits better.",
+            fix="Check that --base is the model the adapter was trained on.",
+        )
+    how = "completely" if better.complete else f"with {better.matched:,} of {total:,}"
+    return BaseMismatchError(
+        f"This is not an adapter of {base.name}: {share}; it fits {better.base} {how}.",
+        fix=f"Use --base {better.base}, or omit --base.",
+    )
 
 
 def _component(found: Sequence[detection.Candidate], requested: str | None, total: int) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from krona_hub.adapters.unknown_base import KEPT_NAMES, module_name
 from krona_hub.bases.base import Base
+from krona_hub.bases.detection import Candidate
 from krona_hub.checkpoints.findings import raise_first
 from krona_hub.checkpoints.header import Header, TensorInfo
 from krona_hub.errors import KronaError, counted
@@ -18,8 +19,8 @@ from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import by_name, detect_format
 from krona_hub.formats.parsing import file_metadata
 from krona_hub.formats.parsing.adapter_file import AdapterFile, in_file, open_files
-from krona_hub.formats.parsing.base_match import places_of_kept
-from krona_hub.formats.reading.description import Description, ModuleInfo, VectorInfo
+from krona_hub.formats.parsing.base_match import match_base, places_of_kept
+from krona_hub.formats.reading.description import BaseFit, Description, ModuleInfo, VectorInfo
 from krona_hub.formats.reading.read_plan import ModulePlan, ReadPlan, make_plan
 from krona_hub.schema import tensor_layout
 
@@ -98,9 +99,15 @@ def _of_plan(plan: ReadPlan) -> Description:
         trigger_words=file_metadata.trigger_words(file.metadata),
         training=file_metadata.training_record(file.metadata),
         licence=file_metadata.license_of(file.metadata),
-        warnings=(*_problem_lines(plan.problems), *plan.notes),
+        warnings=(*((str(match.mismatch),) if match.mismatch else _problem_lines(plan.problems)), *plan.notes),
+        fits=tuple(map(_fit, match.fits)),
+        mismatch=match.mismatch,
         plans=(plan,),
     )
+
+
+def _fit(c: Candidate) -> BaseFit:
+    return BaseFit(c.base, c.matched, c.modules, c.covered, c.layers, c.also, c.variants)
 
 
 def _module(module: ModulePlan, plan: ReadPlan) -> ModuleInfo:
@@ -142,6 +149,7 @@ def _native(file: AdapterFile) -> Description:
     )
     vectors = _vectors({n: (name,) for name, n in known.vectors.items()}, header.tensors, modules, None)
     base, provenance = known.header.base, known.provenance(header.metadata)
+    match = match_base(shapes, {}, file.base, None) if file.base and not places else None
     return Description(
         path=header.path,
         format="krona",
@@ -161,6 +169,8 @@ def _native(file: AdapterFile) -> Description:
         licence=provenance.licence,
         warnings=_kept_names([*(layer for m in modules for layer in m.layers), *known.vectors]),
         schema=str(known.version),
+        fits=tuple(map(_fit, match.fits)) if match else (),
+        mismatch=match.mismatch if match else None,
     )
 
 
@@ -254,5 +264,7 @@ def _joined(path: Path, parts: list[Description]) -> Description:
         training=first.training,
         licence=first.licence,
         warnings=tuple(dict.fromkeys(w for part in parts for w in part.warnings)),
+        fits=first.fits,
+        mismatch=next((part.mismatch for part in parts if part.mismatch), None),
         plans=tuple(plan for part in parts for plan in part.plans),
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from krona_hub.checkpoints.header import Header
+from krona_hub.errors import KronaError
 from krona_hub.formats.forms.delta_form import LayerFactorization, SumFactorization
 from krona_hub.formats.forms.vector_kinds import VectorKind
 from krona_hub.formats.reading.read_plan import ReadPlan
@@ -72,6 +73,19 @@ class VectorInfo:
 
 
 @dataclass(frozen=True)
+class BaseFit:
+    """How well the modules of a file fit a base model."""
+
+    base: str
+    matched: int  # modules of the file that the base model has, with their shapes
+    modules: int  # modules of the file
+    changed: int  # layers of the base model that the file changes
+    layers: int  # layers of the same components of the base model
+    same_layers: tuple[str, ...] = ()  # base models that no file tells apart from this one
+    variants: tuple[str, ...] = ()  # base models that differ in layers that the file does not change
+
+
+@dataclass(frozen=True)
 class Description:
     """Description of a file, or of the files of a folder."""
 
@@ -94,6 +108,8 @@ class Description:
     licence: str | None = None
     warnings: tuple[str, ...] = ()
     schema: str | None = None  # version of a native file
+    fits: tuple[BaseFit, ...] = ()  # those that fit equally well, then the next best; empty if none is known
+    mismatch: KronaError | None = None  # the base model that was given is not that of the file
     plans: tuple[ReadPlan, ...] = field(default=(), repr=False)  # how its files are read; empty for a native file
 
     @property

@@ -285,7 +285,12 @@ def _placed(names: NameTable, name: str, component: str | None) -> Placements:
 
 
 def refuse(plan: ReadPlan, allow_missing: bool) -> None:
-    """Raise the first error in `problems` unless `allow_missing` tolerates it; raise if no module remains."""
+    """Raise the first error in `problems` unless `allow_missing` tolerates it; raise if no module remains.
+
+    A file for another base model is one error, not one per module.
+    """
+    if plan.match.mismatch and not (allow_missing and plan.modules):
+        raise plan.match.mismatch
     refuse_unreadable(plan)
     if plan.problems and not allow_missing:
         raise _summary(plan.problems, plan)

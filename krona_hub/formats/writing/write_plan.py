@@ -22,7 +22,7 @@ from krona_hub.bases.module_spec import ModuleSpec as BaseModule
 from krona_hub.bases.module_spec import OtherParameters, Placement
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.errors import SPECIFY_BASE, InexpressibleError, UnknownBaseError, UsageError, abbreviated
-from krona_hub.formats.compatibility.tools import Tool, ToolTarget, target_for, tool_named
+from krona_hub.formats.compatibility.tools import UNKNOWN_RUN, Tool, ToolTarget, is_recorded, target_for, tool_named
 from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 from krona_hub.formats.forms.normal_forms import lora_of, without_hadamard
 from krona_hub.formats.known.native import KRONA
@@ -312,10 +312,13 @@ def _context(adapter: Adapter, base: Base | None, *, is_stated: bool) -> Context
 
 
 def _notes(aim: Aim, base: Base | None) -> tuple[str, ...]:
-    """Notes on how to load the file."""
+    """Notes on how to load the file, and on what is not known about that."""
     if base is None:
         return (KEPT_NAMES,)
-    return (aim.tool.note,) if aim.tool and aim.format in aim.tool.note_on else ()
+    if aim.tool is None:
+        return ()
+    how = (aim.tool.note,) if aim.format in aim.tool.note_on else ()
+    return how if is_recorded(base.family) else (*how, f"{aim.tool.title}: {UNKNOWN_RUN}")
 
 
 def check_nothing_left_out(plan: WritePlan, *, allow_missing: bool) -> None:
