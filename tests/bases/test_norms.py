@@ -75,7 +75,8 @@ def test_a_vector_is_found_again_by_the_name_it_is_given(dialect, name):
             if path in part:
                 assert (spelled, places) == (names.spell(layer, dialect), names.find(spelled, component))
             else:
-                assert places == (Placement(layer),)
+                assert all(place.plain for place in places)
+                assert [place.layer for place in places[1:]] == [*places[0].shared_with]
                 assert names.find(spelled, component) is None, "only modules have deltas of weights"
 
 
@@ -116,6 +117,32 @@ SEEN = {  # name in a file -> base, path of the norm, layer or bare parameter
     "diffusion_model.head.modulation": ("wan21-t2v-14b", "transformer.scale_shift_table"),
     "conditioner.embedders.1.model.ln_final": ("sdxl", "text_encoder_2.final_layer_norm"),
     "diffusion_model.scale_shift_table": ("pixart-sigma-xl", "transformer.scale_shift_table"),
+    "diffusion_model.final_layer.scale_shift_table": ("pixart-sigma-xl", "transformer.scale_shift_table"),
+    "diffusion_model.blocks.3.scale_shift_table":
+        ("pixart-alpha-xl", "transformer.transformer_blocks.3.scale_shift_table"),
+    "diffusion_model.semantic_txt_norm": ("ovis-image", "transformer.context_embedder_norm"),
+    "diffusion_model.txt_norm": ("ovis-image", "transformer.context_embedder_norm"),
+    "lora_unet_double_blocks_5_img_attn_norm_key_norm": ("ovis-image", "transformer.transformer_blocks.5.attn.norm_k"),
+    "diffusion_model.single_blocks.9.norm.query_norm":
+        ("longcat-image", "transformer.single_transformer_blocks.9.attn.norm_q"),
+    "diffusion_model.double_blocks.19.txt_attn_k_norm":
+        ("hunyuan-image-21", "transformer.transformer_blocks.19.attn.norm_added_k"),
+    "diffusion_model.byt5_in.layernorm": ("hunyuan-video-15", "transformer.context_embedder_2.norm"),
+    "diffusion_model.vision_in.proj.0": ("hunyuan-video-15", "transformer.image_embedder.norm_in"),
+    "diffusion_model.vision_in.proj.4": ("hunyuan-video-15", "transformer.image_embedder.norm_out"),
+    "diffusion_model.txt_in.individual_token_refiner.blocks.1.norm2":
+        ("framepack", "transformer.context_embedder.token_refiner.refiner_blocks.1.norm2"),
+    "diffusion_model.blocks.39.attn2.k_norm": ("hunyuan-dit-12", "transformer.blocks.39.attn2.norm_k"),
+    "diffusion_model.blocks.0.norm1": ("hunyuan-dit-11", "transformer.blocks.0.norm1.norm"),
+    "diffusion_model.pooler.positional_embedding":
+        ("hunyuan-dit-12", "transformer.time_extra_emb.pooler.positional_embedding"),
+    "diffusion_model.layers.7.attention.ky_norm": ("lumina-next", "transformer.layers.7.attn2.norm_k"),
+    "diffusion_model.layers.7.attention_y_norm": ("lumina-next", "transformer.layers.7.norm1_context"),
+    "diffusion_model.layers.7.attention.gate": ("lumina-next", "transformer.layers.7.gate"),
+    "diffusion_model.transformer.layers.41.post_attention_layernorm":
+        ("cogvideox-5b", "transformer.transformer_blocks.41.norm2.norm"),
+    "diffusion_model.mixins.adaln_layer.query_layernorm_list.41":
+        ("cogvideox-5b", "transformer.transformer_blocks.41.attn1.norm_q"),
 }  # fmt: skip
 
 
@@ -123,6 +150,11 @@ SEEN = {  # name in a file -> base, path of the norm, layer or bare parameter
 def test_names_of_vectors_that_files_have_are_found(name):
     base, path = SEEN[name]
     assert table(catalog.get(base)).vector_places(name) == (Placement(path),)
+
+
+def test_one_norm_of_lumina_next_is_two_of_diffusers():
+    places = table(catalog.get("lumina-next")).vector_places("diffusion_model.layers.7.attention.q_norm")
+    assert [place.layer for place in places] == [f"transformer.layers.7.attn{i}.norm_q" for i in (1, 2)]
 
 
 def test_the_bias_of_a_fused_module_has_rows_as_its_weight():
