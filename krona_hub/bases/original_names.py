@@ -113,7 +113,8 @@ ORIGINALS = (  # the first with all of `needs` applies
     ),
     Original("glm-image", ("glyph_projector.net.2",), comfyui="diffusers"),
     Original("ideogram4", ("llm_cond_proj", "layers.0.attention.to_q"), _same("ideogram4")),
-    Original("stable-cascade", ("clip_txt_pooled_mapper",), _both("stable-cascade")),
+    Original("stable-cascade", ("clip_txt_mapper",), _both("stable-cascade")),
+    Original("stable-cascade-decoder", ("clip_txt_pooled_mapper",), _both("stable-cascade-decoder")),
     Original(
         "qwen-image-21",
         ("transformer_blocks.0.img_mlp.gate_layer",),

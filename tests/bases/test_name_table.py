@@ -2,15 +2,18 @@
 
 import json
 import re
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krona_hub.bases import catalog, loading
+from krona_hub.bases import catalog, ldm_names, loading
 from krona_hub.bases.base import Base
+from krona_hub.bases.component import Component
 from krona_hub.bases.module_spec import ModuleSpec, Placement
-from krona_hub.bases.name_table import DIALECTS, table
+from krona_hub.bases.name_rules import apply, fused_projections
+from krona_hub.bases.name_table import DIALECTS, ComponentNames, table, underscored
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import AmbiguousError, InexpressibleError, NotFoundError, UsageError
 from tests.shared import shared
@@ -54,6 +57,34 @@ def test_underscored_names_never_collide(name):
         for original, places in part.originals.items():
             same = flat.get(original.replace(".", "_"))
             assert same is None or [place.layer for place in places] == [f"{part.component}.{same}"]
+
+
+def test_no_two_targets_in_the_catalog_have_the_same_underscored_name():
+    """In all spellings, with the fused names of diffusers; of layers, norms and bare parameters of each component."""
+    checked, clashes = 0, []
+    for file in catalog.component_names():
+        modules = catalog.component(file).modules
+        targets: dict[str, set[tuple[Placement, ...]]] = {}
+        for name, places in named_targets(modules):
+            targets.setdefault(underscored(name.removesuffix(".weight").removesuffix(".scale")), set()).add(places)
+        checked += len(targets)
+        clashes += [(file, name, found) for name, found in targets.items() if len(found) > 1]
+        part = ComponentNames(file, modules)
+        assert targets.keys() == {*part.index, *part.norm_index}, "no name is left out"
+    assert clashes == []
+    assert checked >= 28_341, f"checked only {checked:,} names"
+
+
+def named_targets(modules: Component) -> Iterator[tuple[str, tuple[Placement, ...]]]:
+    known = {**modules, **modules.norms}
+    yield from ((path, (Placement(path),)) for path in known)
+    yield from fused_projections(modules).items()
+    if modules.original:
+        for who in modules.original.spellings:
+            yield from apply(modules.original.rules(who), known).items()
+    else:
+        yield from ldm_names.names(modules).items()
+        yield from ldm_names.names(modules, modules.norms).items()
 
 
 SEEN = {  # name in a file -> base, layer

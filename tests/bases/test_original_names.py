@@ -1,8 +1,4 @@
-"""The tables of original names against diffusers' own converters, run on every weight of every base they know.
-
-A stand-in weight has the true height and one column; its numbers tell the layer and the row, so that a wrong name, a
-wrong row range or a half that was not swapped shows.
-"""
+"""The tables of original names against diffusers' own converters, run on every weight of every base they know."""
 
 from collections.abc import Mapping
 
@@ -11,86 +7,27 @@ import torch
 from torch import Tensor
 
 from krona_hub.bases import catalog, ldm_names
-from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_table import ComponentNames, table
 from krona_hub.bases.original_names import ORIGINALS
+from tests.bases.original_checkpoints import (
+    CONVERTERS,
+    PREFIX,
+    convert,
+    denoiser,
+    original_checkpoint,
+    stacked,
+    stand_ins,
+)  # fmt: skip
 
-CONVERTERS = {  # base -> function of diffusers.loaders.single_file_utils
-    "flux1-dev": "convert_flux_transformer_checkpoint_to_diffusers",
-    "flux1-schnell": "convert_flux_transformer_checkpoint_to_diffusers",
-    "chroma": "convert_chroma_transformer_checkpoint_to_diffusers",
-    "flux2-dev": "convert_flux2_transformer_checkpoint_to_diffusers",
-    "flux2-klein-4b": "convert_flux2_transformer_checkpoint_to_diffusers",
-    "sd3-medium": "convert_sd3_transformer_checkpoint_to_diffusers",
-    "sd35-medium": "convert_sd3_transformer_checkpoint_to_diffusers",
-    "sd35-large": "convert_sd3_transformer_checkpoint_to_diffusers",
-    "auraflow": "convert_auraflow_transformer_checkpoint_to_diffusers",
-    "hunyuan-video": "convert_hunyuan_video_transformer_to_diffusers",
-    "lumina2": "convert_lumina2_to_diffusers",
-    "z-image": "convert_z_image_transformer_checkpoint_to_diffusers",
-    "krea2": "convert_krea2_transformer_checkpoint_to_diffusers",
-    "wan21-t2v-1.3b": "convert_wan_transformer_to_diffusers",
-    "wan21-t2v-14b": "convert_wan_transformer_to_diffusers",
-    "sana-1600m": "convert_sana_transformer_to_diffusers",
-    "hidream-i1": "convert_hidream_transformer_to_diffusers",
-}
 UNETS = ("sd15", "sd21", "sdxl", "sdxl-refiner")
-
-
-def stand_ins(modules: Mapping[str, ModuleSpec]) -> dict[str, Tensor]:
-    """path -> (out, 1): the number of the layer times 100,000 plus the row."""
-    return {
-        path: torch.arange(module.shape[0], dtype=torch.int64)[:, None] + 100_000 * number
-        for number, (path, module) in enumerate(modules.items(), start=1)
-    }
-
-
-def stacked(places: tuple[Placement, ...], weights: Mapping[str, Tensor]) -> Tensor:
-    """The weight that the original code stores, by what the placements say."""
-    parts = []
-    for place in places:
-        weight = weights[place.layer.partition(".")[2]]
-        weight = weight[slice(*place.part)] if place.part else weight
-        parts.append(torch.cat(weight.chunk(2)[::-1]) if place.swap_halves else weight)
-    if places[0].shared_with:
-        return parts[0]  # the other layers have weights of their own here
-    whole = torch.cat(parts)
-    for place, part in zip(places, parts, strict=True):
-        start, end = place.rows or (0, len(whole))
-        assert torch.equal(whole[start:end], part)
-    return whole
-
-
-class Checkpoint(dict):
-    """Weights only: a bias, a norm or a table that a converter takes out is made up."""
-
-    def pop(self, key, *default):
-        if key in self or default:
-            return super().pop(key, *default)
-        height = len(self.heights.get(key.removesuffix(".bias"), ".." * 6))
-        return torch.zeros(height, dtype=torch.int64)
-
-
-def original_checkpoint(base: str, component: str, prefix: str = "") -> Checkpoint:
-    modules = catalog.get(base).components[component]
-    weights = stand_ins(modules)
-    names = dict(table(catalog.get(base)).parts[component].originals)
-    covered = {place.layer for places in names.values() for place in places}
-    names |= {path: (Placement(f"{component}.{path}"),) for path in modules if f"{component}.{path}" not in covered}
-    tensors = {name: stacked(places, weights) for name, places in names.items()}
-    checkpoint = Checkpoint({f"{prefix}{name}.weight": tensor for name, tensor in tensors.items()})
-    checkpoint.heights = tensors
-    return checkpoint
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", CONVERTERS)
-def test_diffusers_converts_the_original_names_of_a_transformer_to_ours(base):
-    from diffusers.loaders import single_file_utils
-
-    convert = getattr(single_file_utils, CONVERTERS[base])
-    converted = convert(original_checkpoint(base, "transformer"))
-    for path, weight in stand_ins(catalog.get(base).components["transformer"]).items():
+def test_diffusers_converts_the_original_names_of_a_denoiser_to_ours(base):
+    component = denoiser(base)
+    converted = convert(base, original_checkpoint(base, component, PREFIX.get(base, "")))
+    for path, weight in stand_ins(catalog.get(base).components[component]).items():
         assert torch.equal(converted[f"{path}.weight"], weight), path
 
 
