@@ -7,6 +7,7 @@ form (FORMATS §12.1). It contains both the diffusers and the original names, wh
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -134,7 +135,12 @@ class ComponentNames:
 
     @cached_property
     def _plain(self) -> Mapping[str, str]:
-        return {underscored(path): path for path in self.modules}
+        """Underscored path -> path; without those of two layers, which only models outside the catalog have."""
+        found = {underscored(path): path for path in self.modules}
+        if len(found) == len(self.modules):
+            return found
+        counts = Counter(map(underscored, self.modules))
+        return {key: path for key, path in found.items() if counts[key] == 1}
 
     @cached_property
     def _ldm(self) -> Mapping[str, str]:

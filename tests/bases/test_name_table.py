@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krona_hub.bases import catalog, ldm_names, loading
+from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
-from krona_hub.bases.module_spec import Placement
+from krona_hub.bases.module_spec import ModuleSpec, Placement
 from krona_hub.bases.name_rules import apply, fused_projections
 from krona_hub.bases.name_table import DIALECTS, ComponentNames, table, underscored
 from krona_hub.checkpoints.header import read_header
@@ -262,3 +263,11 @@ def test_a_name_is_found_without_the_whole_index_as_in_it(name):
             wanted = (Placement(entry),) if isinstance(entry, str) else entry
             assert [p.layer.removeprefix(f"{part.component}.") for p in places] == [p.layer for p in wanted]
             assert [p[1:5] for p in places] == [p[1:5] for p in wanted], key
+
+
+def test_an_underscored_name_of_two_layers_is_none_of_them():
+    """Only a model outside the catalog has such names; the dotted ones stay clear."""
+    names = table(Base("x", None, {"transformer": {"a.b_c": ModuleSpec((2, 3)), "a_b.c": ModuleSpec((2, 3))}}))
+    assert names.find("lora_unet_a_b_c") is None
+    assert names.find("transformer.a_b.c") == (Placement("transformer.a_b.c"),)
+    assert names.find("diffusion_model.a.b_c") == (Placement("transformer.a.b_c"),)

@@ -63,6 +63,17 @@ INSPECTION = obj(
     sha256=MAYBE_TEXT,
 )
 PART = obj(source=TEXT, weight=NUMBER, format=MAYBE_TEXT, layers=COUNT, parameters=COUNT, sha256=MAYBE_TEXT)
+BASE = obj(
+    name=TEXT,
+    title=TEXT,
+    aliases=many(TEXT),
+    hub_ids=many(TEXT),
+    same_layers=many(TEXT),
+    variant_of=MAYBE_TEXT,
+    uncovered=many(TEXT),
+    spellings=many(TEXT),
+    components=many(obj(component=TEXT, class_name=TEXT, layers=COUNT, parameters=COUNT, checked=TEXT), 1),
+)
 COMBINATION = obj(
     parts=many(PART, 2),
     target_format=TEXT,
@@ -256,6 +267,8 @@ SHAPES = {
     ),
     "migrate krona.safetensors --to 1.0 -o same.safetensors": obj(**{"path": TEXT, "from": TEXT, "to": TEXT}),
     "params --base sdxl --shape 64x8 --rank 4": {"type": "object"},
+    "bases wan": obj(bases=many(BASE, 10)),
+    "bases flux1-dev": BASE,
     "formats": obj(
         formats=many(obj(name=TEXT, reads=FLAG, writes=FLAG, summary=TEXT), 10),
         loads_in=each(each(obj(mark={"enum": ["yes", "some", "?", "–"]}, why=TEXT))),

@@ -94,8 +94,10 @@ def wrong_base(base: Base, match: BaseMatch, shapes: Shapes, metadata: Mapping[s
         return None
     share = f"{matched:,} of {counted(total, 'module')} fit"
     if better is None:
+        name, problem = next(iter(match.problems.items()))
         return BaseMismatchError(
-            f"This is not an adapter of {base.name}: {share}, and no known base model fits better.",
+            f"This is not an adapter of {base.name}: {share}, and no known base model fits better. First: {name}: "
+            f"{problem.cause}",
             fix="Check that --base is the model the adapter was trained on.",
         )
     how = "completely" if better.complete else f"with {better.matched:,} of {total:,}"
