@@ -7,6 +7,7 @@ import pytest
 from krona_hub.bases import catalog, detection, name_table
 from krona_hub.bases.families import FAMILIES, equals_of
 from krona_hub.bases.metadata_hints import bases_named
+from tests.bases.every_base import every_base
 
 KQVO = r"\.attn\.to_(q|k|v|out\.0)$"
 
@@ -57,7 +58,7 @@ DOUBT = {
 
 
 @pytest.mark.parametrize("dialect", SPELLED)
-@pytest.mark.parametrize("base", catalog.names())
+@pytest.mark.parametrize("base", every_base())
 def test_a_whole_denoiser_is_recognised_in_every_dialect(base, dialect):
     """The right base is the first, or one of those that the answer cannot tell apart."""
     found = detection.candidates(modules_of(base, "", dialect))
@@ -72,7 +73,7 @@ def test_a_whole_denoiser_is_recognised_in_every_dialect(base, dialect):
 @pytest.mark.parametrize(
     "dialect", ["diffusers", *(pytest.param(d, marks=pytest.mark.slow) for d in ("kohya-ldm", "comfyui"))]
 )
-@pytest.mark.parametrize("base", catalog.names())
+@pytest.mark.parametrize("base", every_base())
 def test_a_part_of_a_denoiser_is_recognised_or_told_to_be_in_doubt(base, dialect):
     whole = modules_of(base, "", dialect)
     attention = {name: shape for name, shape in whole.items() if re.search(ATTENTION, name)}

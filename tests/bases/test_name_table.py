@@ -16,6 +16,7 @@ from krona_hub.bases.name_rules import apply, fused_projections
 from krona_hub.bases.name_table import DIALECTS, ComponentNames, table, underscored
 from krona_hub.checkpoints.header import read_header
 from krona_hub.errors import AmbiguousError, InexpressibleError, NotFoundError, UsageError
+from tests.bases.every_base import every_base
 from tests.shared import shared
 
 PARAMETER = re.compile(
@@ -30,7 +31,7 @@ def first(base: str, name: str, component: str | None = None) -> Placement:
     return places[0]
 
 
-@pytest.mark.parametrize("name", catalog.names())
+@pytest.mark.parametrize("name", every_base())
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_what_is_spelled_is_found_again(dialect, name):
     """In every dialect of every base: the name leads back to the layer, and a fused name is listed as fused."""
@@ -255,7 +256,7 @@ def test_a_base_of_any_configuration_has_ldm_names():
     assert originals["output_blocks.1.1.conv"] == (Placement("unet.up_blocks.0.upsamplers.0.conv"),)
 
 
-@pytest.mark.parametrize("name", catalog.names())
+@pytest.mark.parametrize("name", every_base())
 def test_a_name_is_found_without_the_whole_index_as_in_it(name):
     for part in table(catalog.get(name)).parts.values():
         for key, entry in part.index.items():
