@@ -44,10 +44,10 @@ def output_of(command: str, folder: Path) -> str:
 def example_folder(folder: Path, *, bf16: bool = False) -> Path:
     """Write the example files to a folder.
 
-    These are lora, lokr and krona.safetensors; norms.safetensors, the LoRA with changes of a norm; new-model.safetensors,
-    a LoKr of a base model that nobody knows; base and merged, two pipeline folders; undo.safetensors and blocks.txt.
-    zorbi-lora and zorbi-lokr.safetensors are for tiny-scenes, the
-    others for Stable Diffusion 1.5.
+    These are lora, lokr and krona.safetensors; norms.safetensors, the LoRA with changes of a norm;
+    new-model.safetensors, a LoKr of a base model that nobody knows; base and merged, two pipeline folders;
+    undo.safetensors and blocks.txt. zorbi-lora and zorbi-lokr.safetensors are for tiny-scenes, the others for Stable
+    Diffusion 1.5.
     With `bf16`, also `base-bf16`, the base model in bfloat16.
     """
     for name in ("lora", "lokr"):

@@ -80,8 +80,15 @@ class ComponentNames:
         """Underscored name -> norms or a bare parameter, without a final `.weight` or `.scale`."""
         named = (item for names in self._norm_names.values() for item in names.items())
         index = {underscored(_stem(name)): places for name, places in named}
-        index.update((underscored(_stem(path)), (Placement(path),)) for path in self.modules.norms)
+        index.update(
+            (underscored(_stem(path)), (Placement(path),)) for path in self.modules.norms if self.is_clear(path)
+        )
         return index
+
+    def is_clear(self, norm: str) -> bool:
+        """Whether the name of a norm means the same norm in every spelling."""
+        original = self.modules.original
+        return not (original and original.unclear and norm.endswith(original.unclear))
 
     @cached_property
     def index(self) -> Mapping[str, str | Placements]:
@@ -240,7 +247,7 @@ class NameTable:
         part = self.parts.get(component)
         if part is None or inside not in part.modules.norms:
             return self.spell(path, dialect)
-        if dialect == "processor":
+        if dialect == "processor" or not part.is_clear(inside):
             return _expressible(path, None, dialect)
         spelling = spelling_of(self.base, component, dialect)
         if spelling:

@@ -28,6 +28,7 @@ class Original(NamedTuple):
     needs: tuple[str, ...]  # modules unique to this architecture, some with their shape: "proj_out 16x2304"
     spellings: Mapping[str, str] = NO_SPELLINGS  # who writes the names -> file of originals/
     comfyui: Literal["diffusers", "original"] = "original"  # after `transformer.` or after `diffusion_model.`
+    unclear: tuple[str, ...] = ()  # ends of names of norms that mean another norm in another spelling
 
     def rules(self, spelling: str) -> tuple[Rule, ...]:
         """The rules of a spelling."""
@@ -102,7 +103,7 @@ ORIGINALS = (  # the first with all of `needs` applies
         "cosmos", ("time_embed.t_embedder.linear_1", "transformer_blocks.0.norm1.linear_1"), _same("cosmos-predict2")
     ),
     Original("mochi", ("time_embed.pooler.to_kv",), _same("mochi")),
-    Original("hunyuan-dit", ("time_extra_emb.pooler.q_proj",), _same("hunyuan-dit")),
+    Original("hunyuan-dit", ("time_extra_emb.pooler.q_proj",), _same("hunyuan-dit"), unclear=(".norm2", ".norm3")),
     Original(
         "cogvideox",
         ("patch_embed.text_proj", "time_embedding.linear_1"),
