@@ -10,7 +10,7 @@ import click
 from krona_hub.cli.console import emit, krona_command, show_facts, show_table, show_text
 
 if TYPE_CHECKING:
-    from krona_hub.rendering.base_models import BaseFacts, ComponentFacts
+    from krona_hub.rendering.base_models import BaseFacts
 
 
 @krona_command(
@@ -44,11 +44,12 @@ def _list(facts: Sequence[BaseFacts]) -> None:
 def _show(facts: BaseFacts) -> None:
     show_facts(_facts(facts))
     show_text()
-    show_table(("component", "class", ">layers", ">parameters", "checked"), map(_row, facts.components))
-
-
-def _row(c: ComponentFacts) -> tuple[str, str, int, int, str]:
-    return c.component, c.class_name or "none in diffusers", c.layers, c.parameters, c.checked
+    show_table(
+        ("component", "class", ">layers", ">parameters"),
+        ((c.component, c.class_name or "none in diffusers", c.layers, c.parameters) for c in facts.components),
+    )
+    show_text()
+    show_facts((c.component, c.checked) for c in facts.components)
 
 
 def _facts(facts: BaseFacts) -> Iterator[tuple[str, Any]]:
