@@ -9,6 +9,7 @@ import click
 
 from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import base_option, component_option, file_argument, from_option, report_option
+from krona_hub.errors import one_of
 from krona_hub.formats.reading.description import factorization_text, scale_text, vectors_text
 from krona_hub.rendering.humanize import human_bytes
 from krona_hub.rendering.tables import module_groups
@@ -138,9 +139,9 @@ def _base(about: Description) -> Iterator[tuple[str, str]]:
     names = about.candidates if len(about.candidates) > 1 else (about.base,) if about.base else about.candidates
     shares = {name: fit for fit in tied for name in (fit.base, *fit.same_layers)}
     texts = [_share(name, shares.get(name)) for name in names[:MOST_BASES]]
-    more = f" or {len(names) - MOST_BASES} more" if len(names) > MOST_BASES else ""
+    texts += [f"{len(names) - MOST_BASES} more"] if len(names) > MOST_BASES else []
     if len(names) > 1:
-        yield "base model", f"not certain: {' or '.join(texts)}{more}; specify one with --base"
+        yield "base model", f"not certain: {one_of(texts, MOST_BASES + 1)}; specify one with --base"
     else:
         yield "base model", texts[0] if texts else "unknown"
     yield "variants", ", ".join(variant for fit in tied for variant in fit.variants)

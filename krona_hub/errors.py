@@ -40,7 +40,7 @@ A code never changes its meaning. `docs/errors.md` lists all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -56,6 +56,16 @@ def abbreviated(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def one_of(names: Sequence[str], most: int = 4) -> str:
+    """Name alternatives, at most some of them.
+
+    >>> one_of(["a"]), one_of(["a", "b", "c"]), one_of(["a", "b", "c"], most=1)
+    ('a', 'a, b or c', 'a or 2 more')
+    """
+    *first, last = names if len(names) <= most else [*names[:most], f"{len(names) - most} more"]
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def counted(number: int, word: str) -> str:

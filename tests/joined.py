@@ -40,6 +40,7 @@ def joined_base(monkeypatch) -> Base:
         name="joined",
         comfyui="original",
         spellings={"authors": "joined"},
+        unclear=(),
         rules=lambda _: rules,
         lookup=lambda _: lookup,
         written=lambda _="authors": "authors",

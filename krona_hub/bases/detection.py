@@ -19,7 +19,7 @@ from typing import NamedTuple
 from krona_hub.bases import catalog, catalog_index
 from krona_hub.bases.base import Base
 from krona_hub.bases.families import FAMILIES, equals_of
-from krona_hub.bases.metadata_hints import bases_named
+from krona_hub.bases.metadata_hints import bases_named, bases_of_prefix
 from krona_hub.bases.module_spec import Placement, stored_height
 from krona_hub.bases.name_patterns import NUMBER
 from krona_hub.bases.name_table import NameTable, table
@@ -74,7 +74,7 @@ def candidates(modules: Shapes, metadata: Mapping[str, str] | None = None) -> tu
     >>> best[0].variants, best[0].covered, best[0].layers
     (('sd15-inpaint', 'sd15-instruct-pix2pix'), 1, 282)
     """
-    hinted = bases_named(metadata or {})
+    hinted = bases_named(metadata or {}) or bases_of_prefix(modules)
     found = [c for base in _promising(modules) for c in _score(base, modules, hinted)]
     found = sorted(_without_variants(found), key=lambda c: (-c.matched, not c.named, -c.score, not c.whole))
     tied = ties(found)
@@ -169,7 +169,7 @@ def _score(base: Base, modules: Shapes, hinted: frozenset[str] = frozenset()) ->
             covered=len(layers),
             layers=sum(len(base.components[c]) for c in {layer.partition(".")[0] for layer in layers}),
             named=bool(named),
-            also=() if named else equals[1:],
+            also=tuple(named[1:]) if named else equals[1:],
         )
 
 

@@ -61,6 +61,8 @@ def prefixed(base: Base, component: str, path: str, dialect: str) -> str:
         path = f"llm_adapter.{path}" if rule.denoiser else path
     prefix = rule.denoiser if component in (*DENOISERS, CONDITIONER) else rule.text
     flat = rule.underscored or prefix.startswith("lora_")
+    if flat and component.startswith("text_encoder"):  # ComfyUI knows lora_te_layers_…, but not lora_te_model_layers_…
+        path = path.removeprefix("model.")
     path = path.replace(".", "_") if flat else path
     return prefix.format(component, n=trainers_number(base, component)) + path
 

@@ -52,3 +52,13 @@ def equals_of(name: str) -> tuple[str, ...]:
     """
     first = FAMILIES[name].same_layers_as or name
     return (first, *(other for other, family in FAMILIES.items() if family.same_layers_as == first))
+
+
+def related(name: str) -> tuple[str, ...]:
+    """The base models with the same layers but perhaps for those of the inputs: equals, variants, and what they vary.
+
+    >>> related("sdxl-inpaint")
+    ('sdxl-inpaint', 'sdxl', 'kolors')
+    """
+    of = FAMILIES[name].variant_of or name
+    return tuple(dict.fromkeys((name, *equals_of(of), *(n for n, f in FAMILIES.items() if f.variant_of == of))))

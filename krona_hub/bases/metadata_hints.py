@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from krona_hub.bases import catalog
 
@@ -93,6 +93,9 @@ ARCHITECTURES: tuple[tuple[str, tuple[str, ...]], ...] = (  # start of modelspec
 HUB_KEYS = ("base_model_name_or_path", "ss_base_model", "ss_sd_model_name", "modelspec.base_model", "base_model")
 
 
+BASE_KEYS = (*HUB_KEYS, "modelspec.architecture", "ss_base_model_version")  # that name a base model
+
+
 def bases_named(metadata: Mapping[str, str]) -> frozenset[str]:
     """Catalog names of the base models named in the metadata; empty if there are none.
 
@@ -132,3 +135,20 @@ def _peft_bases(metadata: Mapping[str, str]) -> list[str]:
     if not isinstance(fields, dict):
         return []
     return [v for k, v in fields.items() if isinstance(v, str) and re.search(r"(^|\.)base_model_name_or_path$", k)]
+
+
+PREFIXES = {  # start of the module names of a trainer for one base model
+    "Hunyuan_video_I2V_lora_": HUNYUAN_VIDEO,
+    "Hunyuan_video_lora_": HUNYUAN_VIDEO,
+    "lora_prior_unet_": ("stable-cascade", "stable-cascade-lite"),
+}
+
+
+def bases_of_prefix(modules: Iterable[str]) -> frozenset[str]:
+    """Catalog names of the base models of a trainer whose prefix the modules have; empty for any other prefix.
+
+    >>> sorted(bases_of_prefix(["Hunyuan_video_lora_double_blocks_0_img_attn_proj"]))[:1]
+    ['hunyuan-video']
+    """
+    found = (names for module in modules for start, names in PREFIXES.items() if module.startswith(start))
+    return frozenset(next(found, ()))

@@ -28,6 +28,7 @@ class Original(NamedTuple):
     needs: tuple[str, ...]  # modules unique to this architecture, some with their shape: "proj_out 16x2304"
     spellings: Mapping[str, str] = NO_SPELLINGS  # who writes the names -> file of originals/
     comfyui: Literal["diffusers", "original"] = "original"  # after `transformer.` or after `diffusion_model.`
+    in_files: bool = True  # whether adapters have the authors' names, rather than checkpoints alone
     unclear: tuple[str, ...] = ()  # ends of names of norms that mean another norm in another spelling
 
     def rules(self, spelling: str) -> tuple[Rule, ...]:
@@ -40,7 +41,8 @@ class Original(NamedTuple):
 
     def written(self, program: str = AUTHORS) -> str | None:
         """The spelling in which a file for a program is written: its own or that of the authors; None: diffusers."""
-        return next((s for s in dict.fromkeys((program, AUTHORS)) if s in self.spellings), None)
+        wanted = (program, AUTHORS) if self.in_files else (program,)
+        return next((s for s in wanted if s in self.spellings and (self.in_files or s != AUTHORS)), None)
 
 
 def _same(name: str) -> dict[str, str]:
@@ -114,8 +116,8 @@ ORIGINALS = (  # the first with all of `needs` applies
     ),
     Original("glm-image", ("glyph_projector.net.2",), comfyui="diffusers"),
     Original("ideogram4", ("llm_cond_proj", "layers.0.attention.to_q"), _same("ideogram4")),
-    Original("stable-cascade", ("clip_txt_mapper",), _both("stable-cascade")),
-    Original("stable-cascade-decoder", ("clip_txt_pooled_mapper",), _both("stable-cascade-decoder")),
+    Original("stable-cascade", ("clip_txt_mapper",), _both("stable-cascade"), in_files=False),
+    Original("stable-cascade-decoder", ("clip_txt_pooled_mapper",), _both("stable-cascade-decoder"), in_files=False),
     Original(
         "qwen-image-21",
         ("transformer_blocks.0.img_mlp.gate_layer",),

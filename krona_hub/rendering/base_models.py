@@ -62,7 +62,10 @@ def listed(text: str = "") -> tuple[BaseFacts, ...]:
         if any(wanted in word.lower() for word in (name, family.title, *family.aliases, *family.hub_ids))
     )
     if not found:
-        raise NotFoundError(f"No base model is called {text!r}.", fix="Run `krona bases` for a list of all.")
+        raise NotFoundError(
+            f"No base model is called {text!r}.",
+            fix="Run `krona bases` for a list of all; others work by their files with --base.",
+        )
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from krona_hub.adapters.provenance import BaseModel, Provenance
+from krona_hub.errors import one_of
 
 PREFIX = "modelspec."
 TITLE, UNTITLED = f"{PREFIX}title", "Krona adapter for "  # UNTITLED: start of generated titles
@@ -24,7 +25,6 @@ ARCHITECTURES = {  # catalog name -> architecture id; other families keep their 
     "flux1-dev": "flux-1-dev",
     "flux1-schnell": "flux-1-schnell",
 }
-MOST_NAMES = 3  # base models in a title
 ADAPTER = "krona"  # the tensor names differ from those of a LoRA, so the architecture must differ, too
 _ABOUT_BYTES = (f"{PREFIX}hash_", f"{PREFIX}date")  # valid only for the file that they were read from
 
@@ -49,7 +49,7 @@ def keys(base: BaseModel | None, provenance: Provenance) -> dict[str, str]:
 
 
 def _title(base: BaseModel | None) -> str:
-    return " or ".join(base.names[:MOST_NAMES]) if base and base.names else "an unknown base"
+    return one_of(base.names) if base and base.names else "an unknown base"
 
 
 def added(metadata: Mapping[str, str], base: BaseModel | None, provenance: Provenance) -> dict[str, str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from krona_hub.bases.families import FAMILIES
+from krona_hub.bases.ldm_names import is_unet
 from krona_hub.errors import UsageError, counted
 from krona_hub.formats.compatibility.format_limits import common_peft_factor, lycoris_resumes, refusal
 from krona_hub.formats.compatibility.known_failures import reservation
@@ -252,7 +253,7 @@ def loads_in(description: Description) -> Mapping[str, Verdict]:
 
 def _verdict(tool: Tool, description: Description) -> Verdict:
     why = rejection(description.format, tool.name)
-    if why is None and description.base is None:
+    if why is None and (description.base is None or _is_unlisted(description)):
         return Verdict(False, UNKNOWN_BASE)
     if why is None and not is_recorded(description.base):
         return Verdict(False, UNKNOWN_RUN)
@@ -262,6 +263,13 @@ def _verdict(tool: Tool, description: Description) -> Verdict:
         why = next((f"{name}: {clause}" for name, clause in refused if clause), None)
     why = why or _ignored_vectors(tool, description)
     return Verdict(why is None, why or "")
+
+
+def _is_unlisted(description: Description) -> bool:
+    """Whether the base model was given by its files, and has an architecture that the catalog does not list."""
+    bases = [plan.match.base for plan in description.plans if plan.match.base is not None]
+    parts = [base.components[base.denoiser] for base in bases if base.denoiser and base.family is None]
+    return any(not (is_unet(part) or part.original) for part in parts)
 
 
 def held_vectors(format_name: str, tool: Tool | None) -> Kinds:

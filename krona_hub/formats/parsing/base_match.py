@@ -14,7 +14,7 @@ from krona_hub.bases import catalog, detection, name_prefixes
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
-from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, counted
+from krona_hub.errors import AmbiguousError, BaseMismatchError, KronaError, counted, one_of
 from krona_hub.formats.parsing.foreign import unsupported
 from krona_hub.formats.parsing.own_names import OwnNames, kept_place, own_names
 
@@ -89,7 +89,8 @@ def wrong_base(base: Base, match: BaseMatch, shapes: Shapes, metadata: Mapping[s
     total, matched = len(shapes), len(match.places)
     if not any(isinstance(problem, BaseMismatchError) for problem in match.problems.values()):
         return None
-    better = next((c for c in detection.candidates(shapes, metadata) if c.matched > matched), None)
+    found = detection.candidates(shapes, metadata)
+    better = found[0] if found and found[0].matched > matched else None
     if better is None and 2 * matched >= total:
         return None
     share = f"{matched:,} of {counted(total, 'module')} fit"
@@ -101,9 +102,10 @@ def wrong_base(base: Base, match: BaseMatch, shapes: Shapes, metadata: Mapping[s
             fix="Check that --base is the model the adapter was trained on.",
         )
     how = "completely" if better.complete else f"with {better.matched:,} of {total:,}"
+    names = tuple(dict.fromkeys(name for c in detection.ties(found) for name in c.names))
     return BaseMismatchError(
-        f"This is not an adapter of {base.name}: {share}; it fits {better.base} {how}.",
-        fix=f"Use --base {better.base}, or omit --base.",
+        f"This is not an adapter of {base.name}: {share}; it fits {one_of(names)} {how}.",
+        fix=f"Use --base {one_of(names)}, or omit --base.",
     )
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from krona_hub.adapters.unknown_base import KEPT_NAMES
 from krona_hub.bases.base import COMPONENTS
+from krona_hub.bases.families import FAMILIES, related
+from krona_hub.bases.metadata_hints import bases_named
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import NameTable, table
 from krona_hub.checkpoints.header import READABLE
@@ -26,6 +28,7 @@ from krona_hub.errors import (
     UnsupportedError,
     abbreviated,
     counted,
+    one_of,
 )
 from krona_hub.formats.known.format import Format
 from krona_hub.formats.known.refusals import refuse_whole
@@ -77,6 +80,7 @@ class ReadPlan:
     problems: Mapping[str, KronaError]  # module or key -> why it is not read
     notes: tuple[str, ...]
     base_error: KronaError | None = None  # why no base model was found; then no module has layers
+    contradicted: tuple[str, ...] = ()  # base models that the metadata name, although names and shapes are of another
     vectors: tuple[VectorPlan, ...] = ()
 
     @property
@@ -117,8 +121,10 @@ def make_plan(file: AdapterFile, format: Format, component: str | None = None, *
         for group in file.keys.modules
         if group.name in layouts and group.name not in problems
     )
+    contradicted = _contradicted(file, match)
     notes = (
         *([str(base_error)] if base_error else []),
+        *_contradiction_note(contradicted, match),
         *format.notes(file),
         *_initial_notes(modules),
         *_scale_notes(modules),
@@ -126,7 +132,7 @@ def make_plan(file: AdapterFile, format: Format, component: str | None = None, *
         *_value_note(modules, vectors),
         *_kept_names(match, vectors),
     )
-    return ReadPlan(file, format.name, format.scale, match, modules, problems, notes, base_error, vectors)
+    return ReadPlan(file, format.name, format.scale, match, modules, problems, notes, base_error, contradicted, vectors)
 
 
 def measure(
@@ -319,6 +325,22 @@ def _summary(problems: Mapping[str, KronaError], plan: ReadPlan) -> KronaError:
     kind = "modules and vectors" if keys.intersection(alike) else "modules"
     where = name if len(alike) == 1 else f"{len(alike)} of {total} {kind} ({abbreviated(alike)}): {name}"
     return type(error)(f"{where}: {error.cause}", fix=fix)
+
+
+def _contradicted(file: AdapterFile, match: BaseMatch) -> tuple[str, ...]:
+    """The base models that the metadata name, if the names and shapes of the file are those of others."""
+    named = bases_named(file.metadata)
+    known = {name for candidate in match.candidates if candidate in FAMILIES for name in related(candidate)}
+    return () if not known or named & known else tuple(sorted(named))
+
+
+def _contradiction_note(named: Sequence[str], match: BaseMatch) -> tuple[str, ...]:
+    if not named:
+        return ()
+    return (
+        f"the metadata name {one_of(named)}, but the names and shapes are those of {one_of(match.candidates)}, which "
+        "count",
+    )
 
 
 def _initial_notes(modules: Iterable[ModulePlan]) -> tuple[str, ...]:

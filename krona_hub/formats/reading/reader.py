@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import Adapter, BaseModel, LayerDelta, Provenance
+from krona_hub.bases import catalog
 from krona_hub.bases.base import Base
+from krona_hub.bases.metadata_hints import BASE_KEYS
 from krona_hub.bases.module_spec import Placement
 from krona_hub.checkpoints.reader import load
 from krona_hub.errors import SPECIFY_BASE, ConflictError, KronaError, UnknownBaseError
@@ -188,7 +190,12 @@ def _base_model(plan: ReadPlan) -> BaseModel | None:
     match = plan.match
     if match.base is None:
         return None
-    return replace(match.base.model, candidates=match.candidates if len(match.candidates) > 1 else ())
+    model = match.base.model
+    if len(match.candidates) < 2:
+        return replace(model, candidates=())
+    known = {catalog.get(name).fingerprint for name in match.candidates if catalog.find(name)}
+    fingerprint = model.fingerprint if len(known) == 1 else None  # that of one of several is not known
+    return replace(model, hub_id=None, fingerprint=fingerprint, candidates=match.candidates)
 
 
 def _provenance(plan: ReadPlan) -> Provenance:
@@ -199,7 +206,7 @@ def _provenance(plan: ReadPlan) -> Provenance:
         training=file_metadata.training_record(known),
         licence=file_metadata.license_of(known),
         trigger_words=file_metadata.trigger_words(known),
-        metadata=dict(known),
+        metadata={k: v for k, v in known.items() if not (plan.contradicted and k in BASE_KEYS)},
         skipped=tuple(name for name in plan.problems if name not in vectors),
         skipped_vectors=tuple(name for name in plan.problems if name in vectors),
         warnings=plan.notes,

@@ -21,7 +21,16 @@ from krona_hub.bases.loading import load_base
 from krona_hub.bases.module_spec import ModuleSpec as BaseModule
 from krona_hub.bases.module_spec import OtherParameters, Placement
 from krona_hub.bases.name_table import NameTable, table
-from krona_hub.errors import SPECIFY_BASE, InexpressibleError, UnknownBaseError, UsageError, abbreviated
+from krona_hub.errors import (
+    SPECIFY_BASE,
+    AmbiguousError,
+    InexpressibleError,
+    KronaError,
+    UnknownBaseError,
+    UsageError,
+    abbreviated,
+    one_of,
+)
 from krona_hub.formats.compatibility.tools import UNKNOWN_RUN, Tool, ToolTarget, is_recorded, target_for, tool_named
 from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 from krona_hub.formats.forms.normal_forms import lora_of, without_hadamard
@@ -37,6 +46,7 @@ from krona_hub.formats.writing.split_modules import Homes, split_layer
 from krona_hub.schema.native_tensors import to_tensors
 
 PLAIN_DIALECTS = ("diffusers", "peft", "lycoris")  # canonical names, reformatted; others need the base model
+SAMPLES = 12  # layers whose names are compared between base models
 CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
 
 
@@ -126,6 +136,8 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
     known = _known_base(adapter, base)
     if known is None and aim.tool is not None and (UNKNOWN in adapter.components or aim.dialect not in PLAIN_DIALECTS):
         raise _unnamed_for(aim.tool)
+    doubtful = adapter.base.names if adapter.base is not None and base is None else ()
+    _check_certain(adapter, aim, doubtful)
     names = None if known is None else table(known)
     check_one_component(adapter.components, aim.dialect)
     places = homes(adapter.layers, aim.dialect, names, split_qkv=aim.split_qkv)
@@ -147,7 +159,7 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
         modules=modules,
         stored=_stored_layers(adapter, modules, places),
         dtype=dtype,
-        notes=_notes(aim, known),
+        notes=_notes(aim, known, doubtful),
         vectors=vectors,
         left_out=beside.left_out,
     )
@@ -304,21 +316,53 @@ def _context(adapter: Adapter, base: Base | None, *, is_stated: bool) -> Context
     only = own.family if own and len(own.names) == 1 else None  # one of several base models is not named
     return Context(
         family=stated or only,
-        base_id=(base.hub_id if base else None) or (own.hub_id if own else None),
+        base_id=_hub_id(adapter, base, is_stated=is_stated),
         metadata=adapter.provenance.metadata,
         trigger_words=adapter.provenance.trigger_words,
         others={c: modules.keys() for c, modules in base.components.items()} if base else {},
     )
 
 
-def _notes(aim: Aim, base: Base | None) -> tuple[str, ...]:
-    """Notes on how to load the file, and on what is not known about that."""
+def _hub_id(adapter: Adapter, base: Base | None, *, is_stated: bool) -> str | None:
+    """The Hub id of the base model; None if it is one of several that may be meant."""
+    own = adapter.base
+    if is_stated or own is None or len(own.names) < 2:
+        return (base.hub_id if base else None) or (own.hub_id if own else None)
+    return None
+
+
+def _notes(aim: Aim, base: Base | None, names: Sequence[str]) -> tuple[str, ...]:
+    """Notes on how to load the file, and on what is not known about that; `names` are base models in doubt."""
     if base is None:
         return (KEPT_NAMES,)
-    if aim.tool is None:
-        return ()
-    how = (aim.tool.note,) if aim.format in aim.tool.note_on else ()
-    return how if is_recorded(base.family) else (*how, f"{aim.tool.title}: {UNKNOWN_RUN}")
+    notes = [f"the base model is not certain: {one_of(names)}; --base settles it"] if len(names) > 1 else []
+    if aim.tool is not None and aim.format in aim.tool.note_on:
+        notes.append(aim.tool.note)
+    if aim.tool is not None and not is_recorded(base.family):
+        notes.append(f"{aim.tool.title}: {UNKNOWN_RUN}")
+    return tuple(notes)
+
+
+def _check_certain(adapter: Adapter, aim: Aim, names: Sequence[str]) -> None:
+    """Raise AmbiguousError for an application that calls the modules of the base models in doubt by different names."""
+    if aim.tool is None or len(names) < 2:
+        return
+    called = {_called(adapter, aim, name) for name in names}
+    if len(called) > 1:
+        raise AmbiguousError(
+            f"The adapter may be for {one_of(names)}, whose modules {aim.tool.title} calls by different names.",
+            fix=f"Specify the base model with --base, e.g. --base {names[0]}.",
+        )
+
+
+def _called(adapter: Adapter, aim: Aim, name: str) -> tuple[str, ...]:
+    """The names of some modules of the adapter for a base model."""
+    layers = list(adapter.layers)[:: max(1, len(adapter.layers) // SAMPLES)]
+    try:
+        found = homes(layers, aim.dialect, table(load_base(name)), split_qkv=aim.split_qkv)
+    except KronaError:
+        return (name,)
+    return tuple(home.module for layer in layers for home in found[layer])
 
 
 def check_nothing_left_out(plan: WritePlan, *, allow_missing: bool) -> None:
