@@ -349,8 +349,9 @@ def _check_certain(adapter: Adapter, aim: Aim, names: Sequence[str]) -> None:
         return
     called = {_called(adapter, aim, name) for name in names}
     if len(called) > 1:
+        every = one_of(names, most=len(names))
         raise AmbiguousError(
-            f"The adapter may be for {one_of(names)}, whose modules {aim.tool.title} calls by different names.",
+            f"The adapter may be for {every}, whose modules {aim.tool.title} calls by different names.",
             fix=f"Specify the base model with --base, e.g. --base {names[0]}.",
         )
 
