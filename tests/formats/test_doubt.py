@@ -137,3 +137,10 @@ def test_a_stable_cascade_file_keeps_its_projections_apart(tmp_path):
     path = save(tmp_path / "x.safetensors", lora("lora_prior_unet_down_blocks_1_2_attention_to_q", 2048, 2048))
     report = write(read(path), tmp_path / "out.safetensors", format="kohya-lora")
     assert {key.partition(".")[0] for key in keys_of(report.path)[0]} == {"lora_unet_down_blocks_1_2_attention_to_q"}
+
+
+def test_the_component_that_a_peft_folder_cannot_name_is_said(tmp_path):
+    path = save(tmp_path / "x.safetensors", lora("transformer.glow.0.q", 6, 4))
+    report = write(read(path), tmp_path / "folder", format="peft-lora")
+    assert any("--component transformer" in note for note in report.notes)
+    assert set(read(tmp_path / "folder", component="transformer")) == set(read(path)) == {"transformer.glow.0.q"}

@@ -159,7 +159,7 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
         modules=modules,
         stored=_stored_layers(adapter, modules, places),
         dtype=dtype,
-        notes=_notes(aim, known, doubtful),
+        notes=_notes(adapter, aim, known, doubtful),
         vectors=vectors,
         left_out=beside.left_out,
     )
@@ -331,10 +331,11 @@ def _hub_id(adapter: Adapter, base: Base | None, *, is_stated: bool) -> str | No
     return None
 
 
-def _notes(aim: Aim, base: Base | None, names: Sequence[str]) -> tuple[str, ...]:
+def _notes(adapter: Adapter, aim: Aim, base: Base | None, names: Sequence[str]) -> tuple[str, ...]:
     """Notes on how to load the file, and on what is not known about that; `names` are base models in doubt."""
     if base is None:
-        return (KEPT_NAMES,)
+        lost = [component for component in adapter.components if component != UNKNOWN] if aim.is_folder else []
+        return (KEPT_NAMES, *(f"PEFT names no component: read it with --component {component}" for component in lost))
     notes = [f"the base model is not certain: {one_of(names)}; --base settles it"] if len(names) > 1 else []
     if aim.tool is not None and aim.format in aim.tool.note_on:
         notes.append(aim.tool.note)
