@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from krona_hub.formats.reading.description import BaseFit, Description
 
 
-MOST_BASES = 4  # that are named in doubt
 OPTIONS = (
     from_option,
     base_option,
@@ -138,10 +137,9 @@ def _base(about: Description) -> Iterator[tuple[str, str]]:
     tied = [fit for fit in about.fits if {fit.base, *fit.same_layers} & {about.base, *about.candidates}]
     names = about.candidates if len(about.candidates) > 1 else (about.base,) if about.base else about.candidates
     shares = {name: fit for fit in tied for name in (fit.base, *fit.same_layers)}
-    texts = [_share(name, shares.get(name)) for name in names[:MOST_BASES]]
-    texts += [f"{len(names) - MOST_BASES} more"] if len(names) > MOST_BASES else []
+    texts = [_share(name, shares.get(name)) for name in names]
     if len(names) > 1:
-        yield "base model", f"not certain: {one_of(texts, MOST_BASES + 1)}; specify one with --base"
+        yield "base model", f"not certain: {one_of(texts)}; specify one with --base"
     else:
         yield "base model", texts[0] if texts else "unknown"
     yield "variants", ", ".join(variant for fit in tied for variant in fit.variants)

@@ -52,6 +52,11 @@ class BaseModel:
         return tuple(dict.fromkeys((*([self.family] if self.family else []), *self.candidates)))
 
     @property
+    def is_certain(self) -> bool:
+        """Whether exactly one catalog name is possible."""
+        return len(self.names) == 1
+
+    @property
     def words(self) -> str:
         """A description for messages."""
         return self.family or self.hub_id or f"a base model with fingerprint {(self.fingerprint or 'unknown')[:12]}"

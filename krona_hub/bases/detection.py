@@ -102,6 +102,11 @@ def ties(found: Sequence[Candidate]) -> list[Candidate]:
     return [c for c in alike if c.score == best.score or best.score < SPARSE]
 
 
+def names_of(found: Sequence[Candidate]) -> tuple[str, ...]:
+    """The names of the base models that may be meant, as in `ties`, with those that have the same layers."""
+    return tuple(dict.fromkeys(name for candidate in ties(found) for name in candidate.names))
+
+
 def settled(found: Sequence[Candidate]) -> Candidate | None:
     """The best candidate, if nothing ties with it and no other base model has its layers; else None."""
     tied = ties(found)

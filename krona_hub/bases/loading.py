@@ -46,6 +46,7 @@ __all__ = [
     "WeightPlace",
     "WeightPlaces",
     "Weights",
+    "base_in_file",
     "base_weights",
     "landed",
     "landed_vectors",
@@ -95,7 +96,7 @@ def load_base(source: str | Path) -> Base:
     if path.is_dir():
         return named_base({c: _folder_modules(folder) for c, folder in component_folders(path).items()}, str(path))
     if path.exists():
-        return open_checkpoint(path)[0]
+        return base_in_file(path)
     if catalog.find(str(source)) is None and path.suffix in (SAFETENSORS, *ADAPTER_PICKLES):
         raise NotFoundError(f"File {source} does not exist.", fix="Check the path.")
     return catalog.get(str(source))
@@ -126,7 +127,8 @@ def vector_files(source: str | Path) -> dict[str, WeightPlaces]:
         return {n: w for c, stored in stored_by_component(path).items() for n, w in plain_vectors(c, stored).items()}
     if not path.exists():
         return {}
-    return landed_vectors(open_checkpoint(path)[0], stored_in([path]))
+    stored = stored_in([path])
+    return landed_vectors(_base_of(path, stored), stored)
 
 
 def base_weights(source: str | Path) -> Weights:
@@ -150,16 +152,19 @@ def base_weights(source: str | Path) -> Weights:
     return weight
 
 
-def open_checkpoint(path: Path, *, listed_only: bool = False) -> tuple[Base, dict[str, WeightPlaces]]:
-    """The base model in one checkpoint file and the location of each layer's weight, from a single header read.
+def base_in_file(path: Path, *, listed_only: bool = False) -> Base:
+    """The base model in one checkpoint file.
 
     A model with the names of neither the catalog nor diffusers keeps its own, except with `listed_only`. Raises
     UnknownBaseError for a file without weights of a model.
     """
+    return _base_of(path, stored_in([path]), listed_only=listed_only)
+
+
+def open_checkpoint(path: Path, *, listed_only: bool = False) -> tuple[Base, dict[str, WeightPlaces]]:
+    """The base model of `base_in_file` and the location of each layer's weight, from a single header read."""
     stored = stored_in([path])
-    base = _base_of_tensors(path, stored) or (None if listed_only else _unlisted_base(path, stored))
-    if base is None:
-        raise _not_listed(path)
+    base = _base_of(path, stored, listed_only=listed_only)
     return base, landed(base, stored)
 
 
@@ -186,10 +191,7 @@ def placed(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPl
 
     `path` names the source in errors. Raises UnknownBaseError if no base model has these names.
     """
-    base = _base_of_tensors(path, stored)
-    if base is None:
-        raise _not_listed(path)
-    return landed(base, stored)
+    return landed(_base_of(path, stored, listed_only=True), stored)
 
 
 def plainly_placed(component: str, stored: Mapping[str, StoredTensor]) -> dict[str, WeightPlaces]:
@@ -332,8 +334,11 @@ def _unlisted_base(path: Path, stored: Mapping[str, StoredTensor]) -> Base | Non
     return named_base({component_by_content(modules): modules}, str(path)) if modules else None
 
 
-def _not_listed(path: Path) -> UnknownBaseError:
-    return UnknownBaseError(f"{path} is not a checkpoint of a base model.", fix=SPECIFY_BASE)
+def _base_of(path: Path, stored: Mapping[str, StoredTensor], *, listed_only: bool = False) -> Base:
+    base = _base_of_tensors(path, stored) or (None if listed_only else _unlisted_base(path, stored))
+    if base is None:
+        raise UnknownBaseError(f"{path} is not a checkpoint of a base model.", fix=SPECIFY_BASE)
+    return base
 
 
 def _as_stored(

@@ -11,10 +11,10 @@ from typing import NamedTuple
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
 from krona_hub.bases.loading import (
+    base_in_file,
     landed,
     landed_vectors,
     load_base,
-    open_checkpoint,
     stored_by_component,
     weight_files,
 )
@@ -149,7 +149,7 @@ def _model(path: Path) -> Base | None:
     if path.is_dir():
         return load_base(path)
     try:
-        return open_checkpoint(path, listed_only=True)[0]
+        return base_in_file(path, listed_only=True)
     except UnknownBaseError:
         return None
 

@@ -35,7 +35,7 @@ def keys(base: BaseModel | None, provenance: Provenance) -> dict[str, str]:
     >>> keys(BaseModel(family="sdxl"), Provenance())["modelspec.architecture"]
     'stable-diffusion-xl-v1-base/krona'
     """
-    family = base.family if base and len(base.names) == 1 else None  # one of several is not named
+    family = base.family if base and base.is_certain else None  # one of several is not named
     kept = {k: v for k, v in provenance.metadata.items() if k.startswith(PREFIX) and not k.startswith(_ABOUT_BYTES)}
     known = {
         "sai_model_spec": "1.0.0",

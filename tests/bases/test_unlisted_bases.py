@@ -10,7 +10,8 @@ from krona_hub.bases import loading
 from krona_hub.bases.name_table import table
 from krona_hub.cli.main import main
 from krona_hub.conversion import convert
-from krona_hub.errors import UnknownBaseError, UnsupportedError
+from krona_hub.errors import BaseMismatchError, UnknownBaseError, UnsupportedError
+from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.reader import read
 from krona_hub.merging.api import merge
 from krona_hub.verification import validate, verify
@@ -130,6 +131,14 @@ def test_a_native_file_of_kept_names_finds_its_base(prefix, tmp_path):
     for name, delta in deltas.items():
         wanted = (before[f"{name}.weight"].double() + delta).float()
         torch.testing.assert_close(after[f"{name}.weight"], wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_native_file_of_kept_names_does_not_fit_a_base_with_none_of_them(tmp_path):
+    lokr(tmp_path / "a.safetensors", "diffusion_model.")
+    native = convert(tmp_path / "a.safetensors", tmp_path / "n.safetensors", to="krona", exact=True).out
+    assert describe(native, base=checkpoint(tmp_path / "new.safetensors")).mismatch is None
+    refusal = describe(native, base="sdxl").mismatch
+    assert isinstance(refusal, BaseMismatchError) and "not an adapter of sdxl: 0 of 4 modules fit" in str(refusal)
 
 
 def test_a_component_folder_with_unknown_names(tmp_path):

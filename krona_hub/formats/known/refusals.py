@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from krona_hub.bases import detection
-from krona_hub.bases.loading import open_checkpoint
+from krona_hub.bases.loading import base_in_file
 from krona_hub.bases.weight_files import has_ema
 from krona_hub.errors import KronaError, UnrecognisedError, UnsupportedError, counted
 from krona_hub.formats.parsing.adapter_file import EXTRACT, AdapterFile
@@ -95,7 +95,7 @@ def _foreign(foreign: Mapping[str, str]) -> UnsupportedError:
 def _model(file: AdapterFile) -> str:
     """The base model whose weights the file contains, "" if none is recognized."""
     try:
-        base = open_checkpoint(file.path, listed_only=True)[0]
+        base = base_in_file(file.path, listed_only=True)
     except KronaError:
         return _part_of_model(file)
     names = " or ".join((base.family,) if base.family else base.candidates[:3])

@@ -76,9 +76,9 @@ def places_of_kept(shapes: Shapes, base: Base) -> dict[str, Placements]:
 def _in_catalog(shapes: Shapes, found: list[detection.Candidate], component: str | None) -> BaseMatch:
     best, ties = found[0], detection.ties(found)
     owner = _component([c for c in ties if c.base == best.base], component, len(shapes))
-    names = tuple(dict.fromkeys(n for c in ties for n in c.names))
     others = [c for c in found if c not in ties][:NEXT_BEST]
-    return replace(_in_base(shapes, catalog.get(best.base), owner, names), fits=(*ties, *others))
+    match = _in_base(shapes, catalog.get(best.base), owner, detection.names_of(found))
+    return replace(match, fits=(*ties, *others))
 
 
 def wrong_base(base: Base, match: BaseMatch, shapes: Shapes, metadata: Mapping[str, str]) -> BaseMismatchError | None:
@@ -102,10 +102,10 @@ def wrong_base(base: Base, match: BaseMatch, shapes: Shapes, metadata: Mapping[s
             fix="Check that --base is the model the adapter was trained on.",
         )
     how = "completely" if better.complete else f"with {better.matched:,} of {total:,}"
-    names = tuple(dict.fromkeys(name for c in detection.ties(found) for name in c.names))
+    names = one_of(detection.names_of(found))
     return BaseMismatchError(
-        f"This is not an adapter of {base.name}: {share}; it fits {one_of(names)} {how}.",
-        fix=f"Use --base {one_of(names)}, or omit --base.",
+        f"This is not an adapter of {base.name}: {share}; it fits {names} {how}.",
+        fix=f"Use --base {names}, or omit --base.",
     )
 
 

@@ -284,24 +284,18 @@ def gathered(layers: Mapping[str, LayerDelta], places: Mapping[str, Homes]) -> d
 
 def split_layers(adapter: Adapter, aim: Aim, base: str | Path | Base | None) -> dict[str, dict[str, LayerDelta]]:
     """Layer -> module -> delta, for the layers that several modules of the file together store."""
-    known = _known_base(adapter, base)
-    if known is None or aim.format == KRONA.name:
-        return {}
-    places = homes(adapter.layers, aim.dialect, table(known), split_qkv=aim.split_qkv)
+    places = _named_homes(adapter, aim, base)
     return {
         layer: {home.module: own for home, own in split_layer(delta, places[layer])}
         for layer, delta in adapter.layers.items()
-        if places[layer][0].placement.part
+        if layer in places and places[layer][0].placement.part
     }
 
 
 def fused_layers(adapter: Adapter, aim: Aim, base: str | Path | Base | None) -> dict[str, LayerDelta]:
     """Layer -> the delta of the module that fuses it with others, for modules that can be expressed."""
-    known = _known_base(adapter, base)
-    if known is None or aim.format == KRONA.name:
-        return {}
-    places = homes(adapter.layers, aim.dialect, table(known), split_qkv=aim.split_qkv)
-    shared = {x: delta for x, delta in adapter.layers.items() if len(places[x][0].siblings) > 1}
+    places = _named_homes(adapter, aim, base)
+    shared = {x: delta for x, delta in adapter.layers.items() if x in places and len(places[x][0].siblings) > 1}
     module_of = {x: places[x][0].module for x in shared}
     whole: dict[str, LayerDelta] = {}
     for module in dict.fromkeys(module_of.values()):
@@ -310,25 +304,26 @@ def fused_layers(adapter: Adapter, aim: Aim, base: str | Path | Base | None) -> 
     return {x: whole[module] for x, module in module_of.items() if module in whole}
 
 
+def _named_homes(adapter: Adapter, aim: Aim, base: str | Path | Base | None) -> Mapping[str, Homes]:
+    """Layer -> its modules in the file; {} if their names do not depend on the base model."""
+    known = _known_base(adapter, base)
+    if known is None or aim.format == KRONA.name:
+        return {}
+    return homes(adapter.layers, aim.dialect, table(known), split_qkv=aim.split_qkv)
+
+
 def _context(adapter: Adapter, base: Base | None, *, is_stated: bool) -> Context:
     own = adapter.base
     stated = base.family if base and is_stated and not base.candidates else None
-    only = own.family if own and len(own.names) == 1 else None  # one of several base models is not named
+    only = own.family if own and own.is_certain else None  # one of several base models is not named
+    is_open = own is not None and len(own.names) > 1 and not is_stated
     return Context(
         family=stated or only,
-        base_id=_hub_id(adapter, base, is_stated=is_stated),
+        base_id=None if is_open else (base.hub_id if base else None) or (own.hub_id if own else None),
         metadata=adapter.provenance.metadata,
         trigger_words=adapter.provenance.trigger_words,
         others={c: modules.keys() for c, modules in base.components.items()} if base else {},
     )
-
-
-def _hub_id(adapter: Adapter, base: Base | None, *, is_stated: bool) -> str | None:
-    """The Hub id of the base model; None if it is one of several that may be meant."""
-    own = adapter.base
-    if is_stated or own is None or len(own.names) < 2:
-        return (base.hub_id if base else None) or (own.hub_id if own else None)
-    return None
 
 
 def _notes(adapter: Adapter, aim: Aim, base: Base | None, names: Sequence[str]) -> tuple[str, ...]:
