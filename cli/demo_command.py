@@ -62,7 +62,7 @@ def _run(why: str, line: str) -> dict[str, Any]:
 
 def _facts(path: Path) -> dict[str, Any]:
     """A row of the results table."""
-    from krona_hub.formats.compatibility.tools import loads_in
+    from krona_hub.formats.compatibility.verdicts import loads_in
     from krona_hub.formats.reading.describe import describe
 
     about = describe(path)
@@ -78,10 +78,12 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _applications(loading: list[str]) -> str:
     """`9 of 10 applications`; the steps above name them."""
-    from krona_hub.formats.compatibility.tools import TOOLS
+    from krona_hub.formats.compatibility.applications import APPLICATIONS
 
     return (
-        f"{len(loading)} of {len(TOOLS)} applications" if loading else "krona only; convert it with --for APPLICATION"
+        f"{len(loading)} of {len(APPLICATIONS)} applications"
+        if loading
+        else "krona only; convert it with --for APPLICATION"
     )
 
 

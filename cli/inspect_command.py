@@ -15,7 +15,7 @@ from krona_hub.rendering.humanize import human_bytes
 from krona_hub.rendering.tables import module_groups
 
 if TYPE_CHECKING:
-    from krona_hub.formats.compatibility.tools import Verdict
+    from krona_hub.formats.compatibility.verdicts import Verdict
     from krona_hub.formats.reading.description import BaseFit, Description
 
 
@@ -54,7 +54,7 @@ def command(
     By default, only the header is read; --report also reads the values and --sha256 hashes the whole file.
     """
     from krona_hub.checkpoints.digest import file_sha256
-    from krona_hub.formats.compatibility.tools import loads_in
+    from krona_hub.formats.compatibility.verdicts import loads_in
     from krona_hub.formats.reading.describe import describe
     from krona_hub.rendering.html.markup import check_html_path
     from krona_hub.sources import resolve
@@ -82,7 +82,7 @@ def as_document(file: str, about: Description, verdicts: Mapping[str, Verdict], 
         "sha256": sha256,
         **fields_of(about, without=("path", "header", "plans", "mismatch")),
         "metadata": about.header.metadata,
-        "loads_in": verdicts,
+        "loads_in": {name: {"ok": verdict.ok, **fields_of(verdict)} for name, verdict in verdicts.items()},
     }
 
 
@@ -116,20 +116,16 @@ def _facts(file: str, about: Description, sha256: str | None) -> Iterator[tuple[
 
 
 def _loads(verdicts: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
-    """The applications that load the file, then one line per reason why others do not."""
-    from krona_hub.formats.compatibility.tools import OPEN
-
-    is_open = any(v.why in OPEN for v in verdicts.values())
-    yield (
-        "loads in",
-        ", ".join(name for name, v in verdicts.items() if v.ok) or ("not known" if is_open else "krona only"),
-    )
-    reasons: dict[str, list[str]] = {}
+    """The applications that load the file, then one line per reason why others do not, or why that is not known."""
+    loading = [name for name, verdict in verdicts.items() if verdict.ok]
+    is_open = any(verdict.answer == "not known" for verdict in verdicts.values())
+    yield "loads in", ", ".join(loading) or ("not known" if is_open else "krona only")
+    reasons: dict[tuple[str, str], list[str]] = {}
     for name, verdict in verdicts.items():
         if not verdict.ok:
-            reasons.setdefault(verdict.why, []).append(name)
-    for why, names in reasons.items():
-        yield "not known" if why in OPEN else "not in", f"{', '.join(names)}: {why}"
+            reasons.setdefault((verdict.answer, verdict.why), []).append(name)
+    for (answer, why), names in sorted(reasons.items(), key=lambda item: item[0][0] != "no"):
+        yield "not in" if answer == "no" else answer, f"{', '.join(names)}: {why}"
 
 
 def _base(about: Description) -> Iterator[tuple[str, str]]:

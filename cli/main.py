@@ -73,6 +73,7 @@ COMMANDS = {
     "pull": CommandEntry("krona_hub.cli.pull_command", "Download an adapter from the Hugging Face Hub and check it."),
     "hub": CommandEntry("krona_hub.cli.hub_command", "Show adapters on the Hub and in the local cache."),
     "formats": CommandEntry("krona_hub.cli.formats_command", "List the formats and the applications that load them."),
+    "tools": CommandEntry("krona_hub.cli.tools_command", "List the applications and what they load."),
     "bases": CommandEntry("krona_hub.cli.bases_command", "List the base models that krona knows by name."),
     "demo": CommandEntry("krona_hub.cli.demo_command", "Run the main workflow offline with the bundled adapters."),
     "completion": CommandEntry("krona_hub.cli.completion_command", "Print the shell completion script."),

@@ -23,9 +23,9 @@ def complete_formats(_context: click.Context, _parameter: click.Parameter, start
 
 def complete_applications(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
     """Complete names of target applications; torch-free."""
-    from krona_hub.formats.compatibility.tools import TOOLS
+    from krona_hub.formats.compatibility.applications import APPLICATIONS
 
-    return [name for name in TOOLS if name.startswith(start)]
+    return [name for name in APPLICATIONS if name.startswith(start)]
 
 
 file_argument = click.Argument(["file"], type=click.Path())

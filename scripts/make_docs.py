@@ -1,4 +1,4 @@
-"""Generate the pages of commands, errors and base models, and the blocks of README.md and of two other pages.
+"""Generate the pages of commands, errors, base models and applications, and the blocks of README.md and other pages.
 
     python -m scripts.make_docs
 
@@ -23,6 +23,7 @@ from krona_hub.bases import catalog
 from krona_hub.bases.families import FAMILIES
 from krona_hub.cli import failure_report
 from krona_hub.cli.main import COMMANDS, load
+from krona_hub.rendering import applications
 from krona_hub.rendering.base_models import BaseFacts, listed
 from krona_hub.rendering.tables import loads_matrix
 from scripts.example_files import example_folder, output_of
@@ -74,11 +75,60 @@ def errors_page() -> str:
 
 
 def loads_in_table() -> str:
-    """Return the table of formats and the applications that load them."""
-    matrix = loads_matrix()
-    tools = list(next(iter(matrix.values())))
-    rows = [f"| `{name}` | {' | '.join(row[tool].mark for tool in tools)} |" for name, row in matrix.items()]
+    """Return the table of base models and the applications that load adapters of them."""
+    rows = [f"| {title} | {' | '.join(row.values())} |" for title, row in applications.matrix().items()]
+    names = " | ".join(facts.name for facts in applications.listed())
+    return "\n".join([f"| base model | {names} |", "|---|" + "---|" * len(applications.listed()), *rows]) + "\n"
+
+
+def formats_table() -> str:
+    """Return the table of formats and the applications that read them."""
+    found = loads_matrix()
+    tools = list(next(iter(found.values())))
+    rows = [f"| `{name}` | {' | '.join(row[tool].mark for tool in tools)} |" for name, row in found.items()]
     return "\n".join([f"| format | {' | '.join(tools)} |", "|---|" + "---|" * len(tools), *rows]) + "\n"
+
+
+def tools_page() -> str:
+    """Return the page of all applications: evidence, base models, names and arithmetic."""
+    every = applications.listed()
+    rows = "\n".join(f"| [`{f.name}`](#{f.name}) | {f.title} | {f.kind} | {f.evidence} |" for f in every)
+    return (
+        "# Applications\n\nGenerated from the tables in `krona_hub/formats/compatibility/applications/` by "
+        "`scripts/make_docs.py`; `krona tools` prints the same.\n\n"
+        "`run`: the application's own code was run, on CPU, and its names or deltas were compared with what the files "
+        "mean. `read`: its source says so. Both with version, commit and date; another version may differ. What is "
+        "neither run nor read is *not known*, and krona says so instead of guessing: `krona inspect` answers yes, no "
+        "or not known for a file, and `krona convert --for` writes a file only where the answer would be yes.\n\n"
+        "A naming such as `lora_unet_ authors` is a prefix and a spelling of the module path after it: `diffusers` is "
+        "the path in the diffusers class, `authors` that of the released checkpoint, `own` that of ComfyUI's model. "
+        "After a prefix that ends in `_`, dots become underscores. The first naming is the one that is written; where "
+        "it lacks a layer, the next one is.\n\n"
+        f"| name | application | kind | evidence |\n|---|---|---|---|\n{rows}\n\n"
+        f"## Base models\n\n{loads_in_table()}\n"
+        "`–`: it does not run the base model or loads no adapter for it. `?`: not known.\n\n"
+        f"## Formats\n\n{formats_table()}\n" + "\n".join(map(_tool_section, every))
+    )
+
+
+def _tool_section(facts: applications.ApplicationFacts) -> str:
+    written = ", ".join(f"{kind}: `{name}`" for kind, name in facts.writes.items() if name)
+    handling = "\n".join(f"| {topic} | {text} |" for topic, text in facts.handling.items())
+    families = "\n".join(map(_tool_family, facts.families))
+    table = (
+        f"| base models | LoRA | LoKr | names | not found |\n|---|---|---|---|---|\n{families}\n" if families else ""
+    )
+    return (
+        f"## {facts.name}\n\n{facts.title}, {facts.kind}; {facts.evidence}. Written for it: {written}. Other base "
+        f"models: {facts.other_bases}.\n\n| topic | what it does |\n|---|---|\n{handling}\n\n{table}"
+    )
+
+
+def _tool_family(family: applications.FamilyFacts) -> str:
+    names = "; ".join(f"{part}: {', '.join(f'`{n}`' for n in known)}" for part, known in family.names.items())
+    lost = "; ".join(f"`{n}`: {', '.join(f'`{p}`' for p in patterns)}" for n, patterns in family.missing.items())
+    bases = ", ".join(family.bases) + (" (read)" if family.evidence.startswith("read") else "")
+    return f"| {bases} | {family.lora} | {family.lokr} | {names} | {lost or family.note} |"
 
 
 def bases_page() -> str:
@@ -135,8 +185,10 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/commands.md": commands_page,
     "docs/errors.md": errors_page,
     "docs/bases.md": bases_page,
+    "docs/tools.md": tools_page,
     "README.md": lambda: with_blocks_filled("README.md"),
     "docs/merging.md": lambda: with_blocks_filled("docs/merging.md"),
+    "docs/my-app-ignores-my-lokr.md": lambda: with_blocks_filled("docs/my-app-ignores-my-lokr.md"),
     "docs/generate.md": lambda: with_blocks_filled("docs/generate.md"),
 }
 

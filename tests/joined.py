@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +14,9 @@ from krona_hub.bases.component import Component
 from krona_hub.bases.detection import Candidate
 from krona_hub.bases.module_spec import ModuleSpec, OtherParameters
 from krona_hub.bases.name_rules import lookup_of, parse
+from krona_hub.formats.compatibility import base_support
+from krona_hub.formats.compatibility.applications import APPLICATIONS
+from krona_hub.formats.compatibility.naming import ComponentNamings
 
 TABLE = """
     stages.{}.{}.mlp.(up|gate)   stages.{}.{}.ff.proj
@@ -58,6 +62,17 @@ def joined_base(monkeypatch) -> Base:
     monkeypatch.setattr(loading, "catalog", SimpleNamespace(get=lambda _: base, find=lambda _: None))
     monkeypatch.setattr(loading, "catalog_index", SimpleNamespace(bases_with=lambda _: ()))
     return base
+
+
+def known_to_comfyui(monkeypatch) -> None:
+    """State in ComfyUI's table that it runs the base and finds the authors' names, whole."""
+    comfyui, of_catalog = APPLICATIONS["comfyui"], base_support._architectures
+    namings = {"denoiser": ComponentNamings(["diffusion_model. authors", "lora_unet_ authors"], {})}
+    own = replace(comfyui.by_base["sd15"], bases=("joined",), names=namings)
+    monkeypatch.setitem(APPLICATIONS, "comfyui", replace(comfyui, families=(*comfyui.families, own)))
+    monkeypatch.setattr(
+        base_support, "_architectures", lambda bases: frozenset(bases) if bases == own.bases else of_catalog(bases)
+    )
 
 
 def numbers(seed: int, *shape: int) -> Tensor:

@@ -62,6 +62,7 @@ class Prefix(NamedTuple):
 
 UNDERSCORED = (  # longer prefixes before their own prefixes
     Prefix("lora_unet_llm_adapter_", CONDITIONER),
+    Prefix("lora_unet_model_", "denoiser"),  # HiDream-O1 in musubi-tuner
     Prefix("lora_unet_", "denoiser"),
     Prefix("lora_prior_unet_", "prior"),  # OneTrainer
     Prefix("lora_prior_te_", "te1"),
@@ -156,8 +157,9 @@ def components(role: str, base: Base) -> tuple[str, ...]:
         return tuple(base.components)
     if role == "text encoder":
         return base.text_encoders
-    found = (c for c, kind in ROLES[role] if c in base.components and kind in ("", _kind(base, c)))
-    return tuple(found)[:1]
+    found = [c for c, kind in ROLES[role] if c in base.components and kind in ("", _kind(base, c))]
+    is_shared = role == "te1" and found and _kind(base, found[0]) == "language model"  # te1 is the CLIP of HunyuanVideo
+    return tuple(found if is_shared else found[:1])
 
 
 def _kind(base: Base, component: str) -> str:

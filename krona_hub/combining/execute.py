@@ -23,7 +23,8 @@ from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import size_of
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
-from krona_hub.formats.writing.write_plan import aim_at, check_nothing_left_out, planned
+from krona_hub.formats.writing.aim import aim_at
+from krona_hub.formats.writing.write_plan import check_nothing_left_out, planned
 from krona_hub.formats.writing.writer import write_planned
 from krona_hub.kron.norms import norm
 from krona_hub.kron.parallel import in_parallel

@@ -12,7 +12,7 @@ from krona_hub.conversion.output_options import format_named, optional_dtype
 from krona_hub.conversion.report import ConversionReport
 from krona_hub.conversion.request import ConvertRequest
 from krona_hub.errors import UsageError
-from krona_hub.formats.compatibility.tools import tool_named
+from krona_hub.formats.compatibility.applications import application_named
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.sources import resolve
 
@@ -52,7 +52,7 @@ def convert(
     Parameters
     ----------
     source, out : adapter file, PEFT folder or Hub id; output path (default: named after the format, beside the source).
-    to, tool : target format (a name of FORMATS, `lora` or `lokr`), or target application, which selects the format.
+    to, tool : target format (a name of FORMATS, `lora` or `lokr`); target application, for which `to` may be the kind.
     shape, terms, shape_fallback : size `a1xa2` of A; Kronecker terms; "nearest" for layers that a1xa2 does not divide.
     max_error, budget : relative Frobenius error per layer, 0 to 1; parameters in total, or a share such as "50%".
     exact, rank : equal up to rounding; best LoRA of that rank.
@@ -82,7 +82,7 @@ def convert(
     )  # fmt: skip
     request = ConvertRequest(
         source=str(source), path=resolve(source), out=None if out is None else Path(out), method=method,
-        to=None if to is None else format_named(to), tool=None if tool is None else tool_named(tool).name,
+        to=_format(to, tool), tool=None if tool is None else application_named(tool).name,
         base=base, from_format=from_format, component=component, dtype=optional_dtype(dtype),
         allow_loss=allow_loss, allow_missing=allow_missing, overwrite=overwrite, split_qkv=split_qkv, dry_run=dry_run,
     )  # fmt: skip
@@ -92,11 +92,14 @@ def convert(
     return execute(request, progress)
 
 
+def _format(to: str | None, tool: str | None) -> str | None:
+    """The target format; for an application, `to` is resolved by what it loads."""
+    return to if to is None or tool is not None else format_named(to)
+
+
 def _check_consistent(to: str | None, tool: str | None, exact: bool, allow_missing: bool) -> None:
     if exact and allow_missing:
         raise UsageError("--exact and --allow-missing exclude each other.", fix="--exact never leaves anything out.")
-    if to is not None and tool is not None:
-        raise UsageError("--to and --for exclude each other.", fix="Omit --to: --for selects the format.")
 
 
 def _check_output(request: ConvertRequest) -> None:

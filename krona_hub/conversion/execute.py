@@ -28,8 +28,8 @@ from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora, size_of, without_hadamard
 from krona_hub.formats.known.registry import format_of
 from krona_hub.formats.reading.reader import read
+from krona_hub.formats.writing.aim import aim_at
 from krona_hub.formats.writing.write_plan import (
-    aim_at,
     check_names_for,
     check_nothing_left_out,
     fused_layers,
@@ -79,7 +79,7 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         source_format=request.from_format or format_of(request.path, request.base),
         target_format=target.format,
         tool=request.tool,
-        out=request.out if request.out is not None else default_out(request.source, target.format),
+        out=request.out if request.out is not None else default_out(request.source, target.format, target.tool),
         layers=layers,
         vectors=len(adapter.vectors),
         vector_parameters=sum(vector.numel() for vector in adapter.vectors.values()),
@@ -112,7 +112,7 @@ def _kept(delta: LayerDelta, method: Method, target: ConversionTarget) -> bool:
     """
     if has_hadamard(delta):
         return False
-    return isinstance(method, Keep) or target.tool is not None or is_lora(delta) == target.to_lora
+    return isinstance(method, Keep) or is_lora(delta) == target.to_lora or (target.tool is not None and is_lora(delta))
 
 
 def _dora_note(baked: Mapping[str, LayerDelta]) -> tuple[str, ...]:

@@ -29,18 +29,20 @@ def format_named(name: str) -> str:
     return format.name
 
 
-def default_out(source: str | Path, format_name: str) -> Path:
-    """Return `<stem>.<format>.safetensors` beside the source; for PEFT, a folder without the suffix.
+def default_out(source: str | Path, format_name: str, application: str | None = None) -> Path:
+    """Return `<stem>.<format or application>.safetensors` beside the source; for PEFT, a folder without the suffix.
 
     For a Hub id the output goes to the current folder rather than the client's cache.
 
     >>> str(default_out("a/style.safetensors", "kohya-lora")), str(default_out("hf://ana/style@v1", "krona"))
     ('a/style.kohya-lora.safetensors', 'style.krona.safetensors')
+    >>> str(default_out("style.safetensors", "lycoris-lokr", "comfyui"))
+    'style.comfyui.safetensors'
     """
     path = _named(source)
     stem = path.name.removesuffix(".safetensors")
     suffix = "" if storage_of(format_name).folder else ".safetensors"
-    return path.with_name(f"{stem}.{format_name}{suffix}")
+    return path.with_name(f"{stem}.{application or format_name}{suffix}")
 
 
 def _named(source: str | Path) -> Path:

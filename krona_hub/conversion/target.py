@@ -10,7 +10,8 @@ from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.conversion.methods import DEFAULT_MAX_ERROR, Exact, Keep, MaxError, Method
 from krona_hub.conversion.output_options import format_named
 from krona_hub.errors import InexpressibleError, UsageError
-from krona_hub.formats.compatibility.tools import loads_form, target_for, tool_named
+from krona_hub.formats.compatibility.applications import Application, application_named, file_format
+from krona_hub.formats.compatibility.factorizations import loads_form
 from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora
 from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
 from krona_hub.formats.known.registry import storage_of
@@ -46,9 +47,12 @@ class ConversionTarget:
 
     def for_result(self, deltas: Iterable[LayerDelta]) -> ConversionTarget:
         """Return this target, or the LoRA format of the application if every converted layer is a LoRA."""
-        tool = None if self.tool is None else tool_named(self.tool)
-        wanted = None if tool is None else target_for(tool, all(map(is_lora, deltas)))
-        return self if wanted is None else ConversionTarget(wanted.format, self.tool)
+        if self.tool is None:
+            return self
+        found = tuple(deltas)
+        has_dora = any(delta.magnitude is not None for delta in found)
+        wanted = file_format(application_named(self.tool), is_lora=all(map(is_lora, found)), has_dora=has_dora)
+        return self if wanted is None else ConversionTarget(wanted, self.tool)
 
     def holds_any_shape(self, delta: LayerDelta) -> bool:
         """Whether a layer may keep its Kronecker shape; it may not if all layers must share one factor."""
@@ -73,26 +77,42 @@ def _loads_with_factor(
 
 
 def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, method: Method | None) -> ConversionTarget:
-    """Return the requested format, or the one that the application loads. Raises UsageError if both are given.
+    """Return the requested format, or the one that the application loads.
 
-    `--for` never changes the kind: a LoRA stays a LoRA unless a method for a Kronecker factorization is given.
+    An application alone never changes the kind: a LoRA stays a LoRA unless a method for a Kronecker factorization is
+    given. `to` chooses the kind for it. Raises UsageError for a format that the application does not load.
     """
-    if to is not None and tool is not None:
-        raise UsageError("--to and --for exclude each other.", fix="Omit --to: --for selects the format.")
     if tool is None:
         return ConversionTarget(format_named(to or "krona"))
-    known = tool_named(tool)
+    known = application_named(tool)
+    has_dora = any(delta.magnitude is not None for delta in adapter.layers.values())
     loras = all(is_lora(delta) or has_hadamard(delta) for delta in adapter.layers.values())
-    stays_lora = loras and (method is None or isinstance(method, Exact))
-    wanted = target_for(known, stays_lora)
+    is_lora_file = loras and (method is None or isinstance(method, Exact))
+    if to is not None:
+        is_lora_file = _is_lora_format(known, to)
+    wanted = file_format(known, is_lora=is_lora_file, has_dora=has_dora)
     if wanted is None and method is not None and known.lora is not None:
         wanted = known.lora  # a method was given, and the application loads LoRA only
     if wanted is None:
         raise InexpressibleError(
             f"{known.title} loads only LoRA, and the source is a Kronecker adapter.",
-            fix=f"Add --max-error {DEFAULT_MAX_ERROR}, --exact or --rank R to convert it to LoRA for {known.name}.",
+            fix=f"Use --for {known.name} --to lora, for the smallest LoRA within {DEFAULT_MAX_ERROR:.0%} per layer; "
+            "--exact or --rank R choose another.",
         )
-    return ConversionTarget(wanted.format, known.name)
+    return ConversionTarget(wanted, known.name)
+
+
+def _is_lora_format(application: Application, to: str) -> bool:
+    """Whether `to` names the LoRA format of an application rather than its LoKr format."""
+    if to in ("lora", application.lora, application.dora):
+        return True
+    if to in ("lokr", application.lokr):
+        return False
+    formats = [name for name in dict.fromkeys((application.lora, application.dora, application.lokr)) if name]
+    raise UsageError(
+        f"{application.title} loads {' and '.join(formats)}, not {to}.",
+        fix="Use --to lora or --to lokr with --for, or omit --for.",
+    )
 
 
 def default_method(adapter: Adapter, target: ConversionTarget) -> Method:
@@ -103,4 +123,6 @@ def default_method(adapter: Adapter, target: ConversionTarget) -> Method:
     if any(map(has_hadamard, adapter.layers.values())):
         return MaxError()
     kinds = {is_lora(delta) for delta in adapter.layers.values()}
-    return Keep() if target.tool is not None or kinds == {target.to_lora} else MaxError()
+    if target.tool is not None and not (target.to_lora and False in kinds):
+        return Keep()
+    return Keep() if kinds == {target.to_lora} else MaxError()

@@ -20,7 +20,8 @@ from krona_hub.extraction.other_tensors import ChangedTensor, changes, extras_of
 from krona_hub.extraction.report import ExtractionReport
 from krona_hub.extraction.request import ExtractRequest
 from krona_hub.extraction.tensor_pairs import Pairs, pair_up
-from krona_hub.formats.writing.write_plan import aim_at, planned
+from krona_hub.formats.writing.aim import aim_at
+from krona_hub.formats.writing.write_plan import planned
 from krona_hub.formats.writing.writer import write_planned
 from krona_hub.kron.norms import relative_difference
 

@@ -14,7 +14,7 @@ from krona_hub.extraction.error_curves import Allowed, ErrorCurve, above_noise, 
 from krona_hub.extraction.layer_difference import LayerDifference, lora_shape
 from krona_hub.extraction.request import FitRequest
 from krona_hub.extraction.tensor_pairs import LayerPair
-from krona_hub.formats.compatibility.tools import loads_form
+from krona_hub.formats.compatibility.factorizations import loads_form
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.writing.encode import cast, normalized, why_not
 from krona_hub.kron.candidates import Factorization, is_lora

@@ -9,7 +9,8 @@ from krona_hub.accounting.counting import lora_rank_of
 from krona_hub.assets.shipped import SHIPPED
 from krona_hub.bases import catalog
 from krona_hub.bases.families import FAMILIES
-from krona_hub.formats.compatibility.tools import TOOLS, loads_in
+from krona_hub.formats.compatibility.applications import APPLICATIONS
+from krona_hub.formats.compatibility.verdicts import loads_in
 from krona_hub.formats.reading.description import Description, factorization_text
 from krona_hub.hub.local_adapter import LocalAdapter
 from krona_hub.hub.manifest import ManifestEntry
@@ -153,7 +154,7 @@ def _loads(d: Description, exports: Sequence[Mapping[str, Any]]) -> list[tuple[s
     """For each application, list the files of the repository that it loads, or the reason why it loads none."""
     native = loads_in(d)
     rows: list[tuple[str, ...]] = [("krona", f"`{WEIGHTS}`")]
-    for tool in TOOLS.values():
+    for tool in APPLICATIONS.values():
         good = [f"`{e['name']}`" for e in exports if tool.name in e.get("loads_in", ())]
         why = f"none of these; see `krona convert --for {tool.name}`" if exports else f"none: {native[tool.name].why}"
         rows.append((tool.title, ", ".join(good) or why))

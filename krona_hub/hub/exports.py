@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from krona_hub.conversion import convert
 from krona_hub.errors import LossyError
-from krona_hub.formats.compatibility.tools import loads_in
+from krona_hub.formats.compatibility.verdicts import loads_in
 from krona_hub.formats.reading.describe import describe
 from krona_hub.hub.local_adapter import LocalAdapter
 from krona_hub.hub.repo_layout import LOKR_EXPORT, LORA_EXPORT
@@ -21,7 +21,7 @@ class Export(NamedTuple):
     words: str  # "LoRA of rank 16"
     relative_error: float
     parameters: int
-    loads_in: tuple[str, ...]  # names of TOOLS
+    loads_in: tuple[str, ...]  # names of APPLICATIONS
 
     def document(self) -> dict[str, Any]:
         return {

@@ -159,7 +159,7 @@ def _small(listing: Listing, name: str, endpoint: str | None) -> bytes:
 
 def describe_preview(preview: Preview) -> dict[str, Any]:
     """Return a preview as plain values, for display and JSON."""
-    from krona_hub.formats.compatibility.tools import loads_in
+    from krona_hub.formats.compatibility.verdicts import loads_in
 
     d = preview.description
     if d is None:

@@ -63,35 +63,30 @@ def format_facts() -> tuple[FormatFacts, ...]:
 
 
 class Cell(NamedTuple):
-    """Whether an application loads a format."""
+    """Whether an application reads a format."""
 
-    mark: str  # "yes", "some" (shapes; `krona inspect` shows which) or "–"
+    mark: str  # "yes", "some" (shapes; `krona inspect` shows which), "?" (not known) or "–"
     why: str
 
 
 def loads_matrix() -> dict[str, dict[str, Cell]]:
-    """Map each format and application to whether the application loads files of the format."""
-    from krona_hub.formats.compatibility.tools import REJECTS, TOOLS
+    """Map each format and application to whether the application reads files of the format."""
+    from krona_hub.formats.compatibility.applications import APPLICATIONS
     from krona_hub.formats.known.registry import FORMATS
 
-    known = dict.fromkeys((*REJECTS, *(format.name for format in FORMATS)))
-    return {name: {tool: _cell(name, tool) for tool in TOOLS} for name in known}
+    return {format.name: {name: _cell(format.name, name) for name in APPLICATIONS} for format in FORMATS}
 
 
-def _cell(format_name: str, tool: str) -> Cell:
-    from krona_hub.formats.compatibility.known_failures import LOHA_UNKNOWN
-    from krona_hub.formats.compatibility.tools import TOOLS, rejection
-    from krona_hub.formats.forms.limits import no_dora
-    from krona_hub.formats.known.kohya import LYCORIS_LOHA
+def _cell(format_name: str, application: str) -> Cell:
+    from krona_hub.formats.compatibility.applications import APPLICATIONS, NOT_KNOWN
     from krona_hub.formats.known.registry import by_name
 
-    if reason := rejection(format_name, tool):
-        return Cell("–", reason)
-    if format_name == LYCORIS_LOHA.name and tool in LOHA_UNKNOWN:
-        return Cell("?", "whether it loads LoHa is unknown")
+    known = APPLICATIONS[application]
+    if reason := known.rejection(format_name):
+        return Cell("?" if reason.startswith(NOT_KNOWN) else "–", reason.removeprefix(f"{NOT_KNOWN}: "))
     storage = by_name(format_name).storage
-    if storage is not None and storage.kind == "kronecker" and any(rule is not no_dora for rule in TOOLS[tool].rules):
-        return Cell("some", f"{TOOLS[tool].title} loads only some shapes; krona inspect shows which")
+    if storage is not None and storage.kind == "kronecker" and any(rule.endswith("-splits") for rule in known.rules):
+        return Cell("some", f"{known.title} loads only some shapes; krona inspect shows which")
     return Cell("yes", "")
 
 

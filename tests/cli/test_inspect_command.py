@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from krona_hub.cli.main import main
-from krona_hub.formats.compatibility.tools import TOOLS
+from krona_hub.formats.compatibility.applications import APPLICATIONS
 from krona_hub.formats.reading.describe import describe
 from krona_hub.rendering.tables import module_groups
 from scripts.make_demo_adapter import ALPHA, ASSETS, RANK, projections
@@ -38,7 +38,7 @@ def test_the_numbers_are_those_of_the_file(lora, capsys):
 def test_the_text_names_every_tool_once(lora, capsys):
     assert main(["inspect", str(lora)]) == 0
     shown = capsys.readouterr().out.partition("loads in")[2]
-    for tool in TOOLS:
+    for tool in APPLICATIONS:
         assert shown.replace(",", " ").replace(":", " ").split().count(tool) == 1, tool
 
 

@@ -16,14 +16,14 @@ from krona_hub.assets.shipped import folder_of
 from krona_hub.bases.loading import base_weights
 from krona_hub.conversion import convert
 from krona_hub.errors import InexpressibleError, IntegrityError, KronaError
-from krona_hub.formats.compatibility.tools import TOOLS
+from krona_hub.formats.compatibility.applications import APPLICATIONS
 from krona_hub.formats.known.registry import FORMATS, storage_of
 from tests.conversion.true_error import agrees, true_errors
 from tests.formats.test_wild_files import BASES
 from tests.shared import ROOT, SHARED, shared
 
 SAMPLES = ROOT / "tests" / "samples"
-TARGETS = [{"to": f.name} for f in FORMATS if f.writes] + [{"tool": name} for name in TOOLS]
+TARGETS = [{"to": f.name} for f in FORMATS if f.writes] + [{"tool": name} for name in APPLICATIONS]
 OPTIONS = (
     {},
     {"exact": True},
@@ -151,7 +151,7 @@ def real_method(source, target):
     low_rank = "to" in target and storage_of(target["to"]).kind == "low-rank"
     if low_rank and "lokr" in source.name:
         return None
-    loads_lora_only = "tool" in target and TOOLS[target["tool"]].lokr is None
+    loads_lora_only = "tool" in target and APPLICATIONS[target["tool"]].lokr is None
     return {} if low_rank or loads_lora_only else {"exact": True}
 
 

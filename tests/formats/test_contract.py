@@ -7,7 +7,8 @@ import torch
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import InexpressibleError, KronaError, UsageError
-from krona_hub.formats.compatibility.tools import TOOLS, loads_in
+from krona_hub.formats.compatibility.applications import APPLICATIONS
+from krona_hub.formats.compatibility.verdicts import loads_in
 from krona_hub.formats.forms.normal_forms import lora_of
 from krona_hub.formats.known.registry import FORMATS, by_name, detect_format
 from krona_hub.formats.parsing.adapter_file import open_files
@@ -81,7 +82,7 @@ def test_names_are_unique_and_found():
 def test_a_format_describes_itself(format):
     assert format.summary and "\n" not in format.summary and not format.summary.endswith(".")
     assert format.scale
-    assert loads_matrix()[format.name].keys() == TOOLS.keys()
+    assert loads_matrix()[format.name].keys() == APPLICATIONS.keys()
 
 
 def test_what_is_written_is_recognized_and_described(written, base):
@@ -91,7 +92,7 @@ def test_what_is_written_is_recognized_and_described(written, base):
     about = describe(path, base=base)
     assert about.format == format.name and not about.unmatched
     assert {layer for module in about.modules for layer in module.layers} == set(adapter)
-    assert loads_in(about).keys() == TOOLS.keys()
+    assert loads_in(about).keys() == APPLICATIONS.keys()
 
 
 def test_what_is_written_reads_back_as_the_same_deltas(written, base):

@@ -11,7 +11,7 @@ from krona_hub import convert, merge, read, write
 from krona_hub.bases import catalog
 from krona_hub.bases.name_table import table
 from krona_hub.errors import AmbiguousError, BaseMismatchError, ConflictError
-from krona_hub.formats.compatibility.tools import loads_in
+from krona_hub.formats.compatibility.verdicts import loads_in
 from krona_hub.formats.reading.describe import describe
 
 RANK, ALPHA = 2, 3.0

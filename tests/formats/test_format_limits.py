@@ -6,8 +6,9 @@ import logging
 import pytest
 import torch
 
+from krona_hub.formats.compatibility.applications import APPLICATIONS, application_named
+from krona_hub.formats.compatibility.factorizations import loads_form
 from krona_hub.formats.compatibility.format_limits import common_peft_factor, lycoris_resumes, refusal
-from krona_hub.formats.compatibility.tools import TOOLS, loads_form, tool_named
 from krona_hub.formats.forms.delta_form import (
     ChannelSplit,
     LayerFactorization,
@@ -111,13 +112,13 @@ def test_kernels_that_a_reaches_into_are_for_shape_driven_readers_only():
     assert not loads_form("peft", conv, shape) and not loads_form("diffusers-lokr", conv, shape)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", APPLICATIONS)
 def test_every_tool_loads_a_plain_lora_and_only_lora_tools_refuse_a_lokr(tool):
     assert loads_form(tool, (64, 48), KronShape(1, 1, 64, 48), right_rank=4)
     lokr = loads_form(tool, (64, 48), KronShape(4, 4, 16, 12), right_rank=2)
-    assert lokr == (TOOLS[tool].lokr is not None)
+    assert lokr == (APPLICATIONS[tool].lokr is not None)
 
 
 def test_an_unknown_tool_is_met_with_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'comfyui'"):
-        tool_named("comfyuii")
+        application_named("comfyuii")

@@ -1,5 +1,7 @@
 """Files whose modules are rows of one layer, or each of several layers: read, described, written back, refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,18 +9,19 @@ from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases.module_spec import Placement
 from krona_hub.bases.name_table import table
 from krona_hub.errors import ConflictError, InexpressibleError, UnsupportedError
+from krona_hub.formats.compatibility.naming import ComponentNamings, Names
 from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.placed_layers import joined, layer_of
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.reading.values import base_value
 from krona_hub.formats.writing.beside_layers import lycoris_tensors
-from krona_hub.formats.writing.module_names import homes
+from krona_hub.formats.writing.module_names import FileNames, homes
 from krona_hub.formats.writing.write_plan import gathered
 from krona_hub.formats.writing.writer import write
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
 from krona_hub.verification import check_fit
 from tests.formats.files_on_disk import save
-from tests.joined import GATE, HALF, IN, MODULES, PROJ, QUERIES, UP, joined_base, numbers
+from tests.joined import GATE, HALF, IN, MODULES, PROJ, QUERIES, UP, joined_base, known_to_comfyui, numbers
 
 WO = "diffusion_model.stages.0.1.attention.wo"
 SHAPES = {f"transformer.stages.0.1.{name}": shape for name, shape in MODULES.items()}
@@ -26,6 +29,7 @@ SHAPES = {f"transformer.stages.0.1.{name}": shape for name, shape in MODULES.ite
 
 @pytest.fixture
 def base(monkeypatch):
+    known_to_comfyui(monkeypatch)
     return joined_base(monkeypatch)
 
 
@@ -296,10 +300,15 @@ def test_shared_norms_are_written_once_and_only_if_they_agree(base, tmp_path):
     adapter = read(save(tmp_path, tensors), base=base)
     norms = [f"transformer.stages.0.1.attn{i}.norm_q.weight" for i in (1, 2)]
     assert all(torch.equal(adapter.vectors[name], numbers(1, 4)) for name in norms)
-    assert [*lycoris_tensors(adapter.vectors, "kohya-ldm", base)] == ["lora_unet_stages_0_1_norm_q.w_norm"]
+    names = FileNames("kohya-ldm", table(base))
+    assert [*lycoris_tensors(adapter.vectors, names, base)] == ["lora_unet_stages_0_1_norm_q.w_norm"]
+    found = Names(base, {"denoiser": ComponentNamings(["diffusion_model. authors"], {})})
+    in_comfyui = replace(names, found=found, title="ComfyUI")
+    assert [*lycoris_tensors(adapter.vectors, in_comfyui, base)] == ["diffusion_model.stages.0.1.norm_q.w_norm"]
     for vectors in ({norms[0]: numbers(1, 4)}, {norms[0]: numbers(1, 4), norms[1]: numbers(2, 4)}):
-        with pytest.raises(InexpressibleError, match=r"attn1\.norm_q and"):
-            lycoris_tensors(vectors, "kohya-ldm", base)
+        for known in (names, in_comfyui):
+            with pytest.raises(InexpressibleError, match=r"attn1\.norm_q and"):
+                lycoris_tensors(vectors, known, base)
 
 
 def test_the_fit_of_rows_is_checked_as_that_of_layers(base, tmp_path, monkeypatch):

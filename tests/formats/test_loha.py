@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import krona_hub
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import ModuleSpec
-from krona_hub.formats.compatibility.tools import loads_in
+from krona_hub.formats.compatibility.verdicts import loads_in
 from krona_hub.formats.forms.normal_forms import lora_of, words_of
 from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.description import factorization_text

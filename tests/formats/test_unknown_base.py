@@ -13,7 +13,8 @@ from krona_hub.cli.main import main
 from krona_hub.combining import combine
 from krona_hub.conversion import convert
 from krona_hub.errors import BaseMismatchError, UnknownBaseError
-from krona_hub.formats.compatibility.tools import TOOLS, UNKNOWN_BASE, loads_in
+from krona_hub.formats.compatibility.applications import APPLICATIONS
+from krona_hub.formats.compatibility.verdicts import UNKNOWN_BASE, loads_in
 from krona_hub.formats.parsing.keys import split_key
 from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.reader import read
@@ -190,7 +191,7 @@ def test_vectors_of_an_unknown_base_keep_their_names(tmp_path):
 
 def test_an_application_is_a_claim_that_needs_the_base(tmp_path):
     lora(tmp_path / "a.safetensors", "lora_unet_")
-    for tool in TOOLS:
+    for tool in APPLICATIONS:
         with pytest.raises(UnknownBaseError, match=r"base model.*unknown.*--base"):
             convert(tmp_path / "a.safetensors", tmp_path / "x", tool=tool)
     assert not (tmp_path / "x").exists()

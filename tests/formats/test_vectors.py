@@ -18,7 +18,7 @@ from krona_hub.errors import (
     UnknownBaseError,
     UsageError,
 )
-from krona_hub.formats.compatibility.tools import loads_in
+from krona_hub.formats.compatibility.verdicts import loads_in
 from krona_hub.formats.known.registry import FORMATS
 from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.reader import read

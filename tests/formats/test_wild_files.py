@@ -13,7 +13,7 @@ from safetensors import safe_open
 from krona_hub import read, write
 from krona_hub.adapters.unknown_base import KEPT_NAMES, UNKNOWN
 from krona_hub.errors import KronaError
-from krona_hub.formats.compatibility.tools import loads_in
+from krona_hub.formats.compatibility.verdicts import loads_in
 from krona_hub.formats.reading.describe import describe
 from tests.shared import SHARED, shared
 

@@ -136,14 +136,15 @@ def test_fused_projections_of_which_only_some_are_adapted_hold_zeros_for_the_oth
         torch.testing.assert_close(delta.dense(), meant, rtol=1e-5, atol=1e-7)
 
 
-def test_split_projections_are_written_on_request(tmp_path):
+def test_split_projections_are_written_on_request_under_the_names_that_most_applications_find(tmp_path):
     pipe = tiny.flux()
-    adapter = made.lora(tiny.layers(pipe, "attn.to_q", "attn.to_k"))
-    report = write(
-        adapter, tmp_path / "x.safetensors", format="kohya-lora", base=tiny.save(pipe, tmp_path), split_qkv=True
-    )
-    names = {f"lora_unet_{k.partition('.')[2].replace('.', '_')}": k for k in adapter.layers}
+    adapter, base = made.lora(tiny.layers(pipe, "attn.to_q", "attn.to_k")), tiny.save(pipe, tmp_path)
+    report = write(adapter, tmp_path / "x.safetensors", format="kohya-lora", base=base, split_qkv=True)
+    names = {layer: layer for layer in adapter.layers}
+    assert all(layer.startswith("transformer.") for layer in names)
     assert_same(loaded(report.path, names), adapter)
+    found = key_map(pipe, ONE_TEXT)
+    assert {name: found[name] for name in names} == names, "as ComfyUI finds them"
 
 
 def test_a_lokr_whose_projections_do_not_fuse_offers_what_does(tmp_path):
@@ -155,12 +156,16 @@ def test_a_lokr_whose_projections_do_not_fuse_offers_what_does(tmp_path):
     assert not path.exists()
 
 
-def test_tools_that_compute_dora_otherwise_are_refused(tmp_path):
-    pipe = tiny.sd15()
-    adapter = made.as_dora(made.lora(tiny.layers(pipe, "to_q")), lambda layer: tiny.module_of(pipe, layer).weight)
-    for tool in ("comfyui", "a1111", "forge", "nunchaku"):
-        with pytest.raises(InexpressibleError, match="DoRA"):
-            write(adapter, tmp_path / "x.safetensors", tool=tool, base=tiny.save(pipe, tmp_path))
+@pytest.mark.parametrize(
+    ("tool", "name"), [("comfyui", "sd15"), ("a1111", "sd15"), ("forge", "sd15"), ("nunchaku", "flux")]
+)
+def test_tools_that_compute_dora_otherwise_are_refused(tool, name, tmp_path):
+    pipe = getattr(tiny, name)()
+    plain = made.lora(tiny.layers(pipe, "to_q", "to_k", "to_v"))
+    adapter = made.as_dora(plain, lambda layer: tiny.module_of(pipe, layer).weight)
+    with pytest.raises(InexpressibleError, match="DoRA"):
+        write(adapter, tmp_path / "x.safetensors", tool=tool, base=tiny.save(pipe, tmp_path))
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_the_metadata_that_kohyas_tools_look_for_is_there_and_stale_hashes_are_not(tmp_path):

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from krona_hub.errors import InexpressibleError
+from krona_hub.errors import InexpressibleError, UnknownBaseError
 from krona_hub.formats.writing.writer import write
 from tests import tiny
 from tests.formats import made
@@ -47,18 +47,23 @@ def test_a_pipeline_loads_the_lora_file_with_every_module_and_scale(name, tmp_pa
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_loads_a_lora_written_for_the_tool_diffusers_without_knowing_the_base(name, tmp_path):
+def test_a_pipeline_loads_a_lora_written_for_the_tool_diffusers_which_needs_the_base(name, tmp_path):
     pipe = PIPELINES[name]()
-    adapter = made.lora(tiny.layers(pipe, "to_q", "fc1", "k_proj"))
-    report = write(adapter, tmp_path / "x.safetensors", tool="diffusers")
+    adapter, path = made.lora(tiny.layers(pipe, "to_q", "fc1", "k_proj")), tmp_path / "x.safetensors"
+    with pytest.raises(UnknownBaseError, match=r"module names that diffusers expects.*--base"):
+        write(adapter, path, tool="diffusers")
+    assert not path.exists()
+    report = write(adapter, path, tool="diffusers", base=tiny.save(pipe, tmp_path))
     assert_equal_outputs(load(pipe, report.path), tiny.added(PIPELINES[name](), adapter), 1e-3)
 
 
 def test_a_text_encoder_that_pipelines_would_stumble_over_is_refused_for_them_and_only_for_them(tmp_path):
-    adapter = made.lora(tiny.layers(tiny.sd15(), "to_q", "fc1"))
+    pipe = tiny.sd15()
+    adapter, base = made.lora(tiny.layers(pipe, "to_q", "fc1")), tiny.save(pipe, tmp_path)
     with pytest.raises(InexpressibleError, match=r"text_encoder.*peft-lora"):
-        write(adapter, tmp_path / "x.safetensors", tool="diffusers")
-    report = write(adapter, tmp_path / "x.safetensors", format="diffusers-lora")
+        write(adapter, tmp_path / "x.safetensors", tool="diffusers", base=base)
+    assert not (tmp_path / "x.safetensors").exists()
+    report = write(adapter, tmp_path / "x.safetensors", format="diffusers-lora", base=base)
     with pytest.raises(ValueError, match="Could not automatically infer"):
         load(tiny.sd15(), report.path)
 

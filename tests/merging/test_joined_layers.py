@@ -21,7 +21,7 @@ from krona_hub.merging.plan import plan_merge
 from krona_hub.merging.state_dict import apply_to_state_dict
 from krona_hub.merging.undo import unmerge
 from krona_hub.verification.check_merge import contains
-from tests.joined import HALF, IN, PROJ, QUERIES, checkpoint, joined_base, numbers
+from tests.joined import HALF, IN, PROJ, QUERIES, checkpoint, joined_base, known_to_comfyui, numbers
 from tests.merging.oracle import in_double, rounded
 
 PREFIX = "model.diffusion_model."
@@ -110,6 +110,7 @@ def test_a_state_dict_is_changed_as_a_file_is(case):
 
 def test_a_file_in_the_names_of_the_authors_is_merged_as_its_adapter(case, tmp_path, monkeypatch):
     base, values = case
+    known_to_comfyui(monkeypatch)
     model = loading.load_base(base)
     write(adapter_of("lora"), tmp_path / "adapter.safetensors", tool="comfyui", base=model)
     adapter = read(tmp_path / "adapter.safetensors", base=model)

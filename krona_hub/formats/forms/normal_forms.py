@@ -195,6 +195,18 @@ def with_lora(delta: LayerDelta, lora: Lora) -> LayerDelta:
     return replace(delta, sums=(as_lora(*lora),))
 
 
+def padded(lora: Lora, rank: int) -> Lora:
+    """The same product with a higher rank, by columns and rows of zeros.
+
+    >>> padded(Lora(torch.ones(2, 1), torch.ones(1, 3)), 2).down
+    tensor([[1., 1., 1.],
+            [0., 0., 0.]])
+    """
+    more = rank - len(lora.down)
+    pad = torch.nn.functional.pad
+    return lora if more <= 0 else Lora(pad(lora.up, (0, more)), pad(lora.down, (0, 0, 0, more)))
+
+
 def words_of(delta: LayerDelta) -> str:
     """The factorization in words.
 

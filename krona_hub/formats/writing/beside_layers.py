@@ -15,13 +15,13 @@ from torch import Tensor
 from krona_hub.adapters.adapter import Adapter, vector_delta
 from krona_hub.bases.base import Base
 from krona_hub.bases.module_spec import Placement
-from krona_hub.bases.name_table import NameTable, table
-from krona_hub.formats.compatibility.tools import Tool, held_vectors
+from krona_hub.formats.compatibility.applications import Application
+from krona_hub.formats.compatibility.verdicts import held_vectors
 from krona_hub.formats.forms.left_out import LeftOut
 from krona_hub.formats.forms.vector_kinds import LORA_BIAS, kind_of
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.parsing.keys import EMBEDDINGS
-from krona_hub.formats.writing.module_names import Home, homes, vector_name
+from krona_hub.formats.writing.module_names import FileNames, Home
 from krona_hub.formats.writing.split_modules import check_equal, check_equal_norms, split_vector
 
 
@@ -33,7 +33,7 @@ class Beside(NamedTuple):
     left_out: LeftOut
 
 
-def held_beside(adapter: Adapter, format_name: str, tool: Tool | None, base: Base | None) -> Beside:
+def held_beside(adapter: Adapter, format_name: str, tool: Application | None, base: Base | None) -> Beside:
     """Return the vectors and embeddings that the format has a place for, and that the application loads from it."""
     nonzero = {name: v for name, v in adapter.vectors.items() if bool(v.any())}
     held, storage = held_vectors(format_name, tool), storage_of(format_name)
@@ -56,23 +56,20 @@ def _adapts_layers_without_bias(adapter: Adapter, base: Base | None) -> bool:
     return base is not None and any(base.parameter(f"{layer}.bias") is None for layer in adapter.layers)
 
 
-def lycoris_tensors(
-    vectors: Mapping[str, Tensor], dialect: str, base: Base | None, *, split_qkv: bool = False
-) -> dict[str, Tensor]:
+def lycoris_tensors(vectors: Mapping[str, Tensor], names: FileNames, base: Base | None) -> dict[str, Tensor]:
     """Return key -> tensor in LyCORIS's names: `w_norm` and `b_norm` of a norm, `diff_b` of a layer.
 
     A norm with a bias always has both, since AUTOMATIC1111 ignores one alone.
     """
-    names = None if base is None else table(base)
     modules = dict.fromkeys(name.rpartition(".")[0] for name in vectors)
     layers = [m for m in modules if f"{m}.weight" not in vectors and (base is None or base.module(m) is not None)]
-    gathered = _gathered(layers, vectors, dialect, names, split_qkv)
+    gathered = _gathered(layers, vectors, names)
     tensors = {f"{name}.diff_b": biases for name, biases in gathered.items()}
     for module in modules:
         if module not in layers:
-            name = vector_name(module, dialect, names)
-            if names is not None:
-                check_equal_norms(name, module, vectors, names)
+            name = names.vector_name(module)
+            if names.table is not None:
+                check_equal_norms(name, module, vectors, names.table)
             weight, bias = vectors.get(f"{module}.weight"), vectors.get(f"{module}.bias")
             has_bias = base is None or base.parameter(f"{module}.bias") is not None
             tensors |= _norm(name, weight, bias, has_bias)
@@ -88,11 +85,9 @@ def _norm(name: str, weight: Tensor | None, bias: Tensor | None, has_bias: bool)
     return tensors | ({f"{name}.b_norm": zeros if bias is None else bias} if bias is not None or has_bias else {})
 
 
-def _gathered(
-    layers: Sequence[str], vectors: Mapping[str, Tensor], dialect: str, names: NameTable | None, split_qkv: bool
-) -> dict[str, Tensor]:
+def _gathered(layers: Sequence[str], vectors: Mapping[str, Tensor], names: FileNames) -> dict[str, Tensor]:
     """Module of the file -> the biases of its layers, in the order of its rows."""
-    places = homes(layers, dialect, names, split_qkv=split_qkv)
+    places = names.homes(layers)
     members: dict[str, list[tuple[Home, Tensor]]] = {}
     for layer in layers:
         for home, bias in split_vector(vectors[f"{layer}.bias"], places[layer]):

@@ -1,18 +1,22 @@
 """Encode a LayerDelta as the tensors that a format stores for one module: exactly, or raise an error with the reason.
 
-The inverse of `krona_hub.formats.reading.decode`. alpha is written equal to the rank, so that every reader scales by 1.
+The inverse of `krona_hub.formats.reading.decode`. alpha is written equal to the rank, so that every reader scales by 1,
+and the tensors of a product have one dtype, which AUTOMATIC1111 needs to multiply them.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.errors import InexpressibleError, NonFiniteError
-from krona_hub.formats.compatibility.tools import TOOLS, keeps_product_for_lycoris, why_not_form
+from krona_hub.formats.compatibility.applications import APPLICATIONS
+from krona_hub.formats.compatibility.factorizations import why_not_form
+from krona_hub.formats.compatibility.form_rules import keeps_product_for_lycoris
 from krona_hub.formats.forms.delta_form import is_factored
 from krona_hub.formats.forms.normal_forms import Lora, form_of, lora_of, term_of, without_hadamard
 from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
@@ -53,7 +57,7 @@ def normalized(delta: LayerDelta, format_name: str, tool: str | None = None, *, 
     """
     why = why_not(delta, format_name, tool, layer=layer)
     if why:
-        where = TOOLS[tool].title if tool else format_name
+        where = APPLICATIONS[tool].title if tool else format_name
         raise InexpressibleError(f"{layer or 'The layer'} cannot be written for {where}: {why}.", fix=_offer(delta))
     kind = storage_of(format_name).kind
     if kind == "any":
@@ -91,12 +95,18 @@ def _stored(term: KronTerms, delta: LayerDelta, tool: str | None) -> KronTerms:
     shape = term.shape
     kernel = form_of(delta).kernel if delta.weight_shape[1] % shape.a2 == 0 else 1
     left, right = term.left, term.right
+    rules = () if tool is None else APPLICATIONS[tool].rules
+    all_full = "runtime-lokr" in rules and len(delta.weight_shape) == 2
+    dense_w1 = "dense-w1" in rules or "runtime-lokr" in rules
     dense_for_lycoris = tool == "lycoris" and not keeps_product_for_lycoris(form_of(delta))
     kept = isinstance(right, LowRank) and is_factored(right.rank, (shape.b1, shape.b2 // kernel))
-    if isinstance(right, LowRank) and (dense_for_lycoris or not kept):
+    if isinstance(right, LowRank) and (dense_for_lycoris or all_full or not kept):
         right = right.dense()
     if isinstance(left, LowRank) and not (
-        isinstance(right, LowRank) and right.rank == left.rank and is_factored(left.rank, (shape.a1, shape.a2))
+        isinstance(right, LowRank)
+        and right.rank == left.rank
+        and is_factored(left.rank, (shape.a1, shape.a2))
+        and not dense_w1
     ):
         left = left.dense()
     return replace(term, left=left, right=right)
@@ -145,24 +155,42 @@ def cast_tensor(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return small
 
 
-def tensors_of(delta: LayerDelta, format_name: str) -> dict[str, Tensor]:
+class Convention(NamedTuple):
+    """What applications want differently in a LoKr."""
+
+    full_alpha: float = 1.0  # alpha where both factors are full; only OneTrainer does not ignore it
+    unit_alpha: bool = True  # whether rank 1 has an alpha, by which stable-diffusion.cpp scales wrongly
+    flat_conv3d: bool = True  # w2 of a Conv3d as a matrix, which all loaders but LyCORIS and PEFT need
+
+
+CONVENTION = Convention()
+
+
+def tensors_of(delta: LayerDelta, format_name: str, convention: Convention = CONVENTION) -> dict[str, Tensor]:
     """Parameter name -> tensor of one module, for a delta returned by `normalized` for the same format."""
     storage = storage_of(format_name)
     parts = _magnitude(delta, storage)
     if format_name == DIFFUSEKRONA.name:
         return parts | _diffusekrona(delta.sums[0])
     if storage.kind == "kronecker":
-        return parts | _lokr(delta, delta.sums[0], storage)
+        return parts | _lokr(delta, delta.sums[0], storage, convention)
     lora = lora_of(delta)
-    return parts | (_dense(delta) if lora is None else _lora(delta, lora, storage))
+    return parts | (_dense(delta) if lora is None else _lora(delta, lora, storage, convention))
 
 
-def _lora(delta: LayerDelta, lora: Lora, storage: Storage) -> dict[str, Tensor]:
+def _lora(delta: LayerDelta, lora: Lora, storage: Storage, convention: Convention) -> dict[str, Tensor]:
     up_key, down_key = storage.lora_keys
     rank, kernel = len(lora.down), delta.weight_shape[2:]
-    up = lora.up.reshape(-1, rank, *(1 for _ in kernel))
-    down = lora.down.reshape(rank, *delta.weight_shape[1:])
-    return {up_key: up, down_key: down} | _alpha(rank, storage)
+    up, down = _alike(lora.up, lora.down)
+    up = up.reshape(-1, rank, *(1 for _ in kernel))
+    down = down.reshape(rank, *delta.weight_shape[1:])
+    return {up_key: up, down_key: down} | _alpha(rank, storage, convention)
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors of a product in the wider of their dtypes: a scale that is folded into one of them widens it."""
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return one.to(dtype), other.to(dtype)
 
 
 def _dense(delta: LayerDelta) -> dict[str, Tensor]:
@@ -170,26 +198,27 @@ def _dense(delta: LayerDelta) -> dict[str, Tensor]:
     return {"diff": dense_factor(delta.sums[0].right)[0].reshape(delta.weight_shape)}
 
 
-def _lokr(delta: LayerDelta, term: KronTerms, storage: Storage) -> dict[str, Tensor]:
+def _lokr(delta: LayerDelta, term: KronTerms, storage: Storage, convention: Convention) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
-    rank = 1
+    rank = convention.full_alpha
     if isinstance(term.left, LowRank):
         rank = term.left.rank
-        parts |= {"lokr_w1_a": term.left.up[0], "lokr_w1_b": term.left.down[0]}
+        parts["lokr_w1_a"], parts["lokr_w1_b"] = _alike(term.left.up[0], term.left.down[0])
     else:
         parts["lokr_w1"] = term.left[0]
     if isinstance(term.right, LowRank):
         rank = term.right.rank
-        parts |= {"lokr_w2_a": term.right.up[0], "lokr_w2_b": term.right.down[0]}
+        parts["lokr_w2_a"], parts["lokr_w2_b"] = _alike(term.right.up[0], term.right.down[0])
     else:
-        parts["lokr_w2"] = _with_kernel(term.right[0], delta.weight_shape, term.shape.a2)
-    return parts | _alpha(rank, storage)
+        parts["lokr_w2"] = _with_kernel(term.right[0], delta.weight_shape, term.shape.a2, convention)
+    return parts | _alpha(rank, storage, convention)
 
 
-def _with_kernel(w2: Tensor, weight_shape: tuple[int, ...], a2: int) -> Tensor:
+def _with_kernel(w2: Tensor, weight_shape: tuple[int, ...], a2: int, convention: Convention) -> Tensor:
     """B as (b1, d, k…) if A splits only the channels; flat if A extends into the kernel (FORMATS.md §9)."""
     channels, kernel = weight_shape[1], weight_shape[2:]
-    return w2.reshape(len(w2), channels // a2, *kernel) if channels % a2 == 0 else w2
+    is_flat = bool(channels % a2) or (len(kernel) == 3 and convention.flat_conv3d)
+    return w2 if is_flat else w2.reshape(len(w2), channels // a2, *kernel)
 
 
 def _diffusekrona(term: KronTerms) -> dict[str, Tensor]:
@@ -198,8 +227,9 @@ def _diffusekrona(term: KronTerms) -> dict[str, Tensor]:
     return {"up.weight": b.float(), "down.weight": a.float().mT}
 
 
-def _alpha(rank: int, storage: Storage) -> dict[str, Tensor]:
-    return {"alpha": torch.tensor(float(rank))} if storage.alpha else {}
+def _alpha(rank: float, storage: Storage, convention: Convention) -> dict[str, Tensor]:
+    has_alpha = storage.alpha and (rank != 1 or convention.unit_alpha)
+    return {"alpha": torch.tensor(float(rank))} if has_alpha else {}
 
 
 def _magnitude(delta: LayerDelta, storage: Storage) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from krona_hub.adapters.unknown_base import UNKNOWN, module_name
 from krona_hub.bases.dialects import processor_name
 from krona_hub.bases.module_spec import Placement
-from krona_hub.errors import InexpressibleError
+from krona_hub.errors import InexpressibleError, abbreviated, counted
 
 if TYPE_CHECKING:
     from krona_hub.bases.name_table import NameTable
+    from krona_hub.formats.compatibility.naming import Names
 
 SPLIT: Mapping[str, str] = {"kohya-ldm": "kohya", "comfyui": "diffusers"}  # dialect with separate q, k and v
 PROJECTED = "text_encoder_2"
@@ -30,6 +31,65 @@ class Home:
     module: str
     placement: Placement
     siblings: tuple[Placement, ...]  # every layer that shares the module, this one included
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """How a file calls its modules: in a dialect, or as an application finds them in a base model."""
+
+    dialect: str
+    table: NameTable | None  # None: no known base model, so that modules keep the names of their file
+    found: Names | None = None  # names that the application finds, or that most do; they replace the dialect
+    title: str = ""  # of the application; without one, components that `found` does not cover keep the dialect
+    split_qkv: bool = False
+
+    def homes(self, layers: Iterable[str]) -> Mapping[str, tuple[Home, ...]]:
+        """Layer -> the module that stores it, or the modules that together do.
+
+        Without a base model, layers keep the names of their file, or their canonical names. Raises InexpressibleError
+        if a layer has no name.
+        """
+        layers = tuple(layers)
+        if self.found is None:
+            return homes(layers, self.dialect, self.table, split_qkv=self.split_qkv)
+        found = self.found
+        own = layers if self.title else tuple(layer for layer in layers if found.covers(layer))
+        others = tuple(layer for layer in layers if layer not in own) if len(own) < len(layers) else ()
+        dialect = homes(others, self.dialect, self.table) if others else {}
+        placed = {**dialect, **self._found_homes(own, found)}
+        return {layer: placed[layer] for layer in layers}
+
+    def _found_homes(self, layers: tuple[str, ...], found: Names) -> Mapping[str, tuple[Home, ...]]:
+        places = {layer: self._home(layer, found) for layer in layers}
+        lost = [layer for layer, own in places.items() if not own]
+        if lost:
+            raise InexpressibleError(
+                f"{self.title} finds no module of {found.base.name} for {len(lost)} of {counted(len(layers), 'layer')} "
+                f"({abbreviated(lost)}).",
+                fix="Leave these layers out of the adapter, merge it into the base model, or write another format with "
+                "--to.",
+            )
+        return places
+
+    def _home(self, layer: str, found: Names) -> tuple[Home, ...]:
+        """The modules of a layer in the first naming that the application finds, if possible without fused ones."""
+        speller = found.speller(layer.partition(".")[0])
+        options = [tuple(Home(*home) for home in speller.homes(known, layer)) for known in found.usable(layer)]
+        if self.split_qkv:
+            options.sort(key=lambda own: any(len(home.siblings) > 1 for home in own))
+        return options[0] if options else ()
+
+    def vector_name(self, path: str) -> str:
+        """The name of a norm or of a bare parameter. Raises InexpressibleError if it has none."""
+        if self.found is not None and (self.title or self.found.covers(path)):
+            component, _, inside = path.partition(".")
+            known = next(self.found.usable(path), None)
+            if known is None:
+                raise InexpressibleError(
+                    f"{self.title} finds no parameter {path}.", fix="Add --allow-missing to leave it out."
+                )
+            return self.found.speller(component).norm_name(known, inside)
+        return vector_name(path, self.dialect, self.table)
 
 
 def homes(

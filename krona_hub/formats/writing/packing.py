@@ -13,11 +13,12 @@ from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.adapters.unknown_base import UNKNOWN
 from krona_hub.checkpoints.file_names import PEFT_CONFIG, PEFT_WEIGHTS
 from krona_hub.errors import InexpressibleError
+from krona_hub.formats.compatibility.applications import Application
 from krona_hub.formats.forms.delta_form import ChannelSplit
-from krona_hub.formats.forms.normal_forms import form_of
+from krona_hub.formats.forms.normal_forms import form_of, lora_of, padded, with_lora
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.parsing.own_names import WRAPPER
-from krona_hub.formats.writing.encode import tensors_of
+from krona_hub.formats.writing.encode import CONVENTION, Convention, tensors_of
 from krona_hub.formats.writing.kohya_metadata import kohya_metadata
 from krona_hub.formats.writing.peft_config import LokrModule, keeps_left_products, lokr_config, lora_config
 from krona_hub.kron.terms import KronTerms, LowRank, stored_rank
@@ -43,6 +44,7 @@ class Context:
     trigger_words: tuple[str, ...] = ()
     others: Mapping[str, Collection[str]] = field(default_factory=dict)  # component -> module paths of the base
     beside: Mapping[str, Tensor] = field(default_factory=dict)  # key -> tensor that belongs to no layer
+    application: Application | None = None  # that loads the file
 
 
 class Tensors(NamedTuple):
@@ -70,7 +72,7 @@ def pack(format_name: str, modules: Sequence[FileModule], context: Context) -> F
 
 
 def _kohya(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
-    tensors = _keyed(format_name, [(m.name, m) for m in modules])
+    tensors = _keyed(format_name, [(m.name, m) for m in modules], _convention(modules, context.application))
     ranks = [int(t) for key, t in tensors.items() if key.endswith(".alpha")]
     metadata = kohya_metadata(format_name, ranks, context.family, context.metadata, context.trigger_words)
     return FileSet({"": Tensors({**tensors, **context.beside}, metadata)})
@@ -94,7 +96,7 @@ def _diffusers_lora(format_name: str, modules: Sequence[FileModule], context: Co
 def _diffusers_lokr(format_name: str, modules: Sequence[FileModule], context: Context) -> FileSet:
     """As save_lora_adapter writes: keys without a component, so only one component is possible."""
     members = _only_component(modules, "A diffusers LoKr file")
-    keyed = _keyed(format_name, [(m.path, m) for m in members])
+    keyed = _keyed(format_name, [(m.path, m) for m in members], Convention(flat_conv3d=False))
     return FileSet({"": Tensors(keyed, _adapter_metadata(_lokr_config(members, context)))})
 
 
@@ -108,7 +110,8 @@ def _peft(format_name: str, modules: Sequence[FileModule], context: Context) -> 
             config = _lokr_config(members, context)
         else:
             config = _lora_config(format_name, members, context)
-        keyed = _keyed(format_name, [(f"{WRAPPER}{m.path.removeprefix(WRAPPER)}", m) for m in members])
+        named = [(f"{WRAPPER}{m.path.removeprefix(WRAPPER)}", m) for m in members]
+        keyed = _keyed(format_name, named, Convention(flat_conv3d=False))
         files[f"{folder}{PEFT_WEIGHTS}"] = Tensors(keyed, {"format": "pt"})
         config = {**config, "base_model_name_or_path": context.base_id}
         texts[f"{folder}{PEFT_CONFIG}"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -128,11 +131,35 @@ PACKERS: Mapping[str, Callable[[str, Sequence[FileModule], Context], FileSet]] =
 LOKR_CONFIGS = ("diffusers-lokr", "peft-lokr")  # layouts with one PEFT configuration for all LoKr modules
 
 
-def _keyed(format_name: str, named: Sequence[tuple[str, FileModule]]) -> dict[str, Tensor]:
+def _convention(modules: Sequence[FileModule], application: Application | None) -> Convention:
+    """The convention of LoKr tensors for an application: alpha of full factors as OneTrainer needs it."""
+    if application is None:
+        return CONVENTION
+    ranks = [r for m in modules for s in m.delta.sums for r in (stored_rank(s.left), stored_rank(s.right)) if r]
+    full_alpha = float(ranks[0]) if ranks and "one-lokr-dim" in application.rules else 1.0
+    return Convention(
+        full_alpha, unit_alpha="unit-rank" not in application.rules, flat_conv3d="deep-conv3d" not in application.rules
+    )
+
+
+def with_one_rank(modules: Sequence[FileModule], application: Application | None) -> list[FileModule]:
+    """The modules with the highest rank in all LoRAs, padded with zeros, for an application that loads one rank."""
+    if application is None or "one-rank" not in application.rules:
+        return list(modules)
+    pairs = {m.name: lora for m in modules if (lora := lora_of(m.delta)) is not None}
+    rank = max((len(lora.down) for lora in pairs.values()), default=0)
+    return [
+        m if m.name not in pairs else m._replace(delta=with_lora(m.delta, padded(pairs[m.name], rank))) for m in modules
+    ]
+
+
+def _keyed(
+    format_name: str, named: Sequence[tuple[str, FileModule]], convention: Convention = CONVENTION
+) -> dict[str, Tensor]:
     return {
         f"{name}.{parameter}": tensor.contiguous()
         for name, module in named
-        for parameter, tensor in (tensors_of(module.delta, format_name) | _bias(module)).items()
+        for parameter, tensor in (tensors_of(module.delta, format_name, convention) | _bias(module)).items()
     }
 
 

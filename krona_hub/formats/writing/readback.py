@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
-from krona_hub.errors import IntegrityError, KronaError
+from krona_hub.errors import InexpressibleError, IntegrityError, KronaError
+from krona_hub.formats.compatibility.verdicts import verdict
+from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.reader import read
 from krona_hub.formats.writing.write_plan import WritePlan
 from krona_hub.kron.norms import norm, relative_difference
@@ -35,6 +37,22 @@ def checked(plan: WritePlan, staged: Path) -> float:
     if not worst <= WORST:
         raise IntegrityError(f"{where} has a relative difference of {worst:.1e} after reading back.", fix=_REPORT)
     return worst
+
+
+def check_it_loads(plan: WritePlan, staged: Path) -> None:
+    """Raise InexpressibleError unless `inspect` would say of the staged file that its application loads it, whole."""
+    application = plan.aim.tool
+    if application is None:
+        return
+    components = plan.adapter.components
+    about = describe(staged, base=plan.base, component=components[0] if len(components) == 1 else None)
+    found = verdict(application, about)
+    if not found.ok:
+        raise InexpressibleError(
+            f"{application.title} would not load the file completely and correctly: {found.why}; nothing was written.",
+            fix="Use --to lora or --to lokr for a file for no particular application; "
+            f"`krona tools {application.name}` lists what it loads.",
+        )
 
 
 def _check_vectors(plan: WritePlan, back: Adapter) -> None:

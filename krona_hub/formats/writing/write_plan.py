@@ -20,48 +20,43 @@ from krona_hub.bases.component import Component
 from krona_hub.bases.loading import load_base
 from krona_hub.bases.module_spec import ModuleSpec as BaseModule
 from krona_hub.bases.module_spec import OtherParameters, Placement
-from krona_hub.bases.name_table import NameTable, table
+from krona_hub.bases.name_table import NameTable
 from krona_hub.errors import (
     SPECIFY_BASE,
     AmbiguousError,
     InexpressibleError,
     KronaError,
     UnknownBaseError,
-    UsageError,
     abbreviated,
     one_of,
 )
-from krona_hub.formats.compatibility.tools import UNKNOWN_RUN, Tool, ToolTarget, is_recorded, target_for, tool_named
+from krona_hub.formats.compatibility.applications import Application, application_named
 from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
-from krona_hub.formats.forms.normal_forms import lora_of, without_hadamard
+from krona_hub.formats.forms.normal_forms import without_hadamard
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.reading.placed_layers import joined, layer_of
+from krona_hub.formats.writing.aim import Aim
 from krona_hub.formats.writing.beside_layers import held_beside, lycoris_tensors
 from krona_hub.formats.writing.encode import cast, cast_tensor, normalized
 from krona_hub.formats.writing.fuse_modules import Part, fused
-from krona_hub.formats.writing.module_names import check_one_component, homes, live_path
-from krona_hub.formats.writing.packing import Context, FileModule, FileSet, Tensors, pack, with_common_factors
+from krona_hub.formats.writing.module_names import check_one_component, live_path
+from krona_hub.formats.writing.names_for import file_names
+from krona_hub.formats.writing.packing import (
+    Context,
+    FileModule,
+    FileSet,
+    Tensors,
+    pack,
+    with_common_factors,
+    with_one_rank,
+)
 from krona_hub.formats.writing.split_modules import Homes, split_layer
 from krona_hub.schema.native_tensors import to_tensors
 
 PLAIN_DIALECTS = ("diffusers", "peft", "lycoris")  # canonical names, reformatted; others need the base model
 SAMPLES = 12  # layers whose names are compared between base models
 CLIP_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
-
-
-@dataclass(frozen=True)
-class Aim:
-    """The target of a write: format, dialect of module names, and the application that loads the file."""
-
-    format: str
-    dialect: str
-    tool: Tool | None
-    split_qkv: bool
-
-    @property
-    def is_folder(self) -> bool:
-        return storage_of(self.format).folder
 
 
 @dataclass(frozen=True)
@@ -98,37 +93,6 @@ class WritePlan:
         return replace(self, adapter=replace(self.adapter, provenance=provenance))
 
 
-def aim_at(adapter: Adapter, format_name: str, tool_name: str | None, split_qkv: bool) -> Aim:
-    """Choose format and dialect from a format name, or from an application and the kind of the adapter.
-
-    Raises UsageError for unknown or contradictory names, InexpressibleError for a LoKr and an application that loads
-    LoRA only.
-    """
-    storage = storage_of(format_name)
-    if tool_name is None:
-        return Aim(format_name, storage.dialect, None, split_qkv)
-    tool = tool_named(tool_name)
-    target = _target(adapter, tool)
-    if format_name not in (KRONA.name, target.format):
-        raise UsageError(
-            f"{tool.title} loads {target.format}, not {format_name}.",
-            fix="Specify the format or the application, not both.",
-        )
-    return Aim(target.format, target.dialect, tool, split_qkv or tool.split_qkv)
-
-
-def _target(adapter: Adapter, tool: Tool) -> ToolTarget:
-    """The target of the application for this kind of adapter; the kind never changes."""
-    other = next((name for name, delta in adapter.layers.items() if lora_of(delta) is None), None)
-    target = target_for(tool, other is None)
-    if target is None:
-        raise InexpressibleError(
-            f"{tool.title} loads LoRA only, and {other} is a Kronecker sum.",
-            fix="Convert it with --to lora (exact at full rank, or approximate with --rank or --max-error).",
-        )
-    return target
-
-
 def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: torch.dtype | None) -> WritePlan:
     """Plan the file in memory, to the last bit. Raises a KronaError if the adapter cannot be written that way."""
     if aim.format == KRONA.name:
@@ -137,17 +101,18 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
     if known is None and aim.tool is not None and (UNKNOWN in adapter.components or aim.dialect not in PLAIN_DIALECTS):
         raise _unnamed_for(aim.tool)
     doubtful = adapter.base.names if adapter.base is not None and base is None else ()
-    _check_certain(adapter, aim, doubtful)
-    names = None if known is None else table(known)
+    known = _supported_base(adapter, aim, doubtful) or known
+    names = file_names(aim, known, adapter)
     check_one_component(adapter.components, aim.dialect)
-    places = homes(adapter.layers, aim.dialect, names, split_qkv=aim.split_qkv)
+    places = names.homes(adapter.layers)
     beside = held_beside(adapter, aim.format, aim.tool, known)
     vectors = {name: cast_tensor(vector, dtype) for name, vector in beside.vectors.items()}
-    modules = [m._replace(delta=cast(m.delta, dtype)) for m in _modules(adapter, aim, places, names)]
+    modules = with_one_rank(_modules(adapter, aim, places, names.table), aim.tool)
+    modules = [m._replace(delta=cast(m.delta, dtype)) for m in modules]
     check_text_encoders(aim, modules)
-    context = _context(adapter, known, is_stated=base is not None)
+    context = _context(adapter, aim, known, is_stated=base is not None)
     if storage_of(aim.format).layout == "kohya":
-        tensors = lycoris_tensors(vectors, aim.dialect, known, split_qkv=aim.split_qkv)
+        tensors = lycoris_tensors(vectors, names, known)
         context = replace(context, beside={**tensors, **beside.embeddings})
     elif vectors:
         modules = _biased(modules, places, vectors)
@@ -172,10 +137,10 @@ def check_names_for(adapter: Adapter, tool_name: str | None, base: str | Path | 
     """
     kept = UNKNOWN in adapter.components or KEPT_NAMES in adapter.provenance.warnings
     if tool_name is not None and base is None and kept:
-        raise _unnamed_for(tool_named(tool_name))
+        raise _unnamed_for(application_named(tool_name))
 
 
-def _unnamed_for(tool: Tool) -> UnknownBaseError:
+def _unnamed_for(tool: Application) -> UnknownBaseError:
     return UnknownBaseError(
         f"The base model of the adapter is unknown; the module names that {tool.title} expects depend on it.",
         fix=f"{SPECIFY_BASE} Or choose a format with --to, which keeps the names of the file.",
@@ -309,10 +274,10 @@ def _named_homes(adapter: Adapter, aim: Aim, base: str | Path | Base | None) -> 
     known = _known_base(adapter, base)
     if known is None or aim.format == KRONA.name:
         return {}
-    return homes(adapter.layers, aim.dialect, table(known), split_qkv=aim.split_qkv)
+    return file_names(aim, known, adapter).homes(adapter.layers)
 
 
-def _context(adapter: Adapter, base: Base | None, *, is_stated: bool) -> Context:
+def _context(adapter: Adapter, aim: Aim, base: Base | None, *, is_stated: bool) -> Context:
     own = adapter.base
     stated = base.family if base and is_stated and not base.candidates else None
     only = own.family if own and own.is_certain else None  # one of several base models is not named
@@ -323,6 +288,7 @@ def _context(adapter: Adapter, base: Base | None, *, is_stated: bool) -> Context
         metadata=adapter.provenance.metadata,
         trigger_words=adapter.provenance.trigger_words,
         others={c: modules.keys() for c, modules in base.components.items()} if base else {},
+        application=aim.tool,
     )
 
 
@@ -332,31 +298,35 @@ def _notes(adapter: Adapter, aim: Aim, base: Base | None, names: Sequence[str]) 
         lost = [component for component in adapter.components if component != UNKNOWN] if aim.is_folder else []
         return (KEPT_NAMES, *(f"PEFT names no component: read it with --component {component}" for component in lost))
     notes = [f"the base model is not certain: {one_of(names)}; --base settles it"] if len(names) > 1 else []
-    if aim.tool is not None and aim.format in aim.tool.note_on:
-        notes.append(aim.tool.note)
-    if aim.tool is not None and not is_recorded(base.family):
-        notes.append(f"{aim.tool.title}: {UNKNOWN_RUN}")
+    if aim.tool is not None and aim.format in aim.tool.notes:
+        notes.append(aim.tool.notes[aim.format])
     return tuple(notes)
 
 
-def _check_certain(adapter: Adapter, aim: Aim, names: Sequence[str]) -> None:
-    """Raise AmbiguousError for an application that calls the modules of the base models in doubt by different names."""
+def _supported_base(adapter: Adapter, aim: Aim, names: Sequence[str]) -> Base | None:
+    """The first of the base models in doubt that the application runs; None without doubt, or if it runs none.
+
+    Raises AmbiguousError if the application calls the modules of those that it runs by different names.
+    """
     if aim.tool is None or len(names) < 2:
-        return
-    called = {_called(adapter, aim, name) for name in names}
-    if len(called) > 1:
-        every = one_of(names, most=len(names))
+        return None
+    called = {name: found for name in names if (found := _called(adapter, aim, name)) is not None}
+    if len(set(called.values())) > 1:
+        every = one_of(list(called), most=len(called))
         raise AmbiguousError(
             f"The adapter may be for {every}, whose modules {aim.tool.title} calls by different names.",
-            fix=f"Specify the base model with --base, e.g. --base {names[0]}.",
+            fix=f"Specify the base model with --base, e.g. --base {next(iter(called))}.",
         )
+    return load_base(next(iter(called))) if called else None
 
 
-def _called(adapter: Adapter, aim: Aim, name: str) -> tuple[str, ...]:
-    """The names of some modules of the adapter for a base model."""
+def _called(adapter: Adapter, aim: Aim, name: str) -> tuple[str, ...] | None:
+    """The names of some modules of the adapter for a base model; None if the application does not load them."""
     layers = list(adapter.layers)[:: max(1, len(adapter.layers) // SAMPLES)]
     try:
-        found = homes(layers, aim.dialect, table(load_base(name)), split_qkv=aim.split_qkv)
+        found = file_names(aim, load_base(name), adapter).homes(layers)
+    except InexpressibleError:
+        return None
     except KronaError:
         return (name,)
     return tuple(home.module for layer in layers for home in found[layer])

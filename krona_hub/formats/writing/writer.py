@@ -13,9 +13,10 @@ from krona_hub.bases.base import Base
 from krona_hub.checkpoints.atomic import atomic_folder, atomic_text, check_output
 from krona_hub.checkpoints.writer import write_tensors
 from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
+from krona_hub.formats.writing.aim import aim_at
 from krona_hub.formats.writing.packing import FileSet
-from krona_hub.formats.writing.readback import checked
-from krona_hub.formats.writing.write_plan import WritePlan, aim_at, check_nothing_left_out, planned
+from krona_hub.formats.writing.readback import check_it_loads, checked
+from krona_hub.formats.writing.write_plan import WritePlan, check_nothing_left_out, planned
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def _write_file(plan: WritePlan, package: FileSet, path: Path, overwrite: bool) 
         staged = Path(folder) / path.name
         write_tensors(staged, *package.files[""])
         worst = checked(plan, staged)
+        check_it_loads(plan, staged)
         check_output(path, overwrite=overwrite)
         staged.replace(path)
     return _report(plan, package, path, (path,), worst)
@@ -136,6 +138,7 @@ def _write_folder(plan: WritePlan, package: FileSet, path: Path, overwrite: bool
         for name, text in package.texts.items():
             atomic_text(staged / name, text)
         worst = checked(plan, staged)
+        check_it_loads(plan, staged)
     return _report(plan, package, path, tuple(path / n for n in (*package.files, *package.texts)), worst)
 
 

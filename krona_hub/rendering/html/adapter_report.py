@@ -7,7 +7,7 @@ from pathlib import Path
 
 from krona_hub.adapters.adapter import Adapter
 from krona_hub.errors import KronaError
-from krona_hub.formats.compatibility.tools import Verdict
+from krona_hub.formats.compatibility.verdicts import Verdict
 from krona_hub.formats.forms.normal_forms import size_of
 from krona_hub.formats.reading.description import Description, factorization_text, scale_text, vectors_text
 from krona_hub.formats.reading.reader import read_described

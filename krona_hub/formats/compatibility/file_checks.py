@@ -1,0 +1,46 @@
+"""Failures of diffusers on whole files of formats that it supports. Torch-free.
+
+Each check takes a description and returns the reason as a clause, or None. Sources: FORMATS.md §5 and runs of diffusers
+0.42.1, which `tests/formats/test_loads_in.py` repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from krona_hub.formats.reading.description import Description
+
+FileCheck = Callable[[Description], str | None]
+SINGLE_CLIP = ("q_proj", "k_proj", "v_proj")
+
+
+def mixed_eras(description: Description) -> str | None:
+    """diffusers decides by the first key how to read all keys (FORMATS.md §5.1)."""
+    keys = description.header.tensors
+    old = [k for k in keys if ".lora.down." in k or "_lora.down." in k]
+    new = [k for k in keys if ".lora_A." in k and not k.startswith("text_encoder")]
+    return "it mixes old and new key names, and diffusers reads only one kind" if old and new else None
+
+
+def uneven_alphas(description: Description) -> str | None:
+    """diffusers 0.42.1 stores the alphas of U-Net attention under names that match no module."""
+    if description.format != "kohya-lora":
+        return None
+    alphas = {m.alpha for m in description.modules if m.layers and m.layers[0].startswith("unet.")}
+    return "diffusers loses the alphas of attention layers if they differ between modules" \
+        if len(alphas) > 1 else None  # fmt: skip
+
+
+def text_without_out_proj(description: Description) -> str | None:
+    """diffusers 0.42.1 infers the version of kohya text-encoder keys from the presence of out_proj."""
+    if description.format != "kohya-lora":
+        return None
+    text = [layer for m in description.modules for layer in m.layers if layer.startswith("text_encoder")]
+    attention = any(layer.endswith(SINGLE_CLIP) for layer in text)
+    lost = attention and not any(layer.endswith("out_proj") for layer in text)
+    return "diffusers loses the attention layers of a text encoder whose out_proj is not adapted" if lost else None
+
+
+FILE_CHECKS: Mapping[str, tuple[FileCheck, ...]] = {
+    "diffusers": (mixed_eras, uneven_alphas, text_without_out_proj),
+}
