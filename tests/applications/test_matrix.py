@@ -200,7 +200,8 @@ def test_a_file_of_a_rarer_kind_loads_whole_or_is_refused(name, base, kind, tmp_
 def test_some_lora_is_written_for_every_application(name, tmp_path):
     """The matrix is not passed by refusing everything."""
     written = []
-    for number, family in enumerate(APPLICATIONS[name].families):
+    families = [family for family in APPLICATIONS[name].families if family.lora]
+    for number, family in enumerate(families):
         folder = tmp_path / str(number)
         folder.mkdir()
         base = catalog.get(family.bases[0])
@@ -211,7 +212,7 @@ def test_some_lora_is_written_for_every_application(name, tmp_path):
             written.append(family.bases[0])
         except InexpressibleError as error:
             assert "layer" in error.cause or "adapted" in error.cause, error
-    assert len(written) >= 0.7 * len(APPLICATIONS[name].families), written
+    assert len(written) >= 0.7 * len(families), written
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)

@@ -6,7 +6,8 @@ import pytest
 
 from krona_hub.conversion import convert
 from krona_hub.conversion.output_options import default_out
-from krona_hub.errors import InexpressibleError, KronaError, LossyError, UnknownBaseError
+from krona_hub.errors import InexpressibleError, KronaError, LossyError, UnknownBaseError, UsageError
+from krona_hub.formats.compatibility.verdicts import loads_in
 from krona_hub.formats.reading.describe import describe
 from krona_hub.formats.reading.reader import read
 from tests.shared import shared
@@ -37,11 +38,52 @@ def test_a_tool_gets_a_lokr_of_one_term_where_a_way_is_given(tmp_path):
 
 
 def test_a_tool_that_loads_lora_only_says_how_to_get_one(tmp_path):
-    with pytest.raises(InexpressibleError, match=r"--max-error 0\.05, --exact or --rank R"):
-        convert(**golden("lyc_f4_dim2_a1"), out=tmp_path / "x.safetensors", tool="nunchaku")
-    report = convert(**golden("lyc_f4_dim2_a1"), out=tmp_path / "x.safetensors", tool="nunchaku", exact=True)
-    assert report.target_format == "diffusers-lora"
+    source, out = golden("lyc_f4_dim2_a1"), tmp_path / "x.safetensors"
+    for options in ({}, {"to": "lokr"}):
+        with pytest.raises(
+            InexpressibleError, match=r"loads only LoRA.*--for kohya --to lora.*5%.*--exact or --rank R"
+        ):
+            convert(**source, out=out, tool="kohya", **options)
+    assert not out.exists()
+    report = convert(**source, out=out, tool="kohya", to="lora")
+    assert report.target_format == "kohya-lora"
+    assert 0 < max(row.relative_error for row in report.layers) <= 0.05
+    report = convert(**source, out=out, tool="kohya", exact=True, overwrite=True)
+    assert report.target_format == "kohya-lora"
     assert report.relative_error < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "format"),
+    [
+        ("lyc_f4_dim2_a1", "lokr", "lycoris-lokr"),
+        ("lyc_f4_dim2_a1", "lycoris-lokr", "lycoris-lokr"),
+        ("lyc_f4_dim2_a1", "lora", "kohya-lora"),
+        ("lyc_f4_dim2_a1", "kohya-lora", "kohya-lora"),
+        ("kohya_lora_dim4_a1_conv2_a1", "lora", "kohya-lora"),
+        ("kohya_lora_dim4_a1_conv2_a1", "lokr", "lycoris-lokr"),
+    ],
+)
+def test_the_kind_for_a_tool_can_be_chosen(name, to, format, tmp_path):
+    report = convert(**golden(name), out=tmp_path / "x.safetensors", tool="comfyui", to=to, exact=True)
+    assert report.target_format == format and report.relative_error < 1e-6
+    about = describe(report.out, base=golden(name)["base"])
+    assert about.format == format and loads_in(about)["comfyui"].ok
+
+
+@pytest.mark.parametrize("to", ["krona", "diffusers-lora", "peft-lokr"])
+def test_a_format_that_the_tool_is_not_written_in_is_a_contradiction(to, tmp_path):
+    with pytest.raises(UsageError, match=rf"ComfyUI loads kohya-lora.*lycoris-locon.*lycoris-lokr, not {to}\."):
+        convert(**golden("lyc_f4_dim2_a1"), out=tmp_path / "x.safetensors", tool="comfyui", to=to)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(("tool", "name"), [("comfyui", "comfyui"), ("SwarmUI", "comfyui"), ("a1111", "a1111")])
+def test_a_file_for_a_tool_carries_its_name(tool, name, tmp_path):
+    source = tmp_path / "x.safetensors"
+    source.write_bytes(golden("lyc_f4_dim2_a1")["source"].read_bytes())
+    report = convert(source, base=golden("lyc_f4_dim2_a1")["base"], tool=tool)
+    assert report.out == tmp_path / f"x.{name}.safetensors" and report.out.exists()
 
 
 def test_a_dora_needs_its_base_weights_only_where_the_target_has_no_magnitude(tmp_path):

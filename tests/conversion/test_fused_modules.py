@@ -66,14 +66,27 @@ def test_a_low_rank_factor_stays_low_rank_and_the_scale_is_folded_in_once(tmp_pa
         assert torch.allclose(found[key], tensor, rtol=1e-6), key
 
 
-def test_separate_projections_are_refused_by_name(tmp_path):
+@pytest.fixture
+def separate(tmp_path):
+    """A file of q, k and v as LoKr modules of their own, in the diffusers names."""
     random = torch.Generator().manual_seed(0)
-    separate = {
+    tensors = {
         f"transformer.transformer_blocks.0.attn.to_{x}.lokr_w{i}": torch.randn(64, 64, generator=random)
         for x in "qkv"
         for i in (1, 2)
     }
-    source = tmp_path / "source.safetensors"
-    save_file(separate, source)
-    with pytest.raises(InexpressibleError, match=r"img_attn\.qkv fuses 3 projections"):
-        convert(source, base=BASE, tool="comfyui", out=tmp_path / "out.safetensors")
+    save_file(tensors, tmp_path / "separate.safetensors")
+    return tmp_path / "separate.safetensors"
+
+
+def test_separate_projections_stay_apart_for_an_application_that_finds_them(separate, tmp_path):
+    out = tmp_path / "out.safetensors"
+    report = convert(separate, base=BASE, tool="comfyui", out=out)
+    assert report.relative_error == 0 and report.target_format == "lycoris-lokr"
+    assert_equal(factors(out), factors(separate))
+
+
+def test_separate_projections_are_refused_by_name_for_one_that_only_finds_the_fused_module(separate, tmp_path):
+    with pytest.raises(InexpressibleError, match=r"lora_unet_double_blocks_0_img_attn_qkv fuses 3 projections"):
+        convert(separate, base=BASE, tool="musubi", out=tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

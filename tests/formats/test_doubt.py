@@ -1,6 +1,7 @@
 """Doubt about the base model is shown, and nothing is written that is right for one of several base models only."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -133,10 +134,13 @@ def test_text_encoders_get_the_names_that_comfyui_knows(tmp_path):
     assert {key.partition(".")[0] for key in keys_of(report.path)[0]} == {"lora_te_layers_0_self_attn_q_proj"}
 
 
-def test_a_stable_cascade_file_keeps_its_projections_apart(tmp_path):
+def test_a_stable_cascade_file_keeps_its_projections_apart_under_the_names_of_comfyui(tmp_path):
     path = save(tmp_path / "x.safetensors", lora("lora_prior_unet_down_blocks_1_2_attention_to_q", 2048, 2048))
-    report = write(read(path), tmp_path / "out.safetensors", format="kohya-lora")
-    assert {key.partition(".")[0] for key in keys_of(report.path)[0]} == {"lora_unet_down_blocks_1_2_attention_to_q"}
+    for target in ({"format": "kohya-lora"}, {"tool": "comfyui"}):
+        report = write(read(path), tmp_path / "out.safetensors", overwrite=True, **target)
+        modules = {re.sub(r"\.(lora_(up|down)\.weight|alpha)$", "", key) for key in keys_of(report.path)[0]}
+        assert modules == {"diffusion_model.down_blocks.1.2.attention.attn.to_q"}
+    assert loads_in(describe(report.path))["comfyui"].ok
 
 
 def test_the_component_that_a_peft_folder_cannot_name_is_said(tmp_path):

@@ -6,7 +6,7 @@ the tables and places the rows by itself. Real shapes are large, so that rows of
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -23,12 +23,20 @@ from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases import catalog, detection
 from krona_hub.bases.base import Base
 from krona_hub.bases.component import Component
-from krona_hub.bases.dialects import spelling_of
 from krona_hub.bases.families import FAMILIES
+from krona_hub.bases.ldm_names import is_unet
 from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.bases.name_table import table
-from krona_hub.formats.writing.write_plan import Aim, planned
+from krona_hub.formats.compatibility.applications import APPLICATIONS
+from krona_hub.formats.compatibility.naming import PARTIAL, ComponentNamings, Names
+from krona_hub.formats.compatibility.verdicts import loads_in
+from krona_hub.formats.reading.describe import describe
+from krona_hub.formats.writing import write_plan
+from krona_hub.formats.writing.aim import Aim, aim_at
+from krona_hub.formats.writing.module_names import FileNames
+from krona_hub.formats.writing.write_plan import planned
 from krona_hub.formats.writing.writer import write_planned
+from krona_hub.kron.norms import norm
 from krona_hub.kron.terms import LowRank
 
 RANK, ALPHA = 2, 3.0
@@ -266,7 +274,7 @@ CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("lokr", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "spelling"), CASES)
-def test_a_file_in_any_spelling_is_read_and_written_again(name, spelling, kind, tmp_path):
+def test_a_file_in_any_spelling_is_read_and_written_again(name, spelling, kind, tmp_path, monkeypatch):
     base, seed, g = catalog.get(name), random.Random(f"{name} {spelling} {kind}"), torch.Generator().manual_seed(7)
     format_name, maker = MAKERS[kind]
     meant = {module: maker(module.shape, g) for module in spelled(base, spelling, seed)}
@@ -276,12 +284,53 @@ def test_a_file_in_any_spelling_is_read_and_written_again(name, spelling, kind, 
     for names in forms:
         adapter = krona_hub.read(save(tmp_path / "read.safetensors", names, meant), base=base)
         check(adapter, base, meant, seed)
-    for dialect in ("original", "comfyui", "diffusers", "kohya-ldm", "kohya"):
-        if (spelling_of(base, base.denoiser, dialect) or "diffusers") == spelling:
-            path = tmp_path / f"{dialect}.safetensors"
-            write_planned(planned(adapter, Aim(format_name, dialect, None, split_qkv=False), base, None), path)
-            written = {name.replace("diffusion_model.", prefixes[0]) for name in modules_in(path)}
-            assert written in [{*names.values()} for names in forms], dialect
+    if spelling in ("fused-diffusers", *PARTIAL):  # only read: no application asks for these names, or not for all
+        return
+    for prefix, names in zip(prefixes, forms, strict=True):
+        path = tmp_path / "written.safetensors"
+        monkeypatch.setattr(write_plan, "file_names", in_naming(f"{prefix} {spelling}"))
+        plan = planned(adapter, aim_at(adapter, format_name, None, False), base, None)
+        write_planned(plan, path, overwrite=True)
+        assert modules_in(path) == {*names.values()}, prefix
+        check(krona_hub.read(path, base=base), base, meant, seed)
+
+
+def in_naming(text: str) -> Callable[[Aim, Base, Adapter], FileNames]:
+    """As `file_names`, for an application that finds the denoiser in this one naming."""
+    namings = {"denoiser": ComponentNamings([text], {})}
+    return lambda aim, base, adapter: FileNames(aim.dialect, table(base), Names(base, namings), title=text)
+
+
+@pytest.mark.parametrize(("name", "spelling"), CASES)
+def test_a_file_for_no_application_has_the_names_that_most_applications_find(name, spelling, tmp_path):
+    """At least as many as find the file in the spelling that it was read in; a name that nobody maps is never chosen."""
+    base, seed, g = catalog.get(name), random.Random(f"{name} {spelling} default"), torch.Generator().manual_seed(7)
+    meant = {module: random_lora(module.shape, g) for module in spelled(base, spelling, seed)}
+    path, written = tmp_path / "read.safetensors", tmp_path / "written.safetensors"
+    prefixes = (f"{base.denoiser}." if "diffusers" in spelling else "diffusion_model.", "lora_unet_")
+    readers = []
+    for prefix in prefixes:
+        adapter = krona_hub.read(save(path, {m: prefixed(prefix, m.name) for m in meant}, meant), base=base)
+        readers.append(loading(path, base))
+    try:
+        krona_hub.write(adapter, written, format="kohya-lora", base=base)
+    except krona_hub.KronaError as error:  # a module of two layers needs both
+        assert error.code == "KH127" and "only one of them is adapted" in str(error) and not any(readers)
+        return
+    again = krona_hub.read(written, base=base)
+    assert all(norm(again[layer].sums) == 0 for layer in again.layers.keys() - adapter.layers.keys())  # rows of q|k|v
+    check(again.with_layers({layer: again[layer] for layer in adapter.layers}), base, meant, seed)
+    found = loading(written, base)
+    assert len(found) >= max(map(len, readers)), (found, readers)
+    unmapped = {prefixed("lora_unet_", layer.partition(".")[2]) for layer in adapter}
+    known = spellings(name)[0] != "diffusers" and not is_unet(base.components[base.denoiser])
+    assert found or not known or modules_in(written) != unmapped, "as the trainers of this base model write them"
+
+
+def loading(path: Path, base: Base) -> list[str]:
+    """The applications that load a file, of those whose names depend on the base model."""
+    found = loads_in(describe(path, base=base))
+    return [name for name, verdict in found.items() if verdict.ok and not APPLICATIONS[name].every_base]
 
 
 def prefixed(prefix: str, name: str) -> str:

@@ -235,7 +235,7 @@ def test_a_conversion_counts_what_it_leaves_out_and_needs_consent(tmp_path):
     assert complete.verdict.startswith("Exact: ") and complete.vectors == 3
 
 
-@pytest.mark.parametrize("goal", [{"to": "kohya-lora"}, {"to": "peft-lokr"}, {"tool": "musubi"}, {"tool": "peft"}])
+@pytest.mark.parametrize("goal", [{"to": "kohya-lora"}, {"to": "peft-lokr"}, {"tool": "kohya"}, {"tool": "peft"}])
 def test_a_file_with_nothing_in_it_is_never_written(tmp_path, goal):
     source, folder = tmp_path / "s.safetensors", tmp_path / "out"
     write(Adapter({}, catalog.get(BASE).model, vectors={f"unet.{NORM}.weight": WEIGHT}), source, base=BASE)
@@ -243,6 +243,16 @@ def test_a_file_with_nothing_in_it_is_never_written(tmp_path, goal):
     with pytest.raises(InexpressibleError, match="would be empty") as caught:
         krona_hub.convert(source, folder / "o", base=BASE, allow_missing=True, **goal)
     assert caught.value.exit_code == 3 and not any(folder.iterdir())
+
+
+def test_vectors_alone_are_not_written_for_an_application_that_does_not_run_the_base(tmp_path):
+    source = tmp_path / "s.safetensors"
+    write(Adapter({}, catalog.get(BASE).model, vectors={f"unet.{NORM}.weight": WEIGHT}), source, base=BASE)
+    with pytest.raises(
+        InexpressibleError, match="musubi-tuner does not run tiny-scenes; nothing was written"
+    ) as caught:
+        krona_hub.convert(source, tmp_path / "o.safetensors", base=BASE, allow_missing=True, tool="musubi")
+    assert caught.value.exit_code == 3 and not (tmp_path / "o.safetensors").exists()
 
 
 def test_the_error_of_rounded_vectors_is_reported(tmp_path):

@@ -65,8 +65,9 @@ class FamilySupport:
     is_open: bool = False  # whether it finds other names, too, which are not stated
 
     def names_for(self, format_name: str) -> Mapping[str, ComponentNamings]:
-        """The namings that the application finds in files of a format."""
-        return self.names_by_format.get(format_name, self.names)
+        """The namings that the application finds in files of a format, or of a variant of it such as `…+alpha`."""
+        found = self.names_by_format.get(format_name)
+        return self.names_by_format.get(format_name.partition("+")[0], self.names) if found is None else found
 
     def loads(self, kind: Kind) -> bool | None:
         """Whether it loads that kind of adapter for these base models; None if not known."""
@@ -100,8 +101,8 @@ class Application:
 
     def rejection(self, format_name: str) -> str | None:
         """Why it does not load files of a format, as a clause; None if it does, as far as the format is concerned."""
-        if format_name in self.formats:
-            return self.formats[format_name] or None
+        if format_name in self.formats or "+" in format_name:  # a variant of a format is read unless it is listed
+            return self.formats.get(format_name) or None
         return DEFAULT_REASONS.get(format_name, "it does not read this format")
 
     @cached_property

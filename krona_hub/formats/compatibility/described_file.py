@@ -49,6 +49,20 @@ class DescribedFile:
             yield StoredModule(info, parts, module.group.parts, module.places)
 
     @cached_property
+    def variant(self) -> str:
+        """The format, with `+alpha` for diffusers LoRA keys beside stored alphas, which some loaders refuse."""
+        has_alpha = any("alpha" in module.parts for module in self.modules)
+        name = self.description.format
+        return f"{name}+alpha" if name == "diffusers-lora" and has_alpha else name
+
+    @cached_property
+    def formats(self) -> tuple[str, ...]:
+        """Formats whose rejection concerns the file: its own, `…+named` for keys that name an adapter, and LoHa."""
+        own = self.description.format
+        named = any(".default." in key for module in self.modules for key in module.keys.values())
+        return (own, *([f"{own}+named"] if named else []), *(["lycoris-loha"] if "loha" in self.kinds else []))
+
+    @cached_property
     def members(self) -> Mapping[str, tuple[StoredModule, ...]]:
         """Component -> its modules."""
         found: dict[str, list[StoredModule]] = {}

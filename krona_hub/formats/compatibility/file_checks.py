@@ -22,6 +22,19 @@ def mixed_eras(description: Description) -> str | None:
     return "it mixes old and new key names, and diffusers reads only one kind" if old and new else None
 
 
+def mixed_prefixes(description: Description) -> str | None:
+    """Its converters of transformers take the names of a file for those of one program."""
+    heads = {m.name.partition(".")[0] for m in description.modules}
+    mixed = {"transformer", "diffusion_model"} <= heads
+    return "it mixes names of two programs, transformer. and diffusion_model., of which one is read" if mixed else None
+
+
+def kohya_embeddings(description: Description) -> str | None:
+    """It recognizes a kohya file by the prefixes of all its keys."""
+    found = description.format == "kohya-lora" and description.extras
+    return "it does not recognize kohya names beside embeddings, and refuses the file" if found else None
+
+
 def uneven_alphas(description: Description) -> str | None:
     """diffusers 0.42.1 stores the alphas of U-Net attention under names that match no module."""
     if description.format != "kohya-lora":
@@ -42,5 +55,5 @@ def text_without_out_proj(description: Description) -> str | None:
 
 
 FILE_CHECKS: Mapping[str, tuple[FileCheck, ...]] = {
-    "diffusers": (mixed_eras, uneven_alphas, text_without_out_proj),
+    "diffusers": (mixed_eras, mixed_prefixes, kohya_embeddings, uneven_alphas, text_without_out_proj),
 }

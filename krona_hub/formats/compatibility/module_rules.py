@@ -94,16 +94,15 @@ def scale_outside(module: StoredModule) -> str | None:
     return f"its scale of {info.scale:g} is in the metadata, which are ignored"
 
 
-def stored_alpha(module: StoredModule) -> str | None:
-    """diffusers takes the scale of lora_A and lora_B keys from the metadata only."""
-    is_peft = any(key.endswith("lora_A.weight") for key in module.keys.values())
-    lost = is_peft and "alpha" in module.parts and module.info.scale != 1
-    return f"its alpha is ignored, so that the scale is 1 instead of {module.info.scale:g}" if lost else None
-
-
 def kohya_dora(module: StoredModule) -> str | None:
     """diffusers reads a DoRA magnitude as `lora_magnitude_vector` only."""
     return "its dora_scale is dropped" if "dora_scale" in module.parts else None
+
+
+def bare_magnitude(module: StoredModule) -> str | None:
+    """The magnitude of ai-toolkit, which diffusers' converters do not know."""
+    key = next((k for k in module.keys.values() if k.endswith(".magnitude")), None)
+    return f"the key {key} is refused" if key else None
 
 
 def unit_rank(module: StoredModule) -> str | None:

@@ -36,6 +36,7 @@ from krona_hub.formats.compatibility.form_rules import (
 )
 from krona_hub.formats.compatibility.module_rules import (
     StoredModule,
+    bare_magnitude,
     deep_w2,
     even_products,
     factored_w1,
@@ -49,7 +50,6 @@ from krona_hub.formats.compatibility.module_rules import (
     other_scale,
     runtime_lokr,
     scale_outside,
-    stored_alpha,
     tucker,
     two_dtypes,
     unequal_dtypes,
@@ -90,7 +90,7 @@ RULES: Mapping[str, ApplicationRule] = {
     "one-dtype": ApplicationRule(module=two_dtypes),
     "equal-dtypes": ApplicationRule(module=unequal_dtypes),
     "metadata-alpha": ApplicationRule(module=scale_outside),
-    "stored-alpha": ApplicationRule(module=stored_alpha),
+    "no-magnitude": ApplicationRule(module=bare_magnitude),
     "lost-dora": ApplicationRule(module=kohya_dora),
     "runtime-lokr": ApplicationRule(module=runtime_lokr),
     "deep-w2-fails": ApplicationRule(module=deep_w2),

@@ -68,8 +68,7 @@ def verdict(application: Application, description: Description) -> Verdict:
 
 
 def _verdict(application: Application, file: DescribedFile) -> Verdict:
-    formats = (file.description.format, *(["lycoris-loha"] if "loha" in file.kinds else []))
-    rejected = next((why for name in formats if (why := application.rejection(name)) is not None), None)
+    rejected = next((why for name in file.formats if (why := application.rejection(name)) is not None), None)
     if rejected is not None:
         is_open = rejected.startswith(NOT_KNOWN)
         return Verdict("not known" if is_open else "no", rejected.removeprefix(f"{NOT_KNOWN}: "))
@@ -101,7 +100,7 @@ def _for_base(application: Application, file: DescribedFile, base: Base) -> Verd
         return refused
     names = None
     if support is not None and file.own is not None:
-        names = Names(file.own, support.names_for(file.description.format), file.spellers)
+        names = Names(file.own, support.names_for(file.variant), file.spellers)
     evidence = str(application.evidence if support is None else support.evidence)
     problems = dict(_problems(application, file, names))
     if support is not None and support.is_open and "" in problems.values():
@@ -126,8 +125,8 @@ def _not_supported(
         return Verdict("no", f"it does not run {base.name}", evidence=str(application.evidence))
     if support is None:
         return Verdict("not known", f"whether it runs {base.name} is not known")
-    if file.description.format in support.rejected:
-        return Verdict("no", support.rejected[file.description.format], evidence=str(support.evidence))
+    if file.variant in support.rejected:
+        return Verdict("no", support.rejected[file.variant], evidence=str(support.evidence))
     titles: Mapping[Kind, str] = {"lora": "LoRA", "lokr": "LoKr"}
     for kind, title in titles.items():
         if kind in file.kinds and not (loads := support.loads(kind)):

@@ -57,6 +57,7 @@ def supported(application: Application, base: Base, kinds: Collection[str]) -> F
                 f"Whether {application.title} loads {title} for {base.name} is not known"
                 if loads is None
                 else f"{application.title} loads no {title} for {base.name}"
+                + (f": {support.note}" if support.note else "")
             )
             fix = (
                 f"Use --for {application.name} --to lora." if kind == "lokr" and support.lora else _instead(base, kinds)
