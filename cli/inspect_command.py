@@ -116,16 +116,23 @@ def _facts(file: str, about: Description, sha256: str | None) -> Iterator[tuple[
 
 
 def _loads(verdicts: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
-    """The applications that load the file, then one line per reason why others do not, or why that is not known."""
-    loading = [name for name, verdict in verdicts.items() if verdict.ok]
+    """The applications that load the file, then one line per reason why others do not, or why that is not known.
+
+    `(read)` marks what only the source of the application says.
+    """
+    loading = [_cited(name, verdict) for name, verdict in verdicts.items() if verdict.ok]
     is_open = any(verdict.answer == "not known" for verdict in verdicts.values())
     yield "loads in", ", ".join(loading) or ("not known" if is_open else "krona only")
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, verdict in verdicts.items():
         if not verdict.ok:
-            reasons.setdefault((verdict.answer, verdict.why), []).append(name)
+            reasons.setdefault((verdict.answer, verdict.why), []).append(_cited(name, verdict))
     for (answer, why), names in sorted(reasons.items(), key=lambda item: item[0][0] != "no"):
         yield "not in" if answer == "no" else answer, f"{', '.join(names)}: {why}"
+
+
+def _cited(name: str, verdict: Verdict) -> str:
+    return f"{name} (read)" if verdict.evidence.startswith("read") else name
 
 
 def _base(about: Description) -> Iterator[tuple[str, str]]:

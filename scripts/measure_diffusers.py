@@ -13,6 +13,7 @@ layers and of the `wrong` ones with the factor by which they are too strong, and
 """
 
 import argparse
+import gc
 import json
 import re
 import warnings
@@ -81,12 +82,10 @@ class Stored(NamedTuple):
     places: Sequence[Placement]
     shape: Sequence[int]
 
-    @property
-    def bare(self) -> str:
-        """The name as messages of diffusers have it, with a dot behind."""
-        return (
-            re.sub(r"^(diffusion_model|transformer|unet)\.|^(lora_unet|lora_transformer|lycoris)_", "", self.name) + "."
-        )
+    def is_named(self, message: str) -> bool:
+        """Whether an error names this module, possibly without its prefix."""
+        bare = re.sub(r"^((diffusion_model|transformer|unet)\.|(lora_unet|lora_transformer|lycoris)_)", "", self.name)
+        return f"'{bare}." in message or f"{self.name}." in message
 
 
 def main() -> None:
@@ -217,7 +216,7 @@ class Bench:
         if "Invalid" not in facts["error"]:
             for part, found in ((modules, facts), (blocks, {"error": None})):
                 found = found if found["error"] else self.load(part, form)
-                while found["error"] and (less := [m for m in part if m.bare not in found["error"]]) and less != part:
+                while found["error"] and (less := [m for m in part if not m.is_named(found["error"])]) and less != part:
                     part, found = less, self.load(less, form)
                 yield part, found
             for label in groups if form.startswith("lora") else ():
@@ -246,7 +245,9 @@ class Bench:
         models = [getattr(self.pipe, c) for c in (*self.denoisers, *self.texts)] if self.pipe else []
         touched = any(getattr(model, "peft_config", None) is not None for model in models)
         fused = any(getattr(m, "fused_projections", False) for x in models for m in x.modules() if "lokr" in form)
-        self.pipe = None if touched or fused else self.pipe
+        if touched or fused:
+            self.pipe = None
+            gc.collect()  # fused projections occupy gigabytes
         return facts
 
     def build(self) -> Any:

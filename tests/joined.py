@@ -42,12 +42,11 @@ def joined_base(monkeypatch) -> Base:
     lookup = lookup_of(rules)
     original = SimpleNamespace(
         name="joined",
-        comfyui="original",
+        in_files=True,
         spellings={"authors": "joined"},
         unclear=(),
         rules=lambda _: rules,
         lookup=lambda _: lookup,
-        written=lambda _="authors": "authors",
     )
     of_catalog = component.original_of
     monkeypatch.setattr(

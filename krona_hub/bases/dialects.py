@@ -6,7 +6,6 @@
 | peft | `down_blocks.1…to_q`: no component, `text_model.` as in the current class | PEFT folders |
 | kohya | `lora_unet_down_blocks_1_…`, `lora_te1_text_model_…` | LyCORIS, ComfyUI, Forge, A1111 |
 | kohya-ldm | `lora_unet_input_blocks_4_1_…`, `lora_unet_double_blocks_0_img_attn_qkv` | sd-scripts |
-| comfyui | as kohya for U-Nets; `transformer.…` or `diffusion_model.…` for transformers | ComfyUI |
 | original | `diffusion_model.input_blocks.4.1.…` | ai-toolkit, BFL |
 | processor | `unet.….attn1.processor.to_q_lora` | diffusers up to 0.21, DiffuseKronA |
 """
@@ -20,7 +19,6 @@ from typing import NamedTuple
 from krona_hub.bases import ldm_names
 from krona_hub.bases.base import CONDITIONER, DENOISERS, Base
 from krona_hub.bases.original_names import AUTHORS
-from krona_hub.bases.original_names import COMFYUI as COMFYUI_NAMES
 from krona_hub.errors import UsageError
 
 
@@ -38,13 +36,8 @@ DIALECTS: Mapping[str, Dialect] = {
     "peft": Dialect("", ""),
     "kohya": Dialect("lora_unet_", "lora_te{n}_", underscored=True),
     "kohya-ldm": Dialect("lora_unet_", "lora_te{n}_", underscored=True, originals=True),
-    "comfyui": Dialect("lora_unet_", "lora_te{n}_", underscored=True),  # for U-Nets; for transformers see `_comfyui`
     "original": Dialect("diffusion_model.", "{}.", originals=True),
     "processor": Dialect("{}.", "{}."),
-}
-COMFYUI = {
-    "diffusers": Dialect("transformer.", "lora_te{n}_"),
-    "original": Dialect("diffusion_model.", "lora_te{n}_", originals=True),
 }
 PROCESSOR = (  # the only modules with attention-processor names
     (re.compile(r"(.*attn\d?)\.(to_[qkv]|add_[qkv]_proj|to_add_out)"), r"\1.processor.\2_lora"),
@@ -75,7 +68,7 @@ def spelling_of(base: Base, component: str, dialect: str) -> str | None:
     if ldm_names.is_unet(modules):  # sd-scripts uses ldm names for SDXL, but diffusers names for SD 1 and 2
         return AUTHORS if dialect != "kohya-ldm" or ldm_names.is_sdxl_like(modules) else None
     original = modules.original
-    return original.written(COMFYUI_NAMES if dialect == "comfyui" else AUTHORS) if original else None
+    return AUTHORS if original and original.in_files and AUTHORS in original.spellings else None
 
 
 def text_model(base: Base, component: str, path: str, dialect: str) -> str:
@@ -106,13 +99,7 @@ def trainers_number(base: Base, component: str) -> str:
 def _rule(base: Base, component: str, dialect: str) -> Dialect:
     if dialect not in DIALECTS:
         raise UsageError(f"Unknown dialect {dialect!r} of module names.", fix=f"Choose one of {', '.join(DIALECTS)}.")
-    return _comfyui(base) if dialect == "comfyui" else DIALECTS[dialect]
-
-
-def _comfyui(base: Base) -> Dialect:
-    """ComfyUI supports the diffusers names of U-Nets and some transformers, and all original names."""
-    original = base.components[base.denoiser].original if base.denoiser else None
-    return COMFYUI[original.comfyui] if original else DIALECTS["comfyui"]
+    return DIALECTS[dialect]
 
 
 def processor_name(component: str, path: str) -> str | None:

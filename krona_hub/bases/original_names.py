@@ -12,22 +12,21 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from krona_hub.bases.module_spec import ModuleSpec
 from krona_hub.bases.name_rules import Lookup, Rule, lookup_of, parse
 
-AUTHORS, COMFYUI = "authors", "comfyui"  # spellings that files are written in
+AUTHORS, COMFYUI = "authors", "comfyui"  # spellings of the released checkpoint and of ComfyUI
 NO_SPELLINGS: Mapping[str, str] = MappingProxyType({})
 
 
 class Original(NamedTuple):
-    """An architecture, its spellings, and the names that ComfyUI reads."""
+    """An architecture and its spellings."""
 
     name: str
     needs: tuple[str, ...]  # modules unique to this architecture, some with their shape: "proj_out 16x2304"
     spellings: Mapping[str, str] = NO_SPELLINGS  # who writes the names -> file of originals/
-    comfyui: Literal["diffusers", "original"] = "original"  # after `transformer.` or after `diffusion_model.`
     in_files: bool = True  # whether adapters have the authors' names, rather than checkpoints alone
     unclear: tuple[str, ...] = ()  # ends of names of norms that mean another norm in another spelling
 
@@ -38,11 +37,6 @@ class Original(NamedTuple):
     def lookup(self, spelling: str) -> Lookup:
         """The same rules by the names that they are for."""
         return _lookup(self.spellings[spelling])
-
-    def written(self, program: str = AUTHORS) -> str | None:
-        """The spelling in which a file for a program is written: its own or that of the authors; None: diffusers."""
-        wanted = (program, AUTHORS) if self.in_files else (program,)
-        return next((s for s in wanted if s in self.spellings and (self.in_files or s != AUTHORS)), None)
 
 
 def _same(name: str) -> dict[str, str]:
@@ -57,7 +51,7 @@ QKV = {"qkv": "flux1.qkv"}  # the first rows of a fused module, which ComfyUI al
 
 
 ORIGINALS = (  # the first with all of `needs` applies
-    Original("chroma", ("distilled_guidance_layer.in_proj", "x_embedder"), _same("flux1") | QKV, "diffusers"),
+    Original("chroma", ("distilled_guidance_layer.in_proj", "x_embedder"), _same("flux1") | QKV),
     Original("framepack", ("clean_x_embedder.proj",), {COMFYUI: "framepack.comfyui"}),
     Original("hunyuan-video-15", ("context_embedder_2.linear_1", "image_embedder.linear_1"), _both("hunyuan-video-15")),
     Original(
@@ -76,30 +70,27 @@ ORIGINALS = (  # the first with all of `needs` applies
         ("time_embed.timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp", "context_embedder 3072x3584"),
         {COMFYUI: "longcat-image.comfyui"} | QKV,
     ),
-    Original(
-        "bria", ("time_embed.timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp"), comfyui="diffusers"
-    ),
+    Original("bria", ("time_embed.timestep_embedder.linear_1", "single_transformer_blocks.0.proj_mlp")),
     Original(
         "flux1",
         ("single_transformer_blocks.0.proj_mlp", "x_embedder"),
         _same("flux1") | {"xlabs": "flux1.xlabs"} | QKV,
-        "diffusers",
     ),
-    Original("auraflow", ("joint_transformer_blocks.0.ff.linear_1",), _same("auraflow"), "diffusers"),
-    Original("sd3", ("pos_embed.proj", "transformer_blocks.0.attn.add_q_proj"), _same("sd3"), "diffusers"),
+    Original("auraflow", ("joint_transformer_blocks.0.ff.linear_1",), _same("auraflow")),
+    Original("sd3", ("pos_embed.proj", "transformer_blocks.0.attn.add_q_proj"), _same("sd3")),
     Original("lumina-next", ("time_caption_embed.caption_embedder.1", "layers.0.attn2.to_k"), _same("lumina-next")),
     Original("omnigen2", ("ref_image_patch_embedder",)),
     Original("lumina2", ("time_caption_embed.caption_embedder.1", "layers.0.norm1.linear"), _same("lumina2")),
-    Original("z-image", ("all_x_embedder.2-1",), _same("z-image"), "diffusers"),
-    Original("krea2", ("text_fusion.projector",), _same("krea2"), "diffusers"),
-    Original("anyflow", ("condition_embedder.delta_embedder.linear_1",), comfyui="diffusers"),
-    Original("helios", ("patch_short",), comfyui="diffusers"),
+    Original("z-image", ("all_x_embedder.2-1",), _same("z-image")),
+    Original("krea2", ("text_fusion.projector",), _same("krea2")),
+    Original("anyflow", ("condition_embedder.delta_embedder.linear_1",)),
+    Original("helios", ("patch_short",)),
     Original("wan", ("condition_embedder.time_proj", "blocks.0.attn1.to_q"), _same("wan")),
     Original("wan-animate2", ("img_emb.proj.1", "blocks.0.self_attn.to_q"), _same("wan-animate2")),
     Original("ltx-2", ("audio_proj_in", "audio_time_embed.linear"), _same("ltx-2")),
     Original("ltx-video", ("proj_in", "time_embed.linear", "caption_projection.linear_1"), _same("ltx-video")),
-    Original("sana-sprint", ("time_embed.guidance_embedder.linear_1",), comfyui="diffusers"),
-    Original("sana-video", ("transformer_blocks.0.ff.conv_temp",), comfyui="diffusers"),
+    Original("sana-sprint", ("time_embed.guidance_embedder.linear_1",)),
+    Original("sana-video", ("transformer_blocks.0.ff.conv_temp",)),
     Original("sana", ("transformer_blocks.0.ff.conv_inverted",), _same("sana")),
     Original(
         "cosmos", ("time_embed.t_embedder.linear_1", "transformer_blocks.0.norm1.linear_1"), _same("cosmos-predict2")
@@ -114,7 +105,7 @@ ORIGINALS = (  # the first with all of `needs` applies
     Original(
         "cogview", ("patch_embed.text_proj", "time_condition_embed.timestep_embedder.linear_1"), {"sat": "cogview4"}
     ),
-    Original("glm-image", ("glyph_projector.net.2",), comfyui="diffusers"),
+    Original("glm-image", ("glyph_projector.net.2",)),
     Original("ideogram4", ("llm_cond_proj", "layers.0.attention.to_q"), _same("ideogram4")),
     Original("stable-cascade", ("clip_txt_mapper",), _both("stable-cascade"), in_files=False),
     Original("stable-cascade-decoder", ("clip_txt_pooled_mapper",), _both("stable-cascade-decoder"), in_files=False),
@@ -123,16 +114,16 @@ ORIGINALS = (  # the first with all of `needs` applies
         ("transformer_blocks.0.img_mlp.gate_layer",),
         {COMFYUI: "qwen-image-21.comfyui"},
     ),
-    Original("qwen-image", ("transformer_blocks.0.img_mlp.net.0.proj",), comfyui="diffusers"),
-    Original("kandinsky5", ("visual_transformer_blocks.0.self_attention.to_query",), comfyui="diffusers"),
-    Original("ernie-image", ("layers.0.self_attention.to_q", "text_proj"), comfyui="diffusers"),
+    Original("qwen-image", ("transformer_blocks.0.img_mlp.net.0.proj",)),
+    Original("kandinsky5", ("visual_transformer_blocks.0.self_attention.to_query",)),
+    Original("ernie-image", ("layers.0.self_attention.to_q", "text_proj")),
     Original("joyimage-edit", ("double_blocks.0.attn.img_attn_qkv",)),
     Original("minimax-h3", ("audio_proj_in", "token_refiner.refiner_blocks.0.attn.to_q"), _same("minimax-h3")),
     Original("omnigen", ("patch_embedding.output_image_proj",)),
     Original("prx", ("blocks.0.attention.img_qkv_proj",)),
-    Original("hidream", ("double_stream_blocks.0.block.attn1.to_q_t",), comfyui="diffusers"),
-    Original("allegro", ("caption_projection.linear_1", "pos_embed.proj 2304x4x2x2"), comfyui="diffusers"),
-    Original("pixart", ("adaln_single.linear", "caption_projection.linear_1"), _same("pixart"), "diffusers"),
+    Original("hidream", ("double_stream_blocks.0.block.attn1.to_q_t",)),
+    Original("allegro", ("caption_projection.linear_1", "pos_embed.proj 2304x4x2x2")),
+    Original("pixart", ("adaln_single.linear", "caption_projection.linear_1"), _same("pixart")),
     Original("openclip", ("encoder.layers.0.self_attn.q_proj",), _same("openclip")),
 )
 

@@ -10,7 +10,7 @@ from krona_hub.assets.shipped import SHIPPED
 from krona_hub.bases import catalog
 from krona_hub.bases.families import FAMILIES
 from krona_hub.formats.compatibility.applications import APPLICATIONS
-from krona_hub.formats.compatibility.verdicts import loads_in
+from krona_hub.formats.compatibility.verdicts import Verdict, loads_in
 from krona_hub.formats.reading.description import Description, factorization_text
 from krona_hub.hub.local_adapter import LocalAdapter
 from krona_hub.hub.manifest import ManifestEntry
@@ -156,9 +156,13 @@ def _loads(d: Description, exports: Sequence[Mapping[str, Any]]) -> list[tuple[s
     rows: list[tuple[str, ...]] = [("krona", f"`{WEIGHTS}`")]
     for tool in APPLICATIONS.values():
         good = [f"`{e['name']}`" for e in exports if tool.name in e.get("loads_in", ())]
-        why = f"none of these; see `krona convert --for {tool.name}`" if exports else f"none: {native[tool.name].why}"
+        why = f"none of these; see `krona convert --for {tool.name}`" if exports else _none(native[tool.name])
         rows.append((tool.title, ", ".join(good) or why))
     return rows
+
+
+def _none(found: Verdict) -> str:
+    return f"{'none' if found.answer == 'no' else found.answer}: {found.why}"
 
 
 def _provenance(adapter: LocalAdapter) -> list[tuple[str, str]]:

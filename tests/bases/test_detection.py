@@ -71,7 +71,7 @@ def test_a_whole_denoiser_is_recognised_in_every_dialect(base, dialect):
 
 
 @pytest.mark.parametrize(
-    "dialect", ["diffusers", *(pytest.param(d, marks=pytest.mark.slow) for d in ("kohya-ldm", "comfyui"))]
+    "dialect", ["diffusers", *(pytest.param(d, marks=pytest.mark.slow) for d in ("kohya-ldm", "original"))]
 )
 @pytest.mark.parametrize("base", every_base())
 def test_a_part_of_a_denoiser_is_recognised_or_told_to_be_in_doubt(base, dialect):

@@ -202,7 +202,7 @@ def test_a_name_that_fits_two_components_is_asked_about():
 def test_text_model_is_written_for_tools_and_where_the_live_class_has_it():
     names = table(catalog.get("sdxl"))
     one, two = "text_encoder.encoder.layers.0.mlp.fc1", "text_encoder_2.encoder.layers.0.mlp.fc1"
-    for dialect in ("diffusers", "kohya", "kohya-ldm", "comfyui", "original"):
+    for dialect in ("diffusers", "kohya", "kohya-ldm", "original"):
         assert "text_model" in names.spell(one, dialect) and "text_model" in names.spell(two, dialect)
     assert names.spell(one, "peft") == "encoder.layers.0.mlp.fc1"
     assert names.spell(two, "peft") == "text_model.encoder.layers.0.mlp.fc1"

@@ -151,7 +151,8 @@ def test_an_unwritable_folder_is_told(adapters, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options",
     ["--shape 4x4 --exact", "--max-error 0.1 --budget 50%", "--shape 4by4", "--to nonsense", "--for nonsense",
-     "--to lora --for comfyui", "--max-error -1", "--budget 0", "--rank 0 --to lora", "--terms 0 --shape 4x4"],
+     "--to krona --for comfyui", "--to nonsense --for comfyui", "--to peft-lora --for a1111", "--max-error -1",
+     "--budget 0", "--rank 0 --to lora", "--terms 0 --shape 4x4"],
 )  # fmt: skip
 def test_options_that_mean_nothing_are_wrong_usage(options, adapters, tmp_path, capsys):
     arguments = ["convert", str(adapters / "lora.safetensors"), "-o", str(tmp_path / "out"), *options.split()]

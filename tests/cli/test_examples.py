@@ -28,7 +28,8 @@ def each(item):
     return {"type": "object", "additionalProperties": item, "minProperties": 1}
 
 
-VERDICT = obj(ok=FLAG, why=TEXT)
+VERDICT = obj(ok=FLAG, answer={"enum": ["yes", "no", "not known"]}, why=TEXT, loaded=COUNT, layers=COUNT, evidence=TEXT)
+VERDICT["additionalProperties"] = False
 MODULE = obj(name=TEXT, parameters=COUNT, kind=TEXT)
 LAYER = obj(layer=TEXT, before=TEXT, after=TEXT, parameters_before=COUNT, parameters_after=COUNT, relative_error=NUMBER)
 CONVERSION = obj(
@@ -228,7 +229,32 @@ TRAINING_PLAN = obj(
     memory=COUNT,
     seconds_per_step=NUMBER,
 )
+KNOWN, EVIDENCE = {"enum": ["yes", "no", "not known"]}, {"type": "string", "pattern": "^(run|read): .+, 20[0-9-]{8}$"}
+FAMILY = obj(
+    bases=many(TEXT, 1),
+    lora=KNOWN,
+    lokr=KNOWN,
+    names={"type": "object", "additionalProperties": many(TEXT, 1)},
+    missing={"type": "object", "additionalProperties": many(TEXT)},
+    note=TEXT,
+    evidence=EVIDENCE,
+)
+APPLICATION = obj(
+    name=TEXT,
+    title=TEXT,
+    kind={"enum": ["interface", "engine", "library", "trainer"]},
+    aliases=many(TEXT),
+    evidence=EVIDENCE,
+    writes=obj(**{"lora": MAYBE_TEXT, "lora with DoRA": MAYBE_TEXT, "lokr": MAYBE_TEXT}),
+    reads=many(TEXT, 1),
+    other_bases={"enum": ["yes, every base model", "no", "not known"]},
+    handling=each(TEXT),
+    families=many(FAMILY),
+)
 SHAPES = {
+    "tools": obj(applications=many(APPLICATION, 17)),
+    "tools SwarmUI": APPLICATION,
+    "tools --base flux2-klein-4b": obj(base=TEXT, applications=each({"anyOf": [FAMILY, KNOWN]})),
     "inspect lora.safetensors": INSPECTION,
     "inspect krona.safetensors --sha256": INSPECTION,
     "convert lokr.safetensors --to lora --rank 4": CONVERSION,

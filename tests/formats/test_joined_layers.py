@@ -1,7 +1,5 @@
 """Files whose modules are rows of one layer, or each of several layers: read, described, written back, refused."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -209,12 +207,18 @@ def some_lokrs():
 SUMS = {"lora": some_loras, "lokr": some_lokrs}
 
 
-@pytest.mark.parametrize("dialect", ["original", "kohya-ldm", "comfyui"])
+def in_naming(text, base):
+    """The names of a file for an application that finds the layers in this naming only."""
+    found = Names(base, {"denoiser": ComponentNamings([text], {})})
+    return FileNames("kohya-ldm", table(base), found=found, title="ComfyUI")
+
+
+@pytest.mark.parametrize("names", ["original", "kohya-ldm", "diffusion_model. authors", "lora_unet_ authors"])
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
-def test_a_layer_is_split_into_its_modules_and_joined_again(kind, dialect, base):
+def test_a_layer_is_split_into_its_modules_and_joined_again(kind, names, base):
     sums = SUMS[kind]()
     layers = {name: LayerDelta((sums[name],), SHAPES[name]) for name in (PROJ, "transformer.stages.0.1.ff.out")}
-    places = homes(layers, dialect, table(base))
+    places = in_naming(names, base).homes(layers) if " " in names else homes(layers, names, table(base))
     stored = gathered(layers, places)
     assert len(stored) == 3 and sorted(d.weight_shape for d in stored.values()) == [(IN, HALF), (HALF, IN), (HALF, IN)]
     for layer, delta in layers.items():
@@ -302,8 +306,7 @@ def test_shared_norms_are_written_once_and_only_if_they_agree(base, tmp_path):
     assert all(torch.equal(adapter.vectors[name], numbers(1, 4)) for name in norms)
     names = FileNames("kohya-ldm", table(base))
     assert [*lycoris_tensors(adapter.vectors, names, base)] == ["lora_unet_stages_0_1_norm_q.w_norm"]
-    found = Names(base, {"denoiser": ComponentNamings(["diffusion_model. authors"], {})})
-    in_comfyui = replace(names, found=found, title="ComfyUI")
+    in_comfyui = in_naming("diffusion_model. authors", base)
     assert [*lycoris_tensors(adapter.vectors, in_comfyui, base)] == ["diffusion_model.stages.0.1.norm_q.w_norm"]
     for vectors in ({norms[0]: numbers(1, 4)}, {norms[0]: numbers(1, 4), norms[1]: numbers(2, 4)}):
         for known in (names, in_comfyui):

@@ -39,8 +39,8 @@ class DescribedFile:
 
     @cached_property
     def modules(self) -> tuple[StoredModule, ...]:
-        """The modules that are read."""
-        return tuple(self._stored())
+        """The modules that are read; none of a native file, which no other application reads."""
+        return tuple(self._stored()) if self.description.plans else ()
 
     def _stored(self) -> Iterator[StoredModule]:
         plans = [(plan, module) for plan in self.description.plans for module in plan.modules]

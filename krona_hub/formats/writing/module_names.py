@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from krona_hub.bases.name_table import NameTable
     from krona_hub.formats.compatibility.naming import Names
 
-SPLIT: Mapping[str, str] = {"kohya-ldm": "kohya", "comfyui": "diffusers"}  # dialect with separate q, k and v
+SPLIT: Mapping[str, str] = {"kohya-ldm": "kohya"}  # dialect with separate q, k and v
 PROJECTED = "text_encoder_2"
 # a second CLIP has a projection (SDXL, SD3); in its class, `text_model.` is part of the path
 

@@ -131,14 +131,19 @@ PACKERS: Mapping[str, Callable[[str, Sequence[FileModule], Context], FileSet]] =
 LOKR_CONFIGS = ("diffusers-lokr", "peft-lokr")  # layouts with one PEFT configuration for all LoKr modules
 
 
+def full_alpha(modules: Sequence[FileModule]) -> float:
+    """The alpha of layers with two full factors, for OneTrainer: the rank of the factored ones, which it divides by."""
+    ranks = (r for m in modules for s in m.delta.sums for r in (stored_rank(s.left), stored_rank(s.right)) if r)
+    return float(next(ranks, 1))
+
+
 def _convention(modules: Sequence[FileModule], application: Application | None) -> Convention:
     """The convention of LoKr tensors for an application: alpha of full factors as OneTrainer needs it."""
     if application is None:
         return CONVENTION
-    ranks = [r for m in modules for s in m.delta.sums for r in (stored_rank(s.left), stored_rank(s.right)) if r]
-    full_alpha = float(ranks[0]) if ranks and "one-lokr-dim" in application.rules else 1.0
+    alpha = full_alpha(modules) if "one-lokr-dim" in application.rules else 1.0
     return Convention(
-        full_alpha, unit_alpha="unit-rank" not in application.rules, flat_conv3d="deep-conv3d" not in application.rules
+        alpha, unit_alpha="unit-rank" not in application.rules, flat_conv3d="deep-conv3d" not in application.rules
     )
 
 

@@ -52,6 +52,7 @@ from krona_hub.formats.writing.packing import (
     with_one_rank,
 )
 from krona_hub.formats.writing.split_modules import Homes, split_layer
+from krona_hub.formats.writing.trainer_settings import settings_of
 from krona_hub.schema.native_tensors import to_tensors
 
 PLAIN_DIALECTS = ("diffusers", "peft", "lycoris")  # canonical names, reformatted; others need the base model
@@ -124,7 +125,7 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
         modules=modules,
         stored=_stored_layers(adapter, modules, places),
         dtype=dtype,
-        notes=_notes(adapter, aim, known, doubtful),
+        notes=(*_notes(adapter, aim, known, doubtful), *settings_of(aim.tool, modules)),
         vectors=vectors,
         left_out=beside.left_out,
     )

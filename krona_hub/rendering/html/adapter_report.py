@@ -134,7 +134,9 @@ def _errors_of(found: Sequence[Rearrangement], own: LayerSpectrum) -> Markup:
 def _verdict(about: Description, loads: Mapping[str, Verdict]) -> str:
     tools = [tool for tool, verdict in loads.items() if verdict.ok]
     base = about.base or (" or ".join(about.candidates) if about.candidates else "an unknown base model")
-    reads = f"{len(tools)} of {len(loads)} applications load it" if tools else "only krona loads it"
+    is_open = any(verdict.answer == "not known" for verdict in loads.values())
+    none = "which applications load it is not known" if is_open else "only krona loads it"
+    reads = f"{len(tools)} of {len(loads)} applications load it" if tools else none
     unread = f" {len(about.unmatched):,} modules are unreadable." if about.unmatched else ""
     return (
         f"A {about.format} adapter for {base}: {len(about.modules):,} modules, {about.parameters:,} parameters, "
@@ -160,8 +162,8 @@ def _facts(about: Description) -> list[tuple[str, object]]:
 
 
 def _loads(loads: Mapping[str, Verdict]) -> Markup:
-    return table(("application", "loads it", "reason"), ((t, "yes" if v.ok else "no", v.why) for t, v in loads.items()),
-                 "Applications")  # fmt: skip
+    rows = ((name, v.answer, v.why, v.evidence) for name, v in loads.items())
+    return table(("application", "loads it", "reason", "evidence"), rows, "Applications")
 
 
 def modules_of(about: Description) -> Markup:
