@@ -98,10 +98,7 @@ class DescribedFile:
             for n in known.namings if known else ():
                 named = self.named(n, component)
                 if known and n in known.missing and named:
-                    lost = (
-                        m.info.name for m in own if any(known.lacks(n, p.layer.partition(".")[2]) for p in m.places)
-                    )
-                    named = named - frozenset(lost)
+                    named = named - {m.info.name for m in own if _lacks(known, n, m)}
                 result |= named
         return result
 

@@ -23,11 +23,6 @@ def no_lokr_dora(form: LayerFactorization) -> str | None:
     return no_dora(form) if form.lora_rank is None else None
 
 
-def no_lokr_conv(form: LayerFactorization) -> str | None:
-    is_lokr_conv = form.is_conv and form.lora_rank is None
-    return "it is a convolution, and LoKr is applied to linear layers only" if is_lokr_conv else None
-
-
 def no_conv(form: LayerFactorization) -> str | None:
     return "it is a convolution, and only linear layers are adapted" if form.is_conv else None
 

@@ -42,7 +42,7 @@ def deep_w2(module: StoredModule) -> str | None:
     """Loaders align the dimensions of w1 for a four-dimensional w2 only; a flat w2 is right in all of them."""
     w2 = module.parts.get("w2")
     deep = w2 is not None and len(w2.shape) == 5
-    return "its w2 has five dimensions, whose product with w1 is computed wrongly" if deep else None
+    return "its w2 has five dimensions, whose product with w1 is wrong or fails" if deep else None
 
 
 def flat_w2(module: StoredModule) -> str | None:

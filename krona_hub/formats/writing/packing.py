@@ -143,7 +143,7 @@ def _convention(modules: Sequence[FileModule], application: Application | None) 
         return CONVENTION
     alpha = full_alpha(modules) if "one-lokr-dim" in application.rules else 1.0
     return Convention(
-        alpha, unit_alpha="unit-rank" not in application.rules, flat_conv3d="deep-conv3d" not in application.rules
+        alpha, unit_alpha="unit-rank" not in application.rules, flat_conv3d="deep-conv" not in application.rules
     )
 
 
