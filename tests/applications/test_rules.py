@@ -41,6 +41,7 @@ def module(total=LORA, layer="unet.x", kind=None, shape=(64, 48), parts=(), scal
 FORMS = {  # rule -> a factorization that it refuses, one that it does not
     "no-dora": (form(LORA, dora="in"), form(LORA)),
     "no-output-dora": (form(LORA, dora="out"), form(LORA, dora="in")),
+    "no-dora-of-one-row": (form(LORA, (1, 48), dora="in"), form(LORA, dora="in")),
     "no-input-dora": (form(LORA, dora="in"), form(LORA, dora="out")),
     "no-lokr-dora": (form(LOKR, dora="in"), form(LORA, dora="in")),
     "linear": (form(LORA, (64, 48, 1, 1)), form(LOKR)),

@@ -146,6 +146,16 @@ def test_a_dora_scale_says_its_axis_by_its_shape(tmp_path, shape, axis):
     assert close(found.dense(base), directed * parts[f"{Q}.dora_scale"] / norm - base)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((1, 1), "out"), ((1, 12), "in")])
+def test_a_dora_scale_of_one_number_is_per_output_of_a_layer_with_one_output(tmp_path, shape, axis):
+    projector = "diffusion_model.txtfusion.projector"
+    parts = module(projector, lora_up=rand(1, 2), lora_down=rand(2, 12), dora_scale=rand(*shape).abs())
+    path = save(tmp_path, parts)
+    found = read(path, base="krea2")["transformer.text_fusion.projector"]
+    assert found.magnitude_axis == axis
+    assert torch.equal(found.magnitude, parts[f"{projector}.dora_scale"].flatten())
+
+
 def test_a_peft_magnitude_is_per_output_also_where_its_shape_could_mean_inputs(tmp_path):
     parts = {
         "mid_block.resnets.0.conv1.lora_A.weight": rand(2, 6, 3, 3),

@@ -19,6 +19,13 @@ def no_output_dora(form: LayerFactorization) -> str | None:
     return f"{no_dora(form)}, whose norms are computed without the delta or along the other axis"
 
 
+def no_dora_of_one_row(form: LayerFactorization) -> str | None:
+    """Loaders that count the rows of the magnitude take the one row of a layer with one output for its outputs."""
+    if form.dora != "in" or form.weight_shape[0] > 1:
+        return None
+    return "its DoRA magnitude per input has as many rows as the layer has outputs, and is taken for one per output"
+
+
 def no_lokr_dora(form: LayerFactorization) -> str | None:
     return no_dora(form) if form.lora_rank is None else None
 

@@ -26,6 +26,7 @@ from krona_hub.formats.compatibility.file_rules import (
 from krona_hub.formats.compatibility.form_rules import (
     no_conv,
     no_conv3d,
+    no_dora_of_one_row,
     no_kernel,
     no_lokr_dora,
     no_output_dora,
@@ -73,6 +74,7 @@ class ApplicationRule(NamedTuple):
 RULES: Mapping[str, ApplicationRule] = {
     "no-dora": ApplicationRule(no_dora),
     "no-output-dora": ApplicationRule(no_output_dora),
+    "no-dora-of-one-row": ApplicationRule(no_dora_of_one_row),
     "no-input-dora": ApplicationRule(no_input_dora),
     "no-lokr-dora": ApplicationRule(no_lokr_dora),
     "linear": ApplicationRule(no_conv),

@@ -228,6 +228,8 @@ def _dora_axis(sizes: Sizes, weight: Size) -> Literal["out", "in"] | None:
 
 
 def _axis_of_scale(size: Size, weight: Size) -> Literal["out", "in"]:
+    if prod(size) == 1 and len(size) > 1 and 1 in (weight[0], prod(weight[1:])):
+        return "out" if weight[0] == 1 else "in"  # the other axis has more numbers, or both are the same
     if prod(size) == 1 or len(size) < 2:
         raise AmbiguousError(
             f"Ambiguous 'dora_scale' {list(size)}: per output or per input.",
