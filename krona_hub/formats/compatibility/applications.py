@@ -44,7 +44,7 @@ class Evidence(NamedTuple):
     how: Literal["run", "read"]
     version: str
     commit: str
-    date: str  # of the commit or release
+    date: str  # of the commit, or of the run of a release
 
     def __str__(self) -> str:
         return f"{self.how}: {self.version}, {self.date}" if self.version else f"{self.how}: {self.date}"
