@@ -8,7 +8,10 @@ import json
 import warnings
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.loaders import FluxLoraLoaderMixin
+from safetensors.torch import load_file, save_file
 
 from krona_hub import read, write
 from krona_hub.bases import catalog
@@ -88,3 +91,31 @@ def test_the_table_was_measured_with_the_installed_version():
     import diffusers
 
     assert DIFFUSERS.evidence.version == diffusers.__version__
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_alphas_of_layers_whose_names_end_alike_are_confused_if_they_differ(uneven, tmp_path):
+    """Loaded by diffusers into a small model of the architecture; only the paths of the layers matter."""
+    sizes = {"in_channels": 4, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16}
+    heads = {"num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32}
+    model = FluxTransformer2DModel(**sizes, **heads, axes_dims_rope=[4, 4, 8])
+    layers = ["x_embedder", *(f"single_transformer_blocks.{i}.proj_out" for i in range(2)), "proj_out"]
+    alphas = {layer: 6.0 if uneven and layer == "proj_out" else 2.0 for layer in layers}
+
+    def stored(path, shape):
+        up, down = torch.ones(shape[0], 4), torch.ones(4, shape[1])
+        name = f"transformer.{path}"
+        return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.alpha": torch.tensor(alphas[path])}
+
+    small = {k: t for layer in layers for k, t in stored(layer, model.get_submodule(layer).weight.shape).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state, found = FluxLoraLoaderMixin.lora_state_dict(small, return_alphas=True)
+        FluxLoraLoaderMixin.load_lora_into_transformer(state, found, model)
+    scales = {layer: float(next(iter(model.get_submodule(layer).scaling.values()))) for layer in layers}
+    right = all(scales[layer] == alphas[layer] / 4 for layer in layers)
+    base = catalog.get("flux1-dev")
+    whole = {k: t for layer in layers for k, t in stored(layer, base.module(f"transformer.{layer}").shape).items()}
+    save_file(whole, tmp_path / "a.safetensors")
+    answer = verdict(DIFFUSERS, describe(tmp_path / "a.safetensors", base="flux1-dev"))
+    assert right is (not uneven) and answer.ok is right, (scales, answer)

@@ -44,6 +44,23 @@ def uneven_alphas(description: Description) -> str | None:
         if len(alphas) > 1 else None  # fmt: skip
 
 
+def nested_alphas(description: Description) -> str | None:
+    """diffusers 0.42.1 gives PEFT the alphas of `transformer.` layers by path, which PEFT takes for the end of another.
+
+    Its converters of other names multiply the factors by alpha / rank instead.
+    """
+    if description.format != "diffusers-lora":
+        return None
+    modules = [m for m in description.modules if m.name.startswith("transformer.") and m.alpha is not None]
+    alphas = {layer.partition(".")[2]: m.alpha for m in modules for layer in m.layers}
+    for path, alpha in alphas.items():
+        steps = path.split(".")
+        outer = next((o for i in range(1, len(steps)) if (o := ".".join(steps[i:])) in alphas), path)
+        if alphas[outer] != alpha:
+            return f"diffusers can confuse the alpha of {path} with that of {outer}, which differs"
+    return None
+
+
 def text_without_out_proj(description: Description) -> str | None:
     """diffusers 0.42.1 infers the version of kohya text-encoder keys from the presence of out_proj."""
     if description.format != "kohya-lora":
@@ -55,5 +72,5 @@ def text_without_out_proj(description: Description) -> str | None:
 
 
 FILE_CHECKS: Mapping[str, tuple[FileCheck, ...]] = {
-    "diffusers": (mixed_eras, mixed_prefixes, kohya_embeddings, uneven_alphas, text_without_out_proj),
+    "diffusers": (mixed_eras, mixed_prefixes, kohya_embeddings, uneven_alphas, nested_alphas, text_without_out_proj),
 }
