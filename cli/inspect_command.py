@@ -120,9 +120,12 @@ def _loads(verdicts: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
 
     `(read)` marks what only the source of the application says.
     """
+    from krona_hub.formats.compatibility.verdicts import UNKNOWN_BASE
+
     loading = [_cited(name, verdict) for name, verdict in verdicts.items() if verdict.ok]
-    is_open = any(verdict.answer == "not known" for verdict in verdicts.values())
-    yield "loads in", ", ".join(loading) or ("not known" if is_open else "krona only")
+    answers = {verdict.answer for verdict in verdicts.values()}
+    none = "not known" if any(verdict.why == UNKNOWN_BASE for verdict in verdicts.values()) else "none for certain"
+    yield "loads in", ", ".join(loading) or (none if "not known" in answers else "krona only")
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, verdict in verdicts.items():
         if not verdict.ok:

@@ -14,7 +14,10 @@ from krona_hub.bases.loading import read as read_weight
 from krona_hub.bases.loading import weight_files
 from krona_hub.conversion.methods import Keep, Method
 from krona_hub.conversion.target import ConversionTarget
-from krona_hub.errors import UnknownBaseError
+from krona_hub.errors import UnknownBaseError, one_of
+from krona_hub.formats.compatibility.applications import APPLICATIONS
+from krona_hub.formats.compatibility.factorizations import why_not_form
+from krona_hub.formats.forms.normal_forms import form_of
 from krona_hub.kron.terms import KronTerms
 
 
@@ -27,8 +30,10 @@ def bake_dora(
     base weights are needed and `base` is None.
     """
     names = [name for name, delta in adapter.layers.items() if delta.magnitude is not None]
+    refused: Mapping[str, str] = {}
     if isinstance(method, Keep):
-        names = list(target.refusals({name: adapter.layers[name] for name in names}))
+        refused = target.refusals({name: adapter.layers[name] for name in names})
+        names = list(refused)
     if not names:
         return {}
     if base is None:
@@ -36,7 +41,23 @@ def bake_dora(
             f"{len(names)} DoRA layers (first: {names[0]}) require the base weights to compute their delta.",
             fix="Specify the base model with --base (a diffusers folder or a checkpoint file with weights).",
         )
-    return plain_deltas({name: adapter.layers[name] for name in names}, base)
+    try:
+        return plain_deltas({name: adapter.layers[name] for name in names}, base)
+    except UnknownBaseError as error:
+        if not refused:
+            raise
+        kept = one_of(_keeping(adapter.layers[names[0]]), most=len(APPLICATIONS))
+        raise UnknownBaseError(
+            f"{target.tool or target.format} cannot hold the DoRA of {names[0]} ({refused[names[0]]}), and to make a "
+            f"plain delta of it takes the base weights: {error.cause}",
+            fix=f"{error.fix} Applications that may load the DoRA as it is: {kept}.",
+        ) from error
+
+
+def _keeping(delta: LayerDelta) -> list[str]:
+    """The applications whose rules allow the DoRA of a layer."""
+    form = form_of(delta)
+    return [name for name in APPLICATIONS if why_not_form(form, name) is None]
 
 
 def plain_deltas(layers: Mapping[str, LayerDelta], base: str | Path) -> dict[str, LayerDelta]:

@@ -35,6 +35,7 @@ from krona_hub.formats.writing.write_plan import (
     fused_layers,
     planned,
     split_layers,
+    without_lost_layers,
 )
 from krona_hub.formats.writing.writer import write_planned
 from krona_hub.kron.to_lora import nearest_lora
@@ -54,6 +55,8 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     )
     check_names_for(adapter, request.tool, request.base)
     target = choose_target(adapter, to=request.to, tool=request.tool, method=request.method)
+    if request.allow_missing:
+        adapter = without_lost_layers(adapter, target.aim(request.split_qkv), request.base)
     method = request.method if request.method is not None else default_method(adapter, target)
     check_kind(method, target.to_lora, [*adapter.layers, *adapter.vectors])
     baked = bake_dora(adapter, target, method, request.base)
@@ -155,14 +158,17 @@ def _check_expressible(target: ConversionTarget, result: Adapter, request: Conve
     where = f"{target.format} for {target.tool}" if target.tool else target.format
     raise InexpressibleError(
         f"{len(refusals)} of {len(result)} layers cannot be written as {where}; first: {name}: {why}.",
-        fix=_offer(target, result.layers[name]),
+        fix=_offer(target, result.layers[name], target.refuses_lora(result.layers[name])),
     )
 
 
-def _offer(target: ConversionTarget, delta: LayerDelta) -> str:
-    """Return the nearest alternatives, measured on the layer that was refused."""
+def _offer(target: ConversionTarget, delta: LayerDelta, refuses_lora: bool) -> str:
+    """Return the nearest alternatives, measured on the layer that was refused; `krona` is none for an application."""
     if delta.magnitude is not None:
-        return "Specify base weights with --base to merge the DoRA into a plain delta, or use --to krona."
+        other = "" if target.tool else ", or use --to krona"
+        return f"Specify base weights with --base to merge the DoRA into a plain delta{other}."
+    if refuses_lora:
+        return "Merge the adapter into the base model, or write a file for no particular application with --to."
     fit = nearest_lora(delta.sums, max_error=0.0)
     rank = fit.up.shape[1]
     if target.to_lora:
@@ -170,9 +176,10 @@ def _offer(target: ConversionTarget, delta: LayerDelta) -> str:
             f"Add --exact for an equal LoRA (rank {rank} for this layer), or --max-error 0.05 or --rank R for a "
             "smaller one."
         )
+    any_sum = "" if target.tool else ", or --to krona, which stores any sum"
     return (
-        f"Add --max-error 0.05 or --shape a1xa2 to fit one term, --to lora --exact for an equal LoRA (rank {rank} "
-        "for this layer), or --to krona, which stores any sum."
+        f"Add --max-error 0.05 or --shape a1xa2 to fit one term, or --to lora --exact for an equal LoRA (rank {rank} "
+        f"for this layer){any_sum}."
     )
 
 

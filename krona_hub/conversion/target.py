@@ -15,6 +15,7 @@ from krona_hub.formats.compatibility.factorizations import loads_form
 from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora
 from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
 from krona_hub.formats.known.registry import storage_of
+from krona_hub.formats.writing.aim import Aim
 from krona_hub.formats.writing.encode import why_not
 from krona_hub.kron.shapes import KronShape, peft_factors
 
@@ -57,6 +58,17 @@ class ConversionTarget:
     def holds_any_shape(self, delta: LayerDelta) -> bool:
         """Whether a layer may keep its Kronecker shape; it may not if all layers must share one factor."""
         return not storage_of(self.format).one_factor and why_not(delta, self.format, tool=self.tool) is None
+
+    def aim(self, split_qkv: bool) -> Aim:
+        """The aim of the writer, whichever kinds of layers the source has."""
+        tool = application_named(self.tool) if self.tool is not None else None
+        return Aim(self.format, tool.dialect if tool else storage_of(self.format).dialect, tool, split_qkv)
+
+    def refuses_lora(self, delta: LayerDelta) -> bool:
+        """Whether the application does not load the layer as a LoRA either, of any rank."""
+        out, in_ = delta.matrix_shape
+        size = delta.weight_shape
+        return self.tool is not None and not loads_form(self.tool, size, KronShape(1, 1, out, in_), right_rank=1)
 
     def refusals(self, layers: Mapping[str, LayerDelta]) -> dict[str, str]:
         """Map each layer whose delta the target cannot hold exactly to the reason."""

@@ -134,7 +134,7 @@ def test_a_measured_file_under_names_that_are_found_is_welcome(name, tool, tmp_p
     assert verdict.ok and verdict.loaded == verdict.layers == 10, verdict.why
 
 
-def test_a_module_without_text_model_in_its_name_is_lost_to_comfyui_alone():
+def test_the_layers_that_comfyui_does_not_find_are_counted():
     verdict = golden("lyckohya_te_f4_dim2_a1.safetensors")["comfyui"]
     assert (verdict.answer, verdict.loaded, verdict.layers) == ("no", 10, 13)
 

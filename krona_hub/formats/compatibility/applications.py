@@ -35,6 +35,7 @@ DEFAULT_REASONS = {  # formats that hardly any application reads
     "cloneofsimo": "no current application reads modules identified by position",
 }
 NOT_KNOWN = "not known"
+WITHOUT_FACTS = frozenset({"draw things", "drawthings", "draw-things"})  # often asked about
 Kind = Literal["lora", "lokr"]  # of an adapter
 
 
@@ -173,6 +174,11 @@ def application_named(name: str) -> Application:
     key = ALIASES.get(key, key)
     if key in APPLICATIONS:
         return APPLICATIONS[key]
+    if key in WITHOUT_FACTS:
+        raise UsageError(
+            f"What {name} loads is not known: no facts about it were measured or read.",
+            fix=f"The known applications are {', '.join(APPLICATIONS)}.",
+        )
     near = get_close_matches(key, [*APPLICATIONS, *ALIASES], n=1)
     raise UsageError(
         f"Unknown application {name!r}.",

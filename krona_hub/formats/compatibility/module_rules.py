@@ -138,6 +138,15 @@ def foreign_magnitude(module: StoredModule) -> str | None:
     return f"the key {key} is ignored" if key else None
 
 
+def other_names(module: StoredModule) -> str | None:
+    """LyCORIS wraps a model with `lycoris_` names, and as a network of sd-scripts, U-Nets with kohya's names."""
+    name, layers = module.info.name, module.info.layers
+    is_unet = all(layer.startswith(("unet.", "prior.", "decoder.", "text_encoder")) for layer in layers)
+    if name.startswith("lycoris_") or (is_unet and name.startswith("lora_")):
+        return None
+    return "LyCORIS finds modules by names that begin with lycoris_"
+
+
 def even_products(module: StoredModule) -> str | None:
     """LyCORIS keeps w1 as a product only beside a w2 of the same rank."""
     info = module.info

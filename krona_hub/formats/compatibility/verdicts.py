@@ -68,6 +68,9 @@ def verdict(application: Application, description: Description) -> Verdict:
 
 
 def _verdict(application: Application, file: DescribedFile) -> Verdict:
+    foreign = [base for base in file.bases if _is_foreign(application, base)]
+    if foreign and len(foreign) == len(file.bases):
+        return Verdict("no", f"it does not run {_called(foreign[0])}", evidence=str(application.evidence))
     rejected = next((why for name in file.formats if (why := application.rejection(name)) is not None), None)
     if rejected is not None:
         is_open = rejected.startswith(NOT_KNOWN)
@@ -80,6 +83,17 @@ def _verdict(application: Application, file: DescribedFile) -> Verdict:
     if len({(v.answer, v.why) for v in answers.values()}) == 1:
         return next(iter(answers.values()))
     return _undecided(answers)
+
+
+def _is_foreign(application: Application, base: Base) -> bool:
+    """Whether the application is known not to run the base model."""
+    is_complete = application.is_complete and not application.every_base and base.family is not None
+    return is_complete and support_of(application, base) is None
+
+
+def _called(base: Base) -> str:
+    """The catalog name, if there is one: a folder of configurations has a name of its own."""
+    return base.family or base.name
 
 
 def _undecided(answers: Mapping[str, Verdict]) -> Verdict:
@@ -110,8 +124,8 @@ def _for_base(application: Application, file: DescribedFile, base: Base) -> Verd
     refusal = _of_whole_file(application, file, problems)
     loaded, total = (0 if refusal else len(file.layers - lost)), len(file.layers) + file.unread
     why = refusal or _lost_layers(problems, len(lost), total) or _ignored_vectors(application, file, names)
-    if not why and file.unread:
-        why = f"what {counted(file.unread, 'module')} of the file does is not known"
+    if not why and (doubt := _unknown_parts(application, file)):
+        return Verdict("not known", doubt, loaded, total, evidence)
     return Verdict("no" if why else "yes", why or "", loaded, total, evidence)
 
 
@@ -121,18 +135,18 @@ def _not_supported(
     """The verdict if the application does not run the base model or load such adapters of it; None if it does."""
     if application.every_base:
         return None
-    if support is None and application.is_complete and base.family is not None:
-        return Verdict("no", f"it does not run {base.name}", evidence=str(application.evidence))
+    if support is None and _is_foreign(application, base):
+        return Verdict("no", f"it does not run {_called(base)}", evidence=str(application.evidence))
     if support is None:
-        return Verdict("not known", f"whether it runs {base.name} is not known")
+        return Verdict("not known", f"whether it runs {_called(base)} is not known")
     if file.variant in support.rejected:
         return Verdict("no", support.rejected[file.variant], evidence=str(support.evidence))
     titles: Mapping[Kind, str] = {"lora": "LoRA", "lokr": "LoKr"}
     for kind, title in titles.items():
         if kind in file.kinds and not (loads := support.loads(kind)):
-            why = support.note or f"it loads no {title} for {base.name}"
+            why = support.note or f"it loads no {title} for {_called(base)}"
             if loads is None:
-                return Verdict("not known", f"whether it loads {title} for {base.name} is not known")
+                return Verdict("not known", f"whether it loads {title} for {_called(base)} is not known")
             return Verdict("no", why, evidence=str(support.evidence))
     return None
 
@@ -192,6 +206,16 @@ def held_vectors(format_name: str, application: Application | None) -> Kinds:
     storage = by_name(format_name).storage
     held = storage.vectors if storage else ()
     return held if application is None or application.vectors is None else application.vectors
+
+
+def _unknown_parts(application: Application, file: DescribedFile) -> str | None:
+    """What the file holds that the application may not load: unmatched modules and embeddings; None if nothing."""
+    if file.unread:
+        return f"whether it loads {counted(file.unread, 'unmatched module')} of the file is not known"
+    found = () if application.embeddings else file.description.extras
+    if found:
+        return f"whether it loads {counted(len(found), 'embedding')} of the file, such as {found[0]}, is not known"
+    return None
 
 
 def _ignored_vectors(application: Application, file: DescribedFile, names: Names | None) -> str | None:

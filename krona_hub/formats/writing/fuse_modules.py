@@ -95,7 +95,7 @@ def _fused_term(module: str, parts: Sequence[Part], height: int) -> KronTerms:
     if term is None:
         raise InexpressibleError(
             f"{module} fuses {len(parts)} projections, whose Kronecker terms do not form a single term.",
-            fix="Use --split-qkv if the application supports separate projections, or --to lora.",
+            fix="Use --to lora, or --split-qkv for an application that loads separate projections as well.",
         )
     return term
 
@@ -124,7 +124,7 @@ def _magnitudes(module: str, parts: Sequence[Part], wanted: int) -> Tensor | Non
     if len(found) < wanted or any(delta.magnitude_axis == "in" for _, delta in parts):
         raise InexpressibleError(
             f"{module} fuses {wanted} projections, and only some are a DoRA per output row.",
-            fix="Use --split-qkv if the application supports separate projections.",
+            fix="Use --split-qkv for an application that loads separate projections as well.",
         )
     return torch.cat(found)
 

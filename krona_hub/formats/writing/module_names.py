@@ -66,10 +66,15 @@ class FileNames:
             raise InexpressibleError(
                 f"{self.title} finds no module of {found.base.name} for {len(lost)} of {counted(len(layers), 'layer')} "
                 f"({abbreviated(lost)}).",
-                fix="Leave these layers out of the adapter, merge it into the base model, or write another format with "
-                "--to.",
+                fix="Add --allow-missing to leave them out, merge the adapter into the base model, or write another "
+                "format with --to.",
             )
         return places
+
+    def lost(self, layers: Iterable[str]) -> tuple[str, ...]:
+        """The layers that the application does not find; () without an application."""
+        found = self.found if self.title else None
+        return () if found is None else tuple(layer for layer in layers if not self._home(layer, found))
 
     def _home(self, layer: str, found: Names) -> tuple[Home, ...]:
         """The modules of a layer in the first naming that the application finds, if possible without fused ones."""

@@ -36,19 +36,22 @@ def file_names(aim: Aim, base: Base | None, adapter: Adapter) -> FileNames:
     return replace(plain, found=default_names(base, aim.format, kind, tuple(adapter.layers)))
 
 
+def lost_layers(aim: Aim, base: Base, layers: Collection[str]) -> tuple[str, ...]:
+    """The layers that the application does not find; () without one, or if it does not run the base model."""
+    support = support_of(aim.tool, base) if aim.tool is not None and not aim.tool.every_base else None
+    if aim.tool is None or support is None:
+        return ()
+    found = Names(base, support.names_for(aim.format))
+    return FileNames(aim.dialect, table(base), found=found, title=aim.tool.title).lost(layers)
+
+
 def supported(application: Application, base: Base, kinds: Collection[str]) -> FamilySupport:
     """The entry of the application for a base model, if it loads adapters of these kinds (lora, lokr).
 
     Raises InexpressibleError, with the applications that do, for other base models and kinds, and for those of which
     that is not known.
     """
-    support = support_of(application, base)
-    if support is None:
-        known = application.is_complete and base.family is not None
-        why = f"{application.title} does not run {base.name}" if known else (
-            f"Whether {application.title} runs {base.name} is not known"
-        )  # fmt: skip
-        raise InexpressibleError(f"{why}; nothing was written.", fix=_instead(base, kinds))
+    support = known_support(application, base, kinds)
     for kind in sorted(kinds):
         loads = support.loads("lora" if kind == "lora" else "lokr")
         if not loads:
@@ -63,6 +66,21 @@ def supported(application: Application, base: Base, kinds: Collection[str]) -> F
                 f"Use --for {application.name} --to lora." if kind == "lokr" and support.lora else _instead(base, kinds)
             )
             raise InexpressibleError(f"{why}; nothing was written.", fix=fix)
+    return support
+
+
+def known_support(application: Application, base: Base, kinds: Collection[str]) -> FamilySupport:
+    """The entry of the application for a base model.
+
+    Raises InexpressibleError, with the applications for adapters of these kinds, if there is none.
+    """
+    support = support_of(application, base)
+    if support is None:
+        known = application.is_complete and base.family is not None
+        why = f"{application.title} does not run {base.name}" if known else (
+            f"Whether {application.title} runs {base.name} is not known"
+        )  # fmt: skip
+        raise InexpressibleError(f"{why}; nothing was written.", fix=_instead(base, kinds))
     return support
 
 

@@ -36,12 +36,12 @@ from krona_hub.formats.forms.normal_forms import without_hadamard
 from krona_hub.formats.known.native import KRONA
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.reading.placed_layers import joined, layer_of
-from krona_hub.formats.writing.aim import Aim
+from krona_hub.formats.writing.aim import Aim, kinds_of
 from krona_hub.formats.writing.beside_layers import held_beside, lycoris_tensors
 from krona_hub.formats.writing.encode import cast, cast_tensor, normalized
 from krona_hub.formats.writing.fuse_modules import Part, fused
 from krona_hub.formats.writing.module_names import check_one_component, live_path
-from krona_hub.formats.writing.names_for import file_names
+from krona_hub.formats.writing.names_for import file_names, known_support, lost_layers
 from krona_hub.formats.writing.packing import (
     Context,
     FileModule,
@@ -134,11 +134,29 @@ def planned(adapter: Adapter, aim: Aim, base: str | Path | Base | None, dtype: t
 def check_names_for(adapter: Adapter, tool_name: str | None, base: str | Path | Base | None) -> None:
     """Raise UnknownBaseError for an application and a file that no known base model matches.
 
-    The names that the application expects depend on the base model.
+    The names that the application expects depend on the base model. Raises InexpressibleError for an application that
+    does not run it, before anything else about it is checked.
     """
-    kept = UNKNOWN in adapter.components or KEPT_NAMES in adapter.provenance.warnings
-    if tool_name is not None and base is None and kept:
-        raise _unnamed_for(application_named(tool_name))
+    if tool_name is None:
+        return
+    tool = application_named(tool_name)
+    if base is None and (UNKNOWN in adapter.components or KEPT_NAMES in adapter.provenance.warnings):
+        raise _unnamed_for(tool)
+    is_open = base is None and adapter.base is not None and len(adapter.base.names) > 1
+    known = None if is_open or tool.every_base else _known_base(adapter, base)
+    if known is not None:
+        known_support(tool, known, kinds_of(adapter))
+
+
+def without_lost_layers(adapter: Adapter, aim: Aim, base: str | Path | Base | None) -> Adapter:
+    """The adapter without the layers that the application does not find, which are recorded as left out."""
+    known = _known_base(adapter, base)
+    lost = lost_layers(aim, known, adapter.layers) if known is not None else ()
+    if not lost:
+        return adapter
+    kept = {layer: delta for layer, delta in adapter.layers.items() if layer not in lost}
+    skipped = replace(adapter.provenance, skipped=(*adapter.provenance.skipped, *lost))
+    return replace(adapter.with_layers(kept), provenance=skipped)
 
 
 def _unnamed_for(tool: Application) -> UnknownBaseError:

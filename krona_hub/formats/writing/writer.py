@@ -16,7 +16,7 @@ from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 from krona_hub.formats.writing.aim import aim_at
 from krona_hub.formats.writing.packing import FileSet
 from krona_hub.formats.writing.readback import check_it_loads, checked
-from krona_hub.formats.writing.write_plan import WritePlan, check_nothing_left_out, planned
+from krona_hub.formats.writing.write_plan import WritePlan, check_nothing_left_out, planned, without_lost_layers
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def write(
     split_qkv : bool, default False
         Write q, k and v as separate modules where the module names would fuse them.
     allow_missing : bool, default False
-        Leave out vectors and embeddings that the target has no place for, instead of raising.
+        Leave out vectors and embeddings that the target has no place for, and layers that the application does not
+        find, instead of raising.
 
     Returns
     -------
@@ -104,6 +105,8 @@ def write(
     path, aim = Path(path), aim_at(adapter, format, tool, split_qkv)
     if not aim.is_folder:
         check_output(path, overwrite=overwrite)
+    if allow_missing:
+        adapter = without_lost_layers(adapter, aim, base)
     plan = planned(adapter, aim, base, dtype)
     return write_planned(plan, path, overwrite=overwrite, allow_missing=allow_missing)
 
