@@ -23,7 +23,7 @@ rich_click.rich_click.MAX_WIDTH = 110
 rich_click.rich_click.STYLE_EPILOG_TEXT = ""
 rich_click.rich_click.COMMAND_GROUPS = {
     "krona": [
-        {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate"]},
+        {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate", "tools"]},
         {"name": "Adapters and models", "commands": ["merge", "unmerge", "extract", "verify"]},
         {"name": "Training", "commands": ["train", "params", "formats", "bases"]},
         {"name": "Images", "commands": ["generate", "evaluate"]},

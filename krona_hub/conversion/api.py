@@ -12,7 +12,7 @@ from krona_hub.conversion.output_options import format_named, optional_dtype
 from krona_hub.conversion.report import ConversionReport
 from krona_hub.conversion.request import ConvertRequest
 from krona_hub.errors import UsageError
-from krona_hub.formats.compatibility.applications import application_named
+from krona_hub.formats.compatibility.applications import application_named, is_lora_format
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.sources import resolve
 
@@ -100,6 +100,8 @@ def _format(to: str | None, tool: str | None) -> str | None:
 def _check_consistent(to: str | None, tool: str | None, exact: bool, allow_missing: bool) -> None:
     if exact and allow_missing:
         raise UsageError("--exact and --allow-missing exclude each other.", fix="--exact never leaves anything out.")
+    if to is not None and tool is not None:
+        is_lora_format(application_named(tool), to)
 
 
 def _check_output(request: ConvertRequest) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.conversion.methods import DEFAULT_MAX_ERROR, Exact, Keep, MaxError, Method
 from krona_hub.conversion.output_options import format_named
-from krona_hub.errors import InexpressibleError, UsageError
-from krona_hub.formats.compatibility.applications import Application, application_named, file_format
+from krona_hub.errors import InexpressibleError
+from krona_hub.formats.compatibility.applications import application_named, file_format, is_lora_format
 from krona_hub.formats.compatibility.factorizations import loads_form
 from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora
 from krona_hub.formats.known.diffusekrona import DIFFUSEKRONA
@@ -31,6 +31,7 @@ class ConversionTarget:
 
     format: str
     tool: str | None = None
+    is_stated: bool = False  # whether the kind was asked for, so that it stays
 
     @property
     def to_lora(self) -> bool:
@@ -48,12 +49,12 @@ class ConversionTarget:
 
     def for_result(self, deltas: Iterable[LayerDelta]) -> ConversionTarget:
         """Return this target, or the LoRA format of the application if every converted layer is a LoRA."""
-        if self.tool is None:
+        if self.tool is None or (self.is_stated and not self.to_lora):
             return self
         found = tuple(deltas)
         has_dora = any(delta.magnitude is not None for delta in found)
         wanted = file_format(application_named(self.tool), is_lora=all(map(is_lora, found)), has_dora=has_dora)
-        return self if wanted is None else ConversionTarget(wanted, self.tool)
+        return self if wanted is None else replace(self, format=wanted)
 
     def holds_any_shape(self, delta: LayerDelta) -> bool:
         """Whether a layer may keep its Kronecker shape; it may not if all layers must share one factor."""
@@ -101,30 +102,18 @@ def choose_target(adapter: Adapter, *, to: str | None, tool: str | None, method:
     loras = all(is_lora(delta) or has_hadamard(delta) for delta in adapter.layers.values())
     is_lora_file = loras and (method is None or isinstance(method, Exact))
     if to is not None:
-        is_lora_file = _is_lora_format(known, to)
+        is_lora_file = is_lora_format(known, to)
     wanted = file_format(known, is_lora=is_lora_file, has_dora=has_dora)
     if wanted is None and method is not None and known.lora is not None:
         wanted = known.lora  # a method was given, and the application loads LoRA only
     if wanted is None:
+        what = "not LoKr" if to is not None else "and the source is a Kronecker adapter"
         raise InexpressibleError(
-            f"{known.title} loads only LoRA, and the source is a Kronecker adapter.",
+            f"{known.title} loads only LoRA, {what}.",
             fix=f"Use --for {known.name} --to lora, for the smallest LoRA within {DEFAULT_MAX_ERROR:.0%} per layer; "
             "--exact or --rank R choose another.",
         )
-    return ConversionTarget(wanted, known.name)
-
-
-def _is_lora_format(application: Application, to: str) -> bool:
-    """Whether `to` names the LoRA format of an application rather than its LoKr format."""
-    if to in ("lora", application.lora, application.dora):
-        return True
-    if to in ("lokr", application.lokr):
-        return False
-    formats = [name for name in dict.fromkeys((application.lora, application.dora, application.lokr)) if name]
-    raise UsageError(
-        f"{application.title} loads {' and '.join(formats)}, not {to}.",
-        fix="Use --to lora or --to lokr with --for, or omit --for.",
-    )
+    return ConversionTarget(wanted, known.name, to is not None)
 
 
 def default_method(adapter: Adapter, target: ConversionTarget) -> Method:

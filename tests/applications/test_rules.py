@@ -63,6 +63,7 @@ MODULES = {  # rule -> a module that it refuses, one that it does not
         module(LOKR, shape=(64, 12, 2, 2), parts={"w2": ("F32", (16, 12))}),
         module(LOKR, shape=(64, 12, 2, 2), parts={"w2": ("F32", (16, 3, 2, 2))}),
     ),
+    "lycoris-names": (module(LOKR, "transformer.x", name="transformer.x"), module(LOKR, name="lora_unet_x")),
     "dense-w1": (module(LOKR, parts=("w1_a", "w1_b", "w2")), module(LOKR, parts=("w1", "w2"))),
     "one-dtype": (
         module(LOKR, parts={"w1_a": ("F32", (4, 2)), "w1_b": ("F16", (2, 4))}),

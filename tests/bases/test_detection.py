@@ -37,7 +37,7 @@ def told(modules) -> tuple[str, set[str]]:
 
 SPELLED = [  # the others take long
     "kohya-ldm",
-    *(pytest.param(d, marks=pytest.mark.slow) for d in ("diffusers", "kohya", "comfyui", "original", "peft")),
+    *(pytest.param(d, marks=pytest.mark.slow) for d in ("diffusers", "kohya", "original", "peft")),
 ]
 ATTENTION = r"(attn|attention|Attention|attn1|attn2)\b|attn_qkv|attn_proj"
 NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")

@@ -15,7 +15,7 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from krona_hub.errors import UsageError
+from krona_hub.errors import UsageError, one_of
 from krona_hub.formats.compatibility.naming import ComponentNamings
 from krona_hub.formats.forms.vector_kinds import Kinds
 
@@ -35,7 +35,7 @@ DEFAULT_REASONS = {  # formats that hardly any application reads
     "cloneofsimo": "no current application reads modules identified by position",
 }
 NOT_KNOWN = "not known"
-WITHOUT_FACTS = frozenset({"draw things", "drawthings", "draw-things"})  # often asked about
+WITHOUT_FACTS = frozenset({"drawthings"})  # often asked about
 Kind = Literal["lora", "lokr"]  # of an adapter
 
 
@@ -174,7 +174,7 @@ def application_named(name: str) -> Application:
     key = ALIASES.get(key, key)
     if key in APPLICATIONS:
         return APPLICATIONS[key]
-    if key in WITHOUT_FACTS:
+    if key.replace(" ", "").replace("-", "") in WITHOUT_FACTS:
         raise UsageError(
             f"What {name} loads is not known: no facts about it were measured or read.",
             fix=f"The known applications are {', '.join(APPLICATIONS)}.",
@@ -183,6 +183,25 @@ def application_named(name: str) -> Application:
     raise UsageError(
         f"Unknown application {name!r}.",
         fix=f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(APPLICATIONS)}.",
+    )
+
+
+def is_lora_format(application: Application, to: str) -> bool:
+    """Whether `to`, a format or `lora` or `lokr`, is written for LoRA rather than for LoKr.
+
+    Raises UsageError for a format that is not written for the application.
+
+    >>> is_lora_format(APPLICATIONS["comfyui"], "lokr"), is_lora_format(APPLICATIONS["comfyui"], "kohya-lora")
+    (False, True)
+    """
+    if to in ("lora", application.lora, application.dora):
+        return True
+    if to in ("lokr", application.lokr):
+        return False
+    formats = [name for name in dict.fromkeys((application.lora, application.dora, application.lokr)) if name]
+    raise UsageError(
+        f"{application.title} loads {one_of(formats)}, not {to}.",
+        fix="Use --to lora or --to lokr with --for, or omit --for.",
     )
 
 

@@ -50,6 +50,8 @@ def _votes(base: Base, format_name: str, kind: str, paths: Sequence[str], spelle
         known = support.names_for(format_name).get("denoiser") if support else None
         if support is None or known is None or not support.loads("lora" if kind == "lora" else "lokr"):
             continue
+        if application.rejection(format_name) is not None or format_name in support.rejected:
+            continue
         for n in known.namings:
             if speller.exists(n) and all(speller.has(n, f"{speller.component}.{path}") for path in paths):
                 same = Naming(n.prefix, speller.spelling(n) or ("diffusers" if n.spelling == "own" else n.spelling))

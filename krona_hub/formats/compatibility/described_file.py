@@ -30,7 +30,7 @@ class DescribedFile:
 
     @cached_property
     def bases(self) -> tuple[Base, ...]:
-        """The base model of the file, or those that cannot be told apart; () if none is known."""
+        """The base model of the file, or those that fit equally well; () if none is known."""
         own, candidates = self.own, self.description.candidates
         if own is None:
             return ()

@@ -37,6 +37,8 @@ def aim_at(adapter: Adapter, format_name: str, tool_name: str | None, split_qkv:
         return Aim(format_name, storage.dialect, None, split_qkv)
     tool = application_named(tool_name)
     target = _target(adapter, tool)
+    if format_name == tool.lokr:  # a LoRA is a LoKr with A of 1x1, if that is asked for
+        target = format_name
     if format_name not in (KRONA.name, target):
         raise UsageError(
             f"{tool.title} loads {target}, not {format_name}.",

@@ -7,7 +7,7 @@ names of the file that they were read from.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from krona_hub.adapters.unknown_base import UNKNOWN, module_name
@@ -17,7 +17,7 @@ from krona_hub.errors import InexpressibleError, abbreviated, counted
 
 if TYPE_CHECKING:
     from krona_hub.bases.name_table import NameTable
-    from krona_hub.formats.compatibility.naming import Names
+    from krona_hub.formats.compatibility.naming import Names, Naming
 
 SPLIT: Mapping[str, str] = {"kohya-ldm": "kohya"}  # dialect with separate q, k and v
 PROJECTED = "text_encoder_2"
@@ -42,6 +42,8 @@ class FileNames:
     found: Names | None = None  # names that the application finds, or that most do; they replace the dialect
     title: str = ""  # of the application; without one, components that `found` does not cover keep the dialect
     split_qkv: bool = False
+    several: frozenset[str] = frozenset()  # layers of several Kronecker terms, which only a module with others can hold
+    _joined: dict[str, Naming | None] = field(default_factory=dict, compare=False, repr=False)  # component -> naming
 
     def homes(self, layers: Iterable[str]) -> Mapping[str, tuple[Home, ...]]:
         """Layer -> the module that stores it, or the modules that together do.
@@ -78,11 +80,30 @@ class FileNames:
 
     def _home(self, layer: str, found: Names) -> tuple[Home, ...]:
         """The modules of a layer in the first naming that the application finds, if possible without fused ones."""
-        speller = found.speller(layer.partition(".")[0])
-        options = [tuple(Home(*home) for home in speller.homes(known, layer)) for known in found.usable(layer)]
+        component = layer.partition(".")[0]
+        options = [(known, self._homes(known, layer, found)) for known in found.usable(layer)]
+        joined = self._joined_naming(component, found) if self.several and not self.split_qkv else None
         if self.split_qkv:
-            options.sort(key=lambda own: any(len(home.siblings) > 1 for home in own))
-        return options[0] if options else ()
+            options.sort(key=lambda option: any(len(home.siblings) > 1 for home in option[1]))
+        elif joined is not None:
+            options.sort(key=lambda option: option[0] != joined or not all(map(self._is_whole, option[1])))
+        return options[0][1] if options else ()
+
+    @staticmethod
+    def _homes(known: Naming, layer: str, found: Names) -> tuple[Home, ...]:
+        return tuple(Home(*home) for home in found.speller(layer.partition(".")[0]).homes(known, layer))
+
+    def _joined_naming(self, component: str, found: Names) -> Naming | None:
+        """The first naming whose modules join layers of the component that have no form of their own."""
+        if component not in self._joined:
+            own = (layer for layer in sorted(self.several) if layer.partition(".")[0] == component)
+            options = ((known, self._homes(known, layer, found)) for layer in own for known in found.usable(layer))
+            self._joined[component] = next((n for n, to in options if any(len(home.siblings) > 1 for home in to)), None)
+        return self._joined[component]
+
+    def _is_whole(self, home: Home) -> bool:
+        """Whether the module is one layer, or joins layers one of which has no form of its own."""
+        return len(home.siblings) == 1 or any(place.layer in self.several for place in home.siblings)
 
     def vector_name(self, path: str) -> str:
         """The name of a norm or of a bare parameter. Raises InexpressibleError if it has none."""

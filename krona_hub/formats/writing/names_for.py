@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from krona_hub.adapters.adapter import Adapter
+from krona_hub.adapters.adapter import Adapter, LayerDelta
 from krona_hub.bases.base import Base
 from krona_hub.bases.name_table import table
 from krona_hub.errors import InexpressibleError
@@ -13,6 +13,7 @@ from krona_hub.formats.compatibility.applications import APPLICATIONS, Applicati
 from krona_hub.formats.compatibility.base_support import support_of
 from krona_hub.formats.compatibility.default_names import default_names
 from krona_hub.formats.compatibility.naming import Names
+from krona_hub.formats.forms.normal_forms import lora_of
 from krona_hub.formats.known.registry import storage_of
 from krona_hub.formats.writing.aim import Aim, kinds_of
 from krona_hub.formats.writing.module_names import FileNames
@@ -23,7 +24,8 @@ TITLES = {"lora": "LoRA", "lokr": "LoKr"}
 def file_names(aim: Aim, base: Base | None, adapter: Adapter) -> FileNames:
     """The names of modules in a file for an aim. Raises InexpressibleError if the application does not load it."""
     names = None if base is None else table(base)
-    plain = FileNames(aim.dialect, names, split_qkv=aim.split_qkv)
+    several = frozenset(name for name, delta in adapter.layers.items() if _has_several_terms(delta))
+    plain = FileNames(aim.dialect, names, split_qkv=aim.split_qkv, several=several)
     if base is None or (aim.tool is not None and aim.tool.every_base):
         return plain
     if aim.tool is not None:
@@ -34,6 +36,10 @@ def file_names(aim: Aim, base: Base | None, adapter: Adapter) -> FileNames:
         return plain
     kind = "lokr" if storage.kind == "kronecker" else "lora"
     return replace(plain, found=default_names(base, aim.format, kind, tuple(adapter.layers)))
+
+
+def _has_several_terms(delta: LayerDelta) -> bool:
+    return lora_of(delta) is None and sum(s.terms for s in delta.sums) > 1
 
 
 def lost_layers(aim: Aim, base: Base, layers: Collection[str]) -> tuple[str, ...]:
