@@ -91,7 +91,7 @@ class Provenance:
     trigger_words: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the file that it was read from
     unknown: Mapping[str, Any] = field(default_factory=dict)  # header fields of newer minor versions
-    skipped: tuple[str, ...] = ()  # modules of the file that were not read; never stored
+    skipped: tuple[str, ...] = ()  # modules of the file that were not read, layers left out; never stored
     skipped_vectors: tuple[str, ...] = ()  # vectors of the file that were not read; never stored
     warnings: tuple[str, ...] = ()  # of the reader about the whole file; never stored
     notes: tuple[str, ...] = ()  # messages of the reader of the file; never stored

@@ -97,6 +97,17 @@ def test_layers_that_an_application_does_not_find_can_be_left_out(tmp_path):
     assert written.left_out.modules == (CONV_IN,) and written.layers == 1
 
 
+def test_a_file_without_a_layer_that_the_application_finds_is_refused_even_if_layers_may_be_left_out(tmp_path):
+    adapter = made.lora(shapes("sdxl", CONV_IN))
+    path, out = stored(tmp_path, adapter, "sdxl", format="kohya-lora"), tmp_path / "out.safetensors"
+    with pytest.raises(InexpressibleError, match=r"ai-toolkit finds no module of .* for 1 of 1 layer") as refusal:
+        convert(path, out, tool="ai-toolkit", base="sdxl", allow_missing=True)
+    assert "--allow-missing" not in refusal.value.fix
+    with pytest.raises(InexpressibleError, match=r"ai-toolkit finds no module of .* for 1 of 1 layer"):
+        write(adapter, out, tool="ai-toolkit", base="sdxl", allow_missing=True)
+    assert not out.exists()
+
+
 def test_a_dora_that_has_to_be_dissolved_says_why_and_who_keeps_it(tmp_path):
     delta = made.lora(shapes("sdxl", TO_Q))
     size = shapes("sdxl", TO_Q)[TO_Q][0]

@@ -17,7 +17,7 @@ class LeftOut:
     False
     """
 
-    modules: tuple[str, ...] = ()  # of the file, which were not read
+    modules: tuple[str, ...] = ()  # that were not read, and layers without a name for the application
     vectors: tuple[str, ...] = ()  # parameters
     embeddings: tuple[str, ...] = ()
 

@@ -65,11 +65,11 @@ class FileNames:
         places = {layer: self._home(layer, found) for layer in layers}
         lost = [layer for layer, own in places.items() if not own]
         if lost:
+            leave_out = " Or add --allow-missing to leave them out." if len(lost) < len(layers) else ""
             raise InexpressibleError(
                 f"{self.title} finds no module of {found.base.name} for {len(lost)} of {counted(len(layers), 'layer')} "
                 f"({abbreviated(lost)}).",
-                fix="Add --allow-missing to leave them out, merge the adapter into the base model, or write another "
-                "format with --to.",
+                fix=f"Merge the adapter into the base model, or write another format with --to.{leave_out}",
             )
         return places
 

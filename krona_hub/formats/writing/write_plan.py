@@ -149,10 +149,13 @@ def check_names_for(adapter: Adapter, tool_name: str | None, base: str | Path | 
 
 
 def without_lost_layers(adapter: Adapter, aim: Aim, base: str | Path | Base | None) -> Adapter:
-    """The adapter without the layers that the application does not find, which are recorded as left out."""
+    """The adapter without the layers that the application does not find, which are recorded as left out.
+
+    An adapter of which no layer would remain is returned as it is: `planned` refuses it.
+    """
     known = _known_base(adapter, base)
     lost = lost_layers(aim, known, adapter.layers) if known is not None else ()
-    if not lost:
+    if not lost or len(lost) == len(adapter.layers):
         return adapter
     kept = {layer: delta for layer, delta in adapter.layers.items() if layer not in lost}
     skipped = replace(adapter.provenance, skipped=(*adapter.provenance.skipped, *lost))
