@@ -70,7 +70,10 @@ OPTIONS = {
             help="Use the smallest factorization of each layer within this relative error [0.05].",
         ),
         click.Option(
-            ["--budget"], metavar="N|P%", help="Minimize the error with N parameters, or P % of the original number."
+            ["--budget"],
+            metavar="N|P%",
+            help="Minimize the error with N parameters, or a share of the original number, such as 50% or 1/8. Layers "
+            "may be left out.",
         ),
         click.Option(
             ["--shape"], metavar="A1xA2", help="Use the nearest Kronecker product with this shape of A in every layer."
@@ -107,7 +110,8 @@ def command(file: str, layers: bool, report: str | None, **options: Any) -> None
 
     By default, a LoRA becomes the smallest Kronecker adapter within 5 % relative error per layer, in the native krona
     format. Choose at most one method: --shape, --max-error, --budget, --exact or --rank. The error is reported per
-    layer and in total. A result whose total error exceeds 0.5 is refused unless --allow-loss is given.
+    layer and in total. A total error above 0.5 is refused without --allow-loss, except with --budget and --rank, whose
+    size you choose: the verdict then rates the loss.
     """
     from krona_hub.conversion import convert
     from krona_hub.rendering.html.markup import check_html_path
@@ -138,7 +142,7 @@ def _write_report(path: str, file: str, report: ConversionReport, options: dict[
 def as_document(report: ConversionReport) -> dict[str, Any]:
     """The report with the totals computed from its layers."""
     totals = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")
-    measures = ("relative_error", "energy_kept", "verdict")
+    measures = ("layers_left_out", "relative_error", "energy_kept", "verdict")
     computed = {name: getattr(report, name) for name in (*totals, *measures)}
     return {**fields_of(report), **computed}
 
@@ -152,7 +156,7 @@ def show(report: ConversionReport, *, every_layer: bool) -> None:
     show_text()
     show_facts(
         (
-            ("total", f"{len(report.layers)} layers, {report.source_format} → {report.target_format}"),
+            ("total", f"{report.layers_in_words}, {report.source_format} → {report.target_format}"),
             ("parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"),
             ("vectors", f"{report.vectors:,}, {report.vector_parameters:,} parameters" if report.vectors else None),
             ("bytes", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),
@@ -191,7 +195,8 @@ def _show_groups(report: ConversionReport) -> None:
     if worst := worst_layers(report.layers):
         show_text()
         rows = ((x.layer, x.after, relative(x.relative_error), x.best_other or "") for x in worst)
-        show_table(("largest errors (--layers lists all)", "new factorization", ">error", "best alternative"), rows)
+        which = "kept layers with the largest errors" if report.layers_left_out else "largest errors"
+        show_table((f"{which} (--layers lists all)", "new factorization", ">error", "best alternative"), rows)
 
 
 def _log_dry_run(report: ConversionReport) -> None:

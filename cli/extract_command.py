@@ -68,7 +68,7 @@ OPTIONS = {
         click.Option(
             ["--budget"],
             metavar="N|P%",
-            help="Minimize the error with N parameters, or P % of those of the difference.",
+            help="Minimize the error with N parameters, or a share of those of the difference, such as 1% or 1/100.",
         ),
         click.Option(
             ["--shape-fallback"],

@@ -54,10 +54,12 @@ def convert(
     source, out : adapter file, PEFT folder or Hub id; output path (default: named after the format, beside the source).
     to, tool : target format (a name of FORMATS, `lora` or `lokr`); target application, for which `to` may be the kind.
     shape, terms, shape_fallback : size `a1xa2` of A; Kronecker terms; "nearest" for layers that a1xa2 does not divide.
-    max_error, budget : relative Frobenius error per layer, 0 to 1; parameters in total, or a share such as "50%".
+    max_error, budget : relative Frobenius error per layer, 0 to 1; parameters in total, or a share such as "50%" or
+        "1/8" of the source's, for which layers may be left out.
     exact, rank : equal up to rounding; best LoRA of that rank.
     base, from_format, component : base model (DoRA needs its weights), source format, component; default: detected.
-    allow_loss, allow_missing, overwrite : accept a total error above 0.5, unmatched modules, an existing output.
+    allow_loss, allow_missing, overwrite : accept a total error above 0.5 (not needed with `budget` or `rank`, which
+        state the size), unmatched modules, an existing output.
     dtype, split_qkv, dry_run, progress : stored dtype; split fused projections; do not write; called (done, total).
 
     Returns
@@ -66,7 +68,9 @@ def convert(
 
     Raises
     ------
-    LossyError, InexpressibleError : error above 0.5; the target cannot hold a delta. Also what `read`, `write` raise.
+    LossyError, InexpressibleError : error above 0.5 by another method than `budget` and `rank`, or by rounding; the
+        target cannot hold a delta. Also what `read` and `write` raise.
+    UsageError : contradictory options, or a budget below the smallest factorization of any layer.
 
     Examples
     --------

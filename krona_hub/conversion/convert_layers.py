@@ -12,7 +12,7 @@ import torch
 from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.aliases import Progress
 from krona_hub.conversion.methods import Budget, Exact, FixedShape, Keep, MaxError, Method, Rank
-from krona_hub.conversion.report import LayerReport
+from krona_hub.conversion.report import LEFT_OUT, LayerReport
 from krona_hub.conversion.target import ConversionTarget, Loads
 from krona_hub.errors import InexpressibleError, KronaError, ShapeError, UsageError
 from krona_hub.formats.forms.normal_forms import (
@@ -25,6 +25,7 @@ from krona_hub.formats.forms.normal_forms import (
     with_lora,
     words_of,
 )
+from krona_hub.kron.allocation import BudgetError
 from krona_hub.kron.factorization_search import Choice, realize, smallest_lora_error, smallest_within, within_budget
 from krona_hub.kron.from_lora import nearest_kron_of_loras
 from krona_hub.kron.norms import norm, recompress, relative_difference
@@ -46,12 +47,13 @@ class ConvertedLayer:
     delta: LayerDelta
     note: str = ""
     best_other: str | None = None
+    is_left_out: bool = False  # the result does not have the layer; `delta` is then an empty sum
 
 
 def apply_method(
     layers: Layers, method: Method, target: ConversionTarget, progress: Progress | None = None
 ) -> dict[str, ConvertedLayer]:
-    """Convert every layer by `method`, to factorizations that the target can hold."""
+    """Convert every layer by `method`, to factorizations that the target can hold; a budget may leave layers out."""
     match method:
         case Keep():
             return {name: ConvertedLayer(delta) for name, delta in layers.items()}
@@ -174,10 +176,19 @@ def _searched(
     variants = (only_loras,) if target.to_lora or wide else target.loads
     loras = {name: exact_lora_of(delta) for name, delta in layers.items()}
     total = sum(size_of(delta)[0] for delta in layers.values())
-    errors = (InexpressibleError, UsageError) if len(variants) > 1 else InexpressibleError
-    found = [_search(layers, list(loras.values()), method, total, loads, progress, errors) for loads in variants]
+    found: list[list[Choice]] = []
+    too_small: list[BudgetError] = []
+    for loads in variants:
+        try:
+            found.append(_search(layers, list(loras.values()), method, total, loads, progress))
+        except BudgetError as error:
+            too_small.append(error)
+        except InexpressibleError:  # this variant cannot hold some layer
+            continue
+    if too_small and not found:
+        raise min(too_small, key=lambda error: error.least)
     norms = [norm(delta.sums) for delta in layers.values()]
-    choices = _best([choices for choices in found if choices is not None], method, norms)
+    choices = _best(found, method, norms)
     return {
         name: _outcome(delta, loras[name], choice, target.holds_any_shape)
         for (name, delta), choice in zip(layers.items(), choices, strict=True)
@@ -191,16 +202,14 @@ def _search(
     total: int,
     loads: Loads,
     progress: Progress | None,
-    errors: type[KronaError] | tuple[type[KronaError], ...],
-) -> list[Choice] | None:
-    """Return one choice per layer; None if one of `errors` shows that the target cannot load some layer."""
+) -> list[Choice]:
+    """Return one choice per layer, among the factorizations that `loads` allows."""
     allowed = _allowed_by_size(layers, loads)
-    try:
-        if isinstance(method, MaxError):
-            return smallest_within(loras, method.value, allowed=allowed, others_within=OTHERS_WITHIN, progress=progress)
-        return within_budget(loras, method.of(total), allowed=allowed, progress=progress)
-    except errors:
-        return None
+    if isinstance(method, MaxError):
+        return smallest_within(loras, method.value, allowed=allowed, others_within=OTHERS_WITHIN, progress=progress)
+    # a DoRA changes its weight by its magnitude alone, so that the loss without it is not that of the sum
+    required = {i for i, delta in enumerate(layers.values()) if delta.magnitude is not None}
+    return within_budget(loras, method.of(total), allowed=allowed, required=required, progress=progress)
 
 
 def _best(found: list[list[Choice]], method: MaxError | Budget, norms: Sequence[float]) -> list[Choice]:
@@ -243,6 +252,8 @@ def _allowed_by_size(layers: Layers, loads: Loads) -> Callable[[KronShape, int, 
 
 def _outcome(delta: LayerDelta, lora: Lora, choice: Choice, holds_any_shape: Holds) -> ConvertedLayer:
     form, other = choice.form, choice.best_other
+    if form.is_nothing:
+        return ConvertedLayer(replace(delta, sums=()), is_left_out=True)
     best_other = None if other is None else f"{other}, error {other.relative_error:.3f}"
     if is_lora(delta) and form.shape[:2] == (1, 1) and (form.right_rank or 0) >= lora.up.shape[1]:
         return ConvertedLayer(delta, "kept as LoRA", best_other)
@@ -276,7 +287,10 @@ def check_kind(method: Method, to_lora: bool, names: Sequence[str]) -> None:
 
 
 def lora_error_within(layers: Layers, parameters: int) -> float:
-    """Return the total relative error of the best LoRAs within that many parameters, as a baseline."""
+    """Return the total relative error of the best LoRAs within that many parameters, as a baseline.
+
+    Layers may be left out: 1.0, the error without any layer, if not even the smallest LoRA fits.
+    """
     deltas = list(layers.values())
     # one layer at a time, since a LoHa needs its whole matrix; allocated first for the reason in `_recompressed`
     spaces = [torch.empty(lora_rank_bound(delta.sums), dtype=torch.float64) for delta in deltas]
@@ -284,7 +298,10 @@ def lora_error_within(layers: Layers, parameters: int) -> float:
     for delta, space in zip(deltas, spaces, strict=True):
         values = singular_values(delta.sums)
         spectra.append(space[: len(values)].copy_(values))
-    return smallest_lora_error(spectra, [delta.matrix_shape for delta in deltas], parameters)
+    try:
+        return smallest_lora_error(spectra, [delta.matrix_shape for delta in deltas], parameters)
+    except UsageError:
+        return 1.0
 
 
 def error_of(found: LayerDelta, exact: LayerDelta) -> float:
@@ -300,7 +317,7 @@ def layer_report(
     return LayerReport(
         layer=name,
         before=words_of(before),
-        after=words_of(outcome.delta),
+        after=LEFT_OUT if outcome.is_left_out else words_of(outcome.delta),
         parameters_before=p0,
         parameters_after=p1,
         bytes_before=b0,

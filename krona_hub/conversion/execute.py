@@ -19,7 +19,7 @@ from krona_hub.conversion.convert_layers import (
     lora_error_within,
 )
 from krona_hub.conversion.layer_errors import measured_layers
-from krona_hub.conversion.methods import Keep, MaxError, Method
+from krona_hub.conversion.methods import Budget, Keep, MaxError, Method, Rank
 from krona_hub.conversion.output_options import default_out
 from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, percent, total_error
 from krona_hub.conversion.request import ConvertRequest
@@ -40,7 +40,7 @@ from krona_hub.formats.writing.write_plan import (
 from krona_hub.formats.writing.writer import write_planned
 from krona_hub.kron.to_lora import nearest_lora
 
-SplitLayers = Mapping[str, Mapping[str, LayerDelta]]  # layer -> modules of the file that together store it -> delta
+Layers = Mapping[str, LayerDelta]
 
 
 def execute(request: ConvertRequest, progress: Progress | None = None) -> ConversionReport:
@@ -71,8 +71,9 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     if changed:
         outcomes |= apply_method(changed, MaxError() if isinstance(method, Keep) else method, target, progress)
     outcomes = {n: replace(o, delta=without_hadamard(o.delta, to_lora=target.to_lora)) for n, o in outcomes.items()}
-    target = target.for_result(o.delta for o in outcomes.values())
-    result = adapter.with_layers({name: o.delta for name, o in outcomes.items()})
+    remaining = {name: o.delta for name, o in outcomes.items() if not o.is_left_out}
+    target = target.for_result(remaining.values())
+    result = adapter.with_layers(remaining)
     _check_expressible(target, result, request)
     aim = aim_at(result, target.format, request.tool, request.split_qkv)
     plan = planned(result, aim, request.base, stored)
@@ -91,10 +92,7 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         notes=tuple(dict.fromkeys((*adapter.provenance.warnings, *_dora_note(baked), *error_notes, *plan.notes))),
     )
     if report.relative_error > REFUSED_ABOVE and not request.allow_loss:
-        unrounded = {name: o.delta for name, o in outcomes.items()}
-        exact_layers, _ = measured_layers(adapter.layers, reference, outcomes, unrounded, request.base)
-        is_rounding = request.dtype is not None and total_error(exact_layers) <= REFUSED_ABOVE
-        raise _too_coarse(report, request.dtype) if is_rounding else _too_lossy(report, reference)
+        _check_loss(report, request, reference, outcomes, plan.stored)
     check_nothing_left_out(plan, allow_missing=request.allow_missing)
     if request.dry_run:
         return report
@@ -106,6 +104,28 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     )
     notes = tuple(dict.fromkeys((*report.notes, *written.notes)))
     return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
+
+
+def _check_loss(
+    report: ConversionReport,
+    request: ConvertRequest,
+    reference: Layers,
+    outcomes: Mapping[str, ConvertedLayer],
+    stored: Layers,
+) -> None:
+    """Raise LossyError for a result that loses too much, unless its size was given: a budget or a rank.
+
+    Such a size implies the loss, which the verdict states; only rounding that loses as much by itself is then refused.
+    """
+    unrounded = {name: o.delta for name, o in outcomes.items()}
+    if isinstance(request.method, Budget | Rank):
+        rounding, _ = measured_layers(unrounded, unrounded, outcomes, stored, request.base)
+        if max(total_error(rounding), report.vector_error) > REFUSED_ABOVE:
+            raise _too_coarse(report, request.dtype)
+        return
+    exact_layers, _ = measured_layers(reference, reference, outcomes, unrounded, request.base)
+    is_rounding = request.dtype is not None and total_error(exact_layers) <= REFUSED_ABOVE
+    raise _too_coarse(report, request.dtype) if is_rounding else _too_lossy(report, reference)
 
 
 def _kept(delta: LayerDelta, method: Method, target: ConversionTarget) -> bool:
@@ -126,14 +146,17 @@ def _dora_note(baked: Mapping[str, LayerDelta]) -> tuple[str, ...]:
 
 
 def _provenance(adapter: Adapter, report: ConversionReport, method: Method, source: Path) -> Provenance:
-    """Return the provenance to write, with the method and the measured errors."""
+    """Return the provenance to write, with the method and the measured errors.
+
+    The total error includes the layers that were left out; the errors by layer are those of the layers of the file.
+    """
     errors = {x.layer: x.relative_error for x in report.layers if x.relative_error > 0}
     known, becomes_native = adapter.provenance, report.target_format == "krona" != report.source_format
     return replace(
         native_provenance(source, known) if becomes_native else known,  # no other format can store it
         method=None if isinstance(method, Keep) else str(method),
         relative_error=report.relative_error if errors else None,
-        layer_errors=errors,
+        layer_errors={x.layer: errors[x.layer] for x in report.layers if x.layer in errors and not x.is_left_out},
     )
 
 

@@ -26,20 +26,25 @@ def measured_layers(
     stored: Layers,
     base: str | Path | None,
 ) -> tuple[tuple[LayerReport, ...], tuple[str, ...]]:
-    """Return the reports of the layers of `stored` against `reference`, what `before` stands for, and notes on them.
+    """Return the reports of all layers, `stored` against `reference`, what `before` stands for, and notes on them.
 
+    A layer that was left out is not stored, and loses all of its norm.
     The two differ for DoRA layers that were merged. The delta of one that kept its magnitude depends on its weight in
     `base`: without it, the error is that of the factors or of the magnitude, whichever is larger.
     """
     doras = [name for name, delta in reference.items() if delta.magnitude is not None]
-    rounded = [name for name in doras if difference(stored[name], reference[name]) > 0]
+    rounded = [n for n in doras if not outcomes[n].is_left_out and difference(stored[n], reference[n]) > 0]
     places = weight_files(base) if rounded and base is not None else {}
 
     def measured(name: str) -> LayerReport:
-        exact, found = reference[name], stored[name]
+        exact, outcome = reference[name], outcomes[name]
+        if outcome.is_left_out:
+            size = norm(exact.sums)
+            return layer_report(name, before[name], outcome, outcome.delta, 1.0 if size else 0.0, size)
+        found = stored[name]
         weight = read(places[name]) if exact.magnitude is not None and name in places else None
         error, size = _error_and_norm(found, exact, weight)
-        return layer_report(name, before[name], outcomes[name], found, error, size)
+        return layer_report(name, before[name], outcome, found, error, size)
 
     reports = tuple(report for _, report in in_parallel(measured, list(reference)))
     return reports, _note([name for name in rounded if name not in places])

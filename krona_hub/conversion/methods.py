@@ -55,7 +55,7 @@ class MaxError:
 
 @dataclass(frozen=True)
 class Budget:
-    """The smallest total error for a size: a number of parameters, or a share of the source's."""
+    """The smallest total error for a number of parameters or a share of the source's; layers may be left out."""
 
     parameters: int | None = None
     share: float | None = None
@@ -117,24 +117,30 @@ def choose_method(
 
 
 def parse_budget(text: str | int) -> Budget:
-    """Read `50%` as a share and `2000000` or `2_000_000` as parameters.
+    """Read `50%` or `1/2` as a share, and `2000000` or `2_000_000` as parameters. Raises UsageError for other texts.
 
-    >>> parse_budget("2_000_000").of(7), parse_budget("12.5%").of(8000)
-    (2000000, 1000)
+    >>> parse_budget("2_000_000").of(7), parse_budget("12.5%").of(8000), parse_budget("1/8")
+    (2000000, 1000, Budget(parameters=None, share=0.125))
     """
     words = str(text).strip().replace(",", "")
     try:
         if words.endswith("%"):
-            share = float(words[:-1]) / 100
-            if 0 < share < float("inf"):
-                return Budget(share=share)
-        elif int(words) > 0:
-            return Budget(parameters=int(words))
-    except ValueError:
-        pass
-    raise UsageError(
-        f"Invalid budget {text!r}.", fix="Use a share such as 50% or a number of parameters such as 2000000."
-    )
+            return Budget(share=_share(float(words[:-1]) / 100))
+        if "/" in words:
+            part, whole = (_positive("--budget", int(number)) for number in words.split("/"))
+            return Budget(share=_share(part / whole))
+        return Budget(parameters=_positive("--budget", int(words)))
+    except (ValueError, OverflowError):  # UsageError is a ValueError
+        raise UsageError(
+            f"Invalid budget {text!r}.",
+            fix="Use a share such as 50% or 1/8, or a number of parameters such as 2000000.",
+        ) from None
+
+
+def _share(value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
 
 
 def _fixed(shape: str | tuple[int, int], terms: int, fallback: str | None) -> FixedShape:

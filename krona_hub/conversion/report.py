@@ -12,6 +12,7 @@ from krona_hub.errors import counted
 from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 
 REFUSED_ABOVE = 0.5  # total relative error
+LEFT_OUT = "left out"  # factorization of a layer that the result does not have
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class LayerReport:
     note: str = ""
     best_other: str | None = None  # best alternative, for a layer kept as LoRA
 
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the budget left the layer out: its relative error is 1, or 0 if its delta is zero."""
+        return self.after == LEFT_OUT
+
 
 class Totals:
     """Mixin for a report with `layers`: their totals, the overall error and the verdict."""
@@ -37,6 +43,17 @@ class Totals:
     layers: tuple[LayerReport, ...]
     left_out: LeftOut = COMPLETE
     vector_error: float = 0.0  # relative, over all vectors that the result has
+
+    @property
+    def layers_left_out(self) -> int:
+        """Layers that a budget left out; they are among `layers`, as an error, unlike the parts in `left_out`."""
+        return sum(x.is_left_out for x in self.layers)
+
+    @property
+    def layers_in_words(self) -> str:
+        """The number of layers: "56 layers (13 kept, 43 left out)"."""
+        words, without = counted(len(self.layers), "layer"), self.layers_left_out
+        return f"{words} ({len(self.layers) - without:,} kept, {without:,} left out)" if without else words
 
     @property
     def parameters_before(self) -> int:
@@ -94,8 +111,11 @@ class ConversionReport(Totals):
 
 
 def worst_layers(layers: Sequence[LayerReport], most: int = 3) -> tuple[LayerReport, ...]:
-    """Return the layers with the largest relative error, worst first; none if nothing was lost."""
-    lossy = [x for x in layers if x.relative_error > EXACT_BELOW]
+    """Return the layers with the largest relative error, worst first, without those that were left out.
+
+    None if nothing was lost.
+    """
+    lossy = [x for x in layers if x.relative_error > EXACT_BELOW and not x.is_left_out]
     return tuple(sorted(lossy, key=lambda x: (-x.relative_error, x.layer))[:most])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import log2, sqrt
 
 from krona_hub.kron.allocation import Point
-from krona_hub.kron.candidates import Factorization, parameters_of
+from krona_hub.kron.candidates import Factorization, nothing, parameters_of
 from krona_hub.kron.shapes import KronShape
 
 TERMS_COUNT = 0.05  # doubling the terms must save this share of the parameters
@@ -52,11 +52,6 @@ class ErrorCurve:
         """Return the fewest terms within that error, None if the known ones do not suffice."""
         limit = max_error**2 * self.left[0]
         return next((k for k, left in enumerate(self.left) if left <= limit), None)
-
-
-def nothing(size: tuple[int, int]) -> Factorization:
-    """Return the factorization of a layer that is left out."""
-    return Factorization(KronShape(1, 1, *size), 0, None, 0, 1.0)
 
 
 def whole(size: tuple[int, int]) -> Factorization:

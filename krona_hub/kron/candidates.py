@@ -48,14 +48,30 @@ class Factorization:
         return is_lora(self.shape, self.right_rank)
 
     @property
+    def is_nothing(self) -> bool:
+        """Whether the layer is left out: no terms, no parameters, all of its energy lost."""
+        return self.terms == 0
+
+    @property
     def order(self) -> tuple[int, bool, int, KronShape, int]:
         """Sort key: fewer parameters first; at equal size the LoRA itself, then fewer terms, then smaller shapes."""
         return self.parameters, not self.is_lora, self.terms, self.shape, self.right_rank or 0
 
     def __str__(self) -> str:
+        if self.is_nothing:
+            return "left out"
         if self.is_lora:
             return f"LoRA of rank {self.right_rank or self.terms}"
         return f"{self.terms} × {self.shape}" + (f", B of rank {self.right_rank}" if self.right_rank else "")
+
+
+def nothing(size: tuple[int, int]) -> Factorization:
+    """Return the factorization of a layer of that (out, in) that is left out.
+
+    >>> nothing((320, 768)).parameters, nothing((320, 768)).relative_error, str(nothing((320, 768)))
+    (0, 1.0, 'left out')
+    """
+    return Factorization(KronShape(1, 1, *size), 0, None, 0, 1.0)
 
 
 def is_lora(shape: KronShape, right_rank: int | None) -> bool:

@@ -8,7 +8,7 @@ which `best_first.py` avoids.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from math import inf, sqrt
@@ -19,9 +19,17 @@ from torch import Tensor
 
 from krona_hub.aliases import Progress
 from krona_hub.errors import InexpressibleError, UsageError
-from krona_hub.kron.allocation import Point, allocate
+from krona_hub.kron.allocation import Point, smallest_budget, spend
 from krona_hub.kron.best_first import Allowed, Goal, Search
-from krona_hub.kron.candidates import ROUNDING, Factorization, is_lora, most_right_rank, parameters_of, realize
+from krona_hub.kron.candidates import (
+    ROUNDING,
+    Factorization,
+    is_lora,
+    most_right_rank,
+    nothing,
+    parameters_of,
+    realize,
+)
 from krona_hub.kron.parallel import in_processes
 from krona_hub.kron.rearrangement import LoraSvd
 from krona_hub.kron.shapes import KronShape, choices, divisors, split
@@ -206,17 +214,31 @@ def _smallest_form(size: tuple[int, int], allowed: Allowed | None, error: float)
 
 
 def within_budget(
-    loras: Sequence[Pair], parameters: int, *, allowed: Allowed | None = None, progress: Progress | None = None
+    loras: Sequence[Pair],
+    parameters: int,
+    *,
+    allowed: Allowed | None = None,
+    required: Collection[int] = (),
+    progress: Progress | None = None,
 ) -> list[Choice]:
     """Return the factorizations of all layers that minimize the total squared error within `parameters` values.
 
     Each step spends the budget where a parameter gains most: along the convex hull of each layer's (size, squared
-    error) points, then on what still fits. Raises UsageError if the smallest factorizations exceed the budget.
+    error) points, then on what still fits. A layer may be left out (`Factorization.is_nothing`), at the loss of all of
+    its energy, unless its index is in `required`. The result never has a larger error than the best truncated LoRAs
+    within the budget. Raises UsageError, naming the smallest possible budget, if the required layers exceed the budget,
+    or if it does not hold the smallest factorization of any layer; InexpressibleError if `allowed` excludes all
+    factorizations of a layer.
+
+    >>> up, down = torch.ones(6, 1), torch.ones(1, 8)
+    >>> [str(choice.form) for choice in within_budget([(up, down), (0.1 * up, down)], 14)]
+    ['LoRA of rank 1', 'left out']
     """
     _check_budget(parameters)
     groups = [_group(loras, members) for members in _batches(loras)]
-    points = _first_points(loras, groups, allowed)
-    _, price = _allocated(points, parameters)
+    points = _first_points(loras, groups, allowed, required)
+    chosen, price = spend(points, parameters)
+    allocations = [*_truncated(points, parameters), chosen]
     total = ROUNDS * len(loras)
     for turn in range(ROUNDS):
         done = turn * len(loras)
@@ -227,29 +249,36 @@ def within_budget(
             done += len(group.members)
             if progress:
                 progress(done, total)
-        chosen, before = _allocated(points, parameters), price
-        price = chosen[1]
+        (chosen, now), before = spend(points, parameters), price
+        allocations.append(chosen)
+        price = now
         if abs(price - before) <= 0.05 * before:
             break
     if progress:
         progress(total, total)
-    return [_with_other(point, rest, price) for point, rest in zip(chosen[0], points, strict=True)]
+    best = min(reversed(allocations), key=_lost)  # the greedy choice among more candidates may be worse
+    return [_with_other(point, rest, price) for point, rest in zip(best, points, strict=True)]
 
 
 def smallest_lora_error(singular_values: Sequence[Tensor], sizes: Sequence[tuple[int, int]], parameters: int) -> float:
     """Return the total relative error of the best LoRAs of layers within `parameters` values; 0.0 for zero layers.
 
-    It needs only the singular values of each layer and its (out, in). Raises UsageError as `within_budget` does.
+    Layers may be left out. It needs only the singular values of each layer and its (out, in). Raises UsageError if the
+    budget does not hold rank 1 of any layer.
     """
     _check_budget(parameters)
     energies = [float(s.square().sum()) for s in singular_values]
     points = [
-        [_point(form, energy) for form in _lora_forms(s, size, None)]
+        [_point(form, energy) for form in (nothing(size), *_lora_forms(s, size, None))]
         for s, size, energy in zip(singular_values, sizes, energies, strict=True)
     ]
-    chosen, _ = _allocated(points, parameters)
+    chosen, _ = spend(points, parameters)
     whole = sum(energies)
-    return sqrt(sum(point.loss for point in chosen) / whole) if whole else 0.0
+    return sqrt(_lost(chosen) / whole) if whole else 0.0
+
+
+def _lost(chosen: Sequence[Point]) -> float:
+    return sum(point.loss for point in chosen)
 
 
 def _check_budget(parameters: int) -> None:
@@ -257,8 +286,10 @@ def _check_budget(parameters: int) -> None:
         raise UsageError(f"Invalid budget of {parameters} parameters.", fix="Choose 1 or more.")
 
 
-def _first_points(loras: Sequence[Pair], groups: list[_Group], allowed: Allowed | None) -> list[list[Point]]:
-    """Return, per layer, the truncated LoRAs and the smallest factorization."""
+def _first_points(
+    loras: Sequence[Pair], groups: list[_Group], allowed: Allowed | None, required: Collection[int]
+) -> list[list[Point]]:
+    """Return, per layer, the truncated LoRAs, the smallest factorization, and none if the layer may be left out."""
     points: list[list[Point]] = [[] for _ in loras]
     for members, lora, norms in groups:
         smallest = _smallest_form(lora.size, allowed, 1.0)
@@ -272,17 +303,17 @@ def _first_points(loras: Sequence[Pair], groups: list[_Group], allowed: Allowed 
             raise InexpressibleError(
                 "the format allows no factorization of a layer.", fix="Choose a format that supports more shapes."
             )
+        for i, norm in zip(members, norms, strict=True):
+            if i not in required:
+                points[i].append(_point(nothing(lora.size), float(norm) ** 2))
     return points
 
 
-def _allocated(points: list[list[Point]], parameters: int) -> tuple[list[Point], float]:
-    least = sum(min(p.parameters for p in layer) for layer in points)
-    if least > parameters:
-        raise UsageError(
-            f"a budget of {parameters} parameters is too small for {len(points)} layers.",
-            fix=f"Choose at least {least}, the size of their smallest factorizations.",
-        )
-    return allocate(points, parameters)
+def _truncated(points: list[list[Point]], parameters: int) -> list[list[Point]]:
+    """Return the best truncated LoRAs within the budget, the plain choice; [] if they do not fit it."""
+    plain = [[p for p in layer if p.form.is_lora or p.form.is_nothing] for layer in points]
+    fits = all(plain) and smallest_budget(plain)[0] <= parameters
+    return [spend(plain, parameters)[0]] if fits else []
 
 
 def _more_points(
@@ -316,7 +347,7 @@ def _point(form: Factorization, energy: float) -> Point:
 
 def _with_other(point: Point, points: list[Point], price: float) -> Choice:
     """Return the chosen factorization and, if it is the LoRA, the best alternative at the final price."""
-    others = [p for p in points if not p.form.is_lora]
+    others = [p for p in points if not p.form.is_lora and not p.form.is_nothing]
     if not point.form.is_lora or not others:
         return Choice(point.form, None)
     return Choice(point.form, min(others, key=lambda p: (p.loss + price * p.parameters, p.form.order)).form)

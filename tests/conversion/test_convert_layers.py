@@ -116,7 +116,7 @@ def test_what_no_form_of_the_target_can_reach_is_refused():
 
 
 def test_a_budget_below_the_smallest_forms_says_what_they_take():
-    with pytest.raises(UsageError, match=r"too small for 1 layers\. Choose at least \d+, the size of their smallest"):
+    with pytest.raises(UsageError, match=r"too small for any layer\. Choose at least \d+, the size of the smallest"):
         apply_method({"unet.x": lora()}, Budget(parameters=1), LOKR)
 
 

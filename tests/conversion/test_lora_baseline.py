@@ -9,7 +9,7 @@ from krona_hub.adapters.adapter import LayerDelta
 from krona_hub.conversion.convert_layers import lora_error_within, only_loras
 from krona_hub.errors import UsageError
 from krona_hub.formats.forms.normal_forms import exact_lora_of
-from krona_hub.kron.factorization_search import within_budget
+from krona_hub.kron.factorization_search import smallest_lora_error, within_budget
 from krona_hub.kron.hadamard import Hadamard
 from krona_hub.kron.terms import KronTerms, LowRank, as_lora
 from krona_hub.kron.to_lora import singular_values
@@ -49,7 +49,7 @@ def test_singular_values_are_those_of_the_matrix(kind):
     assert float(expected[len(found) :].sum()) < 1e-10
 
 
-@pytest.mark.parametrize("share", [0.12, 0.4, 0.9])
+@pytest.mark.parametrize("share", [0.02, 0.12, 0.4, 0.9])
 def test_the_baseline_is_the_error_of_the_loras_that_a_search_finds(share):
     layers = {name: LayerDelta(sums, (24, 36)) for name, sums in sums_of_every_kind().items()}
     budget = int(share * len(layers) * 24 * 36)
@@ -61,6 +61,8 @@ def test_the_baseline_is_the_error_of_the_loras_that_a_search_finds(share):
     assert lora_error_within(layers, budget) == pytest.approx(sqrt(lost / sum(squares)), rel=1e-5, abs=1e-7)
 
 
-def test_a_budget_below_rank_1_is_refused_as_by_the_search():
-    with pytest.raises(UsageError, match="too small"):
-        lora_error_within({"unet.x": LayerDelta((loha(24, 36, 6),), (24, 36))}, 30)
+def test_below_rank_1_there_is_nothing_to_compare_with_but_no_layer_at_all():
+    """A refusal of a result of one small term states this error: it was itself refused for its size once."""
+    assert lora_error_within({"unet.x": LayerDelta((loha(24, 36, 6),), (24, 36))}, 30) == 1.0
+    with pytest.raises(UsageError, match="Choose at least 60, the size of the smallest factorization"):
+        smallest_lora_error([torch.ones(6)], [(24, 36)], 30)

@@ -15,6 +15,8 @@ from krona_hub.errors import UsageError
         ({"shape": (8, 2), "shape_fallback": "nearest"}, FixedShape(8, 2, 1, True)),
         ({"max_error": 0.0}, MaxError(0.0)),
         ({"budget": "50%"}, Budget(share=0.5)),
+        ({"budget": "1/8"}, Budget(share=0.125)),
+        ({"budget": " 3 / 2 "}, Budget(share=1.5)),
         ({"budget": 2_000_000}, Budget(parameters=2_000_000)),
         ({"rank": 8}, Rank(8)),
     ],
@@ -61,12 +63,16 @@ def test_contradictions_and_nonsense_are_refused_in_words(options, words):
         choose_method(**options)
 
 
-@pytest.mark.parametrize("text", ["", "x", "0", "-5", "0%", "-1%", "nan%", "inf%", "1.5"])
+WRONG = ["", "x", "0", "-5", "0%", "-1%", "nan%", "inf%", "1.5", "1/0", "0/8", "-1/-8", "1/8/2", "1/", "/8", "0.5/8"]
+WRONG += [f"1/1{'0' * 400}", f"1{'0' * 400}/1"]  # beyond what a float holds
+
+
+@pytest.mark.parametrize("text", WRONG)
 def test_what_is_no_budget_is_refused(text):
-    with pytest.raises(UsageError, match="Invalid budget"):
+    with pytest.raises(UsageError, match=r"Invalid budget .*such as 50% or 1/8, or a number of parameters such as"):
         parse_budget(text)
 
 
 def test_a_share_is_of_the_source():
-    assert parse_budget("25%").of(1000) == 250
+    assert parse_budget("25%").of(1000) == parse_budget("1/4").of(1000) == 250
     assert parse_budget("2,000,000").of(1000) == 2_000_000

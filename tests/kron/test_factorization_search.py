@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from krona_hub.errors import InexpressibleError, UsageError
 from krona_hub.kron import best_first, krylov
-from krona_hub.kron.candidates import Factorization, is_lora, most_right_rank, parameters_of, realize
+from krona_hub.kron.candidates import Factorization, is_lora, most_right_rank, nothing, parameters_of, realize
 from krona_hub.kron.factorization_search import error_of, frontier, smallest_within, within_budget
 from krona_hub.kron.shapes import KronShape, choices
 from krona_hub.kron.terms import nearest_kron, rearrange
@@ -208,7 +208,7 @@ def loss(layers, forms):
     return sum((f.relative_error * float((u @ d).norm())) ** 2 for (u, d), f in zip(layers, forms, strict=True))
 
 
-@pytest.mark.parametrize("share", [0.2, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.3, 0.5, 0.8])
 def test_a_budget_is_kept_and_spent_about_as_well_as_the_exhaustive_family_allows(share):
     """No allocation can have a smaller error than the relaxation: every layer's best value at a common price."""
     layers = [lora_layer((16, 24), 4, seed, (4, 6, 2) if seed % 2 else None, 0.01) for seed in range(4)]
@@ -216,7 +216,7 @@ def test_a_budget_is_kept_and_spent_about_as_well_as_the_exhaustive_family_allow
     forms = [c.form for c in within_budget(layers, budget)]
     assert sum(f.parameters for f in forms) <= budget
     energies = [float((u @ d).norm()) ** 2 for u, d in layers]
-    families = [list(every_form(u, d)) for u, d in layers]
+    families = [[nothing((16, 24)), *every_form(u, d)] for u, d in layers]
     bound, step = 0.0, 0.0
     for price in torch.logspace(-5, 1, 200, dtype=torch.float64).tolist():
         values = [
@@ -242,5 +242,14 @@ def test_a_louder_layer_gets_more_of_the_budget():
 
 
 def test_a_budget_that_holds_nothing_says_what_would():
-    with pytest.raises(UsageError, match="size of their smallest factorizations"):
-        within_budget([lora_layer((16, 24), 4, 1)], 5)
+    with pytest.raises(
+        UsageError, match=r"5 parameters is too small for any layer\. Choose at least (\d+),"
+    ) as refusal:
+        within_budget([lora_layer((16, 24), 4, 1), lora_layer((20, 20), 4, 2)], 5)
+    least = int(refusal.value.fix.split()[3].rstrip(","))
+    for budget in (least, least + 1):
+        assert sum(
+            c.form.parameters for c in within_budget([lora_layer((16, 24), 4, 1), lora_layer((20, 20), 4, 2)], budget)
+        )
+    with pytest.raises(UsageError, match=f"at least {least}, the size of the smallest factorization"):
+        within_budget([lora_layer((16, 24), 4, 1), lora_layer((20, 20), 4, 2)], least - 1)

@@ -57,7 +57,7 @@ def _curves(report: ConversionReport, before: Adapter) -> Markup:
 
 def _facts(report: ConversionReport) -> list[tuple[str, object]]:
     return [
-        ("layers", len(report.layers)),
+        ("layers", report.layers_in_words.replace(" layers", "")),
         ("format", f"{report.source_format} → {report.target_format}" + (f" for {report.tool}" if report.tool else "")),
         ("parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"),
         ("size of the tensors", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),
@@ -83,13 +83,14 @@ def _modules(report: ConversionReport) -> Markup:
 
 
 def _worst(report: ConversionReport) -> Markup:
-    """The layers with the largest errors and their best alternatives: for all layers, this would fill the report."""
+    """The remaining layers with the largest errors and their best alternatives: all would fill the report."""
     worst = worst_layers(report.layers, MOST)
     rows = [(x.layer, x.after, f"{100 * x.relative_error:.3g}", x.best_other) for x in worst]
     others = any(x.best_other for x in worst)
     names = ("module", "new factorization", ">error, %", "best alternative")
     shown = len(names) if others else len(names) - 1
-    return table(names[:shown], [row[:shown] for row in rows], "The largest errors") if rows else Markup("")
+    title = "The largest errors of the kept layers" if report.layers_left_out else "The largest errors"
+    return table(names[:shown], [row[:shown] for row in rows], title) if rows else Markup("")
 
 
 def report_conversion(
