@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import inf, isqrt
@@ -176,11 +176,12 @@ def _searched(
     variants = (only_loras,) if target.to_lora or wide else target.loads
     loras = {name: exact_lora_of(delta) for name, delta in layers.items()}
     total = sum(size_of(delta)[0] for delta in layers.values())
+    required = {i for i, (name, delta) in enumerate(layers.items()) if target.requires(name, delta)}
     found: list[list[Choice]] = []
     too_small: list[BudgetError] = []
     for loads in variants:
         try:
-            found.append(_search(layers, list(loras.values()), method, total, loads, progress))
+            found.append(_search(layers, list(loras.values()), method, total, loads, required, progress))
         except BudgetError as error:
             too_small.append(error)
         except InexpressibleError:  # this variant cannot hold some layer
@@ -201,14 +202,13 @@ def _search(
     method: MaxError | Budget,
     total: int,
     loads: Loads,
+    required: Collection[int],
     progress: Progress | None,
 ) -> list[Choice]:
-    """Return one choice per layer, among the factorizations that `loads` allows."""
+    """Return one choice per layer, among the factorizations that `loads` allows; a budget keeps the required layers."""
     allowed = _allowed_by_size(layers, loads)
     if isinstance(method, MaxError):
         return smallest_within(loras, method.value, allowed=allowed, others_within=OTHERS_WITHIN, progress=progress)
-    # a DoRA changes its weight by its magnitude alone, so that the loss without it is not that of the sum
-    required = {i for i, delta in enumerate(layers.values()) if delta.magnitude is not None}
     return within_budget(loras, method.of(total), allowed=allowed, required=required, progress=progress)
 
 

@@ -71,6 +71,15 @@ class ConversionTarget:
         size = delta.weight_shape
         return self.tool is not None and not loads_form(self.tool, size, KronShape(1, 1, out, in_), right_rank=1)
 
+    def requires(self, name: str, delta: LayerDelta) -> bool:
+        """Whether a budget must not leave out a layer.
+
+        A DoRA that keeps its magnitude changes its weight by that alone, so that leaving it out does not lose what its
+        factors have; and some applications load a text encoder only if all of its layers are adapted.
+        """
+        is_whole = self.tool is not None and "whole-text" in application_named(self.tool).rules
+        return delta.magnitude is not None or (is_whole and name.startswith("text_encoder"))
+
     def refusals(self, layers: Mapping[str, LayerDelta]) -> dict[str, str]:
         """Map each layer whose delta the target cannot hold exactly to the reason."""
         reasons = {name: why_not(delta, self.format, tool=self.tool, layer=name) for name, delta in layers.items()}
