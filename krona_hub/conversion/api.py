@@ -47,19 +47,18 @@ def convert(
     """Convert an adapter to another format or factorization, and measure the error of every layer.
 
     Choose at most one method: `shape`, `max_error`, `budget`, `exact` or `rank`. By default, layers of the target's
-    kind keep their factors and others become the smallest factorization within 5 % relative error.
+    kind keep their factors and others become the smallest factorization within 5 % relative error. A total error above
+    0.5 is refused, except with `budget`, which may leave layers out, and `rank`: they state the size.
 
     Parameters
     ----------
     source, out : adapter file, PEFT folder or Hub id; output path (default: named after the format, beside the source).
     to, tool : target format (a name of FORMATS, `lora` or `lokr`); target application, for which `to` may be the kind.
     shape, terms, shape_fallback : size `a1xa2` of A; Kronecker terms; "nearest" for layers that a1xa2 does not divide.
-    max_error, budget : relative Frobenius error per layer, 0 to 1; parameters in total, or a share such as "50%" or
-        "1/8" of the source's, for which layers may be left out.
+    max_error, budget : relative Frobenius error per layer, 0 to 1; parameters in total, or a share, "50%" or "1/2".
     exact, rank : equal up to rounding; best LoRA of that rank.
     base, from_format, component : base model (DoRA needs its weights), source format, component; default: detected.
-    allow_loss, allow_missing, overwrite : accept a total error above 0.5 (not needed with `budget` or `rank`, which
-        state the size), unmatched modules, an existing output.
+    allow_loss, allow_missing, overwrite : accept a total error above 0.5, unmatched modules, an existing output.
     dtype, split_qkv, dry_run, progress : stored dtype; split fused projections; do not write; called (done, total).
 
     Returns
@@ -68,9 +67,8 @@ def convert(
 
     Raises
     ------
-    LossyError, InexpressibleError : error above 0.5 by another method than `budget` and `rank`, or by rounding; the
-        target cannot hold a delta. Also what `read` and `write` raise.
-    UsageError : contradictory options, or a budget below the smallest factorization of any layer.
+    LossyError, InexpressibleError : error above 0.5; the target cannot hold a delta. Also what `read`, `write` raise.
+    UsageError : contradictory options; a budget below the smallest factorization of any layer.
 
     Examples
     --------
@@ -80,10 +78,8 @@ def convert(
     'Exact: the delta is the same up to rounding. Same number of parameters.'
     """
     _check_consistent(to, tool, exact, allow_missing)
-    method = choose_method(
-        shape=shape, terms=terms, shape_fallback=shape_fallback,
-        max_error=max_error, budget=budget, exact=exact, rank=rank,
-    )  # fmt: skip
+    method = choose_method(shape=shape, terms=terms, shape_fallback=shape_fallback, max_error=max_error, budget=budget,
+                           exact=exact, rank=rank)  # fmt: skip
     request = ConvertRequest(
         source=str(source), path=resolve(source), out=None if out is None else Path(out), method=method,
         to=_format(to, tool), tool=None if tool is None else application_named(tool).name,

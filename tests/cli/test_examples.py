@@ -42,6 +42,7 @@ CONVERSION = obj(
     parameters_after=COUNT,
     bytes_before=COUNT,
     bytes_after=COUNT,
+    layers_left_out=COUNT,
     relative_error=NUMBER,
     energy_kept=NUMBER,
     verdict=TEXT,

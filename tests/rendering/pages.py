@@ -13,7 +13,7 @@ def every_page(adapters, folder):
     lora = str(adapters / "lora.safetensors")
     main(["inspect", lora, "--report", str(places["inspect"]), "-q"])
     main(["params", "--base", "sdxl", "--report", str(places["params"]), "-q"])
-    main(["convert", lora, "--budget", "50%", "--dry-run", "--allow-loss", "--report", str(places["convert"]), "-q"])
+    main(["convert", lora, "--budget", "50%", "--dry-run", "--report", str(places["convert"]), "-q"])
     Image.new("RGB", (64, 64), "red").save(folder / "a.png")
     rows = [{"step": i, "loss": 1 / i, "smooth_loss": 1 / i, "validation_loss": 2 / i} for i in range(1, 60)]
     run = Run("toy", rows, {"prompt": "a photo " * 30}, None, {5: [folder / "a.png"]}, ["a long prompt " * 9])
