@@ -21,7 +21,7 @@ from krona_hub.cli.options import (
     report_option,
 )
 from krona_hub.cli.progress import progress
-from krona_hub.errors import LossyError
+from krona_hub.errors import LossyError, counted
 from krona_hub.rendering.humanize import human_bytes, percent, relative
 from krona_hub.rendering.tables import factorization_groups
 
@@ -153,10 +153,11 @@ def show(report: ConversionReport, *, every_layer: bool) -> None:
         _show_layers(report.layers)
     else:
         _show_groups(report)
+    layers = f"{counted(len(report.layers), 'layer')}{report.kept_and_left_out}"
     show_text()
     show_facts(
         (
-            ("total", f"{report.layers_in_words}, {report.source_format} → {report.target_format}"),
+            ("total", f"{layers}, {report.source_format} → {report.target_format}"),
             ("parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"),
             ("vectors", f"{report.vectors:,}, {report.vector_parameters:,} parameters" if report.vectors else None),
             ("bytes", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),

@@ -69,7 +69,7 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     changed = {name: delta for name, delta in reference.items() if name not in kept}
     outcomes = {name: ConvertedLayer(delta) for name, delta in kept.items()}
     if changed:
-        outcomes |= apply_method(changed, MaxError() if isinstance(method, Keep) else method, target, progress)
+        outcomes |= apply_method(changed, _for_layers(method, adapter), target, progress)
     outcomes = {n: replace(o, delta=without_hadamard(o.delta, to_lora=target.to_lora)) for n, o in outcomes.items()}
     remaining = {name: o.delta for name, o in outcomes.items() if not o.is_left_out}
     target = target.for_result(remaining.values())
@@ -126,6 +126,16 @@ def _check_loss(
     exact_layers, _ = measured_layers(reference, reference, outcomes, unrounded, request.base)
     is_rounding = request.dtype is not None and total_error(exact_layers) <= REFUSED_ABOVE
     raise _too_coarse(report, request.dtype) if is_rounding else _too_lossy(report, reference)
+
+
+def _for_layers(method: Method, adapter: Adapter) -> Method:
+    """Return the method for the layers that do not stay, with a share of the source as a number of parameters.
+
+    Merged DoRA layers are dense, so that a share of theirs would be larger than the source.
+    """
+    if isinstance(method, Budget):
+        return Budget(parameters=method.of(sum(size_of(delta)[0] for delta in adapter.layers.values())))
+    return MaxError() if isinstance(method, Keep) else method
 
 
 def _kept(delta: LayerDelta, method: Method, target: ConversionTarget) -> bool:

@@ -50,10 +50,10 @@ class Totals:
         return sum(x.is_left_out for x in self.layers)
 
     @property
-    def layers_in_words(self) -> str:
-        """The number of layers: "56 layers (13 kept, 43 left out)"."""
-        words, without = counted(len(self.layers), "layer"), self.layers_left_out
-        return f"{words} ({len(self.layers) - without:,} kept, {without:,} left out)" if without else words
+    def kept_and_left_out(self) -> str:
+        """What follows the number of layers: " (13 kept, 43 left out)"; "" if the result has all of them."""
+        without = self.layers_left_out
+        return f" ({len(self.layers) - without:,} kept, {without:,} left out)" if without else ""
 
     @property
     def parameters_before(self) -> int:

@@ -234,7 +234,6 @@ def within_budget(
     >>> [str(choice.form) for choice in within_budget([(up, down), (0.1 * up, down)], 14)]
     ['LoRA of rank 1', 'left out']
     """
-    _check_budget(parameters)
     groups = [_group(loras, members) for members in _batches(loras)]
     points = _first_points(loras, groups, allowed, required)
     chosen, price = spend(points, parameters)
@@ -266,7 +265,6 @@ def smallest_lora_error(singular_values: Sequence[Tensor], sizes: Sequence[tuple
     Layers may be left out. It needs only the singular values of each layer and its (out, in). Raises UsageError if the
     budget does not hold rank 1 of any layer.
     """
-    _check_budget(parameters)
     energies = [float(s.square().sum()) for s in singular_values]
     points = [
         [_point(form, energy) for form in (nothing(size), *_lora_forms(s, size, None))]
@@ -279,11 +277,6 @@ def smallest_lora_error(singular_values: Sequence[Tensor], sizes: Sequence[tuple
 
 def _lost(chosen: Sequence[Point]) -> float:
     return sum(point.loss for point in chosen)
-
-
-def _check_budget(parameters: int) -> None:
-    if parameters < 1:
-        raise UsageError(f"Invalid budget of {parameters} parameters.", fix="Choose 1 or more.")
 
 
 def _first_points(

@@ -95,7 +95,7 @@ def test_a_layer_left_out_is_an_error_and_not_a_part_that_is_missing(source):
         assert row.norm == pytest.approx(float(layers[row.layer].dense().norm()), rel=1e-6)
         assert row.parameters_before == 180 and row.bytes_before == 720
     assert not report.left_out and "left out" not in report.verdict
-    assert report.layers_in_words == "3 layers (1 kept, 2 left out)"
+    assert report.kept_and_left_out == " (1 kept, 2 left out)"
 
 
 def test_the_file_records_the_total_error_and_those_of_its_own_layers(source, tmp_path):
@@ -119,8 +119,9 @@ def test_too_small_a_budget_names_the_smallest_and_that_one_works(to, tmp_path):
     least = int(refusal.value.fix.split()[3].rstrip(","))
     report = convert(**golden(), to=to, budget=least, dry_run=True)
     assert report.parameters_after == least and report.layers_left_out == len(report.layers) - 1
-    with pytest.raises(UsageError, match=f"at least {least},"):
-        convert(**golden(), to=to, budget=least - 1, dry_run=True)
+    for budget in (least - 1, "0.001%"):  # the share rounds to no parameter at all
+        with pytest.raises(UsageError, match=f"at least {least},"):
+            convert(**golden(), to=to, budget=budget, dry_run=True)
 
 
 def test_one_layer_of_a_fused_module_is_left_out_alone(tmp_path):
@@ -145,6 +146,12 @@ def test_an_application_that_needs_whole_text_encoders_gets_them():
         apply_method(
             dict(list(layers.items())[:2]), Budget(parameters=119), ConversionTarget("kohya-lora", "onetrainer")
         )
+
+
+def test_a_share_is_of_the_source_for_dora_layers_too():
+    """They are merged with the base weights first, and what is dense then is many times larger."""
+    report = convert(**golden("lyc_dora_out_dim2_a1"), to="krona", budget="1/2", dry_run=True)
+    assert 0.3 * report.parameters_before < report.parameters_after <= report.parameters_before / 2
 
 
 def test_a_dora_that_keeps_its_magnitude_is_not_left_out():

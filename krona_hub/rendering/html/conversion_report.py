@@ -57,7 +57,7 @@ def _curves(report: ConversionReport, before: Adapter) -> Markup:
 
 def _facts(report: ConversionReport) -> list[tuple[str, object]]:
     return [
-        ("layers", report.layers_in_words.replace(" layers", "")),
+        ("layers", f"{len(report.layers):,}{report.kept_and_left_out}"),
         ("format", f"{report.source_format} → {report.target_format}" + (f" for {report.tool}" if report.tool else "")),
         ("parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"),
         ("size of the tensors", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),
