@@ -82,10 +82,10 @@ def spend(layers: Sequence[Sequence[Point]], budget: int) -> tuple[list[Point], 
     >>> [str(point.form) for point in spend(layers, 15)[0]]
     ['left out', 'LoRA of rank 1']
     """
-    least, is_all = smallest_budget(layers)
+    least, required = smallest_budget(layers)
     if least > budget:
-        held = f"{counted(len(layers), 'layer')} that cannot be left out" if is_all else "any layer"
-        of = "their smallest factorizations" if is_all else "the smallest factorization"
+        held = f"{counted(required, 'layer')} that cannot be left out" if required else "any layer"
+        of = "the smallest factorization" if required < 2 else "their smallest factorizations"
         error = BudgetError(
             f"a budget of {counted(budget, 'parameter')} is too small for {held}.",
             fix=f"Choose at least {least}, the size of {of}.",
@@ -96,12 +96,12 @@ def spend(layers: Sequence[Sequence[Point]], budget: int) -> tuple[list[Point], 
     return chosen if any(point.parameters for point in chosen) else _with_one(layers, chosen, budget), price
 
 
-def smallest_budget(layers: Sequence[Sequence[Point]]) -> tuple[int, bool]:
-    """Return the smallest budget of `spend`, and whether it is that of all layers that cannot be left out."""
+def smallest_budget(layers: Sequence[Sequence[Point]]) -> tuple[int, int]:
+    """Return the smallest budget of `spend`, and how many layers without a point of size 0 it is for."""
     sizes = [min(point.parameters for point in points) for points in layers]
     if any(sizes):
-        return sum(sizes), True
-    return min((point.parameters for points in layers for point in points if point.parameters), default=0), False
+        return sum(sizes), sum(size > 0 for size in sizes)
+    return min((point.parameters for points in layers for point in points if point.parameters), default=0), 0
 
 
 def _with_one(layers: Sequence[Sequence[Point]], chosen: list[Point], budget: int) -> list[Point]:

@@ -122,6 +122,10 @@ def test_a_required_layer_stays_however_little_it_gains():
     assert [f.parameters for f in free] == [80, 0] and [f.parameters for f in kept] == [40, 40]
     with pytest.raises(UsageError, match=r"2 layers that cannot be left out\. Choose at least 80, the size of their"):
         chosen(layers, 79, allowed=only_loras, required={0, 1})
+    with pytest.raises(
+        UsageError, match=r"1 layer that cannot be left out\. Choose at least 40, the size of the smallest"
+    ):
+        chosen(layers, 39, allowed=only_loras, required={1})
 
 
 def test_zero_layers_are_left_out_first_but_never_all_layers():
