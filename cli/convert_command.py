@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from krona_hub.cli import calibration_options as calibration
 from krona_hub.cli.console import announce, emit, fields_of, krona_command, log, show_facts, show_table, show_text
 from krona_hub.cli.options import (
     allow_loss_option,
@@ -21,7 +23,7 @@ from krona_hub.cli.options import (
     report_option,
 )
 from krona_hub.cli.progress import progress
-from krona_hub.errors import LossyError, counted
+from krona_hub.errors import LossyError, UsageError, counted
 from krona_hub.rendering.humanize import human_bytes, percent, relative
 from krona_hub.rendering.tables import factorization_groups
 
@@ -89,6 +91,25 @@ OPTIONS = {
         click.Option(["--exact"], is_flag=True, help="Convert exactly, up to rounding."),
         click.Option(["--rank"], type=int, metavar="R", help="With --to lora: the best LoRA of rank R."),
     ),
+    "Calibration, with --budget, --rank or --max-error": (
+        click.Option(
+            ["--calibrate", "prompts"],
+            metavar="FILE|default",
+            help="Keep the effect instead of the energy: gather moments with these prompts on the base model, fit a "
+            "common gain, and measure the effect on held-out prompts.",
+        ),
+        click.Option(
+            ["--moments"],
+            type=click.Path(),
+            metavar="FILE",
+            help="Moments of `krona calibrate`; with --calibrate, written if the file does not exist.",
+        ),
+        *calibration.PROMPTS,
+        *calibration.SAMPLING,
+        click.Option(["--no-gain"], is_flag=True, help="Do not fit a gain."),
+        click.Option(["--no-comparison"], is_flag=True, help="Do not measure a plain cut and a Kronecker sum."),
+        *calibration.MACHINE,
+    ),
     "": (click.Option(["--layers"], is_flag=True, help="List every layer."),),
 }
 
@@ -103,25 +124,30 @@ OPTIONS = {
         "krona convert lokr.safetensors --to lora --rank 16",
         "krona convert lora.safetensors --shape 64x4 --terms 8 --dry-run --allow-loss",
         "krona convert lora.safetensors --budget 50% -o half.safetensors --report half.html",
+        "krona convert zorbi-lora.safetensors --base tiny-scenes --budget 1/8 --calibrate default -o out.safetensors",
     ),
 )
-def command(file: str, layers: bool, report: str | None, **options: Any) -> None:
+def command(
+    file: str, layers: bool, report: str | None, prompts: str | None, moments: str | None, **options: Any
+) -> None:
     """Convert an adapter to another format, factorization or size.
 
     By default, a LoRA becomes the smallest Kronecker adapter within 5 % relative error per layer, in the native krona
     format. Choose at most one method: --shape, --max-error, --budget, --exact or --rank. The error is reported per
     layer and in total. A total error above 0.5 is refused without --allow-loss, except with --budget and --rank, whose
     size you choose: the verdict then rates the loss.
+
+    With --calibrate or --moments, --budget, --rank and --max-error keep the effect on the base model's output instead
+    of the energy: every layer becomes the LoRA of the rank that the effect asks for, or is left out. The verdict is
+    then by the effect that was measured on held-out prompts.
     """
-    from krona_hub.conversion import convert
     from krona_hub.rendering.html.markup import check_html_path
 
     announce(file)
     if report:
         check_html_path(report)
     try:
-        with progress("layers") as step:
-            done = convert(file, progress=step, **options)
+        done = _converted(file, prompts, moments, options)
     except LossyError as refused:
         if report and refused.report:
             _write_report(report, file, refused.report, options, refused.fix)
@@ -130,6 +156,37 @@ def command(file: str, layers: bool, report: str | None, **options: Any) -> None
     _log_dry_run(done)
     if report:
         _write_report(report, file, done, options)
+
+
+def _converted(file: str, prompts: str | None, moments: str | None, options: dict[str, Any]) -> ConversionReport:
+    """Convert, by moments if prompts or a file of moments are given; remove the options of a calibration."""
+    names = {
+        name for option in (*calibration.PROMPTS, *calibration.SAMPLING, *calibration.MACHINE) for name in [option.name]
+    }
+    own = {name: options.pop(name) for name in [*options] if name in names}
+    fit_gain, compare = not options.pop("no_gain"), not options.pop("no_comparison")
+    if prompts is None:
+        _check_unused(own, fit_gain=fit_gain, compare=compare)
+    if prompts is None and moments is None:
+        from krona_hub.conversion import convert
+
+        with progress("layers") as step:
+            return convert(file, progress=step, **options)
+    from krona_hub.calibration.api import convert_calibrated
+
+    with progress("samples") as step:
+        return convert_calibrated(
+            file, prompts=prompts, moments=moments, fit_gain=fit_gain, compare=compare, progress=step, **own, **options
+        ).conversion
+
+
+def _check_unused(own: Mapping[str, Any], **flags: bool) -> None:
+    """Raise UsageError for an option of a calibration without --calibrate, which would have no effect."""
+    declared = (*calibration.PROMPTS, *calibration.SAMPLING, *calibration.MACHINE)
+    given = [max(o.opts, key=len) for o in declared if own[str(o.name)] not in (None, o.default)]
+    given += [flag for flag, name in (("--no-gain", "fit_gain"), ("--no-comparison", "compare")) if not flags[name]]
+    if given:
+        raise UsageError(f"{given[0]} requires --calibrate.", fix="Add --calibrate default, or a file of prompts.")
 
 
 def _write_report(path: str, file: str, report: ConversionReport, options: dict[str, Any], advice: str = "") -> None:
@@ -161,6 +218,7 @@ def show(report: ConversionReport, *, every_layer: bool) -> None:
             ("parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"),
             ("vectors", f"{report.vectors:,}, {report.vector_parameters:,} parameters" if report.vectors else None),
             ("bytes", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),
+            *_effect_facts(report),
             ("error", f"{relative(report.relative_error)} relative, retained energy {percent(report.energy_kept)}"),
             ("verdict", report.verdict),
             *(("alternative", text) for text in report.alternatives),
@@ -169,6 +227,31 @@ def show(report: ConversionReport, *, every_layer: bool) -> None:
             ("check", report.checked.removeprefix("checked: ")),
         )
     )
+
+
+def _effect_facts(report: ConversionReport) -> Iterator[tuple[str, str]]:
+    """Yield the predicted and the measured effect, if the conversion used moments."""
+    from krona_hub.conversion.report import percent as share
+
+    if report.predicted_effect is None:
+        return
+    yield "predicted effect", f"{share(report.predicted_effect)} kept, by the moments"
+    effect = report.effect
+    if effect is None:
+        return
+    low, high = effect.kept_range
+    yield (
+        "measured effect",
+        f"{share(effect.kept)} kept, 95 % range {share(low)} to {share(high)}, on {len(effect.prompts)} held-out "
+        f"prompts, {effect.samples} samples, seed {effect.seed}",
+    )
+    yield "strength", f"{effect.strength:.2f} of the original along its effect, with gain {report.gain:g}"
+    if effect.other_kept is not None:
+        yield (
+            "other prompts",
+            f"{share(effect.other_kept)} kept on {len(effect.other_prompts)} prompts without the subject; change "
+            f"{effect.drift:.2f} of that of the original",
+        )
 
 
 def _show_layers(layers: Any) -> None:

@@ -23,7 +23,10 @@ rich_click.rich_click.MAX_WIDTH = 110
 rich_click.rich_click.STYLE_EPILOG_TEXT = ""
 rich_click.rich_click.COMMAND_GROUPS = {
     "krona": [
-        {"name": "Adapters", "commands": ["inspect", "validate", "convert", "combine", "migrate", "tools"]},
+        {
+            "name": "Adapters",
+            "commands": ["inspect", "validate", "convert", "calibrate", "combine", "migrate", "tools"],
+        },
         {"name": "Adapters and models", "commands": ["merge", "unmerge", "extract", "verify"]},
         {"name": "Training", "commands": ["train", "params", "formats", "bases"]},
         {"name": "Images", "commands": ["generate", "evaluate"]},
@@ -47,6 +50,9 @@ COMMANDS = {
     "validate": CommandEntry("krona_hub.cli.validate_command", "Check a file's structure, schema, shapes and values."),
     "convert": CommandEntry(
         "krona_hub.cli.convert_command", "Convert an adapter to another format, factorization or size."
+    ),
+    "calibrate": CommandEntry(
+        "krona_hub.cli.calibrate_command", "Gather moments on a base model, to convert an adapter by its effect."
     ),
     "migrate": CommandEntry("krona_hub.cli.migrate_command", "Rewrite a native krona file in another schema version."),
     "merge": CommandEntry(

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from krona_hub.adapters.adapter import Adapter as Adapter
     from krona_hub.adapters.adapter import LayerDelta as LayerDelta
     from krona_hub.adapters.provenance import BaseModel as BaseModel
+    from krona_hub.calibration.api import calibrate as calibrate
+    from krona_hub.calibration.api import convert_calibrated as convert_calibrated
     from krona_hub.combining import combine as combine
     from krona_hub.conversion import convert as convert
     from krona_hub.errors import KronaError as KronaError
@@ -45,6 +47,8 @@ PUBLIC = {  # name -> defining module
     "read": "krona_hub.formats.reading.reader",
     "write": "krona_hub.formats.writing.writer",
     "convert": "krona_hub.conversion",
+    "calibrate": "krona_hub.calibration.api",
+    "convert_calibrated": "krona_hub.calibration.api",
     "plan_merge": "krona_hub.merging.plan",
     "merge": "krona_hub.merging.api",
     "unmerge": "krona_hub.merging.undo",

@@ -17,6 +17,7 @@ RINGS = [  # a package may import from its own ring and from rings above it in t
     {"formats"},
     {"conversion", "merging", "pipelines", "accounting"},
     {"combining", "extraction", "verification", "rendering", "images"},
+    {"calibration"},
     {"training"},
     {"hub", "evaluation"},
 ]
@@ -32,7 +33,7 @@ FLOORS = {  # the same inside three packages: a file, or a folder of files
         {"api"},
     ],
     "training": [
-        {"settings", "randomness"},
+        {"settings"},
         {"configuration", "training_record", "model"},
         {"data"},
         {"progress"},
@@ -42,7 +43,14 @@ FLOORS = {  # the same inside three packages: a file, or a folder of files
         {"api"},
     ],
 }
-VERBS = ("combining", "conversion", "extraction", "images", "merging")  # packages of one verb, with the same doors
+VERBS = (
+    "calibration",
+    "combining",
+    "conversion",
+    "extraction",
+    "images",
+    "merging",
+)  # packages of one verb, with the same doors
 DOORS = ("api", "request", "execute", "report")
 NETWORK = {"huggingface_hub", "requests", "httpx", "urllib", "socket"}
 SCREEN = {"click", "rich", "rich_click", "argparse"}

@@ -272,7 +272,7 @@ def _lora_note(before: int | None, after: int) -> str:
     return f"kept as LoRA, rank reduced {before} → {after}" if after < before else "kept as LoRA"
 
 
-def check_kind(method: Method, to_lora: bool, names: Sequence[str]) -> None:
+def check_kind(method: Method, to_lora: bool, names: Sequence[str], *, has_moments: bool = False) -> None:
     """Raise UsageError if the method and the kind of the target contradict each other."""
     if not names:
         raise KronaError("The adapter is empty.", fix="Choose another adapter or another --component.")
@@ -280,7 +280,7 @@ def check_kind(method: Method, to_lora: bool, names: Sequence[str]) -> None:
         raise UsageError(
             "--shape does not apply to a LoRA target.", fix="Use --rank or --max-error, or choose a Kronecker format."
         )
-    if not to_lora and isinstance(method, Rank):
+    if not to_lora and isinstance(method, Rank) and not has_moments:
         raise UsageError(
             "--rank requires a LoRA target.", fix="Add --to lora, or use --shape, --max-error or --budget."
         )

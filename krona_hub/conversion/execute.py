@@ -1,4 +1,4 @@
-"""Run a conversion: read, choose, transform, measure, then write or raise."""
+"""Run a conversion: read, choose, transform and measure (`prepare`), then write or raise (`finish`)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from krona_hub.conversion.convert_layers import (
     check_kind,
     lora_error_within,
 )
+from krona_hub.conversion.effect_report import LEAST_KEPT, EffectReport
 from krona_hub.conversion.layer_errors import measured_layers
 from krona_hub.conversion.methods import Budget, Keep, MaxError, Method, Rank
 from krona_hub.conversion.output_options import default_out
+from krona_hub.conversion.prepared import Layers, PreparedConversion
 from krona_hub.conversion.report import REFUSED_ABOVE, ConversionReport, percent, total_error
 from krona_hub.conversion.request import ConvertRequest
 from krona_hub.conversion.target import ConversionTarget, choose_target, default_method
+from krona_hub.conversion.weighted_layers import WeightedLayers, cut_by_moments
 from krona_hub.errors import InexpressibleError, LossyError
 from krona_hub.formats.forms.normal_forms import has_hadamard, is_lora, size_of, without_hadamard
 from krona_hub.formats.known.registry import format_of
@@ -40,11 +43,14 @@ from krona_hub.formats.writing.write_plan import (
 from krona_hub.formats.writing.writer import write_planned
 from krona_hub.kron.to_lora import nearest_lora
 
-Layers = Mapping[str, LayerDelta]
-
 
 def execute(request: ConvertRequest, progress: Progress | None = None) -> ConversionReport:
     """Run the request; `convert` documents the errors."""
+    return finish(prepare(request, progress))
+
+
+def prepare(request: ConvertRequest, progress: Progress | None = None) -> PreparedConversion:
+    """Compute and measure the result of a request."""
     stored = None if request.dtype is None else getattr(torch, request.dtype)
     adapter = read(
         request.path,
@@ -58,19 +64,10 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     if request.allow_missing:
         adapter = without_lost_layers(adapter, target.aim(request.split_qkv), request.base)
     method = request.method if request.method is not None else default_method(adapter, target)
-    check_kind(method, target.to_lora, [*adapter.layers, *adapter.vectors])
+    check_kind(method, target.to_lora, [*adapter.layers, *adapter.vectors], has_moments=request.moments is not None)
     baked = bake_dora(adapter, target, method, request.base)
     reference = dict(adapter.layers) | baked  # the result is measured against this
-    kept = (
-        {}
-        if request.method
-        else {n: d for n, d in adapter.layers.items() if n not in baked and _kept(d, method, target)}
-    )
-    changed = {name: delta for name, delta in reference.items() if name not in kept}
-    outcomes = {name: ConvertedLayer(delta) for name, delta in kept.items()}
-    if changed:
-        outcomes |= apply_method(changed, _for_layers(method, adapter), target, progress)
-    outcomes = {n: replace(o, delta=without_hadamard(o.delta, to_lora=target.to_lora)) for n, o in outcomes.items()}
+    outcomes, weighted = _outcomes(request, adapter, reference, baked, method, target, progress)
     remaining = {name: o.delta for name, o in outcomes.items() if not o.is_left_out}
     target = target.for_result(remaining.values())
     result = adapter.with_layers(remaining)
@@ -89,15 +86,51 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
         vector_parameters=sum(vector.numel() for vector in adapter.vectors.values()),
         vector_error=plan.vector_error,
         left_out=plan.left_out,
+        predicted_effect=None if weighted is None else weighted.predicted,
+        effect_curve=() if weighted is None else weighted.curve,
+        gain=request.gain,
         notes=tuple(dict.fromkeys((*adapter.provenance.warnings, *_dora_note(baked), *error_notes, *plan.notes))),
     )
-    if report.relative_error > REFUSED_ABOVE and not request.allow_loss:
-        _check_loss(report, request, reference, outcomes, plan.stored)
+    return PreparedConversion(request, method, adapter, reference, outcomes, plan, report)
+
+
+def _outcomes(
+    request: ConvertRequest,
+    adapter: Adapter,
+    reference: Layers,
+    baked: Layers,
+    method: Method,
+    target: ConversionTarget,
+    progress: Progress | None,
+) -> tuple[dict[str, ConvertedLayer], WeightedLayers | None]:
+    """Return the converted layers and, with moments, what they keep by them."""
+    if request.moments is not None:
+        request.moments.check_adapter(adapter)
+        weighted = cut_by_moments(reference, _for_layers(method, adapter), target, request.moments, request.gain)
+        return weighted.layers, weighted
+    kept = (
+        {}
+        if request.method
+        else {n: d for n, d in adapter.layers.items() if n not in baked and _kept(d, method, target)}
+    )
+    changed = {name: delta for name, delta in reference.items() if name not in kept}
+    outcomes = {name: ConvertedLayer(delta) for name, delta in kept.items()}
+    if changed:
+        outcomes |= apply_method(changed, _for_layers(method, adapter), target, progress)
+    return {n: replace(o, delta=without_hadamard(o.delta, to_lora=target.to_lora)) for n, o in outcomes.items()}, None
+
+
+def finish(prepared: PreparedConversion, effect: EffectReport | None = None) -> ConversionReport:
+    """Write the result, unless it loses too much by what is known best: measured effect, predicted effect, energy."""
+    request, plan = prepared.request, prepared.plan
+    report = replace(prepared.report, effect=effect)
+    if not request.allow_loss:
+        _check_loss(prepared, report)
     check_nothing_left_out(plan, allow_missing=request.allow_missing)
     if request.dry_run:
         return report
     written = write_planned(
-        plan.with_provenance(_provenance(adapter, report, method, request.path)),
+        plan.with_provenance(_provenance(prepared.source, report, prepared.method, request.path)),
         report.out,
         overwrite=request.overwrite,
         allow_missing=request.allow_missing,
@@ -106,26 +139,39 @@ def execute(request: ConvertRequest, progress: Progress | None = None) -> Conver
     return replace(report, checked=str(written), written=True, files=written.files, notes=notes)
 
 
-def _check_loss(
-    report: ConversionReport,
-    request: ConvertRequest,
-    reference: Layers,
-    outcomes: Mapping[str, ConvertedLayer],
-    stored: Layers,
-) -> None:
-    """Raise LossyError for a result that loses too much, unless its size was given: a budget or a rank.
+def _check_loss(prepared: PreparedConversion, report: ConversionReport) -> None:
+    """Raise LossyError for a result that keeps too little of the effect or, if that is unknown, of the delta.
 
-    Such a size implies the loss, which the verdict states; only rounding that loses as much by itself is then refused.
+    A size that was given, a budget or a rank, implies the loss, which the verdict states; without moments, only
+    rounding that loses as much by itself is then refused.
     """
+    known = report.effect.kept if report.effect is not None else report.predicted_effect
+    if known is not None:
+        if known < LEAST_KEPT:
+            raise _too_little_effect(report, known)
+        return
+    if report.relative_error <= REFUSED_ABOVE:
+        return
+    request, outcomes, reference = prepared.request, prepared.outcomes, prepared.reference
     unrounded = {name: o.delta for name, o in outcomes.items()}
     if isinstance(request.method, Budget | Rank):
-        rounding, _ = measured_layers(unrounded, unrounded, outcomes, stored, request.base)
+        rounding, _ = measured_layers(unrounded, unrounded, outcomes, prepared.plan.stored, request.base)
         if max(total_error(rounding), report.vector_error) > REFUSED_ABOVE:
             raise _too_coarse(report, request.dtype)
         return
     exact_layers, _ = measured_layers(reference, reference, outcomes, unrounded, request.base)
     is_rounding = request.dtype is not None and total_error(exact_layers) <= REFUSED_ABOVE
     raise _too_coarse(report, request.dtype) if is_rounding else _too_lossy(report, reference)
+
+
+def _too_little_effect(report: ConversionReport, kept: float) -> LossyError:
+    how = "measured on held-out prompts" if report.effect is not None else "predicted by the moments"
+    error = LossyError(
+        f"The result would keep {percent(max(0.0, kept))} of the effect ({how}); nothing was written.",
+        fix="Choose a larger --budget, --rank or a smaller --max-error, or --allow-loss to write this result.",
+    )
+    error.report = report
+    return error
 
 
 def _for_layers(method: Method, adapter: Adapter) -> Method:
@@ -164,10 +210,14 @@ def _provenance(adapter: Adapter, report: ConversionReport, method: Method, sour
     known, becomes_native = adapter.provenance, report.target_format == "krona" != report.source_format
     return replace(
         native_provenance(source, known) if becomes_native else known,  # no other format can store it
-        method=None if isinstance(method, Keep) else str(method),
+        method=None if isinstance(method, Keep) else f"{method}{_calibrated(report)}",
         relative_error=report.relative_error if errors else None,
         layer_errors={x.layer: errors[x.layer] for x in report.layers if x.layer in errors and not x.is_left_out},
     )
+
+
+def _calibrated(report: ConversionReport) -> str:
+    return "" if report.predicted_effect is None else " --calibrate"
 
 
 def _check_expressible(target: ConversionTarget, result: Adapter, request: ConvertRequest) -> None:

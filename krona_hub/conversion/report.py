@@ -8,6 +8,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Protocol
 
+from krona_hub.conversion.effect_report import EffectReport
 from krona_hub.errors import counted
 from krona_hub.formats.forms.left_out import COMPLETE, LeftOut
 
@@ -103,11 +104,26 @@ class ConversionReport(Totals):
     vector_parameters: int = 0  # numbers in these vectors, which the totals of the layers do not count
     vector_error: float = 0.0  # relative, over all vectors that the result has
     left_out: LeftOut = COMPLETE  # parts of the source that the result does not have
+    predicted_effect: float | None = None  # share kept by the moments, before the gain; None without moments
+    effect_curve: tuple[tuple[int, float], ...] = ()  # (parameters, predicted effect) of cuts of other sizes
+    gain: float = 1.0  # factor on all layers, fitted to the effect
+    effect: EffectReport | None = None  # measured on held-out prompts
     alternatives: tuple[str, ...] = ()  # measured
     notes: tuple[str, ...] = ()
     checked: str = ""  # the read-back check, in words
     written: bool = False
     files: tuple[Path, ...] = field(default=())
+
+    @property
+    def verdict(self) -> str:
+        """By the measured effect; else, with moments, by the predicted one; else by the error of the delta."""
+        if self.relative_error <= EXACT_BELOW or self.predicted_effect is None:
+            return verdict(self)
+        if self.effect is None:
+            words = f"Predicted to keep {percent(self.predicted_effect)} of the effect; not measured."
+        else:
+            words = self.effect.verdict
+        return with_sizes(self, words)
 
 
 def worst_layers(layers: Sequence[LayerReport], most: int = 3) -> tuple[LayerReport, ...]:
@@ -158,7 +174,11 @@ class Measured(Protocol):
 
 def verdict(report: Measured) -> str:
     """Return the result in two sentences: the accuracy and the change in size."""
-    words = next(words for limit, words in VERDICTS if report.relative_error <= limit)
+    return with_sizes(report, next(words for limit, words in VERDICTS if report.relative_error <= limit))
+
+
+def with_sizes(report: Measured, words: str) -> str:
+    """Return a verdict in words with what was left out and the change in size."""
     if report.left_out:
         what, _, rest = words.removesuffix(".").partition(":")
         rest = "" if report.relative_error <= EXACT_BELOW else f":{rest}"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from krona_hub.conversion.methods import Method
+
+if TYPE_CHECKING:
+    from krona_hub.adapters.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -27,3 +31,5 @@ class ConvertRequest:
     overwrite: bool
     split_qkv: bool
     dry_run: bool
+    moments: Moments | None = None  # of the source
+    gain: float = 1.0  # factor on all layers, with moments

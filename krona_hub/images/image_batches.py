@@ -7,7 +7,7 @@ its batch.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +64,7 @@ def load(plan: GeneratePlan, base: BasePlan, requested: Settings) -> LoadedBase:
         settings = settings_in_force(pipe, requested, base.preferred)
         scheduler = set_scheduler(pipe, settings.scheduler)
         adapters = plan.adapters if base.source == request.base else ()
-        notes = (*_cut_prompts(pipe, plan.rows), *_load_adapters(pipe, adapters))
+        notes = (*cut_prompts(pipe, (row.prompt for row in plan.rows)), *_load_adapters(pipe, adapters))
     return LoadedBase(pipe, tuple(a.name for a in adapters), settings, scheduler, machine, notes)
 
 
@@ -76,10 +76,10 @@ def _load_adapters(pipe: Any, adapters: Sequence[ImageAdapter]) -> tuple[str, ..
     return tuple(f"{name}: {note}" for name, report in loaded.items() for note in report.notes)
 
 
-def _cut_prompts(pipe: Any, rows: Sequence[GridRow]) -> Iterator[str]:
+def cut_prompts(pipe: Any, prompts: Iterable[str]) -> Iterator[str]:
     """Report prompts that are longer than the context of every text encoder."""
     tokenizers = [t for name, t in pipe.components.items() if name.startswith("tokenizer") and callable(t)]
-    for prompt in dict.fromkeys(row.prompt for row in rows):
+    for prompt in dict.fromkeys(prompts):
         with quiet():
             room = [(t.model_max_length, len(t(prompt)["input_ids"])) for t in tokenizers]
         if room and all(length > most for most, length in room):
@@ -95,18 +95,18 @@ def generate_columns(
     for number, column in enumerate(columns):
         step = _after(progress, number * each, len(columns) * each)
         _set_strengths(loaded.pipe, loaded.adapters, column.weights)
-        with memory_errors(loaded.machine), _threads_for(loaded):
+        with memory_errors(loaded.machine), threads_for(loaded.pipe, loaded.machine.device):
             images = _column(loaded, column, rows, step)
         yield images
 
 
 @contextmanager
-def _threads_for(loaded: LoadedBase) -> Iterator[None]:
+def threads_for(pipe: Any, device: str | None) -> Iterator[None]:
     """Use one thread for a model so small that threads would wait longer than they work."""
     import torch
 
-    parts = [part for part in loaded.pipe.components.values() if isinstance(part, torch.nn.Module)]
-    small = loaded.machine.device == "cpu" and sum(p.numel() for m in parts for p in m.parameters()) < SMALL
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    small = device == "cpu" and sum(p.numel() for m in parts for p in m.parameters()) < SMALL
     before = torch.get_num_threads()
     torch.set_num_threads(1 if small else before)
     try:

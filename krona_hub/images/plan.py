@@ -82,7 +82,9 @@ class GeneratePlan:
 
 def make_plan(request: GenerateRequest) -> GeneratePlan:
     """Find and describe every file. Raises what `resolve_base`, `resolve` and `describe` raise."""
-    bases = tuple(_base(source, request) for source in dict.fromkeys((request.base, *request.beside)))
+    bases = tuple(
+        base_plan(source, request.variant, request.config) for source in dict.fromkeys((request.base, *request.beside))
+    )
     names = names_of([source for source, _ in request.adapters])
     adapters = tuple(_adapter(n, s, w, request.base) for n, (s, w) in zip(names, request.adapters, strict=True))
     return GeneratePlan(request, bases, adapters, columns_of(request, names), rows_of(request))
@@ -91,19 +93,20 @@ def make_plan(request: GenerateRequest) -> GeneratePlan:
 # --- bases -----------------------------------------------------------------------------------------------------------
 
 
-def _base(source: str, request: GenerateRequest) -> BasePlan:
+def base_plan(source: str, variant: str | None = None, config: str | None = None) -> BasePlan:
+    """Find the weights of a base model. Raises what `resolve_base` raises, and UnknownBaseError without weights."""
     path = resolve_base(source)
     if not path.exists():
         raise missing_base_error(source)
     if path.is_file():
         header_of_model(path)  # rejects anything but safetensors: pickles are never opened
-    elif request.variant:
-        _check_variant(path, request.variant)
+    elif variant:
+        _check_variant(path, variant)
     family, fingerprint = _identity(path)
     if path.is_dir():
         pipeline: str | None = _pipeline_class(path)
     else:
-        pipeline = None if request.config else pipeline_for(source, family)
+        pipeline = None if config else pipeline_for(source, family)
     return BasePlan(source, path, pipeline, family, fingerprint)
 
 

@@ -236,7 +236,7 @@ def within_budget(
     """
     groups = [_group(loras, members) for members in _batches(loras)]
     points = _first_points(loras, groups, allowed, required)
-    chosen, price = spend(points, parameters)
+    chosen, price = _spent(points, parameters)
     allocations = [*_truncated(points, parameters), chosen]
     total = ROUNDS * len(loras)
     for turn in range(ROUNDS):
@@ -248,7 +248,7 @@ def within_budget(
             done += len(group.members)
             if progress:
                 progress(done, total)
-        (chosen, now), before = spend(points, parameters), price
+        (chosen, now), before = _spent(points, parameters), price
         allocations.append(chosen)
         price = now
         if abs(price - before) <= 0.05 * before:
@@ -257,6 +257,15 @@ def within_budget(
         progress(total, total)
     best = min(reversed(allocations), key=_lost)  # the greedy choice among more candidates may be worse
     return [_with_other(point, rest, price) for point, rest in zip(best, points, strict=True)]
+
+
+def _spent(points: list[list[Point]], parameters: int) -> tuple[list[Point], float]:
+    """Return what `spend` returns; if the budget did not run out, the average gain of a parameter as the price.
+
+    Without a price there would be no search: a format that holds no LoRA would get the smallest forms for any budget.
+    """
+    chosen, price = spend(points, parameters)
+    return chosen, price or _lost(chosen) / parameters
 
 
 def smallest_lora_error(singular_values: Sequence[Tensor], sizes: Sequence[tuple[int, int]], parameters: int) -> float:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 from krona_hub.aliases import Progress
 from krona_hub.errors import ConflictError, DivergedError, NotFoundError, StoppedError, UsageError
 from krona_hub.pipelines.load_adapter import base_of
+from krona_hub.pipelines.stop_signal import Stop
 from krona_hub.training.configuration import ECHO, checked, read_toml, settings_of, with_absolute_paths
 from krona_hub.training.finish import ADAPTER, TrainingReport, finished
 from krona_hub.training.html_report import write_report
-from krona_hub.training.loop import Stop, memory_used, one_step, run_loop
+from krona_hub.training.loop import memory_used, one_step, run_loop
 from krona_hub.training.model.device import machine_for, open_base
 from krona_hub.training.model.model_families import family_of
 from krona_hub.training.model.trained_layers import plan_targets

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import isfinite
 from shlex import quote
-from types import FrameType
 
 import torch
 from torch import Tensor
 
 from krona_hub.errors import DivergedError, StoppedError
 from krona_hub.layers.attachment import without
+from krona_hub.pipelines.stop_signal import Stop, stoppable
 from krona_hub.training.data.encoding import Source
 from krona_hub.training.model.device import peak_memory
 from krona_hub.training.model.optimizers import has_own_mode, rate_at
@@ -25,9 +21,6 @@ from krona_hub.training.progress.training_state import StepReport, Training
 from krona_hub.training.progress.validation import due, run_due_checks
 
 PRIOR = 1_000_000  # first sample number of regularization images, so that their noise differs
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_loop(training: Training) -> None:
@@ -181,29 +174,3 @@ def _run_due_tasks(training: Training, stopped: bool) -> None:
         save(training)
     if step == s.steps or due(step, s.validate_every) or due(step, s.sample_every):
         run_due_checks(training)
-
-
-class Stop:
-    """Stop flag set by a signal handler. A second Ctrl-C raises KeyboardInterrupt immediately."""
-
-    requested = False
-
-    def handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-@contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Let SIGINT and SIGTERM set the flag within the block. Outside the main thread, signals are left alone."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, stop.handle) for number in SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

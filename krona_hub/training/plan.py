@@ -8,6 +8,7 @@ from typing import Any
 
 from krona_hub.bases.base import Base
 from krona_hub.errors import UsageError
+from krona_hub.pipelines.randomness import permutation
 from krona_hub.training.data.captions import has_alternatives
 from krona_hub.training.data.dataset import Data, Example, read_folder, split_held_out
 from krona_hub.training.data.images import Size, bucket_sizes, nearest_bucket
@@ -16,7 +17,6 @@ from krona_hub.training.model.optimizers import OPTIMIZERS, check_schedule
 from krona_hub.training.model.trained_layers import TrainedLayer
 from krona_hub.training.progress.metrics import trackers_of
 from krona_hub.training.progress.regularization_images import image_count, prior_folder
-from krona_hub.training.randomness import permutation
 from krona_hub.training.settings import TrainingSettings
 
 FLOAT = 4  # bytes

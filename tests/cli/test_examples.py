@@ -51,6 +51,23 @@ CONVERSION = obj(
     alternatives=many(TEXT),
     written=FLAG,
 )
+CALIBRATED = obj(
+    predicted_effect=NUMBER,
+    gain=NUMBER,
+    alternatives=many(TEXT, 2),
+    effect=obj(
+        kept=NUMBER,
+        kept_range=many(NUMBER, 2),
+        strength=NUMBER,
+        other_kept=NUMBER,
+        drift=NUMBER,
+        prompts=many(TEXT, 1),
+        other_prompts=many(TEXT, 1),
+        samples=COUNT,
+        other_samples=COUNT,
+        seed=COUNT,
+    ),
+)
 INSPECTION = obj(
     file=TEXT,
     format=TEXT,
@@ -260,6 +277,23 @@ SHAPES = {
     "inspect krona.safetensors --sha256": INSPECTION,
     "convert lokr.safetensors --to lora --rank 4": CONVERSION,
     "convert lora.safetensors --exact --dry-run": CONVERSION,
+    "convert zorbi-lora.safetensors --base tiny-scenes --budget 1/4 --calibrate default --samples 24 --dry-run": {
+        "allOf": [CONVERSION, CALIBRATED]
+    },
+    "calibrate zorbi-lora.safetensors --base tiny-scenes --samples 24 -o m.safetensors": obj(
+        layers=COUNT,
+        samples=COUNT,
+        prompts=many(TEXT, 1),
+        other_prompts=many(TEXT),
+        seed=COUNT,
+        steps=COUNT,
+        guidance=NUMBER,
+        other_change=NUMBER,
+        nbytes=COUNT,
+        seconds=NUMBER,
+        warnings=many(TEXT, 1),
+        out=TEXT,
+    ),
     "validate krona.safetensors": obj(path=TEXT, valid=FLAG, findings=many({"type": "object"})),
     "combine lora.safetensors lokr.safetensors:-0.5 -o sum.safetensors": COMBINATION,
     "combine lora.safetensors:2 krona.safetensors --dry-run": COMBINATION,
@@ -329,6 +363,8 @@ LONG = {  # they search all shapes of every layer, or run the whole demo
     "krona extract base merged -o found.safetensors",
     "krona combine lora.safetensors lokr.safetensors:-0.5 --max-error 0.05 -o small.safetensors",
     "krona convert lora.safetensors --budget 50% -o half.safetensors --report half.html",
+    "krona convert zorbi-lora.safetensors --base tiny-scenes --budget 1/8 --calibrate default -o out.safetensors",
+    "convert zorbi-lora.safetensors --base tiny-scenes --budget 1/4 --calibrate default --samples 24 --dry-run",
     "krona demo",
     "demo",
 }

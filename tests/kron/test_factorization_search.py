@@ -241,6 +241,18 @@ def test_a_louder_layer_gets_more_of_the_budget():
     assert loud.relative_error < quiet.relative_error
 
 
+def test_a_format_without_lora_spends_its_budget_too():
+    """The smallest forms fit a larger budget, so that it does not run out at first: the search needs a price anyway."""
+    layers = [lora_layer((16, 24), 4, seed) for seed in range(3)]
+    dense = [
+        [c.form for c in within_budget(layers, budget, allowed=lambda shape, _, rank: rank is None and min(shape) >= 2)]
+        for budget in (100, 200, 400, 800)
+    ]
+    losses = [loss(layers, forms) for forms in dense]
+    assert losses[-1] < 0.5 * losses[0]
+    assert sum(form.parameters for form in dense[-1]) > 400
+
+
 def test_a_budget_that_holds_nothing_says_what_would():
     with pytest.raises(
         UsageError, match=r"5 parameters is too small for any layer\. Choose at least (\d+),"

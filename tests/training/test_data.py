@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from krona_hub.errors import DataError, NotFoundError
+from krona_hub.pipelines.randomness import noise, permutation
 from krona_hub.training.configuration import checked
 from krona_hub.training.data.batches import Batches
 from krona_hub.training.data.captions import fixed_caption, sample_caption
 from krona_hub.training.data.dataset import image_folder, read_folder, split_held_out
 from krona_hub.training.data.images import bucket_sizes, fitted, nearest_bucket, open_image
-from krona_hub.training.randomness import noise, permutation
 from tests.shared import shared
 
 

@@ -18,13 +18,13 @@ from krona_hub.errors import (
     StoppedError,
     UsageError,
 )
+from krona_hub.pipelines.randomness import generator
 from krona_hub.training.api import check_training, train
 from krona_hub.training.configuration import read_toml
 from krona_hub.training.model.device import peak_memory
 from krona_hub.training.model.objective import Objective
 from krona_hub.training.progress.checkpoint import saved_states
 from krona_hub.training.progress.metrics import read_metrics, series
-from krona_hub.training.randomness import generator
 from tests.shared import shared
 
 

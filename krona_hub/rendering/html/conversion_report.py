@@ -8,10 +8,11 @@ from typing import Any
 
 from krona_hub.adapters.adapter import Adapter
 from krona_hub.conversion import ConversionReport
+from krona_hub.conversion.report import percent as share
 from krona_hub.conversion.report import worst_layers
 from krona_hub.formats.reading.reader import read
 from krona_hub.rendering.html.adapter_report import ERROR, SIZE, spectrum_chart
-from krona_hub.rendering.html.charts import Line, chart
+from krona_hub.rendering.html.charts import Axis, Line, chart
 from krona_hub.rendering.html.heat_map import heat_map
 from krona_hub.rendering.html.markup import Markup, facts, page, pair, paragraph, section, table, write_html
 from krona_hub.rendering.html.module_table import modules_table
@@ -19,6 +20,7 @@ from krona_hub.rendering.html.spectra import spectra_of, truncated
 from krona_hub.rendering.humanize import human_bytes, percent, relative
 from krona_hub.sources import resolve
 
+EFFECT = Axis("effect kept", lowest=0, highest=1, format=percent)
 MOST = 20  # layers with the largest errors
 
 
@@ -33,6 +35,7 @@ def conversion_html(report: ConversionReport, before: Adapter, instead: str = ""
         f"Refused, nothing was written. {report.verdict}" if instead else report.verdict,
         section("Suggested fix", paragraph(instead)),
         section("Summary", facts(_facts(report), "Original and result"), *map(paragraph, report.notes)),
+        section("Effect against size", _effect_curve(report)),
         section("Error against size", _curves(report, before)),
         section("Error by module", heat_map(errors, "Relative error", caption), _worst(report)),
         section("Modules", _modules(report)),
@@ -55,12 +58,51 @@ def _curves(report: ConversionReport, before: Adapter) -> Markup:
     return pair(size, spectrum_chart(spectra) if spectra else Markup(""))
 
 
+def _effect_curve(report: ConversionReport) -> Markup:
+    """The predicted effect over the size, with the result; empty without moments."""
+    size, effect = float(report.parameters_after), report.effect
+    lines = [Line("predicted by the moments", tuple((float(p), kept) for p, kept in report.effect_curve))]
+    if report.predicted_effect is not None:
+        lines.append(Line("the result, predicted", ((size, report.predicted_effect),), 1, dot=True))
+    if effect is not None:
+        lines.append(Line("the result, measured", ((size, max(0.0, effect.kept)),), 2, dot=True))
+    caption = (
+        "1 − E‖result − source‖² / E‖base − source‖² of the denoiser's outputs, for cuts of other sizes, predicted."
+    )
+    return (
+        pair(chart("Effect against size", caption, SIZE, EFFECT, lines), Markup(""))
+        if report.effect_curve
+        else Markup("")
+    )
+
+
+def _effect_facts(report: ConversionReport) -> list[tuple[str, object]]:
+    if report.predicted_effect is None:
+        return []
+    effect, facts_ = report.effect, [("predicted effect", share(report.predicted_effect)), ("gain", report.gain)]
+    if effect is None:
+        return [*facts_, ("measured effect", "not measured")]
+    low, high = effect.kept_range
+    held_out = f"{len(effect.prompts)} held-out prompts, {effect.samples} samples, seed {effect.seed}"
+    facts_ += [
+        ("measured effect", f"{share(effect.kept)}, 95 % range {share(low)} to {share(high)}: {held_out}"),
+        ("strength", f"{effect.strength:.2f} of the source along its effect"),
+    ]
+    if effect.other_kept is not None:
+        facts_ += [
+            ("effect on other prompts", f"{share(effect.other_kept)}, {len(effect.other_prompts)} prompts"),
+            ("change of other prompts", f"{effect.drift:.2f} of that of the source"),
+        ]
+    return facts_
+
+
 def _facts(report: ConversionReport) -> list[tuple[str, object]]:
     return [
         ("layers", f"{len(report.layers):,}{report.kept_and_left_out}"),
         ("format", f"{report.source_format} → {report.target_format}" + (f" for {report.tool}" if report.tool else "")),
         ("parameters", f"{report.parameters_before:,} → {report.parameters_after:,}"),
         ("size of the tensors", f"{human_bytes(report.bytes_before)} → {human_bytes(report.bytes_after)}"),
+        *_effect_facts(report),
         ("relative error", relative(report.relative_error)),
         ("retained energy", percent(report.energy_kept)),
         ("read-back check", report.checked.removeprefix("checked: ") or "nothing was written"),

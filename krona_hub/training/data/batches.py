@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from krona_hub.training.randomness import permutation
+from krona_hub.pipelines.randomness import permutation
 
 
 @dataclass(frozen=True)

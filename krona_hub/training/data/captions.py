@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from itertools import count
 
-from krona_hub.training.randomness import permutation, uniform
+from krona_hub.pipelines.randomness import permutation, uniform
 from krona_hub.training.settings import TrainingSettings
 
 ALTERNATIVES = re.compile(r"\{([^{}]*\|[^{}]*)\}")

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from krona_hub.aliases import Progress
+from krona_hub.pipelines.randomness import generator
 from krona_hub.training.data.captions import fixed_caption, sample_caption, sample_flip
 from krona_hub.training.data.dataset import Example
 from krona_hub.training.data.images import Size, fitted, open_image
 from krona_hub.training.model.model_families import Frame, ModelFamily
 from krona_hub.training.model.trained_layers import NONE
-from krona_hub.training.randomness import generator
 from krona_hub.training.settings import TrainingSettings
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from krona_hub.errors import UnsupportedError
-from krona_hub.training.randomness import generator
+from krona_hub.pipelines.randomness import generator
 from krona_hub.training.settings import TrainingSettings
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from krona_hub.pipelines.randomness import generator, noise
 from krona_hub.training.model.model_families import ModelFamily
 from krona_hub.training.model.noise_processes import Noised, Process, loss_weights, sample_times
-from krona_hub.training.randomness import generator, noise
 from krona_hub.training.settings import TrainingSettings
 
 LEVELS = 4  # noise levels per validation image

@@ -17,7 +17,7 @@ from krona_hub.bases.target_sets import choose
 from krona_hub.errors import BaseMismatchError, ShapeError, UsageError
 from krona_hub.kron.shapes import KronShape, choices, parse_shape, smallest_split, split
 from krona_hub.kron.terms import KronTerms, LowRank, nearest_kron, stored_rank
-from krona_hub.training.randomness import generator
+from krona_hub.pipelines.randomness import generator
 from krona_hub.training.settings import TrainingSettings
 
 NONE = "none"  # value of --text-encoders

@@ -10,6 +10,7 @@ import torch
 
 from krona_hub.checkpoints.atomic import atomic_text
 from krona_hub.errors import DataError
+from krona_hub.pipelines.randomness import generator
 from krona_hub.training.data.captions import prompt_variant
 from krona_hub.training.data.dataset import image_files
 from krona_hub.training.model.model_families import ModelFamily
@@ -20,7 +21,6 @@ from krona_hub.training.progress.samples import (
     preserved_state,
     save_image,
 )
-from krona_hub.training.randomness import generator
 from krona_hub.training.settings import TrainingSettings
 
 FOLDER = "prior"  # in the run folder, unless --prior-data specifies another folder

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from krona_hub.checkpoints.atomic import atomic_file
+from krona_hub.pipelines.randomness import generator
 from krona_hub.training.model.model_families import Conditions, ModelFamily
 from krona_hub.training.progress.metrics import FOLDER, GRID, sample_files
-from krona_hub.training.randomness import generator
 from krona_hub.training.settings import TrainingSettings
 
 NAMES = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}  # condition -> argument of the pipeline
