@@ -114,7 +114,7 @@ def gathered(session: CalibrationSession, partial: Path | None = None, progress:
     if partial is not None:
         partial.unlink(missing_ok=True)
     record["samples"] = gatherer.samples
-    return Moments(gatherer.moments(), delta_digest(session.adapter), record)
+    return Moments(gatherer.moments(), str(record["adapter"]), record)
 
 
 def _add(session: CalibrationSession, gatherer: MomentGatherer, planned: tuple[str, bool, int], number: int) -> None:
@@ -147,13 +147,15 @@ def record_of(session: CalibrationSession) -> dict[str, Any]:
     return {
         "base": weights_digest(session.base.path, session.how.pipe),
         "base_name": session.base.family or session.base.source,
-        "layers": sorted(session.adapter.layers),
+        "adapter": delta_digest(session.adapter),
         "prompts": list(request.prompts.subject),
         "other_prompts": list(request.prompts.other),
         "trajectories": len(request.rounds),
         "seed": request.seed,
         "steps": settings.steps,
         "guidance": settings.guidance,
+        "size": settings.size,
+        "calls": [session.trajectory.points, session.trajectory.renoised],
         "dtype": request.machine.dtype,
     }
 

@@ -10,8 +10,9 @@ from krona_hub import read
 from krona_hub.adapters.moments import delta_digest
 from krona_hub.bases.loading import load_base
 from krona_hub.calibration.denoiser_calls import outputs_of
-from krona_hub.calibration.execute import gathered, open_session
+from krona_hub.calibration.execute import gathered, open_session, record_of
 from krona_hub.calibration.gather_moments import PROJECTIONS, MomentGatherer
+from krona_hub.calibration.partial_sums import read_partial, write_partial
 from krona_hub.errors import StoppedError, UnsupportedError
 from krona_hub.kron.weighted.middle import middle_of
 from krona_hub.layers.module_tree import parts_of, slots_of
@@ -133,8 +134,19 @@ def test_an_interrupted_calibration_continues_to_the_same_moments(tmp_path, monk
         assert torch.equal(whole.layers[name].outputs, again.layers[name].outputs)
 
 
-def test_the_state_of_another_calibration_is_not_used(tmp_path):
+def test_the_state_of_another_calibration_is_not_used(session, tmp_path):
     partial = tmp_path / "m.safetensors.partial"
+    other = session.adapter.with_layers(
+        {n: replace(d, sums=tuple(s.scaled(0.5) for s in d.sums)) for n, d in session.adapter.layers.items()}
+    )
+    for changed in (
+        replace(session, adapter=other),
+        replace(session, request=replace(session.request, seed=1)),
+        replace(session, request=replace(session.request, samples=36)),
+        replace(session, trajectory=replace(session.trajectory, points=5)),
+    ):
+        write_partial(partial, {}, record_of(changed), 1)
+        assert read_partial(partial, record_of(changed)) and not read_partial(partial, record_of(session))
     partial.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
     assert gathered(session_with(), partial).record["samples"] == 24
 
