@@ -128,6 +128,7 @@ def test_a_budget_below_one_rank_is_refused(session, moments):
 # --- whole conversions -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_conversion_reports_the_effect_and_its_file_holds_the_result(tmp_path):
     out, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     done = convert_calibrated(LORA, out, base="tiny-scenes", budget="1/4", **SHORT)
@@ -153,6 +154,7 @@ def test_with_moments_alone_the_effect_is_predicted_not_measured(moments_file, t
     assert same.predicted_effect == report.predicted_effect
 
 
+@pytest.mark.slow
 def test_moments_are_written_and_used_again(tmp_path):
     path = tmp_path / "m.safetensors"
     first = convert_calibrated(LORA, base="tiny-scenes", moments=path, budget="1/4", dry_run=True, **SHORT)
@@ -172,6 +174,7 @@ def test_every_kind_of_target_holds_the_cut(moments, tmp_path, target):
         assert len(read(out, base="tiny-scenes").layers) == len(report.layers) - report.layers_left_out
 
 
+@pytest.mark.slow
 def test_without_held_out_prompts_nothing_is_measured():
     few = {**SHORT, "prompts": PROMPTS[:2]}
     report = convert_calibrated(LORA, base="tiny-scenes", budget="1/2", dry_run=True, **few).conversion
