@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from krona_hub.conversion import convert
+from krona_hub.conversion.report import REFUSED_ABOVE, percent
 from krona_hub.errors import LossyError
 from krona_hub.formats.compatibility.verdicts import loads_in
 from krona_hub.formats.reading.describe import describe
@@ -52,6 +53,10 @@ def make_exports(
 def _export(adapter: LocalAdapter, path: Path, to: str, words: str, base: str | Path | None, **method: Any) -> Export:
     try:
         report = convert(adapter.path, path, to=to, base=base, overwrite=True, **method)
+        if (
+            report.relative_error > REFUSED_ABOVE
+        ):  # a rank is taken at its word by `convert`, but others would get this file
+            raise LossyError(f"The relative error would be {percent(report.relative_error)}.")
     except LossyError as refused:
         refused.fix = _fix_for_push(path.name, method.get("rank"))
         raise refused.within(path.name) from None
