@@ -53,9 +53,7 @@ def make_exports(
 def _export(adapter: LocalAdapter, path: Path, to: str, words: str, base: str | Path | None, **method: Any) -> Export:
     try:
         report = convert(adapter.path, path, to=to, base=base, overwrite=True, **method)
-        if (
-            report.relative_error > REFUSED_ABOVE
-        ):  # a rank is taken at its word by `convert`, but others would get this file
+        if report.relative_error > REFUSED_ABOVE:  # allowed with a rank, but whoever downloads it did not choose it
             raise LossyError(f"The relative error would be {percent(report.relative_error)}.")
     except LossyError as refused:
         refused.fix = _fix_for_push(path.name, method.get("rank"))
